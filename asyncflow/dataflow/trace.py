@@ -1,0 +1,173 @@
+"""An algorithm is a traced function: it runs once with symbolic services and becomes a graph.
+
+Adding or removing a line changes the algorithm; placement never does. Everything wrong with the wiring
+(an unknown role, a stage that does not exist, a message of the wrong type, an output nobody reads) is
+an error here, before a process starts and without importing torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError, Stage, check
+from protocols.columns import Batch
+from protocols.messages import Experience, Prompts
+from protocols.roles import ROLES, Greedy
+from protocols.stage import Grain, contract_of, signature_of
+
+Algorithm = Callable[["Flow"], None]
+A = TypeVar("A", bound=Algorithm)
+
+
+def algorithm(function: A) -> A:
+    """Mark a function of one `Flow` as an algorithm that recipes may name."""
+    if len(inspect.signature(function).parameters) != 1:
+        raise DataflowError(f"{function.__name__}: an algorithm takes one argument, the flow")
+    function.__asyncflow_algorithm__ = True  # type: ignore[attr-defined]
+    return function
+
+
+class Symbol:
+    """Rows that will exist: the output of a stage while an algorithm is traced."""
+
+    __slots__ = ("grain", "kind", "source")
+
+    def __init__(self, source: str, kind: type[Batch], grain: Grain) -> None:
+        self.source = source
+        self.kind = kind
+        self.grain = grain
+
+    def __repr__(self) -> str:
+        return f"{self.kind.__name__} of {self.source}"
+
+
+class Flow:
+    """What an algorithm function is given: `flow.<role>.<stage>(...)`, `flow.prompts`, `flow.join(...)`."""
+
+    def __init__(self, roles: Mapping[str, type]) -> None:
+        self._roles = roles
+        self._stages: list[Stage] = []
+        self._calls: Counter[str] = Counter()
+        self.prompts = Symbol(SOURCE, Prompts, "prompt")
+
+    def __getattr__(self, role: str) -> _SymbolicService:
+        if role.startswith("__"):
+            raise AttributeError(role)
+        if role not in self._roles:
+            raise DataflowError(f"unknown role {role!r}{_nearest(role, self._roles)}; roles: {', '.join(self._roles)}")
+        return _SymbolicService(self, role, self._roles[role])
+
+    def join(self, *inputs: Symbol, on: Literal["sample"] = "sample") -> Join:
+        """Join rows of several stages by their sample's id."""
+        if on != "sample":
+            raise DataflowError(f"join on={on!r}: joins are on='sample'")
+        if not any(s.grain == "sample" for s in inputs):
+            raise DataflowError(f"join of {list(inputs)}: no input has a row per sample")
+        return Join(self, inputs)
+
+    def _add(self, service: str, method: str, inputs: tuple[Symbol, ...], produces: Any, grain: Grain, **rest: Any) -> Symbol:
+        label = method if service == ADVANTAGE else f"{service}.{method}"
+        self._calls[label] += 1
+        stage = Stage(
+            name=f"{label}#{self._calls[label]}",
+            service=service,
+            method=method,
+            produces=produces,
+            inputs=tuple(s.source for s in inputs),
+            grain=grain,
+            **rest,
+        )
+        self._stages.append(stage)
+        return Symbol(stage.name, produces, grain)
+
+
+class _SymbolicService:
+    def __init__(self, flow: Flow, role: str, contract: type) -> None:
+        self._flow, self._role, self._contract = flow, role, contract
+
+    def __getattr__(self, method: str) -> Callable[..., Symbol]:
+        try:
+            contract = contract_of(self._contract, method)
+        except LookupError as error:
+            raise DataflowError(f"flow.{self._role}.{method}: {error.args[0]}") from None
+
+        def call(*inputs: Symbol, sampling: Greedy | None = None) -> Symbol:
+            where = f"{self._role}.{method}"
+            _match(where, contract.consumes, inputs)
+            grain: Grain = inputs[0].grain
+            if contract.is_sink:
+                grain = "batch"
+            elif inputs[0].source == SOURCE:
+                grain = "prompt" if sampling is not None else "sample"
+            elif sampling is not None:
+                raise DataflowError(f"{where}: sampling is for stages that draw from flow.prompts")
+            return self._flow._add(
+                self._role, method, inputs, contract.produces, grain,
+                consumes=contract.consumes, protocol=contract.protocol, greedy=sampling is not None,
+            )  # fmt: skip
+
+        return call
+
+
+class Join:
+    """Joined rows, waiting for the function that turns a closed batch into experience."""
+
+    def __init__(self, flow: Flow, inputs: tuple[Symbol, ...]) -> None:
+        self._flow, self._inputs = flow, inputs
+
+    def apply(self, function: Callable[..., Any]) -> Symbol:
+        """Run a numpy function on each closed batch, rows in the batch's order.
+
+        Its positional parameters are annotated with the joined message types, its return value with
+        Experience; keyword-only parameters are numbers that the recipe's [advantage] table sets.
+        """
+        try:
+            consumes, produces = signature_of(function)
+        except TypeError as error:
+            raise DataflowError(str(error)) from None
+        if produces is not Experience:
+            raise DataflowError(f"{function.__name__}: returns {produces.__name__}, a batch function returns Experience")
+        _match(function.__name__, consumes, self._inputs)
+        return self._flow._add(
+            ADVANTAGE, function.__name__, self._inputs, produces, "batch",
+            consumes=consumes, protocol="RANK_ZERO", function=function,
+        )  # fmt: skip
+
+
+def trace(function: Algorithm, roles: Mapping[str, type] | None = None) -> Dataflow:
+    """Run an algorithm with symbols and check the graph.
+
+    Args:
+        function: the algorithm.
+        roles: role contracts by name, `protocols.roles.ROLES` by default; a user's own roles go here.
+
+    Raises:
+        DataflowError: for anything that could not run.
+    """
+    flow = Flow(ROLES if roles is None else roles)
+    function(flow)
+    return check(function.__name__, tuple(flow._stages))
+
+
+def numbers_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a batch function and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _match(where: str, wanted: tuple[type[Batch], ...], given: tuple[Any, ...]) -> None:
+    for symbol in given:
+        if not isinstance(symbol, Symbol):
+            raise DataflowError(f"{where}: takes outputs of stages, got {symbol!r}")
+    if len(wanted) != len(given) or any(s.kind is not k for s, k in zip(given, wanted, strict=True)):
+        takes = ", ".join(k.__name__ for k in wanted)
+        raise DataflowError(f"{where} takes ({takes}), got ({', '.join(map(repr, given))})")
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

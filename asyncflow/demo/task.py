@@ -1,0 +1,152 @@
+"""Two small verifiable tasks and their data: sorting eight letters, and adding two two-digit numbers.
+
+Sorting is the demonstration: its reward can be *learned* from preference pairs in about a minute. Addition can't be, so
+it is rewarded by a rule. Every problem of a data set is drawn once, so no two of its files share a prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+LETTERS = "abcdefgh"
+LENGTH = 8
+CHARACTERS = LETTERS + "0123456789" + "+=:SA"  # what the tokenizer of asyncflow.demo.model knows
+MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be too long
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """A row of prompts: what is asked and the one right answer, for evaluation and rules."""
+
+    prompt: str
+    reference: str
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A preference: `chosen` answers the prompt better. A truncated response never reached its end."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rejected_truncated: bool = False
+
+
+class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows of each file."""
+
+    sft: int = 6_000
+    pairs: int = 40_000
+    train: int = 6_000
+    heldout: int = 400
+    heldout_pairs: int = 1_000
+
+
+def sorting(rng: random.Random) -> Problem:
+    """`S:dbcaahfe=` -> `aabcdefh`."""
+    letters = rng.choices(LETTERS, k=LENGTH)
+    return Problem(f"S:{''.join(letters)}=", "".join(sorted(letters)))
+
+
+def addition(rng: random.Random) -> Problem:
+    """`A:37+85=` -> `122`. There are 8,100 such problems."""
+    left, right = rng.randrange(10, 100), rng.randrange(10, 100)
+    return Problem(f"A:{left}+{right}=", str(left + right))
+
+
+def distinct(task: Callable[[random.Random], Problem], seed: int) -> Iterator[Problem]:
+    """Problems of a task, none twice. Raises ValueError when a task runs out of them."""
+    rng, seen = random.Random(seed), set[str]()
+    while True:
+        for _ in range(10_000):
+            if (problem := task(rng)).prompt not in seen:
+                break
+        else:
+            raise ValueError(f"{task.__name__}: no new problem in 10,000 draws after {len(seen)}; ask for fewer rows")
+        seen.add(problem.prompt)
+        yield problem
+
+
+# --- rejected answers: what a half-trained policy writes, and what PPO may try
+
+
+def _miscount(answer: str, rng: random.Random) -> str:
+    """One letter too few and another too many, in order: the commonest mistake of the policy."""
+    letters = list(answer)
+    letters[rng.randrange(len(letters))] = rng.choice(LETTERS)
+    return "".join(sorted(letters))
+
+
+def _substitute(answer: str, rng: random.Random) -> str:
+    at = rng.randrange(len(answer))
+    return answer[:at] + rng.choice(LETTERS) + answer[at + 1 :]
+
+
+def _swap(answer: str, rng: random.Random) -> str:
+    at = rng.randrange(len(answer) - 1)
+    return answer[:at] + answer[at + 1] + answer[at] + answer[at + 2 :]
+
+
+def _omit(answer: str, rng: random.Random) -> str:
+    at = rng.randrange(len(answer))
+    return answer[:at] + answer[at + 1 :]
+
+
+def _stutter(answer: str, rng: random.Random) -> str:
+    at = rng.randrange(len(answer))
+    return answer[:at] + answer[at] + answer[at:]
+
+
+def _insert(answer: str, rng: random.Random) -> str:
+    at = rng.randrange(len(answer) + 1)
+    return answer[:at] + rng.choice(LETTERS) + answer[at:]
+
+
+MISTAKES: Mapping[Callable[[str, random.Random], str], int] = {  # with the odds of each
+    _miscount: 10,
+    _substitute: 4,
+    _swap: 2,
+    _omit: 2,
+    _stutter: 1,
+    _insert: 1,
+}
+
+
+def spoil(answer: str, rng: random.Random, mistakes: int) -> str:
+    """An answer with up to `mistakes` mistakes, never equal to `answer` and never shorter than two letters."""
+    while True:
+        spoiled = answer
+        for mistake in rng.choices(list(MISTAKES), weights=list(MISTAKES.values()), k=mistakes):
+            if len(spoiled) > 2 or mistake is not _omit:
+                spoiled = mistake(spoiled, rng)
+        if spoiled != answer:
+            return spoiled
+
+
+def preference(problem: Problem, rng: random.Random) -> Pair:
+    """The right answer against a wrong one: mostly one mistake, sometimes many, sometimes cut off."""
+    mistakes = rng.choices((1, 2, 3, 6), weights=(60, 20, 10, 10))[0]
+    rejected = spoil(problem.reference, rng, mistakes)
+    if rng.random() < 0.05:  # ran into max_tokens
+        padded = rejected + "".join(rng.choices(LETTERS, k=MAX_TOKENS))
+        return Pair(problem.prompt, problem.reference, padded[:MAX_TOKENS], rejected_truncated=True)
+    return Pair(problem.prompt, problem.reference, rejected[: MAX_TOKENS - 1])
+
+
+def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:
+    """Write sft.jsonl, pairs.jsonl, heldout_pairs.jsonl, train.jsonl and heldout.jsonl. No prompt stands in two of them."""
+    problems, rng = distinct(sorting, seed), random.Random(seed + 1)
+    draw = lambda n: [next(problems) for _ in range(n)]  # noqa: E731
+    write_rows(folder / "heldout.jsonl", draw(sizes.heldout))
+    write_rows(folder / "heldout_pairs.jsonl", [preference(p, rng) for p in draw(sizes.heldout_pairs)])
+    write_rows(folder / "sft.jsonl", [{"prompt": p.prompt, "response": p.reference} for p in draw(sizes.sft)])
+    write_rows(folder / "pairs.jsonl", [preference(p, rng) for p in draw(sizes.pairs)])
+    write_rows(folder / "train.jsonl", draw(sizes.train))
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.Encoder().encode_lines(rows))

@@ -1,0 +1,204 @@
+"""Control messages and events: small typed values, encoded by msgspec, that never carry a payload's bytes.
+
+Three families: `Delivery` tells a mailbox which rows arrived where; `Notice` is what a service reports to
+its controller; `Event` is what a controller tells the people and programs that follow a run.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from protocols.stage import Failure
+from protocols.weights import InstallReceipt, Version
+
+
+class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows that arrived on one edge. Values are in the payload beside it; `failures` are tombstones.
+
+    Together they name each row of the edge exactly once over a run.
+    """
+
+    edge: str  # "reward.score#1.0": consumer stage and input position
+    term: int
+    rows: int  # rows in the payload
+    failures: list[Failure] = []
+
+
+class Span(msgspec.Struct, frozen=True):
+    """A stretch of time of one service, for the timeline and the idle-time accounts."""
+
+    service: str
+    activity: str  # the stage ("policy.update#1"), "publish", "load", "checkpoint"
+    start: float  # seconds, time.time()
+    end: float
+    rows: int = 0
+    step: int = -1  # the step it belongs to, -1 where rows of several mix
+
+
+# --- notices: service -> controller
+
+
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """All rows of a prompt reached the join: alive, or dead with a cause."""
+
+    prompt_id: int
+    alive: list[int]  # sample ids
+    dead: list[Failure]
+    oldest_version: int = 0  # oldest step among the prompt's tokens
+    critic_version: int = -1  # oldest critic step among its values; -1 without a critic
+    tokens: int = 0  # response tokens of the rows that are alive
+    reward_sum: float = 0.0  # sum of their scores
+
+
+class Generated(msgspec.Struct, frozen=True, tag=True):
+    """Rows left the engine, for the ledger and the token counters."""
+
+    sample_ids: list[int]
+    tokens: int
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """A sink finished one batch."""
+
+    stage: str
+    step: int
+    values: dict[str, float] = {}
+
+
+class Busy(msgspec.Struct, frozen=True, tag=True):
+    """Time spent, reported in small groups."""
+
+    spans: list[Span]
+
+
+class LeaseAsked(msgspec.Struct, frozen=True, tag=True):
+    """A stage with all its inputs in hand asks for its pool's devices."""
+
+    ticket: int
+    stage: str
+
+
+class LeaseReturned(msgspec.Struct, frozen=True, tag=True):
+    """It gives them back, before it sends or publishes anything."""
+
+    ticket: int
+
+
+class Waiting(msgspec.Struct, frozen=True, tag=True):
+    """Who waits for what since when; `what` empty: not any more. Feeds the live view and the wait-for graph."""
+
+    who: str
+    what: str = ""
+    on: str = ""
+    since: float = 0.0
+
+
+class ServiceFailed(msgspec.Struct, frozen=True, tag=True):
+    """A stage raised: the run can't go on as it is."""
+
+    service: str
+    stage: str
+    error: str
+
+
+Notice = Settled | Generated | StepDone | Busy | LeaseAsked | LeaseReturned | Waiting | ServiceFailed
+
+
+# --- events: controller -> client
+
+
+class RunStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    run: str
+    folder: str
+    steps: int
+    first_step: int = 0  # steps already committed when it (re)started
+    term: int = 0
+    services: list[str] = []
+
+
+class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """One step is in the ledger; the fields are the line of metrics.jsonl."""
+
+    step: int  # 1 after the first
+    version: str
+    seconds: float  # since the previous commit
+    samples: int
+    tokens_generated: int  # response tokens trained in this step
+    reward_mean: float
+    kl: float  # mean per token of mu to the reference
+    loss: float  # the policy's
+    staleness_max: int  # versions
+    staleness_mean: float
+    metrics: dict[str, float] = {}  # everything else, by dotted name: "critic.loss", "wait.reward.score#1"
+
+
+class Evaluated(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    step: int
+    metric: str
+    value: float
+    samples: int
+
+
+class CheckpointWritten(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    step: int
+    path: str
+    seconds: float
+    nbytes: int
+
+
+class Published(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    version: Version
+    nbytes: int
+    seconds: float
+    receipts: list[InstallReceipt] = []
+
+
+class SamplesEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Samples that ended other than trained."""
+
+    state: Literal["dropped", "failed"]
+    reason: str
+    count: int
+
+
+class StateChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    state: Literal["running", "paused", "draining", "stopped"]
+
+
+class WaitsChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Who waits on whom now, for the live view: stage -> "what on whom"."""
+
+    waits: dict[str, str]
+    live_prompts: int
+    step_progress: float  # share of the current batch's prompts that are settled, 0 to 1
+    tokens_per_second: float = 0.0
+
+
+class Stalled(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Nothing has moved for `seconds`: the wait-for graph, a line an edge."""
+
+    seconds: float
+    graph: list[str]
+
+
+class RunEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    outcome: Literal["finished", "stopped", "failed"]
+    step: int
+    error: str = ""
+    exit_code: int = 0  # 0 done, 1 failed, 3 broken invariant, 130 interrupted
+
+
+Event = (
+    RunStarted
+    | StepCommitted
+    | Evaluated
+    | CheckpointWritten
+    | Published
+    | SamplesEnded
+    | StateChanged
+    | WaitsChanged
+    | Stalled
+    | RunEnded
+)

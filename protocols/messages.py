@@ -1,0 +1,123 @@
+"""One frozen batch type per stage of a sample's life.
+
+The type's name is the stage; no record is half filled. N is the number of rows, T_i the number of
+response tokens of row i, P_i of its prompt. Ids are int64, tokens int32, everything learned float32.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import msgspec
+
+from protocols.columns import Batch, Float32, Int64, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
+
+
+class Finish(IntEnum):
+    """Why a response ended."""
+
+    STOP = 0  # end-of-sequence token, which is part of the response
+    LENGTH = 1  # max_tokens reached
+
+
+class Prompts(Batch, frozen=True, kw_only=True, eq=False):
+    """A request for one response per row; a prompt with n samples is n rows."""
+
+    schema_id: ClassVar[int] = 1
+
+    prompts: JaggedInt32  # [N, P_i] token ids
+    references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
+    floors: Int64  # [N] version at admission: only weights at least this new may generate the row
+
+
+class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
+    """Finished responses."""
+
+    schema_id: ClassVar[int] = 2
+    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (("responses", "log_probs", "versions", "loss_mask"),)
+
+    prompts: JaggedInt32  # [N, P_i]
+    references: Text  # [N]
+    responses: JaggedInt32  # [N, T_i], with its end-of-sequence token where finish is STOP
+    log_probs: JaggedFloat32  # [N, T_i] behaviour log-probs, mu, under the weights that drew the token
+    versions: JaggedInt32  # [N, T_i] step of the weights that drew each token; their term is the frame's
+    loss_mask: JaggedUInt8  # [N, T_i] 1 where the policy drew the token and it is trained
+    finishes: UInt8  # [N] Finish
+
+    def check(self) -> None:
+        super().check()
+        _check_tokens(self, "prompts", "responses")
+
+
+class LogProbs(Batch, frozen=True, kw_only=True, eq=False):
+    """Log-probs of the response tokens under one model."""
+
+    schema_id: ClassVar[int] = 3
+
+    log_probs: JaggedFloat32  # [N, T_i]
+
+
+class Values(Batch, frozen=True, kw_only=True, eq=False):
+    """A critic's value of the state before each response token."""
+
+    schema_id: ClassVar[int] = 4
+
+    values: JaggedFloat32  # [N, T_i]
+    versions: Int64  # [N] step of the critic's weights
+
+
+class Scores(Batch, frozen=True, kw_only=True, eq=False):
+    """A reward per response."""
+
+    schema_id: ClassVar[int] = 5
+
+    scores: Float32  # [N]
+
+
+class Costs(Batch, frozen=True, kw_only=True, eq=False):
+    """A cost per response: positive is unsafe."""
+
+    schema_id: ClassVar[int] = 6
+
+    costs: Float32  # [N]
+
+
+class Experience(Batch, frozen=True, kw_only=True, eq=False):
+    """What a trainer takes: exactly the rows of one batch, in its order."""
+
+    schema_id: ClassVar[int] = 7
+    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("responses", "log_probs", "loss_mask", "advantages", "returns", "values"),
+    )
+
+    prompts: JaggedInt32  # [N, P_i]
+    responses: JaggedInt32  # [N, T_i]
+    loss_mask: JaggedUInt8  # [N, T_i]
+    log_probs: JaggedFloat32  # [N, T_i] mu
+    advantages: JaggedFloat32  # [N, T_i] as the estimator leaves them, whitened where it whitens
+    returns: JaggedFloat32  # [N, T_i] the critic's targets
+    values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored
+
+    def check(self) -> None:
+        super().check()
+        _check_tokens(self, "prompts", "responses")
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Measurements of one stage call: each value is a mean over its count, so metrics of replicas reduce."""
+
+    values: dict[str, float] = {}
+    counts: dict[str, float] = {}  # weight of each value; absent: 1
+
+
+SCHEMAS: dict[int, type[Batch]] = {
+    kind.schema_id: kind for kind in (Prompts, Rollouts, LogProbs, Values, Scores, Costs, Experience)
+}
+
+
+def _check_tokens(batch: Any, *names: str) -> None:
+    for name in names:
+        values = getattr(batch, name).values
+        if len(values) and int(values.min()) < 0:
+            raise ValueError(f"{name}: negative token id {int(values.min())}")

@@ -1,0 +1,110 @@
+"""The roles: abstract classes whose methods are stages.
+
+Workers implement them, tracing reads them, so neither tracing nor a client imports torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
+
+import msgspec
+
+from protocols.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from protocols.stage import Partial, stage
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a response is drawn. temperature 0 is greedy."""
+
+    max_tokens: int = 64
+    temperature: float = 1.0
+
+
+class Greedy(msgspec.Struct, frozen=True):
+    """Marks a call of `generate` that takes the likeliest token: one row a prompt, max_tokens as the recipe says."""
+
+
+GREEDY = Greedy()
+
+
+class Policy(ABC):
+    """The trained model: generates and learns."""
+
+    @stage(protocol="3D_ALL_MICRO_DP")
+    @abstractmethod
+    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts | Partial[Rollouts]:
+        """Draw one response per row."""
+
+    @stage(protocol="3D_PROTO")
+    @abstractmethod
+    def log_probs(self, rollouts: Rollouts) -> LogProbs:
+        """Log-probs of the response tokens under the current weights."""
+
+    @stage(protocol="METRIC")
+    @abstractmethod
+    def update(self, experience: Experience) -> Metrics:
+        """One step: epochs x mini-batches optimizer steps on one closed batch."""
+
+
+class Critic(ABC):
+    """Predicts the return of a state; learns."""
+
+    @stage(protocol="3D_PROTO")
+    @abstractmethod
+    def values(self, rollouts: Rollouts) -> Values:
+        """A value for the state before each response token."""
+
+    @stage(protocol="METRIC")
+    @abstractmethod
+    def update(self, experience: Experience) -> Metrics:
+        """Fit the values to the returns of one closed batch."""
+
+
+class Reference(ABC):
+    """The frozen anchor of the KL term."""
+
+    @stage(protocol="3D_PROTO")
+    @abstractmethod
+    def log_probs(self, rollouts: Rollouts) -> LogProbs:
+        """Log-probs of the response tokens under the reference weights."""
+
+
+class Reward(ABC):
+    """Scores finished responses: a rule, a trained model, a remote service or a person."""
+
+    @stage(protocol="DP_PROTO")
+    @abstractmethod
+    def score(self, rollouts: Rollouts) -> Scores | Partial[Scores]:
+        """A reward per response; a row that can't be scored fails with its cause, it never becomes 0."""
+
+
+class Cost(ABC):
+    """Safe-RLHF's second reward model: positive is unsafe."""
+
+    @stage(protocol="DP_PROTO")
+    @abstractmethod
+    def score(self, rollouts: Rollouts) -> Costs | Partial[Costs]:
+        """A cost per response."""
+
+
+ROLES: dict[str, type] = {
+    "policy": Policy,
+    "critic": Critic,
+    "cost_critic": Critic,
+    "reference": Reference,
+    "reward": Reward,
+    "cost": Cost,
+}
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A worker whose state a checkpoint holds: all of them roll back together."""
+
+    def save(self, folder: str) -> None:
+        """Write weights, optimizer and generator state into an existing empty folder, safetensors and JSON only."""
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote; raises ValueError where it does not fit this model."""
+

@@ -1,0 +1,1 @@
+"""What is computed: one model at a time, plain classes, no Ray."""

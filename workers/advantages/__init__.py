@@ -1,0 +1,1 @@
+"""Advantage estimators: numpy functions over a closed batch."""

@@ -1,0 +1,1 @@
+"""The engines that draw rollouts, behind one seam (`engine.Engine`)."""
