@@ -7,7 +7,7 @@ here pads. Workers pad or pack for their device; messages never do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -35,8 +35,8 @@ class Jagged:
     def __init__(self, values: Array, offsets: Array) -> None:
         if values.ndim != 1 or offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
             raise ValueError(
-                f"jagged column needs flat values and int64 offsets [N + 1], got values {values.dtype}{list(values.shape)}, "
-                f"offsets {offsets.dtype}{list(offsets.shape)}"
+                "jagged column needs flat values and int64 offsets [N + 1], got "
+                f"values {values.dtype}{list(values.shape)}, offsets {offsets.dtype}{list(offsets.shape)}"
             )
         if offsets[0] != 0 or offsets[-1] != len(values) or bool(np.any(offsets[1:] < offsets[:-1])):
             raise ValueError(f"jagged offsets must rise from 0 to {len(values)}, got {offsets[0]} to {offsets[-1]}")
@@ -106,7 +106,7 @@ class Jagged:
         """The given rows in the given order. A contiguous rising range shares memory."""
         index = np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[index]
-        if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        if len(index) and index[0] >= 0 and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
             start, stop = self.offsets[index[0]], self.offsets[index[-1] + 1]
             return Jagged.from_lengths(self.values[start:stop], lengths)
         starts = self.offsets[:-1][index]
@@ -153,11 +153,17 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows
     have equal lengths.
+
+    A schema grows by adding columns: raise `schema_version` and give the new column a default, which stands
+    in where a frame of an older version lacks it. A plain column's default is its value in every row; a
+    jagged column's is the value of every token where it is aligned with an older column, and otherwise one
+    row's values, `()` for empty rows. Any other change is a new message with a new `schema_id`.
     """
 
     schema_id: ClassVar[int] = 0
     schema_version: ClassVar[int] = 1
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {}
 
     sample_ids: Int64  # [N] deterministic ids, see protocols.ids
 
@@ -178,7 +184,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             _check_column(self, spec)
         if len(self) and int(self.sample_ids.min()) < 0:
             raise ValueError(f"sample_ids: negative id {int(self.sample_ids.min())}")
-        if len(np.unique(self.sample_ids)) != len(self):
+        ordered = np.sort(self.sample_ids)
+        if bool(np.any(ordered[1:] == ordered[:-1])):
             raise ValueError(f"sample_ids: an id occurs twice in {len(self)} rows")
         for group in self.aligned:
             first = getattr(self, group[0]).lengths
@@ -222,12 +229,11 @@ def _spec(name: str, hint: Any) -> ColumnSpec:
 def take(batch: B, rows: npt.ArrayLike) -> B:
     """The given rows of a batch, in the given order."""
     index = np.asarray(rows, dtype=np.int64)
-    return type(batch)(
-        **{
-            c.name: column.take(index) if isinstance(column := getattr(batch, c.name), Jagged) else _frozen(column[index])
-            for c in columns_of(type(batch))
-        }
-    )
+    columns: dict[str, Any] = {}
+    for spec in columns_of(type(batch)):
+        column = getattr(batch, spec.name)
+        columns[spec.name] = column.take(index) if isinstance(column, Jagged) else _frozen(column[index])
+    return type(batch)(**columns)
 
 
 def concat(batches: Sequence[B]) -> B:
@@ -239,14 +245,11 @@ def concat(batches: Sequence[B]) -> B:
     kind = type(batches[0])
     if any(type(b) is not kind for b in batches):
         raise TypeError(f"concat of different messages: {sorted({type(b).__name__ for b in batches})}")
-    return kind(
-        **{
-            c.name: Jagged.concat([getattr(b, c.name) for b in batches])
-            if c.jagged
-            else _frozen(np.concatenate([getattr(b, c.name) for b in batches]))
-            for c in columns_of(kind)
-        }
-    )
+    columns: dict[str, Any] = {}
+    for spec in columns_of(kind):
+        parts = [getattr(batch, spec.name) for batch in batches]
+        columns[spec.name] = Jagged.concat(parts) if spec.jagged else _frozen(np.concatenate(parts))
+    return kind(**columns)
 
 
 def split(batch: B, parts: int) -> list[B]:
@@ -256,12 +259,11 @@ def split(batch: B, parts: int) -> list[B]:
 
 def empty(kind: type[B]) -> B:
     """A batch of no rows."""
-    return kind(
-        **{
-            c.name: Jagged(np.empty(0, c.dtype), np.zeros(1, np.int64)) if c.jagged else np.empty(0, c.dtype)
-            for c in columns_of(kind)
-        }
-    )
+    columns: dict[str, Any] = {
+        c.name: Jagged(np.empty(0, c.dtype), np.zeros(1, np.int64)) if c.jagged else _frozen(np.empty(0, c.dtype))
+        for c in columns_of(kind)
+    }
+    return kind(**columns)
 
 
 def rows_of(batch: Batch, sample_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """Control messages and events: small typed values, encoded by msgspec, that never carry a payload's bytes.
 
-Three families: `Delivery` tells a mailbox which rows arrived where; `Notice` is what a service reports to
-its controller; `Event` is what a controller tells the people and programs that follow a run.
+Four families: `Delivery` tells a mailbox which rows arrived where; `Request` and `Reply` are what a controller
+asks of a service; `Notice` is what a service reports to its controller; `Event` is what a controller tells the
+people and programs that follow a run. A payload, where there is one, travels beside the message.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from protocols.roles import Sampling
 from protocols.stage import Failure
-from protocols.weights import InstallReceipt, Version
+from protocols.weights import InstallReceipt, Version, WeightManifest
 
 
 class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,6 +26,7 @@ class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     term: int
     rows: int  # rows in the payload
     failures: list[Failure] = []
+    step: int = -1  # of a closed batch on its way to the trainers
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -35,6 +38,119 @@ class Span(msgspec.Struct, frozen=True):
     end: float
     rows: int = 0
     step: int = -1  # the step it belongs to, -1 where rows of several mix
+
+
+# --- requests: controller -> service, each with its reply
+
+
+class CloseBatch(msgspec.Struct, frozen=True, tag=True):
+    """Turn exactly these rows, in this order, into the experience of a step and send it to the trainers."""
+
+    step: int
+    sample_ids: list[int]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Let joined rows go that will not be trained."""
+
+    sample_ids: list[int]
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Copy the policy's canonical weights: the reply's payload."""
+
+    version: Version
+
+
+class LoadWeights(msgspec.Struct, frozen=True, tag=True):
+    """Install the payload's weights."""
+
+    manifest: WeightManifest
+
+
+class Invoke(msgspec.Struct, frozen=True, tag=True):
+    """Call a stage's method directly on the payload's rows, outside the dataflow."""
+
+    method: str
+    sampling: Sampling | None = None
+
+
+class SaveState(msgspec.Struct, frozen=True, tag=True):
+    """Write the worker's state into an existing folder."""
+
+    folder: str
+
+
+class LoadState(msgspec.Struct, frozen=True, tag=True):
+    """Restore the worker's state from a checkpoint's folder."""
+
+    folder: str
+
+
+class ExportModel(msgspec.Struct, frozen=True, tag=True):
+    """Write a transformers folder."""
+
+    folder: str
+
+
+class Grant(msgspec.Struct, frozen=True, tag=True):
+    """The pool's devices are the asker's until it returns them."""
+
+    ticket: int
+
+
+class SetPaused(msgspec.Struct, frozen=True, tag=True):
+    """Stop or go on drawing; running rows keep their place."""
+
+    paused: bool
+
+
+class AskStatistics(msgspec.Struct, frozen=True, tag=True):
+    """Depths and capacities of the mailboxes, gauges of the engine."""
+
+
+Request = (
+    CloseBatch
+    | Forget
+    | TakeSnapshot
+    | LoadWeights
+    | Invoke
+    | SaveState
+    | LoadState
+    | ExportModel
+    | Grant
+    | SetPaused
+    | AskStatistics
+)
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """Nothing to say but that it is done; measurements where there are some."""
+
+    values: dict[str, float] = {}
+
+
+class SnapshotTaken(msgspec.Struct, frozen=True, tag=True):
+    manifest: WeightManifest
+
+
+class Installed(msgspec.Struct, frozen=True, tag=True):
+    receipt: InstallReceipt
+
+
+class Invoked(msgspec.Struct, frozen=True, tag=True):
+    """The rows are in the payload, these could not be done."""
+
+    failures: list[Failure] = []
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The request was not done, and why."""
+
+    error: str
+
+
+Reply = Done | SnapshotTaken | Installed | Invoked | Refused
 
 
 # --- notices: service -> controller

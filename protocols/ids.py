@@ -23,7 +23,9 @@ Purpose = Literal["train", "baseline", "evaluate"]
 def prompt_id(epoch: int, ordinal: int) -> int:
     """Pack a prompt's place in the data. Raises ValueError where a part does not fit its bits."""
     if not (0 <= epoch <= EVALUATION_EPOCH and 0 <= ordinal < 1 << ORDINAL_BITS):
-        raise ValueError(f"prompt at epoch {epoch}, ordinal {ordinal} does not fit {EPOCH_BITS} and {ORDINAL_BITS} bits")
+        raise ValueError(
+            f"prompt at epoch {epoch}, ordinal {ordinal} does not fit {EPOCH_BITS} and {ORDINAL_BITS} bits"
+        )
     return epoch << ORDINAL_BITS | ordinal
 
 

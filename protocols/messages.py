@@ -7,11 +7,11 @@ response tokens of row i, P_i of its prompt. Ids are int64, tokens int32, everyt
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 
-from protocols.columns import Batch, Float32, Int64, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
+from protocols.columns import Batch, Float32, Int64, Jagged, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
 
 
 class Finish(IntEnum):
@@ -30,6 +30,12 @@ class Prompts(Batch, frozen=True, kw_only=True, eq=False):
     references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
     floors: Int64  # [N] version at admission: only weights at least this new may generate the row
 
+    def check(self) -> None:
+        super().check()
+        _check_range(self, "prompts")
+        _check_range(self, "floors")
+        _check_text(self, "references")
+
 
 class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
     """Finished responses."""
@@ -47,7 +53,11 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
 
     def check(self) -> None:
         super().check()
-        _check_tokens(self, "prompts", "responses")
+        for name in ("prompts", "responses", "versions"):
+            _check_range(self, name)
+        _check_range(self, "loss_mask", high=1)
+        _check_range(self, "finishes", high=max(Finish))
+        _check_text(self, "references")
 
 
 class LogProbs(Batch, frozen=True, kw_only=True, eq=False):
@@ -101,7 +111,9 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
 
     def check(self) -> None:
         super().check()
-        _check_tokens(self, "prompts", "responses")
+        for name in ("prompts", "responses"):
+            _check_range(self, name)
+        _check_range(self, "loss_mask", high=1)
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -116,8 +128,21 @@ SCHEMAS: dict[int, type[Batch]] = {
 }
 
 
-def _check_tokens(batch: Any, *names: str) -> None:
-    for name in names:
-        values = getattr(batch, name).values
-        if len(values) and int(values.min()) < 0:
-            raise ValueError(f"{name}: negative token id {int(values.min())}")
+def _check_range(batch: Batch, name: str, high: int | None = None) -> None:
+    """Values of an integer column lie in [0, high]: no negative token, no mark that has no meaning."""
+    column = getattr(batch, name)
+    values = column.values if isinstance(column, Jagged) else column
+    if len(values) and int(values.min()) < 0:
+        raise ValueError(f"{name}: negative value {int(values.min())}")
+    if high is not None and len(values) and int(values.max()) > high:
+        raise ValueError(f"{name}: value {int(values.max())}, at most {high} has a meaning")
+
+
+def _check_text(batch: Batch, name: str) -> None:
+    """Every row is UTF-8, so that `Jagged.text` holds for whoever reads it."""
+    column: Jagged = getattr(batch, name)
+    for row in range(len(column)):
+        try:
+            column.text(row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: row {row} is no UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -107,4 +107,3 @@ class Stateful(Protocol):
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote; raises ValueError where it does not fit this model."""
-

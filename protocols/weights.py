@@ -70,7 +70,9 @@ class BadWeights(Exception):
 _ALIGNMENT = 64
 
 
-def pack(tensors: Mapping[str, tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]]) -> tuple[list[TensorEntry], npt.NDArray[np.uint8]]:
+def pack(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]],
+) -> tuple[list[TensorEntry], npt.NDArray[np.uint8]]:
     """Lay tensors, given as (dtype, shape, bytes), into one buffer; the entries carry their digests."""
     entries: list[TensorEntry] = []
     end = 0
@@ -94,4 +96,6 @@ def verify(entries: Iterable[TensorEntry], buffer: npt.NDArray[np.uint8]) -> Non
     for entry in entries:
         data = buffer[entry.start : entry.start + entry.nbytes]
         if data.nbytes != entry.nbytes or digest(data) != entry.digest:
-            raise BadWeights(f"tensor {entry.name}: the {data.nbytes} bytes received are not the {entry.nbytes} bytes sent")
+            raise BadWeights(
+                f"tensor {entry.name}: the {data.nbytes} bytes received are not the {entry.nbytes} bytes sent"
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -56,12 +56,30 @@ def read_rows(path: str | Path, kind: type[R], columns: Mapping[str, str] | None
     names = {field.name: (columns or {}).get(field.name, field.name) for field in msgspec.structs.fields(kind)}
     if unknown := set(columns or {}) - set(names):
         raise DataError(f"{path}: {sorted(unknown)[0]!r} is no field of {kind.__name__}; it has {', '.join(names)}")
-    decoder = msgspec.json.Decoder(msgspec.defstruct(kind.__name__, _renamed(kind), rename=names))
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}") from error
-    rows = [_row(decoder, line, f"{path}:{number}", kind) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(line, kind, names, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: holds no row")
     return rows
+
+
+_JSON = msgspec.json.Decoder(dict[str, Any])
+
+
+def _row(line: bytes, kind: type[R], names: Mapping[str, str], place: str) -> R:
+    try:
+        row = _JSON.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{place}: not a JSON object: {error}") from error
+    for field in msgspec.structs.fields(kind):
+        if field.required and names[field.name] not in row:
+            raise DataError(
+                f"{place}: no field {names[field.name]!r}; the row has {', '.join(map(repr, row)) or 'none'}"
+            )
+    try:
+        return msgspec.convert({field: row[name] for field, name in names.items() if name in row}, kind)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{place}: {error}") from error

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,6 +24,10 @@ from transformers import (
 )
 
 from protocols.columns import Jagged
+
+# What transformers says while it loads (progress bars, a table of the new value head) is for people at a prompt.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,8 +56,11 @@ def load_critic(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
 
     A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise.
     """
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0  # the class drops a tenth of its features by default: values would be noise
     model, loading = AutoModelForTokenClassification.from_pretrained(
-        str(path), dtype=DTYPES[dtype], num_labels=1, classifier_dropout=0.0, output_loading_info=True, **_LOCAL
+        str(path), config=config, dtype=DTYPES[dtype], output_loading_info=True, **_LOCAL
     )
     missing = set(loading["missing_keys"])
     if missing:
@@ -100,7 +109,9 @@ class MicroBatch:
 
     def _positions(self) -> npt.NDArray[np.int64]:
         ends = np.cumsum(self.response_lengths)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - self.response_lengths, self.response_lengths)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(
+            ends - self.response_lengths, self.response_lengths
+        )
         return within + np.repeat(self.prompt_lengths, self.response_lengths)
 
     def column(self, column: Jagged) -> Tensor:

@@ -112,7 +112,9 @@ class Dataflow(msgspec.Struct, frozen=True):
         lines = []
         for stage in self.stages:
             given = "" if stage.is_sink else f" -> {stage.produces.__name__}"
-            lines.append(f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{given}   [{stage.grain}, {stage.protocol}]")
+            lines.append(
+                f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{given}   [{stage.grain}, {stage.protocol}]"
+            )
         return "\n".join(lines)
 
 
@@ -131,7 +133,9 @@ def check(name: str, stages: tuple[Stage, ...]) -> Dataflow:
     read = {i for s in stages for i in s.inputs}
     for stage in stages:
         if not stage.is_sink and stage.name not in read:
-            raise DataflowError(f"{name}: nobody reads the {stage.produces.__name__} of {stage.name}: its rows would be held for ever")
+            raise DataflowError(
+                f"{name}: nobody reads the {stage.produces.__name__} of {stage.name}: its rows would be held for ever"
+            )
         for source in stage.inputs:
             if stage.is_sink and not by_name[source].closes:
                 raise DataflowError(f"{name}: {stage.name} trains on a closed batch, but {source} gives single rows")

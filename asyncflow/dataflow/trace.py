@@ -69,7 +69,9 @@ class Flow:
             raise DataflowError(f"join of {list(inputs)}: no input has a row per sample")
         return Join(self, inputs)
 
-    def _add(self, service: str, method: str, inputs: tuple[Symbol, ...], produces: Any, grain: Grain, **rest: Any) -> Symbol:
+    def _add(
+        self, service: str, method: str, inputs: tuple[Symbol, ...], produces: Any, grain: Grain, **rest: Any
+    ) -> Symbol:
         label = method if service == ADVANTAGE else f"{service}.{method}"
         self._calls[label] += 1
         stage = Stage(
@@ -98,7 +100,7 @@ class _SymbolicService:
         def call(*inputs: Symbol, sampling: Greedy | None = None) -> Symbol:
             where = f"{self._role}.{method}"
             _match(where, contract.consumes, inputs)
-            grain: Grain = inputs[0].grain
+            grain = inputs[0].grain
             if contract.is_sink:
                 grain = "batch"
             elif inputs[0].source == SOURCE:
@@ -130,7 +132,9 @@ class Join:
         except TypeError as error:
             raise DataflowError(str(error)) from None
         if produces is not Experience:
-            raise DataflowError(f"{function.__name__}: returns {produces.__name__}, a batch function returns Experience")
+            raise DataflowError(
+                f"{function.__name__}: returns {produces.__name__}, a batch function returns Experience"
+            )
         _match(function.__name__, consumes, self._inputs)
         return self._flow._add(
             ADVANTAGE, function.__name__, self._inputs, produces, "batch",

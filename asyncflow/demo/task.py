@@ -7,10 +7,13 @@ it is rewarded by a rule. Every problem of a data set is drawn once, so no two o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import msgspec
+
+from workers.datasets import Demonstration, Preference, Problem
 
 LETTERS = "abcdefgh"
 LENGTH = 8
@@ -18,26 +21,10 @@ CHARACTERS = LETTERS + "0123456789" + "+=:SA"  # what the tokenizer of asyncflow
 MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be too long
 
 
-class Problem(msgspec.Struct, frozen=True):
-    """A row of prompts: what is asked and the one right answer, for evaluation and rules."""
-
-    prompt: str
-    reference: str
-
-
-class Pair(msgspec.Struct, frozen=True):
-    """A preference: `chosen` answers the prompt better. A truncated response never reached its end."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    rejected_truncated: bool = False
-
-
 class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows of each file."""
 
-    sft: int = 6_000
+    sft: int = 72  # so few that the policy generalizes to about half of the problems
     pairs: int = 40_000
     train: int = 6_000
     heldout: int = 400
@@ -125,28 +112,40 @@ def spoil(answer: str, rng: random.Random, mistakes: int) -> str:
             return spoiled
 
 
-def preference(problem: Problem, rng: random.Random) -> Pair:
+def preference(problem: Problem, rng: random.Random) -> Preference:
     """The right answer against a wrong one: mostly one mistake, sometimes many, sometimes cut off."""
     mistakes = rng.choices((1, 2, 3, 6), weights=(60, 20, 10, 10))[0]
     rejected = spoil(problem.reference, rng, mistakes)
     if rng.random() < 0.05:  # ran into max_tokens
         padded = rejected + "".join(rng.choices(LETTERS, k=MAX_TOKENS))
-        return Pair(problem.prompt, problem.reference, padded[:MAX_TOKENS], rejected_truncated=True)
-    return Pair(problem.prompt, problem.reference, rejected[: MAX_TOKENS - 1])
+        return Preference(problem.prompt, problem.reference, padded[:MAX_TOKENS], rejected_truncated=True)
+    return Preference(problem.prompt, problem.reference, rejected[: MAX_TOKENS - 1])
 
 
-def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:
-    """Write sft.jsonl, pairs.jsonl, heldout_pairs.jsonl, train.jsonl and heldout.jsonl. No prompt stands in two of them."""
-    problems, rng = distinct(sorting, seed), random.Random(seed + 1)
-    draw = lambda n: [next(problems) for _ in range(n)]  # noqa: E731
-    write_rows(folder / "heldout.jsonl", draw(sizes.heldout))
-    write_rows(folder / "heldout_pairs.jsonl", [preference(p, rng) for p in draw(sizes.heldout_pairs)])
-    write_rows(folder / "sft.jsonl", [{"prompt": p.prompt, "response": p.reference} for p in draw(sizes.sft)])
-    write_rows(folder / "pairs.jsonl", [preference(p, rng) for p in draw(sizes.pairs)])
-    write_rows(folder / "train.jsonl", draw(sizes.train))
+def write_sorting(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Write sft, pairs, heldout_pairs, train and heldout, each a .jsonl file. No prompt stands in two of them."""
+    problems, rng = distinct(sorting, seed), random.Random(seed)
+    write_rows(folder / "heldout.jsonl", islice(problems, sizes.heldout))
+    write_rows(folder / "heldout_pairs.jsonl", (preference(p, rng) for p in islice(problems, sizes.heldout_pairs)))
+    write_rows(folder / "sft.jsonl", map(demonstration, islice(problems, sizes.sft)))
+    write_rows(folder / "pairs.jsonl", (preference(p, rng) for p in islice(problems, sizes.pairs)))
+    write_rows(folder / "train.jsonl", islice(problems, sizes.train))
 
 
-def write_rows(path: Path, rows: Sequence[object]) -> None:
+def write_addition(folder: Path, seed: int, *, sft: int = 4_000, train: int = 3_000, heldout: int = 500) -> None:
+    """Write sft.jsonl, train.jsonl and heldout.jsonl, likewise. An exact match with the reference is the reward."""
+    problems = distinct(addition, seed)
+    write_rows(folder / "heldout.jsonl", islice(problems, heldout))
+    write_rows(folder / "sft.jsonl", map(demonstration, islice(problems, sft)))
+    write_rows(folder / "train.jsonl", islice(problems, train))
+
+
+def demonstration(problem: Problem) -> Demonstration:
+    """A problem with its right answer."""
+    return Demonstration(problem.prompt, problem.reference)
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.Encoder().encode_lines(rows))

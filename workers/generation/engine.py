@@ -87,5 +87,3 @@ def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:
         loss_mask=responses.with_values(np.ones(len(responses.values), np.uint8)),
         finishes=np.array([r.finish for r in rows], np.uint8),
     )
-
-

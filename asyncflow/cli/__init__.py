@@ -1,0 +1,1 @@
+"""The command line: the live view, and the commands around a run folder."""

@@ -1,0 +1,222 @@
+"""What a person sees while a run trains: a live panel on a terminal, one plain line a step anywhere else.
+
+controller -> Event -> Board (what is known, a pure fold) -> panel or line -> console
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from protocols.control import (
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    Published,
+    RunEnded,
+    RunStarted,
+    SamplesEnded,
+    Stalled,
+    StateChanged,
+    StepCommitted,
+    WaitsChanged,
+)
+
+HISTORY = 40  # steps that the sparkline shows
+WAITS = 8  # edges that the panel shows
+REASONS = 4  # of samples that ended untrained, the most frequent first
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class LiveView:
+    """Shows a run's events. Give `console` to write elsewhere than to standard output."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._board = Board()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, event: Event) -> None:
+        """Take one event; cheap enough for every event of a run."""
+        self._board.take(event)
+        line = line_of(event, self._board)
+        if self._live is not None:
+            self._live.update(panel(self._board))
+            if not isinstance(event, StepCommitted | RunStarted | Evaluated) and line:
+                self._print(line)  # above the panel, and still there when it has gone
+        elif line:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Board:
+    """What the events so far say."""
+
+    run: str = ""
+    state: str = "starting"
+    steps: int = 0
+    committed: int = 0
+    last: StepCommitted | None = None
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    evaluations: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> first, last
+    waits: WaitsChanged | None = None
+    ended: dict[str, int] = field(default_factory=dict)  # "dropped: reason" -> samples
+
+    def take(self, event: Event) -> None:
+        """Fold one event in."""
+        match event:
+            case RunStarted():
+                self.run, self.steps, self.committed, self.state = event.run, event.steps, event.first_step, "running"
+            case StepCommitted():
+                self.last, self.committed = event, event.step
+                self.rewards.append(event.reward_mean)
+                self.seconds.append(event.seconds)
+            case Evaluated():
+                first, _ = self.evaluations.get(event.metric, (event.value, event.value))
+                self.evaluations[event.metric] = (first, event.value)
+            case WaitsChanged():
+                self.waits = event
+            case SamplesEnded():
+                key = f"{event.state}: {event.reason}"
+                self.ended[key] = self.ended.get(key, 0) + event.count
+            case StateChanged():
+                self.state = event.state
+            case RunEnded():
+                self.state, self.waits = event.outcome, None
+            case CheckpointWritten() | Published() | Stalled():
+                pass
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the last steps; None before the first one."""
+        return sum(self.seconds) / len(self.seconds) * (self.steps - self.committed) if self.seconds else None
+
+
+def line_of(event: Event, board: Board) -> str | None:
+    """An event in one plain line, or None where a log has no use for it. `board` has taken the event."""
+    match event:
+        case RunStarted():
+            resumed = f", {event.first_step} of them done before" if event.first_step else ""
+            line = f"run {event.run}: {event.steps} steps{resumed}, in {event.folder}"
+        case StepCommitted():
+            line = (
+                f"step {event.step}/{board.steps}  reward {event.reward_mean:.4f}  kl {event.kl:.4f}  "
+                f"loss {event.loss:+.4f}  staleness {event.staleness_max}  samples {event.samples}  "
+                f"{_rate(event):.0f} tokens/s  {event.seconds:.2f} s"
+            )
+        case Evaluated():
+            line = f"evaluation at step {event.step}: {event.metric} {event.value:.4f} over {event.samples} samples"
+        case CheckpointWritten():
+            line = (
+                f"checkpoint of step {event.step}: {event.path}, {event.nbytes / 1e6:.1f} MB in {event.seconds:.2f} s"
+            )
+        case SamplesEnded():
+            line = f"{event.count} samples {event.state}: {' '.join(event.reason.split())}"
+        case StateChanged():
+            line = f"the run is {event.state}"
+        case Stalled():
+            line = f"nothing has moved for {event.seconds:.0f} s: " + "; ".join(event.graph)
+        case RunEnded():
+            cause = f": {event.error}" if event.error else ""
+            line = f"run {event.outcome} after step {event.step}{cause}"
+        case Published() | WaitsChanged():
+            line = None
+    return line
+
+
+def panel(board: Board) -> RenderableType:
+    """The board as a terminal shows it."""
+    body: list[RenderableType] = [_progress(board), Text(), _facts(board)]
+    waits = sorted(board.waits.waits.items()) if board.waits else []
+    if waits:
+        body += [Text(), Text("who waits on whom", style="dim"), _waits(waits)]
+    return Panel(Group(*body), title=Text(board.run or "asyncflow"), title_align="left", border_style="dim", width=88)
+
+
+def _progress(board: Board) -> Table:
+    row = Table.grid(padding=(0, 2, 0, 0))
+    under_way = board.waits.step_progress if board.waits else 0.0
+    done = min(board.committed + under_way, board.steps)
+    left = f"{_duration(board.seconds_left)} left" if board.seconds_left and board.state == "running" else board.state
+    bar = ProgressBar(total=max(board.steps, 1), completed=done, width=44)
+    row.add_row(Text(f"step {board.committed}/{board.steps}", style="bold"), bar, Text(left, style="dim"))
+    return row
+
+
+def _facts(board: Board) -> Table:
+    facts = Table.grid(padding=(0, 3, 0, 0))
+    facts.add_column(style="dim", min_width=10)
+    facts.add_column()
+    if board.last is not None:
+        step = board.last
+        facts.add_row("reward", Text(f"{step.reward_mean:.4f}  ").append(sparkline(board.rewards), style="green"))
+        facts.add_row("learning", f"kl {step.kl:.4f}   loss {step.loss:+.4f}")
+    for metric, (first, last) in board.evaluations.items():
+        facts.add_row("held out", Text(f"{metric} {last:.4f}, from {first:.4f}"))
+    if board.last is not None:
+        tokens = board.waits.tokens_per_second if board.waits and board.waits.tokens_per_second else _rate(board.last)
+        staleness = f"staleness {board.last.staleness_max} versions at most, {board.last.staleness_mean:.2f} on average"
+        facts.add_row("flow", f"{tokens:,.0f} tokens/s   {staleness}")
+    if board.waits is not None:
+        facts.add_row(
+            "prompts", f"{board.waits.live_prompts} live   next batch {board.waits.step_progress:.0%} complete"
+        )
+    for reason, count in sorted(board.ended.items(), key=lambda item: -item[1])[:REASONS]:
+        facts.add_row("samples", Text(f"{count} {reason}", style="yellow"))
+    return facts
+
+
+def _waits(waits: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(style="cyan")
+    for stage, reason in waits[:WAITS]:
+        table.add_row(Text(stage), Text(f"waits for {reason}"))
+    if len(waits) > WAITS:
+        table.add_row(Text(f"and {len(waits) - WAITS} more", style="dim"))
+    return table
+
+
+def sparkline(values: deque[float] | list[float]) -> str:
+    """One block a value, lowest to highest; a space where a value is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)
+
+
+def _rate(step: StepCommitted) -> float:
+    return step.tokens_generated / step.seconds if step.seconds else 0.0
+
+
+def _duration(seconds: float | None) -> str:
+    whole = round(seconds or 0.0)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"

@@ -1,0 +1,1 @@
+"""How a program drives a run. Needs only protocols."""

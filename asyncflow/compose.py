@@ -1,0 +1,134 @@
+"""From a recipe to services: which roles the algorithm needs, who runs where, who sends to whom. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from asyncflow.config import BadInput, Recipe, nearest
+from asyncflow.dataflow.graph import ADVANTAGE, Dataflow, Stage
+from asyncflow.services.spec import Fires, Kind, ServiceSpec, StageSpec, Target
+from protocols.roles import ROLES, Sampling
+from workers.settings import Model
+
+GENERATOR = "generator"
+EVALUATOR = "evaluator"
+NO_DEVICE = ""  # the pool of services that need no device of their own
+
+_KINDS: dict[str, Kind] = {
+    "policy": "policy", "critic": "critic", "cost_critic": "critic", "reference": "reference", "reward": "reward",
+}  # fmt: skip
+
+
+def roles_of(dataflow: Dataflow) -> list[str]:
+    """The models that the algorithm calls."""
+    return [s for s in dataflow.services if s != ADVANTAGE]
+
+
+def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
+    """service -> pool. A role without a placement goes to the first pool; what needs no device has none."""
+    first = next(iter(recipe.pools))
+    services = [*roles_of(dataflow), *([GENERATOR] if GENERATOR in recipe.placement else [])]
+    pools = {s: recipe.placement[s].pool if s in recipe.placement else first for s in services}
+    pools |= {s: NO_DEVICE for s in services if s in recipe.models and recipe.models[s].rule}
+    return {**pools, ADVANTAGE: NO_DEVICE, **({EVALUATOR: NO_DEVICE} if recipe.data.eval else {})}
+
+
+def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Refuse pools and placements that this build does not run. Raises BadInput."""
+    if not recipe.pools:
+        raise BadInput("pools: at least one pool is needed")
+    known = {*roles_of(dataflow), GENERATOR}
+    for service, placed in recipe.placement.items():
+        if service not in known:
+            raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
+        if placed.pool not in recipe.pools:
+            raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
+        if set(placed.parallel.split("-")) != {"1"} or placed.replicas != 1:
+            raise BadInput(
+                f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}: "
+                "this version runs one rank and one replica a service"
+            )
+    if recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement:
+        raise BadInput(
+            "generation.engine = 'vllm' needs a [placement] of generator; without one the policy itself generates, with 'torch'"
+        )
+
+
+def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder: str) -> list[ServiceSpec]:
+    """The services of a run, in the order of the algorithm."""
+    pools = pools_of(recipe, dataflow)
+    counts = Counter(p for p in pools.values() if p != NO_DEVICE)
+    generating = GENERATOR if GENERATOR in recipe.placement else "policy"
+
+    def host_of(stage: Stage) -> str:
+        return generating if stage.generates else stage.service
+
+    def stages_of(service: str) -> list[StageSpec]:
+        return [
+            StageSpec(
+                name=stage.name,
+                method=stage.method,
+                fires=_fires(stage),
+                inputs=[c.edge for c in dataflow.inputs_of(stage.name)],
+                sources=list(stage.inputs),
+                outputs=[
+                    Target(host_of(dataflow.stage(c.destination)), c.edge) for c in dataflow.consumers(stage.name)
+                ],
+                protocol=stage.protocol,
+                sampling=_sampling(recipe, stage) if stage.generates else None,
+            )
+            for stage in dataflow.stages
+            if host_of(stage) == service
+        ]
+
+    def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
+        return ServiceSpec(
+            name=name, kind=kind, run=run, term=term, seed=recipe.seed, deterministic=recipe.deterministic,
+            stages=stages_of(name), pool=pools[name], leased=counts[pools[name]] > 1,
+            samples_per_prompt=recipe.samples_per_prompt,
+            mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step, firing_rows=recipe.firing_rows,
+            inline_bytes=recipe.inline_bytes, threads=recipe.threads, model=model,
+            tokenizer_path=recipe.models["policy"].path, loss=recipe.loss, optimizer=recipe.optimizer,
+            generation=recipe.generation, failures=recipe.failures, algorithm=recipe.algorithm,
+            numbers=dict(recipe.advantage), log_path=f"{log_folder}/{name}.log", delay_seconds=recipe.delays.get(name, {}),
+        )  # fmt: skip
+
+    specs = [spec(role, _KINDS[role], recipe.models[role]) for role in roles_of(dataflow)]
+    if generating == GENERATOR:
+        specs.insert(1, spec(GENERATOR, "generator", recipe.models["policy"]))
+    specs.append(spec(ADVANTAGE, "advantage", Model()))
+    if recipe.data.eval:
+        specs.append(spec(EVALUATOR, "reward", Model(rule=recipe.evaluation.metric)))
+    return specs
+
+
+def stateful(dataflow: Dataflow) -> list[str]:
+    """Services whose state a checkpoint holds: those that train."""
+    return list(dict.fromkeys(s.service for s in dataflow.sinks))
+
+
+def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Refuse a recipe whose models are not those that the algorithm calls. Raises BadInput."""
+    for role in recipe.models:
+        if role not in ROLES:
+            raise BadInput(f"models.{role}: no such role{nearest(role, ROLES)}")
+    for role in roles_of(dataflow):
+        if role not in _KINDS:
+            raise BadInput(f"algorithm {recipe.algorithm!r} calls the role {role!r}, which this version does not run")
+        if role not in recipe.models:
+            raise BadInput(
+                f"algorithm {recipe.algorithm!r} needs models.{role}, the recipe has {', '.join(recipe.models)}"
+            )
+
+
+def _fires(stage: Stage) -> Fires:
+    if stage.generates:
+        return "generate"
+    if stage.closes:
+        return "closed"
+    return "batch" if stage.is_sink else "rows"
+
+
+def _sampling(recipe: Recipe, stage: Stage) -> Sampling:
+    temperature = 0.0 if stage.greedy else recipe.generation.temperature
+    return Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature)

@@ -1,0 +1,162 @@
+"""The recipe: a typed TOML file, in one unit (prompts and samples per step). An unknown key is an error that names the nearest.
+
+Each table is the settings struct of what it configures; there is no second list of options anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+import tomli_w
+
+from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation
+from workers.settings import Failures, Generation, Loss, Model, Optimizer
+
+
+class BadInput(Exception):
+    """Something a user gave can't be used: says what, where, which value, and what to do."""
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prompts as JSON lines, and the names of their fields."""
+
+    train: str
+    eval: str = ""  # held out; "": no evaluation
+    prompt: str = "prompt"
+    reference: str = "reference"  # "": rows have none
+
+
+class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Devices that its services share, one firing at a time. Pools never overlap."""
+
+    devices: int = 1
+
+
+class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a service runs."""
+
+    pool: str
+    parallel: str = "1-1-1"  # p-t-d; for a generator p-t
+    replicas: int = 1
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a run is told."""
+
+    name: str
+    steps: int
+    prompts_per_step: int
+    data: Data
+    models: dict[str, Model]
+    algorithm: str = "ppo"  # a name, or "package.module:function"
+    samples_per_prompt: int = 1
+    staleness: int = 0  # versions; 0 = synchronous, on policy
+    seed: int = 0
+    deterministic: bool = False  # with staleness 0 and runtime "local": bit-identical to itself
+    runtime: Literal["ray", "local"] = "ray"
+    ray_address: str = ""  # "" starts a Ray of the run's own
+    folder: str = "runs"  # a run's folder is made below it
+    max_refills: int = 4
+    threads: int = 1  # of torch, per service
+    inline_bytes: int = 8192
+    mailbox_rows: int = 0  # of a plain mailbox; 0: one step's samples
+    firing_rows: int = 64  # most rows that a stage takes at once
+    advantage: dict[str, float | bool | str] = {}  # the batch function's numbers
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    generation: Generation = Generation()
+    failures: Failures = Failures()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    deadlines: Deadlines = Deadlines()
+    pools: dict[str, Pool] = msgspec.field(default_factory=lambda: {"main": Pool()})
+    placement: dict[str, Placed] = {}
+    delays: dict[str, dict[str, float]] = {}  # service -> stage method -> seconds, injected to study timing
+
+    @property
+    def samples_per_step(self) -> int:
+        """Rows of one batch."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides. Raises BadInput."""
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise BadInput(f"recipe {path}: can't be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"recipe {path}: {error}") from error
+    for override in overrides:
+        _apply(table, override)
+    return to_recipe(table, str(path))
+
+
+def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Type a recipe's table. Raises BadInput, with the nearest known key for an unknown one."""
+    _check_keys(table, Recipe, "", where)
+    try:
+        recipe = msgspec.convert(table, Recipe)
+    except msgspec.ValidationError as error:
+        raise BadInput(f"{where}: {error}") from error
+    for name, least in (
+        ("steps", 1),
+        ("prompts_per_step", 1),
+        ("samples_per_prompt", 1),
+        ("staleness", 0),
+        ("threads", 1),
+    ):
+        if getattr(recipe, name) < least:
+            raise BadInput(f"{where}: {name} = {getattr(recipe, name)}, want {least} or more")
+    return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as TOML, every value resolved."""
+    return tomli_w.dumps(msgspec.to_builtins(recipe))
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {override!r}: want key.path=value")
+    try:
+        value: Any = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise BadInput(f"--set {override!r}: {parent} is a value, not a table")
+    table[last] = value
+
+
+def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], path: str, where: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in hints:
+            raise BadInput(f"{where}: unknown key {path}{key}{nearest(key, hints)}")
+        _check_value(value, hints[key], f"{path}{key}.", where)
+
+
+def _check_value(value: Any, hint: Any, path: str, where: str) -> None:
+    if not isinstance(value, Mapping):
+        return
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        _check_keys(value, hint, path, where)
+    elif get_origin(hint) is dict:
+        for name, inner in value.items():
+            _check_value(inner, get_args(hint)[1], f"{path}{name}.", where)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" where something known is close, else the list of what is known."""
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"

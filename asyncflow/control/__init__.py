@@ -1,0 +1,1 @@
+"""Who decides: one controller per run, its ledger and its checkpoints."""

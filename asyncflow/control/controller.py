@@ -1,0 +1,480 @@
+"""The controller: admission, the one batcher, versions, publication and the record of all of it.
+
+    admit ──Prompts──> generate ──> ... ──> join ──Settled──> batcher
+      ▲                                                          │ CloseBatch(k)
+      │ budget                                                   ▼
+    commit k  <── all trainers done, weights published  <── Experience ──> updates
+
+It moves ids and references, never rows. What it decides is decided by pure functions (staleness.py, lease.py);
+what it does is durable in the ledger before anything follows from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from asyncflow.control.events import EventLog, Pulse
+from asyncflow.control.ledger import LedgerError, State
+from asyncflow.control.record import RunRecord
+from asyncflow.control.settings import Deadlines, Evaluation, Pace
+from asyncflow.control.staleness import Admission, Ready, StalenessExceeded, check_age, choose_batch
+from asyncflow.control.evaluation import Evaluator
+from asyncflow.control.prompts import PromptSource
+from asyncflow.control.waits import WaitBoard
+from asyncflow.dataflow.graph import SOURCE, Dataflow
+from asyncflow.placement.lease import Claim, PoolLease
+from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask
+from asyncflow.services.weight_sync import PublicationFailed, publish
+from protocols import codec
+from protocols.control import (
+    Busy,
+    CloseBatch,
+    Delivery,
+    Done,
+    Event,
+    Generated,
+    Grant,
+    LeaseAsked,
+    LeaseReturned,
+    Notice,
+    Published,
+    RunEnded,
+    SamplesEnded,
+    ServiceFailed,
+    SetPaused,
+    Settled,
+    StateChanged,
+    StepCommitted,
+    StepDone,
+    Stalled,
+    Waiting,
+    WaitsChanged,
+)
+from protocols.ids import purpose_of, sample_id
+from protocols.weights import Version
+
+TICK_SECONDS = 0.5
+
+
+class RunFailed(Exception):
+    """The run can't go on: the message says what happened, where, and what to try."""
+
+
+class Controller:
+    """One run's decisions. `run` is called once."""
+
+    def __init__(
+        self, *, pace: Pace, deadlines: Deadlines, dataflow: Dataflow, services: Mapping[str, Endpoint],
+        pools: Mapping[str, str], generators: list[str], store: Store, source: PromptSource,
+        evaluator: Evaluator | None, evaluation: Evaluation, record: RunRecord,
+    ) -> None:  # fmt: skip
+        self.events = EventLog()
+        self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
+        self._services, self._generators, self._store = services, generators, store
+        self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
+        version = record.version
+        self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, version)
+        self._floors: dict[int, int] = {}  # live prompts -> version at admission
+        self._settled: dict[int, Settled] = {}  # live prompts whose rows are all at the join
+        self._leases = _shared(pools)
+        self._waits = WaitBoard()
+        self._pulse = Pulse()
+        self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
+        self._tokens_generated = 0
+        self._busy: defaultdict[str, float] = defaultdict(float)
+        self._ended_in_step = 0
+        self._paused = False
+        self._stopping = False
+        self._checkpoint_asked: list[asyncio.Future[str]] = []
+        self._moved = time.monotonic()
+
+    # --- what a client may ask
+
+    async def pause(self) -> None:
+        """Stop admitting, drawing and forming batches; a step that is training is finished."""
+        self._paused = True
+        await self._tell_generators(SetPaused(True))
+        self._emit(StateChanged(state="paused"))
+
+    async def resume(self) -> None:
+        """Go on."""
+        self._paused = False
+        self._moved = time.monotonic()
+        await self._tell_generators(SetPaused(False))
+        self._emit(StateChanged(state="running"))
+        self._pulse.beat()
+
+    async def checkpoint(self) -> str:
+        """Write a checkpoint at the next boundary between steps; its folder."""
+        asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._checkpoint_asked.append(asked)
+        self._pulse.beat()
+        return await asked
+
+    def stop(self) -> None:
+        """Drain: finish the step that is training, write a checkpoint, end."""
+        if not self._stopping:
+            self._stopping = True
+            self._emit(StateChanged(state="draining"))
+            self._pulse.beat()
+
+    # --- the run
+
+    async def run(self) -> RunEnded:
+        """Run to the last step, or until stopped. Never raises for what a run can meet: the outcome says it."""
+        try:
+            ended = await self._run_tasks()
+        except* (RunFailed, ServiceError, PublicationFailed) as errors:
+            ended = self._ended("failed", 1, _causes(errors))
+        except* (LedgerError, StalenessExceeded) as errors:
+            ended = self._ended("failed", 3, f"an invariant is broken: {_causes(errors)}")
+        await self._record.close_books(ended)
+        self.events.add(ended)
+        return ended
+
+    async def _run_tasks(self) -> RunEnded:
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(self._follow(name, endpoint), name=f"notices of {name}")
+                for name, endpoint in self._services.items()
+            ]
+            background.append(group.create_task(self._watch(), name="watchdog"))
+            train = group.create_task(self._drive(group, background), name="steps")
+            outcome = await self._with_stop_deadline(train)
+            for task in background:
+                task.cancel()
+        return outcome
+
+    async def _with_stop_deadline(self, train: asyncio.Task[RunEnded]) -> RunEnded:
+        while not train.done():
+            await asyncio.wait({train}, timeout=TICK_SECONDS)
+            if self._stopping and not train.done():
+                await asyncio.wait({train}, timeout=self._deadlines.stop)
+                if not train.done():
+                    train.cancel()
+                    kept = self._record.last_checkpoint or "none"
+                    return self._ended(
+                        "stopped", 130, f"not drained within {self._deadlines.stop:g} s; last checkpoint: {kept}"
+                    )
+        return train.result()
+
+    async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
+        self._emit(self._record.started(self._pace.steps, list(self._services)))
+        await self._publish(self._version())
+        if self._admission.version == 0 or self._evaluation.every:
+            await self._evaluate()
+        background.append(group.create_task(self._admit(), name="admission"))
+        while self._admission.version < self._pace.steps:
+            began = time.monotonic()
+            batch = await self._form(self._admission.version)
+            if batch is None:
+                await self._write_checkpoint()
+                return self._ended("stopped", 130, "")
+            await self._step(batch, time.monotonic() - began)
+            await self._between_steps()
+        await self._end_leftovers()
+        await self._evaluate()
+        await self._write_checkpoint()
+        await self._record.export(self._services["policy"])
+        return self._ended("finished", 0, "")
+
+    # --- admission
+
+    async def _admit(self) -> None:
+        restarted = self._record.restarted_prompts()
+        while True:
+            await self._until(lambda: self._admission.room() > 0 and not self._paused and not self._stopping)
+            room = self._admission.room()
+            again, restarted = restarted[:room], restarted[room:]
+            fresh = [self._source.at(self._record.cursor + i) for i in range(room - len(again))]
+            floor = self._admission.version
+            samples = [sample_id(p, i) for p in fresh for i in range(self._pace.samples_per_prompt)]
+            await self._record.admit(samples, floor, self._record.cursor + len(fresh))
+            self._admission.admit(room)
+            self._floors |= dict.fromkeys(again + fresh, floor)
+            await self._hand_out(again + fresh, floor)
+
+    async def _hand_out(self, prompts: list[int], floor: int) -> None:
+        """Give prompts to every stage that generates from them."""
+        for channel in self._dataflow.consumers(SOURCE):
+            stage = self._dataflow.stage(channel.destination)
+            rows = (
+                self._source.baselines(prompts, floor)
+                if stage.greedy
+                else self._source.requests(prompts, self._pace.samples_per_prompt, floor)
+            )
+            payload = self._store.put(codec.encode(rows, term=self._record.term))
+            for generator in self._generators:
+                await self._services[generator].deliver(Delivery(channel.edge, self._record.term, len(rows)), payload)
+
+    # --- the batcher
+
+    async def _form(self, step: int) -> list[Ready] | None:
+        """Batch `step`, as soon as the rules let it be formed; None where the run is to stop instead."""
+        chosen: list[Ready] | None = None
+
+        def settled() -> bool:
+            nonlocal chosen
+            if self._paused and not self._stopping:
+                return bool(self._checkpoint_asked)
+            chosen = None if self._stopping else self._choose(step)
+            return self._stopping or chosen is not None or bool(self._checkpoint_asked)
+
+        while True:
+            await self._until(settled)
+            if self._checkpoint_asked:
+                await self._write_checkpoint()
+            elif self._stopping or chosen is not None:
+                return chosen
+
+    def _choose(self, step: int) -> list[Ready] | None:
+        ready = [Ready(p, _oldest(s)) for p, s in self._settled.items()]
+        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
+        return choose_batch(ready, unsettled, step, self._pace.prompts_per_step, self._pace.staleness)
+
+    async def _step(self, batch: list[Ready], waited: float) -> None:
+        """Train one batch on every trained model, publish, commit."""
+        step = self._admission.version
+        ages = check_age(batch, step, self._pace.staleness)
+        settled = [self._settled[r.prompt_id] for r in batch]
+        samples = [s for prompt in settled for s in prompt.alive]
+        await self._record.batched(samples)
+        for sink in self._dataflow.sinks:
+            self._done[sink.name, step] = asyncio.get_running_loop().create_future()
+        closing = self._dataflow.batch_stage
+        reply, _ = await ask(self._services[closing.service], CloseBatch(step, samples))
+        assert isinstance(reply, Done)
+        metrics = dict(reply.values)
+        published = await self._train_and_publish(step, metrics)
+        metrics |= {"wait.batch_seconds": waited, "publish_seconds": published.seconds if published else 0.0}
+        metrics |= {f"busy.{service}_seconds": seconds for service, seconds in self._busy.items()}
+        self._busy.clear()
+        await self._commit(step, settled, samples, ages, metrics)
+
+    async def _train_and_publish(self, step: int, metrics: dict[str, float]) -> Published | None:
+        """Weights may go out before the critics are done; the step is done when all are."""
+        policy = [s for s in self._dataflow.sinks if s.service == "policy"]
+        others = [s for s in self._dataflow.sinks if s.service != "policy"]
+        for stage in policy:
+            self._take_metrics(stage.service, await self._done[stage.name, step], metrics)
+        published = await self._publish(Version(self._record.term, step + 1))
+        for stage in others:
+            self._take_metrics(stage.service, await self._done[stage.name, step], metrics)
+        for stage in self._dataflow.sinks:
+            del self._done[stage.name, step]
+        return published
+
+    @staticmethod
+    def _take_metrics(service: str, done: StepDone, metrics: dict[str, float]) -> None:
+        metrics |= {f"{service}.{name}": value for name, value in done.values.items()}
+
+    async def _commit(
+        self, step: int, settled: list[Settled], samples: list[int], ages: list[int], metrics: dict[str, float]
+    ) -> None:
+        seconds = await self._record.commit(step, samples)
+        self._admission.commit()
+        for prompt in settled:
+            del self._floors[prompt.prompt_id], self._settled[prompt.prompt_id]
+        self._ended_in_step = 0
+        rewards = sum(p.reward_sum for p in settled)
+        event = StepCommitted(
+            step=step + 1,
+            version=str(self._version()),
+            seconds=seconds,
+            samples=len(samples),
+            tokens_generated=sum(p.tokens for p in settled),
+            reward_mean=rewards / max(len(samples), 1),
+            kl=metrics.pop("kl", 0.0),
+            loss=metrics.get("policy.loss", 0.0),
+            staleness_max=max(ages),
+            staleness_mean=sum(ages) / len(ages),
+            metrics=metrics,
+        )
+        self._record.step_committed(event, ages, self._pace.samples_per_prompt)
+        self._emit(event)
+        self._pulse.beat()
+
+    async def _between_steps(self) -> None:
+        version = self._admission.version
+        if version < self._pace.steps:
+            if self._evaluation.every and version % self._evaluation.every == 0:
+                await self._evaluate()
+            if self._checkpoint_asked or self._record.checkpoint_due(version):
+                await self._write_checkpoint()
+
+    async def _end_leftovers(self) -> None:
+        """Prompts that were admitted and will not be trained end here: a finished run has no live sample."""
+        left = list(self._floors)
+        if not left:
+            return
+        samples = [sample_id(p, i) for p in left for i in range(self._pace.samples_per_prompt)]
+        await self._end(samples, "dropped", "run_ended")
+        self._floors.clear()
+
+    # --- versions, state, evaluation
+
+    def _version(self) -> Version:
+        return Version(self._record.term, self._admission.version)
+
+    async def _publish(self, version: Version) -> Published | None:
+        sinks = [self._services[g] for g in self._generators if g != "policy"]
+        if not sinks:
+            return None
+        published = await publish(self._services["policy"], sinks, version, self._deadlines.publish)
+        self._record.published(published)
+        self._emit(published)
+        return published
+
+    async def _evaluate(self) -> None:
+        if self._evaluator is None:
+            return
+        generator = self._services[self._generators[0]]
+        evaluated = await self._evaluator.run(generator, self._services["evaluator"], self._admission.version)
+        self._record.evaluated(evaluated)
+        self._emit(evaluated)
+
+    async def _write_checkpoint(self) -> None:
+        asked, self._checkpoint_asked = self._checkpoint_asked, []
+        try:
+            async with asyncio.timeout(self._deadlines.checkpoint):
+                written = await self._record.write_checkpoint(self._services, self._admission.version)
+        except TimeoutError:
+            raise RunFailed(
+                f"checkpoint of step {self._admission.version} not written within {self._deadlines.checkpoint:g} s"
+            ) from None
+        if written is not None:
+            self._emit(written)
+        for future in asked:
+            future.set_result(self._record.last_checkpoint)
+
+    async def _tell_generators(self, request: SetPaused) -> None:
+        for name in self._generators:
+            await ask(self._services[name], request)
+
+    # --- what services report
+
+    async def _follow(self, name: str, endpoint: Endpoint) -> None:
+        while True:
+            for notice in await endpoint.notices():
+                await self._hear(name, notice)
+            self._pulse.beat()
+
+    async def _hear(self, service: str, notice: Notice) -> None:
+        match notice:
+            case Waiting():
+                self._waits.note(notice)
+                return
+            case Busy():
+                self._record.spent(notice.spans)
+                for span in notice.spans:
+                    self._busy[span.service] += span.end - span.start
+            case Settled():
+                await self._hear_settled(notice)
+            case Generated():
+                self._tokens_generated += notice.tokens
+                self._record.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
+            case StepDone():
+                self._done[notice.stage, notice.step].set_result(notice)
+            case LeaseAsked():
+                await self._grant(self._leases[service].ask(Claim(service, notice.ticket, notice.stage)))
+            case LeaseReturned():
+                await self._grant(self._leases[service].give_back(service, notice.ticket))
+            case ServiceFailed():
+                raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
+        self._moved = time.monotonic()
+
+    async def _grant(self, claim: Claim | None) -> None:
+        if claim is not None:
+            await ask(self._services[claim.service], Grant(claim.ticket))
+
+    async def _hear_settled(self, settled: Settled) -> None:
+        self._admission.settle()
+        if not settled.dead:
+            self._settled[settled.prompt_id] = settled
+            self._record.scored(settled.alive)
+            return
+        del self._floors[settled.prompt_id]
+        self._admission.end()
+        self._ended_in_step += 1
+        await self._end_group(settled)
+        limit = self._pace.max_refills * self._pace.prompts_per_step
+        if self._ended_in_step > limit:
+            share = self._ended_in_step / (self._ended_in_step + self._pace.prompts_per_step)
+            raise RunFailed(
+                f"step {self._admission.version}: {self._ended_in_step} prompts failed or were dropped, more than max_refills = "
+                f"{self._pace.max_refills} rounds of {self._pace.prompts_per_step} (reject rate at least {share:.0%}); "
+                f"last cause: {settled.dead[0].cause}"
+            )
+
+    async def _end_group(self, settled: Settled) -> None:
+        causes: dict[str, list[int]] = defaultdict(list)
+        for failure in settled.dead:
+            causes[failure.cause].append(failure.sample_id)
+        for cause, samples in causes.items():
+            await self._end(samples, "failed", cause)
+        if settled.alive:
+            await self._end(settled.alive, "dropped", "group_incomplete")
+
+    async def _end(self, samples: list[int], state: State, reason: str) -> None:
+        await self._record.end(samples, state, reason)
+        assert state in ("dropped", "failed")
+        self._emit(SamplesEnded(state=state, reason=reason, count=len(samples)))  # type: ignore[arg-type]
+
+    # --- watching
+
+    async def _watch(self) -> None:
+        told = 0.0
+        tokens, at = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self._record.flush()
+            now = time.monotonic()
+            rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
+            progress = min(1.0, len(self._settled) / self._pace.prompts_per_step)
+            self.events.add(WaitsChanged(
+                waits=self._waits.current(), live_prompts=self._admission.live, step_progress=progress, tokens_per_second=rate,
+            ))  # fmt: skip
+            idle = now - self._moved
+            if self._paused or idle < self._deadlines.stall:
+                told = 0.0
+                continue
+            graph = self._waits.graph(time.time())
+            if idle > self._deadlines.give_up:
+                raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
+            if not told:
+                told = now
+                self._emit(Stalled(seconds=idle, graph=graph))
+
+    async def _until(self, predicate: Any) -> None:
+        while not predicate():
+            await self._pulse.changed()
+
+    def _emit(self, event: Event) -> None:
+        self._record.log(event)
+        self.events.add(event)
+
+    def _ended(self, outcome: Any, code: int, error: str) -> RunEnded:
+        return RunEnded(outcome=outcome, step=self._admission.version, error=error, exit_code=code)
+
+
+def _oldest(settled: Settled) -> int:
+    """Oldest version among a prompt's tokens and the critic values that its advantage uses."""
+    return settled.oldest_version if settled.critic_version < 0 else min(settled.oldest_version, settled.critic_version)
+
+
+def _shared(pools: Mapping[str, str]) -> dict[str, PoolLease]:
+    """One lease a pool with more than one service, by service."""
+    counts = Counter(pools.values())
+    leases = {pool: PoolLease(pool) for pool, count in counts.items() if count > 1}
+    return {service: leases[pool] for service, pool in pools.items() if pool in leases}
+
+
+def _causes(errors: BaseException) -> str:
+    """The messages of a group's leaves."""
+    if isinstance(errors, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(_causes(e) for e in errors.exceptions))
+    return str(errors)

@@ -1,0 +1,201 @@
+"""The ledger: the one record of samples. Every admitted sample ends exactly once, as trained, dropped or failed.
+
+SQLite, one writer. A transaction is durable before anything that follows from it happens: prompts are recorded
+before they are handed out, and a step's samples become trained in the same transaction that raises the version.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+State = Literal["created", "generated", "scored", "batched", "trained", "dropped", "failed"]
+LIVE: tuple[State, ...] = ("created", "generated", "scored", "batched")
+TERMINAL: tuple[State, ...] = ("trained", "dropped", "failed")
+
+_BEFORE: dict[State, tuple[State, ...]] = {  # the states from which one is reached
+    "generated": ("created",),
+    "scored": ("created", "generated"),  # notices of two services may pass each other
+    "batched": ("scored",),
+    "trained": ("batched",),
+    "dropped": LIVE,
+    "failed": LIVE,
+}
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS samples (
+    sample_id INTEGER PRIMARY KEY,
+    state TEXT NOT NULL,
+    reason TEXT NOT NULL DEFAULT '',
+    attempt INTEGER NOT NULL DEFAULT 0,
+    admitted_version INTEGER NOT NULL,
+    step INTEGER,
+    term INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, reason);
+CREATE TABLE IF NOT EXISTS steps (step INTEGER PRIMARY KEY, term INTEGER NOT NULL, samples INTEGER NOT NULL, committed_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
+"""
+
+
+class LedgerError(Exception):
+    """A transition that the ledger refuses: some sample is not in the state that it should be in."""
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """How many samples are in each state; `created` counts all that ever were."""
+
+    created: int
+    trained: int
+    dropped: int
+    failed: int
+    live: int
+
+    @property
+    def imbalance(self) -> int:
+        """0 where every sample is accounted for."""
+        return self.created - self.trained - self.dropped - self.failed - self.live
+
+
+class Ledger:
+    """One run's ledger. Not thread-safe: one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(_SCHEMA)
+
+    @property
+    def version(self) -> int:
+        """Committed steps."""
+        return self._meta("version")
+
+    @property
+    def cursor(self) -> int:
+        """How many prompts were taken from the data, over all epochs."""
+        return self._meta("cursor")
+
+    def admit(self, samples: Iterable[int], version: int, term: int, cursor: int) -> None:
+        """Record new samples and where the data stands after them. Raises LedgerError for a known id."""
+        with self._transaction():
+            try:
+                self._db.executemany(
+                    "INSERT INTO samples (sample_id, state, admitted_version, term) VALUES (?, 'created', ?, ?)",
+                    [(s, version, term) for s in samples],
+                )
+            except sqlite3.IntegrityError as error:
+                raise LedgerError(f"a sample is admitted twice: {error}") from error
+            self._set_meta("cursor", cursor)
+
+    def move(self, samples: Iterable[int], state: State, reason: str = "") -> None:
+        """Move samples on. Raises LedgerError, and changes nothing, where one may not move there."""
+        with self._transaction():
+            self._move(samples, state, reason, None)
+
+    def end(self, ended: Iterable[tuple[int, State, str]]) -> None:
+        """End samples as dropped or failed, each with its reason, in one transaction."""
+        with self._transaction():
+            for sample, state, reason in ended:
+                self._move([sample], state, reason, None)
+
+    def commit_step(self, step: int, term: int, samples: list[int]) -> None:
+        """Samples trained and version raised, at once. `step` is the step that was done, from 0."""
+        with self._transaction():
+            if self.version != step:
+                raise LedgerError(f"step {step} can't be committed at version {self.version}")
+            self._move(samples, "trained", "", step)
+            self._db.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", (step, term, len(samples), time.time()))
+            self._set_meta("version", step + 1)
+
+    def live(self) -> list[int]:
+        """Ids of the samples that have not ended, ascending."""
+        marks = ", ".join("?" * len(LIVE))
+        return [
+            i
+            for (i,) in self._db.execute(
+                f"SELECT sample_id FROM samples WHERE state IN ({marks}) ORDER BY sample_id", LIVE
+            )
+        ]
+
+    def restart_live(self, term: int) -> list[int]:
+        """Put every live sample back to created with one attempt more, for a new term; their ids."""
+        live = self.live()
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? WHERE sample_id = ?",
+                [(term, i) for i in live],
+            )
+        return live
+
+    def totals(self) -> Totals:
+        """Counts by state."""
+        by_state = {s: int(n) for s, n in self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state")}
+        ended = {s: by_state.get(s, 0) for s in TERMINAL}
+        return Totals(
+            sum(by_state.values()),
+            ended["trained"],
+            ended["dropped"],
+            ended["failed"],
+            sum(by_state.get(s, 0) for s in LIVE),
+        )
+
+    def reasons(self) -> dict[tuple[str, str], int]:
+        """How many samples ended in each (state, reason)."""
+        rows = self._db.execute("SELECT state, reason, COUNT(*) FROM samples GROUP BY state, reason")
+        return {(s, r): int(n) for s, r, n in rows}
+
+    def backup(self, path: Path) -> None:
+        """A consistent copy, made by SQLite's own backup; one file, no write-ahead log beside it."""
+        copy = sqlite3.connect(path)
+        try:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+
+    def close(self) -> None:
+        """Fold the write-ahead log in and close."""
+        self._db.close()
+
+    def _move(self, samples: Iterable[int], state: State, reason: str, step: int | None) -> None:
+        before = _BEFORE[state]
+        marks = ", ".join("?" * len(before))
+        for sample in samples:
+            changed = self._db.execute(
+                f"UPDATE samples SET state = ?, reason = ?, step = ? WHERE sample_id = ? AND state IN ({marks})",
+                (state, reason, step, sample, *before),
+            ).rowcount
+            if changed != 1:
+                found = self._db.execute("SELECT state FROM samples WHERE sample_id = ?", (sample,)).fetchone()
+                raise LedgerError(f"sample {sample} can't become {state}: it is {found[0] if found else 'unknown'}")
+
+    def _meta(self, key: str) -> int:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def _set_meta(self, key: str, value: int) -> None:
+        self._db.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+        )
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK where the block raised."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

@@ -1,0 +1,248 @@
+"""What is durable about a run: ledger, checkpoints, journals, timeline, exported metrics. The controller's only way to disk.
+
+SQLite and files are used from one thread beside the event loop, in the order in which the calls were made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from asyncflow.control import checkpoint
+from asyncflow.control.ledger import Ledger, LedgerError, State
+from asyncflow.control.settings import Checkpoints
+from asyncflow.observe.exporter import Exporter
+from asyncflow.observe.journal import MetricsJournal
+from asyncflow.observe.report import write_report
+from asyncflow.observe.timeline import Timeline
+from asyncflow.services.endpoint import Endpoint, ask
+from protocols.control import (
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    ExportModel,
+    Published,
+    RunEnded,
+    RunStarted,
+    SaveState,
+    Span,
+    StepCommitted,
+)
+from protocols.ids import prompt_of
+
+T = TypeVar("T")
+LOG = logging.getLogger("asyncflow.run")
+
+
+class RunRecord:
+    """One run's folder while it is open."""
+
+    def __init__(
+        self, *, run: str, folder: Path, term: int, ledger: Ledger, checkpoints: Checkpoints, stateful: list[str],
+        recipe_digest: str, exporter: Exporter, staleness: int,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.term = term
+        self.version = ledger.version
+        self.cursor = ledger.cursor
+        self.last_checkpoint = ""
+        self._run, self._ledger, self._checkpoints = run, ledger, checkpoints
+        self._stateful, self._recipe_digest, self._exporter = stateful, recipe_digest, exporter
+        self._saved_step = -1
+        self._restarted = ledger.restart_live(term)
+        self._live = set(self._restarted)
+        self._generated: list[int] = []
+        self._scored: list[int] = []
+        self._was_scored: set[int] = set()
+        self._committed_at = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="record")
+        self._metrics = MetricsJournal(folder / "metrics.jsonl")
+        self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
+        self._metrics.rewind(self.version)
+        self._evaluations.rewind(self.version)
+        self._timeline = Timeline(folder / "timeline.jsonl")
+        exporter.set("controller_term", term)
+        exporter.set("staleness_bound_versions", staleness)
+
+    async def _write(self, function: Callable[..., T], *arguments: Any) -> T:
+        start = time.monotonic()
+        result = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+        self._exporter.observe("ledger_commit_seconds", time.monotonic() - start)
+        return result
+
+    # --- samples
+
+    def restarted_prompts(self) -> list[int]:
+        """Prompts that were live at the checkpoint this run goes on from, oldest first: to be drawn again."""
+        return list(dict.fromkeys(prompt_of(s) for s in self._restarted))
+
+    async def admit(self, samples: list[int], version: int, cursor: int) -> None:
+        """Record new samples; durable when this returns."""
+        self._live.update(samples)
+        self.cursor = cursor
+        await self._write(self._ledger.admit, samples, version, self.term, cursor)
+
+    def generated(self, samples: list[int]) -> None:
+        """Rows left the engine; recorded with the next flush."""
+        self._generated += samples
+
+    def scored(self, samples: list[int]) -> None:
+        """Rows are at the join with everything they need; recorded with the next flush."""
+        self._scored += samples
+
+    async def flush(self) -> None:
+        """Record what has gathered. Reports of two services may pass each other: scored wins."""
+        scored, self._scored = [s for s in self._scored if s in self._live], []
+        self._was_scored.update(scored)
+        generated = [s for s in self._generated if s in self._live and s not in self._was_scored]
+        self._generated = []
+        if generated:
+            await self._write(self._ledger.move, generated, "generated")
+        if scored:
+            await self._write(self._ledger.move, scored, "scored")
+
+    async def batched(self, samples: list[int]) -> None:
+        """Rows form a batch."""
+        await self.flush()
+        await self._write(self._ledger.move, samples, "batched")
+
+    async def end(self, samples: list[int], state: State, reason: str) -> None:
+        """Samples end as dropped or failed; durable when this returns."""
+        self._forget(samples)
+        await self._write(self._ledger.end, [(s, state, reason) for s in samples])
+        self._exporter.inc("samples_total", len(samples), state=state, reason=_bounded(reason))
+
+    async def commit(self, step: int, samples: list[int]) -> float:
+        """Samples trained and version raised, durably; seconds since the previous commit."""
+        await self._write(self._ledger.commit_step, step, self.term, samples)
+        self._forget(samples)
+        self.version = step + 1
+        now = time.monotonic()
+        seconds, self._committed_at = now - self._committed_at, now
+        return seconds
+
+    def _forget(self, samples: list[int]) -> None:
+        self._live.difference_update(samples)
+        self._was_scored.difference_update(samples)
+
+    # --- checkpoints
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the recipe wants a checkpoint after this step."""
+        return bool(self._checkpoints.every) and step % self._checkpoints.every == 0
+
+    async def write_checkpoint(self, services: Mapping[str, Endpoint], step: int) -> CheckpointWritten | None:
+        """Write the checkpoint of a step, unless it is there; all stateful services at once."""
+        if step == self._saved_step:
+            return None
+        await self.flush()
+        start = time.monotonic()
+        root = self.folder / "checkpoints"
+        partial = await self._write(checkpoint.begin, root, step)
+        async with asyncio.TaskGroup() as group:
+            for name in self._stateful:
+                (partial / name).mkdir()
+                group.create_task(ask(services[name], SaveState(str(partial / name))), name=f"save {name}")
+        await self._write(self._ledger.backup, partial / "ledger.db")
+        path, size = await self._write(
+            checkpoint.finish, partial, root, step, self.term, self.cursor, self._recipe_digest
+        )
+        await self._write(checkpoint.prune, root, self._checkpoints.keep)
+        self._saved_step, self.last_checkpoint = step, str(path)
+        seconds = time.monotonic() - start
+        self._exporter.observe("checkpoint_seconds", seconds)
+        self._exporter.set("checkpoint_bytes", size)
+        self._exporter.set("last_checkpoint_timestamp_seconds", time.time())
+        return CheckpointWritten(step=step, path=str(path), seconds=seconds, nbytes=size)
+
+    async def export(self, policy: Endpoint) -> None:
+        """Write the trained policy as a transformers folder, in one move."""
+        partial, final = self.folder / ".policy.partial", self.folder / "policy"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        await ask(policy, ExportModel(str(partial)))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+
+    # --- measurements
+
+    def started(self, steps: int, services: list[str]) -> RunStarted:
+        """The first event of a run."""
+        return RunStarted(
+            run=self._run,
+            folder=str(self.folder),
+            steps=steps,
+            first_step=self.version,
+            term=self.term,
+            services=services,
+        )
+
+    def spent(self, spans: Iterable[Span]) -> None:
+        """Time that services spent."""
+        self._timeline.add(spans)
+
+    def published(self, event: Published) -> None:
+        """Weights are installed everywhere."""
+        self._exporter.observe("weight_sync_seconds", event.seconds, phase="total")
+        self._exporter.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
+
+    def evaluated(self, event: Evaluated) -> None:
+        """A held-out evaluation is done."""
+        self._evaluations.append(event)
+        self._exporter.set("evaluation", event.value, metric=event.metric)
+
+    def step_committed(self, event: StepCommitted, ages: list[int], samples_per_prompt: int) -> None:
+        """Journal and export a step."""
+        self._metrics.append(event)
+        export, metrics = self._exporter, event.metrics
+        export.inc("steps_total")
+        export.inc("samples_trained_total", event.samples)
+        export.inc("tokens_trained_total", event.tokens_generated)
+        export.inc("samples_total", event.samples, state="trained", reason="")
+        export.observe("step_seconds", event.seconds)
+        export.set("last_step_timestamp_seconds", time.time())
+        export.set("reward_mean", event.reward_mean)
+        export.set("kl_reference_nats", event.kl)
+        export.set("weights_version", self.version, replica="committed")
+        for age in ages:
+            for _ in range(samples_per_prompt):
+                export.observe("trained_staleness_versions", age)
+        for gauge, key in (("clip_fraction", "policy.clip_fraction"), ("mismatch_kl_nats", "policy.mismatch_kl")):
+            if key in metrics:
+                export.set(gauge, metrics[key])
+        for role in ("policy", "critic"):
+            for name in ("loss", "gradient_norm"):
+                if f"{role}.{name}" in metrics:
+                    export.set(name, metrics[f"{role}.{name}"], role=role)
+        export.inc("straggler_wait_seconds_total", metrics.get("wait.batch_seconds", 0.0))
+
+    def log(self, event: Event) -> None:
+        """The controller's own log: every event but the ones that only draw."""
+        LOG.info("%s", event)
+
+    async def close_books(self, ended: RunEnded) -> None:
+        """Check that every sample is accounted for, write timeline and report, close everything."""
+        await self.flush()
+        totals = await self._write(self._ledger.totals)
+        reasons = await self._write(self._ledger.reasons)
+        self._exporter.set("ledger_imbalance", totals.imbalance)
+        if ended.outcome == "finished" and (totals.imbalance or totals.live):
+            raise LedgerError(f"the run is finished and the ledger is not: {totals}")
+        self._timeline.write(self.folder / "timeline.json")
+        for part in (self._metrics, self._evaluations, self._timeline):
+            part.close()
+        await self._write(self._ledger.close)
+        self._thread.shutdown()
+        await asyncio.to_thread(write_report, self.folder, reasons)
+        LOG.info("%s; ledger: %s", ended, totals)
+
+
+def _bounded(reason: str) -> str:
+    """A label value: the kind of a cause, not its text."""
+    return reason.split(":")[0].split(" ")[0][:32] or "unknown"

@@ -1,0 +1,109 @@
+"""The rules of time as pure decisions: when a prompt may be admitted, and which prompts form a batch.
+
+A step consumes one batch of P prompts; a version is the number of committed steps; eta bounds, in versions,
+how much older than the step that trains it a sample's oldest token may be. Everything counts prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+
+class Admission:
+    """The budget of prompts in flight.
+
+    Invariant: version * P + live <= (version + eta + 1) * P, and at most W = (eta + 1) * P prompts are unsettled.
+    The second bounds every join at its source, so that joins never have to refuse a row.
+    """
+
+    def __init__(self, prompts_per_step: int, staleness: int, steps: int, version: int = 0) -> None:
+        if prompts_per_step < 1 or staleness < 0 or steps < version:
+            raise ValueError(
+                f"want prompts_per_step >= 1, staleness >= 0, steps >= {version}; got {prompts_per_step}, {staleness}, {steps}"
+            )
+        self.prompts_per_step = prompts_per_step
+        self.staleness = staleness
+        self.steps = steps
+        self.version = version  # committed steps
+        self.live = 0  # admitted and not yet trained, dropped or failed
+        self.unsettled = 0  # admitted, and some row has not reached the join
+
+    @property
+    def window(self) -> int:
+        """Most unsettled prompts, W."""
+        return (self.staleness + 1) * self.prompts_per_step
+
+    def room(self) -> int:
+        """How many prompts may be admitted now. Never more than the steps that remain will train."""
+        ahead = min(self.staleness + 1, self.steps - self.version)
+        return max(0, min(ahead * self.prompts_per_step - self.live, self.window - self.unsettled))
+
+    def admit(self, prompts: int) -> None:
+        """Take up budget. Raises ValueError where there is no room."""
+        if prompts > self.room():
+            raise ValueError(f"admitting {prompts} prompts where {self.room()} have room")
+        self.live += prompts
+        self.unsettled += prompts
+
+    def settle(self, prompts: int = 1) -> None:
+        """All rows of a prompt reached the join, alive or dead: its window slot is free."""
+        self.unsettled -= prompts
+
+    def end(self, prompts: int = 1) -> None:
+        """A prompt was dropped or failed: its place is free for a refill."""
+        self.live -= prompts
+
+    def commit(self) -> None:
+        """A step's prompts are trained: they leave and the version rises, at once."""
+        self.live -= self.prompts_per_step
+        self.version += 1
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """A settled prompt that can be trained."""
+
+    prompt_id: int
+    oldest_version: int  # among its tokens, and its values where a critic gave them
+
+
+def choose_batch(
+    ready: Iterable[Ready], unsettled: Mapping[int, int], step: int, prompts_per_step: int, staleness: int
+) -> list[Ready] | None:
+    """The prompts of batch `step`, oldest weights first, or None while it must wait.
+
+    Args:
+        ready: settled prompts.
+        unsettled: admission version of each live prompt that is not settled.
+        step: the version that trains the batch; ages are measured against it, not against the current one.
+
+    The batch waits for stragglers instead of dropping them later: it is formed only if, for every j from
+    `step` to `step + staleness`, the prompts left out that fall due by j fit the batches up to j.
+    """
+    order = sorted(ready, key=lambda r: (r.oldest_version, r.prompt_id))
+    if len(order) < prompts_per_step:
+        return None
+    chosen, left = order[:prompts_per_step], order[prompts_per_step:]
+    due = [r.oldest_version + staleness for r in left] + [v + staleness for v in unsettled.values()]
+    for j in range(step, step + staleness + 1):
+        if sum(d <= j for d in due) > (j - step) * prompts_per_step:
+            return None
+    return chosen
+
+
+class StalenessExceeded(Exception):
+    """A batch holds a sample older than the bound: an invariant of the program is broken."""
+
+
+def check_age(batch: Iterable[Ready], step: int, staleness: int) -> list[int]:
+    """Age in versions of each prompt of a batch. Raises StalenessExceeded naming the first that is too old."""
+    ages = []
+    for prompt in batch:
+        age = step - prompt.oldest_version
+        if age > staleness:
+            raise StalenessExceeded(
+                f"prompt {prompt.prompt_id} is {age} versions old at step {step}, bound {staleness}"
+            )
+        ages.append(age)
+    return ages

@@ -1,0 +1,28 @@
+"""Algorithms by name, or a user's own by "package.module:function"."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.dataflow.graph import DataflowError
+from asyncflow.dataflow.trace import Algorithm
+
+
+def algorithm_named(name: str) -> Algorithm:
+    """The algorithm a recipe names. Raises DataflowError saying what is known or what could not be imported."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise DataflowError(f"algorithm {name!r}{hint}; known: {', '.join(ALGORITHMS)}, or package.module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise DataflowError(f"algorithm {name!r}: {error}") from error
+    if not hasattr(function, "__asyncflow_algorithm__"):
+        raise DataflowError(f"algorithm {name!r}: {module} has no function {attribute!r} marked with @algorithm")
+    return function  # type: ignore[return-value]

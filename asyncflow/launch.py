@@ -1,0 +1,173 @@
+"""The composition root: recipe -> checked graph -> services -> controller -> Run. The only place that chooses implementations."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asyncflow import run_folder
+from asyncflow.client.run import Run
+from asyncflow.compose import GENERATOR, NO_DEVICE, compose, pools_of, stateful
+from asyncflow.config import Recipe, load_recipe
+from asyncflow.control.controller import Controller
+from asyncflow.control.evaluation import Evaluator
+from asyncflow.control.ledger import Ledger
+from asyncflow.control.record import RunRecord
+from asyncflow.control.settings import Pace
+from asyncflow.observe.exporter import Exporter, Target, write_targets
+from asyncflow.services.endpoint import ask
+from asyncflow.services.runtime import Runtime, Started
+from asyncflow.validate import Checked, check
+from protocols.control import Event, LoadState, RunEnded
+
+CONTROLLER = "controller"
+
+
+class LocalLink:
+    """The way to a controller in the same process. Implements `client.run.Link`."""
+
+    def __init__(self, controller: Controller, task: asyncio.Task[RunEnded]) -> None:
+        self._controller, self._task = controller, task
+
+    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
+        return self._controller.events.follow(cursor)
+
+    async def pause(self) -> None:
+        await self._controller.pause()
+
+    async def resume(self) -> None:
+        await self._controller.resume()
+
+    async def checkpoint(self) -> str:
+        return await self._controller.checkpoint()
+
+    async def stop(self) -> RunEnded:
+        self._controller.stop()
+        return await asyncio.shield(self._task)
+
+
+@asynccontextmanager
+async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = None) -> AsyncIterator[Run]:
+    """Start a new run; leaving the block stops it and frees everything.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        folder: the run's folder; by default a new one below the recipe's `folder`.
+
+    Raises:
+        BadInput: before a model loads, for anything wrong with the recipe or its files.
+        ServiceError: a service did not start; names it and its log.
+    """
+    checked = await asyncio.to_thread(check, recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    path = Path(folder) if folder is not None else run_folder.new_folder(checked.recipe)
+    with run_folder.locked(path):
+        start = run_folder.begin_fresh(path, checked.recipe)
+        async with _running(checked, path, start) as run:
+            yield run
+
+
+@asynccontextmanager
+async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncIterator[Run]:
+    """Go on with a stopped or killed run from its newest valid checkpoint. Raises as `launch` does."""
+    path = Path(folder)
+    checked = await asyncio.to_thread(check, run_folder.recipe_of(path))
+    with run_folder.locked(path):
+        start = run_folder.begin_resumed(path, allow_fresh=allow_fresh)
+        async with _running(checked, path, start) as run:
+            yield run
+
+
+@asynccontextmanager
+async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> AsyncIterator[Run]:
+    recipe = checked.recipe
+    name = folder.name
+    log = _log_to(folder / "logs" / f"{CONTROLLER}.log")
+    for warning in start.warnings:
+        logging.getLogger("asyncflow.run").warning("checkpoint not usable: %s", warning)
+    specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
+    runtime = _runtime(recipe)
+    exporter = Exporter(CONTROLLER)
+    try:
+        services = await runtime.start(specs)
+        await _restore(services, stateful(checked.dataflow), start.restore)
+        _write_targets(folder, name, services, exporter.serve())
+        controller = _controller(checked, folder, start, runtime, services, exporter)
+        task = asyncio.create_task(controller.run(), name=f"controller of {name}")
+        try:
+            yield Run(LocalLink(controller, task), name, folder)
+        finally:
+            controller.stop()
+            await asyncio.shield(task)
+    finally:
+        await runtime.stop()
+        await asyncio.to_thread(exporter.close)
+        logging.getLogger("asyncflow").removeHandler(log)
+        log.close()
+
+
+def _controller(
+    checked: Checked, folder: Path, start: run_folder.Start, runtime: Runtime, services: dict[str, Started], exporter: Exporter
+) -> Controller:  # fmt: skip
+    recipe, dataflow = checked.recipe, checked.dataflow
+    record = RunRecord(
+        run=folder.name, folder=folder, term=start.term, ledger=Ledger(folder / "ledger.db"), checkpoints=recipe.checkpoints,
+        stateful=stateful(dataflow), recipe_digest=run_folder.digest_of(recipe), exporter=exporter, staleness=recipe.staleness,
+    )  # fmt: skip
+    pace = Pace(
+        steps=recipe.steps, prompts_per_step=recipe.prompts_per_step, samples_per_prompt=recipe.samples_per_prompt,
+        staleness=recipe.staleness, max_refills=recipe.max_refills,
+    )  # fmt: skip
+    evaluator = None
+    if checked.heldout is not None:
+        evaluator = Evaluator(
+            checked.heldout,
+            runtime.store,
+            recipe.evaluation.metric,
+            recipe.generation.max_tokens,
+            recipe.evaluation.limit,
+        )
+    return Controller(
+        pace=pace, deadlines=recipe.deadlines, dataflow=dataflow,
+        services={n: s.endpoint for n, s in services.items()},
+        pools={s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
+        generators=[GENERATOR if GENERATOR in services else "policy"], store=runtime.store, source=checked.train,
+        evaluator=evaluator, evaluation=recipe.evaluation, record=record,
+    )  # fmt: skip
+
+
+async def _restore(services: dict[str, Started], names: list[str], checkpoint: str) -> None:
+    if checkpoint:
+        async with asyncio.TaskGroup() as group:
+            for name in names:
+                group.create_task(
+                    ask(services[name].endpoint, LoadState(f"{checkpoint}/{name}")), name=f"restore {name}"
+                )
+
+
+def _runtime(recipe: Recipe) -> Runtime:
+    if recipe.runtime == "local":
+        from asyncflow.services.runtime.local import LocalRuntime
+
+        return LocalRuntime()
+    from asyncflow.services.runtime.ray import RayRuntime
+
+    return RayRuntime(recipe.inline_bytes, recipe.ray_address)
+
+
+def _write_targets(folder: Path, run: str, services: dict[str, Started], port: int) -> None:
+    targets = [Target(address=s.address, role=n, rank=0, run=run) for n, s in services.items()]
+    targets.append(Target(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=run))
+    write_targets(folder / "metrics" / "targets.json", targets)
+
+
+def _log_to(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("asyncflow")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    return handler

@@ -1,0 +1,89 @@
+"""metrics.jsonl and evaluations.jsonl: one JSON object a line, one line a step, whole after any crash.
+
+The ledger decides which steps happened. A restart rewinds the journal to the step it resumes from, so no step
+is ever told twice.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocols.control import Evaluated, StepCommitted
+
+
+class MetricsJournal:
+    """An append-only file of steps or of evaluations.
+
+    A line is handed to the operating system before `append` returns, so the end of this process loses nothing;
+    a line that a power cut tore is removed when the journal is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_end(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, event: StepCommitted | Evaluated) -> None:
+        """Write one event as one line. Raises OSError where the disk refuses it, e.g. when it is full."""
+        line = msgspec.json.encode(line_of(event)) + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self._path}: the line of step {event.step} was not written whole; is the disk full?")
+
+    def rewind(self, step: int) -> None:
+        """Forget every line of a step after `step`: it was not committed, or its lineage was rolled back."""
+        kept = [line for line in whole_lines(self._path) if msgspec.json.decode(line)["step"] <= step]
+        self._file.close()
+        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        part.write_bytes(b"".join(line + b"\n" for line in kept))
+        part.replace(self._path)
+        self._file = self._path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def line_of(event: StepCommitted | Evaluated) -> dict[str, Any]:
+    """An event as one flat object: its own fields, then its metrics by dotted name. NaN is written null."""
+    fields = msgspec.structs.asdict(event)
+    metrics = fields.pop("metrics", {})
+    return {**fields, **{name: value for name, value in metrics.items() if name not in fields}}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a journal, e.g. of a run that still writes it; none where there is no file."""
+    return [msgspec.json.decode(line) for line in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file of JSON lines up to the last one that is whole; none where there is no file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return data[: _whole_bytes(data)].splitlines()
+
+
+def _drop_torn_end(path: Path) -> None:
+    """Cut the file behind its last line that is whole."""
+    if path.exists():
+        whole = _whole_bytes(path.read_bytes())
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _whole_bytes(data: bytes) -> int:
+    """Length of the part of a journal that ends with a line that is whole: ended, and an object."""
+    end = data.rfind(b"\n") + 1
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        try:
+            msgspec.json.decode(data[start:end], type=dict)
+            return end
+        except msgspec.DecodeError:  # a power cut can leave a block of zeros, ended or not
+            end = start
+    return 0

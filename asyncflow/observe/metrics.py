@@ -1,0 +1,155 @@
+"""The one table of metric names: what is not listed here can't be exported, drawn or alerted on.
+
+Names are given without their prefix and follow Prometheus: base units (seconds, bytes, ratio), `_total` for
+counters, histograms for durations. Every series also carries `role` and `rank`. Labels take few values, known
+beforehand: never a sample id, never a prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+import msgspec
+
+PREFIX = "asyncflow_"
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+IDENTITY = ("role", "rank")  # on every series: which actor says so
+
+QUICK = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)  # commits, loop lag
+SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0)  # steps, syncs, checkpoints
+VERSIONS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One row of the table."""
+
+    name: str  # without the prefix
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()  # its own, besides IDENTITY; a metric that lists "role" speaks of other services
+    buckets: tuple[float, ...] = ()  # upper bounds, histograms only
+    group: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """The name a Prometheus server knows."""
+        return PREFIX + self.name
+
+
+def _counter(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "counter", help, labels)
+
+
+def _gauge(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", help, labels)
+
+
+def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Metric:
+    return Metric(name, "histogram", help, labels, buckets)
+
+
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "health": (
+        _gauge("up", "1 while the actor answers."),
+        _gauge("build_info", "1; the labels say which program runs.", "version", "python"),
+        _gauge("start_time_seconds", "Unix time at which the actor started; uptime is time() minus this."),
+        _gauge("last_step_timestamp_seconds", "Unix time of the last committed step."),
+        _gauge("controller_term", "Lineage of the run: rises with every restart, resume and fork."),
+        _counter("restarts_total", "Restarts of a service.", "role"),
+        _histogram("event_loop_lag_seconds", "How late the event loop wakes what asked to be woken.", QUICK),
+    ),
+    "ledger": (
+        _counter("samples_total", "Samples that reached a final state, and why.", "state", "reason"),
+        _gauge("samples_live", "Samples created and not yet in a final state.", "state"),
+        _gauge("ledger_imbalance", "Samples created less trained, dropped, failed and live. Anything but 0 is a bug."),
+        _counter("duplicates_rejected_total", "Rows that arrived a second time and were not counted again."),
+    ),
+    "flow": (
+        _gauge("channel_depth", "Rows that wait in a channel.", "channel"),
+        _gauge("channel_capacity", "Rows that a channel may hold.", "channel"),
+        _histogram("channel_wait_seconds", "Time a side of a channel waited for the other.", SLOW, "channel", "side"),
+        _gauge("channel_oldest_age_seconds", "Age of the oldest row that waits in a channel.", "channel"),
+        _counter("channel_bytes_total", "Bytes of the frames that a channel's consumer read.", "channel"),
+        _gauge("prompts_live", "Prompts admitted and not yet trained or given up."),
+    ),
+    "staleness": (
+        _histogram(
+            "trained_staleness_versions", "Versions between a trained sample's oldest token and its step.", VERSIONS
+        ),
+        _gauge("trained_token_staleness_versions", "Mean staleness of the last step, over tokens."),
+        _gauge("staleness_bound_versions", "Largest staleness that the recipe admits."),
+        _gauge("in_flight_staleness_versions", "Largest staleness among samples that are being generated."),
+        _gauge("queued_staleness_versions", "Largest staleness among finished samples that wait to be trained."),
+        _gauge("weights_version", "Step of the weights that a replica holds.", "replica"),
+        _counter("straggler_wait_seconds_total", "Time a batch waited for its last rows while the others were ready."),
+    ),
+    "bubbles": (
+        _counter("busy_seconds_total", "Time spent working; idle is 1 minus its rate.", "role", "activity"),
+        _gauge(
+            "overlap_efficiency_ratio", "Share of the speed that generation and training, fully overlapped, would give."
+        ),
+    ),
+    "weight sync": (
+        _histogram("weight_sync_seconds", "Time of one phase of a publication.", SLOW, "phase"),
+        _counter("weight_sync_bytes_total", "Bytes of published weights."),
+        _counter("weight_sync_failures_total", "Publications that a replica did not install.", "cause"),
+    ),
+    "throughput": (
+        _counter("steps_total", "Committed steps."),
+        _histogram("step_seconds", "Time between two commits.", SLOW),
+        _counter("tokens_generated_total", "Response tokens that left the engine."),
+        _counter("tokens_trained_total", "Response tokens of committed steps."),
+        _counter("samples_trained_total", "Samples of committed steps."),
+        _gauge("model_flops_utilization_ratio", "Share of the device's peak used; absent where the peak is unknown."),
+    ),
+    "learning": (
+        _gauge("reward_mean", "Mean reward of the last step's samples."),
+        _gauge("evaluation", "Last evaluation on held-out prompts.", "metric"),
+        _gauge("advantage_mean", "Mean advantage of the last step's tokens."),
+        _gauge("kl_reference_nats", "Mean per token of the behaviour policy's KL to the reference."),
+        _gauge("mismatch_kl_nats", "Mean per token KL between trainer and engine under the same weights."),
+        _gauge("ratio_max", "Largest importance ratio of the last step."),
+        _gauge("clip_fraction", "Share of tokens whose ratio was clipped."),
+        _gauge("entropy_nats", "Mean entropy of the policy per token."),
+        _gauge("gradient_norm", "Global norm before clipping.", "role"),
+        _gauge("loss", "Loss of the last step.", "role"),
+        _gauge("truncation_ratio", "Share of responses cut off by max_tokens."),
+        _gauge("groups_without_signal_ratio", "Share of prompts whose samples all got the same reward."),
+    ),
+    "reward": (
+        _histogram("reward_seconds", "Time to score one batch of rows.", SLOW, "function"),
+        _counter("rewards_total", "Rows that a reward was asked for.", "function"),
+        _counter("reward_timeouts_total", "Rows whose reward took too long.", "function"),
+        _counter("reward_errors_total", "Rows whose reward raised.", "function"),
+    ),
+    "durability": (
+        _histogram("checkpoint_seconds", "Time to write a checkpoint.", SLOW),
+        _gauge(
+            "last_checkpoint_timestamp_seconds", "Unix time of the last valid checkpoint; its age is time() minus this."
+        ),
+        _gauge("checkpoint_bytes", "Size of the last checkpoint."),
+        _counter("checkpoint_failures_total", "Checkpoints that could not be written."),
+        _histogram("ledger_commit_seconds", "Time of one durable ledger transaction.", QUICK),
+    ),
+    "resources": (
+        _gauge("device_memory_bytes", "Memory of the actor's device.", "state"),
+        _gauge("resident_memory_bytes", "Memory of the actor's process."),
+        _gauge("disk_free_bytes", "Space left where the run folder lies."),
+    ),
+}
+
+METRICS: dict[str, Metric] = {
+    metric.name: msgspec.structs.replace(metric, group=group) for group, metrics in GROUPS.items() for metric in metrics
+}
+
+
+def metric(name: str) -> Metric:
+    """The row of the table with that name. Raises KeyError with the nearest name."""
+    try:
+        return METRICS[name]
+    except KeyError:
+        near = difflib.get_close_matches(name.removeprefix(PREFIX), METRICS, n=1, cutoff=0.0)
+        raise KeyError(f"{name!r} is no metric of asyncflow.observe.metrics; the nearest is {near[0]!r}") from None

@@ -1,0 +1,280 @@
+"""report.html: what a run learned, how its time was used and what became of its samples, in one file.
+
+Everything is read from the run folder, also of a run that failed halfway. The page needs no network (its
+own policy forbids it) and no script.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asyncflow.observe.charts import KIND_NAMES, Line, gantt, idle_bars, line_chart, number, smoothed
+from asyncflow.observe.journal import read_lines
+from asyncflow.observe.markup import Markup, tag
+from asyncflow.observe.style import STYLE
+from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
+from protocols.control import Span
+
+Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
+Row = Mapping[str, Any]
+
+GANTT_STEPS = 4  # the last steps that the Gantt chart shows
+GANTT_SECONDS = 60.0  # where no span says its step
+
+
+def write_report(folder: Path, totals: Totals | None = None) -> Path:
+    """Write `folder`/report.html and return its path; a part whose file is missing says so in its place.
+
+    `totals` is how many samples ended where; without it the run's ledger.db is asked. Raises
+    msgspec.DecodeError, tomllib.TOMLDecodeError or sqlite3.Error where a file is there and is broken.
+    """
+    recipe_path, timeline_path = folder / "recipe.toml", folder / "timeline.json"
+    recipe = recipe_path.read_text() if recipe_path.exists() else ""
+    page = report_page(
+        name=str(tomllib.loads(recipe).get("name", folder.name)),
+        recipe=recipe,
+        steps=read_lines(folder / "metrics.jsonl"),
+        evaluations=read_lines(folder / "evaluations.jsonl"),
+        spans=read_spans(timeline_path) if timeline_path.exists() else [],
+        totals=totals if totals is not None else ledger_totals(folder / "ledger.db"),
+    )
+    path = folder / "report.html"
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(page, encoding="utf-8")
+    return part.replace(path)
+
+
+def ledger_totals(path: Path) -> dict[tuple[str, str], int]:
+    """Samples by (state, reason) in a ledger; none where there is no ledger."""
+    if not path.exists():
+        return {}
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        known = connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'samples'").fetchone()
+        query = "SELECT state, coalesce(reason, ''), count(*) FROM samples GROUP BY 1, 2"
+        rows = connection.execute(query).fetchall() if known else []
+    finally:
+        connection.close()
+    return {(str(state), str(reason)): int(count) for state, reason, count in rows}
+
+
+def report_page(
+    *, name: str, recipe: str, steps: Sequence[Row], evaluations: Sequence[Row], spans: Sequence[Span], totals: Totals
+) -> Markup:
+    """The page from what the run left."""
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        tag("title", f"{name}: run report"),
+        tag("style", Markup(STYLE)),
+    ]
+    main = [
+        tag("h1", name),
+        tag("p", _subtitle(recipe, steps), class_="muted"),
+        _tiles(steps, evaluations, totals),
+        _section("Learning", *_learning(steps, evaluations)),
+        _section("The last steps", *_last_steps(spans)),
+        _section("Idle time", *_idle(spans)),
+        _section("Samples", *_samples(totals)),
+        _section("Details", *_details(recipe, steps)),
+    ]
+    html = tag("html", tag("head", *head), tag("body", tag("main", *main)), lang="en")
+    return Markup(f"<!doctype html>\n{html}\n")
+
+
+def _section(title: str, *content: str) -> Markup:
+    return tag("section", tag("h2", title), *content)
+
+
+def _absent(what: str) -> Markup:
+    return tag("p", what, class_="muted")
+
+
+def _subtitle(recipe: str, steps: Sequence[Row]) -> str:
+    facts = tomllib.loads(recipe)
+    parts = [f"algorithm {facts['algorithm']}"] if "algorithm" in facts else []
+    if steps:
+        minutes = sum(row["seconds"] or 0.0 for row in steps) / 60
+        parts += [
+            f"{steps[-1]['step']:,} steps",
+            f"{number(round(minutes, 1))} minutes",
+            f"weights {steps[-1]['version']}",
+        ]
+    return ", ".join(parts) or "No step was committed."
+
+
+def _tiles(steps: Sequence[Row], evaluations: Sequence[Row], totals: Totals) -> Markup:
+    tiles: list[Markup] = []
+    rewards = points_of(steps, "reward_mean")
+    if rewards:
+        trend = smoothed(rewards)
+        tiles.append(_tile("Reward", number(_short(trend[-1][1])), f"from {number(_short(trend[0][1]))}"))
+    for metric in sorted({str(row["metric"]) for row in evaluations}):
+        points = points_of([row for row in evaluations if row["metric"] == metric], "value")
+        if points:
+            tiles.append(
+                _tile(f"Held-out {metric}", number(_short(points[-1][1])), f"from {number(_short(points[0][1]))}")
+            )
+    seconds = sum(row["seconds"] or 0.0 for row in steps)
+    if seconds:
+        tokens = sum(row["tokens_generated"] for row in steps)
+        tiles.append(_tile("Tokens trained", number(round(tokens / seconds)), "per second"))
+    if steps:
+        tiles.append(_tile("Largest staleness", number(max(row["staleness_max"] for row in steps)), "versions"))
+    if totals:
+        trained = sum(count for (state, _), count in totals.items() if state == "trained")
+        tiles.append(_tile("Samples trained", f"{trained:,}", f"of {sum(totals.values()):,}"))
+    return tag("div", *tiles, class_="tiles")
+
+
+def _tile(label: str, value: str, note: str) -> Markup:
+    return tag("div", tag("small", label), tag("strong", value), tag("small", note), class_="tile")
+
+
+def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
+    figures = [
+        _trend("Reward", "mean of the step's samples", points_of(steps, "reward_mean")),
+        *(
+            _figure(f"Held-out {m}", "prompts that are never trained", [Line(m, points)], zero=True)
+            for m in sorted({str(row["metric"]) for row in evaluations})
+            if (points := points_of([row for row in evaluations if row["metric"] == m], "value"))
+        ),
+        _trend("KL to the reference", "nats per token", points_of(steps, "kl")),
+        _trend("Policy loss", "mean of the step", points_of(steps, "loss")),
+        _trend("Critic loss", "mean of the step", points_of(steps, "critic.loss")),
+        _figure(
+            "Staleness",
+            "versions, the largest of the step's samples",
+            [
+                Line("largest", points_of(steps, "staleness_max")),
+                Line("their mean", points_of(steps, "staleness_mean"), style="second"),
+            ],
+            zero=True,
+        ),
+        _trend("Seconds per step", "between two commits", points_of(steps, "seconds"), zero=True),
+        _trend("Throughput", "response tokens trained per second", _tokens_per_second(steps), zero=True),
+    ]
+    shown = [figure for figure in figures if figure]
+    if not shown:
+        return [_absent("No step was committed, so there is no curve.")]
+    return [tag("div", *shown, class_="figures")]
+
+
+def _tokens_per_second(steps: Sequence[Row]) -> list[tuple[float, float]]:
+    return [(float(row["step"]), row["tokens_generated"] / row["seconds"]) for row in steps if row["seconds"]]
+
+
+def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool = False) -> Markup:
+    """A noisy curve: its values faint, its moving mean strong."""
+    if len(points) < 20:
+        return _figure(title, note, [Line("value", points)], zero)
+    return _figure(title, note, [Line("value", points, style="faint"), Line("moving mean", smoothed(points))], zero)
+
+
+def _figure(title: str, note: str, lines: list[Line], zero: bool = False) -> Markup:
+    """A titled chart; nothing where no line has a point."""
+    drawn = [line for line in lines if line.points]
+    if not drawn:
+        return Markup("")
+    keys = [tag("span", tag("i", class_=f"key {line.style}"), line.name) for line in drawn if line.style == "second"]
+    caption = tag("figcaption", tag("b", title), tag("small", note, *keys))
+    return tag("figure", caption, line_chart(drawn, zero=zero))
+
+
+def _last_steps(spans: Sequence[Span]) -> list[Markup]:
+    if not spans:
+        return [_absent("The run left no timeline.json.")]
+    start, end = gantt_window(spans)
+    legend = [tag("span", tag("i", class_=f"key {kind}"), label) for kind, label in KIND_NAMES.items()]
+    note = (
+        "Each bar is one call, in seconds from the left edge; a dashed line is the end of a step's training. "
+        "Hold the pointer over a bar for its rows. More of the run is in timeline.json, for ui.perfetto.dev."
+    )
+    return [
+        tag("p", *legend, class_="legend"),
+        tag("div", gantt(spans, start, end), class_="wide"),
+        tag("p", note, class_="muted"),
+    ]
+
+
+def gantt_window(spans: Sequence[Span]) -> tuple[float, float]:
+    """Start and end of the last GANTT_STEPS steps, or of the last GANTT_SECONDS where no span says its step."""
+    end = max(span.end for span in spans)
+    last = max(span.step for span in spans)
+    since = [span.start for span in spans if span.step > max(last - GANTT_STEPS, -1)]
+    start = min(since) if since else max(min(span.start for span in spans), end - GANTT_SECONDS)
+    return (start, end) if end > start else (start, start + 1.0)
+
+
+def _idle(spans: Sequence[Span]) -> list[Markup]:
+    if not spans:
+        return [_absent("The run left no timeline.json.")]
+    start, end = min(span.start for span in spans), max(span.end for span in spans)
+    use = idle_ratios(spans, start, max(end, start + 1e-6))
+    return [
+        tag("div", idle_bars(use.idle, use.idle_bounds), class_="wide"),
+        tag("p", *_overlap_text(use), class_="muted"),
+    ]
+
+
+def _overlap_text(use: Occupancy) -> list[str]:
+    longest = max(use.busy, key=lambda service: use.busy[service])
+    generation, training = (number(round(s, 1)) for s in (use.generation_seconds, use.training_seconds))
+    return [
+        f"Over {number(round(use.seconds, 1))} s. The mark is the least idle share that this work allows: {longest} ",
+        "was the busiest service, and the others can't work more than it leaves them to do. ",
+        f"Generating took {generation} s and training {training} s; overlapping them can be at most ",
+        f"{use.overlap_bound:.2f} times as fast as one after the other, and this run was ",
+        f"{use.overlap_speedup:.2f} times as fast.",
+    ]
+
+
+def _samples(totals: Totals) -> list[Markup]:
+    if not totals:
+        return [_absent("The run left no ledger of samples.")]
+    everything = sum(totals.values())
+    titles = [tag("th", title) for title in ("state", "reason")]
+    titles += [tag("th", title, class_="number") for title in ("samples", "share")]
+    rows = [
+        tag("tr", tag("td", state), tag("td", reason or "-"), _cell(f"{count:,}"), _cell(f"{count / everything:.2%}"))
+        for (state, reason), count in sorted(totals.items(), key=lambda item: -item[1])
+    ]
+    foot = tag("tr", tag("th", "all"), tag("td"), _cell(f"{everything:,}"), tag("td"))
+    return [tag("table", tag("thead", tag("tr", *titles)), tag("tbody", *rows), tag("tfoot", foot))]
+
+
+def _details(recipe: str, steps: Sequence[Row]) -> list[Markup]:
+    names = sorted({name for row in steps for name, value in row.items() if isinstance(value, (int, float))} - {"step"})
+    head = tag(
+        "tr", tag("th", "metric"), *(tag("th", title, class_="number") for title in ("first", "last", "least", "most"))
+    )
+    rows = [
+        tag("tr", tag("td", name), *(_cell(number(v)) for v in (values[0], values[-1], min(values), max(values))))
+        for name in names
+        if (values := [value for _, value in points_of(steps, name)])
+    ]
+    metrics = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="wide")
+    return [
+        tag("details", tag("summary", "Every metric"), metrics),
+        tag("details", tag("summary", "The recipe"), tag("pre", recipe or "The run left no recipe.toml.")),
+    ]
+
+
+def _cell(text: str) -> Markup:
+    return tag("td", text, class_="number")
+
+
+def _short(value: float) -> float:
+    return round(value, 3)
+
+
+def points_of(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows in which `name` is a number; a journal writes what is not finite as null."""
+    values = ((row["step"], row.get(name)) for row in rows)
+    return [(float(step), float(v)) for step, v in values if isinstance(v, (int, float))]

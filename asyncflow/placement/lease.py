@@ -1,0 +1,48 @@
+"""The lease of a pool: colocated services take turns in calling order, one firing a grant. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Who asked: a service's ticket, and the stage it is for."""
+
+    service: str
+    ticket: int
+    stage: str
+
+
+class PoolLease:
+    """FIFO: at most one holder; a queue of claims, each with its inputs in hand."""
+
+    def __init__(self, pool: str) -> None:
+        self.pool = pool
+        self.holder: Claim | None = None
+        self._queue: deque[Claim] = deque()
+
+    @property
+    def waiting(self) -> list[Claim]:
+        """Claims in the order in which they will be granted."""
+        return list(self._queue)
+
+    def ask(self, claim: Claim) -> Claim | None:
+        """Queue a claim; the claim to grant now, if any."""
+        self._queue.append(claim)
+        return self._advance()
+
+    def give_back(self, service: str, ticket: int) -> Claim | None:
+        """End a claim, held or still queued; the claim to grant now, if any."""
+        if self.holder is not None and (self.holder.service, self.holder.ticket) == (service, ticket):
+            self.holder = None
+        else:
+            self._queue = deque(c for c in self._queue if (c.service, c.ticket) != (service, ticket))
+        return self._advance()
+
+    def _advance(self) -> Claim | None:
+        if self.holder is not None or not self._queue:
+            return None
+        self.holder = self._queue.popleft()
+        return self.holder

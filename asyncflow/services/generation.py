@@ -1,0 +1,253 @@
+"""Generation: one engine, driven step by step in the compute thread, fed by the generating stages' mailboxes.
+
+A row enters the engine only with weights at least as new as its prompt's admission (its floor), checked
+before it takes a slot. Loads stand between two steps and preempt running rows. Finished rows leave through
+each stage's own sender, so a slow consumer never holds an engine slot; what waits there is bounded by admission.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+
+import numpy as np
+
+from asyncflow.services.endpoint import Frame
+from asyncflow.services.host import Host
+from asyncflow.services.spec import StageSpec
+from asyncflow.services.stages import StageRunner
+from protocols.columns import Batch, concat, take
+from protocols.control import Generated
+from protocols.messages import Prompts, Rollouts
+from protocols.roles import Sampling
+from protocols.stage import Failure
+from protocols.weights import BadWeights, InstallReceipt, WeightManifest
+from workers.generation.engine import Engine, FinishedRow, to_rollouts
+
+STEPS_PER_TURN = 16
+
+
+class Job:
+    """Rows that were asked for together, and where they go as they finish."""
+
+    def __init__(
+        self, prompts: Prompts, sampling: Sampling, give: Callable[[Rollouts | None, list[Failure]], None], whole: bool
+    ) -> None:
+        self.prompts = prompts
+        self.sampling = sampling
+        self._give = give
+        self._whole = whole  # hand over everything at once, in id order
+        self._open = set(prompts.sample_ids.tolist())
+        self._finished: list[FinishedRow] = []
+        self._failures: list[Failure] = []
+
+    def finish(self, rows: list[FinishedRow], failures: list[Failure]) -> None:
+        """Take finished rows; pass them on."""
+        self._open -= {r.sample_id for r in rows} | {f.sample_id for f in failures}
+        self._finished += rows
+        self._failures += failures
+        if self._whole and self._open:
+            return
+        rows, failures = self._finished, self._failures
+        self._finished, self._failures = [], []
+        if self._whole:
+            rows.sort(key=lambda r: r.sample_id)
+        self._give(to_rollouts(self.prompts, rows) if rows else None, failures)
+
+
+class GenerationLoop:
+    """Owns an engine and decides, between its steps, what it does next."""
+
+    def __init__(self, host: Host, engine: Engine, follow: Callable[[], None] | None) -> None:
+        self._host = host
+        self._engine = engine
+        self._follow = follow  # lets the engine that shares the trained model follow its version
+        self._waiting: deque[tuple[Job, Prompts]] = deque()
+        self._running: dict[int, Job] = {}
+        self._loads: deque[tuple[WeightManifest, Frame, asyncio.Future[InstallReceipt]]] = deque()
+        self._wake = asyncio.Event()
+        self._paused = False
+
+    def submit(self, job: Job) -> None:
+        """Queue a job's rows."""
+        self._waiting.append((job, job.prompts))
+        self._wake.set()
+
+    async def load(self, manifest: WeightManifest, buffer: Frame) -> InstallReceipt:
+        """Install weights between two steps. Raises BadWeights."""
+        done: asyncio.Future[InstallReceipt] = asyncio.get_running_loop().create_future()
+        self._loads.append((manifest, buffer, done))
+        self._wake.set()
+        return await done
+
+    def pause(self, paused: bool) -> None:
+        """Stop stepping, or go on; running rows keep their place."""
+        self._paused = paused
+        self._wake.set()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have no slot yet."""
+        return sum(len(rows) for _, rows in self._waiting)
+
+    def statistics(self) -> dict[str, float]:
+        """The engine's gauges."""
+        return self._engine.statistics()
+
+    async def run(self) -> None:
+        """Take turns: loads first, then rows, one firing a lease."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._loads or await self._startable():
+                async with self._host.lease(f"{self._host.spec.name}.generate"):
+                    await self._install()
+                    await self._fire()
+
+    async def _startable(self) -> bool:
+        if self._paused:
+            return False
+        if self._follow is not None and self._waiting:
+            await self._host.compute("generate.follow", self._follow)
+        return self._engine.unfinished > 0 or any(self._ready_rows(rows).any() for _, rows in self._waiting)
+
+    def _ready_rows(self, rows: Prompts) -> np.ndarray:
+        version = self._engine.version
+        return rows.floors <= (version.step if version is not None else -1)
+
+    async def _fire(self) -> None:
+        """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
+        await self._start_rows()
+        while self._engine.unfinished and not self._paused:
+            finished = await self._host.compute("generate", advance, self._engine)
+            self._hand_over(finished)
+            if self._loads:
+                await self._install()
+            if not self._host.spec.leased:
+                await self._start_rows()
+
+    async def _start_rows(self) -> None:
+        free = self._host.spec.generation.slots - self._engine.unfinished
+        for _ in range(len(self._waiting)):
+            job, rows = self._waiting.popleft()
+            ready = np.flatnonzero(self._ready_rows(rows))
+            if not self._host.spec.deterministic:
+                ready = ready[: max(free, 0)]
+            kept = np.setdiff1d(np.arange(len(rows)), ready)
+            if len(kept):
+                self._waiting.append((job, take(rows, kept)))
+            if len(ready):
+                free -= len(ready)
+                await self._start(job, take(rows, ready))
+
+    async def _start(self, job: Job, rows: Prompts) -> None:
+        for sample in rows.sample_ids.tolist():
+            self._running[sample] = job
+        failures = await self._host.compute("generate.submit", submit_rows, self._engine, rows, job.sampling)
+        for failure in failures:
+            self._running.pop(failure.sample_id)
+        if failures:
+            job.finish([], failures)
+
+    def _hand_over(self, finished: list[FinishedRow]) -> None:
+        by_job: dict[int, tuple[Job, list[FinishedRow]]] = {}
+        for row in finished:
+            job = self._running.pop(row.sample_id)
+            by_job.setdefault(id(job), (job, []))[1].append(row)
+        for job, rows in by_job.values():
+            job.finish(rows, [])
+        if finished:
+            tokens = sum(len(r.tokens) for r in finished)
+            self._host.exporter.inc("tokens_generated_total", tokens)
+            self._host.notify(Generated([r.sample_id for r in finished], tokens))
+
+    async def _install(self) -> None:
+        while self._loads:
+            manifest, buffer, done = self._loads.popleft()
+            try:
+                receipt = await self._host.compute("load", self._engine.load, manifest, buffer)
+            except BadWeights as error:
+                if not done.cancelled():
+                    done.set_exception(error)
+                continue
+            self._host.exporter.set("weights_version", manifest.version.step, replica="0")
+            self._host.exporter.observe("weight_sync_seconds", receipt.seconds, phase="load")
+            if not done.cancelled():
+                done.set_result(receipt)
+
+
+def submit_rows(engine: Engine, rows: Prompts, sampling: Sampling) -> list[Failure]:
+    """Submit rows to an engine; a row that it can't take fails alone."""
+    try:
+        engine.submit(rows, sampling)
+    except ValueError:
+        return [f for i in range(len(rows)) if (f := _submit_one(engine, take(rows, [i]), sampling))]
+    return []
+
+
+def _submit_one(engine: Engine, row: Prompts, sampling: Sampling) -> Failure | None:
+    try:
+        engine.submit(row, sampling)
+    except ValueError as error:
+        return Failure(int(row.sample_ids[0]), str(error))
+    return None
+
+
+def advance(engine: Engine) -> list[FinishedRow]:
+    """Step until some rows finish or a few steps are done: a load never waits for longer than that."""
+    for _ in range(STEPS_PER_TURN):
+        if finished := engine.step():
+            return finished
+    return []
+
+
+class GeneratingStage(StageRunner):
+    """policy.generate: prompts in, finished rollouts out in the order in which they finish."""
+
+    def __init__(self, host: Host, spec: StageSpec, loop: GenerationLoop) -> None:
+        super().__init__(host, spec)
+        self._loop = loop
+        self._out: deque[tuple[Rollouts | None, list[Failure]]] = deque()  # bounded by the admission window
+        self._finished = asyncio.Event()
+
+    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
+        if not isinstance(batch, Prompts):
+            raise ValueError(f"{self.spec.name}: takes prompts, got {type(batch).__name__}")
+        assert self.spec.sampling is not None
+        self._loop.submit(Job(batch, self.spec.sampling, self._give, whole=self.host.spec.deterministic))
+
+    def _give(self, rollouts: Rollouts | None, failures: list[Failure]) -> None:
+        self._out.append((rollouts, failures))
+        self._finished.set()
+
+    async def run(self) -> None:
+        """Send finished rows on, as many at once as have gathered while the last send waited."""
+        while True:
+            self.waits("rows", ", ".join(self.spec.sources))
+            await self._finished.wait()
+            self._finished.clear()
+            self.waits("", "")
+            gathered = list(self._out)
+            self._out.clear()
+            rows = [r for r, _ in gathered if r is not None]
+            failures = [f for _, fs in gathered for f in fs]
+            await self.host.send(self.spec, concat(rows) if rows else None, failures)
+
+    def depth(self) -> tuple[int, int]:
+        return self._loop.waiting + len(self._out), 0
+
+
+async def generate_now(
+    loop: GenerationLoop, prompts: Prompts, sampling: Sampling
+) -> tuple[Rollouts | None, list[Failure]]:
+    """Draw rows outside the dataflow (evaluation, a client's call) and wait for all of them."""
+    done: asyncio.Future[tuple[Rollouts | None, list[Failure]]] = asyncio.get_running_loop().create_future()
+
+    def give(rollouts: Rollouts | None, failures: list[Failure]) -> None:
+        if not done.done():
+            done.set_result((rollouts, failures))
+
+    loop.submit(Job(prompts, sampling, give, whole=True))
+    return await done

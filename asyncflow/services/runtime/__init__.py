@@ -1,0 +1,34 @@
+"""Where services live: Ray actors, or all in one process. Both give the same endpoints."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from asyncflow.services.endpoint import Endpoint, Store
+from asyncflow.services.spec import ServiceSpec
+
+
+class Started(msgspec.Struct):
+    """A running service and its metrics address."""
+
+    endpoint: Endpoint
+    address: str  # host:port
+
+
+class Runtime(Protocol):
+    """Starts services and ends them."""
+
+    @property
+    def store(self) -> Store:
+        """The controller's own access to frames."""
+        ...
+
+    async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
+        """Start and connect all services; by name. Raises ServiceError naming the one that did not start."""
+        ...
+
+    async def stop(self) -> None:
+        """End all of them. Idempotent."""
+        ...

@@ -1,0 +1,137 @@
+"""What a service works with, built inside its own process: the one table from a service's kind to its worker.
+
+Heavy imports stand inside the constructors, so that a process imports only what its own kind needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from asyncflow.services.spec import ServiceSpec
+from protocols.weights import Version
+from workers.generation.engine import Engine
+
+
+class Workplace(msgspec.Struct):
+    """A worker, and the engine where its service generates."""
+
+    worker: Any
+    engine: Engine | None = None
+    follow: Callable[[], None] | None = None  # brings the engine to the version of the model that it shares
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """A stage method of the worker. Raises AttributeError."""
+        return getattr(self.worker, name)
+
+    def close(self) -> None:
+        """Free what the worker and the engine hold."""
+        if self.engine is not None:
+            self.engine.close()
+        if close := getattr(self.worker, "close", None):
+            close()
+
+
+def _policy(spec: ServiceSpec) -> Workplace:
+    from workers.policy import PolicyWorker
+
+    worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed)
+    if not any(s.fires == "generate" for s in spec.stages):
+        return Workplace(worker)
+    from workers.generation.torch import TorchEngine
+
+    model = worker.trained.model
+    engine = TorchEngine(
+        model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path), owns_model=False,
+        version=Version(spec.term, 0),
+    )  # fmt: skip
+
+    def follow() -> None:
+        version = Version(spec.term, worker.trained.version)
+        if engine.version is None or version > engine.version:
+            engine.advance(version)
+
+    return Workplace(worker, engine, follow)
+
+
+def _generator(spec: ServiceSpec) -> Workplace:
+    if spec.generation.engine == "vllm":
+        from workers.generation.vllm import VllmEngine
+
+        return Workplace(None, VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype))
+    from workers.generation.torch import TorchEngine
+    from workers.models import load_causal
+
+    model = load_causal(spec.model.path, spec.model.dtype)
+    return Workplace(None, TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path)))
+
+
+def _critic(spec: ServiceSpec) -> Workplace:
+    from workers.critic import CriticWorker
+
+    return Workplace(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+
+
+def _reference(spec: ServiceSpec) -> Workplace:
+    from workers.reference import ReferenceWorker
+
+    return Workplace(ReferenceWorker(spec.model, spec.loss, spec.generation))
+
+
+def _reward(spec: ServiceSpec) -> Workplace:
+    from workers.reward import ModelReward, RuleReward
+
+    if spec.model.rule:
+        return Workplace(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
+    return Workplace(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
+
+
+def _advantage(spec: ServiceSpec) -> Workplace:
+    from asyncflow.dataflow.registry import algorithm_named
+    from asyncflow.dataflow.trace import trace
+
+    stage = trace(algorithm_named(spec.algorithm)).batch_stage
+    assert stage.function is not None
+    return Workplace(_Functions({stage.method: stage.function}))
+
+
+class _Functions:
+    """Apply functions as methods of a worker."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(functions)
+
+
+_BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
+    "policy": _policy,
+    "generator": _generator,
+    "critic": _critic,
+    "reference": _reference,
+    "reward": _reward,
+    "advantage": _advantage,
+}
+
+
+def build(spec: ServiceSpec) -> Workplace:
+    """Build a service's worker. Blocking: loads models."""
+    if spec.kind in ("policy", "generator", "critic", "reference") or (spec.kind == "reward" and spec.model.path):
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        if spec.deterministic:
+            torch.use_deterministic_algorithms(True)
+    return _BUILDERS[spec.kind](spec)
+
+
+def end_of_sequence(folder: str) -> int:
+    """The end-of-sequence token id of a model folder. Raises ValueError where its files name none."""
+    import json
+    from pathlib import Path
+
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        if path.exists() and (value := json.loads(path.read_text()).get("eos_token_id")) is not None:
+            return int(value[0] if isinstance(value, list) else value)
+    raise ValueError(f"model folder {folder}: neither config.json nor generation_config.json has eos_token_id")

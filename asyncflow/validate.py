@@ -1,0 +1,180 @@
+"""Everything that can be wrong with a recipe, found before a model loads or a process starts, each with one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncflow.compose import check_placement, check_roles, roles_of, stateful
+from asyncflow.config import BadInput, Recipe, nearest
+from asyncflow.control.prompts import DataRow, PromptSource
+from asyncflow.dataflow.graph import Dataflow, DataflowError
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.trace import numbers_of, trace
+from workers.datasets import DataError, Problem, read_rows
+from workers.rewards.rules import rule_named
+
+
+class Checked(msgspec.Struct):
+    """A recipe that can run: paths absolute, data read, graph traced."""
+
+    recipe: Recipe
+    dataflow: Dataflow
+    train: PromptSource
+    heldout: PromptSource | None
+
+
+def check(recipe: Recipe) -> Checked:
+    """Check a recipe against its files. Raises BadInput."""
+    try:
+        dataflow = trace(algorithm_named(recipe.algorithm))
+    except DataflowError as error:
+        raise BadInput(f"algorithm: {error}") from error
+    check_roles(recipe, dataflow)
+    check_placement(recipe, dataflow)
+    _check_numbers(recipe, dataflow)
+    _check_mode(recipe)
+    recipe = _absolute(recipe)
+    _check_models(recipe, dataflow)
+    train, heldout = _sources(recipe)
+    _check_context(recipe, train, heldout)
+    return Checked(recipe, dataflow, train, heldout)
+
+
+def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
+    function = dataflow.batch_stage.function
+    assert function is not None
+    known = numbers_of(function)
+    for name, value in recipe.advantage.items():
+        if name not in known:
+            raise BadInput(f"advantage.{name}: {function.__name__} has no such number{nearest(name, known)}")
+        default = known[name]
+        if isinstance(default, (bool, str)) != isinstance(value, (bool, str)) or (
+            isinstance(default, (bool, str)) and type(value) is not type(default)
+        ):
+            raise BadInput(f"advantage.{name} = {value!r}: want a value like {default!r}")
+
+
+def _check_mode(recipe: Recipe) -> None:
+    if recipe.deterministic and (recipe.staleness or recipe.runtime != "local" or recipe.threads != 1):
+        raise BadInput(
+            f"deterministic = true needs staleness = 0, runtime = 'local' and threads = 1; "
+            f"got {recipe.staleness}, {recipe.runtime!r}, {recipe.threads}"
+        )
+    if recipe.generation.temperature <= 0:
+        raise BadInput(
+            f"generation.temperature = {recipe.generation.temperature}: rollouts are drawn at a temperature above 0"
+        )
+    if recipe.loss.name not in LOSSES:
+        raise BadInput(f"loss.name = {recipe.loss.name!r}{nearest(recipe.loss.name, LOSSES)}")
+
+
+LOSSES = ("ppo",)  # the names of workers.losses.POLICY_LOSSES, which a test compares: it would import torch
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    def full(path: str) -> str:
+        return str(Path(path).absolute()) if path else ""
+
+    models = {r: msgspec.structs.replace(m, path=full(m.path)) for r, m in recipe.models.items()}
+    data = msgspec.structs.replace(recipe.data, train=full(recipe.data.train), eval=full(recipe.data.eval))
+    return msgspec.structs.replace(recipe, models=models, data=data, folder=full(recipe.folder))
+
+
+def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
+    trained = stateful(dataflow)
+    for role in roles_of(dataflow):
+        model = recipe.models[role]
+        if bool(model.path) == bool(model.rule):
+            raise BadInput(
+                f"models.{role}: give a path or a rule, one of them (path = {model.path!r}, rule = {model.rule!r})"
+            )
+        if model.rule:
+            _check_rule(f"models.{role}.rule", model.rule)
+            if role not in ("reward", "cost"):
+                raise BadInput(f"models.{role}.rule = {model.rule!r}: only rewards and costs are rules")
+        elif role in trained and model.learning_rate <= 0:
+            raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
+    if recipe.data.eval:
+        _check_rule("evaluation.metric", recipe.evaluation.metric)
+    folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
+    for role, folder in folders.items():
+        _config_of(role, folder)
+    _check_same_vocabulary(folders)
+
+
+def _check_rule(where: str, name: str) -> None:
+    try:
+        rule_named(name)
+    except LookupError as error:
+        raise BadInput(f"{where}: {error.args[0]}") from error
+
+
+def _config_of(role: str, folder: str) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise BadInput(f"models.{role}.path: no folder {folder}")
+    if not path.exists():
+        raise BadInput(f"models.{role}.path: {folder} is no transformers folder, it has no config.json")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise BadInput(f"models.{role}.path: {folder} has no *.safetensors weights")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"models.{role}.path: {path}: {error}") from error
+
+
+def _check_same_vocabulary(folders: dict[str, str]) -> None:
+    """Models that exchange token ids must mean the same by them."""
+    own = folders["policy"]
+    tokenizer = Path(own) / "tokenizer.json"
+    if not tokenizer.exists():
+        raise BadInput(f"models.policy.path: {own} has no tokenizer.json")
+    size, digest = _config_of("policy", own).get("vocab_size"), _digest(tokenizer)
+    for role, folder in folders.items():
+        other = _config_of(role, folder).get("vocab_size")
+        if other != size:
+            raise BadInput(f"models.{role}: vocabulary of {other} tokens where the policy has {size} ({folder}, {own})")
+        path = Path(folder) / "tokenizer.json"
+        if not path.exists() or _digest(path) != digest:
+            raise BadInput(
+                f"models.{role}: its tokenizer differs from the policy's ({path}, {tokenizer}): token ids would mean other text"
+            )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sources(recipe: Recipe) -> tuple[PromptSource, PromptSource | None]:
+    folder = recipe.models["policy"].path
+    train = PromptSource(_rows(recipe, recipe.data.train), folder, recipe.seed)
+    heldout = PromptSource(_rows(recipe, recipe.data.eval), folder, recipe.seed) if recipe.data.eval else None
+    return train, heldout
+
+
+def _rows(recipe: Recipe, path: str) -> list[DataRow]:
+    columns = {"prompt": recipe.data.prompt}
+    if recipe.data.reference:
+        columns["reference"] = recipe.data.reference
+    needs_reference = any(m.rule for m in recipe.models.values()) or bool(recipe.data.eval)
+    try:
+        rows = read_rows(path, DataRow if needs_reference else Problem, columns)
+    except DataError as error:
+        raise BadInput(f"data: {error}") from error
+    return [DataRow(r.prompt, r.reference) for r in rows]
+
+
+def _check_context(recipe: Recipe, *sources: PromptSource | None) -> None:
+    config = _config_of("policy", recipe.models["policy"].path)
+    limit = recipe.generation.max_model_tokens or config.get("max_position_embeddings")
+    for source in sources:
+        if source is not None and limit and source.longest + recipe.generation.max_tokens > limit:
+            raise BadInput(
+                f"generation.max_tokens = {recipe.generation.max_tokens}: the longest prompt has {source.longest} tokens "
+                f"and the policy's context is {limit}"
+            )

@@ -1,0 +1,133 @@
+"""Small real models on disk: a character tokenizer and random Qwen2 networks, made in well under a second.
+
+The head size is 32, the smallest that vLLM's CPU attention has a kernel for, so every folder serves every engine.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+from protocols import ids, weights
+from protocols.columns import Jagged
+from protocols.messages import Prompts
+from protocols.weights import Version, WeightManifest
+from workers.models import canonical_tensors
+
+PAD, EOS = "<pad>", "<eos>"
+PAD_ID, EOS_ID = 0, 1
+CHARACTERS = string.digits + string.ascii_lowercase + "+-*=:.,? "
+VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+HEAD_SIZE = 32
+
+Publication = tuple[WeightManifest, npt.NDArray[np.uint8]]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, no merges; characters outside the vocabulary read as padding."""
+    characters = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=PAD, eos_token=EOS)
+
+
+def config(
+    *, layers: int = 2, heads: int = 4, kv_heads: int = 2, tied: bool = True, context: int = 1024
+) -> Qwen2Config:
+    """A Qwen2 of 0.2 million parameters; hidden size is heads x 32."""
+    return Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=heads * HEAD_SIZE,
+        intermediate_size=heads * HEAD_SIZE,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,  # wide enough for distributions that differ from uniform, and from seed to seed
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=None,
+    )
+
+
+def make_policy(folder: str | Path, seed: int = 0, tied: bool = True, **shape: int) -> Path:
+    """A random language model and its tokenizer as a transformers folder; `shape` goes to `config`."""
+    return _save(Qwen2ForCausalLM, config(tied=tied, **shape), folder, seed)
+
+
+def make_reward(folder: str | Path, seed: int = 0) -> Path:
+    """A random reward model (one label) and its tokenizer as a transformers folder."""
+    reward_config = config()
+    reward_config.num_labels = 1
+    return _save(Qwen2ForSequenceClassification, reward_config, folder, seed)
+
+
+def _save(
+    kind: type[Qwen2ForCausalLM | Qwen2ForSequenceClassification], shape: Qwen2Config, folder: str | Path, seed: int
+) -> Path:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = kind(shape)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases start at 0 and norms at 1: a loader that forgets them would go unseen
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(str(folder))
+    tokenizer().save_pretrained(str(folder))
+    return Path(folder)
+
+
+def encode(text: str) -> npt.NDArray[np.int32]:
+    """Token ids of a text over `CHARACTERS`."""
+    return np.array([VOCABULARY[c] for c in text], np.int32)
+
+
+def make_prompts(
+    texts: Sequence[str], samples: int = 1, *, epoch: int = 0, first: int = 0, references: Iterable[str] | None = None
+) -> Prompts:
+    """`samples` rows for each text, in id order; prompt i has ordinal `first + i` in data epoch `epoch`."""
+    answers = list(references) if references is not None else [""] * len(texts)
+    rows = [(i, index) for i in range(len(texts)) for index in range(samples)]
+    return Prompts(
+        sample_ids=np.array([ids.sample_id(ids.prompt_id(epoch, first + i), index) for i, index in rows], np.int64),
+        prompts=Jagged.from_rows([encode(texts[i]) for i, _ in rows], np.int32),
+        references=Jagged.from_texts(answers[i] for i, _ in rows),
+        floors=np.zeros(len(rows), np.int64),
+    )
+
+
+def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance: float = 1e-3) -> Publication:
+    """The model's canonical tensors as a manifest and its buffer; a probe text travels with the model's own answer."""
+    tensors = {
+        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy())
+        for name, t in canonical_tensors(model).items()
+    }
+    entries, buffer = weights.pack(tensors)
+    proof = None
+    if probe:
+        tokens = encode(probe)
+        proof = weights.Probe([tokens.tolist()], [log_probs(model, tokens[:1], tokens[1:]).tolist()], tolerance)
+    return WeightManifest(version, entries, len(buffer), proof), buffer
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32], temperature: float = 1.0
+) -> npt.NDArray[np.float32]:
+    """Log-probs of the response's tokens by one plain forward of one row, float32 [T]."""
+    row = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
+    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).squeeze(-1).numpy()

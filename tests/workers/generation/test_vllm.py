@@ -1,0 +1,325 @@
+"""vLLM itself: its log-probs are those of the published weights' forward, whenever they were published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from protocols import weights
+from protocols.messages import Finish, Prompts
+from protocols.roles import Sampling
+from protocols.weights import BadWeights, InstallReceipt, Version
+from tests import tiny
+from workers.generation.engine import FinishedRow
+from workers.generation.vllm import VllmEngine
+from workers.models import canonical_tensors, load_causal
+from workers.settings import Generation
+
+pytestmark = pytest.mark.vllm
+
+RUN_SEED = 7
+TERM = 2
+PROBE = "the probe is longer than three blocks of the cache: " * 8
+# Several blocks of the prefix cache, the same ones in every version: keys of old weights would be hit.
+LONG = tiny.make_prompts(["3+4*5=" * 70, "sort: dcba " * 40], samples=6)
+
+
+class Published:
+    """The engine of this module, and the models that it was given."""
+
+    def __init__(self, engine: VllmEngine, models: list[PreTrainedModel]) -> None:
+        self.engine = engine
+        self.models = models
+        self.step = 0
+
+    def next_version(self) -> Version:
+        self.step += 1
+        return Version(TERM, self.step)
+
+    def publish(self, model: PreTrainedModel) -> InstallReceipt:
+        return self.engine.load(*tiny.publish(model, self.next_version(), PROBE))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    root = tmp_path_factory.mktemp("models")
+    folders = [tiny.make_policy(root / str(seed), seed, tied=request.param) for seed in range(5)]
+    engine = VllmEngine(str(folders[0]), Generation(slots=64, kv_cache_bytes=32 * 1024 * 1024), RUN_SEED)
+    yield Published(engine, [load_causal(folder) for folder in folders])
+    engine.close()
+
+
+def drain(engine: VllmEngine) -> dict[int, FinishedRow]:
+    rows: dict[int, FinishedRow] = {}
+    while engine.unfinished:
+        rows.update((row.sample_id, row) for row in engine.step())
+    return rows
+
+
+def generate(engine: VllmEngine, prompts: Prompts, sampling: Sampling) -> dict[int, FinishedRow]:
+    engine.submit(prompts, sampling)
+    return drain(engine)
+
+
+def assert_drawn_by(
+    model: PreTrainedModel, prompts: Prompts, rows: dict[int, FinishedRow], temperature: float = 1.0
+) -> None:
+    assert rows.keys() == set(prompts.sample_ids.tolist())
+    for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
+        want = tiny.log_probs(model, prompt, rows[sample_id].tokens, temperature)
+        np.testing.assert_allclose(rows[sample_id].log_probs, want, atol=1e-4)
+
+
+def test_it_serves_nothing_before_the_first_publication(published: Published) -> None:
+    engine = published.engine
+    assert engine.version is None
+    engine.submit(LONG, Sampling(max_tokens=2))
+    with pytest.raises(RuntimeError, match="12 rows wait, but no proven weights"):
+        engine.step()
+    with pytest.raises(BadWeights, match="probe: log-probs differ by"):  # vLLM itself takes a part without a word
+        engine.load(*without("model.norm.weight", tiny.publish(published.models[0], published.next_version(), PROBE)))
+    assert engine.version is None
+    published.publish(published.models[0])
+    assert_drawn_by(published.models[0], LONG, drain(engine))
+
+
+def test_every_publication_is_what_generates(published: Published) -> None:
+    for model in published.models:
+        receipt = published.publish(model)
+        assert receipt.version == published.engine.version
+        assert receipt.tensors == len(canonical_tensors(model))
+        assert receipt.probe_difference < 1e-4
+        rows = generate(published.engine, LONG, Sampling(max_tokens=8, temperature=1.2))
+        assert_drawn_by(model, LONG, rows, temperature=1.2)
+        assert {int(v) for row in rows.values() for v in row.versions} == {published.step}
+
+
+def test_a_load_in_the_middle_splits_rows_between_two_versions(published: Published) -> None:
+    old, new = published.models[1], published.models[2]
+    engine, sampling = published.engine, Sampling(max_tokens=30)
+    published.publish(old)
+    before = published.step
+    engine.submit(LONG, sampling)
+    rows = {row.sample_id: row for _ in range(9) for row in engine.step()}
+    published.publish(new)
+    rows |= drain(engine)
+    assert rows.keys() == set(LONG.sample_ids.tolist())
+    crossed = 0
+    for sample_id, prompt in zip(LONG.sample_ids.tolist(), LONG.prompts, strict=True):
+        row = rows[sample_id]
+        cut = int((row.versions == before).sum())
+        assert row.versions.tolist() == [before] * cut + [before + 1] * (len(row.tokens) - cut)
+        np.testing.assert_allclose(row.log_probs[:cut], tiny.log_probs(old, prompt, row.tokens)[:cut], atol=1e-4)
+        np.testing.assert_allclose(row.log_probs[cut:], tiny.log_probs(new, prompt, row.tokens)[cut:], atol=1e-4)
+        assert len(row.tokens) <= 30
+        assert (row.finish is Finish.STOP) == (row.tokens[-1] == tiny.EOS_ID)
+        assert row.finish is Finish.STOP or len(row.tokens) == 30
+        crossed += 0 < cut < len(row.tokens)
+    assert crossed >= 6
+
+
+def test_a_continued_row_draws_from_a_new_seed(published: Published) -> None:
+    engine, model = published.engine, published.models[1]
+    rows = []
+    for interrupted_at in (None, 3, 3, 5):
+        published.publish(model)
+        engine.submit(LONG, Sampling(max_tokens=12))
+        if interrupted_at:
+            for _ in range(interrupted_at):
+                assert not (early := engine.step()) or all(row.finish is Finish.STOP for row in early)
+            published.publish(model)
+        rows.append({i: row.tokens.tolist() for i, row in drain(engine).items()})
+    whole, at_three, again, at_five = rows
+    shared = whole.keys() & at_three.keys() & at_five.keys()
+    assert at_three == again
+    assert all(whole[i][:3] == at_three[i][:3] and whole[i][:5] == at_five[i][:5] for i in shared)
+    assert any(whole[i][3:] != at_three[i][3:] for i in shared)
+
+
+# Refusals.
+
+
+def corrupted(published: Published) -> tiny.Publication:
+    manifest, buffer = tiny.publish(published.models[2], Version(TERM, published.step + 1), PROBE)
+    buffer[manifest.tensors[7].start + 1] ^= 1
+    return manifest, buffer
+
+
+def not_finite(published: Published) -> tiny.Publication:
+    model = published.models[2]
+    tensor = canonical_tensors(model)["model.layers.0.self_attn.k_proj.bias"]
+    kept = tensor[5].clone()
+    tensor[5] = math.nan
+    publication = tiny.publish(model, Version(TERM, published.step + 1))
+    tensor[5] = kept
+    return publication
+
+
+def without(name: str, publication: tiny.Publication) -> tiny.Publication:
+    manifest, buffer = publication
+    return msgspec.structs.replace(manifest, tensors=[e for e in manifest.tensors if e.name != name]), buffer
+
+
+def incomplete(published: Published) -> tiny.Publication:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return without(name, tiny.publish(published.models[2], Version(TERM, published.step + 1), PROBE))
+
+
+def misshapen(published: Published) -> tiny.Publication:
+    manifest, buffer = tiny.publish(published.models[2], Version(TERM, published.step + 1), PROBE)
+    tensors = [msgspec.structs.replace(e, shape=e.shape[::-1]) for e in manifest.tensors]
+    return msgspec.structs.replace(manifest, tensors=tensors), buffer
+
+
+def stale(published: Published) -> tiny.Publication:
+    return tiny.publish(published.models[2], Version(TERM - 1, published.step + 5), PROBE)
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        (corrupted, "bytes received are not"),
+        (not_finite, r"k_proj\.bias .* 1 of 64 values not finite"),
+        (stale, "is not newer than 2"),
+        (incomplete, r"lacks 1 of \d\d tensors, first model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (misshapen, r"embed_tokens\.weight .* is \(128, 47\), the model's \(47, 128\)"),
+    ],
+)
+def test_a_publication_refused_on_arrival_changes_nothing(
+    published: Published, fault: Callable[[Published], tiny.Publication], complaint: str
+) -> None:
+    engine = published.engine
+    published.publish(published.models[1])
+    engine.submit(LONG, Sampling(max_tokens=6))
+    early = engine.step()
+    with pytest.raises(BadWeights, match=complaint):
+        engine.load(*fault(published))
+    assert engine.version == Version(TERM, published.step)
+    rows = {row.sample_id: row for row in early} | drain(engine)
+    assert_drawn_by(published.models[1], LONG, rows)
+
+
+def with_other_values(name: str, publication: tiny.Publication, value: float | None = None) -> tiny.Publication:
+    """One tensor holds other values, and its digest agrees: as if an engine had put it aside without a word."""
+    manifest, buffer = publication
+    (entry,) = (e for e in manifest.tensors if e.name == name)
+    data = buffer[entry.start : entry.start + entry.nbytes].view(np.float32)
+    data[:] = data[::-1].copy() if value is None else value
+    replaced = msgspec.structs.replace(entry, digest=weights.digest(data))
+    tensors = [replaced if e is entry else e for e in manifest.tensors]
+    return msgspec.structs.replace(manifest, tensors=tensors), buffer
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda p: with_other_values("model.embed_tokens.weight", p), "log-probs differ by"),
+        (lambda p: with_other_values("model.layers.1.mlp.down_proj.weight", p), "log-probs differ by"),
+        (lambda p: with_other_values("model.layers.1.self_attn.v_proj.bias", p), "log-probs differ by"),
+        (lambda p: with_other_values("model.norm.weight", p), "log-probs differ by"),
+        (lambda p: with_other_values("model.layers.0.mlp.down_proj.weight", p, 3e38), "log-probs differ by nan"),
+    ],
+    ids=["embedding", "linear", "bias", "norm", "overflow"],
+)
+def test_what_only_the_probe_sees_silences_the_engine_until_good_weights_come(
+    published: Published, damage: Callable[[tiny.Publication], tiny.Publication], complaint: str
+) -> None:
+    engine, old, new = published.engine, published.models[1], published.models[3]
+    published.publish(old)
+    engine.submit(LONG, Sampling(max_tokens=6))
+    rows = {row.sample_id: row for row in engine.step()}
+    with pytest.raises(BadWeights, match=complaint):
+        engine.load(*damage(tiny.publish(new, published.next_version(), PROBE)))
+    assert engine.version is None
+    with pytest.raises(RuntimeError, match="no proven weights"):
+        engine.step()
+    published.publish(new)
+    rows |= drain(engine)
+    assert rows.keys() == set(LONG.sample_ids.tolist())
+    assert_drawn_by(new, LONG, generate(engine, LONG, Sampling(max_tokens=6)))
+
+
+# Drawing.
+
+
+def test_a_sample_draws_the_same_whatever_it_is_batched_with(published: Published) -> None:
+    published.publish(published.models[4])
+    sampling = Sampling(max_tokens=10)
+    prompts = tiny.make_prompts(["12+34=", "ab"], samples=3)
+    together = generate(published.engine, prompts, sampling)
+    for prompt in (tiny.make_prompts(["12+34="], samples=3), tiny.make_prompts(["ab"], samples=3, first=1)):
+        for sample_id, row in generate(published.engine, prompt, sampling).items():
+            assert row.tokens.tolist() == together[sample_id].tokens.tolist()
+
+
+def test_other_samples_and_retries_draw_otherwise(published: Published) -> None:
+    published.publish(published.models[4])
+    prompts, sampling = tiny.make_prompts(["12+34="], samples=4), Sampling(max_tokens=20)
+    first = generate(published.engine, prompts, sampling)
+    published.engine.submit(prompts, sampling, retry=1)
+    draws = [row.tokens.tobytes() for rows in (first, drain(published.engine)) for row in rows.values()]
+    assert len(set(draws)) == 8
+
+
+def test_the_order_of_submission_decides_nothing(published: Published) -> None:
+    published.publish(published.models[4])
+    runs = []
+    for order in (range(4), reversed(range(4))):
+        for i in order:
+            published.engine.submit(tiny.make_prompts(["12+34=", "q"], samples=2, first=2 * i), Sampling(max_tokens=8))
+        rows = drain(published.engine)
+        runs.append([(i, rows[i].tokens.tobytes(), rows[i].log_probs.tobytes()) for i in sorted(rows)])
+    assert runs[0] == runs[1]
+
+
+def test_greedy_is_transformers_greedy_also_beside_sampled_rows(published: Published) -> None:
+    model, engine = published.models[2], published.engine
+    published.publish(model)
+    greedy, sampled = tiny.make_prompts(["12+34=", "sort: dcba"]), tiny.make_prompts(["a"], samples=5, first=9)
+    engine.submit(sampled, Sampling(max_tokens=12, temperature=0.8))
+    engine.submit(greedy, Sampling(max_tokens=12, temperature=0.0))
+    rows = drain(engine)
+    for sample_id, prompt in zip(greedy.sample_ids.tolist(), greedy.prompts, strict=True):
+        inputs = torch.tensor(prompt[None], dtype=torch.int64)
+        want = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+        assert rows[sample_id].tokens.tolist() == want[0, len(prompt) :].tolist()
+    assert_drawn_by(model, greedy, {i: rows[i] for i in greedy.sample_ids.tolist()})
+    assert_drawn_by(model, sampled, {i: rows[i] for i in sampled.sample_ids.tolist()}, temperature=0.8)
+
+
+def test_a_response_ends_at_its_end_token_or_its_limit(published: Published) -> None:
+    published.publish(published.models[0])
+    rows = generate(published.engine, tiny.make_prompts(["a"], samples=100), Sampling(max_tokens=40))
+    assert {row.finish for row in rows.values()} == {Finish.STOP, Finish.LENGTH}
+    for row in rows.values():
+        ends = np.flatnonzero(row.tokens == tiny.EOS_ID)
+        assert ends.tolist() == ([len(row.tokens) - 1] if row.finish is Finish.STOP else [])
+        assert row.finish is Finish.STOP or len(row.tokens) == 40
+
+
+def test_a_row_that_does_not_fit_is_refused_and_none_is_queued(published: Published) -> None:
+    prompts = tiny.make_prompts(["fine", "x" * 1000])
+    with pytest.raises(ValueError, match=f"sample {prompts.sample_ids[1]}: prompt of 1000 tokens and max_tokens 25"):
+        published.engine.submit(prompts, Sampling(max_tokens=25))
+    assert published.engine.unfinished == 0
+
+
+def test_statistics_say_what_runs_and_what_the_cache_holds(published: Published) -> None:
+    published.publish(published.models[0])
+    published.engine.submit(LONG, Sampling(max_tokens=5))
+    waiting = published.engine.statistics()
+    early = published.engine.step()
+    running = published.engine.statistics()
+    drain(published.engine)
+    idle = published.engine.statistics()
+    assert (waiting["waiting"], waiting["running"]) == (12, 0)
+    assert running["running"] + running["waiting"] == 12 - len(early)
+    assert running["kv_cache_used_ratio"] > 0.01
+    assert idle["running"] == idle["waiting"] == idle["kv_cache_used_ratio"] == 0
+    assert idle["tokens_generated"] > waiting["tokens_generated"]

@@ -1,0 +1,337 @@
+"""The engine over a transformers module: a static batch with a KV cache, run to its end at one version.
+
+A row draws by inverting its cumulative distribution at one uniform a token, and takes the uniforms from a Philox
+stream of its own: what it draws never depends on the rows beside it. The same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from protocols.ids import sampling_seed
+from protocols.messages import Finish, Prompts
+from protocols.roles import Sampling
+from protocols.weights import BadWeights, InstallReceipt, Probe, TensorEntry, Version, WeightManifest, verify
+from workers.generation.engine import Engine, FinishedRow
+from workers.models import DTYPES, canonical_tensors, log_softmax_of
+from workers.settings import Generation
+
+
+class _Row(msgspec.Struct, frozen=True):
+    """A queued row."""
+
+    sample_id: int
+    prompt: npt.NDArray[np.int32]  # [P]
+    sampling: Sampling
+    retry: int
+
+
+class TorchEngine(Engine):
+    """Generates with a module that it owns, or with one that its owner trains between two steps.
+
+    An engine that owns its module takes weights by `load`; for a trained module the owner says `advance` after each
+    committed step. `eos_token_id` ends a response.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Generation,
+        run_seed: int,
+        eos_token_id: int,
+        *,
+        owns_model: bool = True,
+        version: Version | None = None,
+    ) -> None:
+        self._model: PreTrainedModel | None = model
+        self._slots = settings.slots
+        self._run_seed = run_seed
+        self._eos_token_id = eos_token_id
+        self._owns_model = owns_model
+        self._version = version
+        self._context = settings.max_model_tokens or int(model.config.max_position_embeddings)
+        self._queue: dict[int, _Row] = {}
+        self._tokens_generated = 0
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._queue)
+
+    def advance(self, version: Version) -> None:
+        """Say that the owner's training left newer weights in the module.
+
+        Raises ValueError where the version is not newer, RuntimeError where the engine owns its module.
+        """
+        if self._owns_model:
+            raise RuntimeError(
+                f"version {version} can't be declared: this engine owns its module and takes weights by load"
+            )
+        if self._version is not None and version <= self._version:
+            raise ValueError(f"version {version} is not newer than {self._version}, which the module already holds")
+        self._version = version
+
+    def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
+        refuse_unfit(prompts, sampling, self._queue, self._context, self._module.config.vocab_size)
+        for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
+            self._queue[sample_id] = _Row(sample_id, prompt, sampling, retry)
+
+    def step(self) -> list[FinishedRow]:
+        """Run up to `slots` queued rows, lowest ids first, to their end. Raises RuntimeError before the first load."""
+        if not self._queue:
+            return []
+        if self._version is None:
+            raise RuntimeError(f"{len(self._queue)} rows wait, but no weights are installed: load a version first")
+        rows = [self._queue[sample_id] for sample_id in sorted(self._queue)[: self._slots]]
+        was_training = self._module.training
+        self._module.eval()
+        try:
+            finished = self._generate(rows, self._version.step)
+        finally:
+            self._module.train(was_training)
+        for row in rows:
+            del self._queue[row.sample_id]
+        self._tokens_generated += sum(len(row.tokens) for row in finished)
+        return finished
+
+    def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> InstallReceipt:
+        if not self._owns_model:
+            raise RuntimeError(
+                f"version {manifest.version} can't be loaded into a module that its owner trains: call advance"
+            )
+        started = time.perf_counter()
+        check_publication(manifest, buffer, self._version)
+        own = dict(canonical_tensors(self._module))
+        refuse_misfits(manifest, {name: tuple(tensor.shape) for name, tensor in own.items()})
+        previous = {name: tensor.clone() for name, tensor in own.items()}
+        for name, tensor in read_tensors(manifest, buffer):
+            own[name].copy_(tensor)
+        try:
+            difference = prove(manifest.probe, self._answer)
+        except BadWeights:
+            for name, tensor in previous.items():
+                own[name].copy_(tensor)
+            raise
+        self._version = manifest.version
+        return InstallReceipt(manifest.version, len(manifest.tensors), difference, time.perf_counter() - started)
+
+    def statistics(self) -> dict[str, float]:
+        return {"running": 0.0, "waiting": float(len(self._queue)), "tokens_generated": float(self._tokens_generated)}
+
+    def close(self) -> None:
+        self._queue.clear()
+        self._version = None
+        self._model = None
+
+    @property
+    def _module(self) -> PreTrainedModel:
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        return self._model
+
+    @torch.no_grad()  # not inference_mode: a buffer that the module caches here must stay usable for training
+    def _generate(self, rows: list[_Row], version_step: int) -> list[FinishedRow]:
+        device = self._module.device
+        limits = torch.tensor([row.sampling.max_tokens for row in rows], device=device)
+        temperatures = torch.tensor([row.sampling.temperature for row in rows], device=device)
+        uniforms = torch.from_numpy(self._uniforms(rows)).to(device)
+        tokens = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
+        log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
+        lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
+
+        cache = DynamicCache(config=self._module.config)
+        inputs, mask = (column.to(device) for column in _left_padded([row.prompt for row in rows]))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        alive = torch.arange(len(rows), device=device)
+        for t in range(uniforms.shape[1]):
+            logits = self._next_logits(inputs, mask, positions, cache)
+            drawn, drawn_log_probs = draw(logits, temperatures[alive], uniforms[alive, t])
+            tokens[alive, t], log_probs[alive, t], lengths[alive] = drawn, drawn_log_probs, t + 1
+            going = ((drawn != self._eos_token_id) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
+            if len(going) == 0:
+                break
+            if len(going) < len(alive):  # finished rows leave, so that nothing is computed for them
+                cache.batch_select_indices(going)
+                alive, mask, drawn = alive[going], mask[going], drawn[going]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            inputs, positions = drawn.unsqueeze(1), mask.sum(1, keepdim=True) - 1
+        return self._finished(rows, tokens.cpu().numpy(), log_probs.cpu().numpy(), lengths.tolist(), version_step)
+
+    def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits of the token after the last input, [n, V]; the cache grows by the inputs."""
+        outputs = self._module(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return outputs.logits[:, -1]
+
+    def _uniforms(self, rows: list[_Row]) -> npt.NDArray[np.float64]:
+        """One uniform a token, [n, longest max_tokens]; a row's stream depends on its seed alone."""
+        width = max(row.sampling.max_tokens for row in rows)
+        seeds = (sampling_seed(self._run_seed, row.sample_id, row.retry) for row in rows)
+        return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(width) for seed in seeds])
+
+    def _finished(
+        self,
+        rows: list[_Row],
+        tokens: npt.NDArray[np.int64],
+        log_probs: npt.NDArray[np.float32],
+        lengths: list[int],
+        version_step: int,
+    ) -> list[FinishedRow]:
+        return [
+            FinishedRow(
+                sample_id=row.sample_id,
+                tokens=tokens[i, :length].astype(np.int32),
+                log_probs=log_probs[i, :length].copy(),
+                versions=np.full(length, version_step, np.int32),
+                finish=Finish.STOP if tokens[i, length - 1] == self._eos_token_id else Finish.LENGTH,
+            )
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
+
+    @torch.no_grad()
+    def _answer(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs of each sequence's tokens but the first."""
+        answers: list[list[float]] = []
+        for sequence in sequences:
+            inputs = torch.tensor([sequence], device=self._module.device)
+            logits = self._module(input_ids=inputs, use_cache=False).logits[0, :-1]
+            answers.append(log_softmax_of(logits, inputs[0, 1:]).tolist())
+        return answers
+
+
+def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert each row's cumulative distribution at its uniform.
+
+    logits [n, V]; temperatures [n], 0 takes the likeliest token; uniforms float64 [n] in [0, 1). Returns tokens
+    int64 [n] and their log-probs float32 [n] at the temperature, at 1 for greedy rows.
+    """
+    greedy = temperatures == 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperatures).unsqueeze(-1)
+    log_probs = torch.log_softmax(scaled, dim=-1)
+    cumulative = log_probs.double().exp().cumsum(-1)
+    targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
+    sampled = (cumulative <= targets).sum(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, scaled.argmax(-1), sampled)
+    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _left_padded(prompts: list[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, int64 [n, longest]: every row ends at the right edge, where the next token is drawn."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens = np.zeros((len(prompts), width), np.int64)
+    for i, prompt in enumerate(prompts):
+        tokens[i, width - len(prompt) :] = prompt
+    starts = width - np.array([len(prompt) for prompt in prompts])
+    return torch.from_numpy(tokens), torch.from_numpy((np.arange(width) >= starts[:, None]).astype(np.int64))
+
+
+# What every engine checks, whatever draws its tokens.
+
+
+def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:
+    """Raise ValueError naming the first sample that an engine of this context and vocabulary (tokens) can't run."""
+    if sampling.max_tokens < 1 or not 0.0 <= sampling.temperature < math.inf:
+        raise ValueError(
+            f"sampling needs max_tokens of 1 or more and a finite temperature of 0 or more, got {sampling}"
+        )
+    seen: set[int] = set()
+    for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
+        if len(prompt) == 0:
+            raise ValueError(f"sample {sample_id}: the prompt is empty")
+        if len(prompt) + sampling.max_tokens > context:
+            raise ValueError(
+                f"sample {sample_id}: prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed "
+                f"the model's context of {context}; shorten the prompt or lower max_tokens"
+            )
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+            raise ValueError(f"sample {sample_id}: token {int(prompt.max())} is outside the vocabulary of {vocabulary}")
+        if sample_id in taken or sample_id in seen:
+            raise ValueError(f"sample {sample_id} is already being generated")
+        seen.add(sample_id)
+
+
+def check_publication(manifest: WeightManifest, buffer: npt.NDArray[np.uint8], installed: Version | None) -> None:
+    """Raise BadWeights before anything is touched: version not newer, wrong bytes, unknown dtype, NaN or infinity."""
+    if installed is not None and manifest.version <= installed:
+        raise BadWeights(f"version {manifest.version} is not newer than {installed}, which is installed")
+    verify(manifest.tensors, buffer)
+    for entry in manifest.tensors:
+        if entry.dtype not in _EXPONENTS:
+            raise BadWeights(f"tensor {entry.name} is {entry.dtype}; weights travel as {' or '.join(_EXPONENTS)}")
+        word, exponent = _EXPONENTS[entry.dtype]
+        words = np.ascontiguousarray(_bytes_of(entry, buffer)).view(word)
+        if wrong := int(((words & exponent) == exponent).sum()):
+            raise BadWeights(
+                f"tensor {entry.name} of version {manifest.version}: {wrong} of {words.size} values not finite"
+            )
+
+
+def refuse_misfits(manifest: WeightManifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise BadWeights where a publication does not hold exactly the tensors of an engine, by name and shape."""
+    sent = shapes_of(manifest)
+    if missing := sorted(shapes.keys() - sent.keys()):
+        raise BadWeights(
+            f"version {manifest.version} lacks {len(missing)} of {len(shapes)} tensors, first {missing[0]}"
+        )
+    for name, shape in sent.items():
+        if name not in shapes:
+            raise BadWeights(f"version {manifest.version} holds tensor {name}, which the model does not have")
+        if shape != shapes[name]:
+            raise BadWeights(f"tensor {name} of version {manifest.version} is {shape}, the model's {shapes[name]}")
+
+
+def shapes_of(manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
+    """Shape of each published tensor by name."""
+    return {entry.name: tuple(entry.shape) for entry in manifest.tensors}
+
+
+# An IEEE number is NaN or infinite where all bits of its exponent are set; numpy has no bfloat16 to ask.
+_EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}
+
+
+def _bytes_of(entry: TensorEntry, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return buffer[entry.start : entry.start + entry.nbytes]
+
+
+def read_tensors(manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, each a copy: the buffer may be memory that other readers share."""
+    for entry in manifest.tensors:
+        data = torch.from_numpy(np.array(_bytes_of(entry, buffer)))
+        yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def prove(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[float]]]) -> float:
+    """Largest absolute difference between the trainer's log-probs of the probe and the engine's; NaN without probe.
+
+    Raises BadWeights where it exceeds the probe's tolerance: some tensor was not installed as it was sent.
+    """
+    if probe is None:
+        return math.nan
+    answered = np.concatenate([np.asarray(row, np.float64) for row in answer(probe.tokens)])
+    expected = np.concatenate([np.asarray(row, np.float64) for row in probe.log_probs])
+    difference = float(np.abs(answered - expected).max())
+    if not difference <= probe.tolerance:  # so written, NaN refuses too
+        raise BadWeights(
+            f"probe: log-probs differ by {difference:.3g} from the trainer's, tolerance {probe.tolerance:.3g}; "
+            "a tensor was not installed as sent, or the tolerance is too tight for this dtype"
+        )
+    return difference

@@ -1,0 +1,129 @@
+"""The reward model: a score per response such that the better of two has the higher one (Bradley and Terry, 1952)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from workers.datasets import Preference, read_rows
+from workers.finetune import Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune_settings import RewardModelSettings
+from workers.models import DTYPES, MicroBatch, micro_batches, sequence_scores
+
+
+class Pairs:
+    """N pairs of responses as 2N rows of tokens: the chosen ones in order, then the rejected ones."""
+
+    __slots__ = ("texts",)
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+
+    @classmethod
+    def tokenized(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference]) -> Pairs:
+        """Token columns of preference rows."""
+        chosen = [(row.prompt, row.chosen, row.chosen_truncated) for row in rows]
+        rejected = [(row.prompt, row.rejected, row.rejected_truncated) for row in rows]
+        return cls(tokenized(tokenizer, [*chosen, *rejected]))
+
+    def __len__(self) -> int:
+        return len(self.texts) // 2
+
+    def take(self, pairs: npt.NDArray[np.int64]) -> Pairs:
+        """The given pairs in the given order."""
+        return Pairs(self.texts.take(np.concatenate([pairs, pairs + len(self)])))
+
+    def micro_batches(self, budget: int) -> Iterator[MicroBatch]:
+        """Cut so that both responses of a pair stay together: the chosen ones first, then as many rejected ones."""
+        lengths = (self.texts.prompts.lengths + self.texts.responses.lengths).reshape(2, len(self))
+        longer = self.texts.take(lengths.argmax(axis=0) * len(self) + np.arange(len(self)))
+        for cut in micro_batches(longer, budget // 2):
+            yield MicroBatch(self.texts, np.concatenate([cut.rows, cut.rows + len(self)]))
+
+
+class RewardModelResult(msgspec.Struct, frozen=True):
+    """What training came to."""
+
+    output: str  # transformers folder: sequence classification with one label
+    losses: list[float]  # of each step, nats
+    heldout_accuracy: float  # share of held-out pairs whose chosen response has the higher score; a tie counts half
+
+
+def train_reward_model(
+    settings: RewardModelSettings, *, on_step: Callable[[int, float], object] | None = None
+) -> RewardModelResult:
+    """Train a reward model on pairs, evaluate it on held-out ones and write it as a folder.
+
+    `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
+    for an existing output, both before the model loads.
+    """
+    refuse_existing(settings.output)
+    rows = read_rows(settings.data, Preference, settings.columns)
+    heldout_rows = read_rows(settings.heldout, Preference, settings.columns)
+    tokenizer = load_tokenizer(settings.model)
+    pairs, heldout = Pairs.tokenized(tokenizer, rows), Pairs.tokenized(tokenizer, heldout_rows)
+    model = load_untrained_reward(settings.model, settings.dtype, settings.schedule.seed)
+    budget = settings.schedule.tokens_per_micro_batch
+
+    def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+        return pair_loss(model, pairs.take(batch), budget, settings.centring)
+
+    losses: list[float] = []
+    for step, loss in optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of):
+        losses.append(loss)
+        if on_step:
+            on_step(step, loss)
+    accuracy = pair_accuracy(model, heldout, budget)
+    save_folder(settings.output, model, tokenizer)
+    return RewardModelResult(settings.output, losses, accuracy)
+
+
+def pair_loss(model: PreTrainedModel, pairs: Pairs, budget: int, centring: float) -> Iterator[Tensor]:
+    """Parts of the mean over pairs of -log sigmoid(c - r) + centring * (c + r)^2; c, r score chosen and rejected.
+
+    The second term is Eisenstein et al.'s (2023): differences alone leave the level of the scores free.
+    """
+    for batch in pairs.micro_batches(budget):
+        chosen, rejected = sequence_scores(model, batch).chunk(2)
+        loss = -logsigmoid(chosen - rejected) + centring * (chosen + rejected).square()
+        yield loss.sum() / len(pairs)
+
+
+@torch.no_grad()
+def pair_accuracy(model: PreTrainedModel, pairs: Pairs, budget: int) -> float:
+    """Share of pairs whose chosen response has the higher score; a tie counts half."""
+    won = 0.0
+    for batch in pairs.micro_batches(budget):
+        chosen, rejected = sequence_scores(model, batch).chunk(2)
+        won += float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
+    return won / len(pairs)
+
+
+def load_untrained_reward(folder: str, dtype: str, seed: int) -> PreTrainedModel:
+    """A reward model to train: a language model gets a score head drawn from the seed, a reward model keeps its own.
+
+    A fresh head's entries have variance 1 / width, so scores start near unit size: from a zero or tiny head the
+    body gets hardly any gradient, and the first hundred steps are lost.
+    """
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        dtype=DTYPES[dtype],
+        num_labels=1,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if missing := {name for name in loading["missing_keys"] if not name.startswith("score.")}:
+        raise ValueError(f"model folder {folder} lacks {sorted(missing)[:5]}")
+    if loading["missing_keys"]:
+        width = model.score.in_features
+        model.score.weight.data.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(seed))
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Rewards: rules by name, and the process in which user code runs."""

@@ -1,0 +1,46 @@
+"""Rule rewards: plain functions of three texts. A rule is a function and a line in `RULES`.
+
+This module is imported by the process that runs rules: it stays free of heavy imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+Rule = Callable[[str, str, str], float]
+
+
+def exact_match(prompt: str, response: str, reference: str) -> float:
+    """1.0 where the response is the reference, white space at the ends aside."""
+    return float(response.strip() == reference.strip())
+
+
+def prefix_match(prompt: str, response: str, reference: str) -> float:
+    """The share of the reference that the response gets right before its first mistake, 0 to 1."""
+    given, wanted = response.strip(), reference.strip()
+    right = next((i for i, (a, b) in enumerate(zip(given, wanted)) if a != b), min(len(given), len(wanted)))  # noqa: B905
+    return right / max(len(given), len(wanted), 1)
+
+
+RULES: dict[str, Rule] = {"exact_match": exact_match, "prefix_match": prefix_match}
+
+
+def rule_named(name: str) -> Rule:
+    """A registered rule, or the function that "package.module:function" names.
+
+    Raises LookupError saying what is known, what could not be imported or what is not there.
+    """
+    if name in RULES:
+        return RULES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise LookupError(f"rule {name!r} is none of {', '.join(RULES)} and no package.module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise LookupError(f"rule {name!r}: {error}") from error
+    if not callable(function):
+        raise LookupError(f"rule {name!r}: module {module} has no function {attribute!r}")
+    return cast(Rule, function)
