@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from asyncflow.config import BadInput, Recipe, load_recipe
     from asyncflow.dataflow.graph import Dataflow, DataflowError
     from asyncflow.dataflow.trace import Flow, algorithm, trace
-    from asyncflow.launch import launch, resume
+    from asyncflow.launching import launch, resume
 
 __all__ = [
     "BadInput", "Dataflow", "DataflowError", "Flow", "Recipe", "Run", "algorithm", "launch", "load_recipe", "resume", "trace",
 ]  # fmt: skip
 
 _HOME = {
-    "BadInput": "config", "Recipe": "config", "load_recipe": "config", "Run": "client.run", "launch": "launch",
-    "resume": "launch", "Dataflow": "dataflow.graph", "DataflowError": "dataflow.graph", "Flow": "dataflow.trace",
+    "BadInput": "config", "Recipe": "config", "load_recipe": "config", "Run": "client.run", "launch": "launching",
+    "resume": "launching", "Dataflow": "dataflow.graph", "DataflowError": "dataflow.graph", "Flow": "dataflow.trace",
     "algorithm": "dataflow.trace", "trace": "dataflow.trace",
 }  # fmt: skip
 

@@ -51,13 +51,8 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str,
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer of {tokenizer.name_or_path} has no eos token: responses could never end")
-    ends: list[list[int]] = [[] if cut else [eos] for cut in truncated]
-    return Texts(
-        Jagged.from_rows(_encode(tokenizer, prompts), np.int32),
-        Jagged.from_rows(
-            [[*ids, *end] for ids, end in zip(_encode(tokenizer, responses), ends, strict=True)], np.int32
-        ),
-    )
+    answers = [ids if cut else [*ids, eos] for ids, cut in zip(_encode(tokenizer, responses), truncated, strict=True)]
+    return Texts(Jagged.from_rows(_encode(tokenizer, prompts), np.int32), Jagged.from_rows(answers, np.int32))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> list[list[int]]:

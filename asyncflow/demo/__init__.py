@@ -1,1 +1,1 @@
-"""The demonstration: a task whose three steps of RLHF fit into minutes on two cores."""
+"""A small task, its data and its models: what `asyncflow demo` runs all three steps of RLHF on."""

@@ -21,7 +21,9 @@ class PublicationFailed(Exception):
     """Weights did not arrive or were not installed."""
 
 
-async def publish(policy: Endpoint, generators: Sequence[Endpoint], version: Version, deadline_seconds: float) -> Published:
+async def publish(
+    policy: Endpoint, generators: Sequence[Endpoint], version: Version, deadline_seconds: float
+) -> Published:
     """Publish the policy's current weights as `version`. Raises PublicationFailed naming replica and cause."""
     start = time.monotonic()
     waiting = {f"snapshot of {policy.name}"}

@@ -45,7 +45,8 @@ def test_the_loss_falls_and_the_output_is_a_transformers_folder(base: Path, data
     assert [step for step, _ in seen] == list(range(30))
     assert np.mean(result.losses[-5:]) < 0.5 * result.losses[0]
     tokens = tokenized(load_tokenizer(result.output), ROWS)
-    after = sum(float(part) for part in response_loss(load_causal(result.output), tokens, 8192))
+    with torch.no_grad():
+        after = float(sum(response_loss(load_causal(result.output), tokens, 8192)))
     assert after < 0.5 * result.losses[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sft"]  # nothing temporary stays
 
@@ -61,6 +62,7 @@ def test_the_same_seed_gives_the_same_weights_however_the_batch_is_cut(base: Pat
     assert all(torch.allclose(a[name], cut[name], atol=2e-4) for name in a)
 
 
+@torch.no_grad()
 def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
     model, tokens = load_causal(base), tokenized(tiny.tokenizer(), [("1+1=", "2", False), ("59+60=", "119", False)])
     by_hand = [
@@ -95,6 +97,11 @@ def test_a_loss_that_is_not_finite_ends_training_without_an_output(base: Path, d
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_learning_rate_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="learning_rate must be positive, got nan"):
+        Schedule(steps=1, learning_rate=math.nan)
+
+
 def test_every_epoch_visits_each_row_once_in_a_new_order():
     rows = np.concatenate(list(batches(10, Schedule(steps=6, batch_size=5))))
     epochs = rows.reshape(3, 10)
@@ -113,6 +120,4 @@ def test_the_learning_rate_rises_then_decays():
 @pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "tokens_per_micro_batch"])
 def test_a_schedule_of_nothing_is_refused(field: str):
     with pytest.raises(ValueError, match=f"{field} must be positive, got 0"):
-        Schedule(**{"steps": 1, field: 0})
-    with pytest.raises(ValueError, match=f"{field} must be positive"):
-        Schedule(**{"steps": 1, field: math.nan})
+        msgspec.convert({"steps": 1, field: 0}, Schedule)

@@ -50,7 +50,7 @@ class Published:
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     root = tmp_path_factory.mktemp("models")
     folders = [tiny.make_policy(root / str(seed), seed, tied=request.param) for seed in range(5)]
-    engine = VllmEngine(str(folders[0]), Generation(slots=64, kv_cache_bytes=32 * 1024 * 1024), RUN_SEED)
+    engine = VllmEngine(str(folders[0]), Generation(slots=64, kv_cache_bytes=2 * 1024 * 1024), RUN_SEED)
     yield Published(engine, [load_causal(folder) for folder in folders])
     engine.close()
 

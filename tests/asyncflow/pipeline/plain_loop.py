@@ -1,0 +1,173 @@
+"""PPO as one plain loop over transformers models: no services, no channels, no batcher, no ledger.
+
+It is what the pipeline claims to be equal to, bit for bit, at staleness 0. Formulas are written out again here;
+shared with the pipeline are only the torch engine that draws and the data's order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from asyncflow.config import Recipe
+from asyncflow.control.prompts import DataRow, PromptSource
+from protocols.roles import Sampling
+from protocols.weights import Version
+from tests import tiny
+from workers.generation.torch import TorchEngine
+
+State = dict[str, torch.Tensor]
+EAGER = {"attn_implementation": "eager", "dtype": torch.float32}
+
+
+def train(recipe: Recipe) -> tuple[State, State]:
+    """Train for `recipe.steps`; the final weights of policy and critic."""
+    torch.set_num_threads(1)
+    paths = {role: recipe.models[role].path for role in ("policy", "critic", "reference", "reward")}
+    policy = AutoModelForCausalLM.from_pretrained(paths["policy"], **EAGER).eval()
+    reference = AutoModelForCausalLM.from_pretrained(paths["reference"], **EAGER).eval()
+    reward = AutoModelForSequenceClassification.from_pretrained(paths["reward"], num_labels=1, **EAGER).eval()
+    config = AutoConfig.from_pretrained(paths["critic"])
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    critic = AutoModelForTokenClassification.from_pretrained(paths["critic"], config=config, **EAGER).eval()
+    for parameter in critic.score.parameters():
+        torch.nn.init.zeros_(parameter)
+    optimizers = [
+        torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.models[role].learning_rate,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.0,
+            foreach=False,
+        )
+        for role, model in (("policy", policy), ("critic", critic))
+    ]
+    source = _prompts(recipe)
+    cursor = 0
+    for step in range(recipe.steps):
+        prompts = [source.at(cursor + i) for i in range(recipe.prompts_per_step)]
+        cursor += recipe.prompts_per_step
+        batch = _draw(policy, source, sorted(prompts), recipe, step)
+        with torch.no_grad():
+            anchor = _log_probs(reference, batch)
+            values = _values(critic, batch)
+            scores = _scores(reward, batch)
+        advantages, returns = _advantages(batch, anchor, values, scores, recipe)
+        _update(critic, optimizers[1], _critic_loss(critic, batch, values, returns))
+        _update(policy, optimizers[0], _policy_loss(policy, batch, advantages))
+    return policy.state_dict(), critic.state_dict()
+
+
+class Batch:
+    """Drawn rows, right-padded: tokens and mask [N, L], and where each response token stands."""
+
+    def __init__(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
+        width = max(len(p) + len(r) for p, r, _ in rows)
+        self.tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        self.mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, (prompt, response, _) in enumerate(rows):
+            full = prompt + response
+            self.tokens[i, : len(full)] = torch.tensor(full)
+            self.mask[i, : len(full)] = 1
+        self.at = [(i, len(p) + t) for i, (p, r, _) in enumerate(rows) for t in range(len(r))]
+        self.lengths = [len(r) for _, r, _ in rows]
+        self.ends = [len(p) + len(r) - 1 for p, r, _ in rows]
+        self.mu = np.array([x for _, _, log_probs in rows for x in log_probs], np.float32)
+
+
+def _prompts(recipe: Recipe) -> PromptSource:
+    lines = Path(recipe.data.train).read_text().splitlines()
+    rows = [msgspec.json.decode(line, type=DataRow) for line in lines]
+    return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
+
+
+def _draw(policy: torch.nn.Module, source: PromptSource, prompts: list[int], recipe: Recipe, step: int) -> Batch:
+    engine = TorchEngine(
+        policy, recipe.generation, recipe.seed, tiny.EOS_ID, owns_model=False, version=Version(0, step)
+    )
+    requests = source.requests(prompts, recipe.samples_per_prompt, step)
+    engine.submit(requests, Sampling(max_tokens=recipe.generation.max_tokens, temperature=1.0))
+    drawn = {}
+    while engine.unfinished:
+        drawn |= {row.sample_id: row for row in engine.step()}
+    rows = [drawn[s] for s in requests.sample_ids.tolist()]
+    return Batch(
+        [(p.tolist(), r.tokens.tolist(), r.log_probs.tolist()) for p, r in zip(requests.prompts, rows, strict=True)]
+    )
+
+
+def _before(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    rows = torch.tensor([i for i, _ in batch.at])
+    columns = torch.tensor([t - 1 for _, t in batch.at])
+    return outputs[rows, columns]
+
+
+def _log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits = _before(model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits, batch).float()
+    drawn = torch.tensor([batch.tokens[i, t] for i, t in batch.at])
+    return logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+
+def _values(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
+    return _before(logits, batch).float().squeeze(-1)
+
+
+def _scores(model: torch.nn.Module, batch: Batch) -> np.ndarray:
+    hidden = model.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    return model.score(hidden[torch.arange(len(batch.ends)), torch.tensor(batch.ends)]).float().squeeze(-1).numpy()
+
+
+def _advantages(
+    batch: Batch, anchor: torch.Tensor, values: torch.Tensor, scores: np.ndarray, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    beta, decay = float(recipe.advantage["kl_coefficient"]), float(recipe.advantage["gae_lambda"])
+    rewards = -beta * (batch.mu.astype(np.float64) - anchor.numpy().astype(np.float64))
+    ends = np.cumsum(batch.lengths)
+    rewards[ends - 1] += scores
+    rewards = rewards.astype(np.float64)
+    value = values.numpy().astype(np.float64)
+    advantages, returns = np.zeros_like(rewards), np.zeros_like(rewards)
+    for start, end in zip(ends - batch.lengths, ends, strict=True):
+        carried, after = 0.0, 0.0
+        for t in range(end - 1, start - 1, -1):
+            carried = rewards[t] + 1.0 * after - value[t] + 1.0 * decay * carried
+            after = value[t]
+            advantages[t], returns[t] = carried, carried + value[t]
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return torch.from_numpy(advantages.astype(np.float32)), torch.from_numpy(returns.astype(np.float32))
+
+
+def _policy_loss(model: torch.nn.Module, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    model.train()
+    log_probs = _log_probs(model, batch)
+    ratio = torch.exp(log_probs - log_probs.detach())
+    loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages)
+    loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
+    return (loss * torch.tensor(1.0 / len(batch.at), dtype=torch.float32)).sum()
+
+
+def _critic_loss(model: torch.nn.Module, batch: Batch, old: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    model.train()
+    values = _values(model, batch)
+    clipped = old + (values - old).clamp(-0.2, 0.2)
+    loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return (loss * torch.tensor(1.0 / len(batch.at), dtype=torch.float32)).sum()
+
+
+def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
