@@ -21,14 +21,32 @@ if TYPE_CHECKING:
     from asyncflow.launching import launch, resume
 
 __all__ = [
-    "BadInput", "Dataflow", "DataflowError", "Flow", "Recipe", "Run", "algorithm", "launch", "load_recipe", "resume", "trace",
-]  # fmt: skip
+    "BadInput",
+    "Dataflow",
+    "DataflowError",
+    "Flow",
+    "Recipe",
+    "Run",
+    "algorithm",
+    "launch",
+    "load_recipe",
+    "resume",
+    "trace",
+]
 
 _HOME = {
-    "BadInput": "config", "Recipe": "config", "load_recipe": "config", "Run": "client.run", "launch": "launching",
-    "resume": "launching", "Dataflow": "dataflow.graph", "DataflowError": "dataflow.graph", "Flow": "dataflow.trace",
-    "algorithm": "dataflow.trace", "trace": "dataflow.trace",
-}  # fmt: skip
+    "BadInput": "config",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "Run": "client.run",
+    "launch": "launching",
+    "resume": "launching",
+    "Dataflow": "dataflow.graph",
+    "DataflowError": "dataflow.graph",
+    "Flow": "dataflow.trace",
+    "algorithm": "dataflow.trace",
+    "trace": "dataflow.trace",
+}
 
 
 def _check_siblings() -> None:

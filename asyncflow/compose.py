@@ -15,8 +15,12 @@ EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
 
 _KINDS: dict[str, Kind] = {
-    "policy": "policy", "critic": "critic", "cost_critic": "critic", "reference": "reference", "reward": "reward",
-}  # fmt: skip
+    "policy": "policy",
+    "critic": "critic",
+    "cost_critic": "critic",
+    "reference": "reference",
+    "reward": "reward",
+}
 
 
 def roles_of(dataflow: Dataflow) -> list[str]:
@@ -50,7 +54,8 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
             )
     if recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement:
         raise BadInput(
-            "generation.engine = 'vllm' needs a [placement] of generator; without one the policy itself generates, with 'torch'"
+            "generation.engine = 'vllm' needs a [placement] of generator; "
+            "without one the policy itself generates, with 'torch'"
         )
 
 
@@ -83,15 +88,31 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
 
     def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
         return ServiceSpec(
-            name=name, kind=kind, run=run, term=term, seed=recipe.seed, deterministic=recipe.deterministic,
-            stages=stages_of(name), pool=pools[name], leased=counts[pools[name]] > 1,
+            name=name,
+            kind=kind,
+            run=run,
+            term=term,
+            seed=recipe.seed,
+            deterministic=recipe.deterministic,
+            stages=stages_of(name),
+            pool=pools[name],
+            leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,
-            mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step, firing_rows=recipe.firing_rows,
-            inline_bytes=recipe.inline_bytes, threads=recipe.threads, model=model,
-            tokenizer_path=recipe.models["policy"].path, loss=recipe.loss, optimizer=recipe.optimizer,
-            generation=recipe.generation, failures=recipe.failures, algorithm=recipe.algorithm,
-            numbers=dict(recipe.advantage), log_path=f"{log_folder}/{name}.log", delay_seconds=recipe.delays.get(name, {}),
-        )  # fmt: skip
+            mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
+            firing_rows=recipe.firing_rows,
+            inline_bytes=recipe.inline_bytes,
+            threads=recipe.threads,
+            model=model,
+            tokenizer_path=recipe.models["policy"].path,
+            loss=recipe.loss,
+            optimizer=recipe.optimizer,
+            generation=recipe.generation,
+            failures=recipe.failures,
+            algorithm=recipe.algorithm,
+            numbers=dict(recipe.advantage),
+            log_path=f"{log_folder}/{name}.log",
+            delay_seconds=recipe.delays.get(name, {}),
+        )
 
     specs = [spec(role, _KINDS[role], recipe.models[role]) for role in roles_of(dataflow)]
     if generating == GENERATOR:

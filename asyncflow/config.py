@@ -1,6 +1,7 @@
-"""The recipe: a typed TOML file, in one unit (prompts and samples per step). An unknown key is an error that names the nearest.
+"""The recipe: a typed TOML file, in one unit (prompts and samples per step).
 
-Each table is the settings struct of what it configures; there is no second list of options anywhere.
+An unknown key is an error that names the nearest known one. Each table is the settings struct of what it
+configures; there is no second list of options anywhere.
 """
 
 from __future__ import annotations

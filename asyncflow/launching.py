@@ -1,4 +1,7 @@
-"""The composition root: recipe -> checked graph -> services -> controller -> Run. The only place that chooses implementations."""
+"""The composition root: recipe -> checked graph -> services -> controller -> Run.
+
+The only place that chooses implementations.
+"""
 
 from __future__ import annotations
 
@@ -109,17 +112,32 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
 
 
 def _controller(
-    checked: Checked, folder: Path, start: run_folder.Start, runtime: Runtime, services: dict[str, Started], exporter: Exporter
-) -> Controller:  # fmt: skip
+    checked: Checked,
+    folder: Path,
+    start: run_folder.Start,
+    runtime: Runtime,
+    services: dict[str, Started],
+    exporter: Exporter,
+) -> Controller:
     recipe, dataflow = checked.recipe, checked.dataflow
     record = RunRecord(
-        run=folder.name, folder=folder, term=start.term, ledger=Ledger(folder / "ledger.db"), checkpoints=recipe.checkpoints,
-        stateful=stateful(dataflow), recipe_digest=run_folder.digest_of(recipe), exporter=exporter, staleness=recipe.staleness,
-    )  # fmt: skip
+        run=folder.name,
+        folder=folder,
+        term=start.term,
+        ledger=Ledger(folder / "ledger.db"),
+        checkpoints=recipe.checkpoints,
+        stateful=stateful(dataflow),
+        recipe_digest=run_folder.digest_of(recipe),
+        exporter=exporter,
+        staleness=recipe.staleness,
+    )
     pace = Pace(
-        steps=recipe.steps, prompts_per_step=recipe.prompts_per_step, samples_per_prompt=recipe.samples_per_prompt,
-        staleness=recipe.staleness, max_refills=recipe.max_refills,
-    )  # fmt: skip
+        steps=recipe.steps,
+        prompts_per_step=recipe.prompts_per_step,
+        samples_per_prompt=recipe.samples_per_prompt,
+        staleness=recipe.staleness,
+        max_refills=recipe.max_refills,
+    )
     evaluator = None
     if checked.heldout is not None:
         evaluator = Evaluator(
@@ -130,12 +148,18 @@ def _controller(
             recipe.evaluation.limit,
         )
     return Controller(
-        pace=pace, deadlines=recipe.deadlines, dataflow=dataflow,
+        pace=pace,
+        deadlines=recipe.deadlines,
+        dataflow=dataflow,
         services={n: s.endpoint for n, s in services.items()},
         pools={s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
-        generators=[GENERATOR if GENERATOR in services else "policy"], store=runtime.store, source=checked.train,
-        evaluator=evaluator, evaluation=recipe.evaluation, record=record,
-    )  # fmt: skip
+        generators=[GENERATOR if GENERATOR in services else "policy"],
+        store=runtime.store,
+        source=checked.train,
+        evaluator=evaluator,
+        evaluation=recipe.evaluation,
+        record=record,
+    )
 
 
 async def _restore(services: dict[str, Started], names: list[str], checkpoint: str) -> None:

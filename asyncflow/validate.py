@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a recipe, found before a model loads or a process starts, each with one clear error."""
+"""Everything that can be wrong with a recipe, found before a model loads, each with one clear error."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def _check_same_vocabulary(folders: dict[str, str]) -> None:
         path = Path(folder) / "tokenizer.json"
         if not path.exists() or _digest(path) != digest:
             raise BadInput(
-                f"models.{role}: its tokenizer differs from the policy's ({path}, {tokenizer}): token ids would mean other text"
+                f"models.{role}: its tokenizer differs from the policy's ({path}, {tokenizer}): "
+                "token ids would mean other text"
             )
 
 
@@ -175,6 +176,6 @@ def _check_context(recipe: Recipe, *sources: PromptSource | None) -> None:
     for source in sources:
         if source is not None and limit and source.longest + recipe.generation.max_tokens > limit:
             raise BadInput(
-                f"generation.max_tokens = {recipe.generation.max_tokens}: the longest prompt has {source.longest} tokens "
-                f"and the policy's context is {limit}"
+                f"generation.max_tokens = {recipe.generation.max_tokens}: the longest prompt has "
+                f"{source.longest} tokens and the policy's context is {limit}"
             )

@@ -39,7 +39,7 @@ _NUMBERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 fl
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMBERS.split()}
 
 
-class BadFrame(Exception):  # noqa: N818 - it names what was found, not what went wrong here
+class BadFrame(Exception):
     """Bytes that are no acceptable message; `reason` says why, for the quarantine."""
 
     def __init__(self, reason: str) -> None:

@@ -148,7 +148,7 @@ Text = Annotated[Jagged, _Type("uint8")]  # UTF-8, one text a row
 _NO_SUCH_COLUMN = "{} is no column type: annotate the field with a type of protocols.columns"
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW1641 - rows have no hash
     """N rows of one type. Subclasses declare columns; `sample_ids` names the rows and is never repeated.
 
     A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows

@@ -76,9 +76,14 @@ class PolicyWorker(Policy):
         measured["optimizer_steps"] += 1
 
     def _measure(
-        self, micro: MicroBatch, batch: Experience, log_probs: torch.Tensor, before: torch.Tensor,
-        advantages: torch.Tensor, measured: dict[str, float],
-    ) -> None:  # fmt: skip
+        self,
+        micro: MicroBatch,
+        batch: Experience,
+        log_probs: torch.Tensor,
+        before: torch.Tensor,
+        advantages: torch.Tensor,
+        measured: dict[str, float],
+    ) -> None:
         mask = micro.column(batch.loss_mask)
         inside = mask != 0
         behaviour = micro.column(batch.log_probs)

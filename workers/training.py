@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from protocols.columns import Batch, B, take
+from protocols.columns import B, Batch, take
 from workers.models import canonical_tensors
 from workers.settings import Loss, Optimizer
 
@@ -123,7 +123,7 @@ def _copy_into(own: Any, saved: dict[str, torch.Tensor], where: str) -> None:
 
 
 def mini_batches(batch: B, settings: Loss, seed: int) -> Iterator[B]:
-    """The mini-batches of all epochs of a step. Several are drawn by a permutation of their own seed; one is the batch in its order."""
+    """The mini-batches of all epochs of a step: one is the batch in its order, several are drawn by a permutation."""
     for epoch in range(settings.epochs):
         if settings.mini_batches == 1:
             yield batch

@@ -17,13 +17,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
 from asyncflow.control.ledger import LedgerError, State
+from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.staleness import Admission, Ready, StalenessExceeded, check_age, choose_batch
-from asyncflow.control.evaluation import Evaluator
-from asyncflow.control.prompts import PromptSource
 from asyncflow.control.waits import WaitBoard
 from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.placement.lease import Claim, PoolLease
@@ -47,10 +47,10 @@ from protocols.control import (
     ServiceFailed,
     SetPaused,
     Settled,
+    Stalled,
     StateChanged,
     StepCommitted,
     StepDone,
-    Stalled,
     Waiting,
     WaitsChanged,
 )
@@ -68,10 +68,20 @@ class Controller:
     """One run's decisions. `run` is called once."""
 
     def __init__(
-        self, *, pace: Pace, deadlines: Deadlines, dataflow: Dataflow, services: Mapping[str, Endpoint],
-        pools: Mapping[str, str], generators: list[str], store: Store, source: PromptSource,
-        evaluator: Evaluator | None, evaluation: Evaluation, record: RunRecord,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        pace: Pace,
+        deadlines: Deadlines,
+        dataflow: Dataflow,
+        services: Mapping[str, Endpoint],
+        pools: Mapping[str, str],
+        generators: list[str],
+        store: Store,
+        source: PromptSource,
+        evaluator: Evaluator | None,
+        evaluation: Evaluation,
+        record: RunRecord,
+    ) -> None:
         self.events = EventLog()
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
         self._services, self._generators, self._store = services, generators, store
@@ -405,8 +415,9 @@ class Controller:
         if self._ended_in_step > limit:
             share = self._ended_in_step / (self._ended_in_step + self._pace.prompts_per_step)
             raise RunFailed(
-                f"step {self._admission.version}: {self._ended_in_step} prompts failed or were dropped, more than max_refills = "
-                f"{self._pace.max_refills} rounds of {self._pace.prompts_per_step} (reject rate at least {share:.0%}); "
+                f"step {self._admission.version}: {self._ended_in_step} prompts failed or were dropped, more than "
+                f"max_refills = {self._pace.max_refills} rounds of {self._pace.prompts_per_step} "
+                f"(reject rate at least {share:.0%}); "
                 f"last cause: {settled.dead[0].cause}"
             )
 
@@ -435,9 +446,14 @@ class Controller:
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
             progress = min(1.0, len(self._settled) / self._pace.prompts_per_step)
-            self.events.add(WaitsChanged(
-                waits=self._waits.current(), live_prompts=self._admission.live, step_progress=progress, tokens_per_second=rate,
-            ))  # fmt: skip
+            self.events.add(
+                WaitsChanged(
+                    waits=self._waits.current(),
+                    live_prompts=self._admission.live,
+                    step_progress=progress,
+                    tokens_per_second=rate,
+                )
+            )
             idle = now - self._moved
             if self._paused or idle < self._deadlines.stall:
                 told = 0.0

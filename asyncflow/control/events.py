@@ -1,10 +1,9 @@
-"""A run's events in order, with a cursor: a follower that comes late or comes back misses nothing that is still kept."""
+"""A run's events in order, with a cursor: who comes late or comes back misses nothing that is still kept."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-
 
 from protocols.control import Event, RunEnded
 

@@ -38,7 +38,12 @@ CREATE TABLE IF NOT EXISTS samples (
     term INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, reason);
-CREATE TABLE IF NOT EXISTS steps (step INTEGER PRIMARY KEY, term INTEGER NOT NULL, samples INTEGER NOT NULL, committed_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS steps (
+    step INTEGER PRIMARY KEY,
+    term INTEGER NOT NULL,
+    samples INTEGER NOT NULL,
+    committed_at REAL NOT NULL
+);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
 

@@ -1,4 +1,4 @@
-"""What is durable about a run: ledger, checkpoints, journals, timeline, exported metrics. The controller's only way to disk.
+"""What is durable about a run: ledger, checkpoints, journals, timeline. The controller's only way to disk.
 
 SQLite and files are used from one thread beside the event loop, in the order in which the calls were made.
 """
@@ -44,9 +44,18 @@ class RunRecord:
     """One run's folder while it is open."""
 
     def __init__(
-        self, *, run: str, folder: Path, term: int, ledger: Ledger, checkpoints: Checkpoints, stateful: list[str],
-        recipe_digest: str, exporter: Exporter, staleness: int,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        run: str,
+        folder: Path,
+        term: int,
+        ledger: Ledger,
+        checkpoints: Checkpoints,
+        stateful: list[str],
+        recipe_digest: str,
+        exporter: Exporter,
+        staleness: int,
+    ) -> None:
         self.folder = folder
         self.term = term
         self.version = ledger.version
@@ -245,4 +254,4 @@ class RunRecord:
 
 def _bounded(reason: str) -> str:
     """A label value: the kind of a cause, not its text."""
-    return reason.split(":")[0].split(" ")[0][:32] or "unknown"
+    return reason.split(":", maxsplit=1)[0].split(" ", maxsplit=1)[0][:32] or "unknown"

@@ -20,9 +20,8 @@ class Admission:
 
     def __init__(self, prompts_per_step: int, staleness: int, steps: int, version: int = 0) -> None:
         if prompts_per_step < 1 or staleness < 0 or steps < version:
-            raise ValueError(
-                f"want prompts_per_step >= 1, staleness >= 0, steps >= {version}; got {prompts_per_step}, {staleness}, {steps}"
-            )
+            given = f"{prompts_per_step}, {staleness}, {steps}"
+            raise ValueError(f"want prompts_per_step >= 1, staleness >= 0, steps >= {version}; got {given}")
         self.prompts_per_step = prompts_per_step
         self.staleness = staleness
         self.steps = steps

@@ -17,7 +17,7 @@ from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError,
 from protocols.columns import Batch
 from protocols.messages import Experience, Prompts
 from protocols.roles import ROLES, Greedy
-from protocols.stage import Grain, contract_of, signature_of
+from protocols.stage import Grain, StageContract, contract_of, signature_of
 
 Algorithm = Callable[["Flow"], None]
 A = TypeVar("A", bound=Algorithm)
@@ -98,21 +98,28 @@ class _SymbolicService:
             raise DataflowError(f"flow.{self._role}.{method}: {error.args[0]}") from None
 
         def call(*inputs: Symbol, sampling: Greedy | None = None) -> Symbol:
-            where = f"{self._role}.{method}"
-            _match(where, contract.consumes, inputs)
-            grain = inputs[0].grain
-            if contract.is_sink:
-                grain = "batch"
-            elif inputs[0].source == SOURCE:
-                grain = "prompt" if sampling is not None else "sample"
-            elif sampling is not None:
-                raise DataflowError(f"{where}: sampling is for stages that draw from flow.prompts")
+            _match(f"{self._role}.{method}", contract.consumes, inputs)
             return self._flow._add(
-                self._role, method, inputs, contract.produces, grain,
-                consumes=contract.consumes, protocol=contract.protocol, greedy=sampling is not None,
-            )  # fmt: skip
+                self._role,
+                method,
+                inputs,
+                contract.produces,
+                self._grain(contract, inputs[0], sampling),
+                consumes=contract.consumes,
+                protocol=contract.protocol,
+                greedy=sampling is not None,
+            )
 
         return call
+
+    def _grain(self, contract: StageContract, first: Symbol, sampling: Greedy | None) -> Grain:
+        if contract.is_sink:
+            return "batch"
+        if first.source == SOURCE:
+            return "prompt" if sampling is not None else "sample"
+        if sampling is not None:
+            raise DataflowError(f"{self._role}.{contract.method}: sampling is for stages that draw from flow.prompts")
+        return first.grain
 
 
 class Join:
@@ -137,9 +144,15 @@ class Join:
             )
         _match(function.__name__, consumes, self._inputs)
         return self._flow._add(
-            ADVANTAGE, function.__name__, self._inputs, produces, "batch",
-            consumes=consumes, protocol="RANK_ZERO", function=function,
-        )  # fmt: skip
+            ADVANTAGE,
+            function.__name__,
+            self._inputs,
+            produces,
+            "batch",
+            consumes=consumes,
+            protocol="RANK_ZERO",
+            function=function,
+        )
 
 
 def trace(function: Algorithm, roles: Mapping[str, type] | None = None) -> Dataflow:

@@ -11,7 +11,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-
 import numpy as np
 
 from asyncflow.services.endpoint import Frame

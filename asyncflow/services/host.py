@@ -46,7 +46,7 @@ class Host:
         self, activity: str, function: Callable[..., T], *arguments: Any, rows: int = 0, step: int = -1
     ) -> T:
         """Run blocking work in the service's one compute thread and account for its time."""
-        delay = self.spec.delay_seconds.get(activity.split("#")[0].split(".")[-1], 0.0)
+        delay = self.spec.delay_seconds.get(activity.split("#", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1], 0.0)
         start = time.time()
         if delay:
             await asyncio.sleep(delay)

@@ -102,9 +102,11 @@ class ClosingStage(StageRunner):
         """Fire on a closed batch and send its experience to the trainers."""
         inputs = self._join.take(request.sample_ids)
         result = await self.host.compute(
-            self.spec.name, lambda: self._function(*inputs, **self.host.spec.numbers),
-            rows=len(request.sample_ids), step=request.step,
-        )  # fmt: skip
+            self.spec.name,
+            lambda: self._function(*inputs, **self.host.spec.numbers),
+            rows=len(request.sample_ids),
+            step=request.step,
+        )
         metrics = result.metrics.values if isinstance(result, Measured) else {}
         batch, _ = unwrap(result)
         await self.host.send(self.spec, batch, [], request.step)

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from asyncflow.services.endpoint import Endpoint, ServiceError, ask
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ask
 from protocols.control import Installed, LoadWeights, Published, SnapshotTaken, TakeSnapshot
 from protocols.weights import InstallReceipt, Version, WeightManifest
 
@@ -41,21 +41,24 @@ async def _publish(
 ) -> tuple[WeightManifest, list[InstallReceipt]]:
     """Snapshot, then load everywhere at once; `waiting` says at any moment who has not answered."""
     receipts: list[InstallReceipt] = []
+    manifest: WeightManifest
+    payload: Payload
 
     async def install(generator: Endpoint) -> None:
         waiting.add(f"load on {generator.name}")
-        reply, _ = await ask(generator, LoadWeights(taken.manifest), payload)
+        reply, _ = await ask(generator, LoadWeights(manifest), payload)
         assert isinstance(reply, Installed)
         receipts.append(reply.receipt)
         waiting.discard(f"load on {generator.name}")
 
     try:
-        taken, payload = await ask(policy, TakeSnapshot(version))
-        assert isinstance(taken, SnapshotTaken)
+        reply, payload = await ask(policy, TakeSnapshot(version))
+        assert isinstance(reply, SnapshotTaken)
+        manifest = reply.manifest
         waiting.clear()
         async with asyncio.TaskGroup() as group:
             for generator in generators:
                 group.create_task(install(generator), name=f"publish {version} to {generator.name}")
     except* ServiceError as errors:
         raise PublicationFailed(f"version {version}: {'; '.join(map(str, errors.exceptions))}") from None
-    return taken.manifest, receipts
+    return manifest, receipts

@@ -44,9 +44,13 @@ def _policy(spec: ServiceSpec) -> Workplace:
 
     model = worker.trained.model
     engine = TorchEngine(
-        model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path), owns_model=False,
+        model,
+        spec.generation,
+        spec.seed,
+        end_of_sequence(spec.tokenizer_path),
+        owns_model=False,
         version=Version(spec.term, 0),
-    )  # fmt: skip
+    )
 
     def follow() -> None:
         version = Version(spec.term, worker.trained.version)

@@ -102,13 +102,17 @@ class VllmEngine(Engine):
         """Install between two steps.
 
         A refusal by the probe leaves the engine without a version, since the old weights are gone: it serves nothing,
-        keeps its rows, and goes on with the next version that is proven.
+        keeps its rows, and goes on with the next version that is proven. Rows begin anew where the version is of
+        another term: what an abandoned lineage drew is dropped.
         """
         started = time.perf_counter()
         check_publication(manifest, buffer, self._newest)
         if self._shapes is not None:
             refuse_misfits(manifest, self._shapes)
         self._take_back_running()
+        if self._newest is not None and manifest.version.term != self._newest.term:
+            for row in self._waiting.values():
+                row.tokens, row.log_probs, row.versions = [], [], []
         self._version = None
         self._loads += 1
         try:

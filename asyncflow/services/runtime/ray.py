@@ -1,7 +1,8 @@
 """One async Ray actor per service. Frames above the inline limit go through Ray's object store.
 
 A frame is put once by its producer; messages carry its reference inside a list, so that Ray hands the
-reference on and only a consumer that reads it maps the bytes. Ray's own envelope carries bytes and references, nothing else.
+reference on and only a consumer that reads it maps the bytes. Ray's own envelope carries bytes and references,
+nothing else.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class RayRuntime:
 def _log_to(path: str) -> None:
     """Send this process's output to the service's own log file."""
     if path:
-        log = Path(path).open("a", buffering=1)
+        log = Path(path).open("a", buffering=1)  # noqa: SIM115 - it is open for as long as the process lives
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout, sys.stderr = log, log

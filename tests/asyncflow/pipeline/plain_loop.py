@@ -7,6 +7,7 @@ shared with the pipeline are only the torch engine that draws and the data's ord
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 
 from asyncflow.config import Recipe
@@ -91,7 +93,7 @@ def _prompts(recipe: Recipe) -> PromptSource:
     return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
 
 
-def _draw(policy: torch.nn.Module, source: PromptSource, prompts: list[int], recipe: Recipe, step: int) -> Batch:
+def _draw(policy: PreTrainedModel, source: PromptSource, prompts: list[int], recipe: Recipe, step: int) -> Batch:
     engine = TorchEngine(
         policy, recipe.generation, recipe.seed, tiny.EOS_ID, owns_model=False, version=Version(0, step)
     )
@@ -123,7 +125,7 @@ def _values(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return _before(logits, batch).float().squeeze(-1)
 
 
-def _scores(model: torch.nn.Module, batch: Batch) -> np.ndarray:
+def _scores(model: Any, batch: Batch) -> np.ndarray:
     hidden = model.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
     return model.score(hidden[torch.arange(len(batch.ends)), torch.tensor(batch.ends)]).float().squeeze(-1).numpy()
 
