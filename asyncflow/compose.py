@@ -111,6 +111,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             algorithm=recipe.algorithm,
             numbers=dict(recipe.advantage),
             log_path=f"{log_folder}/{name}.log",
+            metrics_host=recipe.metrics_host,
             delay_seconds=recipe.delays.get(name, {}),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -61,6 +62,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     deterministic: bool = False  # with staleness 0 and runtime "local": bit-identical to itself
     runtime: Literal["ray", "local"] = "ray"
     ray_address: str = ""  # "" starts a Ray of the run's own
+    metrics_host: str = "127.0.0.1"  # of the metrics endpoints; "node": each node's own address, for a cluster
     folder: str = "runs"  # a run's folder is made below it
     max_refills: int = 4
     threads: int = 1  # of torch, per service
@@ -88,10 +90,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides. Raises BadInput."""
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise BadInput(f"recipe {path}: can't be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {path}: {error}") from error
     for override in overrides:
         _apply(table, override)
@@ -105,16 +107,21 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
         recipe = msgspec.convert(table, Recipe)
     except msgspec.ValidationError as error:
         raise BadInput(f"{where}: {error}") from error
-    for name, least in (
-        ("steps", 1),
-        ("prompts_per_step", 1),
-        ("samples_per_prompt", 1),
-        ("staleness", 0),
-        ("threads", 1),
-    ):
-        if getattr(recipe, name) < least:
-            raise BadInput(f"{where}: {name} = {getattr(recipe, name)}, want {least} or more")
+    for name, least in _LEAST.items():
+        value = attrgetter(name)(recipe)
+        if not value >= least:  # so written, NaN is refused too
+            raise BadInput(f"{where}: {name} = {value}, want {least} or more")
     return recipe
+
+
+_LEAST = {
+    **dict.fromkeys(("steps", "prompts_per_step", "samples_per_prompt", "threads", "firing_rows"), 1),
+    **dict.fromkeys(("staleness", "seed", "max_refills", "mailbox_rows", "inline_bytes"), 0),
+    **dict.fromkeys(("generation.max_tokens", "generation.slots", "loss.epochs", "loss.mini_batches"), 1),
+    **dict.fromkeys(("loss.tokens_per_micro_batch",), 1),
+    **dict.fromkeys(("generation.max_model_tokens", "evaluation.every", "evaluation.limit"), 0),
+    **dict.fromkeys(("checkpoints.every", "checkpoints.keep", "failures.reward_retries"), 0),
+}
 
 
 def recipe_text(recipe: Recipe) -> str:

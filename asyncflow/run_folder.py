@@ -36,8 +36,11 @@ def new_folder(recipe: Recipe) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO]:
     """Hold the folder against a second controller. Raises BadInput where one holds it. Its death frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "run.lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "run.lock").open("w")
+    except OSError as error:
+        raise BadInput(f"run folder {folder}: can't be written: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

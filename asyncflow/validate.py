@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -52,11 +52,11 @@ def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
     for name, value in recipe.advantage.items():
         if name not in known:
             raise BadInput(f"advantage.{name}: {function.__name__} has no such number{nearest(name, known)}")
-        default = known[name]
-        if isinstance(default, (bool, str)) != isinstance(value, (bool, str)) or (
-            isinstance(default, (bool, str)) and type(value) is not type(default)
-        ):
-            raise BadInput(f"advantage.{name} = {value!r}: want a value like {default!r}")
+        kind = get_type_hints(function).get(name, type(known[name]))
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise BadInput(f"advantage.{name} = {value!r}: want a value like {known[name]!r}: {error}") from error
 
 
 def _check_mode(recipe: Recipe) -> None:
@@ -65,7 +65,7 @@ def _check_mode(recipe: Recipe) -> None:
             f"deterministic = true needs staleness = 0, runtime = 'local' and threads = 1; "
             f"got {recipe.staleness}, {recipe.runtime!r}, {recipe.threads}"
         )
-    if recipe.generation.temperature <= 0:
+    if not 0 < recipe.generation.temperature < math.inf:
         raise BadInput(
             f"generation.temperature = {recipe.generation.temperature}: rollouts are drawn at a temperature above 0"
         )
@@ -97,7 +97,7 @@ def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
             _check_rule(f"models.{role}.rule", model.rule)
             if role not in ("reward", "cost"):
                 raise BadInput(f"models.{role}.rule = {model.rule!r}: only rewards and costs are rules")
-        elif role in trained and model.learning_rate <= 0:
+        elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
     if recipe.data.eval:
         _check_rule("evaluation.metric", recipe.evaluation.metric)
@@ -123,8 +123,8 @@ def _config_of(role: str, folder: str) -> dict[str, Any]:
     if not any(Path(folder).glob("*.safetensors")):
         raise BadInput(f"models.{role}.path: {folder} has no *.safetensors weights")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadInput(f"models.{role}.path: {path}: {error}") from error
 
 
@@ -152,10 +152,16 @@ def _digest(path: Path) -> str:
 
 
 def _sources(recipe: Recipe) -> tuple[PromptSource, PromptSource | None]:
-    folder = recipe.models["policy"].path
-    train = PromptSource(_rows(recipe, recipe.data.train), folder, recipe.seed)
-    heldout = PromptSource(_rows(recipe, recipe.data.eval), folder, recipe.seed) if recipe.data.eval else None
-    return train, heldout
+    train = _source(recipe, recipe.data.train)
+    return train, _source(recipe, recipe.data.eval) if recipe.data.eval else None
+
+
+def _source(recipe: Recipe, path: str) -> PromptSource:
+    rows = _rows(recipe, path)
+    try:
+        return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
+    except ValueError as error:
+        raise BadInput(f"data: {path}: {error}") from error
 
 
 def _rows(recipe: Recipe, path: str) -> list[DataRow]:

@@ -36,13 +36,14 @@ class CriticWorker(Critic):
 
     @stage(protocol="METRIC")
     def update(self, experience: Experience) -> Metrics:
-        """epochs x mini_batches optimizer steps. Raises StepRefused where loss or gradient is not finite."""
+        """epochs x mini_batches optimizer steps.
+
+        Raises StepRefused, and changes nothing, where a loss or a gradient is not finite.
+        """
         measured: dict[str, float] = defaultdict(float)
-        self.trained.model.train()
-        for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
-            self._optimizer_step(batch, measured)
-        self.trained.model.eval()
-        self.trained.version += 1
+        with self.trained.update(self._loss.epochs * self._loss.mini_batches):
+            for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
+                self._optimizer_step(batch, measured)
         steps = measured["optimizer_steps"] or 1.0
         return Metrics(values={"loss": measured["loss"] / steps, "gradient_norm": measured["gradient_norm"] / steps})
 

@@ -6,6 +6,7 @@ gradient depends on how a batch is cut into micro-batches or over data-parallel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -44,12 +45,13 @@ def ppo(log_probs: Tensor, proximal: Tensor, advantages: Tensor, loss: Loss) -> 
 POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo}
 
 
-def clipped_share(log_probs: Tensor, proximal: Tensor, advantages: Tensor, mask: Tensor, loss: Loss) -> Tensor:
-    """Number of trained tokens whose gradient the clip removes."""
+def clipped_tokens(log_probs: Tensor, proximal: Tensor, advantages: Tensor, mask: Tensor, loss: Loss) -> Tensor:
+    """Number of trained tokens whose gradient a clip of `ppo` removes, the dual one included."""
     ratio = ratio_of(log_probs, proximal)
     high = (ratio > 1.0 + loss.clip_high) & (advantages > 0)
     low = (ratio < 1.0 - loss.clip_low) & (advantages < 0)
-    return ((high | low) & (mask != 0)).sum()
+    dual = (ratio > (loss.dual_clip or math.inf)) & (advantages < 0)
+    return ((high | low | dual) & (mask != 0)).sum()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

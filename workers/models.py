@@ -42,19 +42,23 @@ class Sequences(Protocol):
 
 
 def load_causal(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
-    """A language model from a transformers folder, in eval mode."""
+    """A language model from a transformers folder, in eval mode. Raises ValueError where tensors are missing."""
     return _load(AutoModelForCausalLM, path, dtype)
 
 
 def load_reward(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
-    """A reward or cost model (sequence classification with one label), in eval mode."""
+    """A reward or cost model (sequence classification with one label), in eval mode.
+
+    Raises ValueError where tensors are missing: a language model's folder has no score head.
+    """
     return _load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
 
 
 def load_critic(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """A value model (token classification with one label), in eval mode.
 
-    A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise.
+    A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise. A reward model's
+    head is kept. Raises ValueError where other tensors are missing.
     """
     config = AutoConfig.from_pretrained(str(path), local_files_only=True)
     config.num_labels = 1
@@ -64,11 +68,10 @@ def load_critic(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     )
     missing = set(loading["missing_keys"])
     if missing:
-        head = model.score
-        if missing - {f"score.{name}" for name, _ in head.named_parameters()}:
-            raise ValueError(f"model folder {path} lacks {sorted(missing)[:5]}")
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
+        head = {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
+        _refuse_missing(missing - set(head), path)
+        for name in missing:  # a reward model's folder has the weight and lacks the bias only
+            nn.init.zeros_(head[name])
     return model.eval()
 
 
@@ -76,7 +79,15 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, 
 
 
 def _load(kind: Any, path: str | Path, dtype: str, **options: Any) -> PreTrainedModel:
-    return kind.from_pretrained(str(path), dtype=DTYPES[dtype], **options, **_LOCAL).eval()
+    model, loading = kind.from_pretrained(str(path), dtype=DTYPES[dtype], output_loading_info=True, **options, **_LOCAL)
+    _refuse_missing(set(loading["missing_keys"]), path)
+    return model.eval()
+
+
+def _refuse_missing(names: set[str], path: str | Path) -> None:
+    """transformers draws what a folder lacks at random, and says so only in its log: such a model is refused."""
+    if names:
+        raise ValueError(f"model folder {path} lacks {len(names)} of the model's tensors: {sorted(names)[:5]}")
 
 
 class MicroBatch:
@@ -109,6 +120,9 @@ class MicroBatch:
 
     def _positions(self) -> npt.NDArray[np.int64]:
         ends = np.cumsum(self.response_lengths)
+        if bool((self.prompt_lengths[self.response_lengths > 0] == 0).any()):
+            row = int(self.rows[np.flatnonzero((self.prompt_lengths == 0) & (self.response_lengths > 0))[0]])
+            raise ValueError(f"row {row} has an empty prompt: nothing stands before its first response token")
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(
             ends - self.response_lengths, self.response_lengths
         )

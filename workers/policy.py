@@ -12,7 +12,7 @@ from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.roles import Policy, Sampling
 from protocols.stage import stage
 from protocols.weights import Probe, Version, WeightManifest, pack
-from workers.losses import POLICY_LOSSES, clipped_share, reduce_loss, token_weights
+from workers.losses import POLICY_LOSSES, clipped_tokens, reduce_loss, token_weights
 from workers.models import MicroBatch, canonical_tensors, load_causal, micro_batches, per_response, token_log_probs
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
@@ -44,17 +44,18 @@ class PolicyWorker(Policy):
 
     @stage(protocol="METRIC")
     def update(self, experience: Experience) -> Metrics:
-        """epochs x mini_batches optimizer steps. Raises StepRefused where loss or gradient is not finite."""
+        """epochs x mini_batches optimizer steps.
+
+        Raises StepRefused, and changes nothing, where a loss or a gradient is not finite.
+        """
         steps = self._loss.epochs * self._loss.mini_batches
         # With several optimizer steps the trust region stands around the weights at the start of the step.
         proximal = self._log_probs(experience) if steps > 1 else None
         measured: dict[str, float] = defaultdict(float)
-        self.trained.model.train()
-        for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
-            start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
-            self._optimizer_step(batch, start, measured)
-        self.trained.model.eval()
-        self.trained.version += 1
+        with self.trained.update(steps):
+            for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
+                start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
+                self._optimizer_step(batch, start, measured)
         return Metrics(values=_means(measured))
 
     def _optimizer_step(self, batch: Experience, proximal: Jagged | None, measured: dict[str, float]) -> None:
@@ -88,7 +89,7 @@ class PolicyWorker(Policy):
         inside = mask != 0
         behaviour = micro.column(batch.log_probs)
         measured["tokens"] += int(inside.sum())
-        measured["clipped"] += int(clipped_share(log_probs, before, advantages, mask, self._loss))
+        measured["clipped"] += int(clipped_tokens(log_probs, before, advantages, mask, self._loss))
         measured["mismatch"] += float((behaviour - before)[inside].sum())
         measured["surprise"] -= float(log_probs[inside].sum())
         if bool(inside.any()):

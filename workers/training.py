@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from protocols.columns import B, Batch, take
 from workers.models import canonical_tensors
 from workers.settings import Loss, Optimizer
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,6 +55,27 @@ class TrainedModel:
             foreach=False,
         )
 
+    @contextmanager
+    def update(self, optimizer_steps: int) -> Iterator[None]:
+        """The frame of one committed step: train mode inside, and a version more after it, or nothing at all.
+
+        Where the body raises, weights, optimizer and schedule are bitwise what they were. Several optimizer steps
+        need a copy to go back to, of weights and moments, that is held until the last one.
+        """
+        before = self._copy() if optimizer_steps > 1 else None
+        self.model.train()
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                self._go_back(*before)
+            raise
+        finally:
+            self.model.eval()
+            # Gradients that a refused micro-batch left behind would be added to the next step's.
+            self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+
     def apply_gradients(self, what: str) -> float:
         """Clip, check and take one optimizer step; the gradient's global norm before clipping.
 
@@ -62,7 +84,6 @@ class TrainedModel:
         limit = self._settings.gradient_clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self._named], limit, foreach=False))
         if not math.isfinite(norm):
-            self._optimizer.zero_grad(set_to_none=True)
             raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
         self._updates += 1
         warm = min(1.0, self._updates / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
@@ -73,14 +94,14 @@ class TrainedModel:
         return norm
 
     def save(self, folder: str) -> None:
-        """Write weights, moments and counters into `folder`: safetensors and JSON."""
+        """Write weights, optimizer state and counters into `folder`: safetensors and JSON."""
         root = Path(folder)
         save_file({n: t.contiguous() for n, t in canonical_tensors(self.model).items()}, root / "model.safetensors")
-        moments: dict[str, torch.Tensor] = {}
+        optimizer: dict[str, torch.Tensor] = {}
         for name, parameter in self._named:
             state = self._optimizer.state.get(parameter, {})
-            moments |= {f"{m}.{name}": state[m].contiguous() for m in _MOMENTS if m in state}
-        save_file(moments, root / "optimizer.safetensors")
+            optimizer |= {f"{part}.{name}": state[part].contiguous() for part in _OPTIMIZER_STATE if part in state}
+        save_file(optimizer, root / "optimizer.safetensors")
         state = {
             "version": self.version,
             "updates": self._updates,
@@ -89,19 +110,20 @@ class TrainedModel:
         (root / "trainer.json").write_text(json.dumps(state))
 
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote. Raises ValueError where names or shapes are another model's."""
+        """Restore what `save` wrote. Raises ValueError, changing nothing, where names or shapes are another model's."""
         root = Path(folder)
-        _copy_into(canonical_tensors(self.model), load_file(root / "model.safetensors"), folder)
+        own, saved = canonical_tensors(self.model), load_file(root / "model.safetensors")
+        _check_same(own, saved, folder)
+        optimizer = load_file(root / "optimizer.safetensors")
         state = json.loads((root / "trainer.json").read_text())
         self.version, self._updates = int(state["version"]), int(state["updates"])
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(state["torch_rng"]), np.uint8).copy()))
-        moments = load_file(root / "optimizer.safetensors")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+        self._optimizer.state.clear()  # a model that goes back to its start has no moments
         for name, parameter in self._named:
-            if f"exp_avg.{name}" in moments:
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self._updates)),
-                    **{m: moments[f"{m}.{name}"] for m in _MOMENTS},
-                }
+            if f"step.{name}" in optimizer:
+                self._optimizer.state[parameter] = {part: optimizer[f"{part}.{name}"] for part in _OPTIMIZER_STATE}
 
     def export(self, folder: str) -> None:
         """Write a transformers folder, tokenizer included, that transformers and vLLM load."""
@@ -110,8 +132,19 @@ class TrainedModel:
             if (source := Path(self._path) / name).exists():
                 shutil.copyfile(source, Path(folder) / name)
 
+    def _copy(self) -> tuple[list[torch.Tensor], dict[str, object], int]:
+        weights = [p.detach().clone() for _, p in self._named]
+        return weights, copy.deepcopy(self._optimizer.state_dict()), self._updates
 
-def _copy_into(own: Any, saved: dict[str, torch.Tensor], where: str) -> None:
+    @torch.no_grad()
+    def _go_back(self, weights: list[torch.Tensor], optimizer: dict[str, object], updates: int) -> None:
+        for (_, parameter), tensor in zip(self._named, weights, strict=True):
+            parameter.copy_(tensor)
+        self._optimizer.load_state_dict(optimizer)
+        self._updates = updates
+
+
+def _check_same(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], where: str) -> None:
     if set(own) != set(saved):
         raise ValueError(f"{where}: tensors differ from the model's: {sorted(set(own) ^ set(saved))[:5]}")
     for name, tensor in own.items():
@@ -119,7 +152,6 @@ def _copy_into(own: Any, saved: dict[str, torch.Tensor], where: str) -> None:
             raise ValueError(
                 f"{where}: {name} has shape {list(saved[name].shape)}, the model's is {list(tensor.shape)}"
             )
-        tensor.copy_(saved[name])
 
 
 def mini_batches(batch: B, settings: Loss, seed: int) -> Iterator[B]:

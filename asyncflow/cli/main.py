@@ -106,7 +106,8 @@ def demo(
     ended = _drive(launch(recipe), evaluations)
     if ended.outcome == "finished" and len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
-        out.print(f"reward model, held-out pair accuracy: {accuracy:.3f}")
+        if accuracy is not None:
+            out.print(f"reward model, held-out pair accuracy: {accuracy:.3f}")
         out.print(
             f"held-out {last.metric} before PPO:    {first.value:.3f}  ({first.samples} prompts no step has seen)"
         )

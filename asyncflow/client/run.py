@@ -40,10 +40,11 @@ class Run:
             yield event
 
     async def wait(self) -> RunEnded:
-        """Follow the run to its end."""
-        async for event in self.events(self._seen):
-            if isinstance(event, RunEnded):
-                return event
+        """Follow the run to its end; how it ended, also if that was seen before."""
+        if self._ended is None:
+            async for event in self.events(self._seen):
+                if isinstance(event, RunEnded):
+                    return event
         assert self._ended is not None, "the events of a run end with RunEnded"
         return self._ended
 

@@ -1,7 +1,7 @@
 """A checkpoint is one folder with one manifest: all of it is there, byte for byte, or it does not count.
 
     checkpoints/step_000010/            written as .step_000010.partial, fsynced, then renamed
-        manifest.json                   step, term, cursor, recipe digest, and the sha256 of every file
+        manifest.json                   step, term, cursor, recipe digest, the sha256 of every file, and its own
         ledger.db                       the truth on restore
         policy/ critic/                 weights, optimizer and generator state of each trained model
 
@@ -25,7 +25,7 @@ class CheckpointError(Exception):
     """No checkpoint can be used, and why each one can't."""
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a checkpoint holds."""
 
     step: int
@@ -34,6 +34,7 @@ class Manifest(msgspec.Struct, frozen=True):
     recipe_digest: str
     files: dict[str, str]  # path below the folder -> sha256
     format: int = 1
+    seal: str = ""  # sha256 of this manifest without its seal: a flipped digit of `cursor` would pass as a cursor
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -42,31 +43,39 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty partial folder; a leftover of an earlier attempt is removed."""
+    """An empty partial folder; what an earlier attempt left is removed."""
+    for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.abandoned")]:
+        shutil.rmtree(leftover)
     partial = root / f".step_{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
 def finish(partial: Path, root: Path, step: int, term: int, cursor: int, recipe_digest: str) -> tuple[Path, int]:
-    """Hash and sync every file, write the manifest, rename. Returns the folder and its size in bytes."""
+    """Hash and sync every file, write the manifest, rename. Returns the folder and its size in bytes.
+
+    What an abandoned lineage left at this step or a later one goes: it is never the newest again, nor what
+    `prune` counts.
+    """
     files: dict[str, str] = {}
     size = 0
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
         files[str(path.relative_to(partial))] = _digest(path)
         size += path.stat().st_size
         _sync(path)
-    manifest = partial / MANIFEST
-    manifest.write_bytes(msgspec.json.format(msgspec.json.encode(Manifest(step, term, cursor, recipe_digest, files))))
-    _sync(manifest)
+    sealed = _sealed(Manifest(step, term, cursor, recipe_digest, files))
+    (partial / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed)))
+    _sync(partial / MANIFEST)
     for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
         _sync(folder)
     final = folder_of(root, step)
-    if final.exists():  # of an abandoned lineage that came this far
-        shutil.rmtree(final)
+    abandoned = [f for f in _folders(root) if f.name >= final.name]
+    for folder in abandoned:  # moved away, not removed: between two renames there is the least time to die in
+        folder.rename(root / f".{folder.name}.abandoned")
     partial.rename(final)
     _sync(root)
+    for folder in abandoned:
+        shutil.rmtree(root / f".{folder.name}.abandoned")
     return final, size
 
 
@@ -78,6 +87,10 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: has no {MANIFEST}") from None
     except (msgspec.MsgspecError, OSError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
+    if manifest != _sealed(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: is damaged, it does not match its own seal")
+    if folder.name != folder_of(folder.parent, manifest.step).name:
+        raise CheckpointError(f"{folder}: holds step {manifest.step}, its name says another")
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if present != set(manifest.files):
         raise CheckpointError(f"{folder}: files differ from the manifest: {sorted(present ^ set(manifest.files))[:5]}")
@@ -105,7 +118,12 @@ def prune(root: Path, keep: int) -> None:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    return iter(sorted(root.glob("step_*"), reverse=True))
+    return iter(sorted((f for f in root.glob("step_*") if f.is_dir()), reverse=True))
+
+
+def _sealed(manifest: Manifest) -> Manifest:
+    bare = msgspec.json.encode(msgspec.structs.replace(manifest, seal=""))
+    return msgspec.structs.replace(manifest, seal=hashlib.sha256(bare).hexdigest())
 
 
 def _digest(path: Path) -> str:

@@ -178,6 +178,7 @@ class Controller:
         if self._admission.version == 0 or self._evaluation.every:
             await self._evaluate()
         background.append(group.create_task(self._admit(), name="admission"))
+        self._busy.clear()  # loading models is no part of the first step
         while self._admission.version < self._pace.steps:
             began = time.monotonic()
             batch = await self._form(self._admission.version)

@@ -48,7 +48,7 @@ class EventLog:
         self._pulse.beat()
 
     async def follow(self, cursor: int = 0) -> AsyncIterator[tuple[int, Event]]:
-        """(cursor behind it, event), from `cursor` on, until and including RunEnded."""
+        """(cursor behind it, event), from `cursor` on, until and including RunEnded; behind it there is nothing."""
         while True:
             cursor = max(cursor, self._dropped)
             while cursor < self.end:
@@ -57,4 +57,6 @@ class EventLog:
                 yield cursor, event
                 if isinstance(event, RunEnded):
                     return
+            if self._events and isinstance(self._events[-1], RunEnded):
+                return
             await self._pulse.changed()

@@ -194,7 +194,7 @@ class Ledger:
 
 
 class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK where the block raised."""
+    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK where the block or the commit raised."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
@@ -203,4 +203,9 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:  # a full disk may have ended it already
+                self._db.execute("ROLLBACK")

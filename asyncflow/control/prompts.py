@@ -26,13 +26,18 @@ class DataRow(msgspec.Struct, frozen=True):
 
 
 class PromptSource:
-    """Tokenized prompts by place, and the order in which they are admitted."""
+    """Tokenized prompts by place, and the order in which they are admitted.
+
+    Raises ValueError for a tokenizer that can't be read and for a row whose prompt has no token.
+    """
 
     def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int) -> None:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
+        tokenizer = _tokenizer(Path(tokenizer_folder) / "tokenizer.json")
         self._rows = rows
         encoded = tokenizer.encode_batch([r.prompt for r in rows], add_special_tokens=False)
         self._tokens = [np.array(e.ids, np.int32) for e in encoded]
+        if empty := [number for number, tokens in enumerate(self._tokens, 1) if not len(tokens)]:
+            raise ValueError(f"row {empty[0]} has an empty prompt")
         self._seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -45,8 +50,13 @@ class PromptSource:
         return max(len(t) for t in self._tokens)
 
     def at(self, cursor: int) -> int:
-        """The id of the prompt at a cursor that counts admitted prompts from 0 over all epochs."""
+        """The id of the prompt at a cursor that counts admitted prompts from 0 over all epochs.
+
+        Raises ValueError behind the last epoch that ids of training rows have.
+        """
         epoch, position = divmod(cursor, len(self._rows))
+        if epoch >= EVALUATION_EPOCH:
+            raise ValueError(f"prompt {cursor} is in epoch {epoch} of {len(self)} rows; ids end at {EVALUATION_EPOCH}")
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows)))
         return prompt_id(epoch, int(self._order[1][position]))
@@ -72,3 +82,10 @@ class PromptSource:
             references=Jagged.from_texts([self._rows[r].reference for r in rows]),
             floors=np.full(len(samples), floor, np.int64),
         )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer {path} can't be read: {error}") from error

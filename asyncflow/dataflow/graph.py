@@ -137,7 +137,9 @@ def check(name: str, stages: tuple[Stage, ...]) -> Dataflow:
                 f"{name}: nobody reads the {stage.produces.__name__} of {stage.name}: its rows would be held for ever"
             )
         for source in stage.inputs:
-            if stage.is_sink and not by_name[source].closes:
+            if source != SOURCE and source not in by_name:
+                raise DataflowError(f"{name}: {stage.name} reads {source}, which is no stage of this algorithm")
+            if stage.is_sink and (source == SOURCE or not by_name[source].closes):
                 raise DataflowError(f"{name}: {stage.name} trains on a closed batch, but {source} gives single rows")
     channels = tuple(
         Channel(

@@ -39,7 +39,7 @@ class Symbol:
     def __init__(self, source: str, kind: type[Batch], grain: Grain) -> None:
         self.source = source
         self.kind = kind
-        self.grain = grain
+        self.grain: Grain = grain
 
     def __repr__(self) -> str:
         return f"{self.kind.__name__} of {self.source}"
@@ -65,6 +65,7 @@ class Flow:
         """Join rows of several stages by their sample's id."""
         if on != "sample":
             raise DataflowError(f"join on={on!r}: joins are on='sample'")
+        _check_symbols("join", inputs)
         if not any(s.grain == "sample" for s in inputs):
             raise DataflowError(f"join of {list(inputs)}: no input has a row per sample")
         return Join(self, inputs)
@@ -177,12 +178,16 @@ def numbers_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _match(where: str, wanted: tuple[type[Batch], ...], given: tuple[Any, ...]) -> None:
-    for symbol in given:
-        if not isinstance(symbol, Symbol):
-            raise DataflowError(f"{where}: takes outputs of stages, got {symbol!r}")
+    _check_symbols(where, given)
     if len(wanted) != len(given) or any(s.kind is not k for s, k in zip(given, wanted, strict=True)):
         takes = ", ".join(k.__name__ for k in wanted)
         raise DataflowError(f"{where} takes ({takes}), got ({', '.join(map(repr, given))})")
+
+
+def _check_symbols(where: str, given: tuple[Any, ...]) -> None:
+    for symbol in given:
+        if not isinstance(symbol, Symbol):
+            raise DataflowError(f"{where}: takes outputs of stages, got {symbol!r}")
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from asyncflow.config import BadInput
+from asyncflow.config import BadInput, nearest
 from workers.datasets import DataError
 from workers.finetune_settings import RewardModelSettings, SftSettings
 
@@ -51,20 +51,28 @@ def train_reward(path: Path, console: Console) -> float:
     return result.heldout_accuracy
 
 
-def prepare(recipes: Path, console: Console) -> float:
-    """Data, base model, SFT and reward model of the demonstration, unless they are there; the pair accuracy."""
-    from asyncflow.demo.model import write_base_model
-    from asyncflow.demo.task import Sizes, write_sorting
+def prepare(recipes: Path, console: Console) -> float | None:
+    """What the recipes of a demonstration start from, unless it is there: data, base model, SFT, reward model.
 
-    sft, reward = _read(recipes / "sft.toml", SftSettings), _read(recipes / "reward.toml", RewardModelSettings)
+    The folder's name is the task's. Returns the reward model's held-out pair accuracy, None where a rule rewards.
+    Raises BadInput.
+    """
+    from asyncflow.demo.model import write_base_model
+    from asyncflow.demo.task import TASKS
+
+    if recipes.name not in TASKS:
+        raise BadInput(f"demo {recipes}: no task {recipes.name!r}{nearest(recipes.name, TASKS)}")
+    sft = _read(recipes / "sft.toml", SftSettings)
     data = Path(sft.data).parent
     if not (data / "train.jsonl").exists():
-        write_sorting(data, sft.schedule.seed, Sizes())
+        TASKS[recipes.name](data, sft.schedule.seed)
     if not Path(sft.model).exists():
         write_base_model(Path(sft.model), sft.schedule.seed)
     if not Path(sft.output).exists():
         finetune(recipes / "sft.toml", console)
-    result = Path(reward.output) / RESULT
+    if not (recipes / "reward.toml").exists():
+        return None
+    result = Path(_read(recipes / "reward.toml", RewardModelSettings).output) / RESULT
     if not result.exists():
         return train_reward(recipes / "reward.toml", console)
     return float(json.loads(result.read_text())["heldout_pair_accuracy"])

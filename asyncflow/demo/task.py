@@ -24,7 +24,7 @@ MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be to
 class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows of each file."""
 
-    sft: int = 72  # so few that the policy generalizes to about half of the problems
+    sft: int = 70  # so few that the policy generalizes to about half of the problems
     pairs: int = 40_000
     train: int = 6_000
     heldout: int = 400
@@ -59,8 +59,15 @@ def distinct(task: Callable[[random.Random], Problem], seed: int) -> Iterator[Pr
 # --- rejected answers: what a half-trained policy writes, and what PPO may try
 
 
-def _miscount(answer: str, rng: random.Random) -> str:
-    """One letter too few and another too many, in order: the commonest mistake of the policy."""
+def _recount(answer: str, rng: random.Random) -> str:
+    """One letter too often, another too seldom, in order (`abb` for `aab`): the commonest mistake."""
+    letters = list(answer)
+    letters[rng.randrange(len(letters))] = rng.choice(letters)
+    return "".join(sorted(letters))
+
+
+def _intrude(answer: str, rng: random.Random) -> str:
+    """Any letter in place of another, in order."""
     letters = list(answer)
     letters[rng.randrange(len(letters))] = rng.choice(LETTERS)
     return "".join(sorted(letters))
@@ -92,8 +99,9 @@ def _insert(answer: str, rng: random.Random) -> str:
 
 
 MISTAKES: Mapping[Callable[[str, random.Random], str], int] = {  # with the odds of each
-    _miscount: 10,
-    _substitute: 4,
+    _recount: 12,
+    _intrude: 6,
+    _substitute: 3,
     _swap: 2,
     _omit: 2,
     _stutter: 1,
@@ -114,7 +122,7 @@ def spoil(answer: str, rng: random.Random, mistakes: int) -> str:
 
 def preference(problem: Problem, rng: random.Random) -> Preference:
     """The right answer against a wrong one: mostly one mistake, sometimes many, sometimes cut off."""
-    mistakes = rng.choices((1, 2, 3, 6), weights=(60, 20, 10, 10))[0]
+    mistakes = rng.choices((1, 2, 3, 6), weights=(70, 15, 8, 7))[0]
     rejected = spoil(problem.reference, rng, mistakes)
     if rng.random() < 0.05:  # ran into max_tokens
         padded = rejected + "".join(rng.choices(LETTERS, k=MAX_TOKENS))

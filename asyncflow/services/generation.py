@@ -128,6 +128,8 @@ class GenerationLoop:
                 await self._start_rows()
 
     async def _start_rows(self) -> None:
+        if self._paused:  # a load came by: rows without a slot wait outside
+            return
         free = self._host.spec.generation.slots - self._engine.unfinished
         for _ in range(len(self._waiting)):
             job, rows = self._waiting.popleft()
@@ -142,11 +144,9 @@ class GenerationLoop:
                 await self._start(job, take(rows, ready))
 
     async def _start(self, job: Job, rows: Prompts) -> None:
-        for sample in rows.sample_ids.tolist():
-            self._running[sample] = job
         failures = await self._host.compute("generate.submit", submit_rows, self._engine, rows, job.sampling)
-        for failure in failures:
-            self._running.pop(failure.sample_id)
+        refused = {f.sample_id for f in failures}  # a row that runs already is refused, and stays its first job's
+        self._running |= {s: job for s in rows.sample_ids.tolist() if s not in refused}
         if failures:
             job.finish([], failures)
 
@@ -242,6 +242,8 @@ async def generate_now(
     loop: GenerationLoop, prompts: Prompts, sampling: Sampling
 ) -> tuple[Rollouts | None, list[Failure]]:
     """Draw rows outside the dataflow (evaluation, a client's call) and wait for all of them."""
+    if not len(prompts):
+        return None, []
     done: asyncio.Future[tuple[Rollouts | None, list[Failure]]] = asyncio.get_running_loop().create_future()
 
     def give(rollouts: Rollouts | None, failures: list[Failure]) -> None:

@@ -71,7 +71,7 @@ class ModelService:
     def name(self) -> str:
         return self.spec.name
 
-    async def start(self) -> int:
+    async def start(self, metrics_host: str = "127.0.0.1") -> int:
         """Load the model and open the metrics endpoint; its port."""
         self._workplace = await self._host.compute("start", build, self.spec)
         if self._workplace.engine is not None:
@@ -79,7 +79,7 @@ class ModelService:
         for stage in self.spec.stages:
             runner = self._runners[stage.name] = self._runner(stage)
             self._edges |= {edge: (runner, position) for position, edge in enumerate(stage.inputs)}
-        return self._exporter.serve()
+        return self._exporter.serve(metrics_host)
 
     def connect(self, peers: Mapping[str, Endpoint]) -> None:
         """Say where the consumers are, and begin to fire."""

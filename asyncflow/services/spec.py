@@ -59,4 +59,5 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: str = ""  # of the advantage service: where its batch function comes from
     numbers: dict[str, float | bool | str] = {}  # keyword arguments of the batch function
     log_path: str = ""
+    metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's own
     delay_seconds: dict[str, float] = {}  # stage method -> injected delay, for experiments on timing

@@ -64,7 +64,8 @@ def _generator(spec: ServiceSpec) -> Workplace:
     if spec.generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
 
-        return Workplace(None, VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype))
+        end = end_of_sequence(spec.tokenizer_path)
+        return Workplace(None, VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype, end))
     from workers.generation.torch import TorchEngine
     from workers.models import load_causal
 

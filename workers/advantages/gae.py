@@ -94,7 +94,7 @@ def gae(
     metrics = {
         "kl": float(kl.sum()) / tokens,
         "advantage_std": float(advantages[mask.values != 0].std()) if tokens > 1 else 0.0,
-        "value_mean": float(values.values.values.mean()) if len(values.values.values) else 0.0,
+        "value_mean": float(values.values.values[mask.values != 0].sum(dtype=np.float64)) / tokens,
         "return_mean": float(returns.sum()) / tokens,
     }
     if whiten_advantages:

@@ -18,7 +18,7 @@ def exact_match(prompt: str, response: str, reference: str) -> float:
 
 
 def prefix_match(prompt: str, response: str, reference: str) -> float:
-    """The share of the reference that the response gets right before its first mistake, 0 to 1."""
+    """Length of the response's right beginning over the longer of the two texts, 0 to 1."""
     given, wanted = response.strip(), reference.strip()
     right = next((i for i, (a, b) in enumerate(zip(given, wanted)) if a != b), min(len(given), len(wanted)))  # noqa: B905
     return right / max(len(given), len(wanted), 1)
@@ -30,17 +30,18 @@ RULES: dict[str, Rule] = {"exact_match": exact_match, "prefix_match": prefix_mat
 def rule_named(name: str) -> Rule:
     """A registered rule, or the function that "package.module:function" names.
 
-    Raises LookupError saying what is known, what could not be imported or what is not there.
+    Raises LookupError saying what is known, what could not be imported or what is not there, whatever the module
+    raises.
     """
     if name in RULES:
         return RULES[name]
     module, colon, attribute = name.partition(":")
-    if not colon:
+    if not (colon and module and attribute):
         raise LookupError(f"rule {name!r} is none of {', '.join(RULES)} and no package.module:function")
     try:
         function = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise LookupError(f"rule {name!r}: {error}") from error
+    except Exception as error:
+        raise LookupError(f"rule {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(function):
         raise LookupError(f"rule {name!r}: module {module} has no function {attribute!r}")
     return cast(Rule, function)

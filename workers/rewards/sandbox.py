@@ -1,23 +1,28 @@
 """User reward code runs in a process of its own, so that it may raise, hang or die without taking anything along.
 
-The parent writes one msgpack request a line-free frame (u32 length, bytes) to the child's stdin and waits for the
-answer with a deadline; a child that misses it is killed and replaced. One call, one row.
+Both directions carry frames of a u32 length and a msgpack body. The child says when it is ready, then answers one
+request at a time; a child that misses a deadline is killed, with all that it started, and replaced.
 """
 
 from __future__ import annotations
 
-import math
+import numbers
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import BinaryIO
 
 import msgspec
 
+START_SECONDS = 60.0  # for the interpreter and the imports of the user's module
 _LENGTH = struct.Struct("<I")
+_FLOAT32_MAX = 3.4028234663852886e38  # a score beyond it would be infinite in its column
+_CAUSE_CHARACTERS = 300
 
 
 class RuleRequest(msgspec.Struct, frozen=True):
@@ -40,56 +45,84 @@ class RuleFailed(Exception):
 
 
 class RuleProcess:
-    """A child process that answers for one rule. Starts lazily, restarts after a kill."""
+    """A child process that answers for one rule. Starts with the first request, restarts after a kill."""
 
     def __init__(self, rule: str, timeout_seconds: float) -> None:
         self._rule = rule
         self._timeout = timeout_seconds
         self._child: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None where there is no child."""
+        return self._child.pid if self._child is not None else None
+
     def score(self, request: RuleRequest) -> float:
         """The rule's finite score. Raises RuleFailed with the cause."""
-        fresh = self._child is None
-        child = self._child = self._child or self._start()
-        # The first call of a child pays for its start: interpreter, imports of the user's module.
-        deadline = time.monotonic() + self._timeout + (30.0 if fresh else 0.0)
-        try:
-            _write(child, msgspec.msgpack.encode(request))
-            answer = msgspec.msgpack.decode(_read(child, deadline), type=RuleAnswer)
-        except TimeoutError:
-            self.close()
-            raise RuleFailed(f"rule {self._rule} gave no answer within {self._timeout:g} s") from None
-        except (OSError, EOFError, msgspec.MsgspecError) as error:
-            self.close()
-            raise RuleFailed(f"rule {self._rule} killed its process ({type(error).__name__})") from None
+        if self._child is None:
+            self._child = self._start()
+            self._exchange(self._child, b"", START_SECONDS, "was not ready")
+        answer = self._exchange(self._child, _framed(request), self._timeout, "gave no answer")
         if answer.score is None:
-            raise RuleFailed(f"rule {self._rule}: {answer.error}")
+            raise RuleFailed(f"rule {self._rule} {answer.error}")
         return answer.score
 
     def close(self) -> None:
-        """Kill the child, if there is one."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            for pipe in (self._child.stdin, self._child.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self._child = None
+        """Kill the child and the processes that it started, if there are any."""
+        if (child := self._child) is None:
+            return
+        self._child = None
+        os.killpg(child.pid, signal.SIGKILL)  # the group outlives its leader until `wait` has reaped it
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _exchange(self, child: subprocess.Popen[bytes], sent: bytes, seconds: float, late: str) -> RuleAnswer:
+        deadline = time.monotonic() + seconds
+        try:
+            _write(child, sent, deadline)
+            return msgspec.msgpack.decode(_read(child, deadline), type=RuleAnswer)
+        except TimeoutError:
+            self.close()
+            raise RuleFailed(f"rule {self._rule} {late} within {seconds:g} s") from None
+        except (OSError, EOFError):
+            self.close()
+            raise RuleFailed(f"rule {self._rule} ended its process, {_ending(child.returncode)}") from None
+        except msgspec.MsgspecError as error:
+            self.close()
+            raise RuleFailed(f"rule {self._rule} wrote into the answers of its process: {error}") from None
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "workers.rewards.sandbox", self._rule],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # a buffer that a dead child never took would fail again when its pipe is closed
             env=environment,
+            start_new_session=True,  # a group of its own, to be killed as one
         )
+        assert child.stdin is not None
+        os.set_blocking(child.stdin.fileno(), False)
+        return child
 
 
-def _write(child: subprocess.Popen[bytes], body: bytes) -> None:
+def _framed(body: RuleRequest | RuleAnswer) -> bytes:
+    packed = msgspec.msgpack.encode(body)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def _write(child: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
     assert child.stdin is not None
-    child.stdin.write(_LENGTH.pack(len(body)) + body)
-    child.stdin.flush()
+    left = memoryview(data)
+    while left:
+        _await(child.stdin.fileno(), select.POLLOUT, deadline)
+        left = left[os.write(child.stdin.fileno(), left) :]
 
 
 def _read(child: subprocess.Popen[bytes], deadline: float) -> bytes:
@@ -99,44 +132,74 @@ def _read(child: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 def _read_exactly(child: subprocess.Popen[bytes], count: int, deadline: float) -> bytes:
     assert child.stdout is not None
-    descriptor, parts = child.stdout.fileno(), b""
-    while len(parts) < count:
-        readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        if not readable:
-            raise TimeoutError
-        chunk = os.read(descriptor, count - len(parts))
+    data = bytearray()
+    while len(data) < count:
+        _await(child.stdout.fileno(), select.POLLIN, deadline)
+        chunk = os.read(child.stdout.fileno(), count - len(data))
         if not chunk:
             raise EOFError
-        parts += chunk
-    return parts
+        data += chunk
+    return bytes(data)
 
 
-def _answer(rule: Any, request: RuleRequest) -> RuleAnswer:
-    try:
-        value = rule(request.prompt, request.response, request.reference)
-    except Exception as error:  # noqa: BLE001 - whatever user code raises is this row's cause of failure
-        return RuleAnswer(error=f"raised {type(error).__name__}: {error}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return RuleAnswer(error=f"returned {value!r:.60}, want a number")
-    return (
-        RuleAnswer(float(value))
-        if math.isfinite(value)
-        else RuleAnswer(error=f"returned {value}, want a finite number")
-    )
+def _await(descriptor: int, event: int, deadline: float) -> None:
+    """Wait until a descriptor is ready. Raises TimeoutError. Unlike select, poll takes descriptors above 1023."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+# --- the child
 
 
 def serve(name: str) -> None:
-    """The child's loop: answers until its stdin closes. Anything the rule prints goes to stderr."""
+    """The child's loop: answers until its requests end."""
     from workers.rewards.rules import rule_named
 
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    rule = rule_named(name)
+    requests, answers = _take_over_pipes()
+    try:
+        rule = rule_named(name)
+    except LookupError as error:
+        rule = _failing(str(error.args[0]))  # every row hears why, without a new process for each
+    answers.write(_framed(RuleAnswer()))
     while head := requests.read(_LENGTH.size):
         request = msgspec.msgpack.decode(requests.read(_LENGTH.unpack(head)[0]), type=RuleRequest)
-        body = msgspec.msgpack.encode(_answer(rule, request))
-        answers.write(_LENGTH.pack(len(body)) + body)
-        answers.flush()
+        answers.write(_framed(_answer(rule, request)))
+
+
+def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Move the protocol to descriptors that no subprocess inherits: the rule reads nothing and prints to stderr."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, answers
+
+
+def _failing(cause: str) -> Callable[[str, str, str], float]:
+    def rule(prompt: str, response: str, reference: str) -> float:
+        raise LookupError(cause)
+
+    return rule
+
+
+def _answer(rule: Callable[[str, str, str], object], request: RuleRequest) -> RuleAnswer:
+    try:
+        value = rule(request.prompt, request.response, request.reference)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return _refusal(f"returned {value!r}, want a number")
+        score = float(value)
+    except Exception as error:  # noqa: BLE001 - whatever user code raises is this row's cause of failure
+        return _refusal(f"raised {type(error).__name__}: {error}")
+    if not abs(score) <= _FLOAT32_MAX:
+        return _refusal(f"returned {score}, want a finite number that float32 holds")
+    return RuleAnswer(score)
+
+
+def _refusal(cause: str) -> RuleAnswer:
+    return RuleAnswer(error=cause[:_CAUSE_CHARACTERS].encode(errors="backslashreplace").decode())
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ class ServiceActor:
         self._service = ModelService(self._spec, RayStore(self._spec.inline_bytes))
 
     async def start(self) -> tuple[str, int]:
-        """(node address, metrics port)"""
-        return ray.util.get_node_ip_address(), await self._service.start()
+        """(address, port) of the metrics endpoint"""
+        host = ray.util.get_node_ip_address() if self._spec.metrics_host == "node" else self._spec.metrics_host
+        return host, await self._service.start(host)
 
     async def connect(self, actors: Mapping[str, Any]) -> None:
         peers: dict[str, Endpoint] = {name: RayEndpoint(name, actor) for name, actor in actors.items()}

@@ -1,0 +1,52 @@
+# Set up, try, test and check asyncflow. Needs python3, 3.11 or newer, and a network for the first `make setup`.
+
+PYTHON ?= python3
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CONSTRAINTS := deploy/constraints
+
+# torch's CPU build comes from the wheel folders that the environment names for pip or uv, where it does, otherwise from
+# torch's own index. uv doesn't read pip's variable, and wants commas where pip takes spaces.
+comma := ,
+empty :=
+space := $(empty) $(empty)
+UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+ifeq ($(UV_FIND_LINKS),)
+unexport UV_FIND_LINKS
+TORCH := --torch-backend cpu
+else
+export UV_FIND_LINKS
+endif
+
+.PHONY: setup demo test check clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("asyncflow needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)/cpu.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python $(TORCH) --override $(CONSTRAINTS)/overrides-cpu.txt --constraint $(CONSTRAINTS)/cpu.txt --editable '.[cpu,dev]'
+	@touch $@
+
+# All three steps of RLHF on a small task: minutes on two cores.
+demo: setup
+	$(BIN)/asyncflow demo deploy/recipes/sorting
+
+# One thread a process: several services and engines share the cores. ARGS goes to pytest: make test ARGS=tests/protocols
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" $(ARGS)
+
+# What needs no engine and no Ray, and no network: node came as a wheel, and pyright is kept from asking for news of itself.
+check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/pytest tests/test_architecture.py
+
+# Everything that the other targets make again; what runs left in runs/ stays.
+clean:
+	rm -rf .venv .hypothesis .pytest_cache .ruff_cache build dist
+	find asyncflow protocols workers deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

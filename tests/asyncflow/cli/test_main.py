@@ -1,0 +1,86 @@
+"""The command line as its user sees it: bad input is one clear line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from asyncflow.config import recipe_text
+from tests.asyncflow.conftest import MakeRecipe
+
+ROOT = Path(__file__).parents[3]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def asyncflow(tmp_path: Path) -> Command:
+    """The installed command, in an empty folder."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).parent / "asyncflow"), *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def recipe(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_text(make_recipe()))
+    return path
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines() == [f"error: {message}"]
+    assert result.stdout == ""
+
+
+def test_validate_prints_the_resolved_recipe_which_is_a_recipe(asyncflow: Command, recipe: Path):
+    result = asyncflow("validate", recipe, "--set", "steps=9", "--set", "loss.clip_low=0.1")
+    assert (result.returncode, result.stderr) == (0, "")
+    table = tomllib.loads(result.stdout)
+    assert (table["steps"], table["loss"]["clip_low"], table["checkpoints"]["keep"]) == (9, 0.1, 2)
+
+
+def test_plan_draws_the_dataflow_and_says_who_runs_where(asyncflow: Command, recipe: Path):
+    result = asyncflow("plan", recipe)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["policy", "policy", "pool", "main,", "shared"] in lines
+    assert ["advantage", "advantage", "no", "device"] in lines
+    assert any(line[0] == "gae#1" for line in lines)
+
+
+def test_a_run_that_can_not_start_leaves_nothing_behind(asyncflow: Command, recipe: Path, tmp_path: Path):
+    result = asyncflow("run", recipe, "--set", "models.critic.path=nowhere")
+    assert_refused(result, f"models.critic.path: no folder {tmp_path / 'nowhere'}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_key_is_told_the_nearest(asyncflow: Command, recipe: Path):
+    result = asyncflow("validate", recipe, "--set", "generation.max_token=3")
+    assert_refused(result, f"{recipe}: unknown key generation.max_token, did you mean 'max_tokens'?")
+
+
+def test_a_message_with_brackets_is_printed_as_it_is(asyncflow: Command, tmp_path: Path):
+    """Square brackets are markup to the console; a path may hold them."""
+    path = tmp_path / "[red]recipe.toml"
+    assert_refused(asyncflow("plan", path), f"recipe {path}: can't be read: No such file or directory")
+
+
+def test_what_is_no_run_can_not_be_resumed(asyncflow: Command, tmp_path: Path):
+    assert_refused(asyncflow("resume", tmp_path), f"{tmp_path} is no run folder: it has no recipe.toml")

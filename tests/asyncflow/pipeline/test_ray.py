@@ -1,0 +1,175 @@
+"""The pipeline on a real Ray: one actor a model service, live metrics, the same training as anywhere, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import asyncflow
+from asyncflow.config import Recipe, recipe_text
+from asyncflow.observe.journal import read_lines
+from protocols.control import Published, StepCommitted
+from tests.asyncflow.pipeline.conftest import MakeRecipe
+
+pytestmark = pytest.mark.ray
+
+SPLIT = {
+    "pools": {"policy": {}, "critic": {}, "rollout": {}},
+    "placement": {"critic": {"pool": "critic"}, "generator": {"pool": "rollout"}},
+    "deterministic": False,
+    "runtime": "ray",
+}
+
+
+@pytest.fixture(scope="module")
+def ray_started() -> Iterator[None]:
+    """One Ray for the runs of this module: a runtime that finds one running uses it and leaves it."""
+    import ray
+
+    os.environ["RAY_worker_niceness"] = "0"
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_a_delayed_critic_trains_the_same_at_staleness_0(make_recipe: MakeRecipe) -> None:
+    """If the version rose with the policy alone, step 2 would use values of the critic before its first update."""
+    final = []
+    for delay in (0.0, 1.0):
+        recipe = make_recipe(steps=3, delays={"critic": {"update": delay}}, data={"eval": ""}, **SPLIT)
+        async with asyncflow.launch(recipe) as run:
+            ended = await run.wait()
+        assert ended.outcome == "finished", ended.error
+        final.append(load_file(run.folder / "checkpoints" / "step_000003" / "critic" / "model.safetensors"))
+    untrained = load_file(Path(recipe.models["critic"].path) / "model.safetensors")
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(final[1][name], tensor, rtol=0, atol=1e-5, msg=name)
+    moved = max(float((final[0][n] - t).abs().max()) for n, t in untrained.items() if n in final[0])
+    assert moved > 1e-3, "the critic was hardly trained, so the comparison says nothing"
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("ray_started")
+async def test_vllm_generates_in_an_actor_of_its_own(make_recipe: MakeRecipe) -> None:
+    from ray.util import list_named_actors
+
+    changes = {
+        **SPLIT,
+        "steps": 6,
+        "staleness": 2,
+        "generation": {"engine": "vllm", "kv_cache_bytes": 64 * 1024 * 1024},
+    }
+    actors: list[str] = []
+    pages: dict[str, str] = {}
+    async with asyncflow.launch(make_recipe(**changes)) as run:
+        published, ages = [], []
+        async for event in run.events():
+            match event:
+                case Published():
+                    published.append(event)
+                case StepCommitted():
+                    ages.append(event.staleness_max)
+                    if event.step == 1:
+                        await run.pause()
+                        actors = sorted(a["name"] for a in list_named_actors(all_namespaces=True))
+                        pages = _scrape(run.folder / "metrics" / "targets.json")
+                        await run.resume()
+    services = ["advantage", "critic", "evaluator", "generator", "policy", "reference", "reward"]
+    assert actors == [f"{run.folder.name}/{s}" for s in services]
+    assert sorted(pages) == sorted([*services, "controller"])
+    assert all("asyncflow_up" in page for page in pages.values())
+    assert 'asyncflow_steps_total{rank="0",role="controller"} 1.0' in pages["controller"]
+    assert "asyncflow_tokens_generated_total" in pages["generator"]
+    assert [p.version.step for p in published] == list(range(7))
+    assert max(p.receipts[0].probe_difference for p in published) < 1e-4
+    assert len(ages) == 6
+    assert max(ages) <= 2
+
+
+def _scrape(targets: Path) -> dict[str, str]:
+    """role -> metrics page, of every endpoint that a run lists."""
+    pages = {}
+    for entry in msgspec.json.decode(targets.read_bytes()):
+        with urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=5) as answer:
+            pages[entry["labels"]["role"]] = answer.read().decode()
+    return pages
+
+
+def test_ctrl_c_drains_writes_a_checkpoint_and_leaves_nothing_behind(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(steps=10_000, checkpoints={"every": 0}, **SPLIT)
+    folder, shared = tmp_path / "run", _shared_memory()
+    process = _start(recipe, folder, tmp_path)
+    try:
+        _wait_for_steps(process, folder, 2)
+        members = _session_members(process.pid)
+        assert len(members) > 5, "the actors run in the session of the command"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=90) == 130
+    finally:
+        process.kill()
+    assert list((folder / "checkpoints").glob("step_*/manifest.json"))
+    assert _gone(members), f"still running: {[p for p in members if Path(f'/proc/{p}').exists()]}"
+    assert _shared_memory() <= shared
+
+
+def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_text(recipe))
+    command = [sys.executable, "-m", "asyncflow.cli.main", "run", str(path), "--folder", str(folder)]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def _wait_for_steps(process: subprocess.Popen[bytes], folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 180
+    while len(read_lines(folder / "metrics.jsonl")) < steps:
+        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
+        assert time.monotonic() < deadline, f"step {steps} was not reached"
+        time.sleep(0.1)
+
+
+def _session_members(leader: int) -> set[int]:
+    """The process and all that descend from it, whatever session they moved to."""
+    parents = {int(p.name): _parent(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    members = {leader}
+    while new := {p for p, parent in parents.items() if parent in members} - members:
+        members |= new
+    return members
+
+
+def _parent(folder: Path) -> int:
+    try:
+        return int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _gone(processes: set[int]) -> bool:
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{p}").exists() and _state(p) != "Z" for p in processes):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def _shared_memory() -> set[str]:
+    return {p.name for p in Path("/dev/shm").iterdir()}

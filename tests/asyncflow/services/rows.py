@@ -1,0 +1,54 @@
+"""Small batches whose every value names its row, so that a row in the wrong place is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from protocols.columns import Jagged
+from protocols.messages import Finish, LogProbs, Rollouts, Scores, Values
+from protocols.stage import Failure
+
+
+def scores(samples: Sequence[int]) -> Scores:
+    """Each row's score is its id."""
+    return Scores(sample_ids=np.array(samples, np.int64), scores=np.array(samples, np.float32))
+
+
+def log_probs(samples: Sequence[int]) -> LogProbs:
+    """Each row has (id % 3) + 1 values, all of them minus its id."""
+    return LogProbs(
+        sample_ids=np.array(samples, np.int64),
+        log_probs=Jagged.from_rows([np.full(s % 3 + 1, -s) for s in samples], np.float32),
+    )
+
+
+def values(samples: Sequence[int], version: int = 0) -> Values:
+    """Values of a critic at a version."""
+    return Values(
+        sample_ids=np.array(samples, np.int64),
+        values=Jagged.from_rows([np.full(s % 3 + 1, s) for s in samples], np.float32),
+        versions=np.full(len(samples), version, np.int64),
+    )
+
+
+def rollouts(samples: Sequence[int], versions: Sequence[Sequence[int]] | None = None) -> Rollouts:
+    """Responses of as many tokens as `versions` says, each the row's id modulo 50; by default two of version 0."""
+    tokens = [list(v) for v in versions] if versions is not None else [[0, 0] for _ in samples]
+    responses = Jagged.from_rows([np.full(len(v), s % 50) for s, v in zip(samples, tokens, strict=True)], np.int32)
+    return Rollouts(
+        sample_ids=np.array(samples, np.int64),
+        prompts=Jagged.from_rows([[s % 50] for s in samples], np.int32),
+        references=Jagged.from_texts([str(s) for s in samples]),
+        responses=responses,
+        log_probs=responses.with_values(np.zeros(len(responses.values), np.float32)),
+        versions=Jagged.from_rows(tokens, np.int32),
+        loss_mask=responses.with_values(np.ones(len(responses.values), np.uint8)),
+        finishes=np.full(len(samples), Finish.STOP, np.uint8),
+    )
+
+
+def tombstones(samples: Sequence[int], cause: str = "timeout") -> list[Failure]:
+    """One a sample."""
+    return [Failure(s, cause) for s in samples]

@@ -1,0 +1,411 @@
+"""The generation loop over a real engine: what it does between two steps, and in what order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from asyncflow.observe.exporter import Exporter
+from asyncflow.services.endpoint import Payload
+from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
+from asyncflow.services.host import Host
+from asyncflow.services.runtime.local import LocalStore
+from asyncflow.services.spec import ServiceSpec, StageSpec, Target
+from protocols import codec
+from protocols.columns import concat
+from protocols.control import Delivery, Generated, LeaseAsked, LeaseReturned, Notice, Reply, Request
+from protocols.messages import Prompts, Rollouts
+from protocols.roles import Sampling
+from protocols.stage import Failure
+from protocols.weights import BadWeights, Version
+from tests import tiny
+from tests.asyncflow.services import rows
+from workers.generation.torch import TorchEngine
+from workers.models import load_causal
+from workers.settings import Generation
+
+SAMPLING = Sampling(max_tokens=4)
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two policies of different weights."""
+    root = tmp_path_factory.mktemp("policies")
+    return [tiny.make_policy(root / str(seed), seed=seed, layers=1, context=CONTEXT) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def other(folders: list[Path]) -> PreTrainedModel:
+    """The weights that are published while the loop runs."""
+    return load_causal(folders[1])
+
+
+class Bench:
+    """A loop with everything it needs, and what it gave."""
+
+    def __init__(self, host: Host, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
+        self.host, self.engine = host, engine
+        self.loop = GenerationLoop(host, engine, follow)
+        self.rollouts: list[Rollouts] = []
+        self.failures: list[Failure] = []
+        self.on_give: Callable[[], None] = lambda: None
+
+    def job(self, prompts: Prompts, sampling: Sampling = SAMPLING, whole: bool = False) -> None:
+        """Ask for rows that this bench collects."""
+        self.loop.submit(Job(prompts, sampling, self._give, whole))
+
+    def _give(self, rollouts: Rollouts | None, failures: list[Failure]) -> None:
+        self.rollouts += [rollouts] if rollouts is not None else []
+        self.failures += failures
+        self.on_give()
+
+    @property
+    def given(self) -> int:
+        return sum(map(len, self.rollouts)) + len(self.failures)
+
+    def versions(self) -> dict[int, set[int]]:
+        """Sample -> versions of its tokens."""
+        batch = concat(self.rollouts)
+        return {s: set(batch.versions[i].tolist()) for i, s in enumerate(batch.sample_ids.tolist())}
+
+    async def until(self, reached: Callable[[], bool], what: str) -> None:
+        """Wait until something is so; `what` names it where it never is."""
+        try:
+            async with asyncio.timeout(20):
+                while not reached():
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            pytest.fail(f"waited for {what}: {self.given} rows given, {self.loop.waiting} waiting")
+
+    async def all_given(self, count: int) -> None:
+        await self.until(lambda: self.given >= count, f"{count} rows")
+
+
+@asynccontextmanager
+async def bench(
+    folder: Path,
+    *,
+    slots: int = 8,
+    version: Version | None = Version(0, 0),  # noqa: B008 - frozen
+    deterministic: bool = False,
+    leased: bool = False,
+    follows: Callable[[TorchEngine], None] | None = None,
+    run: bool = True,
+) -> AsyncIterator[Bench]:
+    """A running loop over a policy's folder. `follows` makes the engine one that shares a trained model."""
+    settings = Generation(engine="torch", max_tokens=SAMPLING.max_tokens, slots=slots)
+    spec = ServiceSpec(
+        name="generator",
+        kind="generator",
+        run="test",
+        term=0,
+        seed=3,
+        deterministic=deterministic,
+        stages=[],
+        pool="main",
+        leased=leased,
+        samples_per_prompt=1,
+        mailbox_rows=8,
+        firing_rows=8,
+        generation=settings,
+    )
+    model = load_causal(folder)
+    engine = TorchEngine(model, settings, 3, tiny.EOS_ID, owns_model=follows is None, version=version)
+    host = Host(spec, LocalStore(), Exporter(spec.name))
+    made = Bench(host, engine, (lambda: follows(engine)) if follows is not None else None)
+    running = asyncio.create_task(made.loop.run()) if run else None
+    try:
+        yield made
+        assert running is None or not running.done(), f"the loop ended: {running.exception()!r}"
+    finally:
+        if running is not None:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        host.close()
+
+
+def prompts(*texts: str, floor: int = 0, first: int = 0) -> Prompts:
+    made = tiny.make_prompts(texts, first=first)
+    return Prompts(
+        sample_ids=made.sample_ids,
+        prompts=made.prompts,
+        references=made.references,
+        floors=np.full(len(made), floor, np.int64),
+    )
+
+
+# --- rows and jobs
+
+
+async def test_rows_come_back_with_their_prompts(folders: list[Path]):
+    asked = prompts("1+1=", "2+2=", "3")
+    async with bench(folders[0]) as b:
+        b.job(asked)
+        await b.all_given(3)
+    given = concat(b.rollouts)
+    given.check()
+    assert sorted(given.sample_ids.tolist()) == sorted(asked.sample_ids.tolist())
+    for row, sample in enumerate(given.sample_ids.tolist()):
+        assert np.array_equal(given.prompts[row], asked.prompts[asked.sample_ids.tolist().index(sample)])
+
+
+async def test_a_whole_job_is_given_at_once_in_id_order(folders: list[Path]):
+    asked = prompts("1+1=", "2+2=", "3", "4", "5")
+    async with bench(folders[0], slots=2) as b:
+        b.job(asked, whole=True)
+        await b.all_given(5)
+    assert [r.sample_ids.tolist() for r in b.rollouts] == [sorted(asked.sample_ids.tolist())]
+
+
+async def test_no_more_rows_run_than_there_are_slots(folders: list[Path]):
+    seen: list[int] = []
+    async with bench(folders[0], slots=2) as b:
+        b.on_give = lambda: seen.append(b.loop.waiting)
+        b.job(prompts(*"12345"))
+        await b.all_given(5)
+    assert seen[0] == 3, "two of five had a slot"
+
+
+async def test_a_row_that_does_not_fit_fails_alone(folders: list[Path]):
+    asked = prompts("1+1=", "1" * CONTEXT, "3")
+    async with bench(folders[0]) as b:
+        b.job(asked)
+        await b.all_given(3)
+    assert [f.sample_id for f in b.failures] == [asked.sample_ids[1]]
+    assert f"context of {CONTEXT}" in b.failures[0].cause
+    assert len(concat(b.rollouts)) == 2
+
+
+async def test_a_whole_job_of_which_nothing_fits_is_given_as_failures(folders: list[Path]):
+    async with bench(folders[0]) as b, asyncio.timeout(20):  # for generate_now
+        rollouts, failures = await generate_now(b.loop, prompts("1" * CONTEXT, "2" * CONTEXT), SAMPLING)
+    assert rollouts is None
+    assert len(failures) == 2
+
+
+async def test_a_row_that_runs_already_is_refused_and_the_first_job_keeps_it(folders: list[Path]):
+    async with bench(folders[0]) as b:
+        b.job(prompts("1+1=", "2+2="))
+        b.job(prompts("1+1="))
+        await b.all_given(3)
+    assert len(concat(b.rollouts)) == 2
+    assert ["already being generated" in f.cause for f in b.failures] == [True]
+
+
+async def test_a_call_outside_the_dataflow_waits_for_its_own_rows(folders: list[Path]):
+    async with bench(folders[0]) as b, asyncio.timeout(20):  # for generate_now
+        b.job(prompts("7", "8", first=5))
+        rollouts, failures = await generate_now(b.loop, prompts("1+1=", "2+2="), SAMPLING)
+        assert rollouts is not None
+        assert rollouts.sample_ids.tolist() == prompts("1+1=", "2+2=").sample_ids.tolist()
+        assert failures == []
+        assert await generate_now(b.loop, prompts(), SAMPLING) == (None, [])
+        await b.all_given(2)
+
+
+async def test_what_left_the_engine_is_reported(folders: list[Path]):
+    async with bench(folders[0]) as b:
+        b.job(prompts("1", "2"))
+        await b.all_given(2)
+    reports = [n for n in await b.host.notices() if isinstance(n, Generated)]
+    assert sorted(s for n in reports for s in n.sample_ids) == prompts("1", "2").sample_ids.tolist()
+    assert sum(n.tokens for n in reports) == len(concat(b.rollouts).responses.values)
+
+
+# --- versions
+
+
+async def test_a_row_waits_for_weights_as_new_as_its_prompt(folders: list[Path], other: PreTrainedModel):
+    """The rows that may run do; the one that may not holds no slot."""
+    async with bench(folders[0], slots=1) as b:
+        b.job(prompts("1", floor=1, first=0))
+        b.job(prompts("2", "3", floor=0, first=1))
+        await b.all_given(2)
+        assert b.loop.waiting == 1
+        await b.loop.load(*tiny.publish(other, Version(0, 1)))
+        await b.all_given(3)
+    assert b.versions() == {int(s): {int(i == 0)} for i, s in enumerate(prompts("1", "2", "3").sample_ids)}
+
+
+async def test_an_engine_without_weights_serves_nothing_until_the_first_load(
+    folders: list[Path], other: PreTrainedModel
+):
+    async with bench(folders[0], version=None) as b:
+        b.job(prompts("1"))
+        await asyncio.sleep(0.05)
+        assert b.given == 0
+        receipt = await b.loop.load(*tiny.publish(other, Version(0, 0), probe="1+1=2"))
+        await b.all_given(1)
+    assert receipt.version == Version(0, 0)
+    assert receipt.probe_difference < 1e-3
+
+
+async def test_a_load_does_not_wait_for_the_rows_that_run(folders: list[Path], other: PreTrainedModel):
+    """Six rows, one a step: the load that is asked for after the first row stands before the last."""
+    loading: list[asyncio.Task[object]] = []
+    async with bench(folders[0], slots=1, deterministic=True) as b:
+
+        def load_once() -> None:
+            if not loading:
+                loading.append(asyncio.create_task(b.loop.load(*tiny.publish(other, Version(0, 1)))))
+
+        b.on_give = load_once
+        b.job(prompts(*"123456"))
+        await b.all_given(6)
+        await loading[0]
+    drawn_by = [versions for _, versions in sorted(b.versions().items())]
+    assert drawn_by[0] == {0}
+    assert drawn_by[-1] == {1}
+
+
+async def test_weights_that_are_refused_reach_the_asker_and_the_loop_goes_on(
+    folders: list[Path], other: PreTrainedModel
+):
+    manifest, buffer = tiny.publish(other, Version(0, 1))
+    damaged = buffer.copy()
+    damaged[7] ^= 1
+    async with bench(folders[0]) as b, asyncio.timeout(20):  # for two loads and a row
+        with pytest.raises(BadWeights, match="bytes received"):
+            await b.loop.load(manifest, damaged)
+        assert b.engine.version == Version(0, 0)
+        await b.loop.load(manifest, buffer)
+        with pytest.raises(BadWeights, match=r"version 0\.1 is not newer than 0\.1"):
+            await b.loop.load(manifest, buffer)
+        b.job(prompts("1"))
+        await b.all_given(1)
+    assert set.union(*b.versions().values()) == {1}
+
+
+async def test_loads_are_done_one_after_the_other_in_the_order_of_asking(folders: list[Path], other: PreTrainedModel):
+    async with bench(folders[0]) as b, asyncio.timeout(20):  # for both loads
+        receipts = await asyncio.gather(*(b.loop.load(*tiny.publish(other, Version(0, v))) for v in (1, 2)))
+    assert [r.version.step for r in receipts] == [1, 2]
+
+
+async def test_an_engine_that_shares_the_trained_model_follows_its_version(folders: list[Path]):
+    trained = 0
+
+    def follow(engine: TorchEngine) -> None:
+        if engine.version is None or engine.version.step < trained:
+            engine.advance(Version(0, trained))
+
+    async with bench(folders[0], follows=follow) as b:
+        b.job(prompts("1"))
+        await b.all_given(1)
+        trained = 2
+        b.job(prompts("2", floor=2, first=1))
+        await b.all_given(2)
+    assert list(b.versions().values()) == [{0}, {2}]
+
+
+# --- pause and lease
+
+
+async def test_a_paused_loop_draws_nothing_and_still_takes_weights(folders: list[Path], other: PreTrainedModel):
+    async with bench(folders[0]) as b:
+        b.loop.pause(True)
+        b.job(prompts("1", "2"))
+        await asyncio.wait_for(b.loop.load(*tiny.publish(other, Version(0, 1))), 20)
+        assert (b.given, b.loop.waiting) == (0, 2)
+        b.loop.pause(False)
+        await b.all_given(2)
+    assert set.union(*b.versions().values()) == {1}
+
+
+async def test_rows_that_run_keep_their_place_through_a_pause(folders: list[Path]):
+    async with bench(folders[0], slots=1, deterministic=True) as b:
+        b.on_give = lambda: b.loop.pause(b.given == 1)
+        b.job(prompts("1", "2", "3"))
+        await b.all_given(1)
+        await asyncio.sleep(0.05)
+        assert (b.given, b.engine.unfinished) == (1, 2)
+        b.loop.pause(False)
+        await b.all_given(3)
+    assert len(b.versions()) == 3
+
+
+async def test_on_shared_devices_nothing_is_computed_before_the_lease_and_it_is_returned(folders: list[Path]):
+    async with bench(folders[0], leased=True) as b:
+        notices: list[Notice] = []
+        b.job(prompts("1", "2"))
+        while not any(isinstance(n, LeaseAsked) for n in notices):
+            notices += await asyncio.wait_for(b.host.notices(), 20)
+        await asyncio.sleep(0.05)
+        assert (b.engine.unfinished, b.given, b.loop.waiting) == (0, 0, 2)
+        (asked,) = (n for n in notices if isinstance(n, LeaseAsked))
+        b.host.grant(asked.ticket)
+        await b.all_given(2)
+        while LeaseReturned(asked.ticket) not in notices:
+            notices += await asyncio.wait_for(b.host.notices(), 20)
+    assert sum(isinstance(n, LeaseAsked) for n in notices) == 1, "one firing a grant"
+
+
+# --- the stage
+
+
+class Consumer:
+    """The service behind the stage: keeps what arrives, once its gate is open."""
+
+    name = "reward"
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.arrived: list[tuple[Delivery, Rollouts | None]] = []
+
+    async def deliver(self, delivery: Delivery, payload: Payload | None) -> None:
+        await self.gate.wait()
+        batch = None if payload is None else codec.decode(payload)
+        assert batch is None or isinstance(batch, Rollouts)
+        self.arrived.append((delivery, batch))
+
+    async def request(self, request: Request, payload: Payload | None = None) -> tuple[Reply, Payload | None]:
+        raise NotImplementedError
+
+    async def notices(self) -> list[Notice]:
+        raise NotImplementedError
+
+
+STAGE = StageSpec(
+    name="policy.generate#1",
+    method="generate",
+    fires="generate",
+    inputs=["policy.generate#1.0"],
+    sources=["prompts"],
+    outputs=[Target("reward", "reward.score#1.0")],
+    protocol="3D_ALL_MICRO_DP",
+    sampling=SAMPLING,
+)
+
+
+async def test_a_slow_consumer_holds_no_engine_slot(folders: list[Path]):
+    consumer = Consumer()
+    async with bench(folders[0], slots=2) as b:
+        b.host.peers = {"reward": consumer}
+        stage = GeneratingStage(b.host, STAGE, b.loop)
+        sending = asyncio.create_task(stage.run())
+        await stage.accept(0, prompts("1", "2", "3", "4", "1" * CONTEXT), [], step=-1)
+        await b.until(lambda: b.engine.statistics()["tokens_generated"] > 0, "the first tokens")
+        await b.until(lambda: not b.loop.waiting and not b.engine.unfinished, "all rows, though none could be sent")
+        assert consumer.arrived == []
+        consumer.gate.set()
+        await b.until(
+            lambda: sum(d.rows + len(d.failures) for d, _ in consumer.arrived) == 5, "five rows at the consumer"
+        )
+        sending.cancel()
+    assert {d.edge for d, _ in consumer.arrived} == {"reward.score#1.0"}
+    arrived = concat([r for _, r in consumer.arrived if r is not None])
+    assert sorted(arrived.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
+    assert [len(d.failures) for d, _ in consumer.arrived if d.failures] == [1], "its tombstone travels in its place"
+
+
+async def test_a_generating_stage_takes_prompts(folders: list[Path]):
+    async with bench(folders[0], run=False) as b:
+        with pytest.raises(ValueError, match=r"policy.generate#1: takes prompts, got Scores"):
+            await GeneratingStage(b.host, STAGE, b.loop).accept(0, rows.scores([1]), [], step=-1)

@@ -1,0 +1,124 @@
+"""From a recipe to services: who runs, where, and who sends to whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncflow.compose import ADVANTAGE, EVALUATOR, GENERATOR, NO_DEVICE, check_roles, compose, pools_of, stateful
+from asyncflow.config import BadInput, Recipe
+from asyncflow.dataflow.algorithms.ppo import ppo
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.dataflow.trace import Flow, trace
+from asyncflow.services.spec import ServiceSpec
+from protocols.messages import Experience, Rollouts, Scores
+from protocols.roles import ROLES, Policy, Reward, Sampling
+from tests.asyncflow.conftest import MakeRecipe
+
+DATAFLOW = trace(ppo)
+SPLIT = {
+    "pools": {"train": {"devices": 1}, "rollout": {"devices": 1}},
+    "placement": {"policy": {"pool": "train"}, "generator": {"pool": "rollout"}, "reward": {"pool": "rollout"}},
+}
+
+
+def composed(recipe: Recipe, dataflow: Dataflow = DATAFLOW) -> dict[str, ServiceSpec]:
+    return {s.name: s for s in compose(recipe, dataflow, "run", 2, "/logs")}
+
+
+def test_without_a_generator_the_policy_generates(make_recipe: MakeRecipe):
+    services = composed(make_recipe())
+    assert list(services) == ["policy", "reference", "critic", "reward", ADVANTAGE, EVALUATOR]
+    policy = services["policy"]
+    assert [(s.name, s.fires) for s in policy.stages] == [
+        ("policy.generate#1", "generate"),
+        ("policy.update#1", "batch"),
+    ]
+    assert policy.stages[0].sampling == Sampling(max_tokens=6, temperature=1.0)
+    assert (policy.term, policy.run, policy.log_path) == (2, "run", "/logs/policy.log")
+
+
+def test_a_generator_takes_over_what_draws_and_nothing_else(make_recipe: MakeRecipe):
+    services = composed(make_recipe(**SPLIT))
+    assert [s.name for s in services[GENERATOR].stages] == ["policy.generate#1"]
+    assert [s.name for s in services["policy"].stages] == ["policy.update#1"]
+    assert services[GENERATOR].model.path == services["policy"].model.path
+
+
+def test_every_output_goes_to_an_input_that_its_service_has(make_recipe: MakeRecipe):
+    for recipe in (make_recipe(), make_recipe(**SPLIT)):
+        services = composed(recipe)
+        sent = [t for s in services.values() for stage in s.stages for t in stage.outputs]
+        inputs = {(s.name, edge) for s in services.values() for stage in s.stages for edge in stage.inputs}
+        from_prompts = {(GENERATOR if GENERATOR in services else "policy", "policy.generate#1.0")}
+        assert {(t.service, t.edge) for t in sent} == inputs - from_prompts
+        assert len(sent) == len(inputs) - 1, "one producer an edge"
+
+
+def test_the_batch_goes_to_both_trainers(make_recipe: MakeRecipe):
+    (closing,) = composed(make_recipe())[ADVANTAGE].stages
+    assert closing.fires == "closed"
+    assert [(t.service, t.edge) for t in closing.outputs] == [
+        ("critic", "critic.update#1.0"),
+        ("policy", "policy.update#1.0"),
+    ]
+    assert closing.sources == ["policy.generate#1", "reference.log_probs#1", "critic.values#1", "reward.score#1"]
+
+
+def test_services_of_one_pool_share_it_and_those_alone_take_no_lease(make_recipe: MakeRecipe):
+    leased = {n: s.leased for n, s in composed(make_recipe(**SPLIT)).items()}
+    assert leased == {
+        "policy": True,
+        "generator": True,
+        "reference": True,
+        "critic": True,
+        "reward": True,
+        ADVANTAGE: False,
+        EVALUATOR: False,
+    }
+    alone = make_recipe(**SPLIT, models={"reward": {"rule": "exact_match"}})
+    assert composed(alone)[GENERATOR].leased is False
+
+
+def test_what_is_not_placed_goes_to_the_first_pool_and_rules_need_none(make_recipe: MakeRecipe):
+    recipe = make_recipe(**SPLIT, models={"reward": {"rule": "exact_match"}})
+    assert pools_of(recipe, DATAFLOW) == {
+        "policy": "train",
+        "reference": "train",
+        "critic": "train",
+        "reward": NO_DEVICE,
+        GENERATOR: "rollout",
+        ADVANTAGE: NO_DEVICE,
+        EVALUATOR: NO_DEVICE,
+    }
+
+
+def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeRecipe):
+    assert composed(make_recipe())[EVALUATOR].model.rule == "exact_match"
+    assert EVALUATOR not in composed(make_recipe(data={"eval": ""}))
+
+
+def test_a_mailbox_holds_one_step_unless_the_recipe_says_otherwise(make_recipe: MakeRecipe):
+    assert composed(make_recipe())["reward"].mailbox_rows == 8
+    assert composed(make_recipe(mailbox_rows=3))["reward"].mailbox_rows == 3
+
+
+def test_delays_reach_their_service_alone(make_recipe: MakeRecipe):
+    services = composed(make_recipe(delays={"reward": {"score": 0.5}}))
+    assert {n: s.delay_seconds for n, s in services.items() if s.delay_seconds} == {"reward": {"score": 0.5}}
+
+
+def test_a_checkpoint_holds_what_trains():
+    assert stateful(DATAFLOW) == ["critic", "policy"]
+
+
+def test_a_role_that_no_service_runs_is_refused(make_recipe: MakeRecipe):
+    def advantage(rollouts: Rollouts, scores: Scores) -> Experience:
+        raise NotImplementedError
+
+    def judged(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        flow.policy.update(flow.join(rollouts, flow.judge.score(rollouts)).apply(advantage))
+
+    dataflow = trace(judged, ROLES | {"judge": Reward, "policy": Policy})
+    with pytest.raises(BadInput, match="calls the role 'judge', which this version does not run"):
+        check_roles(make_recipe(), dataflow)

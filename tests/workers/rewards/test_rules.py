@@ -1,0 +1,61 @@
+"""Rules score texts, and a rule's name either finds a function or says what is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from workers.rewards.rules import RULES, exact_match, prefix_match, rule_named
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's module and two broken ones."""
+    (tmp_path / "rules_of_a_user.py").write_text("PI = 3\ndef half(prompt, response, reference):\n    return 0.5\n")
+    (tmp_path / "rules_with_a_mistake.py").write_text("undefined_name\n")
+    (tmp_path / "rules_with_bad_syntax.py").write_text("def half(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rules_of_a_user", raising=False)
+    return "rules_of_a_user"
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "exact", "prefix"),
+    [
+        ("42", "42", 1, 1),
+        (" 42\n", "42 ", 1, 1),
+        ("43", "42", 0, 1 / 2),
+        ("421", "42", 0, 2 / 3),  # what follows the right answer counts against it
+        ("4", "42", 0, 1 / 2),
+        ("24", "42", 0, 0),
+        ("", "42", 0, 0),
+    ],
+)
+def test_scores(response: str, reference: str, exact: float, prefix: float):
+    assert exact_match("6*7=", response, reference) == exact
+    assert prefix_match("6*7=", response, reference) == pytest.approx(prefix)
+
+
+def test_a_name_is_registered_or_a_users_function(user_module: str):
+    assert rule_named("exact_match") is RULES["exact_match"]
+    assert rule_named(f"{user_module}:half")("", "", "") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("exact_mach", "exact_match, prefix_match and no package.module:function"),
+        (":half", "no package.module:function"),
+        ("rules_of_a_user:", "no package.module:function"),
+        ("rules_of_nobody:half", "No module named 'rules_of_nobody'"),
+        ("rules_of_a_user:third", "module rules_of_a_user has no function 'third'"),
+        ("rules_of_a_user:PI", "has no function 'PI'"),
+        ("rules_with_a_mistake:half", "raised NameError: name 'undefined_name'"),
+        ("rules_with_bad_syntax:half", "raised SyntaxError"),
+    ],
+)
+def test_a_name_that_finds_nothing_says_why(user_module: str, name: str, says: str):
+    with pytest.raises(LookupError, match=says):
+        rule_named(name)
