@@ -272,7 +272,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(samples=ids, state=st.sampled_from(["dropped", "failed"]))
     def end(self, samples: list[int], state: State) -> None:
-        ended = [(s, state, "why") for s in samples]
+        ended: list[tuple[int, State, str]] = [(s, state, "why") for s in samples]
         if self.apply(samples, state):
             self.ledger.end(ended)
         else:

@@ -310,7 +310,7 @@ def test_apply_takes_a_function_of_the_joined_messages(function: Any, message: s
 def test_an_algorithm_takes_the_flow_and_nothing_else():
     with pytest.raises(DataflowError, match="two: an algorithm takes one argument, the flow"):
 
-        @algorithm
+        @algorithm  # type: ignore[arg-type]
         def two(flow: Flow, scale: float) -> None:
             raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Generation ahead of training: the bound on staleness holds, every sample is accounted for, and a run can be steered."""
+"""Generation ahead of training: the bound on staleness holds, every sample is accounted for, runs can be steered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline on a real Ray: one actor a model service, live metrics, the same training as anywhere, nothing left behind."""
+"""The pipeline on a real Ray: an actor a model service, live metrics, the same training, nothing left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ray_started() -> Iterator[None]:
     """One Ray for the runs of this module: a runtime that finds one running uses it and leaves it."""
     import ray
 
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     yield
     ray.shutdown()
