@@ -107,6 +107,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)
+        write_targets(folder / "metrics" / "targets.json", [])  # an ended run is not a run that is down
         logging.getLogger("asyncflow").removeHandler(log)
         log.close()
 

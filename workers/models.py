@@ -75,7 +75,12 @@ def load_critic(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     return model.eval()
 
 
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
+_LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "use_safetensors": True,
+    "trust_remote_code": False,
+    "attn_implementation": "eager",
+}
 
 
 def _load(kind: Any, path: str | Path, dtype: str, **options: Any) -> PreTrainedModel:

@@ -12,6 +12,9 @@ from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.roles import Policy, Sampling
 from protocols.stage import stage
 from protocols.weights import Probe, Version, WeightManifest, pack
+from workers.folders import end_of_sequence
+from workers.generation.engine import to_rollouts
+from workers.generation.torch import TorchEngine
 from workers.losses import POLICY_LOSSES, clipped_tokens, reduce_loss, token_weights
 from workers.models import MicroBatch, canonical_tensors, load_causal, micro_batches, per_response, token_log_probs
 from workers.settings import Generation, Loss, Model, Optimizer
@@ -28,14 +31,29 @@ class PolicyWorker(Policy):
             raise ValueError(f"loss.name {loss.name!r}: one of {', '.join(POLICY_LOSSES)}")
         self.trained = TrainedModel(load_causal(model.path, model.dtype), model.path, model.learning_rate, optimizer)
         self._loss = loss
+        self._generation = generation
         self._temperature = generation.temperature
+        self._end_of_sequence = end_of_sequence(model.path)
         self._tolerance = generation.probe_tolerance
         self._seed = seed
         self._probe = _probe_tokens(self.trained.model.config.vocab_size, seed)
 
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts:
-        """Drawing is the engine's (workers.generation); a service drives it step by step. See `model`."""
-        raise NotImplementedError("a policy service generates through its engine, row by row")
+        """Draw all rows at once with the current weights. A service drives the engine itself, row by row."""
+        engine = self.engine(term=0)
+        engine.submit(prompts, sampling)
+        finished = []
+        while engine.unfinished:
+            finished += engine.step()
+        order = {sample: place for place, sample in enumerate(prompts.sample_ids.tolist())}
+        return to_rollouts(prompts, sorted(finished, key=lambda row: order[row.sample_id]))
+
+    def engine(self, term: int) -> TorchEngine:
+        """An engine that draws with this very model, at its current version; `advance` it after an update."""
+        model, version = self.trained.model, Version(term, self.trained.version)
+        return TorchEngine(
+            model, self._generation, self._seed, self._end_of_sequence, owns_model=False, version=version
+        )
 
     @stage(protocol="3D_PROTO")
     def log_probs(self, rollouts: Rollouts) -> LogProbs:

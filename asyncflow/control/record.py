@@ -111,10 +111,13 @@ class RunRecord:
         self._was_scored.update(scored)
         generated = [s for s in self._generated if s in self._live and s not in self._was_scored]
         self._generated = []
-        if generated:
-            await self._write(self._ledger.move, generated, "generated")
-        if scored:
-            await self._write(self._ledger.move, scored, "scored")
+        if generated or scored:
+            await self._write(self._advance, generated, scored)
+
+    def _advance(self, generated: list[int], scored: list[int]) -> None:
+        """One call of the thread: between two, `batched` would find samples that are not scored yet."""
+        self._ledger.move(generated, "generated")
+        self._ledger.move(scored, "scored")
 
     async def batched(self, samples: list[int]) -> None:
         """Rows form a batch."""

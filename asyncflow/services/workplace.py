@@ -12,6 +12,7 @@ import msgspec
 
 from asyncflow.services.spec import ServiceSpec
 from protocols.weights import Version
+from workers.folders import end_of_sequence
 from workers.generation.engine import Engine
 
 
@@ -40,17 +41,7 @@ def _policy(spec: ServiceSpec) -> Workplace:
     worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed)
     if not any(s.fires == "generate" for s in spec.stages):
         return Workplace(worker)
-    from workers.generation.torch import TorchEngine
-
-    model = worker.trained.model
-    engine = TorchEngine(
-        model,
-        spec.generation,
-        spec.seed,
-        end_of_sequence(spec.tokenizer_path),
-        owns_model=False,
-        version=Version(spec.term, 0),
-    )
+    engine = worker.engine(spec.term)
 
     def follow() -> None:
         version = Version(spec.term, worker.trained.version)
@@ -128,15 +119,3 @@ def build(spec: ServiceSpec) -> Workplace:
         if spec.deterministic:
             torch.use_deterministic_algorithms(True)
     return _BUILDERS[spec.kind](spec)
-
-
-def end_of_sequence(folder: str) -> int:
-    """The end-of-sequence token id of a model folder. Raises ValueError where its files name none."""
-    import json
-    from pathlib import Path
-
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        if path.exists() and (value := json.loads(path.read_text()).get("eos_token_id")) is not None:
-            return int(value[0] if isinstance(value, list) else value)
-    raise ValueError(f"model folder {folder}: neither config.json nor generation_config.json has eos_token_id")

@@ -32,7 +32,7 @@ def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> 
         case "k2":
             return 0.5 * difference**2
         case "k3":
-            return np.exp(difference) - difference - 1.0
+            return np.expm1(difference) - difference  # expm1: near 0 the plain form cancels, even below 0
     raise ValueError(f"kl_estimator {estimator!r}: one of k1, k2, k3")
 
 

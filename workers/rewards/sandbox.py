@@ -191,7 +191,7 @@ def _answer(rule: Callable[[str, str, str], object], request: RuleRequest) -> Ru
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return _refusal(f"returned {value!r}, want a number")
         score = float(value)
-    except Exception as error:  # noqa: BLE001 - whatever user code raises is this row's cause of failure
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises is this row's cause of failure
         return _refusal(f"raised {type(error).__name__}: {error}")
     if not abs(score) <= _FLOAT32_MAX:
         return _refusal(f"returned {score}, want a finite number that float32 holds")

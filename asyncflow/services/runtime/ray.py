@@ -163,6 +163,7 @@ class RayRuntime:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._owns_ray = not self._address
         project = str(Path(__file__).parents[3])

@@ -1,0 +1,78 @@
+"""The record of samples: reports that cross each other on their way reach the ledger in an order that it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncflow.control.ledger import Ledger
+from asyncflow.control.record import RunRecord
+from asyncflow.control.settings import Checkpoints
+from asyncflow.observe.exporter import Exporter
+from protocols.ids import prompt_id, prompt_of, sample_id
+
+A, B = sample_id(prompt_id(0, 5), 0), sample_id(prompt_id(0, 3), 0)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(tmp_path / "ledger.db")
+    yield opened
+    opened.close()
+
+
+def open_record(folder: Path, ledger: Ledger, term: int = 0) -> RunRecord:
+    return RunRecord(
+        run="test",
+        folder=folder,
+        term=term,
+        ledger=ledger,
+        checkpoints=Checkpoints(),
+        stateful=[],
+        recipe_digest="",
+        exporter=Exporter("controller"),
+        staleness=0,
+    )
+
+
+async def test_a_batch_finds_its_samples_scored_though_a_flush_is_under_way(tmp_path: Path, ledger: Ledger):
+    """The watchdog flushes by its own clock: what it has taken and not written yet is no excuse for the batch."""
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, B], 0, 2)
+    record.generated([A])
+    record.scored([B])
+    await asyncio.gather(record.flush(), record.batched([B]))
+    assert ledger.reasons() == {("generated", ""): 1, ("batched", ""): 1}
+
+
+async def test_a_generation_that_is_heard_after_its_score_changes_nothing(tmp_path: Path, ledger: Ledger):
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, B], 0, 2)
+    record.scored([A])
+    await record.flush()
+    record.generated([A, B])
+    await record.flush()
+    assert ledger.reasons() == {("scored", ""): 1, ("generated", ""): 1}
+
+
+async def test_reports_of_samples_that_have_ended_are_ignored(tmp_path: Path, ledger: Ledger):
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, B], 0, 2)
+    record.generated([A])
+    record.scored([A])
+    await record.end([A], "failed", "timeout")
+    await record.flush()
+    assert ledger.reasons() == {("failed", "timeout"): 1, ("created", ""): 1}
+
+
+async def test_a_resumed_record_names_the_prompts_to_draw_again_in_the_order_of_their_ids(
+    tmp_path: Path, ledger: Ledger
+):
+    first = open_record(tmp_path, ledger)
+    await first.admit([A, A + 1, B, B + 1], 0, 2)
+    second = open_record(tmp_path, ledger, term=1)
+    assert second.restarted_prompts() == [prompt_of(B), prompt_of(A)]
+    assert second.cursor == 2

@@ -1,0 +1,15 @@
+"""What the files of a transformers folder say, read without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def end_of_sequence(folder: str | Path) -> int:
+    """The end-of-sequence token id of a model folder. Raises ValueError where its files name none."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        if path.exists() and (value := json.loads(path.read_text()).get("eos_token_id")) is not None:
+            return int(value[0] if isinstance(value, list) else value)
+    raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
