@@ -39,6 +39,9 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
     """Refuse pools and placements that this build does not run. Raises BadInput."""
+    for service in recipe.delays:
+        if service not in pools_of(recipe, dataflow):
+            raise BadInput(f"delays.{service}: no such service{nearest(service, pools_of(recipe, dataflow))}")
     if not recipe.pools:
         raise BadInput("pools: at least one pool is needed")
     known = {*roles_of(dataflow), GENERATOR}

@@ -7,6 +7,7 @@ configures; there is no second list of options anywhere.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
@@ -107,6 +108,8 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
         recipe = msgspec.convert(table, Recipe)
     except msgspec.ValidationError as error:
         raise BadInput(f"{where}: {error}") from error
+    if not re.fullmatch(r"[\w][\w.-]{0,99}", recipe.name):
+        raise BadInput(f"{where}: name = {recipe.name!r}: it becomes a folder's name, want letters, digits, '_', '.', '-'")
     for name, least in _LEAST.items():
         value = attrgetter(name)(recipe)
         if not value >= least:  # so written, NaN is refused too

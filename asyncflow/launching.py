@@ -78,7 +78,7 @@ async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncItera
     path = Path(folder)
     checked = await asyncio.to_thread(check, run_folder.recipe_of(path))
     with run_folder.locked(path):
-        start = run_folder.begin_resumed(path, allow_fresh=allow_fresh)
+        start = run_folder.begin_resumed(path, checked.recipe, allow_fresh=allow_fresh)
         async with _running(checked, path, start) as run:
             yield run
 
@@ -88,8 +88,6 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     recipe = checked.recipe
     name = folder.name
     log = _log_to(folder / "logs" / f"{CONTROLLER}.log")
-    for warning in start.warnings:
-        logging.getLogger("asyncflow.run").warning("checkpoint not usable: %s", warning)
     specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
     runtime = _runtime(recipe)
     exporter = Exporter(CONTROLLER)
@@ -160,6 +158,7 @@ def _controller(
         evaluator=evaluator,
         evaluation=recipe.evaluation,
         record=record,
+        warnings=start.warnings,
     )
 
 

@@ -61,23 +61,26 @@ def begin_fresh(folder: Path, recipe: Recipe) -> Start:
     return Start(_next_term(folder), "")
 
 
-def begin_resumed(folder: Path, *, allow_fresh: bool = False) -> Start:
+def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) -> Start:
     """Put the newest valid checkpoint's ledger in place; the live one is kept aside as lineage.
 
     Raises BadInput where there is no valid checkpoint and a fresh start was not allowed.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     try:
-        path, _, damaged = checkpoint.newest(folder / "checkpoints")
+        path, manifest, damaged = checkpoint.newest(folder / "checkpoints")
+        warnings = [f"a newer checkpoint can't be used: {d}" for d in damaged]
+        if manifest.recipe_digest != digest_of(recipe):
+            warnings.append(f"recipe.toml has changed since the checkpoint of step {manifest.step} was written")
     except checkpoint.CheckpointError as error:
         if not allow_fresh:
             raise BadInput(f"resume {folder}: {error}; --allow-fresh starts it from the beginning") from error
-        path, damaged = None, [str(error)]
+        path, warnings = None, [str(error)]
     term = _next_term(folder)
     _set_ledger_aside(folder, term)
     if path is not None:
         shutil.copyfile(path / "ledger.db", folder / "ledger.db")
-    return Start(term, str(path) if path is not None else "", damaged)
+    return Start(term, str(path) if path is not None else "", warnings)
 
 
 def recipe_of(folder: Path) -> Recipe:

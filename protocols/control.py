@@ -232,6 +232,7 @@ class RunStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     first_step: int = 0  # steps already committed when it (re)started
     term: int = 0
     services: list[str] = []
+    warnings: list[str] = []  # what a resumed run found and went on without: damaged checkpoints, a changed recipe
 
 
 class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):

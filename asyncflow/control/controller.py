@@ -81,8 +81,10 @@ class Controller:
         evaluator: Evaluator | None,
         evaluation: Evaluation,
         record: RunRecord,
+        warnings: list[str],
     ) -> None:
         self.events = EventLog()
+        self._warnings = warnings
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
         self._services, self._generators, self._store = services, generators, store
         self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
@@ -99,6 +101,7 @@ class Controller:
         self._ended_in_step = 0
         self._paused = False
         self._stopping = False
+        self._over = False
         self._checkpoint_asked: list[asyncio.Future[str]] = []
         self._moved = time.monotonic()
 
@@ -119,7 +122,9 @@ class Controller:
         self._pulse.beat()
 
     async def checkpoint(self) -> str:
-        """Write a checkpoint at the next boundary between steps; its folder."""
+        """Write a checkpoint at the next boundary between steps; its folder. Raises RunFailed where the run ends first."""
+        if self._over:
+            raise RunFailed(f"the run is over; its last checkpoint: {self._record.last_checkpoint or 'none'}")
         asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._checkpoint_asked.append(asked)
         self._pulse.beat()
@@ -135,15 +140,31 @@ class Controller:
     # --- the run
 
     async def run(self) -> RunEnded:
-        """Run to the last step, or until stopped. Never raises for what a run can meet: the outcome says it."""
+        """Run to the last step, or until stopped. Never raises: the outcome says what happened, to every follower."""
+        ended = await self._outcome()
         try:
-            ended = await self._run_tasks()
+            await self._record.close_books(ended)
+        except LedgerError as error:
+            ended = self._ended("failed", 3, f"an invariant is broken: {error}")
+        except Exception as error:  # noqa: BLE001 - it becomes the outcome
+            ended = self._ended("failed", 1, f"{ended.error or ended.outcome}; and closing the books: {error!r}")
+        self._over = True
+        for asked in self._checkpoint_asked:
+            if not asked.cancelled():
+                asked.set_exception(RunFailed(f"the run ended before it: {ended.error or ended.outcome}"))
+        self.events.add(ended)
+        return ended
+
+    async def _outcome(self) -> RunEnded:
+        try:
+            return await self._run_tasks()
         except* (RunFailed, ServiceError, PublicationFailed) as errors:
             ended = self._ended("failed", 1, _causes(errors))
         except* (LedgerError, StalenessExceeded) as errors:
             ended = self._ended("failed", 3, f"an invariant is broken: {_causes(errors)}")
-        await self._record.close_books(ended)
-        self.events.add(ended)
+        except* Exception as errors:
+            self._record.log_exception(errors)
+            ended = self._ended("failed", 1, f"unexpected, see logs/controller.log: {_causes(errors)}")
         return ended
 
     async def _run_tasks(self) -> RunEnded:
@@ -173,7 +194,7 @@ class Controller:
         return train.result()
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
-        self._emit(self._record.started(self._pace.steps, list(self._services)))
+        self._emit(self._record.started(self._pace.steps, list(self._services), self._warnings))
         await self._publish(self._version())
         if self._admission.version == 0 or self._evaluation.every:
             await self._evaluate()
@@ -349,7 +370,6 @@ class Controller:
         self._emit(evaluated)
 
     async def _write_checkpoint(self) -> None:
-        asked, self._checkpoint_asked = self._checkpoint_asked, []
         try:
             async with asyncio.timeout(self._deadlines.checkpoint):
                 written = await self._record.write_checkpoint(self._services, self._admission.version)
@@ -359,8 +379,10 @@ class Controller:
             ) from None
         if written is not None:
             self._emit(written)
+        asked, self._checkpoint_asked = self._checkpoint_asked, []
         for future in asked:
-            future.set_result(self._record.last_checkpoint)
+            if not future.cancelled():
+                future.set_result(self._record.last_checkpoint)
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:

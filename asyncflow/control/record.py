@@ -184,7 +184,7 @@ class RunRecord:
 
     # --- measurements
 
-    def started(self, steps: int, services: list[str]) -> RunStarted:
+    def started(self, steps: int, services: list[str], warnings: list[str]) -> RunStarted:
         """The first event of a run."""
         return RunStarted(
             run=self._run,
@@ -193,6 +193,7 @@ class RunRecord:
             first_step=self.version,
             term=self.term,
             services=services,
+            warnings=warnings,
         )
 
     def spent(self, spans: Iterable[Span]) -> None:
@@ -237,6 +238,10 @@ class RunRecord:
     def log(self, event: Event) -> None:
         """The controller's own log: every event but the ones that only draw."""
         LOG.info("%s", event)
+
+    def log_exception(self, error: BaseException) -> None:
+        """An error that nobody expected, with its traceback."""
+        LOG.error("unexpected", exc_info=error)
 
     async def close_books(self, ended: RunEnded) -> None:
         """Check that every sample is accounted for, write timeline and report, close everything."""

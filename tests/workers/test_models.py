@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_a_cut_keeps_order_and_budget_and_is_as_coarse_as_it_may_be(sizes: list[
     parts = list(micro_batches(Texts(prompts, Jagged.from_rows([np.ones(r) for _, r in sizes], np.int32)), budget))
     assert [row for part in parts for row in part.rows] == list(range(len(sizes)))
     assert all(part.tokens.numel() <= budget or len(part.rows) == 1 for part in parts)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         longest = max(part.tokens.shape[1], int(following.lengths[0]))
         assert longest * (len(part.rows) + 1) > budget
 

@@ -160,6 +160,9 @@ def test_a_backup_is_the_ledger_in_one_file(ledger: Ledger, tmp_path: Path):
     ledger.backup(tmp_path / "copy" / "ledger.db")
     assert [p.name for p in (tmp_path / "copy").iterdir()] == ["ledger.db"]
     assert rows(tmp_path / "copy" / "ledger.db") == rows(tmp_path / "ledger.db")
+    assert query(tmp_path / "copy" / "ledger.db", "PRAGMA journal_mode") == [("delete",)], (
+        "reading leaves no file beside"
+    )
     ledger.move([3], "scored")
     copy = Ledger(tmp_path / "copy" / "ledger.db")
     copy.move([3], "generated")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.columns import Jagged, take
-from protocols.messages import Experience, LogProbs, Rollouts, Scores, Values
+from protocols.messages import LogProbs, Rollouts, Scores, Values
 from workers.advantages.gae import KlEstimator, advantages_and_returns, gae, kl_terms, whiten
 
 seeds = st.integers(0, 2**32 - 1)
@@ -191,10 +191,10 @@ def test_metrics_are_means_over_trained_tokens():
 
 @given(seeds)
 def test_the_order_of_rows_changes_nothing_else(seed: int):
-    given_inputs, order = inputs(MASK, seed), np.random.default_rng(seed).permutation(len(MASK))
-    straight: Experience = gae(*given_inputs).batch
-    rollouts, reference, values, scores = (take(batch, order) for batch in given_inputs)
-    shuffled = gae(rollouts, reference, values, scores).batch
+    order = np.random.default_rng(seed).permutation(len(MASK))
+    rollouts, reference, values, scores = inputs(MASK, seed)
+    straight = gae(rollouts, reference, values, scores).batch
+    shuffled = gae(take(rollouts, order), take(reference, order), take(values, order), take(scores, order)).batch
     np.testing.assert_allclose(shuffled.advantages.values, take(straight, order).advantages.values, atol=1e-5)
 
 

@@ -161,19 +161,20 @@ def test_a_process_killed_between_two_rows_fails_one_of_them(rule: RuleProcess):
     assert rule.score(LENGTH) == 3.0
 
 
-def test_a_hanging_rule_is_killed_at_its_deadline_also_in_its_first_row(open_rule: Callable[..., RuleProcess]):
+@pytest.mark.parametrize("rows_before", [0, 1])
+def test_a_hanging_rule_is_killed_at_its_deadline_whichever_row_it_hangs_in(
+    open_rule: Callable[..., RuleProcess], rows_before: int
+):
     rule = open_rule("rules_to_obey:obey", timeout_seconds=0.5)
-    for scored_before in (False, True):
-        if scored_before:
-            rule.score(LENGTH)
-            hung = rule.pid
-            assert hung is not None
-        began = time.monotonic()
-        with pytest.raises(RuleFailed, match=r"gave no answer within 0\.5 s"):
-            rule.score(ask("hang"))
-        assert time.monotonic() - began < (2.0 if scored_before else 20.0)
-        assert rule.pid is None
-    assert ends(hung)
+    for _ in range(rows_before):
+        rule.score(LENGTH)
+    hanging = rule.pid
+    began = time.monotonic()
+    with pytest.raises(RuleFailed, match=r"gave no answer within 0\.5 s"):
+        rule.score(ask("hang"))
+    assert time.monotonic() - began < 20  # of which the process may take some to start
+    assert rule.pid is None
+    assert hanging is None or ends(hanging)
     assert rule.score(LENGTH) == 3.0
 
 
