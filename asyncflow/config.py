@@ -109,7 +109,9 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     except msgspec.ValidationError as error:
         raise BadInput(f"{where}: {error}") from error
     if not re.fullmatch(r"[\w][\w.-]{0,99}", recipe.name):
-        raise BadInput(f"{where}: name = {recipe.name!r}: it becomes a folder's name, want letters, digits, '_', '.', '-'")
+        raise BadInput(
+            f"{where}: name = {recipe.name!r}: it becomes a folder's name, want letters, digits, '_', '.', '-'"
+        )
     for name, least in _LEAST.items():
         value = attrgetter(name)(recipe)
         if not value >= least:  # so written, NaN is refused too

@@ -122,7 +122,7 @@ class Controller:
         self._pulse.beat()
 
     async def checkpoint(self) -> str:
-        """Write a checkpoint at the next boundary between steps; its folder. Raises RunFailed where the run ends first."""
+        """Write a checkpoint at the next boundary between steps; its folder. RunFailed where the run ends first."""
         if self._over:
             raise RunFailed(f"the run is over; its last checkpoint: {self._record.last_checkpoint or 'none'}")
         asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -162,7 +162,7 @@ class Controller:
             ended = self._ended("failed", 1, _causes(errors))
         except* (LedgerError, StalenessExceeded) as errors:
             ended = self._ended("failed", 3, f"an invariant is broken: {_causes(errors)}")
-        except* Exception as errors:
+        except* Exception as errors:  # noqa: BLE001 - it is logged whole and becomes the outcome
             self._record.log_exception(errors)
             ended = self._ended("failed", 1, f"unexpected, see logs/controller.log: {_causes(errors)}")
         return ended

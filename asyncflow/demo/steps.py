@@ -57,6 +57,7 @@ def prepare(recipes: Path, console: Console) -> float | None:
     The folder's name is the task's. Returns the reward model's held-out pair accuracy, None where a rule rewards.
     Raises BadInput.
     """
+    from asyncflow.demo.comparisons import write_comparisons
     from asyncflow.demo.model import write_base_model
     from asyncflow.demo.task import TASKS
 
@@ -72,7 +73,12 @@ def prepare(recipes: Path, console: Console) -> float | None:
         finetune(recipes / "sft.toml", console)
     if not (recipes / "reward.toml").exists():
         return None
-    result = Path(_read(recipes / "reward.toml", RewardModelSettings).output) / RESULT
+    reward = _read(recipes / "reward.toml", RewardModelSettings)
+    if not Path(reward.heldout).exists():
+        with console.status("labellers compare answers of the policy"):
+            for name in ("comparisons", "heldout_comparisons"):
+                write_comparisons(Path(sft.output), data, name, reward.schedule.seed)
+    result = Path(reward.output) / RESULT
     if not result.exists():
         return train_reward(recipes / "reward.toml", console)
     return float(json.loads(result.read_text())["heldout_pair_accuracy"])

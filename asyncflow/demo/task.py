@@ -1,4 +1,4 @@
-"""Two small verifiable tasks and their data: sorting eight letters, and adding two two-digit numbers.
+"""Two small verifiable tasks and their data: sorting six letters, and adding two two-digit numbers.
 
 Sorting is the demonstration: its reward can be *learned* from preference pairs in about a minute. Addition can't be, so
 it is rewarded by a rule. Every problem of a data set is drawn once, so no two of its files share a prompt.
@@ -16,7 +16,7 @@ import msgspec
 from workers.datasets import Demonstration, Preference, Problem
 
 LETTERS = "abcdefgh"
-LENGTH = 8
+LENGTH = 6
 CHARACTERS = LETTERS + "0123456789" + "+=:SA"  # what the tokenizer of asyncflow.demo.model knows
 MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be too long
 
@@ -24,15 +24,15 @@ MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be to
 class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows of each file."""
 
-    sft: int = 70  # so few that the policy generalizes to about half of the problems
-    pairs: int = 40_000
+    sft: int = 60  # so few that the policy generalizes to about half of the problems
+    comparisons: int = 20_000  # problems whose answers are compared, to train the reward model
+    heldout_comparisons: int = 1_000
     train: int = 6_000
-    heldout: int = 400
-    heldout_pairs: int = 1_000
+    heldout: int = 500
 
 
 def sorting(rng: random.Random) -> Problem:
-    """`S:dbcaahfe=` -> `aabcdefh`."""
+    """`S:dbcaah=` -> `aabcdh`."""
     letters = rng.choices(LETTERS, k=LENGTH)
     return Problem(f"S:{''.join(letters)}=", "".join(sorted(letters)))
 
@@ -130,14 +130,12 @@ def preference(problem: Problem, rng: random.Random) -> Preference:
     return Preference(problem.prompt, problem.reference, rejected[: MAX_TOKENS - 1])
 
 
-def write_sorting(folder: Path, seed: int, sizes: Sizes) -> None:
-    """Write sft, pairs, heldout_pairs, train and heldout, each a .jsonl file. No prompt stands in two of them."""
-    problems, rng = distinct(sorting, seed), random.Random(seed)
-    write_rows(folder / "heldout.jsonl", islice(problems, sizes.heldout))
-    write_rows(folder / "heldout_pairs.jsonl", (preference(p, rng) for p in islice(problems, sizes.heldout_pairs)))
-    write_rows(folder / "sft.jsonl", map(demonstration, islice(problems, sizes.sft)))
-    write_rows(folder / "pairs.jsonl", (preference(p, rng) for p in islice(problems, sizes.pairs)))
-    write_rows(folder / "train.jsonl", islice(problems, sizes.train))
+def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:  # noqa: B008 - it is frozen
+    """Write each field of `sizes` as a .jsonl file of so many rows. No prompt stands in two of them."""
+    problems = distinct(sorting, seed)
+    for name in ("heldout", "heldout_comparisons", "sft", "comparisons", "train"):
+        rows = islice(problems, getattr(sizes, name))
+        write_rows(folder / f"{name}.jsonl", map(demonstration, rows) if name == "sft" else rows)
 
 
 def write_addition(folder: Path, seed: int, *, sft: int = 4_000, train: int = 3_000, heldout: int = 500) -> None:
@@ -157,3 +155,6 @@ def write_rows(path: Path, rows: Iterable[object]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.Encoder().encode_lines(rows))
+
+
+TASKS: dict[str, Callable[[Path, int], None]] = {"sorting": write_sorting, "arithmetic": write_addition}

@@ -135,7 +135,7 @@ def test_a_resume_starts_from_the_newest_checkpoint_with_its_ledger(folder: Path
     live = Ledger(folder / "ledger.db")
     live.admit([2], 2, 0, 3)  # after the checkpoint: done again
     live.close()
-    start = run_folder.begin_resumed(folder)
+    start = run_folder.begin_resumed(folder, recipe)
     assert (start.term, start.restore, start.warnings) == (1, str(newest), [])
     ledger = Ledger(folder / "ledger.db")
     assert (ledger.version, ledger.totals().created) == (2, 2)
@@ -148,7 +148,7 @@ def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe:
     live = Ledger(folder / "ledger.db")
     live.admit([1], 1, 0, 2)
     live.close()
-    run_folder.begin_resumed(folder)
+    run_folder.begin_resumed(folder, recipe)
     aside = Ledger(folder / "lineage" / "before_term_1.ledger.db")
     assert aside.totals().created == 2
     aside.close()
@@ -157,7 +157,7 @@ def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe:
 def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Path, recipe: Recipe):
     begin(folder, recipe)
     write_checkpoint(folder, 1, trained=[0])
-    assert [run_folder.begin_resumed(folder).term for _ in range(3)] == [1, 2, 3]
+    assert [run_folder.begin_resumed(folder, recipe).term for _ in range(3)] == [1, 2, 3]
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, recipe: Recipe):
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, 
     damaged = write_checkpoint(folder, 2, trained=[1])
     with (damaged / "ledger.db").open("ab") as file:
         file.write(b"x")
-    start = run_folder.begin_resumed(folder)
+    start = run_folder.begin_resumed(folder, recipe)
     assert start.restore == str(sound)
     assert len(start.warnings) == 1
     assert "step_000002" in start.warnings[0]
@@ -179,8 +179,8 @@ def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: 
     with pytest.raises(
         BadInput, match=r"no valid checkpoint: .*step_000001.*--allow-fresh starts it from the beginning"
     ):
-        run_folder.begin_resumed(folder)
+        run_folder.begin_resumed(folder, recipe)
     assert (folder / "ledger.db").exists(), "a refusal changes nothing"
-    start = run_folder.begin_resumed(folder, allow_fresh=True)
+    start = run_folder.begin_resumed(folder, recipe, allow_fresh=True)
     assert (start.term, start.restore, len(start.warnings)) == (1, "", 1)
     assert not (folder / "ledger.db").exists()

@@ -24,10 +24,10 @@ from asyncflow.demo.task import (
     write_addition,
     write_sorting,
 )
-from workers.datasets import Demonstration, Preference, Problem, read_rows
+from workers.datasets import Demonstration, Problem, read_rows
 from workers.models import load_causal
 
-SIZES = Sizes(sft=50, pairs=400, train=100, heldout=40, heldout_pairs=60)
+SIZES = Sizes(sft=50, comparisons=400, train=100, heldout=40, heldout_comparisons=60)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,8 @@ def test_the_reference_is_the_right_answer(folder: Path):
 
 def test_no_prompt_stands_in_two_places(folder: Path):
     files = {
-        "heldout": read_rows(folder / "heldout.jsonl", Problem),
-        "heldout_pairs": read_rows(folder / "heldout_pairs.jsonl", Preference),
-        "sft": read_rows(folder / "sft.jsonl", Demonstration),
-        "pairs": read_rows(folder / "pairs.jsonl", Preference),
-        "train": read_rows(folder / "train.jsonl", Problem),
+        name: read_rows(folder / f"{name}.jsonl", Demonstration if name == "sft" else Problem)
+        for name in SIZES.__struct_fields__
     }
     assert {name: len(rows) for name, rows in files.items()} == {
         name: getattr(SIZES, name) for name in SIZES.__struct_fields__
@@ -69,9 +66,11 @@ def test_a_seed_gives_the_same_files(folder: Path, tmp_path: Path):
         assert (tmp_path / "other" / path.name).read_bytes() != path.read_bytes()
 
 
-def test_chosen_is_right_and_rejected_is_wrong(folder: Path):
-    for pair in read_rows(folder / "pairs.jsonl", Preference):
-        assert pair.chosen == "".join(sorted(pair.prompt[2:-1]))
+def test_chosen_is_right_and_rejected_is_wrong():
+    rng = random.Random(0)
+    for problem in itertools.islice(distinct(sorting, 0), 400):
+        pair = preference(problem, rng)
+        assert pair.chosen == problem.reference
         assert pair.rejected != pair.chosen
         assert set(pair.rejected) <= set(LETTERS)
         assert len(pair.rejected) + (not pair.rejected_truncated) <= MAX_TOKENS  # what the policy can write

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -83,7 +84,9 @@ async def test_vllm_generates_in_an_actor_of_its_own(make_recipe: MakeRecipe) ->
                     ages.append(event.staleness_max)
                     if event.step == 1:
                         await run.pause()
-                        actors = sorted(a["name"] for a in list_named_actors(all_namespaces=True))
+                        actors = sorted(
+                            a["name"] for a in cast(list[dict[str, str]], list_named_actors(all_namespaces=True))
+                        )
                         pages = _scrape(run.folder / "metrics" / "targets.json")
                         await run.resume()
     services = ["advantage", "critic", "evaluator", "generator", "policy", "reference", "reward"]
