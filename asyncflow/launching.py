@@ -21,7 +21,7 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Pace
 from asyncflow.observe.exporter import Exporter, Target, write_targets
-from asyncflow.services.endpoint import ask
+from asyncflow.services.endpoint import all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from asyncflow.validate import Checked, check
 from protocols.control import Event, LoadState, RunEnded
@@ -164,7 +164,7 @@ def _controller(
 
 async def _restore(services: dict[str, Started], names: list[str], checkpoint: str) -> None:
     if checkpoint:
-        async with asyncio.TaskGroup() as group:
+        async with all_or_error() as group:
             for name in names:
                 group.create_task(
                     ask(services[name].endpoint, LoadState(f"{checkpoint}/{name}")), name=f"restore {name}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,3 +57,13 @@ async def ask(endpoint: Endpoint, request: Request, payload: Payload | None = No
     if isinstance(reply, Refused):
         raise ServiceError(f"{endpoint.name}: {type(request).__name__}: {reply.error}")
     return reply, answer
+
+
+@asynccontextmanager
+async def all_or_error() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose ServiceErrors come out as one, with every cause."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except* ServiceError as errors:
+        raise ServiceError("; ".join(str(error) for error in errors.exceptions)) from errors

@@ -42,7 +42,7 @@ def begin(folder: Path, recipe: Recipe) -> run_folder.Start:
         return run_folder.begin_fresh(folder, recipe)
 
 
-def write_checkpoint(folder: Path, step: int, trained: list[int]) -> Path:
+def write_checkpoint(folder: Path, step: int, trained: list[int], recipe: Recipe) -> Path:
     """A checkpoint whose ledger has one committed step for each sample of `trained`."""
     root = folder / "checkpoints"
     partial = checkpoint.begin(root, step)
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, step: int, trained: list[int]) -> Path:
         ledger.commit_step(ledger.version, 0, [sample])
     ledger.backup(partial / "ledger.db")
     ledger.close()
-    return checkpoint.finish(partial, root, step, 0, step, "")[0]
+    return checkpoint.finish(partial, root, step, 0, step, run_folder.digest_of(recipe))[0]
 
 
 # --- one controller
@@ -130,8 +130,8 @@ def test_the_digest_tells_recipes_apart(make_recipe: MakeRecipe):
 
 def test_a_resume_starts_from_the_newest_checkpoint_with_its_ledger(folder: Path, recipe: Recipe):
     begin(folder, recipe)
-    write_checkpoint(folder, 1, trained=[0])
-    newest = write_checkpoint(folder, 2, trained=[1])
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    newest = write_checkpoint(folder, 2, trained=[1], recipe=recipe)
     live = Ledger(folder / "ledger.db")
     live.admit([2], 2, 0, 3)  # after the checkpoint: done again
     live.close()
@@ -144,7 +144,7 @@ def test_a_resume_starts_from_the_newest_checkpoint_with_its_ledger(folder: Path
 
 def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe: Recipe):
     begin(folder, recipe)
-    write_checkpoint(folder, 1, trained=[0])
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
     live = Ledger(folder / "ledger.db")
     live.admit([1], 1, 0, 2)
     live.close()
@@ -156,14 +156,14 @@ def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe:
 
 def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Path, recipe: Recipe):
     begin(folder, recipe)
-    write_checkpoint(folder, 1, trained=[0])
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
     assert [run_folder.begin_resumed(folder, recipe).term for _ in range(3)] == [1, 2, 3]
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, recipe: Recipe):
     begin(folder, recipe)
-    sound = write_checkpoint(folder, 1, trained=[0])
-    damaged = write_checkpoint(folder, 2, trained=[1])
+    sound = write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    damaged = write_checkpoint(folder, 2, trained=[1], recipe=recipe)
     with (damaged / "ledger.db").open("ab") as file:
         file.write(b"x")
     start = run_folder.begin_resumed(folder, recipe)
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, 
 
 def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: Path, recipe: Recipe):
     begin(folder, recipe)
-    damaged = write_checkpoint(folder, 1, trained=[0])
+    damaged = write_checkpoint(folder, 1, trained=[0], recipe=recipe)
     (damaged / "manifest.json").unlink()
     with pytest.raises(
         BadInput, match=r"no valid checkpoint: .*step_000001.*--allow-fresh starts it from the beginning"
@@ -184,3 +184,10 @@ def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: 
     start = run_folder.begin_resumed(folder, recipe, allow_fresh=True)
     assert (start.term, start.restore, len(start.warnings)) == (1, "", 1)
     assert not (folder / "ledger.db").exists()
+
+
+def test_a_recipe_that_was_edited_since_the_checkpoint_is_used_and_reported(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
+    start = run_folder.begin_resumed(folder, make_recipe(steps=50))
+    assert start.warnings == ["recipe.toml has changed since the checkpoint of step 1 was written"]

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from asyncflow.services.endpoint import Endpoint, Frame, Payload, ServiceError
+from asyncflow.services.endpoint import Endpoint, Frame, Payload, ServiceError, all_or_error
 from asyncflow.services.runtime import Started
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
@@ -118,14 +118,18 @@ class RayRuntime:
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Start all actors side by side, wait until each has its model, connect them."""
-        await asyncio.to_thread(self._init)
+        try:
+            await asyncio.to_thread(self._init)
+        except (RayError, OSError, RuntimeError, ValueError) as error:
+            where = f"at {self._address}" if self._address else "on this machine"
+            raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
         kind: Any = ray.remote(ServiceActor)
         for spec in specs:
             self._actors[spec.name] = kind.options(
                 name=f"{spec.run}/{spec.name}", num_cpus=0, max_restarts=0, max_concurrency=CONCURRENT_CALLS
             ).remote(msgspec.msgpack.encode(spec))
         started: dict[str, Started] = {}
-        async with asyncio.TaskGroup() as group:
+        async with all_or_error() as group:
             for spec in specs:
                 group.create_task(self._await_start(spec, started), name=f"start {spec.name}")
         await asyncio.gather(*(a.connect.remote(self._actors) for a in self._actors.values()))
@@ -163,7 +167,6 @@ class RayRuntime:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._owns_ray = not self._address
         project = str(Path(__file__).parents[3])
