@@ -13,3 +13,11 @@ def end_of_sequence(folder: str | Path) -> int:
         if path.exists() and (value := json.loads(path.read_text()).get("eos_token_id")) is not None:
             return int(value[0] if isinstance(value, list) else value)
     raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
+
+
+def context_of(folder: str | Path) -> int:
+    """Most tokens of prompt and response that a model takes. Raises ValueError where its config does not say."""
+    limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
+    if not isinstance(limit, int):
+        raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
+    return limit

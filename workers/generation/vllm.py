@@ -20,6 +20,7 @@ from protocols.ids import sampling_seed
 from protocols.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
+from workers.folders import context_of
 from workers.generation.engine import Engine, FinishedRow
 from workers.generation.torch import check_publication, prove, read_tensors, refuse_misfits, refuse_unfit, shapes_of
 from workers.settings import Generation
@@ -260,6 +261,9 @@ _CPU_ENVIRONMENT = {
 _CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
 
 
+_CPU_BATCHED_TOKENS = 4096  # of prompts in one step
+
+
 def _start(path: str, settings: Generation, dtype: str) -> LLMEngine:
     """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
     on_cpu = not torch.cuda.is_available()
@@ -271,7 +275,11 @@ def _start(path: str, settings: Generation, dtype: str) -> LLMEngine:
 
     from vllm import EngineArgs, LLMEngine
 
-    limits: dict[str, Any] = {"block_size": _CPU_BLOCK_TOKENS} if on_cpu else {}
+    limits: dict[str, Any] = {}
+    if on_cpu:
+        # A prompt cut into chunks takes back a seeded draw, which generators on the CPU can't: prompts run whole.
+        whole = max(_CPU_BATCHED_TOKENS, settings.max_model_tokens or context_of(path))
+        limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     if settings.max_model_tokens:
         limits["max_model_len"] = settings.max_model_tokens
     arguments = EngineArgs(

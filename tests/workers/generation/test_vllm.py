@@ -318,6 +318,14 @@ def test_a_response_ends_at_its_end_token_or_its_limit(published: Published) -> 
         assert row.finish is Finish.STOP or len(row.tokens) == 40
 
 
+def test_more_prompts_than_one_step_takes_wait_whole(published: Published) -> None:
+    """A prompt that is cut into chunks takes back a seeded draw, which a generator on the CPU refuses."""
+    published.publish(published.models[0])
+    prompts = tiny.make_prompts([f"{i:02d}+" * 140 for i in range(14)])  # 420 tokens each
+    rows = generate(published.engine, prompts, Sampling(max_tokens=4))
+    assert_drawn_by(published.models[0], prompts, rows)
+
+
 def test_a_row_that_does_not_fit_is_refused_and_none_is_queued(published: Published) -> None:
     prompts = tiny.make_prompts(["fine", "x" * 1000])
     with pytest.raises(ValueError, match=f"sample {prompts.sample_ids[1]}: prompt of 1000 tokens and max_tokens 25"):
