@@ -99,9 +99,12 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         task = asyncio.create_task(controller.run(), name=f"controller of {name}")
         try:
             yield Run(LocalLink(controller, task), name, folder)
+        except asyncio.CancelledError:  # at once, without draining: the last checkpoint stands
+            task.cancel()
+            raise
         finally:
             controller.stop()
-            await asyncio.shield(task)
+            await asyncio.gather(task, return_exceptions=True)
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)

@@ -56,7 +56,7 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
     """Check a recipe, its data and its models without starting anything, and print it resolved."""
     from asyncflow.validate import check
 
-    out.print(recipe_text(check(load_recipe(recipe, overrides)).recipe), end="", markup=False)
+    out.print(recipe_text(check(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -66,7 +66,7 @@ def plan(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     from asyncflow.validate import check
 
     checked = check(load_recipe(recipe, overrides))
-    out.print(checked.dataflow.draw(), markup=False)
+    out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
     for spec in compose(checked.recipe, checked.dataflow, checked.recipe.name, 0, "logs"):
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
         out.print(f"{spec.name:<12} {spec.kind:<10} {place}", markup=False)

@@ -140,8 +140,16 @@ class Controller:
     # --- the run
 
     async def run(self) -> RunEnded:
-        """Run to the last step, or until stopped. Never raises: the outcome says what happened, to every follower."""
-        ended = await self._outcome()
+        """Run to the last step, or until stopped; the outcome says what happened, to every follower.
+
+        Raises nothing but the CancelledError of its own task.
+        """
+        try:
+            ended = await self._outcome()
+        except asyncio.CancelledError:
+            self._over = True
+            self.events.add(self._ended("stopped", 130, "ended at once, without draining"))
+            raise
         try:
             await self._record.close_books(ended)
         except LedgerError as error:

@@ -120,7 +120,7 @@ class GenerationLoop:
         """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
         await self._start_rows()
         while self._engine.unfinished and not self._paused:
-            finished = await self._host.compute("generate", advance, self._engine)
+            finished = await self._host.compute("generate", advance, self._engine, self._follow)
             self._hand_over(finished)
             if self._loads:
                 await self._install()
@@ -194,9 +194,14 @@ def _submit_one(engine: Engine, row: Prompts, sampling: Sampling) -> Failure | N
     return None
 
 
-def advance(engine: Engine) -> list[FinishedRow]:
-    """Step until some rows finish or a few steps are done: a load never waits for longer than that."""
+def advance(engine: Engine, follow: Callable[[], None] | None) -> list[FinishedRow]:
+    """Step until some rows finish or a few steps are done: a load never waits for longer than that.
+
+    An engine that shares the trained model first takes note of its version: an update may have come between.
+    """
     for _ in range(STEPS_PER_TURN):
+        if follow is not None:
+            follow()
         if finished := engine.step():
             return finished
     return []

@@ -153,12 +153,7 @@ class RayRuntime:
     async def stop(self) -> None:
         """Let each service free what it holds, then end its process, then Ray if it is ours."""
         actors, self._actors = self._actors, {}
-        for actor in actors.values():
-            # A service that is gone or stuck is ended all the same, one line below.
-            with contextlib.suppress(RayError, TimeoutError):
-                async with asyncio.timeout(STOP_SECONDS):
-                    await actor.stop.remote()
-            ray.kill(actor)
+        await asyncio.gather(*(_end(actor) for actor in actors.values()))
         if self._owns_ray:
             self._owns_ray = False
             await asyncio.to_thread(ray.shutdown)
@@ -183,6 +178,14 @@ class RayRuntime:
                 }
             },
         )
+
+
+async def _end(actor: Any) -> None:
+    # A service that is gone or stuck is ended all the same, one line below.
+    with contextlib.suppress(RayError, TimeoutError):
+        async with asyncio.timeout(STOP_SECONDS):
+            await actor.stop.remote()
+    ray.kill(actor)
 
 
 def _log_to(path: str) -> None:
