@@ -25,7 +25,7 @@ class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows of each file."""
 
     sft: int = 60  # so few that the policy generalizes to about half of the problems
-    comparisons: int = 20_000  # problems whose answers are compared, to train the reward model
+    comparisons: int = 30_000  # problems whose answers are compared, to train the reward model
     heldout_comparisons: int = 1_000
     train: int = 6_000
     heldout: int = 500
