@@ -39,6 +39,10 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     devices: int = 1
 
+    def __post_init__(self) -> None:
+        if self.devices != 1:
+            raise ValueError(f"devices = {self.devices}: this version gives a pool one device")
+
 
 class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a service runs."""
@@ -63,7 +67,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     deterministic: bool = False  # with staleness 0 and runtime "local": bit-identical to itself
     runtime: Literal["ray", "local"] = "ray"
     ray_address: str = ""  # "" starts a Ray of the run's own
-    metrics_host: str = "127.0.0.1"  # of the metrics endpoints; "node": each node's own address, for a cluster
+    metrics_host: str = "127.0.0.1"  # of the services' metrics endpoints; "node": each node's own, for a cluster
     folder: str = "runs"  # a run's folder is made below it
     max_refills: int = 4
     threads: int = 1  # of torch, per service
@@ -123,9 +127,10 @@ _LEAST = {
     **dict.fromkeys(("steps", "prompts_per_step", "samples_per_prompt", "threads", "firing_rows"), 1),
     **dict.fromkeys(("staleness", "seed", "max_refills", "mailbox_rows", "inline_bytes"), 0),
     **dict.fromkeys(("generation.max_tokens", "generation.slots", "loss.epochs", "loss.mini_batches"), 1),
-    **dict.fromkeys(("loss.tokens_per_micro_batch",), 1),
+    "loss.tokens_per_micro_batch": 1,
     **dict.fromkeys(("generation.max_model_tokens", "evaluation.every", "evaluation.limit"), 0),
     **dict.fromkeys(("checkpoints.every", "checkpoints.keep", "failures.reward_retries"), 0),
+    **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps"), 0),
 }
 
 

@@ -78,7 +78,8 @@ async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncItera
     path = Path(folder)
     checked = await asyncio.to_thread(check, run_folder.recipe_of(path))
     with run_folder.locked(path):
-        start = run_folder.begin_resumed(path, checked.recipe, allow_fresh=allow_fresh)
+        # It reads and hashes every byte of a checkpoint, during which Ctrl-C has to be heard.
+        start = await asyncio.to_thread(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
         async with _running(checked, path, start) as run:
             yield run
 
@@ -132,12 +133,14 @@ def _controller(
         recipe_digest=run_folder.digest_of(recipe),
         exporter=exporter,
         staleness=recipe.staleness,
+        restored=start.restore,
     )
     pace = Pace(
         steps=recipe.steps,
         prompts_per_step=recipe.prompts_per_step,
         samples_per_prompt=recipe.samples_per_prompt,
         staleness=recipe.staleness,
+        deterministic=recipe.deterministic,
         max_refills=recipe.max_refills,
     )
     evaluator = None

@@ -75,7 +75,12 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
     except checkpoint.CheckpointError as error:
         if not allow_fresh:
             raise BadInput(f"resume {folder}: {error}; --allow-fresh starts it from the beginning") from error
-        path, warnings = None, [str(error)]
+        path, manifest, warnings = None, None, [str(error)]
+    if manifest is not None and manifest.step > recipe.steps:
+        raise BadInput(
+            f"resume {folder}: steps = {recipe.steps} in its recipe.toml, but {path} holds {manifest.step} committed "
+            f"steps: want {manifest.step} or more"
+        )
     term = _next_term(folder)
     _set_ledger_aside(folder, term)
     if path is not None:

@@ -6,7 +6,6 @@ Workers implement them, tracing reads them, so neither tracing nor a client impo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -96,14 +95,3 @@ ROLES: dict[str, type] = {
     "reward": Reward,
     "cost": Cost,
 }
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A worker whose state a checkpoint holds: all of them roll back together."""
-
-    def save(self, folder: str) -> None:
-        """Write weights, optimizer and generator state into an existing empty folder, safetensors and JSON only."""
-
-    def load(self, folder: str) -> None:
-        """Restore what `save` wrote; raises ValueError where it does not fit this model."""

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": GROUND | {"services"},
     "config": {"dataflow"},  # the recipe, made of the parts' settings: for those who compose, unknown to those who act
     "client": {"config"},  # speaks protocols to a server, and the recipe it submits
-    "demo": {"config"},
+    "demo": {"config", "control"},
     **dict.fromkeys(COMPOSING, BELOW_CLI),
     "server": BELOW_CLI,
     "cli": BELOW_CLI | {"server", "demo"},
@@ -201,7 +201,7 @@ def test_modules_form_no_cycle():
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", ["asyncflow", "asyncflow.dataflow.trace", "asyncflow.config"])
+@pytest.mark.parametrize("module", ["asyncflow", "asyncflow.dataflow.trace", "asyncflow.config", "asyncflow.validate"])
 def test_what_checks_a_recipe_starts_without_the_heavy_libraries(module: str):
     """In a process of its own: what this one has imported already does not count."""
     program = f"import sys, {module}; print(*{{'torch', 'ray', 'vllm', 'transformers'}} & sys.modules.keys())"

@@ -39,11 +39,6 @@ class Texts:
         """The given rows in the given order."""
         return Texts(self.prompts.take(rows), self.responses.take(rows))
 
-    @staticmethod
-    def concat(first: Texts, second: Texts) -> Texts:
-        """The rows of `first`, then those of `second`."""
-        return Texts(Jagged.concat([first.prompts, second.prompts]), Jagged.concat([first.responses, second.responses]))
-
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str, bool]]) -> Texts:
     """Token columns of (prompt, response, truncated) rows; a response that isn't truncated ends with the eos token."""

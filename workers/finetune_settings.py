@@ -6,11 +6,11 @@ from typing import Literal
 
 import msgspec
 
-from workers.settings import Optimizer
+from workers.settings import Dtype, Optimizer
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long to train and how fast: the rate rises over the optimizer's warmup_steps, then decays to 0."""
+    """How long to train and how fast: the rate rises over the optimizer's warmup_steps, then decays as named."""
 
     steps: int
     batch_size: int = 64  # rows in one optimizer step
@@ -34,7 +34,7 @@ class SftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = {}  # field -> its name in the file
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class RewardModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,4 +48,4 @@ class RewardModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = {}  # field -> its name in both files
     centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps scores around 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"

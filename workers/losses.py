@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from protocols.columns import Jagged
-from workers.settings import Loss
+from workers.settings import Aggregation, Loss
 
-Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Loss], Tensor]
 
 MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 with room for an advantage

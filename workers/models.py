@@ -54,19 +54,30 @@ def load_reward(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     return _load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
 
 
+def load_untrained_reward(path: str | Path, dtype: str, seed: int) -> PreTrainedModel:
+    """A reward model to train: a language model gets a score head drawn from the seed, a reward model keeps its own.
+
+    A fresh head's entries have variance 1 / width, so scores start near unit size: from a zero or tiny head the
+    body gets hardly any gradient, and the first hundred steps are lost.
+    """
+    model, missing = _loaded(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    _refuse_missing(missing - {"score.weight"}, path)
+    if missing:
+        head = model.score.weight
+        head.data.normal_(std=head.shape[1] ** -0.5, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
 def load_critic(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """A value model (token classification with one label), in eval mode.
 
     A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise. A reward model's
     head is kept. Raises ValueError where other tensors are missing.
     """
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     config.num_labels = 1
     config.classifier_dropout = 0.0  # the class drops a tenth of its features by default: values would be noise
-    model, loading = AutoModelForTokenClassification.from_pretrained(
-        str(path), config=config, dtype=DTYPES[dtype], output_loading_info=True, **_LOCAL
-    )
-    missing = set(loading["missing_keys"])
+    model, missing = _loaded(AutoModelForTokenClassification, path, dtype, config=config)
     if missing:
         head = {f"score.{name}": parameter for name, parameter in model.score.named_parameters()}
         _refuse_missing(missing - set(head), path)
@@ -84,9 +95,15 @@ _LOCAL: dict[str, Any] = {
 
 
 def _load(kind: Any, path: str | Path, dtype: str, **options: Any) -> PreTrainedModel:
-    model, loading = kind.from_pretrained(str(path), dtype=DTYPES[dtype], output_loading_info=True, **options, **_LOCAL)
-    _refuse_missing(set(loading["missing_keys"]), path)
+    model, missing = _loaded(kind, path, dtype, **options)
+    _refuse_missing(missing, path)
     return model.eval()
+
+
+def _loaded(kind: Any, path: str | Path, dtype: str, **options: Any) -> tuple[Any, set[str]]:
+    """The model, and the names of the tensors that its folder lacks."""
+    model, loading = kind.from_pretrained(str(path), dtype=DTYPES[dtype], output_loading_info=True, **options, **_LOCAL)
+    return model, set(loading["missing_keys"])
 
 
 def _refuse_missing(names: set[str], path: str | Path) -> None:

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.datasets import Preference, read_rows
 from workers.finetune import Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
-from workers.models import DTYPES, MicroBatch, micro_batches, sequence_scores
+from workers.models import MicroBatch, load_untrained_reward, micro_batches, sequence_scores
 
 
 class Pairs:
@@ -104,26 +104,3 @@ def pair_accuracy(model: PreTrainedModel, pairs: Pairs, budget: int) -> float:
         chosen, rejected = sequence_scores(model, batch).chunk(2)
         won += float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
     return won / len(pairs)
-
-
-def load_untrained_reward(folder: str, dtype: str, seed: int) -> PreTrainedModel:
-    """A reward model to train: a language model gets a score head drawn from the seed, a reward model keeps its own.
-
-    A fresh head's entries have variance 1 / width, so scores start near unit size: from a zero or tiny head the
-    body gets hardly any gradient, and the first hundred steps are lost.
-    """
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        dtype=DTYPES[dtype],
-        num_labels=1,
-        local_files_only=True,
-        trust_remote_code=False,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
-    if missing := {name for name in loading["missing_keys"] if not name.startswith("score.")}:
-        raise ValueError(f"model folder {folder} lacks {sorted(missing)[:5]}")
-    if loading["missing_keys"]:
-        width = model.score.in_features
-        model.score.weight.data.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(seed))
-    return model.eval()

@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+Dtype = Literal["float32", "bfloat16"]
+Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
+
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One role's model: a transformers folder, or for rewards a rule."""
@@ -16,7 +19,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""  # transformers folder
     rule: str = ""  # registered rule name, or "package.module:function"
     learning_rate: float = 0.0  # trained roles only
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,7 +30,7 @@ class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_high: float = 0.2
     dual_clip: float = 3.0  # bound on the loss where the advantage is negative; 0: none
     value_clip: float = 0.2  # 0: none
-    aggregation: Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"] = "token-mean"
+    aggregation: Aggregation = "token-mean"
     epochs: int = 1
     mini_batches: int = 1
     tokens_per_micro_batch: int = 8192  # padded tokens in one forward
@@ -42,6 +45,7 @@ class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0
     gradient_clip: float = 1.0  # global norm; 0: none
     warmup_steps: int = 0  # linear, in optimizer steps
+    decay_steps: int = 0  # of a run: linear to 0 by that optimizer step; 0: constant. The first two steps have Schedule
 
 
 class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

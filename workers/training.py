@@ -86,9 +86,8 @@ class TrainedModel:
         if not math.isfinite(norm):
             raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
         self._updates += 1
-        warm = min(1.0, self._updates / self._settings.warmup_steps) if self._settings.warmup_steps else 1.0
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * warm
+            group["lr"] = self._learning_rate * rate_factor(self._updates, self._settings)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -152,6 +151,13 @@ def _check_same(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tenso
             raise ValueError(
                 f"{where}: {name} has shape {list(saved[name].shape)}, the model's is {list(tensor.shape)}"
             )
+
+
+def rate_factor(update: int, settings: Optimizer) -> float:
+    """Share of the learning rate that optimizer step `update`, counted from 1, takes: warm-up, then linear decay."""
+    warm = min(1.0, update / settings.warmup_steps) if settings.warmup_steps else 1.0
+    left = max(0.0, 1.0 - (update - 1) / settings.decay_steps) if settings.decay_steps else 1.0
+    return warm * left
 
 
 def mini_batches(batch: B, settings: Loss, seed: int) -> Iterator[B]:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import msgspec
 
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
@@ -27,7 +29,7 @@ from asyncflow.control.staleness import Admission, Ready, StalenessExceeded, che
 from asyncflow.control.waits import WaitBoard
 from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.placement.lease import Claim, PoolLease
-from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask
+from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask, causes
 from asyncflow.services.weight_sync import PublicationFailed, publish
 from protocols import codec
 from protocols.control import (
@@ -100,6 +102,7 @@ class Controller:
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._ended_in_step = 0
         self._paused = False
+        self._evaluating = False
         self._stopping = False
         self._over = False
         self._checkpoint_asked: list[asyncio.Future[str]] = []
@@ -132,7 +135,7 @@ class Controller:
 
     def stop(self) -> None:
         """Drain: finish the step that is training, write a checkpoint, end."""
-        if not self._stopping:
+        if not self._stopping and not self._over:
             self._stopping = True
             self._emit(StateChanged(state="draining"))
             self._pulse.beat()
@@ -147,33 +150,34 @@ class Controller:
         try:
             ended = await self._outcome()
         except asyncio.CancelledError:
-            self._over = True
-            self.events.add(self._ended("stopped", 130, "ended at once, without draining"))
+            self._end(self._ended("stopped", 130, "ended at once, without draining"))
+            await self._record.abandon()
             raise
         try:
             await self._record.close_books(ended)
-        except LedgerError as error:
-            ended = self._ended("failed", 3, f"an invariant is broken: {error}")
         except Exception as error:  # noqa: BLE001 - it becomes the outcome
-            ended = self._ended("failed", 1, f"{ended.error or ended.outcome}; and closing the books: {error!r}")
+            code = 3 if isinstance(error, LedgerError) else max(ended.exit_code, 1)
+            said = f"{ended.error}; and " if ended.error else ""
+            ended = self._ended("failed", code, f"{said}closing the books: {causes(error)}")
+        self._end(ended)
+        return ended
+
+    def _end(self, ended: RunEnded) -> None:
+        """Tell everybody who follows the run or waits for a checkpoint of it."""
         self._over = True
         for asked in self._checkpoint_asked:
             if not asked.cancelled():
                 asked.set_exception(RunFailed(f"the run ended before it: {ended.error or ended.outcome}"))
         self.events.add(ended)
-        return ended
 
     async def _outcome(self) -> RunEnded:
         try:
             return await self._run_tasks()
-        except* (RunFailed, ServiceError, PublicationFailed) as errors:
-            ended = self._ended("failed", 1, _causes(errors))
-        except* (LedgerError, StalenessExceeded) as errors:
-            ended = self._ended("failed", 3, f"an invariant is broken: {_causes(errors)}")
-        except* Exception as errors:  # noqa: BLE001 - it is logged whole and becomes the outcome
-            self._record.log_exception(errors)
-            ended = self._ended("failed", 1, f"unexpected, see logs/controller.log: {_causes(errors)}")
-        return ended
+        except Exception as error:  # noqa: BLE001 - it becomes the outcome, and is logged whole where nobody foresaw it
+            outcome = outcome_of(error)
+            if outcome.unexpected:
+                self._record.log_exception(error)
+            return self._ended("failed", outcome.exit_code, outcome.text)
 
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
@@ -192,6 +196,8 @@ class Controller:
         while not train.done():
             await asyncio.wait({train}, timeout=TICK_SECONDS)
             if self._stopping and not train.done():
+                if self._paused:  # an evaluation that the pause holds up would hold up the drain
+                    await self._tell_generators(SetPaused(False))
                 await asyncio.wait({train}, timeout=self._deadlines.stop)
                 if not train.done():
                     train.cancel()
@@ -227,7 +233,7 @@ class Controller:
     async def _admit(self) -> None:
         restarted = self._record.restarted_prompts()
         while True:
-            await self._until(lambda: self._admission.room() > 0 and not self._paused and not self._stopping)
+            await self._until(self._may_admit)
             room = self._admission.room()
             again, restarted = restarted[:room], restarted[room:]
             fresh = [self._source.at(self._record.cursor + i) for i in range(room - len(again))]
@@ -237,6 +243,12 @@ class Controller:
             self._admission.admit(room)
             self._floors |= dict.fromkeys(again + fresh, floor)
             await self._hand_out(again + fresh, floor)
+
+    def _may_admit(self) -> bool:
+        if not self._admission.room() or self._paused or self._stopping:
+            return False
+        # What runs together decides the last bit: a deterministic wave is whole, and has the engine to itself.
+        return not (self._pace.deterministic and (self._admission.unsettled or self._evaluating))
 
     async def _hand_out(self, prompts: list[int], floor: int) -> None:
         """Give prompts to every stage that generates from them."""
@@ -347,12 +359,8 @@ class Controller:
                 await self._write_checkpoint()
 
     async def _end_leftovers(self) -> None:
-        """Prompts that were admitted and will not be trained end here: a finished run has no live sample."""
-        left = list(self._floors)
-        if not left:
-            return
-        samples = [sample_id(p, i) for p in left for i in range(self._pace.samples_per_prompt)]
-        await self._end(samples, "dropped", "run_ended")
+        """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
+        await self._end_samples([(sample, "dropped", "run_ended") for sample in self._record.live])
         self._floors.clear()
 
     # --- versions, state, evaluation
@@ -373,7 +381,10 @@ class Controller:
         if self._evaluator is None:
             return
         generator = self._services[self._generators[0]]
+        self._evaluating = True
         evaluated = await self._evaluator.run(generator, self._services["evaluator"], self._admission.version)
+        self._evaluating = False
+        self._pulse.beat()
         self._record.evaluated(evaluated)
         self._emit(evaluated)
 
@@ -441,7 +452,8 @@ class Controller:
         del self._floors[settled.prompt_id]
         self._admission.end()
         self._ended_in_step += 1
-        await self._end_group(settled)
+        group: list[tuple[int, State, str]] = [(f.sample_id, "failed", f.cause) for f in settled.dead]
+        await self._end_samples(group + [(sample, "dropped", "group_incomplete") for sample in settled.alive])
         limit = self._pace.max_refills * self._pace.prompts_per_step
         if self._ended_in_step > limit:
             share = self._ended_in_step / (self._ended_in_step + self._pace.prompts_per_step)
@@ -452,19 +464,14 @@ class Controller:
                 f"last cause: {settled.dead[0].cause}"
             )
 
-    async def _end_group(self, settled: Settled) -> None:
-        causes: dict[str, list[int]] = defaultdict(list)
-        for failure in settled.dead:
-            causes[failure.cause].append(failure.sample_id)
-        for cause, samples in causes.items():
-            await self._end(samples, "failed", cause)
-        if settled.alive:
-            await self._end(settled.alive, "dropped", "group_incomplete")
-
-    async def _end(self, samples: list[int], state: State, reason: str) -> None:
-        await self._record.end(samples, state, reason)
-        assert state in ("dropped", "failed")
-        self._emit(SamplesEnded(state=state, reason=reason, count=len(samples)))  # type: ignore[arg-type]
+    async def _end_samples(self, ended: list[tuple[int, State, str]]) -> None:
+        """End a group, or what is left: in one transaction, so that no checkpoint holds half of it."""
+        if not ended:
+            return
+        await self._record.end(ended)
+        for (state, reason), count in Counter((state, reason) for _, state, reason in ended).items():
+            assert state in ("dropped", "failed")
+            self._emit(SamplesEnded(state=state, reason=reason, count=count))  # type: ignore[arg-type]
 
     # --- watching
 
@@ -520,8 +527,30 @@ def _shared(pools: Mapping[str, str]) -> dict[str, PoolLease]:
     return {service: leases[pool] for service, pool in pools.items() if pool in leases}
 
 
-def _causes(errors: BaseException) -> str:
-    """The messages of a group's leaves."""
-    if isinstance(errors, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(_causes(e) for e in errors.exceptions))
-    return str(errors)
+class Outcome(msgspec.Struct, frozen=True):
+    """What a run's errors mean for its end."""
+
+    exit_code: int
+    text: str
+    unexpected: bool
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """One outcome for all errors of a run: every cause is told, and a broken invariant decides the exit code."""
+    leaves = list(_leaves(error))
+    broken = any(isinstance(e, LedgerError | StalenessExceeded) for e in leaves)
+    unexpected = any(not isinstance(e, _FORESEEN) for e in leaves)
+    prefix = "an invariant is broken: " if broken else "unexpected, see logs/controller.log: " if unexpected else ""
+    told = dict.fromkeys(str(e) if isinstance(e, _FORESEEN) else causes(e) for e in leaves)
+    return Outcome(3 if broken else 1, prefix + "; ".join(told), unexpected)
+
+
+_FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

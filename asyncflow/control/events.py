@@ -40,7 +40,9 @@ class EventLog:
         return self._dropped + len(self._events)
 
     def add(self, event: Event) -> None:
-        """Append, and wake the followers."""
+        """Append, and wake the followers. Behind RunEnded nothing is appended: followers have gone by then."""
+        if self._events and isinstance(self._events[-1], RunEnded):
+            return
         self._events.append(event)
         if len(self._events) > KEPT:
             del self._events[: len(self._events) - KEPT]

@@ -55,15 +55,18 @@ class RunRecord:
         recipe_digest: str,
         exporter: Exporter,
         staleness: int,
+        restored: str = "",
     ) -> None:
+        """`restored` is the checkpoint of the ledger's version that this run goes on from, "" for a fresh one."""
         self.folder = folder
         self.term = term
         self.version = ledger.version
         self.cursor = ledger.cursor
-        self.last_checkpoint = ""
+        self.last_checkpoint = restored
         self._run, self._ledger, self._checkpoints = run, ledger, checkpoints
         self._stateful, self._recipe_digest, self._exporter = stateful, recipe_digest, exporter
-        self._saved_step = -1
+        # The checkpoint that was restored is whole: to write it again would risk it for nothing.
+        self._saved_step = self.version if restored else -1
         self._restarted = ledger.restart_live(term)
         self._live = set(self._restarted)
         self._generated: list[int] = []
@@ -88,7 +91,7 @@ class RunRecord:
     # --- samples
 
     def restarted_prompts(self) -> list[int]:
-        """Prompts that were live at the checkpoint this run goes on from, oldest first: to be drawn again."""
+        """Prompts that were live at the checkpoint this run goes on from, by id: to be drawn again."""
         return list(dict.fromkeys(prompt_of(s) for s in self._restarted))
 
     async def admit(self, samples: list[int], version: int, cursor: int) -> None:
@@ -124,11 +127,20 @@ class RunRecord:
         await self.flush()
         await self._write(self._ledger.move, samples, "batched")
 
-    async def end(self, samples: list[int], state: State, reason: str) -> None:
-        """Samples end as dropped or failed; durable when this returns."""
-        self._forget(samples)
-        await self._write(self._ledger.end, [(s, state, reason) for s in samples])
-        self._exporter.inc("samples_total", len(samples), state=state, reason=_bounded(reason))
+    @property
+    def live(self) -> list[int]:
+        """Samples that have not ended, ascending."""
+        return sorted(self._live)
+
+    async def end(self, ended: list[tuple[int, State, str]]) -> None:
+        """Samples end as dropped or failed, with their reasons; durable, all or none, when this returns.
+
+        A group has to end in one call: a checkpoint between two would bring back a part of it.
+        """
+        self._forget([sample for sample, _, _ in ended])
+        await self._write(self._ledger.end, ended)
+        for _, state, reason in ended:
+            self._exporter.inc("samples_total", state=state, reason=_bounded(reason))
 
     async def commit(self, step: int, samples: list[int]) -> float:
         """Samples trained and version raised, durably; seconds since the previous commit."""
@@ -244,20 +256,26 @@ class RunRecord:
         LOG.error("unexpected", exc_info=error)
 
     async def close_books(self, ended: RunEnded) -> None:
-        """Check that every sample is accounted for, write timeline and report, close everything."""
-        await self.flush()
-        totals = await self._write(self._ledger.totals)
-        reasons = await self._write(self._ledger.reasons)
-        self._exporter.set("ledger_imbalance", totals.imbalance)
+        """Write timeline and report, close everything. Raises LedgerError where a finished run has samples open."""
+        try:
+            await self.flush()
+        finally:
+            totals = await self._write(self._ledger.totals)
+            reasons = await self._write(self._ledger.reasons)
+            self._exporter.set("ledger_imbalance", totals.imbalance)
+            self._timeline.write(self.folder / "timeline.json")
+            await self.abandon()
+        await asyncio.to_thread(write_report, self.folder, reasons)
+        LOG.info("%s; ledger: %s", ended, totals)
         if ended.outcome == "finished" and (totals.imbalance or totals.live):
             raise LedgerError(f"the run is finished and the ledger is not: {totals}")
-        self._timeline.write(self.folder / "timeline.json")
+
+    async def abandon(self) -> None:
+        """Close everything as it is, after what is being written: who resumes the run has it to himself."""
         for part in (self._metrics, self._evaluations, self._timeline):
             part.close()
         await self._write(self._ledger.close)
         self._thread.shutdown()
-        await asyncio.to_thread(write_report, self.folder, reasons)
-        LOG.info("%s; ledger: %s", ended, totals)
 
 
 def _bounded(reason: str) -> str:

@@ -37,4 +37,5 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     prompts_per_step: int
     samples_per_prompt: int
     staleness: int
+    deterministic: bool = False  # whole waves of prompts, one at a time
     max_refills: int  # rounds of replaced prompts in one step before the run ends with the reject rate

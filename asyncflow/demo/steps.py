@@ -67,7 +67,7 @@ def prepare(recipes: Path, console: Console) -> float | None:
     data = Path(sft.data).parent
     if not (data / "train.jsonl").exists():
         TASKS[recipes.name](data, sft.schedule.seed)
-    if not Path(sft.model).exists():
+    if not (Path(sft.model) / "tokenizer.json").exists():  # what is written last: the folder may be half of one
         write_base_model(Path(sft.model), sft.schedule.seed)
     if not Path(sft.output).exists():
         finetune(recipes / "sft.toml", console)

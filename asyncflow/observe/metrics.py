@@ -58,44 +58,30 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("start_time_seconds", "Unix time at which the actor started; uptime is time() minus this."),
         _gauge("last_step_timestamp_seconds", "Unix time of the last committed step."),
         _gauge("controller_term", "Lineage of the run: rises with every restart, resume and fork."),
-        _counter("restarts_total", "Restarts of a service.", "role"),
         _histogram("event_loop_lag_seconds", "How late the event loop wakes what asked to be woken.", QUICK),
     ),
     "ledger": (
         _counter("samples_total", "Samples that reached a final state, and why.", "state", "reason"),
-        _gauge("samples_live", "Samples created and not yet in a final state.", "state"),
         _gauge("ledger_imbalance", "Samples created less trained, dropped, failed and live. Anything but 0 is a bug."),
-        _counter("duplicates_rejected_total", "Rows that arrived a second time and were not counted again."),
     ),
     "flow": (
         _gauge("channel_depth", "Rows that wait in a channel.", "channel"),
         _gauge("channel_capacity", "Rows that a channel may hold.", "channel"),
         _histogram("channel_wait_seconds", "Time a side of a channel waited for the other.", SLOW, "channel", "side"),
-        _gauge("channel_oldest_age_seconds", "Age of the oldest row that waits in a channel.", "channel"),
         _counter("channel_bytes_total", "Bytes of the frames that a channel's consumer read.", "channel"),
-        _gauge("prompts_live", "Prompts admitted and not yet trained or given up."),
     ),
     "staleness": (
         _histogram(
             "trained_staleness_versions", "Versions between a trained sample's oldest token and its step.", VERSIONS
         ),
-        _gauge("trained_token_staleness_versions", "Mean staleness of the last step, over tokens."),
         _gauge("staleness_bound_versions", "Largest staleness that the recipe admits."),
-        _gauge("in_flight_staleness_versions", "Largest staleness among samples that are being generated."),
-        _gauge("queued_staleness_versions", "Largest staleness among finished samples that wait to be trained."),
         _gauge("weights_version", "Step of the weights that a replica holds.", "replica"),
-        _counter("straggler_wait_seconds_total", "Time a batch waited for its last rows while the others were ready."),
+        _counter("straggler_wait_seconds_total", "Time from a commit until the next batch was formed."),
     ),
-    "bubbles": (
-        _counter("busy_seconds_total", "Time spent working; idle is 1 minus its rate.", "role", "activity"),
-        _gauge(
-            "overlap_efficiency_ratio", "Share of the speed that generation and training, fully overlapped, would give."
-        ),
-    ),
+    "bubbles": (_counter("busy_seconds_total", "Time spent working; idle is 1 minus its rate.", "role", "activity"),),
     "weight sync": (
         _histogram("weight_sync_seconds", "Time of one phase of a publication.", SLOW, "phase"),
         _counter("weight_sync_bytes_total", "Bytes of published weights."),
-        _counter("weight_sync_failures_total", "Publications that a replica did not install.", "cause"),
     ),
     "throughput": (
         _counter("steps_total", "Committed steps."),
@@ -103,27 +89,18 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _counter("tokens_generated_total", "Response tokens that left the engine."),
         _counter("tokens_trained_total", "Response tokens of committed steps."),
         _counter("samples_trained_total", "Samples of committed steps."),
-        _gauge("model_flops_utilization_ratio", "Share of the device's peak used; absent where the peak is unknown."),
     ),
     "learning": (
         _gauge("reward_mean", "Mean reward of the last step's samples."),
         _gauge("evaluation", "Last evaluation on held-out prompts.", "metric"),
-        _gauge("advantage_mean", "Mean advantage of the last step's tokens."),
         _gauge("kl_reference_nats", "Mean per token of the behaviour policy's KL to the reference."),
-        _gauge("mismatch_kl_nats", "Mean per token KL between trainer and engine under the same weights."),
-        _gauge("ratio_max", "Largest importance ratio of the last step."),
+        _gauge(
+            "mismatch_kl_nats",
+            "Mean per token KL of the policy that drew to the one that trains; at staleness 0 the engine's error.",
+        ),
         _gauge("clip_fraction", "Share of tokens whose ratio was clipped."),
-        _gauge("entropy_nats", "Mean entropy of the policy per token."),
         _gauge("gradient_norm", "Global norm before clipping.", "role"),
         _gauge("loss", "Loss of the last step.", "role"),
-        _gauge("truncation_ratio", "Share of responses cut off by max_tokens."),
-        _gauge("groups_without_signal_ratio", "Share of prompts whose samples all got the same reward."),
-    ),
-    "reward": (
-        _histogram("reward_seconds", "Time to score one batch of rows.", SLOW, "function"),
-        _counter("rewards_total", "Rows that a reward was asked for.", "function"),
-        _counter("reward_timeouts_total", "Rows whose reward took too long.", "function"),
-        _counter("reward_errors_total", "Rows whose reward raised.", "function"),
     ),
     "durability": (
         _histogram("checkpoint_seconds", "Time to write a checkpoint.", SLOW),
@@ -131,14 +108,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "last_checkpoint_timestamp_seconds", "Unix time of the last valid checkpoint; its age is time() minus this."
         ),
         _gauge("checkpoint_bytes", "Size of the last checkpoint."),
-        _counter("checkpoint_failures_total", "Checkpoints that could not be written."),
         _histogram("ledger_commit_seconds", "Time of one durable ledger transaction.", QUICK),
     ),
-    "resources": (
-        _gauge("device_memory_bytes", "Memory of the actor's device.", "state"),
-        _gauge("resident_memory_bytes", "Memory of the actor's process."),
-        _gauge("disk_free_bytes", "Space left where the run folder lies."),
-    ),
+    "resources": (_gauge("resident_memory_bytes", "Memory of the actor's process."),),
 }
 
 METRICS: dict[str, Metric] = {

@@ -231,7 +231,7 @@ def _overlap_text(use: Occupancy) -> list[str]:
         "was the busiest service, and the others can't work more than it leaves them to do. ",
         f"Generating took {generation} s and training {training} s; overlapping them can be at most ",
         f"{use.overlap_bound:.2f} times as fast as one after the other, and this run was ",
-        f"{use.overlap_speedup:.2f} times as fast.",
+        f"{use.overlap_speedup:.2f} times as fast, {use.overlap_efficiency:.0%} of that.",
     ]
 
 

@@ -59,6 +59,13 @@ async def ask(endpoint: Endpoint, request: Request, payload: Payload | None = No
     return reply, answer
 
 
+def causes(error: BaseException) -> str:
+    """What happened: the leaves of a group, each once, by type and message. A group's own text names none of them."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(dict.fromkeys(causes(e) for e in error.exceptions))
+    return str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
+
+
 @asynccontextmanager
 async def all_or_error() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group whose ServiceErrors come out as one, with every cause."""

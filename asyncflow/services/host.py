@@ -112,6 +112,10 @@ class Host:
         self._notices.clear()
         return taken
 
+    async def finish(self, last: Callable[[], None]) -> None:
+        """Do one last thing in the compute thread, behind its current call, which may use what `last` frees."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, last)
+
     def close(self) -> None:
         """End the compute thread when its current call is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)

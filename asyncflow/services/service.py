@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Endpoint, Payload, Store
+from asyncflow.services.endpoint import Endpoint, Payload, Store, causes
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.host import Host
 from asyncflow.services.spec import ServiceSpec, StageSpec
@@ -92,7 +92,7 @@ class ModelService:
             self._tasks.cancel()
             await asyncio.gather(self._tasks, return_exceptions=True)
         if self._workplace is not None:
-            await asyncio.to_thread(self._workplace.close)
+            await self._host.finish(self._workplace.close)
         self._host.close()
         await asyncio.to_thread(self._exporter.close)
 
@@ -121,7 +121,7 @@ class ModelService:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - it is not swallowed: the asker gets it
-            return Refused(f"{type(error).__name__}: {error}"), None
+            return Refused(causes(error)), None
 
     async def _answer(self, request: Request, payload: Payload | None) -> tuple[Reply, Payload | None]:
         match request:
@@ -196,7 +196,7 @@ class ModelService:
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch_lag(), name=f"{self.name} loop lag")
+                group.create_task(self._guard("loop lag", self._watch_lag()), name=f"{self.name} loop lag")
                 if self._loop is not None:
                     group.create_task(self._guard("generate", self._loop.run()), name=f"{self.name} engine")
                 for name, runner in self._runners.items():
@@ -208,8 +208,7 @@ class ModelService:
         try:
             await work
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            self._host.notify(ServiceFailed(self.name, stage, text))
+            self._host.notify(ServiceFailed(self.name, stage, causes(error)))
             traceback.print_exc()
             raise _StageEnded(stage) from error
 

@@ -76,6 +76,7 @@ class RowStage(StageRunner):
                         self.spec.name, run_on_ranks, self.spec.protocol, self._method, firing.inputs, rows=len(firing)
                     )
                 batch, new_failures = unwrap(result)
+                check_complete(self.spec.name, firing.inputs[0], batch, new_failures)
                 failures = failures + new_failures
             await self.host.send(self.spec, batch, failures)
 
@@ -158,6 +159,17 @@ def run_on_ranks(name: str, method: Callable[..., Any], inputs: tuple[Batch, ...
     """
     (rows,) = protocol(name).distribute(rows=len(inputs[0]), topology=_ONE_RANK)
     return method(*(take(batch, rows) for batch in inputs))
+
+
+def check_complete(name: str, taken: Batch, given: Batch, failures: list[Failure]) -> None:
+    """Each row leaves exactly once, as a value or as a tombstone: one that vanished would be waited for at the join.
+
+    Raises ValueError naming the stage and the first samples.
+    """
+    out = [*given.sample_ids.tolist(), *(f.sample_id for f in failures)]
+    if sorted(out) != sorted(taken.sample_ids.tolist()):
+        wrong = sorted(set(out) ^ set(taken.sample_ids.tolist())) or sorted(s for s in set(out) if out.count(s) > 1)
+        raise ValueError(f"{name}: took {len(taken)} rows and gave {len(out)}; not once each: samples {wrong[:4]}")
 
 
 def unwrap(result: Any) -> tuple[Batch, list[Failure]]:

@@ -81,9 +81,9 @@ def test_an_unknown_key_is_told_the_nearest_known_one(path: Path, override: str,
     ("override", "value"),
     [
         ("steps=7", 7),
-        ("name=other", "other"),  # a bare word is a string
-        ('name="o t"', "o t"),
-        ("name=a=b", "a=b"),
+        ("folder=other", "other"),  # a bare word is a string
+        ('folder="o t"', "o t"),
+        ("folder=a=b", "a=b"),
         ("deterministic=true", True),
     ],
 )
@@ -113,6 +113,7 @@ def test_the_last_override_wins(path: Path):
         ("steps=1.5", "Expected `int`, got `float` - at `$.steps`"),
         ("data=5", "Expected `object`, got `int` - at `$.data`"),
         ("runtime=threads", "Invalid enum value 'threads' - at `$.runtime`"),
+        ("pools.train.devices=2", "devices = 2: this version gives a pool one device - at `$.pools[...]`"),
     ],
 )
 def test_an_override_that_means_nothing_is_refused(path: Path, override: str, message: str):
@@ -165,6 +166,11 @@ def test_a_required_key_that_is_missing_is_named(path: Path):
 def test_a_size_below_its_least_is_refused(path: Path, override: str, least: int):
     key, _, value = override.partition("=")
     assert refused(path, override) == f"{key} = {value}, want {least} or more"
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "o t", "x" * 101])
+def test_a_name_that_makes_no_folder_is_refused(path: Path, name: str):
+    assert refused(path, f'name="{name}"').startswith(f"name = {name!r}: it becomes a folder's name")
 
 
 def test_a_table_may_come_from_a_program():

@@ -14,9 +14,8 @@ from protocols.columns import Jagged
 from protocols.messages import Experience, Rollouts
 from tests import tiny
 from workers.critic import CriticWorker
-from workers.losses import Aggregation
 from workers.models import load_critic
-from workers.settings import Loss, Model, Optimizer
+from workers.settings import Aggregation, Loss, Model, Optimizer
 from workers.training import StepRefused
 
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]

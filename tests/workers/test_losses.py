@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.columns import Jagged
-from workers.losses import Aggregation, clipped_tokens, ppo, ratio_of, reduce_loss, token_weights, value_loss
-from workers.settings import Loss
+from workers.losses import clipped_tokens, ppo, ratio_of, reduce_loss, token_weights, value_loss
+from workers.settings import Aggregation, Loss
 
 AGGREGATIONS: list[Aggregation] = ["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
 LOSS = Loss(clip_low=0.2, clip_high=0.28, dual_clip=3.0)

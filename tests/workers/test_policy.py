@@ -14,10 +14,9 @@ from protocols.columns import Jagged, take
 from protocols.messages import Experience, Rollouts
 from protocols.weights import Version, digest, verify
 from tests import tiny
-from workers.losses import Aggregation
 from workers.models import load_causal, micro_batches
 from workers.policy import PolicyWorker
-from workers.settings import Generation, Loss, Model, Optimizer
+from workers.settings import Aggregation, Generation, Loss, Model, Optimizer
 from workers.training import StepRefused, mini_batches
 
 TEMPERATURE = 0.8

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from tests import tiny
 from workers.datasets import DataError, Preference
 from workers.finetune_settings import RewardModelSettings, Schedule
-from workers.models import load_reward
-from workers.preference import Pairs, load_untrained_reward, pair_accuracy, pair_loss, train_reward_model
+from workers.models import load_reward, load_untrained_reward
+from workers.preference import Pairs, pair_accuracy, pair_loss, train_reward_model
 
 # The right answer is the digit asked for; wrong ones are another digit, two of them, or the right one without its end.
 PAIRS = [

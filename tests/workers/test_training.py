@@ -18,7 +18,7 @@ from protocols.messages import LogProbs
 from tests import tiny
 from workers.models import load_causal
 from workers.settings import Loss, Optimizer
-from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
+from workers.training import StepRefused, TrainedModel, mini_batches, named_rows, rate_factor
 
 RATE = 1e-3
 SETTINGS = Optimizer(warmup_steps=3, weight_decay=0.01)
@@ -242,3 +242,11 @@ def test_more_mini_batches_than_rows_are_as_many_as_there_are_rows():
 def test_an_error_names_a_few_rows_and_counts_them_all():
     assert named_rows(batch_of(2)) == "batch of 2 samples (100, 101)"
     assert named_rows(batch_of(9)) == "batch of 9 samples (100, 101, 102, 103, ...)"
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_the_decay() -> None:
+    settings = Optimizer(warmup_steps=4, decay_steps=10)
+    factors = [rate_factor(update, settings) for update in range(1, 13)]
+    assert factors[:4] == pytest.approx([0.25 * 1.0, 0.5 * 0.9, 0.75 * 0.8, 1.0 * 0.7])
+    assert factors[9:] == pytest.approx([0.1, 0.0, 0.0])
+    assert [rate_factor(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]

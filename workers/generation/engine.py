@@ -7,7 +7,9 @@ go on under the new weights with their KV cache recomputed; their per-token vers
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Container
 
 import msgspec
 import numpy as np
@@ -58,8 +60,8 @@ class Engine(ABC):
     def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> InstallReceipt:
         """Install canonical tensors: verify digests, load, drop every cache of old weights, answer the probe.
 
-        Raises BadWeights, and keeps `version` as it was, where a digest, the finiteness of a tensor or the probe
-        refuses, or where the version is not newer than the installed one.
+        Raises BadWeights where a digest, the finiteness of a tensor or the probe refuses, or where the version is not
+        newer than the installed one. `version` is then as it was, or None where the old weights were gone already.
         """
 
     @abstractmethod
@@ -87,3 +89,25 @@ def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:
         loss_mask=responses.with_values(np.ones(len(responses.values), np.uint8)),
         finishes=np.array([r.finish for r in rows], np.uint8),
     )
+
+
+def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:
+    """Raise ValueError naming the first sample that an engine of this context and vocabulary (tokens) can't run."""
+    if sampling.max_tokens < 1 or not 0.0 <= sampling.temperature < math.inf:
+        raise ValueError(
+            f"sampling needs max_tokens of 1 or more and a finite temperature of 0 or more, got {sampling}"
+        )
+    seen: set[int] = set()
+    for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
+        if len(prompt) == 0:
+            raise ValueError(f"sample {sample_id}: the prompt is empty")
+        if len(prompt) + sampling.max_tokens > context:
+            raise ValueError(
+                f"sample {sample_id}: prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed "
+                f"the model's context of {context}; shorten the prompt or lower max_tokens"
+            )
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+            raise ValueError(f"sample {sample_id}: token {int(prompt.max())} is outside the vocabulary of {vocabulary}")
+        if sample_id in taken or sample_id in seen:
+            raise ValueError(f"sample {sample_id} is already being generated")
+        seen.add(sample_id)

@@ -1,14 +1,12 @@
 """The engine over a transformers module: a static batch with a KV cache, run to its end at one version.
 
 A row draws by inverting its cumulative distribution at one uniform a token, and takes the uniforms from a Philox
-stream of its own: what it draws never depends on the rows beside it. The same inputs give the same bits.
+stream of its own: only the rounding of its logits depends on the rows beside it. The same inputs give the same bits.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -21,9 +19,10 @@ from transformers.cache_utils import DynamicCache
 from protocols.ids import sampling_seed
 from protocols.messages import Finish, Prompts
 from protocols.roles import Sampling
-from protocols.weights import BadWeights, InstallReceipt, Probe, TensorEntry, Version, WeightManifest, verify
-from workers.generation.engine import Engine, FinishedRow
-from workers.models import DTYPES, canonical_tensors, log_softmax_of
+from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
+from workers.generation.engine import Engine, FinishedRow, refuse_unfit
+from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits
+from workers.models import canonical_tensors, log_softmax_of
 from workers.settings import Generation
 
 
@@ -242,96 +241,3 @@ def _left_padded(prompts: list[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
         tokens[i, width - len(prompt) :] = prompt
     starts = width - np.array([len(prompt) for prompt in prompts])
     return torch.from_numpy(tokens), torch.from_numpy((np.arange(width) >= starts[:, None]).astype(np.int64))
-
-
-# What every engine checks, whatever draws its tokens.
-
-
-def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:
-    """Raise ValueError naming the first sample that an engine of this context and vocabulary (tokens) can't run."""
-    if sampling.max_tokens < 1 or not 0.0 <= sampling.temperature < math.inf:
-        raise ValueError(
-            f"sampling needs max_tokens of 1 or more and a finite temperature of 0 or more, got {sampling}"
-        )
-    seen: set[int] = set()
-    for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
-        if len(prompt) == 0:
-            raise ValueError(f"sample {sample_id}: the prompt is empty")
-        if len(prompt) + sampling.max_tokens > context:
-            raise ValueError(
-                f"sample {sample_id}: prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed "
-                f"the model's context of {context}; shorten the prompt or lower max_tokens"
-            )
-        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
-            raise ValueError(f"sample {sample_id}: token {int(prompt.max())} is outside the vocabulary of {vocabulary}")
-        if sample_id in taken or sample_id in seen:
-            raise ValueError(f"sample {sample_id} is already being generated")
-        seen.add(sample_id)
-
-
-def check_publication(manifest: WeightManifest, buffer: npt.NDArray[np.uint8], installed: Version | None) -> None:
-    """Raise BadWeights before anything is touched: version not newer, wrong bytes, unknown dtype, NaN or infinity."""
-    if installed is not None and manifest.version <= installed:
-        raise BadWeights(f"version {manifest.version} is not newer than {installed}, which is installed")
-    verify(manifest.tensors, buffer)
-    for entry in manifest.tensors:
-        if entry.dtype not in _EXPONENTS:
-            raise BadWeights(f"tensor {entry.name} is {entry.dtype}; weights travel as {' or '.join(_EXPONENTS)}")
-        word, exponent = _EXPONENTS[entry.dtype]
-        words = np.ascontiguousarray(_bytes_of(entry, buffer)).view(word)
-        if wrong := int(((words & exponent) == exponent).sum()):
-            raise BadWeights(
-                f"tensor {entry.name} of version {manifest.version}: {wrong} of {words.size} values not finite"
-            )
-
-
-def refuse_misfits(manifest: WeightManifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise BadWeights where a publication does not hold exactly the tensors of an engine, by name and shape."""
-    sent = shapes_of(manifest)
-    if missing := sorted(shapes.keys() - sent.keys()):
-        raise BadWeights(
-            f"version {manifest.version} lacks {len(missing)} of {len(shapes)} tensors, first {missing[0]}"
-        )
-    for name, shape in sent.items():
-        if name not in shapes:
-            raise BadWeights(f"version {manifest.version} holds tensor {name}, which the model does not have")
-        if shape != shapes[name]:
-            raise BadWeights(f"tensor {name} of version {manifest.version} is {shape}, the model's {shapes[name]}")
-
-
-def shapes_of(manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
-    """Shape of each published tensor by name."""
-    return {entry.name: tuple(entry.shape) for entry in manifest.tensors}
-
-
-# An IEEE number is NaN or infinite where all bits of its exponent are set; numpy has no bfloat16 to ask.
-_EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}
-
-
-def _bytes_of(entry: TensorEntry, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return buffer[entry.start : entry.start + entry.nbytes]
-
-
-def read_tensors(manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, each a copy: the buffer may be memory that other readers share."""
-    for entry in manifest.tensors:
-        data = torch.from_numpy(np.array(_bytes_of(entry, buffer)))
-        yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
-
-
-def prove(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[float]]]) -> float:
-    """Largest absolute difference between the trainer's log-probs of the probe and the engine's; NaN without probe.
-
-    Raises BadWeights where it exceeds the probe's tolerance: some tensor was not installed as it was sent.
-    """
-    if probe is None:
-        return math.nan
-    answered = np.concatenate([np.asarray(row, np.float64) for row in answer(probe.tokens)])
-    expected = np.concatenate([np.asarray(row, np.float64) for row in probe.log_probs])
-    difference = float(np.abs(answered - expected).max())
-    if not difference <= probe.tolerance:  # so written, NaN refuses too
-        raise BadWeights(
-            f"probe: log-probs differ by {difference:.3g} from the trainer's, tolerance {probe.tolerance:.3g}; "
-            "a tensor was not installed as sent, or the tolerance is too tight for this dtype"
-        )
-    return difference

@@ -20,9 +20,9 @@ from protocols.ids import sampling_seed
 from protocols.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
-from workers.folders import context_of
-from workers.generation.engine import Engine, FinishedRow
-from workers.generation.torch import check_publication, prove, read_tensors, refuse_misfits, refuse_unfit, shapes_of
+from workers.folders import context_of, end_of_sequence
+from workers.generation.engine import Engine, FinishedRow, refuse_unfit
+from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits, shapes_of
 from workers.settings import Generation
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
     Only the shape of the model in the folder `path` counts: it serves nothing until weights are published to it.
-    `eos_token_id` ends a response; by default the model's configuration names it. One engine a process.
+    `eos_token_id` ends a response; by default the folder names it. One engine a process.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VllmEngine(Engine):
         model = self._vllm.vllm_config.model_config
         self._context = int(model.max_model_len)
         self._vocabulary = int(model.get_vocab_size())
-        self._eos_token_ids = _end_tokens(model.hf_text_config, eos_token_id, path)
+        self._eos_token_id = end_of_sequence(path) if eos_token_id is None else eos_token_id
         self._run_seed = run_seed
         self._version: Version | None = None
         self._newest: Version | None = None  # the last version proven, also while a refused one keeps the engine silent
@@ -171,7 +171,7 @@ class VllmEngine(Engine):
             max_tokens=row.sampling.max_tokens - len(row.tokens),
             temperature=row.sampling.temperature,
             seed=sampling_seed(self._run_seed, row.sample_id, row.retry, token=len(row.tokens)),
-            stop_token_ids=self._eos_token_ids,
+            stop_token_ids=[self._eos_token_id],
             logprobs=0,  # of the drawn token only
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -239,14 +239,6 @@ def _finished(row: _Row, reason: str) -> FinishedRow:
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
-def _end_tokens(model_config: Any, eos_token_id: int | None, path: str) -> list[int]:
-    """The tokens that end a response. Raises ValueError where neither the caller nor the model names one."""
-    named = model_config.eos_token_id if eos_token_id is None else eos_token_id
-    if named is None:
-        raise ValueError(f"model folder {path} names no eos_token_id: set it in config.json, or pass it")
-    return [named] if isinstance(named, int) else list(named)
-
-
 # Everything that depends on vLLM's version or internals stands below (written for 0.24 and newer).
 
 _ENVIRONMENT = {
@@ -259,8 +251,6 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
 }
 _CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
-
-
 _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
 
 

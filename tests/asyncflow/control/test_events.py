@@ -40,6 +40,15 @@ async def test_who_has_seen_the_end_waits_for_nothing_more():
     assert await collect(log, cursor=1) == []
 
 
+async def test_nothing_is_added_behind_the_end():
+    """Else who comes with the cursor of the end would wait for ever."""
+    log = EventLog()
+    log.add(ENDED)
+    log.add(PAUSED)
+    assert await collect(log) == [(1, ENDED)]
+    assert await collect(log, cursor=1) == []
+
+
 async def test_a_follower_in_waiting_is_woken_by_each_event():
     log = EventLog()
     first, second = asyncio.create_task(collect(log)), asyncio.create_task(collect(log))

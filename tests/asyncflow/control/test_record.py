@@ -24,7 +24,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def open_record(folder: Path, ledger: Ledger, term: int = 0) -> RunRecord:
+def open_record(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunRecord:
     return RunRecord(
         run="test",
         folder=folder,
@@ -35,6 +35,7 @@ def open_record(folder: Path, ledger: Ledger, term: int = 0) -> RunRecord:
         recipe_digest="",
         exporter=Exporter("controller"),
         staleness=0,
+        restored=restored,
     )
 
 
@@ -63,7 +64,7 @@ async def test_reports_of_samples_that_have_ended_are_ignored(tmp_path: Path, le
     await record.admit([A, B], 0, 2)
     record.generated([A])
     record.scored([A])
-    await record.end([A], "failed", "timeout")
+    await record.end([(A, "failed", "timeout")])
     await record.flush()
     assert ledger.reasons() == {("failed", "timeout"): 1, ("created", ""): 1}
 
@@ -76,3 +77,41 @@ async def test_a_resumed_record_names_the_prompts_to_draw_again_in_the_order_of_
     second = open_record(tmp_path, ledger, term=1)
     assert second.restarted_prompts() == [prompt_of(B), prompt_of(A)]
     assert second.cursor == 2
+
+
+async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_never_half_of_it(
+    tmp_path: Path, ledger: Ledger
+):
+    """Half a group would be drawn again whole, and its other half has ended already."""
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, A + 1, A + 2], 0, 1)
+    written, _ = await asyncio.gather(
+        record.write_checkpoint({}, 0),
+        record.end([(A, "failed", "timeout"), (A + 1, "failed", "NaN"), (A + 2, "dropped", "group_incomplete")]),
+    )
+    assert written is not None
+    copy = Ledger(Path(written.path) / "ledger.db")
+    assert copy.totals().live in (0, 3)
+    copy.close()
+    assert record.live == []
+
+
+async def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_path: Path, ledger: Ledger):
+    """Between the two renames that replace it a crash would find none."""
+    first = open_record(tmp_path, ledger)
+    written = await first.write_checkpoint({}, 0)
+    assert written is not None
+    resumed = open_record(tmp_path, ledger, term=1, restored=written.path)
+    assert await resumed.write_checkpoint({}, 0) is None
+    assert resumed.last_checkpoint == written.path
+
+
+async def test_an_abandoned_record_has_written_what_was_under_way(tmp_path: Path, ledger: Ledger):
+    record = open_record(tmp_path, ledger)
+    admitting = asyncio.create_task(record.admit([A], 0, 1))
+    await asyncio.sleep(0)
+    admitting.cancel()
+    await record.abandon()
+    reopened = Ledger(tmp_path / "ledger.db")
+    assert reopened.live() == [A]
+    reopened.close()

@@ -76,9 +76,9 @@ def test_values_add_up_under_the_actors_role_and_rank(exporter: Exporter):
 def test_a_metric_about_other_services_takes_their_role_and_defaults_to_its_own():
     exporter = Exporter("controller")
     try:
-        exporter.inc("restarts_total", role="critic")
-        exporter.inc("restarts_total")
-        samples = scrape(exporter.serve())["asyncflow_restarts"].samples
+        exporter.set("loss", 0.5, role="critic")
+        exporter.set("loss", 0.25)
+        samples = scrape(exporter.serve())["asyncflow_loss"].samples
         assert {s.labels["role"] for s in samples} == {"critic", "controller"}
     finally:
         exporter.close()

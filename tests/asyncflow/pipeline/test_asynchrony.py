@@ -11,7 +11,7 @@ import pytest
 import asyncflow
 from asyncflow.launching import resume
 from protocols.control import Evaluated, Published, RunEnded, SamplesEnded, StateChanged, StepCommitted
-from tests.asyncflow.pipeline.conftest import MakeRecipe
+from tests.asyncflow.conftest import MakeRecipe
 
 GENERATOR = {
     "pools": {"train": {}, "rollout": {}},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from asyncflow.config import recipe_text
 from asyncflow.observe.journal import read_lines
-from tests.asyncflow.pipeline.conftest import MakeRecipe
+from tests.asyncflow.conftest import MakeRecipe
 
 STEPS, KILL_AFTER = 14, 10
 ASYNCFLOW = [sys.executable, "-m", "asyncflow.cli.main"]

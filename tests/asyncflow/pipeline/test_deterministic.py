@@ -11,8 +11,8 @@ import asyncflow
 from asyncflow.control.ledger import Ledger
 from asyncflow.launching import resume
 from protocols.control import StepCommitted
+from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline import plain_loop
-from tests.asyncflow.pipeline.conftest import MakeRecipe
 
 
 def _final(folder: Path, step: int, role: str) -> dict[str, torch.Tensor]:
@@ -54,6 +54,17 @@ async def test_a_stopped_and_resumed_run_ends_with_the_weights_of_one_that_never
         assert (await resumed.wait()).outcome == "finished"
     for role in ("policy", "critic"):
         _assert_same(_final(resumed.folder, 6, role), _final(whole.folder, 6, role))
+
+
+async def test_evaluations_between_the_steps_change_no_bit(make_recipe: MakeRecipe) -> None:
+    """Rows that are evaluated and rows that are trained never share a forward: its shape decides the last bit."""
+    final = []
+    for every in (0, 1):
+        async with asyncflow.launch(make_recipe(evaluation={"every": every})) as run:
+            assert (await run.wait()).outcome == "finished"
+        final.append(run.folder)
+    for role in ("policy", "critic"):
+        _assert_same(_final(final[1], 5, role), _final(final[0], 5, role))
 
 
 async def test_every_sample_of_a_finished_run_has_exactly_one_end(make_recipe: MakeRecipe) -> None:

@@ -21,7 +21,7 @@ import asyncflow
 from asyncflow.config import Recipe, recipe_text
 from asyncflow.observe.journal import read_lines
 from protocols.control import Published, StepCommitted
-from tests.asyncflow.pipeline.conftest import MakeRecipe
+from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray
 

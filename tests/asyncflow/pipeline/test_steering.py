@@ -1,0 +1,84 @@
+"""A run in the hands of a program: a stop is never held up by a pause, and nobody waits for what will not come."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import asyncflow
+from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text
+from asyncflow.control.controller import RunFailed
+from asyncflow.control.ledger import Ledger
+from asyncflow.launching import resume
+from protocols.control import RunEnded, RunStarted, StepCommitted
+from tests.asyncflow.conftest import MakeRecipe
+
+
+async def test_a_stop_drains_though_a_pause_holds_up_an_evaluation(make_recipe: MakeRecipe) -> None:
+    async with asyncflow.launch(make_recipe(deadlines={"stop": 60.0})) as run:
+        await run.pause()  # before the first evaluation, which draws
+        async with asyncio.timeout(20):
+            ended = await run.stop()
+    assert (ended.outcome, ended.error) == ("stopped", "")
+    assert (run.folder / "checkpoints" / "step_000000" / "manifest.json").exists()
+
+
+async def test_who_waits_for_a_checkpoint_hears_that_the_run_was_ended_at_once(make_recipe: MakeRecipe) -> None:
+    asking: list[asyncio.Task[object]] = []
+
+    async def run_and_be_cancelled() -> None:
+        async with asyncflow.launch(make_recipe()) as run:
+            await run.pause()  # the evaluation stands still, and so does every boundary between steps
+            asking.append(asyncio.create_task(run.checkpoint()))
+            await asyncio.sleep(0)
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await run_and_be_cancelled()
+    async with asyncio.timeout(5):
+        with pytest.raises(RunFailed, match="without draining"):
+            await asking[0]
+
+
+async def test_leaving_a_run_that_has_ended_says_nothing_more(make_recipe: MakeRecipe) -> None:
+    async with asyncflow.launch(make_recipe(steps=1)) as run:
+        await run.wait()
+    events = [event async for event in run.events()]
+    assert isinstance(events[0], RunStarted)
+    assert isinstance(events[-1], RunEnded)
+
+
+async def test_a_run_that_is_resumed_with_fewer_steps_ends_what_it_had_admitted(make_recipe: MakeRecipe) -> None:
+    folder = await _stopped_with_live_samples(make_recipe(steps=9, staleness=2, deterministic=False))
+    done = Ledger(folder / "checkpoints" / sorted(p.name for p in (folder / "checkpoints").iterdir())[-1] / "ledger.db")
+    version, live = done.version, done.totals().live
+    done.close()
+    assert live, "nothing was under way: this says nothing"
+    _rewrite(folder, steps=version - 1)
+    with pytest.raises(BadInput, match=f"want {version} or more"):
+        async with resume(folder):
+            pass
+    _rewrite(folder, steps=version)
+    async with resume(folder) as run:
+        ended = await run.wait()
+    assert ended.outcome == "finished", ended.error
+    ledger = Ledger(folder / "ledger.db")
+    assert ledger.reasons()["dropped", "run_ended"] == live
+    assert ledger.totals().live == 0
+    ledger.close()
+
+
+async def _stopped_with_live_samples(recipe: Recipe) -> Path:
+    async with asyncflow.launch(recipe) as run:
+        async for event in run.events():
+            if isinstance(event, StepCommitted) and event.step == 2:
+                break
+        await run.stop()
+    return run.folder
+
+
+def _rewrite(folder: Path, steps: int) -> None:
+    text = recipe_text(load_recipe(folder / "recipe.toml", [f"steps={steps}"]))
+    (folder / "recipe.toml").write_text(text)
