@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": GROUND | {"services"},
     "config": {"dataflow"},  # the recipe, made of the parts' settings: for those who compose, unknown to those who act
     "client": {"config"},  # speaks protocols to a server, and the recipe it submits
-    "demo": {"config", "control"},
+    "finetuning": {"config"},
+    "demo": {"config", "control", "finetuning"},
     **dict.fromkeys(COMPOSING, BELOW_CLI),
     "server": BELOW_CLI,
-    "cli": BELOW_CLI | {"server", "demo"},
+    "cli": BELOW_CLI | {"server", "demo", "finetuning"},
 }
 
 # Third parties that a package does without.

@@ -6,10 +6,11 @@ summed over micro-batches, so a result depends neither on the cut nor on the mac
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from protocols.columns import Jagged
 from workers.finetune_settings import Schedule
 from workers.settings import Optimizer
+
+RESULTS = "training.json"
 
 
 class Texts:
@@ -128,12 +131,18 @@ def refuse_existing(output: str | Path) -> None:
         raise FileExistsError(f"{output} exists already: remove it, or name another output")
 
 
-def save_folder(output: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a transformers folder under a temporary name, then rename it: a folder that exists is complete."""
+def save_folder(
+    output: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: Mapping[str, float]
+) -> None:
+    """Write a transformers folder under a temporary name, then rename it: a folder that exists is complete.
+
+    `results` is what training came to; it stands beside the weights as training.json.
+    """
     target = Path(output)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    (partial / RESULTS).write_text(json.dumps(results, indent=2))
     partial.rename(target)

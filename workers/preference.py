@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,9 +15,11 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.datasets import Preference, read_rows
-from workers.finetune import Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune import RESULTS, Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, micro_batches, sequence_scores
+
+_ACCURACY = "heldout_pair_accuracy"
 
 
 class Pairs:
@@ -81,8 +85,13 @@ def train_reward_model(
         if on_step:
             on_step(step, loss)
     accuracy = pair_accuracy(model, heldout, budget)
-    save_folder(settings.output, model, tokenizer)
+    save_folder(settings.output, model, tokenizer, {_ACCURACY: accuracy, "final_loss": losses[-1]})
     return RewardModelResult(settings.output, losses, accuracy)
+
+
+def heldout_accuracy_of(folder: str | Path) -> float:
+    """What `train_reward_model` measured when it wrote a folder."""
+    return float(json.loads((Path(folder) / RESULTS).read_text())[_ACCURACY])
 
 
 def pair_loss(model: PreTrainedModel, pairs: Pairs, budget: int, centring: float) -> Iterator[Tensor]:

@@ -44,7 +44,7 @@ def train_sft(settings: SftSettings, *, on_step: Callable[[int, float], object] 
         losses.append(loss)
         if on_step:
             on_step(step, loss)
-    save_folder(settings.output, model, tokenizer)
+    save_folder(settings.output, model, tokenizer, {"final_loss": losses[-1]})
     return SftResult(settings.output, losses)
 
 

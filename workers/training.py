@@ -87,7 +87,7 @@ class TrainedModel:
             raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
         self._updates += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * rate_factor(self._updates, self._settings)
+            group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -153,7 +153,7 @@ def _check_same(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tenso
             )
 
 
-def rate_factor(update: int, settings: Optimizer) -> float:
+def rate_share(update: int, settings: Optimizer) -> float:
     """Share of the learning rate that optimizer step `update`, counted from 1, takes: warm-up, then linear decay."""
     warm = min(1.0, update / settings.warmup_steps) if settings.warmup_steps else 1.0
     left = max(0.0, 1.0 - (update - 1) / settings.decay_steps) if settings.decay_steps else 1.0

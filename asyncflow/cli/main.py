@@ -75,7 +75,7 @@ def plan(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 @app.command()
 def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
     """Step 1 of RLHF: fine-tune a policy on demonstrations."""
-    from asyncflow.demo.steps import finetune
+    from asyncflow.finetuning import finetune
 
     finetune(settings, out)
 
@@ -83,7 +83,7 @@ def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", 
 @app.command("reward-model")
 def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
     """Step 2 of RLHF: train a Bradley-Terry reward model on preference pairs."""
-    from asyncflow.demo.steps import train_reward
+    from asyncflow.finetuning import train_reward
 
     train_reward(settings, out)
 
@@ -96,7 +96,7 @@ def demo(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """All three steps on a small task: data, SFT, reward model, PPO. Prepared models are reused."""
-    from asyncflow.demo.steps import prepare
+    from asyncflow.demo.prepare import prepare
 
     accuracy = prepare(recipes, out)
     from asyncflow.launching import launch

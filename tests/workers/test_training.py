@@ -18,7 +18,7 @@ from protocols.messages import LogProbs
 from tests import tiny
 from workers.models import load_causal
 from workers.settings import Loss, Optimizer
-from workers.training import StepRefused, TrainedModel, mini_batches, named_rows, rate_factor
+from workers.training import StepRefused, TrainedModel, mini_batches, named_rows, rate_share
 
 RATE = 1e-3
 SETTINGS = Optimizer(warmup_steps=3, weight_decay=0.01)
@@ -246,7 +246,7 @@ def test_an_error_names_a_few_rows_and_counts_them_all():
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_the_decay() -> None:
     settings = Optimizer(warmup_steps=4, decay_steps=10)
-    factors = [rate_factor(update, settings) for update in range(1, 13)]
+    factors = [rate_share(update, settings) for update in range(1, 13)]
     assert factors[:4] == pytest.approx([0.25 * 1.0, 0.5 * 0.9, 0.75 * 0.8, 1.0 * 0.7])
     assert factors[9:] == pytest.approx([0.1, 0.0, 0.0])
-    assert [rate_factor(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]
+    assert [rate_share(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]

@@ -1,0 +1,44 @@
+"""What a demonstration starts from: its data, and the models of steps 1 and 2. Whatever is there is reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from asyncflow.config import BadInput, nearest
+from asyncflow.finetuning import finetune, read_settings, train_reward
+from workers.finetune_settings import RewardModelSettings, SftSettings
+
+
+def prepare(recipes: Path, console: Console) -> float | None:
+    """What the recipes of a demonstration start from, unless it is there: data, base model, SFT, reward model.
+
+    The folder's name is the task's. Returns the reward model's held-out pair accuracy, None where a rule rewards.
+    Raises BadInput.
+    """
+    from asyncflow.demo.comparisons import write_comparisons
+    from asyncflow.demo.model import write_base_model
+    from asyncflow.demo.task import TASKS
+    from workers.preference import heldout_accuracy_of
+
+    if recipes.name not in TASKS:
+        raise BadInput(f"demo {recipes}: no task {recipes.name!r}{nearest(recipes.name, TASKS)}")
+    sft = read_settings(recipes / "sft.toml", SftSettings)
+    data = Path(sft.data).parent
+    if not (data / "train.jsonl").exists():
+        TASKS[recipes.name](data, sft.schedule.seed)
+    if not (Path(sft.model) / "tokenizer.json").exists():  # what is written last: the folder may be half of one
+        write_base_model(Path(sft.model), sft.schedule.seed)
+    if not Path(sft.output).exists():
+        finetune(recipes / "sft.toml", console)
+    if not (recipes / "reward.toml").exists():
+        return None
+    reward = read_settings(recipes / "reward.toml", RewardModelSettings)
+    if not Path(reward.heldout).exists():
+        with console.status("labellers compare answers of the policy"):
+            for name in ("comparisons", "heldout_comparisons"):
+                write_comparisons(Path(sft.output), data, name, reward.schedule.seed)
+    if not Path(reward.output).exists():
+        return train_reward(recipes / "reward.toml", console)
+    return heldout_accuracy_of(reward.output)
