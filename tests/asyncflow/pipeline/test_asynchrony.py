@@ -96,7 +96,7 @@ async def test_a_reward_that_raises_or_hangs_fails_its_sample_and_not_the_run(
     assert isinstance(ended, RunEnded)
     assert ended.outcome == "finished", ended.error
     reasons = {(e.state, e.reason) for e in events if isinstance(e, SamplesEnded)}
-    assert ("failed", "rule moody:score: raised RuntimeError: no threes") in reasons
+    assert ("failed", "rule moody:score raised RuntimeError: no threes") in reasons
     assert ("failed", "rule moody:score gave no answer within 0.3 s") in reasons
     states = dict(_states(run.folder))
     assert states["trained"] == 4 * 4 * 2
