@@ -39,18 +39,18 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
     """Refuse pools and placements that this build does not run. Raises BadInput."""
+    if not recipe.pools:
+        raise BadInput("pools: at least one pool is needed")
     for service in recipe.delays:
         if service not in pools_of(recipe, dataflow):
             raise BadInput(f"delays.{service}: no such service{nearest(service, pools_of(recipe, dataflow))}")
-    if not recipe.pools:
-        raise BadInput("pools: at least one pool is needed")
     known = {*roles_of(dataflow), GENERATOR}
     for service, placed in recipe.placement.items():
         if service not in known:
             raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
         if placed.pool not in recipe.pools:
             raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
-        if set(placed.parallel.split("-")) != {"1"} or placed.replicas != 1:
+        if placed.parallel not in ("1-1-1", "1-1") or placed.replicas != 1:
             raise BadInput(
                 f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}: "
                 "this version runs one rank and one replica a service"
@@ -78,6 +78,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
                 method=stage.method,
                 fires=_fires(stage),
                 inputs=[c.edge for c in dataflow.inputs_of(stage.name)],
+                schemas=[c.message.schema_id for c in dataflow.inputs_of(stage.name)],
                 sources=list(stage.inputs),
                 outputs=[
                     Target(host_of(dataflow.stage(c.destination)), c.edge) for c in dataflow.consumers(stage.name)

@@ -71,7 +71,10 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
         path, manifest, damaged = checkpoint.newest(folder / "checkpoints")
         warnings = [f"a newer checkpoint can't be used: {d}" for d in damaged]
         if manifest.recipe_digest != digest_of(recipe):
-            warnings.append(f"recipe.toml has changed since the checkpoint of step {manifest.step} was written")
+            raise BadInput(
+                f"resume {folder}: algorithm, seed, samples_per_prompt or the training data are not those of the "
+                f"checkpoint of step {manifest.step}: its sample ids would mean other samples"
+            )
     except checkpoint.CheckpointError as error:
         if not allow_fresh:
             raise BadInput(f"resume {folder}: {error}; --allow-fresh starts it from the beginning") from error
@@ -96,8 +99,11 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def digest_of(recipe: Recipe) -> str:
-    """What a checkpoint remembers of its recipe."""
-    return hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
+    """What a checkpoint remembers of its recipe: the part that gives the sample ids their meaning."""
+    with Path(recipe.data.train).open("rb") as file:
+        data = hashlib.file_digest(file, "sha256").hexdigest()
+    identity = [recipe.algorithm, recipe.seed, recipe.samples_per_prompt, recipe.data.prompt, data]
+    return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
 def _next_term(folder: Path) -> int:

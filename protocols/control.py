@@ -50,12 +50,6 @@ class CloseBatch(msgspec.Struct, frozen=True, tag=True):
     sample_ids: list[int]
 
 
-class Forget(msgspec.Struct, frozen=True, tag=True):
-    """Let joined rows go that will not be trained."""
-
-    sample_ids: list[int]
-
-
 class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
     """Copy the policy's canonical weights: the reply's payload."""
 
@@ -105,23 +99,7 @@ class SetPaused(msgspec.Struct, frozen=True, tag=True):
     paused: bool
 
 
-class AskStatistics(msgspec.Struct, frozen=True, tag=True):
-    """Depths and capacities of the mailboxes, gauges of the engine."""
-
-
-Request = (
-    CloseBatch
-    | Forget
-    | TakeSnapshot
-    | LoadWeights
-    | Invoke
-    | SaveState
-    | LoadState
-    | ExportModel
-    | Grant
-    | SetPaused
-    | AskStatistics
-)
+Request = CloseBatch | TakeSnapshot | LoadWeights | Invoke | SaveState | LoadState | ExportModel | Grant | SetPaused
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

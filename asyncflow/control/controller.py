@@ -14,23 +14,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import msgspec
 
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
 from asyncflow.control.ledger import LedgerError, State
+from asyncflow.control.outcome import RunFailed, outcome_of
+from asyncflow.control.prompt_book import PromptBook
 from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
-from asyncflow.control.staleness import Admission, Ready, StalenessExceeded, check_age, choose_batch
+from asyncflow.control.staleness import Admission, Ready, check_age
 from asyncflow.control.waits import WaitBoard
 from asyncflow.dataflow.graph import SOURCE, Dataflow
-from asyncflow.placement.lease import Claim, PoolLease
-from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask, causes
-from asyncflow.services.weight_sync import PublicationFailed, publish
+from asyncflow.placement.lease import Claim, shared_leases
+from asyncflow.services.endpoint import Endpoint, Store, ask, causes
+from asyncflow.services.weight_sync import publish
 from protocols import codec
 from protocols.control import (
     Busy,
@@ -62,10 +62,6 @@ from protocols.weights import Version
 TICK_SECONDS = 0.5
 
 
-class RunFailed(Exception):
-    """The run can't go on: the message says what happened, where, and what to try."""
-
-
 class Controller:
     """One run's decisions. `run` is called once."""
 
@@ -90,17 +86,14 @@ class Controller:
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
         self._services, self._generators, self._store = services, generators, store
         self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
-        version = record.version
-        self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, version)
-        self._floors: dict[int, int] = {}  # live prompts -> version at admission
-        self._settled: dict[int, Settled] = {}  # live prompts whose rows are all at the join
-        self._leases = _shared(pools)
+        self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
+        self._prompts = PromptBook(self._admission, pace.max_refills)
+        self._leases = shared_leases(pools)
         self._waits = WaitBoard()
         self._pulse = Pulse()
         self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
         self._tokens_generated = 0
         self._busy: defaultdict[str, float] = defaultdict(float)
-        self._ended_in_step = 0
         self._paused = False
         self._evaluating = False
         self._stopping = False
@@ -216,7 +209,7 @@ class Controller:
         self._busy.clear()  # loading models is no part of the first step
         while self._admission.version < self._pace.steps:
             began = time.monotonic()
-            batch = await self._form(self._admission.version)
+            batch = await self._form()
             if batch is None:
                 await self._write_checkpoint()
                 return self._ended("stopped", 130, "")
@@ -240,8 +233,7 @@ class Controller:
             floor = self._admission.version
             samples = [sample_id(p, i) for p in fresh for i in range(self._pace.samples_per_prompt)]
             await self._record.admit(samples, floor, self._record.cursor + len(fresh))
-            self._admission.admit(room)
-            self._floors |= dict.fromkeys(again + fresh, floor)
+            self._prompts.admit(again + fresh)
             await self._hand_out(again + fresh, floor)
 
     def _may_admit(self) -> bool:
@@ -265,15 +257,15 @@ class Controller:
 
     # --- the batcher
 
-    async def _form(self, step: int) -> list[Ready] | None:
-        """Batch `step`, as soon as the rules let it be formed; None where the run is to stop instead."""
+    async def _form(self) -> list[Ready] | None:
+        """The next batch, as soon as the rules let it be formed; None where the run is to stop instead."""
         chosen: list[Ready] | None = None
 
         def settled() -> bool:
             nonlocal chosen
             if self._paused and not self._stopping:
                 return bool(self._checkpoint_asked)
-            chosen = None if self._stopping else self._choose(step)
+            chosen = None if self._stopping else self._prompts.choose()
             return self._stopping or chosen is not None or bool(self._checkpoint_asked)
 
         while True:
@@ -283,16 +275,11 @@ class Controller:
             elif self._stopping or chosen is not None:
                 return chosen
 
-    def _choose(self, step: int) -> list[Ready] | None:
-        ready = [Ready(p, _oldest(s)) for p, s in self._settled.items()]
-        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
-        return choose_batch(ready, unsettled, step, self._pace.prompts_per_step, self._pace.staleness)
-
     async def _step(self, batch: list[Ready], waited: float) -> None:
         """Train one batch on every trained model, publish, commit."""
         step = self._admission.version
         ages = check_age(batch, step, self._pace.staleness)
-        settled = [self._settled[r.prompt_id] for r in batch]
+        settled = self._prompts.settled(batch)
         samples = [s for prompt in settled for s in prompt.alive]
         await self._record.batched(samples)
         for sink in self._dataflow.sinks:
@@ -305,7 +292,7 @@ class Controller:
         metrics |= {"wait.batch_seconds": waited, "publish_seconds": published.seconds if published else 0.0}
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in self._busy.items()}
         self._busy.clear()
-        await self._commit(step, settled, samples, ages, metrics)
+        await self._commit(batch, samples, ages, metrics)
 
     async def _train_and_publish(self, step: int, metrics: dict[str, float]) -> Published | None:
         """Weights may go out before the critics are done; the step is done when all are."""
@@ -324,17 +311,13 @@ class Controller:
     def _take_metrics(service: str, done: StepDone, metrics: dict[str, float]) -> None:
         metrics |= {f"{service}.{name}": value for name, value in done.values.items()}
 
-    async def _commit(
-        self, step: int, settled: list[Settled], samples: list[int], ages: list[int], metrics: dict[str, float]
-    ) -> None:
-        seconds = await self._record.commit(step, samples)
-        self._admission.commit()
-        for prompt in settled:
-            del self._floors[prompt.prompt_id], self._settled[prompt.prompt_id]
-        self._ended_in_step = 0
+    async def _commit(self, batch: list[Ready], samples: list[int], ages: list[int], metrics: dict[str, float]) -> None:
+        settled = self._prompts.settled(batch)
+        seconds = await self._record.commit(self._admission.version, samples)
+        self._prompts.commit(batch)
         rewards = sum(p.reward_sum for p in settled)
         event = StepCommitted(
-            step=step + 1,
+            step=self._admission.version,
             version=str(self._version()),
             seconds=seconds,
             samples=len(samples),
@@ -361,7 +344,6 @@ class Controller:
     async def _end_leftovers(self) -> None:
         """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
         await self._end_samples([(sample, "dropped", "run_ended") for sample in self._record.live])
-        self._floors.clear()
 
     # --- versions, state, evaluation
 
@@ -378,7 +360,7 @@ class Controller:
         return published
 
     async def _evaluate(self) -> None:
-        if self._evaluator is None:
+        if self._evaluator is None or self._record.was_evaluated(self._admission.version):
             return
         generator = self._services[self._generators[0]]
         self._evaluating = True
@@ -444,25 +426,14 @@ class Controller:
             await ask(self._services[claim.service], Grant(claim.ticket))
 
     async def _hear_settled(self, settled: Settled) -> None:
-        self._admission.settle()
+        self._prompts.settle(settled)
         if not settled.dead:
-            self._settled[settled.prompt_id] = settled
             self._record.scored(settled.alive)
             return
-        del self._floors[settled.prompt_id]
-        self._admission.end()
-        self._ended_in_step += 1
         group: list[tuple[int, State, str]] = [(f.sample_id, "failed", f.cause) for f in settled.dead]
         await self._end_samples(group + [(sample, "dropped", "group_incomplete") for sample in settled.alive])
-        limit = self._pace.max_refills * self._pace.prompts_per_step
-        if self._ended_in_step > limit:
-            share = self._ended_in_step / (self._ended_in_step + self._pace.prompts_per_step)
-            raise RunFailed(
-                f"step {self._admission.version}: {self._ended_in_step} prompts failed or were dropped, more than "
-                f"max_refills = {self._pace.max_refills} rounds of {self._pace.prompts_per_step} "
-                f"(reject rate at least {share:.0%}); "
-                f"last cause: {settled.dead[0].cause}"
-            )
+        if rejects := self._prompts.rejects():
+            raise RunFailed(f"{rejects}; last cause: {settled.dead[0].cause}")
 
     async def _end_samples(self, ended: list[tuple[int, State, str]]) -> None:
         """End a group, or what is left: in one transaction, so that no checkpoint holds half of it."""
@@ -483,7 +454,7 @@ class Controller:
             await self._record.flush()
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
-            progress = min(1.0, len(self._settled) / self._pace.prompts_per_step)
+            progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)
             self.events.add(
                 WaitsChanged(
                     waits=self._waits.current(),
@@ -513,44 +484,3 @@ class Controller:
 
     def _ended(self, outcome: Any, code: int, error: str) -> RunEnded:
         return RunEnded(outcome=outcome, step=self._admission.version, error=error, exit_code=code)
-
-
-def _oldest(settled: Settled) -> int:
-    """Oldest version among a prompt's tokens and the critic values that its advantage uses."""
-    return settled.oldest_version if settled.critic_version < 0 else min(settled.oldest_version, settled.critic_version)
-
-
-def _shared(pools: Mapping[str, str]) -> dict[str, PoolLease]:
-    """One lease a pool with more than one service, by service."""
-    counts = Counter(pools.values())
-    leases = {pool: PoolLease(pool) for pool, count in counts.items() if count > 1}
-    return {service: leases[pool] for service, pool in pools.items() if pool in leases}
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What a run's errors mean for its end."""
-
-    exit_code: int
-    text: str
-    unexpected: bool
-
-
-def outcome_of(error: BaseException) -> Outcome:
-    """One outcome for all errors of a run: every cause is told, and a broken invariant decides the exit code."""
-    leaves = list(_leaves(error))
-    broken = any(isinstance(e, LedgerError | StalenessExceeded) for e in leaves)
-    unexpected = any(not isinstance(e, _FORESEEN) for e in leaves)
-    prefix = "an invariant is broken: " if broken else "unexpected, see logs/controller.log: " if unexpected else ""
-    told = dict.fromkeys(str(e) if isinstance(e, _FORESEEN) else causes(e) for e in leaves)
-    return Outcome(3 if broken else 1, prefix + "; ".join(told), unexpected)
-
-
-_FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded)
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -18,7 +18,7 @@ from asyncflow.control import checkpoint
 from asyncflow.control.ledger import Ledger, LedgerError, State
 from asyncflow.control.settings import Checkpoints
 from asyncflow.observe.exporter import Exporter
-from asyncflow.observe.journal import MetricsJournal
+from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import write_report
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.endpoint import Endpoint, ask
@@ -78,6 +78,7 @@ class RunRecord:
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
         self._metrics.rewind(self.version)
         self._evaluations.rewind(self.version)
+        self._evaluated_steps = {line["step"] for line in read_lines(folder / "evaluations.jsonl")}
         self._timeline = Timeline(folder / "timeline.jsonl")
         exporter.set("controller_term", term)
         exporter.set("staleness_bound_versions", staleness)
@@ -217,8 +218,13 @@ class RunRecord:
         self._exporter.observe("weight_sync_seconds", event.seconds, phase="total")
         self._exporter.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
 
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the journal holds this step's evaluation, e.g. from before a restart."""
+        return step in self._evaluated_steps
+
     def evaluated(self, event: Evaluated) -> None:
         """A held-out evaluation is done."""
+        self._evaluated_steps.add(event.step)
         self._evaluations.append(event)
         self._exporter.set("evaluation", event.value, metric=event.metric)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 
 import msgspec
 
@@ -46,3 +47,10 @@ class PoolLease:
             return None
         self.holder = self._queue.popleft()
         return self.holder
+
+
+def shared_leases(pools: Mapping[str, str]) -> dict[str, PoolLease]:
+    """One lease a pool with more than one service, by service."""
+    counts = Counter(pools.values())
+    leases = {pool: PoolLease(pool) for pool, count in counts.items() if count > 1}
+    return {service: leases[pool] for service, pool in pools.items() if pool in leases}

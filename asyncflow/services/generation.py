@@ -91,10 +91,6 @@ class GenerationLoop:
         """Rows that have no slot yet."""
         return sum(len(rows) for _, rows in self._waiting)
 
-    def statistics(self) -> dict[str, float]:
-        """The engine's gauges."""
-        return self._engine.statistics()
-
     async def run(self) -> None:
         """Take turns: loads first, then rows, one firing a lease."""
         while True:

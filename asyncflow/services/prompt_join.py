@@ -46,10 +46,6 @@ class PromptJoin:
         self._table.remove(samples)
         return columns
 
-    def forget(self, samples: list[int]) -> None:
-        """Let joined rows go untrained."""
-        self._table.remove(samples)
-
     def _close(self, prompt: int) -> Settled:
         samples = sorted(self._settled.pop(prompt))
         dead = [f for s in samples if (f := self._table.failure_of(s)) is not None]

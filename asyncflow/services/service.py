@@ -26,12 +26,10 @@ from asyncflow.services.workplace import Workplace, build
 from protocols import codec
 from protocols.columns import Batch
 from protocols.control import (
-    AskStatistics,
     CloseBatch,
     Delivery,
     Done,
     ExportModel,
-    Forget,
     Grant,
     Installed,
     Invoke,
@@ -48,7 +46,7 @@ from protocols.control import (
     SnapshotTaken,
     TakeSnapshot,
 )
-from protocols.messages import Prompts
+from protocols.messages import SCHEMAS, Prompts
 from protocols.stage import Failure
 
 LAG_EVERY_SECONDS = 0.5
@@ -106,7 +104,8 @@ class ModelService:
         batch = None
         if payload is not None:
             frame = await self._host.store.get(payload)
-            batch = codec.decode(frame)
+            schema = runner.spec.schemas[position]
+            batch = codec.decode(frame, schemas={schema: SCHEMAS[schema]})  # an edge carries one type of message
             self._exporter.inc("channel_bytes_total", frame.nbytes, channel=delivery.edge)
         await runner.accept(position, batch, delivery.failures, delivery.step)
 
@@ -129,8 +128,6 @@ class ModelService:
                 self._host.grant(request.ticket)
             case CloseBatch():
                 return await self._closing.close(request), None
-            case Forget():
-                self._closing.forget(request.sample_ids)
             case Invoke():
                 return await self._invoke(request, payload)
             case TakeSnapshot():
@@ -149,8 +146,6 @@ class ModelService:
             case SetPaused():
                 if self._loop is not None:
                     self._loop.pause(request.paused)
-            case AskStatistics():
-                return Done(self._statistics()), None
         return Done(), None
 
     async def _invoke(self, request: Invoke, payload: Payload | None) -> tuple[Reply, Payload | None]:
@@ -221,10 +216,6 @@ class ModelService:
                 depth, capacity = runner.depth()
                 self._exporter.set("channel_depth", depth, channel=name)
                 self._exporter.set("channel_capacity", capacity, channel=name)
-
-    def _statistics(self) -> dict[str, float]:
-        values = {f"{name}.depth": float(runner.depth()[0]) for name, runner in self._runners.items()}
-        return values | (self._loop.statistics() if self._loop is not None else {})
 
 
 class _StageEnded(Exception):

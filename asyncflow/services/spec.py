@@ -27,6 +27,7 @@ class StageSpec(msgspec.Struct, frozen=True):
     method: str
     fires: Fires
     inputs: list[str]  # edges by position, "critic.values#1.0"
+    schemas: list[int]  # message type of each edge, by position
     sources: list[str]  # the stages behind the edges
     outputs: list[Target]
     protocol: str

@@ -113,10 +113,6 @@ class ClosingStage(StageRunner):
         await self.host.send(self.spec, batch, [], request.step)
         return Done(metrics)
 
-    def forget(self, samples: list[int]) -> None:
-        """Let joined rows go untrained."""
-        self._join.forget(samples)
-
     def depth(self) -> tuple[int, int]:
         return self._join.depth, 0
 

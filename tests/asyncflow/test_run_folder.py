@@ -186,8 +186,9 @@ def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: 
     assert not (folder / "ledger.db").exists()
 
 
-def test_a_recipe_that_was_edited_since_the_checkpoint_is_used_and_reported(folder: Path, make_recipe: MakeRecipe):
+def test_a_recipe_may_change_but_not_what_the_sample_ids_mean(folder: Path, make_recipe: MakeRecipe):
     begin(folder, make_recipe())
     write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
-    start = run_folder.begin_resumed(folder, make_recipe(steps=50))
-    assert start.warnings == ["recipe.toml has changed since the checkpoint of step 1 was written"]
+    assert run_folder.begin_resumed(folder, make_recipe(steps=50)).warnings == []
+    with pytest.raises(BadInput, match=r"samples_per_prompt .* are not those of the checkpoint of step 1"):
+        run_folder.begin_resumed(folder, make_recipe(samples_per_prompt=3))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asyncflow.control.controller import RunFailed, outcome_of
 from asyncflow.control.ledger import LedgerError
+from asyncflow.control.outcome import RunFailed, outcome_of
 from asyncflow.services.endpoint import ServiceError, causes
 
 

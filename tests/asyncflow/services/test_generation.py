@@ -377,6 +377,7 @@ STAGE = StageSpec(
     method="generate",
     fires="generate",
     inputs=["policy.generate#1.0"],
+    schemas=[Prompts.schema_id],
     sources=["prompts"],
     outputs=[Target("reward", "reward.score#1.0")],
     protocol="3D_ALL_MICRO_DP",

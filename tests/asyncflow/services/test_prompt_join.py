@@ -106,16 +106,6 @@ def test_a_row_that_comes_twice_is_refused():
         joined.arrive(1, rows.scores(samples), [])
 
 
-def test_forgotten_rows_are_gone():
-    joined = join(edges=1)
-    joined.arrive(0, rows.scores([*group(0), *group(1)]), [])
-    joined.forget(group(0))
-    assert joined.depth == 2
-    with pytest.raises(KeyError):
-        joined.take(group(0))
-    assert joined.take(group(1)) == (rows.scores(group(1)),)
-
-
 def test_a_batch_may_take_prompts_in_any_order_and_leave_others():
     joined = join(edges=2)
     ids = [*group(0), *group(1), *group(2)]

@@ -1,0 +1,70 @@
+"""The prompts in flight: admitted, settled, chosen for a batch, ended. Pure bookkeeping over the rules of time."""
+
+from __future__ import annotations
+
+from asyncflow.control.staleness import Admission, Ready, choose_batch
+from protocols.control import Settled
+
+
+class PromptBook:
+    """Every live prompt is here once: waiting for its rows, or settled and ready to be trained."""
+
+    def __init__(self, admission: Admission, max_refills: int) -> None:
+        self.admission = admission
+        self._max_refills = max_refills
+        self._floors: dict[int, int] = {}  # live prompts -> version at admission
+        self._settled: dict[int, Settled] = {}  # those whose rows are all at the join
+        self._ended_in_step = 0
+
+    @property
+    def ready(self) -> int:
+        """Prompts that a batch could take."""
+        return len(self._settled)
+
+    def admit(self, prompts: list[int]) -> None:
+        """Prompts go out under the current version. Raises ValueError where there is no room for them."""
+        self.admission.admit(len(prompts))
+        self._floors |= dict.fromkeys(prompts, self.admission.version)
+
+    def settle(self, settled: Settled) -> None:
+        """All rows of a prompt are at the join; a dead one ends, which makes room for another in its place."""
+        self.admission.settle()
+        if not settled.dead:
+            self._settled[settled.prompt_id] = settled
+            return
+        del self._floors[settled.prompt_id]
+        self.admission.end()
+        self._ended_in_step += 1
+
+    def rejects(self) -> str | None:
+        """Why the step should be given up: more prompts ended untrained than `max_refills` rounds replace."""
+        ended, wanted = self._ended_in_step, self.admission.prompts_per_step
+        if ended <= self._max_refills * wanted:
+            return None
+        return (
+            f"step {self.admission.version}: {ended} prompts failed or were dropped, more than max_refills = "
+            f"{self._max_refills} rounds of {wanted} (reject rate at least {ended / (ended + wanted):.0%})"
+        )
+
+    def choose(self) -> list[Ready] | None:
+        """The next batch, or None while it must wait."""
+        ready = [Ready(prompt, _oldest(settled)) for prompt, settled in self._settled.items()]
+        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
+        admission = self.admission
+        return choose_batch(ready, unsettled, admission.version, admission.prompts_per_step, admission.staleness)
+
+    def settled(self, batch: list[Ready]) -> list[Settled]:
+        """What the join knows of a batch's prompts, in its order."""
+        return [self._settled[prompt.prompt_id] for prompt in batch]
+
+    def commit(self, batch: list[Ready]) -> None:
+        """A batch is trained: its prompts leave and the version rises, at once."""
+        self.admission.commit()
+        for prompt in batch:
+            del self._floors[prompt.prompt_id], self._settled[prompt.prompt_id]
+        self._ended_in_step = 0
+
+
+def _oldest(settled: Settled) -> int:
+    """Oldest version among a prompt's tokens and the critic values that its advantage uses."""
+    return settled.oldest_version if settled.critic_version < 0 else min(settled.oldest_version, settled.critic_version)
