@@ -106,7 +106,12 @@ class GenerationLoop:
             return False
         if self._follow is not None and self._waiting:
             await self._host.compute("generate.follow", self._follow)
-        return self._engine.unfinished > 0 or any(self._ready_rows(rows).any() for _, rows in self._waiting)
+        return self._steppable or any(self._ready_rows(rows).any() for _, rows in self._waiting)
+
+    @property
+    def _steppable(self) -> bool:
+        """Rows run, and under weights that are proven: an engine that refused a publication has none."""
+        return self._engine.unfinished > 0 and self._engine.version is not None and not self._paused
 
     def _ready_rows(self, rows: Prompts) -> np.ndarray:
         version = self._engine.version
@@ -115,7 +120,7 @@ class GenerationLoop:
     async def _fire(self) -> None:
         """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
         await self._start_rows()
-        while self._engine.unfinished and not self._paused:
+        while self._steppable:
             finished = await self._host.compute("generate", advance, self._engine, self._follow)
             self._hand_over(finished)
             if self._loads:
