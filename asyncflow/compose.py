@@ -66,29 +66,6 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     """The services of a run, in the order of the algorithm."""
     pools = pools_of(recipe, dataflow)
     counts = Counter(p for p in pools.values() if p != NO_DEVICE)
-    generating = GENERATOR if GENERATOR in recipe.placement else "policy"
-
-    def host_of(stage: Stage) -> str:
-        return generating if stage.generates else stage.service
-
-    def stages_of(service: str) -> list[StageSpec]:
-        return [
-            StageSpec(
-                name=stage.name,
-                method=stage.method,
-                fires=_fires(stage),
-                inputs=[c.edge for c in dataflow.inputs_of(stage.name)],
-                schemas=[c.message.schema_id for c in dataflow.inputs_of(stage.name)],
-                sources=list(stage.inputs),
-                outputs=[
-                    Target(host_of(dataflow.stage(c.destination)), c.edge) for c in dataflow.consumers(stage.name)
-                ],
-                protocol=stage.protocol,
-                sampling=_sampling(recipe, stage) if stage.generates else None,
-            )
-            for stage in dataflow.stages
-            if host_of(stage) == service
-        ]
 
     def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
         return ServiceSpec(
@@ -98,7 +75,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             term=term,
             seed=recipe.seed,
             deterministic=recipe.deterministic,
-            stages=stages_of(name),
+            stages=_stages_of(recipe, dataflow, name),
             pool=pools[name],
             leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,
@@ -120,7 +97,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
         )
 
     specs = [spec(role, _KINDS[role], recipe.models[role]) for role in roles_of(dataflow)]
-    if generating == GENERATOR:
+    if GENERATOR in recipe.placement:
         specs.insert(1, spec(GENERATOR, "generator", recipe.models["policy"]))
     specs.append(spec(ADVANTAGE, "advantage", Model()))
     if recipe.data.eval:
@@ -145,6 +122,32 @@ def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
             raise BadInput(
                 f"algorithm {recipe.algorithm!r} needs models.{role}, the recipe has {', '.join(recipe.models)}"
             )
+
+
+def _stages_of(recipe: Recipe, dataflow: Dataflow, service: str) -> list[StageSpec]:
+    """The call sites that a service answers: its own, and the generating ones where it is the one that generates."""
+    return [_stage_spec(recipe, dataflow, s) for s in dataflow.stages if _host_of(recipe, s) == service]
+
+
+def _host_of(recipe: Recipe, stage: Stage) -> str:
+    return GENERATOR if stage.generates and GENERATOR in recipe.placement else stage.service
+
+
+def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
+    inputs = dataflow.inputs_of(stage.name)
+    return StageSpec(
+        name=stage.name,
+        method=stage.method,
+        fires=_fires(stage),
+        inputs=[c.edge for c in inputs],
+        schemas=[c.message.schema_id for c in inputs],
+        sources=list(stage.inputs),
+        outputs=[
+            Target(_host_of(recipe, dataflow.stage(c.destination)), c.edge) for c in dataflow.consumers(stage.name)
+        ],
+        protocol=stage.protocol,
+        sampling=_sampling(recipe, stage) if stage.generates else None,
+    )
 
 
 def _fires(stage: Stage) -> Fires:

@@ -24,7 +24,6 @@ from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, unwrap
 from asyncflow.services.workplace import Workplace, build
 from protocols import codec
-from protocols.columns import Batch
 from protocols.control import (
     CloseBatch,
     Delivery,
@@ -47,7 +46,6 @@ from protocols.control import (
     TakeSnapshot,
 )
 from protocols.messages import SCHEMAS, Prompts
-from protocols.stage import Failure
 
 LAG_EVERY_SECONDS = 0.5
 
@@ -131,18 +129,18 @@ class ModelService:
             case Invoke():
                 return await self._invoke(request, payload)
             case TakeSnapshot():
-                manifest, buffer = await self._compute("publish", self._worker.snapshot, request.version)
+                manifest, buffer = await self._host.compute("publish", self._worker.snapshot, request.version)
                 return SnapshotTaken(manifest), self._host.store.put(buffer)
             case LoadWeights():
                 assert self._loop is not None and payload is not None
                 buffer = await self._host.store.get(payload)
                 return Installed(await self._loop.load(request.manifest, buffer)), None
             case SaveState():
-                await self._compute("checkpoint", self._worker.save, request.folder)
+                await self._host.compute("checkpoint", self._worker.save, request.folder)
             case LoadState():
-                await self._compute("restore", self._worker.load, request.folder)
+                await self._host.compute("restore", self._worker.load, request.folder)
             case ExportModel():
-                await self._compute("export", self._worker.export, request.folder)
+                await self._host.compute("export", self._worker.export, request.folder)
             case SetPaused():
                 if self._loop is not None:
                     self._loop.pause(request.paused)
@@ -156,15 +154,10 @@ class ModelService:
         else:
             assert self._workplace is not None
             async with self._host.lease(f"{self.name}.{request.method}"):
-                given = await self._compute(request.method, self._workplace.method(request.method), batch)
+                given = await self._host.compute(request.method, self._workplace.method(request.method), batch)
             result, failures = unwrap(given)
-        return Invoked(failures), self._put(result, failures)
-
-    def _put(self, batch: Batch | None, failures: list[Failure]) -> Payload | None:
-        return self._host.store.put(codec.encode(batch, term=self.spec.term)) if batch is not None else None
-
-    async def _compute(self, activity: str, function: Any, *arguments: Any) -> Any:
-        return await self._host.compute(activity, function, *arguments)
+        answer = self._host.store.put(codec.encode(result, term=self.spec.term)) if result is not None else None
+        return Invoked(failures), answer
 
     @property
     def _worker(self) -> Any:
