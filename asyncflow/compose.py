@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
-from asyncflow.config import BadInput, Recipe, nearest
-from asyncflow.dataflow.graph import ADVANTAGE, Dataflow, Stage
-from asyncflow.services.spec import Fires, Kind, ServiceSpec, StageSpec, Target
+from asyncflow.config import BadInput, Placed, Recipe, nearest
+from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
+from asyncflow.services.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target
 from protocols.roles import ROLES, Sampling
+from protocols.stage import contract_of
+from protocols.topology import Topology
 from workers.settings import Model
 
 GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
+REPLICATED = ("reference", "reward")  # models that only answer: their replicas need not talk to each other
 
 _KINDS: dict[str, Kind] = {
     "policy": "policy",
@@ -33,8 +37,12 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
     first = next(iter(recipe.pools))
     services = [*roles_of(dataflow), *([GENERATOR] if GENERATOR in recipe.placement else [])]
     pools = {s: recipe.placement[s].pool if s in recipe.placement else first for s in services}
-    pools |= {s: NO_DEVICE for s in services if s in recipe.models and recipe.models[s].rule}
+    pools |= {s: NO_DEVICE for s in services if s in recipe.models and _needs_no_device(recipe.models[s])}
     return {**pools, ADVANTAGE: NO_DEVICE, **({EVALUATOR: NO_DEVICE} if recipe.data.eval else {})}
+
+
+def _needs_no_device(model: Model) -> bool:
+    return bool(model.rule) or model.outside
 
 
 def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
@@ -48,18 +56,36 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
     for service, placed in recipe.placement.items():
         if service not in known:
             raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
+        if service in recipe.models and recipe.models[service].outside:
+            raise BadInput(f"placement.{service}: its model is outside, it takes no place here; leave it out")
         if placed.pool not in recipe.pools:
             raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
-        if placed.parallel not in ("1-1-1", "1-1") or placed.replicas != 1:
-            raise BadInput(
-                f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}: "
-                "this version runs one rank and one replica a service"
-            )
+        _check_parallel(service, placed, recipe.pools[placed.pool].devices)
     if recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement:
         raise BadInput(
             "generation.engine = 'vllm' needs a [placement] of generator; "
             "without one the policy itself generates, with 'torch'"
         )
+
+
+def _check_parallel(service: str, placed: Placed, devices: int) -> None:
+    """Refuse ranks that this build can't run, or that the pool has no devices for. Raises BadInput."""
+    where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
+    try:
+        topology = Topology.parse(placed.parallel)
+    except ValueError as error:
+        raise BadInput(f"placement.{service}: {error}") from None
+    if placed.replicas != 1 or topology.replica_size != 1:
+        raise BadInput(f"{where}: this version runs whole models, one replica of a service: parallel = '1-1-d'")
+    if topology.dp > 1 and service not in REPLICATED:
+        raise BadInput(f"{where}: this version runs several ranks of {', '.join(REPLICATED)}; others have one")
+    if topology.world_size > devices:
+        raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
+
+
+def topology_of(recipe: Recipe, service: str) -> Topology:
+    """The ranks of a service."""
+    return Topology.parse(recipe.placement[service].parallel) if service in recipe.placement else Topology()
 
 
 def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder: str) -> list[ServiceSpec]:
@@ -77,6 +103,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             deterministic=recipe.deterministic,
             stages=_stages_of(recipe, dataflow, name),
             pool=pools[name],
+            topology=str(topology_of(recipe, name)),
             leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,
             mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
@@ -96,13 +123,47 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             delay_seconds=recipe.delays.get(name, {}),
         )
 
-    specs = [spec(role, _KINDS[role], recipe.models[role]) for role in roles_of(dataflow)]
+    specs = [spec(role, _kind_of(recipe, role), recipe.models[role]) for role in roles_of(dataflow)]
     if GENERATOR in recipe.placement:
         specs.insert(1, spec(GENERATOR, "generator", recipe.models["policy"]))
     specs.append(spec(ADVANTAGE, "advantage", Model()))
     if recipe.data.eval:
         specs.append(spec(EVALUATOR, "reward", Model(rule=recipe.evaluation.metric)))
     return specs
+
+
+def _kind_of(recipe: Recipe, role: str) -> Kind:
+    return OUTSIDE if recipe.models[role].outside else _KINDS[role]
+
+
+def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, Stage]:
+    """Who sends what a reader calls by a stage's name ("policy.generate#1") or by a message's ("rollouts").
+
+    Returns the service that runs the stage, and the stage. Raises BadInput with the known names.
+    """
+    sending = [stage for stage in dataflow.stages if not stage.is_sink]
+    found = [stage for stage in sending if name in (stage.name, _snake(stage.produces.__name__))]
+    if not found:
+        known = {stage.name for stage in sending} | {_snake(stage.produces.__name__) for stage in sending}
+        raise BadInput(f"channel {name!r}: no stage and no message of this run{nearest(name, known)}")
+    if len(found) > 1:
+        raise BadInput(f"channel {name!r}: sent by {', '.join(s.name for s in found)}; take one of these names")
+    return _host_of(recipe, found[0]), found[0]
+
+
+def _snake(message: str) -> str:
+    """LogProbs -> log_probs"""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message).lower()
+
+
+def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
+    """stage -> the service that answers it."""
+    return {stage.name: _host_of(recipe, stage) for stage in dataflow.stages}
+
+
+def replaceable(recipe: Recipe) -> list[str]:
+    """Services that only answer: one that dies is replaced. What an outside worker was asked dies with its service."""
+    return [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
 
 
 def stateful(dataflow: Dataflow) -> list[str]:
@@ -135,6 +196,7 @@ def _host_of(recipe: Recipe, stage: Stage) -> str:
 
 def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
     inputs = dataflow.inputs_of(stage.name)
+    contract = contract_of(ROLES[stage.service], stage.method) if stage.service in ROLES else None
     return StageSpec(
         name=stage.name,
         method=stage.method,
@@ -142,12 +204,18 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
         inputs=[c.edge for c in inputs],
         schemas=[c.message.schema_id for c in inputs],
         sources=list(stage.inputs),
-        outputs=[
-            Target(_host_of(recipe, dataflow.stage(c.destination)), c.edge) for c in dataflow.consumers(stage.name)
-        ],
+        outputs=[_target(recipe, dataflow, c) for c in dataflow.consumers(stage.name)],
         protocol=stage.protocol,
+        grains=[c.grain for c in inputs],
+        whole_groups=contract.whole_groups if contract else False,
+        balance=contract.balance if contract else "rows",
         sampling=_sampling(recipe, stage) if stage.generates else None,
     )
+
+
+def _target(recipe: Recipe, dataflow: Dataflow, channel: Channel) -> Target:
+    host = _host_of(recipe, dataflow.stage(channel.destination))
+    return Target(host, channel.edge, topology_of(recipe, host).world_size)
 
 
 def _fires(stage: Stage) -> Fires:

@@ -18,6 +18,9 @@ import msgspec
 import tomli_w
 
 from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation
+from asyncflow.dataflow.graph import DataflowError
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.trace import declaration_of
 from workers.settings import Failures, Generation, Loss, Model, Optimizer
 
 
@@ -40,8 +43,8 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: int = 1
 
     def __post_init__(self) -> None:
-        if self.devices != 1:
-            raise ValueError(f"devices = {self.devices}: this version gives a pool one device")
+        if self.devices < 1:
+            raise ValueError(f"devices = {self.devices}, want 1 or more")
 
 
 class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,11 +74,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     folder: str = "runs"  # a run's folder is made below it
     max_refills: int = 4
     threads: int = 1  # of torch, per service
-    inline_bytes: int = 8192
+    inline_bytes: int = 8192  # frames up to this size travel inside their message
+    store_bytes: int = 0  # memory of the rows in flight, 0: the runtime's choice; what exceeds it spills to disk
     mailbox_rows: int = 0  # of a plain mailbox; 0: one step's samples
     firing_rows: int = 64  # most rows that a stage takes at once
-    advantage: dict[str, float | bool | str] = {}  # the batch function's numbers
-    loss: Loss = Loss()
+    advantage: dict[str, float | bool | str] = {}  # the batch function's numbers; algorithms may have defaults of these
+    loss: Loss = Loss()  # `to_recipe` takes the algorithm's own defaults where the table is silent
     optimizer: Optimizer = Optimizer()
     generation: Generation = Generation()
     failures: Failures = Failures()
@@ -106,10 +110,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Type a recipe's table. Raises BadInput, with the nearest known key for an unknown one."""
+    """Type a recipe's table, over its algorithm's defaults.
+
+    Raises BadInput, with the nearest known key for an unknown one.
+    """
     _check_keys(table, Recipe, "", where)
     try:
-        recipe = msgspec.convert(table, Recipe)
+        recipe = msgspec.convert(_over_the_algorithms_defaults(table, where), Recipe)
     except msgspec.ValidationError as error:
         raise BadInput(f"{where}: {error}") from error
     if not re.fullmatch(r"[\w][\w.-]{0,99}", recipe.name):
@@ -120,16 +127,39 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
         value = attrgetter(name)(recipe)
         if not value >= least:  # so written, NaN is refused too
             raise BadInput(f"{where}: {name} = {value}, want {least} or more")
-    return recipe
+    return _with_fixed_length(recipe)
+
+
+def _over_the_algorithms_defaults(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table with what its algorithm declares for [loss] and [advantage], wherever it says nothing itself."""
+    name = table.get("algorithm", "ppo")
+    if not isinstance(name, str):
+        return dict(table)  # its type is refused with the others
+    try:
+        declared = declaration_of(algorithm_named(name))
+    except DataflowError as error:
+        raise BadInput(f"{where}: {error}") from error
+    defaults = {"loss": msgspec.to_builtins(declared.loss), "advantage": dict(declared.advantage)}
+    given = {key: table.get(key, {}) for key in defaults}
+    return {**table, **{k: {**defaults[k], **own} if isinstance(own, Mapping) else own for k, own in given.items()}}
+
+
+def _with_fixed_length(recipe: Recipe) -> Recipe:
+    """A loss over a fixed length divides by the longest response, where no length is given."""
+    loss = recipe.loss
+    if loss.aggregation != "sequence-mean-fixed-length" or loss.fixed_length:
+        return recipe
+    fixed = msgspec.structs.replace(loss, fixed_length=recipe.generation.max_tokens)
+    return msgspec.structs.replace(recipe, loss=fixed)
 
 
 _LEAST = {
     **dict.fromkeys(("steps", "prompts_per_step", "samples_per_prompt", "threads", "firing_rows"), 1),
-    **dict.fromkeys(("staleness", "seed", "max_refills", "mailbox_rows", "inline_bytes"), 0),
+    **dict.fromkeys(("staleness", "seed", "max_refills", "mailbox_rows", "inline_bytes", "store_bytes"), 0),
     **dict.fromkeys(("generation.max_tokens", "generation.slots", "loss.epochs", "loss.mini_batches"), 1),
     "loss.tokens_per_micro_batch": 1,
     **dict.fromkeys(("generation.max_model_tokens", "evaluation.every", "evaluation.limit"), 0),
-    **dict.fromkeys(("checkpoints.every", "checkpoints.keep", "failures.reward_retries"), 0),
+    **dict.fromkeys(("checkpoints.every", "checkpoints.keep", "failures.reward_retries", "failures.restarts"), 0),
     **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps"), 0),
 }
 

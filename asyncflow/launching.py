@@ -7,33 +7,112 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from asyncflow import run_folder
 from asyncflow.client.run import Run
-from asyncflow.compose import GENERATOR, NO_DEVICE, compose, pools_of, stateful
-from asyncflow.config import Recipe, load_recipe
+from asyncflow.compose import GENERATOR, NO_DEVICE, channel_named, compose, hosts_of, pools_of, replaceable, stateful
+from asyncflow.config import BadInput, Recipe, load_recipe
 from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Pace
+from asyncflow.control.supervision import Supervisor
 from asyncflow.observe.exporter import Exporter, Target, write_targets
-from asyncflow.services.endpoint import all_or_error, ask
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ServiceGone, Store, all_or_error, ask
+from asyncflow.services.outside import take_rows
+from asyncflow.services.parts import pack
 from asyncflow.services.runtime import Runtime, Started
+from asyncflow.services.subscriptions import follow
 from asyncflow.validate import Checked, check
-from protocols.control import Event, LoadState, RunEnded
+from protocols.columns import Batch
+from protocols.control import Event, LoadState, Notice, PutRows, Reply, Request, RowsPut, RunEnded
+from protocols.delivery import Delivery
+from protocols.messages import Metrics
+from protocols.stage import Failure
 
 CONTROLLER = "controller"
 
 
-class LocalLink:
-    """The way to a controller in the same process. Implements `client.run.Link`."""
+class Attached:
+    """A service, or its successor, for as long as the runtime lives; Ray would start anew for one that is asked later.
 
-    def __init__(self, controller: Controller, task: asyncio.Task[RunEnded]) -> None:
-        self._controller, self._task = controller, task
+    Implements `Endpoint`.
+    """
+
+    def __init__(self, name: str, services: Mapping[str, Started]) -> None:
+        """`services`: where each is now."""
+        self.name = name
+        self._services: Mapping[str, Started] | None = services
+
+    def detach(self) -> None:
+        """The runtime stops: whoever asks from now on learns that the service is gone."""
+        self._services = None
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        await self._attached.deliver(delivery, payloads)
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        return await self._attached.request(request, payloads)
+
+    async def notices(self) -> list[Notice]:
+        return await self._attached.notices()
+
+    @property
+    def _attached(self) -> Endpoint:
+        if self._services is None:
+            raise ServiceGone(f"{self.name}: its run is over")
+        return self._services[self.name].endpoint
+
+
+class LocalLink:
+    """The way to a run whose controller is in the same process. Implements `client.run.Link`."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        task: asyncio.Task[RunEnded],
+        checked: Checked,
+        services: Mapping[str, Started],
+        store: Store,
+    ) -> None:
+        self._controller, self._task, self._checked, self._store = controller, task, checked, store
+        self._services = {name: Attached(name, services) for name in services}
+
+    def close(self) -> None:
+        """The services are about to end: from now on nobody asks them anything."""
+        for service in self._services.values():
+            service.detach()
+
+    def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
+        service, stage = channel_named(self._checked.recipe, self._checked.dataflow, channel)
+        assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
+        return follow(self._services[service], self._store, stage.name, stage.produces, self._task.done)
+
+    def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
+        return take_rows(self._outside(role), self._store, most, self._task.done)
+
+    async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
+        service = self._outside(role)
+        try:
+            parts = [await asyncio.to_thread(pack, self._store, answers, 0)] if answers is not None else []
+            request = PutRows([part.shard for part in parts], list(failures), seconds=seconds)
+            reply, _ = await ask(service, request, [part.payload for part in parts])
+        except ServiceGone:
+            raise
+        except (ServiceError, ValueError) as error:  # it refused, or the message is none
+            raise BadInput(f"outside {role}: {error}") from error
+        assert isinstance(reply, RowsPut)
+        return reply
+
+    def _outside(self, role: str) -> Endpoint:
+        outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
+        if role not in outside:
+            raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
+        return self._services[role]
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
         return self._controller.events.follow(cursor)
@@ -95,17 +174,22 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     try:
         services = await runtime.start(specs)
         await _restore(services, stateful(checked.dataflow), start.restore)
-        _write_targets(folder, name, services, exporter.serve())
-        controller = _controller(checked, folder, start, runtime, services, exporter)
+        port = exporter.serve()
+        _write_targets(folder, name, services, port)
+        controller = _controller(checked, folder, start, runtime, services, exporter, port)
         task = asyncio.create_task(controller.run(), name=f"controller of {name}")
+        link = LocalLink(controller, task, checked, services, runtime.store)
         try:
-            yield Run(LocalLink(controller, task), name, folder)
+            yield Run(link, name, folder)
         except asyncio.CancelledError:  # at once, without draining: the last checkpoint stands
             task.cancel()
             raise
         finally:
             controller.stop()
-            await asyncio.gather(task, return_exceptions=True)
+            try:
+                await asyncio.gather(task, return_exceptions=True)
+            finally:
+                link.close()
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)
@@ -121,8 +205,15 @@ def _controller(
     runtime: Runtime,
     services: dict[str, Started],
     exporter: Exporter,
+    port: int,
 ) -> Controller:
     recipe, dataflow = checked.recipe, checked.dataflow
+
+    async def restart(name: str) -> Endpoint:
+        services[name] = await runtime.restart(name)
+        _write_targets(folder, folder.name, services, port)
+        return services[name].endpoint
+
     record = RunRecord(
         run=folder.name,
         folder=folder,
@@ -157,6 +248,8 @@ def _controller(
         deadlines=recipe.deadlines,
         dataflow=dataflow,
         services={n: s.endpoint for n, s in services.items()},
+        supervisor=Supervisor(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+        restart=restart,
         pools={s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
         generators=[GENERATOR if GENERATOR in services else "policy"],
         store=runtime.store,
@@ -181,10 +274,10 @@ def _runtime(recipe: Recipe) -> Runtime:
     if recipe.runtime == "local":
         from asyncflow.services.runtime.local import LocalRuntime
 
-        return LocalRuntime()
+        return LocalRuntime(recipe.store_bytes)
     from asyncflow.services.runtime.ray import RayRuntime
 
-    return RayRuntime(recipe.inline_bytes, recipe.ray_address)
+    return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=recipe.store_bytes)
 
 
 def _write_targets(folder: Path, run: str, services: dict[str, Started], port: int) -> None:

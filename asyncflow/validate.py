@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,9 +15,10 @@ from asyncflow.config import BadInput, Recipe, nearest
 from asyncflow.control.prompts import DataRow, PromptSource
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
-from asyncflow.dataflow.trace import numbers_of, trace
+from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
 from workers.datasets import DataError, Problem, read_rows
 from workers.rewards.rules import rule_named
+from workers.settings import Loss
 
 
 class Checked(msgspec.Struct):
@@ -31,18 +33,30 @@ class Checked(msgspec.Struct):
 def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files. Raises BadInput."""
     try:
-        dataflow = trace(algorithm_named(recipe.algorithm))
+        algorithm = algorithm_named(recipe.algorithm)
+        dataflow = trace(algorithm)
     except DataflowError as error:
         raise BadInput(f"algorithm: {error}") from error
     check_roles(recipe, dataflow)
     check_placement(recipe, dataflow)
+    _check_samples(recipe, declaration_of(algorithm))
     _check_numbers(recipe, dataflow)
     _check_mode(recipe)
+    _check_loss(recipe.loss)
+    _check_reference(recipe, dataflow)
     recipe = _absolute(recipe)
     _check_models(recipe, dataflow)
     train, heldout = _sources(recipe)
     _check_context(recipe, train, heldout)
     return Checked(recipe, dataflow, train, heldout)
+
+
+def _check_samples(recipe: Recipe, declared: Declaration) -> None:
+    if recipe.samples_per_prompt < declared.least_samples:
+        raise BadInput(
+            f"samples_per_prompt = {recipe.samples_per_prompt}: algorithm {recipe.algorithm!r} compares the samples "
+            f"of a prompt, want {declared.least_samples} or more"
+        )
 
 
 def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
@@ -69,11 +83,33 @@ def _check_mode(recipe: Recipe) -> None:
         raise BadInput(
             f"generation.temperature = {recipe.generation.temperature}: rollouts are drawn at a temperature above 0"
         )
-    if recipe.loss.name not in LOSSES:
-        raise BadInput(f"loss.name = {recipe.loss.name!r}{nearest(recipe.loss.name, LOSSES)}")
 
 
-LOSSES = ("ppo",)  # the names of workers.losses.POLICY_LOSSES, which a test compares: it would import torch
+LOSSES = ("ppo", "gspo", "cispo", "reinforce")  # those of workers.losses, which a test compares: it imports torch
+
+
+def _check_loss(loss: Loss) -> None:
+    module, colon, function = loss.policy.partition(":")
+    if loss.policy not in LOSSES and not (colon and module and function):
+        raise BadInput(f"loss.policy = {loss.policy!r}{nearest(loss.policy, LOSSES)}")
+    if colon and not _is_module(module):
+        raise BadInput(f"loss.policy = {loss.policy!r}: there is no module {module!r} on the path")
+
+
+def _check_reference(recipe: Recipe, dataflow: Dataflow) -> None:
+    """A KL in the loss needs the reference's log-probs in the experience, which come by way of the batch function."""
+    if recipe.loss.kl_coefficient and not any(i.startswith("reference.") for i in dataflow.batch_stage.inputs):
+        raise BadInput(
+            f"loss.kl_coefficient = {recipe.loss.kl_coefficient}: algorithm {recipe.algorithm!r} asks no reference "
+            "for log-probs; want 0, or an algorithm that does, as 'grpo'"
+        )
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a parent that isn't there, or an empty name
+        return False
 
 
 def _absolute(recipe: Recipe) -> Recipe:
@@ -89,6 +125,9 @@ def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     trained = stateful(dataflow)
     for role in roles_of(dataflow):
         model = recipe.models[role]
+        if model.outside:
+            _check_outside(recipe, role)
+            continue
         if bool(model.path) == bool(model.rule):
             raise BadInput(
                 f"models.{role}: give a path or a rule, one of them (path = {model.path!r}, rule = {model.rule!r})"
@@ -105,6 +144,23 @@ def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     for role, folder in folders.items():
         _config_of(role, folder)
     _check_same_vocabulary(folders)
+
+
+def _check_outside(recipe: Recipe, role: str) -> None:
+    model = recipe.models[role]
+    if model.path or model.rule:
+        raise BadInput(
+            f"models.{role}: its worker is outside, which has the model: "
+            f"leave out path and rule (path = {model.path!r}, rule = {model.rule!r})"
+        )
+    if role not in ("reward", "cost"):
+        raise BadInput(f"models.{role}.outside = true: only rewards and costs can be outside")
+    seconds, give_up = recipe.failures.outside_timeout_seconds, recipe.deadlines.give_up
+    if seconds >= give_up:
+        raise BadInput(
+            f"failures.outside_timeout_seconds = {seconds:g}: a run in which nothing moves for "
+            f"deadlines.give_up = {give_up:g} s is ended; want less than that"
+        )
 
 
 def _check_rule(where: str, name: str) -> None:

@@ -1,8 +1,8 @@
 """Control messages and events: small typed values, encoded by msgspec, that never carry a payload's bytes.
 
-Four families: `Delivery` tells a mailbox which rows arrived where; `Request` and `Reply` are what a controller
-asks of a service; `Notice` is what a service reports to its controller; `Event` is what a controller tells the
-people and programs that follow a run. A payload, where there is one, travels beside the message.
+Three families: `Request` and `Reply` are what a controller asks of a service; `Notice` is what a service reports
+to its controller; `Event` is what a controller tells the people and programs that follow a run. Payloads, where
+there are any, travel beside the message.
 """
 
 from __future__ import annotations
@@ -11,22 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from protocols.delivery import RankCall, ServiceStatistics, Shard
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import InstallReceipt, Version, WeightManifest
-
-
-class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rows that arrived on one edge. Values are in the payload beside it; `failures` are tombstones.
-
-    Together they name each row of the edge exactly once over a run.
-    """
-
-    edge: str  # "reward.score#1.0": consumer stage and input position
-    term: int
-    rows: int  # rows in the payload
-    failures: list[Failure] = []
-    step: int = -1  # of a closed batch on its way to the trainers
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -63,9 +51,10 @@ class LoadWeights(msgspec.Struct, frozen=True, tag=True):
 
 
 class Invoke(msgspec.Struct, frozen=True, tag=True):
-    """Call a stage's method directly on the payload's rows, outside the dataflow."""
+    """Call a stage's method directly on the rows of the payloads, outside the dataflow."""
 
     method: str
+    shards: list[Shard]
     sampling: Sampling | None = None
 
 
@@ -99,7 +88,79 @@ class SetPaused(msgspec.Struct, frozen=True, tag=True):
     paused: bool
 
 
-Request = CloseBatch | TakeSnapshot | LoadWeights | Invoke | SaveState | LoadState | ExportModel | Grant | SetPaused
+class EndPrompts(msgspec.Struct, frozen=True, tag=True):
+    """These prompts are trained, dropped or failed: nobody needs their rows, and what still comes of them is late."""
+
+    prompts: list[int]
+
+
+class Redeliver(msgspec.Struct, frozen=True, tag=True):
+    """Send again what an edge may have lost with its consumer's process."""
+
+    edge: str
+
+
+class GetStatistics(msgspec.Struct, frozen=True, tag=True):
+    """Ask what the service's channels did so far."""
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag=True):
+    """Keep what a stage sends from now on for an outside reader."""
+
+    stage: str
+
+
+class NextRows(msgspec.Struct, frozen=True, tag=True):
+    """What a subscription holds; the reply comes with the first rows, or empty after `seconds`."""
+
+    number: int
+    seconds: float
+
+
+class Unsubscribe(msgspec.Struct, frozen=True, tag=True):
+    """The reader has left."""
+
+    number: int
+
+
+class TakeRows(msgspec.Struct, frozen=True, tag=True):
+    """An outside worker takes rows without an answer; the reply comes with the first ones, or empty after `seconds`."""
+
+    most: int  # rows
+    seconds: float
+
+
+class PutRows(msgspec.Struct, frozen=True, tag=True):
+    """An outside worker answers rows: values in the payloads, one a shard, and those that could not be done.
+
+    Rows that nobody has asked for yet wait until somebody does, for `seconds` at most.
+    """
+
+    shards: list[Shard] = []
+    failures: list[Failure] = []
+    lost: list[int] = []  # samples whose bytes were gone when the worker wanted to read them
+    seconds: float = 0.0
+
+
+Request = (
+    CloseBatch
+    | TakeSnapshot
+    | LoadWeights
+    | Invoke
+    | SaveState
+    | LoadState
+    | ExportModel
+    | Grant
+    | SetPaused
+    | EndPrompts
+    | Redeliver
+    | GetStatistics
+    | Subscribe
+    | NextRows
+    | Unsubscribe
+    | TakeRows
+    | PutRows
+)
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -117,8 +178,9 @@ class Installed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Invoked(msgspec.Struct, frozen=True, tag=True):
-    """The rows are in the payload, these could not be done."""
+    """The rows are in the payloads, these could not be done."""
 
+    shards: list[Shard] = []
     failures: list[Failure] = []
 
 
@@ -128,7 +190,37 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-Reply = Done | SnapshotTaken | Installed | Invoked | Refused
+class Statistics(msgspec.Struct, frozen=True, tag=True):
+    statistics: ServiceStatistics
+
+
+class Subscribed(msgspec.Struct, frozen=True, tag=True):
+    """The subscription's name in further requests."""
+
+    number: int
+
+
+class Rows(msgspec.Struct, frozen=True, tag=True):
+    """What a stage sent, in its order, one payload a shard; `missed` rows before it were given up for the reader."""
+
+    shards: list[Shard] = []
+    missed: int = 0
+
+
+class RowsTaken(msgspec.Struct, frozen=True, tag=True):
+    """An outside worker's part of a firing, as a rank's is, its sources in the payloads; None: nothing is asked."""
+
+    call: RankCall | None = None
+
+
+class RowsPut(msgspec.Struct, frozen=True, tag=True):
+    """What became of the rows that were put: those named neither here nor there were taken."""
+
+    refused: dict[int, str] = {}  # sample -> why: it was answered already, or nobody needs it any more
+    waiting: list[int] = []  # samples that nobody asked for in time
+
+
+Reply = Done | SnapshotTaken | Installed | Invoked | Statistics | Subscribed | Rows | RowsTaken | RowsPut | Refused
 
 
 # --- notices: service -> controller
@@ -151,6 +243,13 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
 
     sample_ids: list[int]
     tokens: int
+
+
+class RowsLost(msgspec.Struct, frozen=True, tag=True):
+    """Rows that a stage had taken in can't be read any more: their sender's process is gone, and they with it."""
+
+    stage: str
+    sample_ids: list[int]
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):
@@ -197,7 +296,7 @@ class ServiceFailed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-Notice = Settled | Generated | StepDone | Busy | LeaseAsked | LeaseReturned | Waiting | ServiceFailed
+Notice = Settled | Generated | RowsLost | StepDone | Busy | LeaseAsked | LeaseReturned | Waiting | ServiceFailed
 
 
 # --- events: controller -> client
@@ -258,6 +357,15 @@ class SamplesEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     count: int
 
 
+class ServiceReplaced(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A service's process died; another one took its place and is sent again what it had not finished."""
+
+    service: str
+    number: int  # of its replacements
+    cause: str
+    seconds: float
+
+
 class StateChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     state: Literal["running", "paused", "draining", "stopped"]
 
@@ -292,6 +400,7 @@ Event = (
     | CheckpointWritten
     | Published
     | SamplesEnded
+    | ServiceReplaced
     | StateChanged
     | WaitsChanged
     | Stalled

@@ -6,6 +6,7 @@ response tokens of row i, P_i of its prompt. Ids are int64, tokens int32, everyt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ class Prompts(Batch, frozen=True, kw_only=True, eq=False):
     """A request for one response per row; a prompt with n samples is n rows."""
 
     schema_id: ClassVar[int] = 1
+    tokens: ClassVar[tuple[str, ...]] = ("prompts",)
 
     prompts: JaggedInt32  # [N, P_i] token ids
     references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
@@ -41,6 +43,7 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
     """Finished responses."""
 
     schema_id: ClassVar[int] = 2
+    tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = (("responses", "log_probs", "versions", "loss_mask"),)
 
     prompts: JaggedInt32  # [N, P_i]
@@ -64,6 +67,7 @@ class LogProbs(Batch, frozen=True, kw_only=True, eq=False):
     """Log-probs of the response tokens under one model."""
 
     schema_id: ClassVar[int] = 3
+    tokens: ClassVar[tuple[str, ...]] = ("log_probs",)
 
     log_probs: JaggedFloat32  # [N, T_i]
 
@@ -72,6 +76,7 @@ class Values(Batch, frozen=True, kw_only=True, eq=False):
     """A critic's value of the state before each response token."""
 
     schema_id: ClassVar[int] = 4
+    tokens: ClassVar[tuple[str, ...]] = ("values",)
 
     values: JaggedFloat32  # [N, T_i]
     versions: Int64  # [N] step of the critic's weights
@@ -97,17 +102,21 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
     """What a trainer takes: exactly the rows of one batch, in its order."""
 
     schema_id: ClassVar[int] = 7
+    schema_version: ClassVar[int] = 2
+    tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("responses", "log_probs", "loss_mask", "advantages", "returns", "values"),
+        ("responses", "log_probs", "loss_mask", "advantages", "returns", "values", "reference"),
     )
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"reference": 0.0}  # version 2 brought it
 
     prompts: JaggedInt32  # [N, P_i]
     responses: JaggedInt32  # [N, T_i]
     loss_mask: JaggedUInt8  # [N, T_i]
     log_probs: JaggedFloat32  # [N, T_i] mu
     advantages: JaggedFloat32  # [N, T_i] as the estimator leaves them, whitened where it whitens
-    returns: JaggedFloat32  # [N, T_i] the critic's targets
-    values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored
+    returns: JaggedFloat32  # [N, T_i] the critic's targets; 0 where the algorithm has no critic
+    values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored; 0 where there is none
+    reference: JaggedFloat32  # [N, T_i] log-probs under the reference, for a KL in the loss; 0 where there is none
 
     def check(self) -> None:
         super().check()
@@ -141,6 +150,9 @@ def _check_range(batch: Batch, name: str, high: int | None = None) -> None:
 def _check_text(batch: Batch, name: str) -> None:
     """Every row is UTF-8, so that `Jagged.text` holds for whoever reads it."""
     column: Jagged = getattr(batch, name)
+    values = column.values
+    if not len(values) or int(values.max()) < 0x80:  # ASCII
+        return
     for row in range(len(column)):
         try:
             column.text(row)

@@ -35,7 +35,7 @@ class Policy(ABC):
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts | Partial[Rollouts]:
         """Draw one response per row."""
 
-    @stage(protocol="3D_PROTO")
+    @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
         """Log-probs of the response tokens under the current weights."""
@@ -49,7 +49,7 @@ class Policy(ABC):
 class Critic(ABC):
     """Predicts the return of a state; learns."""
 
-    @stage(protocol="3D_PROTO")
+    @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
     def values(self, rollouts: Rollouts) -> Values:
         """A value for the state before each response token."""
@@ -63,7 +63,7 @@ class Critic(ABC):
 class Reference(ABC):
     """The frozen anchor of the KL term."""
 
-    @stage(protocol="3D_PROTO")
+    @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
         """Log-probs of the response tokens under the reference weights."""
@@ -72,7 +72,7 @@ class Reference(ABC):
 class Reward(ABC):
     """Scores finished responses: a rule, a trained model, a remote service or a person."""
 
-    @stage(protocol="DP_PROTO")
+    @stage(protocol="DP_PROTO", balance="tokens")
     @abstractmethod
     def score(self, rollouts: Rollouts) -> Scores | Partial[Scores]:
         """A reward per response; a row that can't be scored fails with its cause, it never becomes 0."""
@@ -81,7 +81,7 @@ class Reward(ABC):
 class Cost(ABC):
     """Safe-RLHF's second reward model: positive is unsafe."""
 
-    @stage(protocol="DP_PROTO")
+    @stage(protocol="DP_PROTO", balance="tokens")
     @abstractmethod
     def score(self, rollouts: Rollouts) -> Costs | Partial[Costs]:
         """A cost per response."""

@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Batch)
 
 Grain = Literal["sample", "prompt", "batch"]
+Balance = Literal["rows", "tokens"]
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -56,6 +57,8 @@ class StageContract(msgspec.Struct, frozen=True):
     protocol: str  # name of a transfer protocol
     consumes: tuple[type[Batch], ...]  # positional inputs; more than one is a join by id
     produces: type[Batch] | type[Metrics]
+    whole_groups: bool = False  # a group, the samples of one prompt, is never cut
+    balance: Balance = "rows"  # what a cut makes even: the number of rows, or the sum of their lengths
 
     @property
     def is_sink(self) -> bool:
@@ -63,11 +66,25 @@ class StageContract(msgspec.Struct, frozen=True):
         return self.produces is Metrics
 
 
-def stage(protocol: str) -> Callable[[F], F]:
-    """Mark a role's method as a stage whose rows are cut by the transfer protocol of that name."""
+class _Mark(msgspec.Struct, frozen=True):
+    """What `@stage` says of a method; its annotations say the rest of the contract."""
+
+    protocol: str
+    whole_groups: bool
+    balance: Balance
+
+
+def stage(protocol: str, *, whole_groups: bool = False, balance: Balance = "rows") -> Callable[[F], F]:
+    """Mark a role's method as a stage whose rows are cut by the transfer protocol of that name.
+
+    `whole_groups` keeps the samples of a prompt on one rank; `balance="tokens"` makes the parts even by the
+    lengths of their rows. Both matter only to a protocol that cuts. Raises ValueError for another balance.
+    """
+    if balance not in get_args(Balance):
+        raise ValueError(f"stage balance {balance!r}: know {', '.join(get_args(Balance))}")
 
     def mark(method: F) -> F:
-        method.__stage_protocol__ = protocol  # type: ignore[attr-defined]
+        method.__stage__ = _Mark(protocol, whole_groups, balance)  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -76,11 +93,11 @@ def stage(protocol: str) -> Callable[[F], F]:
 def contract_of(role: type, method: str) -> StageContract:
     """The contract of one stage. Raises LookupError naming the stages that the role has."""
     function = getattr(role, method, None)
-    protocol = getattr(function, "__stage_protocol__", None)
-    if function is None or protocol is None:
+    mark = getattr(function, "__stage__", None)
+    if function is None or mark is None:
         raise LookupError(f"{role.__name__} has no stage {method!r}; it has {', '.join(stages_of(role))}")
     consumes, produces = signature_of(function)
-    return StageContract(method, protocol, consumes, produces)
+    return StageContract(method, mark.protocol, consumes, produces, mark.whole_groups, mark.balance)
 
 
 def signature_of(function: Callable[..., Any]) -> tuple[tuple[type[Batch], ...], type[Batch] | type[Metrics]]:
@@ -111,4 +128,4 @@ def _message_type(hint: Any) -> type[Batch] | type[Metrics] | None:
 
 def stages_of(role: type) -> list[str]:
     """Names of a role's stages."""
-    return sorted(name for name in dir(role) if hasattr(getattr(role, name, None), "__stage_protocol__"))
+    return sorted(name for name in dir(role) if hasattr(getattr(role, name, None), "__stage__"))

@@ -30,10 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"dataflow"},  # the recipe, made of the parts' settings: for those who compose, unknown to those who act
     "client": {"config"},  # speaks protocols to a server, and the recipe it submits
     "finetuning": {"config"},
+    "bench": {"services"},
     "demo": {"config", "control", "finetuning"},
     **dict.fromkeys(COMPOSING, BELOW_CLI),
     "server": BELOW_CLI,
-    "cli": BELOW_CLI | {"server", "demo", "finetuning"},
+    "cli": BELOW_CLI | {"server", "bench", "demo", "finetuning"},
 }
 
 # Third parties that a package does without.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import torch
 
 from protocols.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
 from protocols.stage import stage
-from workers.losses import reduce_loss, token_weights, value_loss
+from workers.losses import measures
+from workers.losses.aggregation import counts_of, reduce_loss, token_weights
+from workers.losses.value import value_loss
 from workers.models import load_critic, micro_batches, per_response, token_values
 from workers.settings import Loss, Model, Optimizer
 from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
@@ -40,15 +40,14 @@ class CriticWorker(Critic):
 
         Raises StepRefused, and changes nothing, where a loss or a gradient is not finite.
         """
-        measured: dict[str, float] = defaultdict(float)
+        measured: dict[str, float] = {}
         with self.trained.update(self._loss.epochs * self._loss.mini_batches):
             for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
-                self._optimizer_step(batch, measured)
-        steps = measured["optimizer_steps"] or 1.0
-        return Metrics(values={"loss": measured["loss"] / steps, "gradient_norm": measured["gradient_norm"] / steps})
+                measures.add(measured, self._optimizer_step(batch))
+        return Metrics(values=measures.means(measured))
 
-    def _optimizer_step(self, batch: Experience, measured: dict[str, float]) -> None:
-        weights = token_weights(batch.loss_mask, self._loss.aggregation)
+    def _optimizer_step(self, batch: Experience) -> dict[str, float]:
+        weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
         total = 0.0
         for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
             values = token_values(self.trained.model, micro)
@@ -60,9 +59,8 @@ class CriticWorker(Critic):
             total += loss.item()
         if not np.isfinite(total):
             raise StepRefused(f"critic.update of {named_rows(batch)}: loss is {total}")
-        measured["gradient_norm"] += self.trained.apply_gradients(f"critic.update of {named_rows(batch)}")
-        measured["loss"] += total
-        measured["optimizer_steps"] += 1
+        norm = self.trained.apply_gradients(f"critic.update of {named_rows(batch)}")
+        return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
 
     def save(self, folder: str) -> None:
         """See TrainedModel.save."""

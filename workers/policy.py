@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import torch
 
@@ -15,8 +13,20 @@ from protocols.weights import Probe, Version, WeightManifest, pack
 from workers.folders import end_of_sequence
 from workers.generation.engine import to_rollouts
 from workers.generation.torch import TorchEngine
-from workers.losses import POLICY_LOSSES, clipped_tokens, reduce_loss, token_weights
-from workers.models import MicroBatch, canonical_tensors, load_causal, micro_batches, per_response, token_log_probs
+from workers.losses import measures, policy_loss_named
+from workers.losses.aggregation import counts_of, reduce_loss, token_weights
+from workers.losses.objective import policy_objective
+from workers.losses.regularizers import token_entropies
+from workers.losses.tokens import Tokens
+from workers.models import (
+    MicroBatch,
+    canonical_tensors,
+    load_causal,
+    log_softmax_of,
+    micro_batches,
+    per_response,
+    token_log_probs,
+)
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
 
@@ -27,8 +37,7 @@ class PolicyWorker(Policy):
     """One rank of the policy. Version k means: weights after k committed steps."""
 
     def __init__(self, model: Model, loss: Loss, optimizer: Optimizer, generation: Generation, seed: int) -> None:
-        if loss.name not in POLICY_LOSSES:
-            raise ValueError(f"loss.name {loss.name!r}: one of {', '.join(POLICY_LOSSES)}")
+        self._policy_loss = policy_loss_named(loss.policy)
         self.trained = TrainedModel(load_causal(model.path, model.dtype), model.path, model.learning_rate, optimizer)
         self._loss = loss
         self._generation = generation
@@ -69,50 +78,50 @@ class PolicyWorker(Policy):
         steps = self._loss.epochs * self._loss.mini_batches
         # With several optimizer steps the trust region stands around the weights at the start of the step.
         proximal = self._log_probs(experience) if steps > 1 else None
-        measured: dict[str, float] = defaultdict(float)
+        measured: dict[str, float] = {}
         with self.trained.update(steps):
             for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
                 start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
-                self._optimizer_step(batch, start, measured)
-        return Metrics(values=_means(measured))
+                measures.add(measured, self._optimizer_step(batch, start))
+        return Metrics(values=measures.means(measured))
 
-    def _optimizer_step(self, batch: Experience, proximal: Jagged | None, measured: dict[str, float]) -> None:
-        loss_of = POLICY_LOSSES[self._loss.name]
-        weights = token_weights(batch.loss_mask, self._loss.aggregation)
+    def _optimizer_step(self, batch: Experience, proximal: Jagged | None) -> dict[str, float]:
+        weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
+        measured: dict[str, float] = {}
         total = 0.0
         for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
-            log_probs = token_log_probs(self.trained.model, micro, self._temperature)
-            before = micro.column(proximal) if proximal is not None else log_probs.detach()
-            advantages, weight = micro.column(batch.advantages), micro.column(weights)
-            loss = reduce_loss(loss_of(log_probs, before, advantages, self._loss), weight)
+            tokens = self._tokens(micro, batch, proximal)
+            objective = policy_objective(self._policy_loss, tokens, self._loss)
+            loss = reduce_loss(objective.loss, micro.column(weights))
             loss.backward()
             total += loss.item()
-            self._measure(micro, batch, log_probs.detach(), before, advantages, measured)
+            measures.add(measured, measures.measure(tokens, objective, self._loss))
         if not np.isfinite(total):
             raise StepRefused(f"policy.update of {named_rows(batch)}: loss is {total}")
-        measured["gradient_norm"] += self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
-        measured["loss"] += total
-        measured["optimizer_steps"] += 1
+        norm = self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
+        return measured | {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
 
-    def _measure(
-        self,
-        micro: MicroBatch,
-        batch: Experience,
-        log_probs: torch.Tensor,
-        before: torch.Tensor,
-        advantages: torch.Tensor,
-        measured: dict[str, float],
-    ) -> None:
-        mask = micro.column(batch.loss_mask)
-        inside = mask != 0
-        behaviour = micro.column(batch.log_probs)
-        measured["tokens"] += int(inside.sum())
-        measured["clipped"] += int(clipped_tokens(log_probs, before, advantages, mask, self._loss))
-        measured["mismatch"] += float((behaviour - before)[inside].sum())
-        measured["surprise"] -= float(log_probs[inside].sum())
-        if bool(inside.any()):
-            largest = float((log_probs - behaviour)[inside].abs().max())
-            measured["log_ratio_max"] = max(measured["log_ratio_max"], largest)
+    def _tokens(self, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
+        log_probs, entropies = self._forward(micro)
+        return Tokens(
+            log_probs=log_probs,
+            proximal=micro.column(proximal) if proximal is not None else log_probs.detach(),
+            behaviour=micro.column(batch.log_probs),
+            advantages=micro.column(batch.advantages),
+            mask=micro.column(batch.loss_mask) != 0,
+            lengths=torch.from_numpy(micro.response_lengths),
+            reference=micro.column(batch.reference),
+            entropies=entropies,
+        )
+
+    def _forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs of the response tokens, and the entropies where the loss has a bonus for them."""
+        if not self._loss.entropy_coefficient:
+            return token_log_probs(self.trained.model, micro, self._temperature), None
+        output = self.trained.model(input_ids=micro.tokens, attention_mask=micro.mask, use_cache=False)
+        logits = micro.before_response(output.logits)
+        log_probs = log_softmax_of(logits, micro.response_tokens(), self._temperature)
+        return log_probs, token_entropies(logits, self._temperature)
 
     def _log_probs(self, rows: Rollouts | Experience) -> Jagged:
         budget = self._loss.tokens_per_micro_batch
@@ -144,19 +153,6 @@ class PolicyWorker(Policy):
     def export(self, folder: str) -> None:
         """See TrainedModel.export."""
         self.trained.export(folder)
-
-
-def _means(measured: dict[str, float]) -> dict[str, float]:
-    steps, tokens = measured["optimizer_steps"] or 1.0, measured["tokens"] or 1.0
-    return {
-        "loss": measured["loss"] / steps,
-        "gradient_norm": measured["gradient_norm"] / steps,
-        "clip_fraction": measured["clipped"] / tokens,
-        "mismatch_kl": measured["mismatch"] / tokens,  # k1 of mu against the weights at the start of the step
-        "negative_log_likelihood": measured["surprise"] / tokens,  # of the drawn tokens: a sample's entropy
-        "log_ratio_max": measured["log_ratio_max"],
-        "tokens": tokens,
-    }
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

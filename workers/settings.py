@@ -5,35 +5,85 @@ Torch-free, so that a recipe is checked before anything heavy is imported.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 Dtype = Literal["float32", "bfloat16"]
-Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
+Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean", "sequence-mean-fixed-length"]
+Correction = Literal["none", "importance", "tis", "icepop"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One role's model: a transformers folder, or for rewards a rule."""
+    """One role's model: a transformers folder, or for rewards a rule or an outside worker."""
 
     path: str = ""  # transformers folder
     rule: str = ""  # registered rule name, or "package.module:function"
+    outside: bool = False  # answered by a program or a person outside of the run
     learning_rate: float = 0.0  # trained roles only
     dtype: Dtype = "float32"
 
 
 class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The policy's and critic's loss, and how a step is cut into optimizer steps."""
+    """The policy's and critic's loss, and how a step is cut into optimizer steps.
 
-    name: str = "ppo"
+    prox are the weights at the start of the step, mu those that drew the token. Raises ValueError for a value that
+    has no meaning.
+    """
+
+    policy: str = "ppo"  # a name of workers.losses, or "package.module:function"
+    old: Literal["prox", "mu"] = "prox"  # whose probability the ratio divides by
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0  # bound on the loss where the advantage is negative; 0: none
+    correction: Correction = "none"  # a token's weight, from prox / mu; "importance" makes ppo decoupled PPO
+    tis_cap: float = 2.0  # tis: larger weights are cut to it
+    icepop_low: float = 0.5  # icepop: tokens outside of low..high weigh nothing
+    icepop_high: float = 5.0
+    sequence_low: float = 0.0  # sequences whose mean prox / mu is below weigh nothing; 0: no lower bound
+    sequence_high: float = 0.0  # and those above; 0: no upper bound
+    kl_coefficient: float = 0.0  # of the KL to the reference inside the loss; 0: none
+    kl_estimator: KlEstimator = "k3"
+    entropy_coefficient: float = 0.0  # of the entropy bonus; 0: none
     value_clip: float = 0.2  # 0: none
     aggregation: Aggregation = "token-mean"
+    fixed_length: int = 0  # tokens: what sequence-mean-fixed-length divides by; 0: a recipe's generation.max_tokens
     epochs: int = 1
     mini_batches: int = 1
     tokens_per_micro_batch: int = 8192  # padded tokens in one forward
+
+    def __post_init__(self) -> None:
+        conditions = {  # so written, NaN is refused too
+            "clip_low": (0.0 <= self.clip_low <= 1.0, "0 to 1"),
+            "clip_high": (self.clip_high >= 0.0, "0 or more"),
+            "dual_clip": (self.dual_clip == 0.0 or self.dual_clip > 1.0, "more than 1, or 0 for none"),
+            "tis_cap": (self.tis_cap > 0.0, "more than 0"),
+            "icepop_low": (0.0 <= self.icepop_low < self.icepop_high, "0 or more, and less than icepop_high"),
+            "sequence_low": (self.sequence_low >= 0.0, "0 or more"),
+            "sequence_high": (
+                self.sequence_high == 0.0 or self.sequence_high > self.sequence_low,
+                "more than sequence_low, or 0 for none",
+            ),
+            "kl_coefficient": (0.0 <= self.kl_coefficient < math.inf, "0 or more"),
+            "entropy_coefficient": (abs(self.entropy_coefficient) < math.inf, "a finite number"),
+            "value_clip": (self.value_clip >= 0.0, "0 or more"),
+            "fixed_length": (self.fixed_length >= 0, "0 or more"),
+        }
+        for name, (holds, wanted) in conditions.items():
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)}: want {wanted}")
+        if self.old == "mu" and self.corrects:
+            raise ValueError(
+                "old = 'mu' takes the ratio to the weights that drew: a correction or a sequence mask would "
+                "weigh the same difference twice; leave them out, or take old = 'prox'"
+            )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether tokens or sequences are weighed by prox / mu."""
+        return self.correction != "none" or self.sequence_low > 0.0 or self.sequence_high > 0.0
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +111,15 @@ class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Failures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens to a sample whose reward can't be computed."""
+    """What happens to a sample whose reward can't be computed. Raises ValueError for a time that is none."""
 
     reward_timeout_seconds: float = 30.0
     reward_retries: int = 1  # further attempts before the sample is failed
+    restarts: int = 3  # of each service that only answers; its next death ends the run
+    outside_timeout_seconds: float = 300.0  # without an outside worker's answer the sample is failed
+    outside_retake_seconds: float = 60.0  # rows that a worker took and did not answer are given to another one
+
+    def __post_init__(self) -> None:
+        for name in ("outside_timeout_seconds", "outside_retake_seconds"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: want a number of seconds above 0")

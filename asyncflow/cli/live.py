@@ -26,6 +26,7 @@ from protocols.control import (
     RunEnded,
     RunStarted,
     SamplesEnded,
+    ServiceReplaced,
     Stalled,
     StateChanged,
     StepCommitted,
@@ -111,7 +112,7 @@ class Board:
                 self.state = event.state
             case RunEnded():
                 self.state, self.waits = event.outcome, None
-            case CheckpointWritten() | Published() | Stalled():
+            case CheckpointWritten() | Published() | ServiceReplaced() | Stalled():
                 pass
 
     @property
@@ -140,6 +141,8 @@ def line_of(event: Event, board: Board) -> str | None:
             )
         case SamplesEnded():
             line = f"{event.count} samples {event.state}: {' '.join(event.reason.split())}"
+        case ServiceReplaced():
+            line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {' '.join(event.cause.split())}"
         case StateChanged():
             line = f"the run is {event.state}"
         case Stalled():

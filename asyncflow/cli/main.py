@@ -23,6 +23,8 @@ from protocols.control import Evaluated, RunEnded
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+bench = typer.Typer(no_args_is_help=True, help="Measure the parts, each beside its bound.")
+app.add_typer(bench, name="bench")
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)]
@@ -113,6 +115,47 @@ def demo(
         )
         out.print(f"held-out {last.metric} after PPO:     {last.value:.3f}")
     raise typer.Exit(ended.exit_code)
+
+
+@bench.command()
+def channels(
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few rounds and small sizes: to see that it runs.")] = False,
+) -> None:
+    """What a hop costs: against today's path, Ray's own floor and the bandwidth of memory. Minutes."""
+    import msgspec
+
+    from asyncflow.bench.channels import QUICK, Sizes, lines, measure
+
+    figures = uvloop.run(measure(QUICK if quick else Sizes()))
+    if as_json:
+        out.print(msgspec.json.format(msgspec.json.encode(figures)).decode(), markup=False, soft_wrap=True)
+        return
+    for line in lines(figures):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@bench.command()
+def transition(
+    train: Annotated[str, typer.Option(help="The training layout, p-t-d.")] = "1-4-2",
+    generate: Annotated[str, typer.Option(help="The generation layout, p_g-t_g.")] = "1-2",
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    quick: Annotated[bool, typer.Option(help="One round of a small model: to see that it runs.")] = False,
+) -> None:
+    """From training to generation: a full gather, the vanilla grouping and ours, side by side. About a minute."""
+    import msgspec
+
+    from asyncflow.bench.transition import QUICK, Sizes, lines, measure
+
+    try:
+        figures = measure(train, generate, QUICK if quick else Sizes())
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if as_json:
+        out.print(msgspec.json.format(msgspec.json.encode(figures)).decode(), markup=False, soft_wrap=True)
+        return
+    for line in lines(figures):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:

@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
+from asyncflow.client.channel import Channel, ChannelLink
+from asyncflow.client.outside import Outside, OutsideLink
 from protocols.control import Evaluated, Event, RunEnded, StepCommitted
 
 
-class Link(Protocol):
-    """The way to a controller: in the same process, or across a network."""
+class Link(ChannelLink, OutsideLink, Protocol):
+    """The way to a run: in the same process, or across a network."""
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]: ...
     async def pause(self) -> None: ...
@@ -74,6 +76,14 @@ class Run:
         """Drain, write a checkpoint and end, within the recipe's deadline. The run can be resumed."""
         self._ended = await self._link.stop()
         return self._ended
+
+    def channel(self, name: str) -> Channel:
+        """What a stage sends: by its name ("policy.generate#1"), or by a message's that it alone sends ("rollouts")."""
+        return Channel(self._link, name)
+
+    def outside(self, role: str) -> Outside:
+        """Work on a role that the recipe keeps outside: `models.reward = { outside = true }`."""
+        return Outside(self._link, role)
 
     def _note(self, event: Event) -> None:
         match event:

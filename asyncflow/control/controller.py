@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from asyncflow.control.evaluation import Evaluator
@@ -26,17 +26,18 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.staleness import Admission, Ready, check_age
+from asyncflow.control.supervision import Resend, Supervisor
 from asyncflow.control.waits import WaitBoard
 from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.placement.lease import Claim, shared_leases
-from asyncflow.services.endpoint import Endpoint, Store, ask, causes
+from asyncflow.services.endpoint import Endpoint, ServiceGone, Store, all_or_error, ask, causes
+from asyncflow.services.parts import pack
 from asyncflow.services.weight_sync import publish
-from protocols import codec
 from protocols.control import (
     Busy,
     CloseBatch,
-    Delivery,
     Done,
+    EndPrompts,
     Event,
     Generated,
     Grant,
@@ -44,9 +45,13 @@ from protocols.control import (
     LeaseReturned,
     Notice,
     Published,
+    Redeliver,
+    Request,
+    RowsLost,
     RunEnded,
     SamplesEnded,
     ServiceFailed,
+    ServiceReplaced,
     SetPaused,
     Settled,
     Stalled,
@@ -56,6 +61,7 @@ from protocols.control import (
     Waiting,
     WaitsChanged,
 )
+from protocols.delivery import Delivery
 from protocols.ids import purpose_of, sample_id
 from protocols.weights import Version
 
@@ -72,6 +78,8 @@ class Controller:
         deadlines: Deadlines,
         dataflow: Dataflow,
         services: Mapping[str, Endpoint],
+        supervisor: Supervisor,
+        restart: Callable[[str], Awaitable[Endpoint]],
         pools: Mapping[str, str],
         generators: list[str],
         store: Store,
@@ -84,7 +92,9 @@ class Controller:
         self.events = EventLog()
         self._warnings = warnings
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
-        self._services, self._generators, self._store = services, generators, store
+        self._services, self._generators, self._store = dict(services), generators, store
+        self._supervisor, self._restart = supervisor, restart
+        self._replacing: set[str] = set()  # services whose successor is starting, with a deadline of its own
         self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
         self._prompts = PromptBook(self._admission, pace.max_refills)
@@ -175,8 +185,7 @@ class Controller:
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
             background = [
-                group.create_task(self._follow(name, endpoint), name=f"notices of {name}")
-                for name, endpoint in self._services.items()
+                group.create_task(self._follow(name, group), name=f"notices of {name}") for name in self._services
             ]
             background.append(group.create_task(self._watch(), name="watchdog"))
             train = group.create_task(self._drive(group, background), name="steps")
@@ -251,9 +260,10 @@ class Controller:
                 if stage.greedy
                 else self._source.requests(prompts, self._pace.samples_per_prompt, floor)
             )
-            payload = self._store.put(codec.encode(rows, term=self._record.term))
+            part = await asyncio.to_thread(pack, self._store, rows, self._record.term)
             for generator in self._generators:
-                await self._services[generator].deliver(Delivery(channel.edge, self._record.term, len(rows)), payload)
+                delivery = Delivery(channel.edge, self._record.term, [part.shard])
+                await self._services[generator].deliver(delivery, [part.payload])
 
     # --- the batcher
 
@@ -391,11 +401,48 @@ class Controller:
 
     # --- what services report
 
-    async def _follow(self, name: str, endpoint: Endpoint) -> None:
+    async def _follow(self, name: str, group: asyncio.TaskGroup) -> None:
         while True:
-            for notice in await endpoint.notices():
-                await self._hear(name, notice)
+            try:
+                notices = await self._services[name].notices()
+            except ServiceGone as gone:
+                await self._replace(name, gone, group)
+                continue
+            for notice in notices:
+                if isinstance(notice, RowsLost):
+                    self._send_again(self._supervisor.resend_to(notice.stage), group)
+                else:
+                    await self._hear(name, notice)
             self._pulse.beat()
+
+    async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> None:
+        """Put a new service in the place of one whose process is gone, or give the run up."""
+        replacement = self._supervisor.replace(name)
+        if replacement is None:
+            raise gone
+        start = time.monotonic()
+        for stage in replacement.stages:
+            self._waits.note(Waiting(stage))
+        self._waits.note(Waiting(name, "a successor", "", time.time()))
+        self._replacing.add(name)
+        self._services[name] = await self._restart(name)
+        self._replacing.discard(name)
+        self._waits.note(Waiting(name))
+        if name in self._leases:
+            await self._grant(self._leases[name].forget(name))
+        replaced = ServiceReplaced(
+            service=name, number=replacement.number, cause=str(gone), seconds=time.monotonic() - start
+        )
+        self._record.replaced(name)
+        self._emit(replaced)
+        self._send_again(replacement.resend, group)
+        self._moved = time.monotonic()
+
+    def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
+        """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
+        for resend in resends:
+            again = self._tell(resend.service, Redeliver(resend.edge))
+            group.create_task(again, name=f"redelivery to {resend.edge}")
 
     async def _hear(self, service: str, notice: Notice) -> None:
         match notice:
@@ -423,7 +470,15 @@ class Controller:
 
     async def _grant(self, claim: Claim | None) -> None:
         if claim is not None:
-            await ask(self._services[claim.service], Grant(claim.ticket))
+            await self._tell(claim.service, Grant(claim.ticket))
+
+    async def _tell(self, name: str, request: Request) -> None:
+        """Ask for something that a service which is being replaced need not hear: it starts with empty memory."""
+        try:
+            await ask(self._services[name], request)
+        except ServiceGone:
+            if not self._supervisor.may_die(name):
+                raise
 
     async def _hear_settled(self, settled: Settled) -> None:
         self._prompts.settle(settled)
@@ -452,6 +507,7 @@ class Controller:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
+            await self._tell_ended()
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
             progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)
@@ -464,15 +520,26 @@ class Controller:
                 )
             )
             idle = now - self._moved
-            if self._paused or idle < self._deadlines.stall:
+            if self._paused or self._replacing or idle < self._deadlines.stall:
                 told = 0.0
                 continue
-            graph = self._waits.graph(time.time())
+            graph = self._waits.graph(time.time(), self._lease_holders())
             if idle > self._deadlines.give_up:
                 raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
             if not told:
                 told = now
                 self._emit(Stalled(seconds=idle, graph=graph))
+
+    def _lease_holders(self) -> dict[str, str]:
+        """pool -> the stage that has its devices now."""
+        return {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
+
+    async def _tell_ended(self) -> None:
+        """Let the services forget the prompts that are over."""
+        if ended := self._prompts.take_ended():
+            async with all_or_error() as group:
+                for name in self._services:
+                    group.create_task(self._tell(name, EndPrompts(ended)), name=f"end prompts on {name}")
 
     async def _until(self, predicate: Any) -> None:
         while not predicate():

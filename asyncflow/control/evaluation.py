@@ -5,9 +5,11 @@ The rule is no reward and its rows are no training rows: they carry ids of their
 
 from __future__ import annotations
 
+import asyncio
+
 from asyncflow.control.prompts import PromptSource
 from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask
-from protocols import codec
+from asyncflow.services.parts import Part, pack, parts_of, unpack
 from protocols.control import Evaluated, Invoke, Invoked
 from protocols.messages import Scores
 from protocols.roles import Sampling
@@ -24,19 +26,22 @@ class Evaluator:
     async def run(self, generator: Endpoint, judge: Endpoint, version: int) -> Evaluated:
         """Mean of the metric over the held-out prompts, under weights at least as new as `version`."""
         prompts = self._source.evaluation(version, self._limit)
-        payload = self._store.put(codec.encode(prompts))
-        drawn = await self._invoke(generator, Invoke("generate", self._sampling), payload)
-        scores = codec.decode(await self._store.get(await self._invoke(judge, Invoke("score"), drawn)))
-        assert isinstance(scores, Scores)
+        asked = await asyncio.to_thread(pack, self._store, prompts, 0)
+        drawn = await self._invoke(generator, "generate", [asked], self._sampling)
+        judged = await self._invoke(judge, "score", drawn)
+        scores = unpack([await self._store.get(part.payload) for part in judged], Scores)
         return Evaluated(step=version, metric=self._metric, value=float(scores.scores.mean()), samples=len(scores))
 
-    async def _invoke(self, endpoint: Endpoint, request: Invoke, payload: object) -> object:
-        reply, answer = await ask(endpoint, request, payload)
+    async def _invoke(
+        self, endpoint: Endpoint, method: str, parts: list[Part], sampling: Sampling | None = None
+    ) -> list[Part]:
+        request = Invoke(method, [part.shard for part in parts], sampling)
+        reply, payloads = await ask(endpoint, request, [part.payload for part in parts])
         assert isinstance(reply, Invoked)
         if reply.failures:
             first = reply.failures[0]
             raise ServiceError(
-                f"evaluation: {len(reply.failures)} rows failed in {endpoint.name}.{request.method}, "
+                f"evaluation: {len(reply.failures)} rows failed in {endpoint.name}.{method}, "
                 f"the first ({first.sample_id}): {first.cause}"
             )
-        return answer
+        return parts_of(reply.shards, payloads)

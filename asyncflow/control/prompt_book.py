@@ -15,6 +15,7 @@ class PromptBook:
         self._floors: dict[int, int] = {}  # live prompts -> version at admission
         self._settled: dict[int, Settled] = {}  # those whose rows are all at the join
         self._ended_in_step = 0
+        self._ended: list[int] = []
 
     @property
     def ready(self) -> int:
@@ -27,14 +28,30 @@ class PromptBook:
         self._floors |= dict.fromkeys(prompts, self.admission.version)
 
     def settle(self, settled: Settled) -> None:
-        """All rows of a prompt are at the join; a dead one ends, which makes room for another in its place."""
-        self.admission.settle()
-        if not settled.dead:
-            self._settled[settled.prompt_id] = settled
-            return
-        del self._floors[settled.prompt_id]
+        """All rows of a prompt are at the join; a dead one ends, which makes room for another in its place.
+
+        Told again it changes nothing; told otherwise (rows were made anew) the last word counts.
+        """
+        prompt = settled.prompt_id
+        if prompt not in self._floors:
+            return  # it is over
+        if prompt not in self._settled:
+            self.admission.settle()
+        self._settled[prompt] = settled
+        if settled.dead:
+            self.drop(prompt)
+
+    def drop(self, prompt: int) -> None:
+        """A settled prompt ends untrained, which makes room for another. Raises KeyError where it is not settled."""
+        del self._settled[prompt], self._floors[prompt]
         self.admission.end()
         self._ended_in_step += 1
+        self._ended.append(prompt)
+
+    def unsettle(self) -> None:
+        """The join lost its memory between two steps: every settled prompt waits for its rows again."""
+        self.admission.unsettle(len(self._settled))
+        self._settled.clear()
 
     def rejects(self) -> str | None:
         """Why the step should be given up: more prompts ended untrained than `max_refills` rounds replace."""
@@ -62,7 +79,13 @@ class PromptBook:
         self.admission.commit()
         for prompt in batch:
             del self._floors[prompt.prompt_id], self._settled[prompt.prompt_id]
+            self._ended.append(prompt.prompt_id)
         self._ended_in_step = 0
+
+    def take_ended(self) -> list[int]:
+        """The prompts that ended since the last call: nobody needs their rows any more."""
+        ended, self._ended = self._ended, []
+        return ended
 
 
 def _oldest(settled: Settled) -> int:

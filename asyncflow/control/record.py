@@ -218,6 +218,10 @@ class RunRecord:
         self._exporter.observe("weight_sync_seconds", event.seconds, phase="total")
         self._exporter.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
 
+    def replaced(self, service: str) -> None:
+        """A service died and another one took its place."""
+        self._exporter.inc("restarts_total", role=service)
+
     def was_evaluated(self, step: int) -> bool:
         """Whether the journal holds this step's evaluation, e.g. from before a restart."""
         return step in self._evaluated_steps

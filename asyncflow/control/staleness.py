@@ -14,25 +14,28 @@ import msgspec
 class Admission:
     """The budget of prompts in flight.
 
-    Invariant: version * P + live <= (version + eta + 1) * P, and at most W = (eta + 1) * P prompts are unsettled.
-    The second bounds every join at its source, so that joins never have to refuse a row.
+    Invariant: version * P + live <= (version + eta + 1) * P, and prompts are admitted only while fewer than W
+    are unsettled. The second bounds every join at its source, so that joins never have to refuse a row.
+
+    Args:
+        window: W, (eta + 1) * P by default. A smaller one bounds the joins tighter and lets less overlap.
     """
 
-    def __init__(self, prompts_per_step: int, staleness: int, steps: int, version: int = 0) -> None:
+    def __init__(
+        self, prompts_per_step: int, staleness: int, steps: int, version: int = 0, window: int | None = None
+    ) -> None:
         if prompts_per_step < 1 or staleness < 0 or steps < version:
             given = f"{prompts_per_step}, {staleness}, {steps}"
             raise ValueError(f"want prompts_per_step >= 1, staleness >= 0, steps >= {version}; got {given}")
+        if window is not None and window < 1:
+            raise ValueError(f"want a window of at least 1 prompt, got {window}: nothing could be admitted")
         self.prompts_per_step = prompts_per_step
         self.staleness = staleness
         self.steps = steps
         self.version = version  # committed steps
         self.live = 0  # admitted and not yet trained, dropped or failed
         self.unsettled = 0  # admitted, and some row has not reached the join
-
-    @property
-    def window(self) -> int:
-        """Most unsettled prompts, W."""
-        return (self.staleness + 1) * self.prompts_per_step
+        self.window = (staleness + 1) * prompts_per_step if window is None else window
 
     def room(self) -> int:
         """How many prompts may be admitted now. Never more than the steps that remain will train."""
@@ -49,6 +52,10 @@ class Admission:
     def settle(self, prompts: int = 1) -> None:
         """All rows of a prompt reached the join, alive or dead: its window slot is free."""
         self.unsettled -= prompts
+
+    def unsettle(self, prompts: int = 1) -> None:
+        """The join lost what it held of settled prompts: until all of it came again they count in the window."""
+        self.unsettled += prompts
 
     def end(self, prompts: int = 1) -> None:
         """A prompt was dropped or failed: its place is free for a refill."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from protocols.control import Waiting
 
 
@@ -22,9 +25,10 @@ class WaitBoard:
         """stage -> "what on whom", for a live view."""
         return {who: f"{w.what} on {w.on}" if w.on else w.what for who, w in sorted(self._waits.items())}
 
-    def graph(self, now: float) -> list[str]:
-        """A line an edge, the longest wait first."""
+    def graph(self, now: float, holders: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+        """A line an edge, the longest wait first; `holders` says who has what others wait for: pool -> stage."""
         return [
-            f"{w.who} waits for {w.what}{f' on {w.on}' if w.on else ''} since {max(0.0, now - w.since):.0f} s"
+            f"{w.who} waits for {w.what}{f' on {w.on}' if w.on else ''}"
+            f"{f', held by {holders[w.on]},' if w.on in holders else ''} since {max(0.0, now - w.since):.0f} s"
             for w in sorted(self._waits.values(), key=lambda w: w.since)
         ]

@@ -141,6 +141,8 @@ def check(name: str, stages: tuple[Stage, ...]) -> Dataflow:
                 raise DataflowError(f"{name}: {stage.name} reads {source}, which is no stage of this algorithm")
             if stage.is_sink and (source == SOURCE or not by_name[source].closes):
                 raise DataflowError(f"{name}: {stage.name} trains on a closed batch, but {source} gives single rows")
+            if not stage.is_sink and source != SOURCE and by_name[source].closes:
+                raise DataflowError(f"{name}: {stage.name} takes single rows, but {source} gives a closed batch")
     channels = tuple(
         Channel(
             source=source,

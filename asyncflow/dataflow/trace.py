@@ -11,24 +11,52 @@ import difflib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, overload
+
+import msgspec
 
 from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError, Stage, check
 from protocols.columns import Batch
 from protocols.messages import Experience, Prompts
 from protocols.roles import ROLES, Greedy
 from protocols.stage import Grain, StageContract, contract_of, signature_of
+from workers.settings import Loss
 
 Algorithm = Callable[["Flow"], None]
+JoinedOn = Literal["sample", "prompt"]
 A = TypeVar("A", bound=Algorithm)
 
 
-def algorithm(function: A) -> A:
-    """Mark a function of one `Flow` as an algorithm that recipes may name."""
-    if len(inspect.signature(function).parameters) != 1:
-        raise DataflowError(f"{function.__name__}: an algorithm takes one argument, the flow")
-    function.__asyncflow_algorithm__ = True  # type: ignore[attr-defined]
-    return function
+class Declaration(msgspec.Struct, frozen=True):
+    """What an algorithm says of itself beside its dataflow. A recipe's own keys stand above the defaults."""
+
+    loss: Loss = Loss()  # defaults of the recipe's [loss]
+    advantage: Mapping[str, float | bool | str] = {}  # defaults of [advantage], where they aren't the batch function's
+    least_samples: int = 1  # of a prompt; 2 where they are compared with each other
+
+
+@overload
+def algorithm(function: A) -> A: ...
+@overload
+def algorithm(
+    *, loss: Loss = ..., advantage: Mapping[str, float | bool | str] = ..., least_samples: int = ...
+) -> Callable[[A], A]: ...
+def algorithm(function: Any = None, **declared: Any) -> Any:
+    """Mark a function of one `Flow` as an algorithm that recipes may name; bare, or with a `Declaration`'s fields."""
+    declaration = Declaration(**declared)
+
+    def mark(function: A) -> A:
+        if len(inspect.signature(function).parameters) != 1:
+            raise DataflowError(f"{function.__name__}: an algorithm takes one argument, the flow")
+        function.__asyncflow_algorithm__ = declaration  # type: ignore[attr-defined]
+        return function
+
+    return mark if function is None else mark(function)
+
+
+def declaration_of(function: Algorithm) -> Declaration:
+    """What an algorithm declared; the defaults for a function that is not marked."""
+    return getattr(function, "__asyncflow_algorithm__", Declaration())
 
 
 class Symbol:
@@ -61,13 +89,16 @@ class Flow:
             raise DataflowError(f"unknown role {role!r}{_nearest(role, self._roles)}; roles: {', '.join(self._roles)}")
         return _SymbolicService(self, role, self._roles[role])
 
-    def join(self, *inputs: Symbol, on: Literal["sample"] = "sample") -> Join:
-        """Join rows of several stages by their sample's id."""
-        if on != "sample":
-            raise DataflowError(f"join on={on!r}: joins are on='sample'")
+    def join(self, *inputs: Symbol, on: JoinedOn = "sample") -> Join:
+        """Join rows of several stages: by their sample's id, or by their prompt's.
+
+        On "sample" every input has a row per sample. On "prompt" some have one row per prompt (a greedy
+        generation and what is computed from it), which is given to each of the prompt's samples.
+        """
+        if on not in get_args(JoinedOn):
+            raise DataflowError(f"join on={on!r}: know {', '.join(get_args(JoinedOn))}")
         _check_symbols("join", inputs)
-        if not any(s.grain == "sample" for s in inputs):
-            raise DataflowError(f"join of {list(inputs)}: no input has a row per sample")
+        _check_grains(inputs, on)
         return Join(self, inputs)
 
     def _add(
@@ -105,7 +136,7 @@ class _SymbolicService:
                 method,
                 inputs,
                 contract.produces,
-                self._grain(contract, inputs[0], sampling),
+                self._grain(contract, inputs, sampling),
                 consumes=contract.consumes,
                 protocol=contract.protocol,
                 greedy=sampling is not None,
@@ -113,13 +144,16 @@ class _SymbolicService:
 
         return call
 
-    def _grain(self, contract: StageContract, first: Symbol, sampling: Greedy | None) -> Grain:
+    def _grain(self, contract: StageContract, inputs: tuple[Symbol, ...], sampling: Greedy | None) -> Grain:
         if contract.is_sink:
             return "batch"
+        where, first = f"{self._role}.{contract.method}", inputs[0]
+        if len({symbol.grain for symbol in inputs}) > 1:
+            raise DataflowError(f"{where} takes rows of one grain, got {_with_grains(inputs)}")
         if first.source == SOURCE:
             return "prompt" if sampling is not None else "sample"
         if sampling is not None:
-            raise DataflowError(f"{self._role}.{contract.method}: sampling is for stages that draw from flow.prompts")
+            raise DataflowError(f"{where}: sampling is for stages that draw from flow.prompts")
         return first.grain
 
 
@@ -188,6 +222,28 @@ def _check_symbols(where: str, given: tuple[Any, ...]) -> None:
     for symbol in given:
         if not isinstance(symbol, Symbol):
             raise DataflowError(f"{where}: takes outputs of stages, got {symbol!r}")
+
+
+def _check_grains(inputs: tuple[Symbol, ...], on: JoinedOn) -> None:
+    """Refuse a join whose inputs could never meet. Raises DataflowError."""
+    for symbol in inputs:
+        if symbol.source == SOURCE:
+            raise DataflowError(f"join of {symbol!r}: prompts go to stages that generate")
+        if symbol.grain == "batch":
+            raise DataflowError(f"join of {symbol!r}: a closed batch is not joined again")
+    grains = {s.grain for s in inputs}
+    if "sample" not in grains:
+        raise DataflowError(f"join of {list(inputs)}: no input has a row per sample")
+    if on == "sample" and "prompt" in grains:
+        raise DataflowError(
+            f"join of {_with_grains(inputs)}: on='prompt' gives a prompt's one row to each of its samples"
+        )
+    if on == "prompt" and "prompt" not in grains:
+        raise DataflowError(f"join of {list(inputs)} on='prompt': no input has a row per prompt, so it is on='sample'")
+
+
+def _with_grains(symbols: tuple[Symbol, ...]) -> str:
+    return ", ".join(f"{symbol!r} per {symbol.grain}" for symbol in symbols)
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

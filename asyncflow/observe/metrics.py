@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("build_info", "1; the labels say which program runs.", "version", "python"),
         _gauge("start_time_seconds", "Unix time at which the actor started; uptime is time() minus this."),
         _gauge("last_step_timestamp_seconds", "Unix time of the last committed step."),
+        _counter("restarts_total", "Services whose process died and was replaced.", "role"),
         _gauge("controller_term", "Lineage of the run: rises with every restart, resume and fork."),
         _histogram("event_loop_lag_seconds", "How late the event loop wakes what asked to be woken.", QUICK),
     ),
@@ -68,7 +69,10 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("channel_depth", "Rows that wait in a channel.", "channel"),
         _gauge("channel_capacity", "Rows that a channel may hold.", "channel"),
         _histogram("channel_wait_seconds", "Time a side of a channel waited for the other.", SLOW, "channel", "side"),
-        _counter("channel_bytes_total", "Bytes of the frames that a channel's consumer read.", "channel"),
+        _counter("channel_bytes_total", "Bytes that a channel's consumer read: of its own rows' blocks.", "channel"),
+        _counter("channel_inline_bytes_total", "Bytes of small frames that travelled inside a delivery.", "channel"),
+        _counter("duplicates_rejected_total", "Rows refused because they were here before, or came late.", "channel"),
+        _counter("rows_quarantined_total", "Rows whose frame was refused; they leave as failed.", "channel"),
     ),
     "staleness": (
         _histogram(

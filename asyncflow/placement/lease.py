@@ -42,6 +42,13 @@ class PoolLease:
             self._queue = deque(c for c in self._queue if (c.service, c.ticket) != (service, ticket))
         return self._advance()
 
+    def forget(self, service: str) -> Claim | None:
+        """End all claims of a service that is gone; the claim to grant now, if any."""
+        if self.holder is not None and self.holder.service == service:
+            self.holder = None
+        self._queue = deque(c for c in self._queue if c.service != service)
+        return self._advance()
+
     def _advance(self) -> Claim | None:
         if self.holder is not None or not self._queue:
             return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from protocols.control import Delivery, Notice, Refused, Reply, Request
+from protocols.control import Notice, Refused, Reply, Request
+from protocols.delivery import Delivery
 
 Frame = npt.NDArray[np.uint8]
 Payload = Any  # what a Store made of a frame: the frame itself, bytes, or a reference to it
@@ -19,12 +20,19 @@ Payload = Any  # what a Store made of a frame: the frame itself, bytes, or a ref
 class Store(Protocol):
     """Where frames wait: written once by the producer, read by each consumer without a copy."""
 
-    def put(self, frame: Frame) -> Payload:
-        """Keep a frame; what comes back travels beside a message."""
+    def put(self, frame: Frame, direct: bool = False) -> Payload:
+        """Keep a frame; what comes back travels beside a message. May block: for compute threads.
+
+        `direct`: whoever gets the message reads the frame itself, so that more of it may travel inside.
+        """
         ...
 
     async def get(self, payload: Payload) -> Frame:
-        """The frame, read-only."""
+        """The frame, read-only. Raises PayloadLost where the process that put it is gone, and the frame with it."""
+        ...
+
+    def inline_bytes(self, payload: Payload) -> int:
+        """Bytes that travel inside the message itself, 0 for a reference."""
         ...
 
 
@@ -34,11 +42,11 @@ class Endpoint(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def deliver(self, delivery: Delivery, payload: Payload | None) -> None:
-        """Hand rows to a mailbox; returns when there was room for them."""
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        """Hand rows to a mailbox, a payload a shard; returns when there was room. Raises ServiceGone."""
         ...
 
-    async def request(self, request: Request, payload: Payload | None = None) -> tuple[Reply, Payload | None]:
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Ask for something and wait for the reply."""
         ...
 
@@ -51,12 +59,20 @@ class ServiceError(Exception):
     """A service refused a request, or died: names the service, what was asked and why it was not done."""
 
 
-async def ask(endpoint: Endpoint, request: Request, payload: Payload | None = None) -> tuple[Reply, Payload | None]:
+class ServiceGone(ServiceError):
+    """The service's process is gone: what it held has to be sent again to its successor."""
+
+
+class PayloadLost(Exception):
+    """A frame can't be read any more: the process that owned it is gone."""
+
+
+async def ask(endpoint: Endpoint, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
     """`request` that raises ServiceError where the service refuses."""
-    reply, answer = await endpoint.request(request, payload)
+    reply, answers = await endpoint.request(request, payloads)
     if isinstance(reply, Refused):
         raise ServiceError(f"{endpoint.name}: {type(request).__name__}: {reply.error}")
-    return reply, answer
+    return reply, answers
 
 
 def causes(error: BaseException) -> str:

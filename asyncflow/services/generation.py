@@ -15,10 +15,13 @@ import numpy as np
 
 from asyncflow.services.endpoint import Frame
 from asyncflow.services.host import Host
+from asyncflow.services.parts import Part
+from asyncflow.services.row_table import RowTable
 from asyncflow.services.spec import StageSpec
-from asyncflow.services.stages import StageRunner
-from protocols.columns import Batch, concat, take
+from asyncflow.services.stages import StageRunner, read_or_fail
+from protocols.columns import concat, take
 from protocols.control import Generated
+from protocols.delivery import Delivery
 from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure
@@ -133,6 +136,8 @@ class GenerationLoop:
             return
         free = self._host.spec.generation.slots - self._engine.unfinished
         for _ in range(len(self._waiting)):
+            if self._host.spec.deterministic and self._engine.unfinished:
+                return  # what runs together decides the last bit: one job after the other
             job, rows = self._waiting.popleft()
             ready = np.flatnonzero(self._ready_rows(rows))
             if not self._host.spec.deterministic:
@@ -214,17 +219,38 @@ class GeneratingStage(StageRunner):
     def __init__(self, host: Host, spec: StageSpec, loop: GenerationLoop) -> None:
         super().__init__(host, spec)
         self._loop = loop
-        self._out: deque[tuple[Rollouts | None, list[Failure]]] = deque()  # bounded by the admission window
+        self._asked: RowTable[int] = RowTable(1)  # prompts that were submitted, so that none is drawn twice
+        self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
 
-    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
-        if not isinstance(batch, Prompts):
-            raise ValueError(f"{self.spec.name}: takes prompts, got {type(batch).__name__}")
-        assert self.spec.sampling is not None
-        self._loop.submit(Job(batch, self.spec.sampling, self._give, whole=self.host.spec.deterministic))
+    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+        if self.spec.schemas[position] != Prompts.schema_id:
+            raise ValueError(f"{self.spec.name}: takes prompts, its edge carries schema {self.spec.schemas[position]}")
+        refused = 0
+        for part in parts:
+            batch, failures = await read_or_fail(self.host, part, Prompts, delivery.edge)
+            if failures:
+                self._give(None, failures, delivery.attempt)
+            if batch is None:
+                continue
+            assert isinstance(batch, Prompts)
+            arrival = self._asked.arrive(0, [(s, i) for i, s in enumerate(part.shard.sample_ids)], delivery.attempt)
+            refused += len(arrival.refused)
+            fresh = self._asked.take(arrival.settled).inputs[0]
+            if fresh:
+                self._submit(batch if len(fresh) == len(batch) else take(batch, fresh), delivery.attempt)
+        return refused
 
-    def _give(self, rollouts: Rollouts | None, failures: list[Failure]) -> None:
-        self._out.append((rollouts, failures))
+    def _submit(self, prompts: Prompts, attempt: int) -> None:
+        assert self.spec.sampling is not None
+
+        def give(rollouts: Rollouts | None, failures: list[Failure]) -> None:
+            self._give(rollouts, failures, attempt)
+
+        self._loop.submit(Job(prompts, self.spec.sampling, give, whole=self.host.spec.deterministic))
+
+    def _give(self, rollouts: Rollouts | None, failures: list[Failure], attempt: int) -> None:
+        self._out.append((rollouts, failures, attempt))
         self._finished.set()
 
     async def run(self) -> None:
@@ -236,12 +262,17 @@ class GeneratingStage(StageRunner):
             self.waits("", "")
             gathered = list(self._out)
             self._out.clear()
-            rows = [r for r, _ in gathered if r is not None]
-            failures = [f for _, fs in gathered for f in fs]
-            await self.host.send(self.spec, concat(rows) if rows else None, failures)
+            for attempt in dict.fromkeys(a for _, _, a in gathered):
+                rows = [r for r, _, a in gathered if r is not None and a == attempt]
+                failures = [f for _, fs, a in gathered for f in fs if a == attempt]
+                parts = await self.host.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
+                await self.host.send(self.spec, parts, failures, attempt=attempt)
 
-    def depth(self) -> tuple[int, int]:
-        return self._loop.waiting + len(self._out), 0
+    def depth(self) -> tuple[int, int, int]:
+        return self._loop.waiting + len(self._out), 0, 0
+
+    async def end(self, prompts: list[int]) -> None:
+        self._asked.end(prompts)
 
 
 async def generate_now(

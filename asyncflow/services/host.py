@@ -1,4 +1,4 @@
-"""What a service's stages share: one compute thread, the pool's lease, the way out, and the report to the controller.
+"""What a service's stages share: its ranks, the pool's lease, the way out, and the report to the controller.
 
 Waiting for credit suspends only the sending stage: no lease, no compute thread and no engine slot is held
 while `send` waits. The lease is asked for with all inputs in hand and returned before anything is sent.
@@ -10,22 +10,60 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import msgspec
+
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Endpoint, Payload, Store
+from asyncflow.services.channel_counts import ChannelCounts
+from asyncflow.services.endpoint import Endpoint, ServiceGone, Store
+from asyncflow.services.outbox import Outbox
+from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, parts_of, plan_calls, unpack
+from asyncflow.services.quarantine import Quarantine
+from asyncflow.services.rank import Ranks
 from asyncflow.services.spec import ServiceSpec, StageSpec
+from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import Busy, Delivery, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.delivery import Delivery, RankReply
+from protocols.ids import prompt_of
+from protocols.messages import Metrics
 from protocols.stage import Failure
+from protocols.topology import GenerationGrouping, Topology
+from protocols.transfer import protocol
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Batch)
 
 MOST_NOTICES = 10_000  # a controller that reads nothing for this long has gone
+INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the event loop
+
+
+class Fired(msgspec.Struct):
+    """What came of one firing."""
+
+    parts: list[Part] = []  # outputs of the ranks that count, in the protocol's order
+    failures: list[Failure] = []
+    metrics: Metrics | None = None
+    lost: list[int] = []  # samples whose bytes were gone
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A delivery in the outbox."""
+
+    service: str
+    delivery: Delivery
+    parts: list[Part]
+
+    @property
+    def samples(self) -> list[int]:
+        """All that it names, alive or dead."""
+        alive = [sample for shard in self.delivery.shards for sample in shard.sample_ids]
+        return alive + [failure.sample_id for failure in self.delivery.failures]
 
 
 class Host:
@@ -35,26 +73,109 @@ class Host:
         self.spec = spec
         self.store = store
         self.exporter = exporter
+        self.counts = ChannelCounts(exporter)
+        self.outbox: Outbox[Kept] = Outbox()
+        self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
+        self.ranks: Ranks | None = None
+        self.topology = Topology.parse(spec.topology)
+        self.generation = GenerationGrouping(self.topology)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
+        self.waits: dict[str, Waiting] = {}
+        self._quarantine = Quarantine(spec.log_path, spec.name)
         self._notices: deque[Notice] = deque()
         self._noticed = asyncio.Event()
         self._tickets = itertools.count()
         self._grants: dict[int, asyncio.Future[None]] = {}
 
+    # --- working
+
     async def compute(
         self, activity: str, function: Callable[..., T], *arguments: Any, rows: int = 0, step: int = -1
     ) -> T:
-        """Run blocking work in the service's one compute thread and account for its time."""
+        """Run blocking work in the service's own compute thread and account for its time."""
         delay = self.spec.delay_seconds.get(activity.split("#", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1], 0.0)
         start = time.time()
         if delay:
             await asyncio.sleep(delay)
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
-        end = time.time()
-        self.exporter.inc("busy_seconds_total", end - start, activity=activity)
-        self.notify(Busy([Span(self.spec.name, activity, start, end, rows, step)]))
+        result = await asyncio.get_running_loop().run_in_executor(self.thread, lambda: function(*arguments))
+        self.spent(activity, start, time.time(), rows, step)
         return result
+
+    async def fire(
+        self,
+        stage: StageSpec,
+        samples: Sequence[int],
+        inputs: Sequence[Sequence[Place]],
+        *,
+        method: str = "",
+        step: int = -1,
+    ) -> Fired:
+        """Deal rows out to the ranks, let them work side by side, and collect what counts.
+
+        Raises ValueError where a row did not leave exactly once, and whatever a rank's method raises.
+        """
+        assert self.ranks is not None, f"service {self.spec.name} is not started"
+        cut = Cut(stage.protocol, stage.whole_groups, stage.balance == "tokens")
+        calls = plan_calls(
+            stage.name,
+            method or stage.method,
+            cut,
+            samples,
+            inputs,
+            stage.schemas,
+            self.topology,
+            generation=self.generation,
+            step=step,
+        )
+        async with asyncio.TaskGroup() as group:
+            tasks = {
+                planned.rank: group.create_task(
+                    self.ranks.call(planned.rank, planned.call, planned.payloads),
+                    name=f"{stage.name} on rank {planned.rank}",
+                )
+                for planned in calls
+            }
+        replies = {planned.rank: (planned, *tasks[planned.rank].result()) for planned in calls}
+        self._account(stage, [(planned.rank, reply) for planned, reply, _ in replies.values()], len(samples), step)
+        collected = protocol(stage.protocol).collect(self.topology, generation=self.generation)
+        fired = Fired(parts=[], failures=[], lost=[])
+        metrics = []
+        for planned, reply, payloads in (replies[rank] for rank in collected if rank in replies):
+            _collect(fired, stage, planned, reply)
+            fired.parts += parts_of(reply.shards, payloads)
+            if reply.metrics is not None:
+                metrics.append(reply.metrics)
+            for damaged in reply.damaged:
+                self.counts.damaged(stage.inputs[damaged.input], len(damaged.rows))
+        if metrics:
+            fired.metrics = protocol("METRIC").combine(metrics)
+        return fired
+
+    async def read(self, parts: Sequence[Part], kind: type[B], edge: str) -> B:
+        """All rows of some parts, read by the service itself. Raises PayloadLost, codec.BadFrame."""
+        frames = [await self.store.get(part.payload) for part in parts]
+        nbytes = sum(frame.nbytes for frame in frames)
+        try:
+            batch = await asyncio.to_thread(unpack, frames, kind) if nbytes > INLINE_READING else unpack(frames, kind)
+            if batch.sample_ids.tolist() != [sample for part in parts for sample in part.shard.sample_ids]:
+                raise codec.BadFrame("it holds other rows than its shard names")
+        except codec.BadFrame as error:
+            for frame in frames:
+                self._quarantine.keep(frame, f"{edge}: {error.reason}")
+            raise
+        self.counts.read(edge, 0 if self.topology.world_size == 1 else -1, nbytes)
+        return batch
+
+    async def pack(self, batch: Batch, attempt: int = 0, *, direct: bool = False) -> list[Part]:
+        """Encode and put a batch that the service itself made."""
+        spec = self.spec
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread,
+            lambda: pack_apart(self.store, batch, spec.term, attempt, direct=direct, object_bytes=spec.object_bytes),
+        )
+
+    # --- the lease
 
     @asynccontextmanager
     async def lease(self, stage: str) -> AsyncIterator[None]:
@@ -78,24 +199,67 @@ class Host:
         if future is not None and not future.done():
             future.set_result(None)
 
-    async def send(self, stage: StageSpec, batch: Batch | None, failures: list[Failure], step: int = -1) -> None:
-        """Hand rows to every consumer of a stage; returns when all had room. The frame is written once."""
-        rows = len(batch) if batch is not None else 0
-        if not rows and not failures:
+    # --- sending
+
+    async def send(
+        self, stage: StageSpec, parts: Sequence[Part], failures: list[Failure], *, attempt: int = 0, step: int = -1
+    ) -> None:
+        """Hand rows to every consumer of a stage; returns when all had room.
+
+        What was sent is kept until its prompts end, so that a consumer that lost its memory can have it again.
+        """
+        if not parts and not failures:
             return
-        payload: Payload | None = None
-        if batch is not None and rows:
-            payload = self.store.put(codec.encode(batch, term=self.spec.term))
+        self.subscriptions.offer(stage.name, parts)
         start = time.time()
-        self.notify(Waiting(stage.name, "credit", ", ".join(t.edge for t in stage.outputs), start))
+        waiting = {target.edge for target in stage.outputs}
+        self.wait(stage.name, "credit", ", ".join(sorted(waiting)))
         async with asyncio.TaskGroup() as group:
             for target in stage.outputs:
-                delivery = Delivery(target.edge, self.spec.term, rows, failures, step)
-                group.create_task(
-                    self.peers[target.service].deliver(delivery, payload), name=f"{stage.name} -> {target.edge}"
+                delivery = Delivery(
+                    target.edge, self.spec.term, [part.shard for part in parts], failures, attempt, step
                 )
-        self.notify(Waiting(stage.name))
+                kept = Kept(target.service, delivery, list(parts))
+                self.outbox.keep(target.edge, kept.samples, kept)
+                group.create_task(self._hand_over(stage.name, kept, waiting), name=f"{stage.name} -> {target.edge}")
+        self.wait(stage.name)
         self.exporter.observe("channel_wait_seconds", time.time() - start, channel=stage.name, side="send")
+
+    async def redeliver(self, edge: str) -> int:
+        """Send again what an edge may have lost; how many deliveries. They refuse what they had."""
+        again, who = self.outbox.kept(edge), f"redelivery to {edge}"
+        for kept in again:
+            ended = sorted(p for p in set(map(prompt_of, kept.samples)) if self.outbox.has_ended(p))
+            delivery = msgspec.structs.replace(kept.delivery, ended=ended)
+            await self._hand_over(who, msgspec.structs.replace(kept, delivery=delivery), {edge})
+        self.wait(who)
+        return len(again)
+
+    async def _hand_over(self, who: str, kept: Kept, waiting: set[str]) -> None:
+        try:
+            await self.peers[kept.service].deliver(kept.delivery, [part.payload for part in kept.parts])
+        except ServiceGone:
+            # It stays in the outbox: the controller, which sees the same death, asks for it when there is a successor.
+            self.wait(who, "a successor of", kept.service)
+        waiting.discard(kept.delivery.edge)
+        if waiting and who in self.waits:
+            self.wait(who, "credit", ", ".join(sorted(waiting)), since=self.waits[who].since)
+
+    # --- reporting
+
+    def wait(self, who: str, what: str = "", on: str = "", since: float | None = None) -> None:
+        """Report that a stage waits from now on, or no longer."""
+        waiting = Waiting(who, what, on, time.time() if since is None else since)
+        if what:
+            self.waits[who] = waiting
+        else:
+            self.waits.pop(who, None)
+        self.notify(waiting)
+
+    def spent(self, activity: str, start: float, end: float, rows: int = 0, step: int = -1) -> None:
+        """Account for time that was worked."""
+        self.exporter.inc("busy_seconds_total", end - start, activity=activity)
+        self.notify(Busy([Span(self.spec.name, activity, start, end, rows, step)]))
 
     def notify(self, notice: Notice) -> None:
         """Queue something for the controller."""
@@ -114,8 +278,39 @@ class Host:
 
     async def finish(self, last: Callable[[], None]) -> None:
         """Do one last thing in the compute thread, behind its current call, which may use what `last` frees."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, last)
+        await asyncio.get_running_loop().run_in_executor(self.thread, last)
 
     def close(self) -> None:
         """End the compute thread when its current call is done."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def _account(self, stage: StageSpec, replies: list[tuple[int, RankReply]], rows: int, step: int) -> None:
+        if not replies:
+            return
+        start, end = min(r.start for _, r in replies), max(r.end for _, r in replies)
+        self.spent(stage.name, start, end, rows, step)
+        for rank, reply in replies:
+            for edge, nbytes in zip(stage.inputs, reply.read_bytes, strict=False):
+                self.counts.read(edge, rank, nbytes)
+
+
+def _collect(fired: Fired, stage: StageSpec, planned: PlannedCall, reply: RankReply) -> None:
+    """Add one counting rank's failures to a firing; each of its rows has to leave exactly once."""
+    mine = planned.call.sample_ids
+    lost = [mine[position] for position in reply.lost]
+    failures = [Failure(mine[position], d.cause) for d in reply.damaged for position in d.rows] + reply.failures
+    fired.lost += lost
+    fired.failures += failures
+    if reply.metrics is None:
+        given = [sample for shard in reply.shards for sample in shard.sample_ids]
+        check_complete(stage.name, mine, [*given, *(f.sample_id for f in failures), *lost])
+
+
+def check_complete(name: str, taken: Sequence[int], given: Sequence[int]) -> None:
+    """Each row leaves exactly once, as a value or as a tombstone: one that vanished would be waited for at the join.
+
+    Raises ValueError naming the stage and the first samples.
+    """
+    if sorted(given) != sorted(taken):
+        wrong = sorted(set(given) ^ set(taken)) or sorted(s for s in set(given) if list(given).count(s) > 1)
+        raise ValueError(f"{name}: took {len(taken)} rows and gave {len(given)}; not once each: samples {wrong[:4]}")

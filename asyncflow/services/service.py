@@ -1,11 +1,12 @@
-"""ModelService: mailboxes -> stage -> channels, one model, one event loop, one compute thread.
+"""ModelService: mailboxes -> stage -> channels; the front of one model, whose ranks do the work.
 
-    deliver ──> mailbox ──> stage fires ──> compute thread ──> encode once ──> deliver to each consumer
+    deliver ──> mailbox ──> stage fires ──> each rank reads its rows, computes, puts ──> deliver to each consumer
     request ──> closing a batch, weights, state, direct calls
     notices <── settled prompts, finished steps, leases, time spent
 
-The event loop never computes: its lag is a metric. Start, run and stop are the same in a Ray actor and in
-one process with all the others.
+A front moves names and references; the rows' bytes pass it by. A service of one rank works in a thread of the
+same process. The event loop never computes: its lag is a metric. Start, run and stop are the same in a Ray actor
+and in one process with all the others.
 """
 
 from __future__ import annotations
@@ -13,29 +14,35 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Endpoint, Payload, Store, causes
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store, causes
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.host import Host
-from asyncflow.services.spec import ServiceSpec, StageSpec
-from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, unwrap
-from asyncflow.services.workplace import Workplace, build
-from protocols import codec
+from asyncflow.services.outside import OutsideRank
+from asyncflow.services.parts import Part, parts_of, places
+from asyncflow.services.rank import OwnRank, Rank, Ranks
+from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec
+from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
+from asyncflow.services.workplace import Workplace, build, contract_for
 from protocols.control import (
     CloseBatch,
-    Delivery,
     Done,
+    EndPrompts,
     ExportModel,
+    GetStatistics,
     Grant,
     Installed,
     Invoke,
     Invoked,
     LoadState,
     LoadWeights,
+    NextRows,
     Notice,
+    PutRows,
+    Redeliver,
     Refused,
     Reply,
     Request,
@@ -43,9 +50,14 @@ from protocols.control import (
     ServiceFailed,
     SetPaused,
     SnapshotTaken,
+    Statistics,
+    Subscribe,
+    TakeRows,
     TakeSnapshot,
+    Unsubscribe,
 )
-from protocols.messages import SCHEMAS, Prompts
+from protocols.delivery import Delivery, ServiceStatistics
+from protocols.messages import Prompts
 
 LAG_EVERY_SECONDS = 0.5
 
@@ -53,15 +65,19 @@ LAG_EVERY_SECONDS = 0.5
 class ModelService:
     """One service of a run. Implements `Endpoint`."""
 
-    def __init__(self, spec: ServiceSpec, store: Store) -> None:
+    def __init__(self, spec: ServiceSpec, store: Store, ranks: Ranks | None = None) -> None:
+        """`ranks`: of a service that has several, each in a place of its own; a single one is this process."""
         self.spec = spec
         self._exporter = Exporter(spec.name)
         self._host = Host(spec, store, self._exporter)
+        self._ranks = ranks
+        self._outside: OutsideRank | None = None
         self._workplace: Workplace | None = None
         self._runners: dict[str, StageRunner] = {}
         self._loop: GenerationLoop | None = None
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None
+        self._gone: asyncio.Future[None] | None = None  # done where the service has ended: nothing makes room any more
 
     @property
     def name(self) -> str:
@@ -69,95 +85,159 @@ class ModelService:
 
     async def start(self, metrics_host: str = "127.0.0.1") -> int:
         """Load the model and open the metrics endpoint; its port."""
-        self._workplace = await self._host.compute("start", build, self.spec)
-        if self._workplace.engine is not None:
-            self._loop = GenerationLoop(self._host, self._workplace.engine, self._workplace.follow)
+        self._gone = asyncio.get_running_loop().create_future()
+        if self.spec.kind == OUTSIDE:
+            self._ranks = self._outside = OutsideRank(self._host)
+        elif self._ranks is None:
+            self._workplace = await self._host.compute("start", build, self.spec)
+            self._ranks = OwnRank(Rank(self.spec, self._workplace, self._host.store, self._host.thread))
+            if self._workplace.engine is not None:
+                self._loop = GenerationLoop(self._host, self._workplace.engine, self._workplace.follow)
+        await self._ranks.start()
+        self._host.ranks = self._ranks
         for stage in self.spec.stages:
             runner = self._runners[stage.name] = self._runner(stage)
             self._edges |= {edge: (runner, position) for position, edge in enumerate(stage.inputs)}
         return self._exporter.serve(metrics_host)
 
     def connect(self, peers: Mapping[str, Endpoint]) -> None:
-        """Say where the consumers are, and begin to fire."""
-        self._host.peers = peers
-        self._tasks = asyncio.create_task(self._run(), name=f"service {self.name}")
+        """Say where the consumers are, and begin to fire; again when one of them was restarted. After `start`."""
+        assert self._ranks is not None, f"service {self.name} is not started"
+        self._host.peers = dict(peers)
+        if self._tasks is None:
+            self._tasks = asyncio.create_task(self._run(), name=f"service {self.name}")
 
     async def stop(self) -> None:
         """End the stages, then free the worker, the thread and the port."""
+        if self._gone is not None and not self._gone.done():
+            self._gone.set_result(None)
         if self._tasks is not None:
             self._tasks.cancel()
             await asyncio.gather(self._tasks, return_exceptions=True)
+        if self._ranks is not None:
+            await self._ranks.stop()
         if self._workplace is not None:
             await self._host.finish(self._workplace.close)
         self._host.close()
         await asyncio.to_thread(self._exporter.close)
 
-    async def deliver(self, delivery: Delivery, payload: Payload | None) -> None:
-        """Decode and hand to the mailbox; returns when there was room. Raises codec.BadFrame, KeyError."""
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        """Hand to the mailbox of the edge; returns when there was room.
+
+        Raises KeyError for an edge of nobody, ServiceGone where the service has ended or ends while this waits.
+        """
         if delivery.term < self.spec.term:
             return  # of an abandoned lineage: its sender is about to be stopped
         if delivery.edge not in self._edges:
             raise KeyError(f"service {self.name} has no edge {delivery.edge!r}; it has {sorted(self._edges)}")
         runner, position = self._edges[delivery.edge]
-        batch = None
-        if payload is not None:
-            frame = await self._host.store.get(payload)
-            schema = runner.spec.schemas[position]
-            batch = codec.decode(frame, schemas={schema: SCHEMAS[schema]})  # an edge carries one type of message
-            self._exporter.inc("channel_bytes_total", frame.nbytes, channel=delivery.edge)
-        await runner.accept(position, batch, delivery.failures, delivery.step)
+        assert self._gone is not None, f"service {self.name} is not started"
+        taking_in = runner.deliver(position, delivery, parts_of(delivery.shards, payloads))
+        arriving = asyncio.create_task(taking_in, name=f"arrival on {delivery.edge}")
+        try:
+            await asyncio.wait((arriving, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            if self._gone.done():
+                raise ServiceGone(f"{self.name}: deliver: it has ended")
+            arriving.result()
+        finally:
+            arriving.cancel()
 
     async def notices(self) -> list[Notice]:
         """See Host.notices."""
         return await self._host.notices()
 
-    async def request(self, request: Request, payload: Payload | None = None) -> tuple[Reply, Payload | None]:
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Do what is asked; an error becomes a Refused reply with its cause."""
         try:
-            return await self._answer(request, payload)
+            return await self._answer(request, payloads)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - it is not swallowed: the asker gets it
-            return Refused(causes(error)), None
+            return Refused(causes(error)), []
 
-    async def _answer(self, request: Request, payload: Payload | None) -> tuple[Reply, Payload | None]:
+    async def _answer(self, request: Request, payloads: Sequence[Payload]) -> tuple[Reply, list[Payload]]:
         match request:
-            case Grant():
-                self._host.grant(request.ticket)
             case CloseBatch():
-                return await self._closing.close(request), None
+                return await self._closing.close(request), []
             case Invoke():
-                return await self._invoke(request, payload)
-            case TakeSnapshot():
-                manifest, buffer = await self._host.compute("publish", self._worker.snapshot, request.version)
-                return SnapshotTaken(manifest), self._host.store.put(buffer)
-            case LoadWeights():
-                assert self._loop is not None and payload is not None
-                buffer = await self._host.store.get(payload)
-                return Installed(await self._loop.load(request.manifest, buffer)), None
+                return await self._invoke(request, parts_of(request.shards, payloads))
+            case TakeSnapshot() | LoadWeights():
+                return await self._move_weights(request, payloads)
+            case GetStatistics():
+                return Statistics(self._statistics()), []
+            case Subscribe() | NextRows() | Unsubscribe() | TakeRows() | PutRows():
+                return await self._serve_outside(request, payloads)
+            case _:
+                await self._do(request)
+        return Done(), []
+
+    async def _move_weights(
+        self, request: TakeSnapshot | LoadWeights, payloads: Sequence[Payload]
+    ) -> tuple[Reply, list[Payload]]:
+        if isinstance(request, TakeSnapshot):
+            manifest, buffer = await self._host.compute("publish", self._worker.snapshot, request.version)
+            return SnapshotTaken(manifest), [await asyncio.to_thread(self._host.store.put, buffer)]
+        assert self._loop is not None
+        buffer = await self._host.store.get(payloads[0])
+        return Installed(await self._loop.load(request.manifest, buffer)), []
+
+    async def _serve_outside(
+        self, request: Subscribe | NextRows | Unsubscribe | TakeRows | PutRows, payloads: Sequence[Payload]
+    ) -> tuple[Reply, list[Payload]]:
+        if isinstance(request, Subscribe | NextRows | Unsubscribe):
+            return await self._host.subscriptions.answer(request)
+        if self._outside is None:
+            raise ValueError(f"service {self.name} does its work itself, its model is not outside")
+        return await self._outside.answer(request, payloads)
+
+    async def _do(self, request: Request) -> None:
+        """What is done without an answer."""
+        match request:
             case SaveState():
                 await self._host.compute("checkpoint", self._worker.save, request.folder)
             case LoadState():
                 await self._host.compute("restore", self._worker.load, request.folder)
             case ExportModel():
                 await self._host.compute("export", self._worker.export, request.folder)
+            case Grant():
+                self._host.grant(request.ticket)
             case SetPaused():
                 if self._loop is not None:
                     self._loop.pause(request.paused)
-        return Done(), None
+            case EndPrompts():
+                self._host.outbox.end(request.prompts)
+                for runner in self._runners.values():
+                    await runner.end(request.prompts)
+                if self._outside is not None:
+                    await self._outside.end(request.prompts)
+            case Redeliver():
+                await self._host.redeliver(request.edge)
+            case _:
+                raise ValueError(f"{self.name} can't do {type(request).__name__}")
 
-    async def _invoke(self, request: Invoke, payload: Payload | None) -> tuple[Reply, Payload | None]:
-        batch = codec.decode(await self._host.store.get(payload))
+    async def _invoke(self, request: Invoke, parts: list[Part]) -> tuple[Reply, list[Payload]]:
         if request.sampling is not None and self._loop is not None:
-            assert isinstance(batch, Prompts)
-            result, failures = await generate_now(self._loop, batch, request.sampling)
+            prompts = await self._host.read(parts, Prompts, f"{self.name}.{request.method} invoked")
+            result, failures = await generate_now(self._loop, prompts, request.sampling)
+            given = await self._host.pack(result, direct=True) if result is not None else []
         else:
-            assert self._workplace is not None
-            async with self._host.lease(f"{self.name}.{request.method}"):
-                given = await self._host.compute(request.method, self._workplace.method(request.method), batch)
-            result, failures = unwrap(given)
-        answer = self._host.store.put(codec.encode(result, term=self.spec.term)) if result is not None else None
-        return Invoked(failures), answer
+            stage = _direct_call(self.spec, request.method)
+            rows = places(parts)
+            async with self._host.lease(stage.name):
+                fired = await self._host.fire(stage, [s for s, _ in rows], [[place for _, place in rows]])
+            given, failures = fired.parts, fired.failures + tombstones(fired.lost, "its bytes are gone")
+        return Invoked([part.shard for part in given], failures), [part.payload for part in given]
+
+    def _statistics(self) -> ServiceStatistics:
+        depths = {edge: runner.depth() for edge, (runner, _) in self._edges.items()}
+        called = {edge: (0, 0, 0) for edge in self._host.counts.edges if edge not in depths}
+        return ServiceStatistics(
+            service=self.name,
+            ranks=self._host.topology.world_size,
+            edges=[self._host.counts.statistics(edge, *depth) for edge, depth in {**depths, **called}.items()],
+            kept=len(self._host.outbox),
+            waits={who: f"{w.what} on {w.on}" if w.on else w.what for who, w in sorted(self._host.waits.items())},
+        )
 
     @property
     def _worker(self) -> Any:
@@ -169,17 +249,17 @@ class ModelService:
         return next(r for r in self._runners.values() if isinstance(r, ClosingStage))
 
     def _runner(self, stage: StageSpec) -> StageRunner:
-        assert self._workplace is not None
         match stage.fires:
             case "generate":
                 assert self._loop is not None
                 return GeneratingStage(self._host, stage, self._loop)
             case "closed":
+                assert self._workplace is not None
                 return ClosingStage(self._host, stage, self._workplace.method(stage.method))
             case "batch":
-                return TrainingStage(self._host, stage, self._workplace.method(stage.method))
+                return TrainingStage(self._host, stage)
             case "rows":
-                return RowStage(self._host, stage, self._workplace.method(stage.method))
+                return RowStage(self._host, stage)
 
     async def _run(self) -> None:
         try:
@@ -206,9 +286,25 @@ class ModelService:
             await asyncio.sleep(LAG_EVERY_SECONDS)
             self._exporter.observe("event_loop_lag_seconds", max(0.0, time.monotonic() - before - LAG_EVERY_SECONDS))
             for name, runner in self._runners.items():
-                depth, capacity = runner.depth()
+                depth, capacity, _ = runner.depth()
                 self._exporter.set("channel_depth", depth, channel=name)
                 self._exporter.set("channel_capacity", capacity, channel=name)
+
+
+def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
+    """A stage outside the dataflow: nobody feeds it, and it feeds nobody."""
+    contract = contract_for(spec.name if spec.kind == OUTSIDE else spec.kind, method)
+    name = f"{spec.name}.{method} invoked"
+    return StageSpec(
+        name=name,
+        method=method,
+        fires="rows",
+        inputs=[f"{name}.{position}" for position in range(len(contract.consumes))],
+        schemas=[kind.schema_id for kind in contract.consumes],
+        sources=[],
+        outputs=[],
+        protocol=contract.protocol,
+    )
 
 
 class _StageEnded(Exception):

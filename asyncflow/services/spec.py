@@ -7,9 +7,11 @@ from typing import Literal
 import msgspec
 
 from protocols.roles import Sampling
+from protocols.stage import Grain
 from workers.settings import Failures, Generation, Loss, Model, Optimizer
 
-Kind = Literal["policy", "generator", "critic", "reference", "reward", "advantage"]
+Kind = str  # "policy", "generator", "critic", "reference", "reward", "advantage", or "package.module:Class" of a worker
+OUTSIDE: Kind = "outside"  # the rank of the role that the service is named after is outside of the run
 Fires = Literal["generate", "rows", "closed", "batch"]  # closed: joins and waits for CloseBatch; batch: trains on one
 
 
@@ -18,6 +20,7 @@ class Target(msgspec.Struct, frozen=True):
 
     service: str
     edge: str
+    ranks: int = 1
 
 
 class StageSpec(msgspec.Struct, frozen=True):
@@ -31,7 +34,15 @@ class StageSpec(msgspec.Struct, frozen=True):
     sources: list[str]  # the stages behind the edges
     outputs: list[Target]
     protocol: str
+    grains: list[Grain] = []  # of each edge, by position; of a closing stage
+    whole_groups: bool = False  # a prompt's samples go to one rank
+    balance: Literal["rows", "tokens"] = "rows"
     sampling: Sampling | None = None  # of a generating stage
+
+    @property
+    def direct(self) -> bool:
+        """Whether those who get its output read it themselves: a front of several ranks only passes it on."""
+        return all(target.ranks == 1 for target in self.outputs)
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +56,13 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool
     stages: list[StageSpec]
     pool: str
+    topology: str = "1-1-1"  # p-t-d of its ranks
     leased: bool  # other services share the pool's devices
     samples_per_prompt: int
     mailbox_rows: int  # capacity of a plain mailbox
     firing_rows: int  # most rows of one firing
     inline_bytes: int = 8192  # larger frames travel by reference
+    object_bytes: int = 0  # of one object of a larger shard, where readers are on other nodes; 0: one object a shard
     threads: int = 1  # of torch
     model: Model = Model()
     tokenizer_path: str = ""

@@ -11,19 +11,22 @@ import asyncio
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from asyncflow.services.host import Host
+from asyncflow.services.endpoint import PayloadLost
+from asyncflow.services.host import Fired, Host
 from asyncflow.services.mailbox import Mailbox
+from asyncflow.services.parts import Part, Place, arrivals, places
 from asyncflow.services.prompt_join import PromptJoin
+from asyncflow.services.rank import unwrap
 from asyncflow.services.spec import StageSpec
-from protocols.columns import Batch, take
-from protocols.control import CloseBatch, Done, StepDone, Waiting
-from protocols.messages import Metrics
-from protocols.stage import Failure, Measured, Partial
-from protocols.topology import Topology
-from protocols.transfer import protocol
+from protocols import codec
+from protocols.columns import Batch
+from protocols.control import CloseBatch, Done, RowsLost, StepDone
+from protocols.delivery import Delivery
+from protocols.messages import SCHEMAS
+from protocols.stage import Failure
 
 
 class StageRunner(ABC):
@@ -33,68 +36,91 @@ class StageRunner(ABC):
         self.host = host
         self.spec = spec
 
+    async def deliver(self, position: int, delivery: Delivery, parts: list[Part]) -> None:
+        """Take a delivery in, and count it; returns when there was room for it."""
+        start = time.time()
+        if delivery.ended:
+            await self.end(delivery.ended)
+        refused = await self.accept(position, delivery, parts)
+        inline = sum(self.host.store.inline_bytes(part.payload) for part in parts)
+        rows = delivery.rows + len(delivery.failures)
+        self.host.counts.arrived(delivery.edge, rows, refused, inline, time.time() - start)
+
     @abstractmethod
-    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
-        """Take a delivery; returns when there was room for it."""
+    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+        """Take rows of one input in; how many were refused because they were here before, or come too late."""
 
     @abstractmethod
     async def run(self) -> None:
         """Fire for ever."""
 
     @abstractmethod
-    def depth(self) -> tuple[int, int]:
-        """Rows waiting and capacity, 0 where it is bounded at the source."""
+    def depth(self) -> tuple[int, int, int]:
+        """Rows waiting, capacity (0 where it is bounded at the source), and most rows that ever waited."""
+
+    async def end(self, prompts: list[int]) -> None:  # noqa: B027 - a batch that trains remembers none
+        """These prompts are over: let go of what is remembered of them."""
 
     def waits(self, what: str, on: str) -> None:
         """Report that this stage waits from now on."""
-        self.host.notify(Waiting(self.spec.name, what, on, time.time()))
+        self.host.wait(self.spec.name, what, on)
 
 
 class RowStage(StageRunner):
-    """log_probs, values, score: rows in, rows out, tombstones passed on."""
+    """log_probs, values, score: rows in, rows out, tombstones passed on. Its front reads no row."""
 
-    def __init__(self, host: Host, spec: StageSpec, method: Callable[..., Any]) -> None:
+    def __init__(self, host: Host, spec: StageSpec) -> None:
         super().__init__(host, spec)
-        self._method = method
         # "The whole batch" needs no minimum: deterministic generation delivers whole waves.
         self._most = sys.maxsize if host.spec.deterministic else host.spec.firing_rows
-        self._mailbox = Mailbox(len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic)
+        self._mailbox: Mailbox[Place] = Mailbox(
+            len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic
+        )
 
-    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
-        await self._mailbox.put(position, batch, failures)
+    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+        rows = arrivals(parts, delivery.failures)
+        return len((await self._mailbox.put(position, rows, delivery.attempt)).refused)
 
     async def run(self) -> None:
         while True:
             self.waits("rows", ", ".join(self.spec.sources))
-            firing = await self._mailbox.take(self._most)
-            batch, failures = None, firing.failures
-            if firing.inputs:
+            joined = await self._mailbox.take(self._most)
+            fired = Fired()
+            if joined.samples:
                 self.waits("lease", self.host.spec.pool)
                 async with self.host.lease(self.spec.name):
                     self.waits("", "")
-                    result = await self.host.compute(
-                        self.spec.name, run_on_ranks, self.spec.protocol, self._method, firing.inputs, rows=len(firing)
-                    )
-                batch, new_failures = unwrap(result)
-                check_complete(self.spec.name, firing.inputs[0], batch, new_failures)
-                failures = failures + new_failures
-            await self.host.send(self.spec, batch, failures)
+                    fired = await self.host.fire(self.spec, joined.samples, joined.inputs)
+            if fired.lost:
+                await self._mailbox.take_back(fired.lost)
+                self.host.notify(RowsLost(self.spec.name, fired.lost))
+            await self.host.send(self.spec, fired.parts, joined.failures + fired.failures, attempt=joined.attempt)
 
-    def depth(self) -> tuple[int, int]:
-        return self._mailbox.depth, self._mailbox.capacity
+    def depth(self) -> tuple[int, int, int]:
+        return self._mailbox.depth, self._mailbox.capacity, self._mailbox.peak
+
+    async def end(self, prompts: list[int]) -> None:
+        await self._mailbox.end(prompts)
 
 
 class ClosingStage(StageRunner):
-    """The join whose closed batch becomes experience."""
+    """The join whose closed batch becomes experience. One rank reads its rows as they come: their summary is theirs."""
 
     def __init__(self, host: Host, spec: StageSpec, function: Callable[..., Any]) -> None:
         super().__init__(host, spec)
         self._function = function
-        self._join = PromptJoin(len(spec.inputs), host.spec.samples_per_prompt)
+        self._join = PromptJoin(spec.grains, host.spec.samples_per_prompt)
 
-    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
-        for settled in self._join.arrive(position, batch, failures):
-            self.host.notify(settled)
+    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+        """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""
+        arrived = [self._join.arrive(position, None, delivery.failures, delivery.attempt)]
+        for part in parts:
+            batch, failures = await read_or_fail(self.host, part, SCHEMAS[self.spec.schemas[position]], delivery.edge)
+            arrived.append(self._join.arrive(position, batch, failures, delivery.attempt))
+        for settled, _ in arrived:
+            for prompt in settled:
+                self.host.notify(prompt)
+        return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def run(self) -> None:
         """Nothing fires here by itself: the one batcher decides (`close`)."""
@@ -108,72 +134,68 @@ class ClosingStage(StageRunner):
             rows=len(request.sample_ids),
             step=request.step,
         )
-        metrics = result.metrics.values if isinstance(result, Measured) else {}
-        batch, _ = unwrap(result)
-        await self.host.send(self.spec, batch, [], request.step)
-        return Done(metrics)
+        batch, _, metrics = unwrap(result)
+        assert batch is not None
+        await self.host.send(self.spec, await self.host.pack(batch, direct=self.spec.direct), [], step=request.step)
+        return Done(metrics.values if metrics is not None else {})
 
-    def depth(self) -> tuple[int, int]:
-        return self._join.depth, 0
+    def depth(self) -> tuple[int, int, int]:
+        return self._join.depth, 0, self._join.peak
+
+    async def end(self, prompts: list[int]) -> None:
+        self._join.end(prompts)
 
 
 class TrainingStage(StageRunner):
     """update: one closed batch after the other."""
 
-    def __init__(self, host: Host, spec: StageSpec, method: Callable[[Batch], Metrics]) -> None:
+    def __init__(self, host: Host, spec: StageSpec) -> None:
         super().__init__(host, spec)
-        self._method = method
         # The controller forms batch k + 1 when k is committed, so one place is enough; a second would hide a fault.
-        self._batches: asyncio.Queue[tuple[int, Batch]] = asyncio.Queue(1)
+        self._batches: asyncio.Queue[tuple[int, list[Part]]] = asyncio.Queue(1)
+        self._newest = -1
 
-    async def accept(self, position: int, batch: Batch | None, failures: list[Failure], step: int) -> None:
-        if batch is None or failures:
+    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+        if not parts or delivery.failures:
             raise ValueError(f"{self.spec.name}: a closed batch has rows and no tombstones")
-        await self._batches.put((step, batch))
+        if delivery.step <= self._newest:
+            return delivery.rows
+        self._newest = delivery.step
+        await self._batches.put((delivery.step, parts))
+        return 0
 
     async def run(self) -> None:
         while True:
             self.waits("batch", ", ".join(self.spec.sources))
-            step, batch = await self._batches.get()
+            step, parts = await self._batches.get()
+            rows = places(parts)
             self.waits("lease", self.host.spec.pool)
             async with self.host.lease(self.spec.name):
                 self.waits("", "")
-                metrics = await self.host.compute(self.spec.name, self._method, batch, rows=len(batch), step=step)
-            self.host.notify(StepDone(self.spec.name, step, metrics.values))
+                fired = await self.host.fire(
+                    self.spec, [sample for sample, _ in rows], [[place for _, place in rows]], step=step
+                )
+            if fired.failures or fired.lost:
+                causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
+                raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
+            self.host.notify(StepDone(self.spec.name, step, fired.metrics.values if fired.metrics else {}))
 
-    def depth(self) -> tuple[int, int]:
-        return self._batches.qsize(), 1
-
-
-_ONE_RANK = Topology(1, 1, 1)
-
-
-def run_on_ranks(name: str, method: Callable[..., Any], inputs: tuple[Batch, ...]) -> Any:
-    """Cut the inputs by the stage's protocol, run the ranks, collect. This build of a service has one rank.
-
-    3D_ALL_MICRO_DP needs a generation grouping and is the engine's; the other protocols give rank 0 all rows.
-    """
-    (rows,) = protocol(name).distribute(rows=len(inputs[0]), topology=_ONE_RANK)
-    return method(*(take(batch, rows) for batch in inputs))
+    def depth(self) -> tuple[int, int, int]:
+        return self._batches.qsize(), 1, 1
 
 
-def check_complete(name: str, taken: Batch, given: Batch, failures: list[Failure]) -> None:
-    """Each row leaves exactly once, as a value or as a tombstone: one that vanished would be waited for at the join.
+async def read_or_fail(host: Host, part: Part, kind: type[Batch], edge: str) -> tuple[Batch | None, list[Failure]]:
+    """A shard's rows, or a tombstone for each where its frame is refused; neither where it is gone."""
+    try:
+        return await host.read([part], kind, edge), []
+    except codec.BadFrame as error:
+        host.counts.damaged(edge, len(part.shard.sample_ids))
+        return None, tombstones(part.shard.sample_ids, f"its frame was refused: {error.reason}")
+    except PayloadLost:
+        host.notify(RowsLost(edge.rpartition(".")[0], part.shard.sample_ids))
+        return None, []
 
-    Raises ValueError naming the stage and the first samples.
-    """
-    out = [*given.sample_ids.tolist(), *(f.sample_id for f in failures)]
-    if sorted(out) != sorted(taken.sample_ids.tolist()):
-        wrong = sorted(set(out) ^ set(taken.sample_ids.tolist())) or sorted(s for s in set(out) if out.count(s) > 1)
-        raise ValueError(f"{name}: took {len(taken)} rows and gave {len(out)}; not once each: samples {wrong[:4]}")
 
-
-def unwrap(result: Any) -> tuple[Batch, list[Failure]]:
-    """The batch and the failures in whatever a stage returned."""
-    match result:
-        case Partial():
-            return result.batch, result.failures
-        case Measured():
-            return result.batch, []
-        case _:
-            return result, []
+def tombstones(samples: Sequence[int], cause: str) -> list[Failure]:
+    """One a sample."""
+    return [Failure(sample, cause) for sample in samples]

@@ -42,17 +42,17 @@ async def _publish(
     """Snapshot, then load everywhere at once; `waiting` says at any moment who has not answered."""
     receipts: list[InstallReceipt] = []
     manifest: WeightManifest
-    payload: Payload
+    payloads: list[Payload]
 
     async def install(generator: Endpoint) -> None:
         waiting.add(f"load on {generator.name}")
-        reply, _ = await ask(generator, LoadWeights(manifest), payload)
+        reply, _ = await ask(generator, LoadWeights(manifest), payloads)
         assert isinstance(reply, Installed)
         receipts.append(reply.receipt)
         waiting.discard(f"load on {generator.name}")
 
     try:
-        reply, payload = await ask(policy, TakeSnapshot(version))
+        reply, payloads = await ask(policy, TakeSnapshot(version))
         assert isinstance(reply, SnapshotTaken)
         manifest = reply.manifest
         waiting.clear()

@@ -5,12 +5,16 @@ Heavy imports stand inside the constructors, so that a process imports only what
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from asyncflow.services.spec import ServiceSpec
+from asyncflow.services.spec import Kind, ServiceSpec
+from protocols.roles import Cost, Critic, Policy, Reference, Reward
+from protocols.stage import StageContract, contract_of
 from protocols.weights import Version
 from workers.folders import end_of_sequence
 from workers.generation.engine import Engine
@@ -110,8 +114,37 @@ _BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
 }
 
 
-def build(spec: ServiceSpec) -> Workplace:
-    """Build a service's worker. Blocking: loads models."""
+_ROLES: dict[str, type] = {
+    "policy": Policy,
+    "generator": Policy,
+    "critic": Critic,
+    "reference": Reference,
+    "reward": Reward,
+    "cost": Cost,
+}
+
+
+@functools.cache
+def contract_for(kind: Kind, method: str) -> StageContract:
+    """What a stage of such a service takes and gives. Raises LookupError naming the stages that it has."""
+    return contract_of(_ROLES.get(kind) or _own(kind), method)
+
+
+def _own(kind: Kind) -> type:
+    """A worker class of the user's own, "package.module:Class". Raises LookupError where there is none."""
+    module, _, name = kind.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LookupError(
+            f"no service kind {kind!r}: {error}; want one of {', '.join(_BUILDERS)}, or module:Class"
+        ) from None
+
+
+def build(spec: ServiceSpec, rank: int = 0) -> Workplace:
+    """Build the worker of one of a service's ranks. Blocking: loads models."""
+    if spec.kind not in _BUILDERS:
+        return Workplace(_own(spec.kind)(spec, rank))
     if spec.kind in ("policy", "generator", "critic", "reference") or (spec.kind == "reward" and spec.model.path):
         import torch
 

@@ -97,6 +97,14 @@ def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeReci
     assert EVALUATOR not in composed(make_recipe(data={"eval": ""}))
 
 
+def test_a_model_is_spread_over_as_many_ranks_as_its_placement_says(make_recipe: MakeRecipe):
+    pools = {"main": {"devices": 1}, "judges": {"devices": 4}}
+    services = composed(make_recipe(pools=pools, placement={"reference": {"pool": "judges", "parallel": "1-1-4"}}))
+    assert {name: s.topology for name, s in services.items() if s.topology != "1-1-1"} == {"reference": "1-1-4"}
+    (log_probs,) = services["reference"].stages
+    assert (log_probs.protocol, log_probs.balance) == ("3D_PROTO", "tokens")
+
+
 def test_a_mailbox_holds_one_step_unless_the_recipe_says_otherwise(make_recipe: MakeRecipe):
     assert composed(make_recipe())["reward"].mailbox_rows == 8
     assert composed(make_recipe(mailbox_rows=3))["reward"].mailbox_rows == 3

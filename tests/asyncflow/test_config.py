@@ -113,7 +113,7 @@ def test_the_last_override_wins(path: Path):
         ("steps=1.5", "Expected `int`, got `float` - at `$.steps`"),
         ("data=5", "Expected `object`, got `int` - at `$.data`"),
         ("runtime=threads", "Invalid enum value 'threads' - at `$.runtime`"),
-        ("pools.train.devices=2", "devices = 2: this version gives a pool one device - at `$.pools[...]`"),
+        ("pools.train.devices=0", "devices = 0, want 1 or more - at `$.pools[...]`"),
     ],
 )
 def test_an_override_that_means_nothing_is_refused(path: Path, override: str, message: str):

@@ -58,7 +58,7 @@ def test_the_losses_that_a_recipe_may_name_are_those_there_are():
 
 
 def test_an_unknown_algorithm(refused: Any):
-    assert refused(algorithm="pppo").startswith("algorithm: algorithm 'pppo', did you mean 'ppo'?; known: ppo")
+    assert refused(algorithm="pppo").startswith("recipe: algorithm 'pppo', did you mean 'ppo'?; known: ppo, remax")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,35 @@ def test_rollouts_are_drawn_at_a_temperature(refused: Any, temperature: float):
 
 
 def test_an_unknown_loss(refused: Any):
-    assert refused(loss={"name": "ppp"}) == "loss.name = 'ppp', did you mean 'ppo'?"
+    assert refused(loss={"policy": "ppp"}) == "loss.policy = 'ppp', did you mean 'ppo'?"
+
+
+def test_a_loss_of_ones_own(make_recipe: MakeRecipe, refused: Any):
+    assert check(make_recipe(loss={"policy": "workers.losses.policy:ppo"})).recipe.loss.policy.endswith(":ppo")
+    assert refused(loss={"policy": "no_such.place:ppo"}) == (
+        "loss.policy = 'no_such.place:ppo': there is no module 'no_such.place' on the path"
+    )
+
+
+def test_a_kl_term_in_the_loss_needs_an_algorithm_that_asks_the_reference(
+    make_recipe: MakeRecipe, refused: Any, table: dict[str, Any]
+):
+    check(make_recipe(loss={"kl_coefficient": 0.1}))
+    table["advantage"].clear()
+    message = refused(algorithm="dapo", loss={"kl_coefficient": 0.1})
+    assert message.startswith("loss.kl_coefficient = 0.1: algorithm 'dapo' asks no reference for log-probs")
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "dapo", "gspo", "cispo"])
+def test_a_group_has_two_samples_or_more(refused: Any, name: str):
+    message = refused(algorithm=name, samples_per_prompt=1)
+    assert message == (f"samples_per_prompt = 1: algorithm {name!r} compares the samples of a prompt, want 2 or more")
+
+
+@pytest.mark.parametrize("name", ["ppo", "remax", "reinforce_pp"])
+def test_one_sample_is_enough_where_none_are_compared(make_recipe: MakeRecipe, table: dict[str, Any], name: str):
+    table["advantage"].clear()
+    check(make_recipe(algorithm=name, samples_per_prompt=1))
 
 
 # --- models
@@ -273,6 +301,18 @@ def test_prompt_and_response_fit_the_context(refused: Any, make_recipe: MakeReci
         (
             {"placement": {"policy": {"pool": "main", "replicas": 2}}},
             "placement.policy: parallel = '1-1-1', replicas = 2",
+        ),
+        (
+            {"placement": {"policy": {"pool": "main", "parallel": "1-1-2"}}},
+            "placement.policy: parallel = '1-1-2', replicas = 1: this version runs several ranks of reference, reward",
+        ),
+        (
+            {"placement": {"reference": {"pool": "main", "parallel": "1-1-2"}}},
+            "placement.reference: parallel = '1-1-2', replicas = 1: 2 ranks in pool 'main' of 1 devices",
+        ),
+        (
+            {"placement": {"reward": {"pool": "main", "parallel": "two"}}},
+            "placement.reward: topology 'two': write p-t-d",
         ),
         ({"generation": {"engine": "vllm"}}, "generation.engine = 'vllm' needs a [placement] of generator"),
     ],

@@ -111,7 +111,10 @@ def test_rollouts_refuse(changes: dict[str, Any], reason: str):
         rollouts(**changes).check()
 
 
-@given(batches(Experience, min_rows=1), st.sampled_from(["loss_mask", "log_probs", "advantages", "returns", "values"]))
+@given(
+    batches(Experience, min_rows=1),
+    st.sampled_from(["loss_mask", "log_probs", "advantages", "returns", "values", "reference"]),
+)
 def test_experience_is_per_response_token(experience: Experience, name: str):
     column = getattr(experience, name)
     longer = Jagged.from_rows([np.append(row, row[:1] * 0) if len(row) else [0] for row in column], column.dtype)

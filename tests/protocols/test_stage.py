@@ -23,7 +23,7 @@ class Judge:
     @stage(protocol="DP_PROTO")
     def measured(self, rollouts: Rollouts) -> Measured[Scores]: ...  # type: ignore[empty-body]
 
-    @stage(protocol="METRIC")
+    @stage(protocol="METRIC", whole_groups=True, balance="tokens")
     def learn(self, experience: Experience) -> Metrics: ...  # type: ignore[empty-body]
 
     def describe(self) -> str:
@@ -55,6 +55,16 @@ def test_what_stands_around_a_message_does_not_hide_it(method: str):
 
 def test_a_stage_that_produces_metrics_is_a_sink():
     assert contract_of(Judge, "learn").is_sink
+
+
+def test_a_stage_cuts_plain_rows_unless_it_asks_for_more():
+    assert (contract_of(Judge, "join").whole_groups, contract_of(Judge, "join").balance) == (False, "rows")
+    assert (contract_of(Judge, "learn").whole_groups, contract_of(Judge, "learn").balance) == (True, "tokens")
+
+
+def test_a_balance_that_is_none_is_refused_where_it_is_written():
+    with pytest.raises(ValueError, match="stage balance 'bytes': know rows, tokens"):
+        stage(protocol="DP_PROTO", balance="bytes")  # type: ignore[arg-type]
 
 
 def test_a_role_lists_its_stages():

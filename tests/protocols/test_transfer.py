@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, combinations_with_replacement, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from protocols.messages import Metrics
 from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import protocol, protocols, register
+from protocols.transfer import cut, protocol, protocols, register
 from tests.protocols.strategies import topologies
 
 BUILT_IN = [
@@ -116,16 +117,103 @@ def test_metric_is_cut_like_3d_proto():
     assert protocol("METRIC").collect(topology) == protocol("3D_PROTO").collect(topology)
 
 
+# --- every topology with p <= 4, t <= 8, d <= 4; every generation that divides it
+
+TOPOLOGIES = [Topology(*sizes) for sizes in product(range(1, 5), range(1, 9), range(1, 5))]
+ROWS = (0, 3, 50, 131)  # none, fewer than ranks, indivisible, more than the most ranks
+
+
+def generations() -> Iterator[GenerationGrouping]:
+    for topology in TOPOLOGIES:
+        for pp, tp in product(range(1, topology.pp + 1), range(1, topology.tp + 1)):
+            if topology.pp % pp == 0 and topology.tp % tp == 0:
+                yield GenerationGrouping(topology, pp, tp, "hybridflow")
+                yield GenerationGrouping(topology, pp, tp, "vanilla")
+
+
+def split(rows: range, parts: int) -> list[range]:
+    """The paper's split: contiguous chunks whose sizes differ by at most one, the larger ones first."""
+    size, longer = divmod(len(rows), parts)
+    return [rows[i * size + min(i, longer) : (i + 1) * size + min(i + 1, longer)] for i in range(parts)]
+
+
+def micro_index(rank: int, grouping: GenerationGrouping) -> int:
+    """The micro-DP index of a rank, from the groupings' definitions."""
+    p, t = grouping.topology.pp, grouping.topology.tp
+    p_r, t_r = rank // t % p, rank % t
+    if grouping.style == "vanilla":
+        return (p_r * t + t_r) // (grouping.pp * grouping.tp)
+    a, b = t // grouping.tp, p // grouping.pp
+    return p_r % b * a + t_r % a
+
+
+def ranges(plan: list[np.ndarray]) -> list[range]:
+    """A plan of contiguous parts, as ranges; empty ones all alike."""
+    for part in plan:
+        assert np.array_equal(part, np.arange(len(part)) + part[:1].sum())
+    return [range(int(part[0]), int(part[-1]) + 1) if len(part) else range(0) for part in plan]
+
+
+def collected(name: str, plan: list[range], topology: Topology, **options) -> list[int]:
+    return [row for rank in protocol(name).collect(topology, **options) for row in plan[rank]]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_rank_of_every_topology_gets_exactly_its_share(rows: int):
+    x = range(rows)
+    for topology in TOPOLOGIES:
+        ranks, replica = range(topology.world_size), topology.pp * topology.tp
+        shares = {
+            "ONE_TO_ALL": [x for _ in ranks],
+            "3D_PROTO": [split(x, topology.dp)[rank // replica] for rank in ranks],
+            "3D_PP_ONLY": [x for _ in ranks],
+            "DP_PROTO": split(x, len(ranks)),
+            "RANK_ZERO": [x if rank == 0 else range(0) for rank in ranks],
+            "METRIC": [split(x, topology.dp)[rank // replica] for rank in ranks],
+        }
+        for name, share in shares.items():
+            assert ranges(protocol(name).distribute(rows, topology)) == share, (name, topology)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_every_topology_collects_is_what_was_distributed(rows: int):
+    for topology in TOPOLOGIES:
+        for name in ("3D_PROTO", "DP_PROTO", "METRIC", "RANK_ZERO"):
+            plan = ranges(protocol(name).distribute(rows, topology))
+            assert collected(name, plan, topology) == list(range(rows)), (name, topology)
+        for name in ("ONE_TO_ALL", "3D_PP_ONLY"):  # a list of outputs, each of all rows
+            plan = ranges(protocol(name).distribute(rows, topology))
+            sources = protocol(name).collect(topology)
+            assert [plan[rank] for rank in sources] == [range(rows)] * len(sources), (name, topology)
+
+
+def test_all_to_all_of_every_topology_is_its_own_inverse():
+    for topology in TOPOLOGIES:
+        plan = ranges(protocol("ALL_TO_ALL").distribute(topology.world_size, topology))
+        assert plan == [range(rank, rank + 1) for rank in range(topology.world_size)]
+        assert collected("ALL_TO_ALL", plan, topology) == list(range(topology.world_size))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_generation_splits_the_split_of_its_replica(rows: int):
+    """3D_ALL_MICRO_DP is split(split(x, d)[d_r], d_g)[m_r], and collecting it gives x."""
+    for grouping in generations():
+        topology = grouping.topology
+        plan = ranges(protocol("3D_ALL_MICRO_DP").distribute(rows, topology, generation=grouping))
+        parts = [split(replica, grouping.micro_dp) for replica in split(range(rows), topology.dp)]
+        for rank, part in enumerate(plan):
+            assert part == parts[rank // topology.replica_size][micro_index(rank, grouping)], (grouping, rank)
+        assert collected("3D_ALL_MICRO_DP", plan, topology, generation=grouping) == list(range(rows)), grouping
+
+
+def test_ranks_that_generate_together_read_the_same_rows():
+    for grouping in generations():
+        plan = ranges(protocol("3D_ALL_MICRO_DP").distribute(50, grouping.topology, generation=grouping))
+        for together in [*grouping.tensor_groups, *grouping.pipeline_groups]:
+            assert len({plan[rank] for rank in together}) == 1, grouping
+
+
 # --- what holds for all
-
-
-@given(groupings(), rows_counts)
-def test_collect_restores_the_order_of_the_rows(grouping: GenerationGrouping, rows: int):
-    topology = grouping.topology
-    for name in [*CUTTING, "RANK_ZERO"]:
-        plan = plan_of(name, rows, topology, generation=grouping)
-        sources = protocol(name).collect(topology, generation=grouping)
-        assert [row for rank in sources for row in plan[rank]] == list(range(rows)), name
 
 
 @given(groupings(), rows_counts)
@@ -137,8 +225,6 @@ def test_micro_dp_tiles_what_training_holds(grouping: GenerationGrouping, rows: 
     for replica in range(topology.dp):
         own = leads[replica * grouping.micro_dp : (replica + 1) * grouping.micro_dp]
         assert [row for rank in own for row in generating[rank]] == training[replica * topology.replica_size]
-    for group in [*grouping.tensor_groups, *grouping.pipeline_groups]:
-        assert len({tuple(generating[rank]) for rank in group}) == 1
 
 
 @given(topologies(), rows_counts)
@@ -164,27 +250,55 @@ def test_every_plan_is_int64_one_array_a_rank(grouping: GenerationGrouping, rows
 
 @given(groupings(), st.lists(st.integers(1, 6), max_size=12), st.booleans(), st.randoms(use_true_random=False))
 def test_a_group_is_never_cut(grouping: GenerationGrouping, group_sizes: list[int], weighted: bool, random):
-    groups = np.repeat(np.arange(len(group_sizes)) % 3, group_sizes)  # adjacent groups differ, values come again
+    groups = np.repeat(np.arange(len(group_sizes)), group_sizes)
     lengths = [random.randrange(50) for _ in groups] if weighted else None
-    edges = {0, *np.cumsum(group_sizes).tolist()}
     for name in CUTTING:
         plan = plan_of(name, len(groups), grouping.topology, generation=grouping, groups=groups, lengths=lengths)
         sources = protocol(name).collect(grouping.topology, generation=grouping)
         assert [row for rank in sources for row in plan[rank]] == list(range(len(groups)))
-        assert all(part[0] in edges and part[-1] + 1 in edges for part in plan if part)
+        places = [group for rank in sources for group in {int(groups[row]) for row in plan[rank]}]
+        assert sorted(places) == list(range(len(group_sizes)))
 
 
-@given(topologies(max_dp=5), st.lists(st.integers(0, 1000), min_size=1, max_size=40))
-def test_lengths_balance_the_parts(topology: Topology, lengths: list[int]):
-    plan = plan_of("3D_PROTO", len(lengths), topology, lengths=lengths)
-    tokens = [sum(lengths[row] for row in part) for part in plan]
-    assert max(tokens) <= sum(lengths) / topology.dp + max(lengths)
+@given(st.integers(1, 5), st.lists(st.integers(0, 9), max_size=20))
+def test_a_group_whose_rows_stand_apart_is_not_cut_either(parts: int, groups: list[int]):
+    cuts = [
+        {groups[row] for row in part} for part in plan_of("DP_PROTO", len(groups), Topology(dp=parts), groups=groups)
+    ]
+    assert sum(map(len, cuts)) == len(set(groups))
+
+
+def parts_weighed(weights: list[int], parts: int) -> list[int]:
+    cuts = cut(np.arange(len(weights)), parts, None, np.array(weights))
+    assert len(cuts) == parts
+    assert np.concatenate(cuts).tolist() == list(range(len(weights)))
+    return [sum(weights[row] for row in part) for part in cuts]
+
+
+weights_lists = st.lists(st.integers(0, 50), max_size=8).filter(any)
+
+
+@given(weights_lists, st.integers(1, 4))
+def test_no_contiguous_cut_has_a_lighter_heaviest_part(weights: list[int], parts: int):
+    reached = [0, *accumulate(weights)]
+    inner = combinations_with_replacement(reached, parts - 1)
+    best = min(max(after - before for before, after in pairwise((0, *cuts, reached[-1]))) for cuts in inner)
+    assert max(parts_weighed(weights, parts)) == best
+
+
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=200).filter(any), st.integers(1, 130))
+def test_the_heaviest_part_keeps_its_bound(weights: list[int], parts: int):
+    assert max(parts_weighed(weights, parts)) * parts <= sum(weights) + (parts - 1) * max(weights)
 
 
 def test_lengths_move_the_cut():
     assert plan_of("DP_PROTO", 5, Topology(dp=2), lengths=[8, 1, 1, 3, 3]) == [[0], [1, 2, 3, 4]]
     assert plan_of("DP_PROTO", 3, Topology(dp=2), lengths=[6, 5, 3]) == [[0], [1, 2]]  # 6 is nearer to 7 than 11
     assert plan_of("DP_PROTO", 4, Topology(dp=2), lengths=[0, 0, 0, 0]) == [[0, 1], [2, 3]]
+    # boundaries nearest to even shares of 4 would make parts of 2, 7 and 3
+    assert plan_of("DP_PROTO", 4, Topology(dp=3), lengths=[2, 5, 2, 3]) == [[0], [1], [2, 3]]
+    # the first row is the heaviest part however the rest is cut: as evenly as can be, so 5, 7 and not 2, 10
+    assert plan_of("DP_PROTO", 5, Topology(dp=3), lengths=[16, 2, 3, 5, 2]) == [[0], [1, 2], [3, 4]]
 
 
 def test_groups_move_the_cut():
@@ -260,6 +374,14 @@ def test_a_protocol_of_your_own_is_held_to_the_contract():
             plan_of(name, 2, Topology(dp=2))
         with pytest.raises(ValueError, match="collects from rank 2"):
             protocol(name).collect(Topology(dp=2))
+
+
+def test_ranks_of_a_protocol_of_your_own_are_held_to_the_contract():
+    register("test:twice", lambda rows, topology, **_: [], lambda topology, **_: [1, 0, 1])
+    with pytest.raises(ValueError, match="test:twice: collects from rank 1 twice"):
+        protocol("test:twice").collect(Topology(dp=2))
+    register("test:generator", lambda rows, topology, **_: [], lambda topology, **_: iter((1, 0)))
+    assert protocol("test:generator").collect(Topology(dp=2)) == [1, 0]
 
 
 # --- metrics

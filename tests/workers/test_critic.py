@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -20,7 +21,8 @@ from workers.training import StepRefused
 
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing
-AGGREGATIONS: list[Aggregation] = ["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+FIXED_LENGTH = 5  # tokens
 CLIP = 0.1
 
 Gradients = dict[str, torch.Tensor]
@@ -61,6 +63,7 @@ def batch(folder: Path, rollouts: Rollouts) -> Experience:
         advantages=own.with_values(np.zeros(tokens, np.float32)),
         returns=own.with_values(rng.normal(size=tokens).astype(np.float32)),
         values=own.with_values((own.values + rng.normal(0, 2 * CLIP, tokens)).astype(np.float32)),
+        reference=rollouts.log_probs,
     )
 
 
@@ -104,6 +107,8 @@ def plain_loss(model: torch.nn.Module, batch: Experience, how: Aggregation) -> t
             return torch.stack([row.sum() for row in rows]).mean()
         case "sequence-mean-token-mean":
             return torch.stack([row.mean() for row in rows]).mean()
+        case "sequence-mean-fixed-length":
+            return torch.stack([row.sum() / FIXED_LENGTH for row in rows]).mean()
 
 
 def saved(critic: CriticWorker, folder: Path) -> dict[str, bytes]:
@@ -131,7 +136,9 @@ def test_the_gradient_is_the_formulas_for_every_aggregation_and_cut(
     plain = load_critic(folder)
     loss = plain_loss(plain, batch, how)
     want = gradients_of(plain, loss.backward)
-    critic = worker(folder, Loss(value_clip=CLIP, aggregation=how, tokens_per_micro_batch=budget))
+    critic = worker(
+        folder, Loss(value_clip=CLIP, aggregation=how, fixed_length=FIXED_LENGTH, tokens_per_micro_batch=budget)
+    )
     measured = {}
     got = gradients_of(critic.trained.model, lambda: measured.update(critic.update(batch).values))
     assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)

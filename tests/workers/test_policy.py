@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -22,7 +23,8 @@ from workers.training import StepRefused, mini_batches
 TEMPERATURE = 0.8
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing
-AGGREGATIONS: list[Aggregation] = ["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean"]
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+FIXED_LENGTH = 5  # tokens
 BUDGETS = {10_000: 1, 30: 3, 1: 6}  # padded tokens, and the micro-batches that they make
 NO_CLIP = Optimizer(gradient_clip=0.0)
 
@@ -41,8 +43,8 @@ def batch(folder: Path) -> Experience:
     prompts = Jagged.from_rows([tiny.encode(p) for p, _ in ROWS], np.int32)
     responses = Jagged.from_rows([tiny.encode(r) for _, r in ROWS], np.int32)
     behaviour = [tiny.log_probs(model, p, r, TEMPERATURE) for p, r in zip(prompts, responses, strict=True)]
-    noise = [rng.normal(size=len(responses.values)).astype(np.float32) for _ in range(3)]
-    advantages, returns, values = (responses.with_values(n) for n in noise)
+    noise = [rng.normal(size=len(responses.values)).astype(np.float32) for _ in range(4)]
+    advantages, returns, values, reference = (responses.with_values(n) for n in noise)
     return Experience(
         sample_ids=np.arange(70, 70 + len(ROWS), dtype=np.int64),
         prompts=prompts,
@@ -52,6 +54,7 @@ def batch(folder: Path) -> Experience:
         advantages=advantages,
         returns=returns,
         values=values,
+        reference=reference,
     )
 
 
@@ -99,6 +102,8 @@ def rows_mean(losses: list[torch.Tensor], batch: Experience, how: Aggregation) -
             return torch.stack([row.sum() for row in trained]).mean()
         case "sequence-mean-token-mean":
             return torch.stack([row.mean() for row in trained]).mean()
+        case "sequence-mean-fixed-length":
+            return torch.stack([row.sum() / FIXED_LENGTH for row in trained]).mean()
 
 
 def saved(policy: PolicyWorker, folder: Path) -> dict[str, bytes]:
@@ -119,7 +124,7 @@ def test_the_gradient_is_reinforces_for_every_aggregation_and_cut(
     losses = [-torch.tensor(batch.advantages[row]) * row_log_probs(plain, batch, row) for row in range(len(batch))]
     loss = rows_mean(losses, batch, how)
     want = gradients_of(plain, loss.backward)
-    policy = worker(folder, Loss(aggregation=how, tokens_per_micro_batch=budget))
+    policy = worker(folder, Loss(aggregation=how, fixed_length=FIXED_LENGTH, tokens_per_micro_batch=budget))
     measured = {}
     got = gradients_of(policy.trained.model, lambda: measured.update(policy.update(batch).values))
     assert_close(got, want)
@@ -222,8 +227,8 @@ def test_a_refused_step_changes_nothing_and_poisons_nothing(
 
 
 def test_an_unknown_loss_is_refused_by_name(folder: Path):
-    with pytest.raises(ValueError, match=r"loss\.name 'pppo': one of ppo"):
-        worker(folder, Loss(name="pppo"))
+    with pytest.raises(LookupError, match=r"loss\.policy 'pppo': one of ppo"):
+        worker(folder, Loss(policy="pppo"))
 
 
 # --- publication and checkpoints

@@ -1,39 +1,17 @@
-"""Generalised advantage estimation with a per-token KL penalty in the reward.
-
-Everything here reads a closed batch: whitening and the KL mean are over all of its rows, so a result never
-depends on how the batch is cut later.
-"""
+"""Generalised advantage estimation: what came, less what the critic expected, over all horizons at once."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-import numpy.typing as npt
 
 from protocols.columns import Jagged
 from protocols.messages import Experience, LogProbs, Metrics, Rollouts, Scores, Values
 from protocols.stage import Measured
-
-Float64 = npt.NDArray[np.float64]
-KlEstimator = Literal["k1", "k2", "k3"]
-
-
-def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> Float64:
-    """Per-token estimates of KL(policy || reference) from samples of the policy.
-
-    With d = reference - log_probs: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (Schulman, "Approximating KL
-    divergence", 2020). Raises ValueError for another name.
-    """
-    difference = reference - log_probs
-    match estimator:
-        case "k1":
-            return -difference
-        case "k2":
-            return 0.5 * difference**2
-        case "k3":
-            return np.expm1(difference) - difference  # expm1: near 0 the plain form cancels, even below 0
-    raise ValueError(f"kl_estimator {estimator!r}: one of k1, k2, k3")
+from workers.advantages.experience import experience_of, spread
+from workers.advantages.kl import Float64
+from workers.advantages.rewards import token_rewards
+from workers.advantages.whitening import whiten
+from workers.settings import KlEstimator
 
 
 def advantages_and_returns(
@@ -58,15 +36,6 @@ def advantages_and_returns(
     return advantages, returns
 
 
-def whiten(advantages: Float64, mask: npt.NDArray[np.uint8]) -> Float64:
-    """Shift and scale to mean 0, standard deviation 1 over the mask; outside of it 0."""
-    inside = mask.astype(bool)
-    chosen = advantages[inside]
-    if len(chosen) < 2:
-        return advantages
-    return np.where(inside, (advantages - chosen.mean()) / (chosen.std() + 1e-8), 0.0)
-
-
 def gae(
     rollouts: Rollouts,
     reference: LogProbs,
@@ -81,43 +50,19 @@ def gae(
 ) -> Measured[Experience]:
     """r_t = score at the last trained token - kl_coefficient * kl_t(mu, reference), then GAE, then whitening."""
     mask = rollouts.loss_mask
-    kl = kl_terms(
-        rollouts.log_probs.values.astype(np.float64), reference.log_probs.values.astype(np.float64), kl_estimator
-    ) * (mask.values != 0)
-    rewards = -kl_coefficient * kl
-    rewards[_last_trained(mask)] += scores.scores
-    column = mask.with_values
+    earned = token_rewards(rollouts, reference, scores.scores, kl_coefficient, kl_estimator)
     advantages, returns = advantages_and_returns(
-        column(rewards), values.values, mask, gamma=gamma, gae_lambda=gae_lambda
+        mask.with_values(earned.rewards), values.values, mask, gamma=gamma, gae_lambda=gae_lambda
     )
+    inside = mask.values != 0
     tokens = max(int(mask.values.sum()), 1)
     metrics = {
-        "kl": float(kl.sum()) / tokens,
-        "advantage_std": float(advantages[mask.values != 0].std()) if tokens > 1 else 0.0,
-        "value_mean": float(values.values.values[mask.values != 0].sum(dtype=np.float64)) / tokens,
+        "kl": earned.kl,
+        "advantage_std": spread(advantages, mask),
+        "value_mean": float(values.values.values[inside].sum(dtype=np.float64)) / tokens,
         "return_mean": float(returns.sum()) / tokens,
     }
     if whiten_advantages:
         advantages = whiten(advantages, mask.values)
-    experience = Experience(
-        sample_ids=rollouts.sample_ids,
-        prompts=rollouts.prompts,
-        responses=rollouts.responses,
-        loss_mask=mask,
-        log_probs=rollouts.log_probs,
-        advantages=column(advantages.astype(np.float32)),
-        returns=column(returns.astype(np.float32)),
-        values=values.values,
-    )
+    experience = experience_of(rollouts, advantages, reference, returns=returns, values=values.values)
     return Measured(experience, Metrics(values=metrics))
-
-
-def _last_trained(mask: Jagged) -> npt.NDArray[np.int64]:
-    """Flat index of the last token with mask 1 of each row. Raises ValueError for a row without one."""
-    last = np.empty(len(mask), np.int64)
-    for row in range(len(mask)):
-        trained = np.flatnonzero(mask[row])
-        if not len(trained):
-            raise ValueError(f"row {row} has no trained token: an empty response is a failed sample, not data")
-        last[row] = mask.offsets[row] + trained[-1]
-    return last

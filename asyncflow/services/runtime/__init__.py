@@ -29,6 +29,10 @@ class Runtime(Protocol):
         """Start and connect all services; by name. Raises ServiceError naming the one that did not start."""
         ...
 
+    async def restart(self, name: str) -> Started:
+        """Replace a service by a new one of the same spec, with empty memory, and tell the others where it is."""
+        ...
+
     async def stop(self) -> None:
         """End all of them. Idempotent."""
         ...

@@ -1,51 +1,85 @@
 """All services in one process and one event loop: for tests, debugging and small machines.
 
-Nothing is simulated: the same ModelService, codec and mailboxes, with the frame itself as its reference.
+Nothing is simulated: the same ModelService, ranks, codec and mailboxes, with the frame itself as its reference.
 """
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
-from asyncflow.services.endpoint import Frame, Payload, ServiceError
+from asyncflow.services.endpoint import Payload, ServiceError
+from asyncflow.services.rank import Rank
 from asyncflow.services.runtime import Started
+from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
+from asyncflow.services.workplace import Workplace, build
+from protocols.delivery import RankCall, RankReply
+from protocols.topology import Topology
 
 
-class LocalStore:
-    """Frames by value; read-only, since consumers share them."""
+class LocalRanks:
+    """The ranks of one service side by side in threads: for ranks that don't talk to each other. Implements `Ranks`."""
 
-    def put(self, frame: Frame) -> Payload:
-        frame.flags.writeable = False
-        return frame
+    def __init__(self, spec: ServiceSpec, store: LocalStore) -> None:
+        self._spec, self._store = spec, store
+        self._ranks: list[Rank] = []
+        self._workplaces: list[Workplace] = []
+        self._threads: list[ThreadPoolExecutor] = []
 
-    async def get(self, payload: Payload) -> Frame:
-        return payload
+    async def start(self) -> None:
+        for number in range(Topology.parse(self._spec.topology).world_size):
+            thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
+            self._threads.append(thread)
+            workplace = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
+            self._workplaces.append(workplace)
+            self._ranks.append(Rank(self._spec, workplace, self._store, thread, number))
+
+    async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
+        return await self._ranks[rank].call(call, payloads)
+
+    async def stop(self) -> None:
+        for thread, workplace in zip(self._threads, self._workplaces, strict=False):
+            await asyncio.get_running_loop().run_in_executor(thread, workplace.close)
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalRuntime:
     """Implements `Runtime`."""
 
-    def __init__(self) -> None:
-        self.store = LocalStore()
-        self._services: list[ModelService] = []
+    def __init__(self, store_bytes: int = 0) -> None:
+        """`store_bytes`: memory of the rows in flight, 0 for a gigabyte; what exceeds it goes to files."""
+        self.store = LocalStore(store_bytes or DEFAULT_BUDGET)
+        self._services: dict[str, ModelService] = {}
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Build the workers one after the other (they share the process), then connect."""
-        started: dict[str, Started] = {}
-        for spec in specs:
-            service = ModelService(spec, self.store)
-            self._services.append(service)
-            try:
-                started[spec.name] = Started(service, f"127.0.0.1:{await service.start()}")
-            except Exception as error:
-                raise ServiceError(f"{spec.name}: did not start: {type(error).__name__}: {error}") from error
-        peers = {s.name: s for s in self._services}
-        for service in self._services:
-            service.connect(peers)
+        started = {spec.name: await self._start(spec) for spec in specs}
+        for service in self._services.values():
+            service.connect(self._services)
         return started
 
+    async def restart(self, name: str) -> Started:
+        """End a service at once, as its process's death would, and start another in its place."""
+        gone = self._services[name]
+        await gone.stop()
+        started = await self._start(gone.spec)
+        for service in self._services.values():
+            service.connect(self._services)
+        return started
+
+    async def _start(self, spec: ServiceSpec) -> Started:
+        several = Topology.parse(spec.topology).world_size > 1
+        service = ModelService(spec, self.store, LocalRanks(spec, self.store) if several else None)
+        self._services[spec.name] = service
+        try:
+            return Started(service, f"127.0.0.1:{await service.start()}")
+        except Exception as error:
+            raise ServiceError(f"{spec.name}: did not start: {type(error).__name__}: {error}") from error
+
     async def stop(self) -> None:
-        services, self._services = self._services, []
-        await asyncio.gather(*(s.stop() for s in services))
+        services, self._services = self._services, {}
+        await asyncio.gather(*(s.stop() for s in services.values()))
+        self.store.close()

@@ -47,6 +47,63 @@ def test_a_dead_prompt_makes_room_for_exactly_one_other():
     assert [r.prompt_id for r in prompts.choose() or []] == [2, 3]
 
 
+def test_a_dropped_prompt_leaves_like_a_failed_one():
+    """Dynamic sampling: all its samples scored alike, so it teaches nothing."""
+    prompts = book()
+    prompts.admit([1, 2])
+    prompts.settle(alive(1))
+    prompts.drop(1)
+    assert (prompts.ready, prompts.admission.live, prompts.admission.unsettled) == (0, 1, 1)
+    assert prompts.admission.room() == 1
+    with pytest.raises(KeyError):
+        prompts.drop(2)
+
+
+def test_what_is_told_twice_changes_nothing():
+    prompts = book()
+    prompts.admit([1, 2])
+    for _ in range(2):
+        prompts.settle(alive(1))
+        assert (prompts.ready, prompts.admission.unsettled) == (1, 1)
+    for _ in range(2):
+        prompts.settle(dead(2))
+        assert (prompts.admission.live, prompts.admission.room()) == (1, 1)
+    assert prompts.take_ended() == [2]
+
+
+def test_of_two_words_about_a_prompt_the_last_counts():
+    prompts = book(prompts_per_step=1, staleness=1)
+    prompts.admit([1])
+    prompts.settle(alive(1, oldest=0))
+    prompts.settle(alive(1, oldest=1))
+    assert [r.oldest_version for r in prompts.choose() or []] == [1]
+    prompts.settle(dead(1))
+    assert prompts.choose() is None
+    assert (prompts.admission.live, prompts.admission.unsettled) == (0, 0)
+
+
+def test_prompts_whose_join_lost_its_memory_settle_again():
+    prompts = book()
+    prompts.admit([1, 2])
+    prompts.settle(alive(1))
+    prompts.unsettle()
+    assert (prompts.admission.live, prompts.admission.unsettled) == (2, 2)
+    prompts.settle(alive(2))
+    assert prompts.choose() is None
+    prompts.settle(alive(1))
+    assert [r.prompt_id for r in prompts.choose() or []] == [1, 2]
+
+
+def test_the_prompts_that_ended_are_told_once():
+    prompts = book(prompts_per_step=1, staleness=1)
+    prompts.admit([1, 2])
+    prompts.settle(dead(1))
+    prompts.settle(alive(2))
+    prompts.commit(prompts.choose() or [])
+    assert prompts.take_ended() == [1, 2]
+    assert prompts.take_ended() == []
+
+
 def test_the_critic_s_version_ages_a_prompt_like_its_tokens_do():
     prompts = book(prompts_per_step=1, staleness=1)
     prompts.admit([1])

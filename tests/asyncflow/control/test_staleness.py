@@ -63,6 +63,21 @@ def test_a_settled_prompt_that_failed_is_refilled():
     assert admission.room() == 1
 
 
+def test_a_narrower_window_lets_fewer_prompts_be_unsettled():
+    admission = Admission(prompts_per_step=2, staleness=2, steps=9, window=3)
+    assert admission.room() == 3
+    admission.admit(3)
+    admission.settle(2)
+    assert admission.room() == 2
+    admission.unsettle()
+    assert admission.room() == 1
+
+
+def test_a_window_without_room_for_a_prompt_is_refused():
+    with pytest.raises(ValueError, match="want a window of at least 1 prompt, got 0: nothing could be admitted"):
+        Admission(prompts_per_step=2, staleness=2, steps=9, window=0)
+
+
 def test_nothing_is_admitted_that_no_step_is_left_to_train():
     admission = Admission(prompts_per_step=2, staleness=3, steps=5, version=4)
     assert admission.room() == 2

@@ -40,5 +40,12 @@ def test_the_graph_names_the_longest_wait_first():
     assert waits.graph(now=100.0) == ["early waits for credit on c since 60 s", "late waits for rows on a since 10 s"]
 
 
+def test_the_graph_names_who_holds_what_others_wait_for():
+    waits = board(Waiting("reward.score#1", "lease", "main", 40.0))
+    assert waits.graph(now=50.0, holders={"main": "critic.update#1"}) == [
+        "reward.score#1 waits for lease on main, held by critic.update#1, since 10 s"
+    ]
+
+
 def test_clocks_that_disagree_give_no_negative_wait():
     assert board(Waiting("b", "rows", "a", 9.0)).graph(now=8.0) == ["b waits for rows on a since 0 s"]

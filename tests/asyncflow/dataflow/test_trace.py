@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,26 @@ def test_a_service_that_is_called_twice_is_two_stages():
     ]
 
 
-def test_a_greedy_call_gives_one_row_a_prompt():
-    def baseline(flow: Flow) -> None:
-        flow.policy.generate(flow.prompts, sampling=GREEDY)
+def with_baseline(rollouts: Rollouts, scores: Scores, baseline: Scores) -> Experience:
+    raise NotImplementedError
 
-    flow = Flow(ROLES)
-    baseline(flow)
-    (greedy,) = flow._stages
-    assert (greedy.grain, greedy.greedy) == ("prompt", True)
+
+def test_a_greedy_call_and_what_follows_from_it_have_one_row_a_prompt():
+    def remax(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        greedy = flow.policy.generate(flow.prompts, sampling=GREEDY)
+        joined = flow.join(rollouts, flow.reward.score(rollouts), flow.reward.score(greedy), on="prompt")
+        flow.policy.update(joined.apply(with_baseline))
+
+    dataflow = trace(remax)
+    assert [(s.name, s.grain, s.greedy) for s in dataflow.stages][:4] == [
+        ("policy.generate#1", "sample", False),
+        ("policy.generate#2", "prompt", True),
+        ("reward.score#1", "sample", False),
+        ("reward.score#2", "prompt", False),
+    ]
+    assert [c.grain for c in dataflow.inputs_of("with_baseline#1")] == ["sample", "sample", "prompt"]
+    assert [c.grain for c in dataflow.consumers(SOURCE)] == ["sample", "prompt"]
 
 
 def test_the_numbers_of_a_batch_function_are_its_keyword_only_parameters():
@@ -264,16 +276,87 @@ def test_symbols_of_another_algorithm_are_refused():
     assert error_of(second) == "second: reward.score#1 reads policy.generate#3, which is no stage of this algorithm"
 
 
-def test_joins_join_samples():
-    def on_prompts(flow: Flow) -> None:
-        flow.join(flow.prompts)
+@pytest.mark.parametrize(
+    ("joined", "message"),
+    [
+        (lambda flow: flow.join(), "join of []: no input has a row per sample"),
+        (lambda flow: flow.join(flow.prompts), "join of Prompts of prompts: prompts go to stages that generate"),
+        (
+            lambda flow: flow.join(flow.policy.generate(flow.prompts, sampling=GREEDY), on="prompt"),
+            "join of [Rollouts of policy.generate#1]: no input has a row per sample",
+        ),
+        (
+            lambda flow: flow.join(flow.policy.generate(flow.prompts), on="prompt"),
+            "join of [Rollouts of policy.generate#1] on='prompt': no input has a row per prompt, so it is on='sample'",
+        ),
+        (
+            lambda flow: flow.join(flow.policy.generate(flow.prompts), on="batch"),
+            "join on='batch': know sample, prompt",
+        ),
+    ],
+)
+def test_a_join_whose_rows_could_never_meet_is_refused(joined: Callable[[Flow], Any], message: str):
+    assert error_of(lambda flow: joined(flow) and None) == message
 
-    def on_other(flow: Flow) -> None:
-        flow.join(flow.policy.generate(flow.prompts), on="prompt")  # type: ignore[arg-type]
 
-    assert error_of(on_prompts) == "join of [Prompts of prompts]: no input has a row per sample"
-    assert error_of(on_other) == "join on='prompt': joins are on='sample'"
-    assert error_of(lambda flow: flow.join() and None).endswith("no input has a row per sample")
+def test_rows_per_prompt_are_joined_on_the_prompt():
+    def on_sample(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        baseline = flow.reward.score(flow.policy.generate(flow.prompts, sampling=GREEDY))
+        flow.policy.update(flow.join(rollouts, baseline).apply(reinforce))
+
+    assert error_of(on_sample) == (
+        "join of Rollouts of policy.generate#1 per sample, Scores of reward.score#1 per prompt: "
+        "on='prompt' gives a prompt's one row to each of its samples"
+    )
+
+
+def test_a_closed_batch_is_not_joined_again():
+    def twice(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        experience = flow.join(rollouts, flow.reward.score(rollouts)).apply(reinforce)
+        flow.join(rollouts, experience)
+
+    assert error_of(twice) == "join of Experience of reinforce#1: a closed batch is not joined again"
+
+
+class Auditor(Reward):
+    """A user's own role: it joins rows of two other stages, and would take a closed batch."""
+
+    @stage(protocol="DP_PROTO")
+    def compare(self, rollouts: Rollouts, scores: Scores) -> Scores:
+        raise NotImplementedError
+
+    @stage(protocol="DP_PROTO")
+    def audit(self, experience: Experience) -> Scores:
+        raise NotImplementedError
+
+    @stage(protocol="METRIC")
+    def heed(self, scores: Scores) -> Metrics:
+        raise NotImplementedError
+
+
+def test_a_stage_takes_rows_of_one_grain():
+    def mixed(flow: Flow) -> None:
+        greedy = flow.policy.generate(flow.prompts, sampling=GREEDY)
+        flow.auditor.compare(flow.policy.generate(flow.prompts), flow.reward.score(greedy))
+
+    assert error_of(mixed, ROLES | {"auditor": Auditor}) == (
+        "auditor.compare takes rows of one grain, "
+        "got Rollouts of policy.generate#2 per sample, Scores of reward.score#1 per prompt"
+    )
+
+
+def test_a_closed_batch_goes_to_those_who_train():
+    def audited(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        experience = flow.join(rollouts, flow.auditor.compare(rollouts, flow.reward.score(rollouts))).apply(reinforce)
+        flow.policy.update(experience)
+        flow.auditor.heed(flow.auditor.audit(experience))
+
+    assert error_of(audited, ROLES | {"auditor": Auditor}) == (
+        "audited: auditor.audit#1 takes single rows, but reinforce#1 gives a closed batch"
+    )
 
 
 def test_sampling_is_for_stages_that_draw():
@@ -334,8 +417,8 @@ def test_a_recipe_names_an_algorithm_or_a_function():
             "asyncflow.dataflow.graph has no function 'nothing' marked with @algorithm",
         ),
         ("asyncflow.dataflow.graph:check", "asyncflow.dataflow.graph has no function 'check' marked with @algorithm"),
-        (":f", "algorithm ':f'; known: ppo, or package.module:function"),
-        (".graph:check", "algorithm '.graph:check'; known: ppo, or package.module:function"),
+        (":f", f"algorithm ':f'; known: {', '.join(ALGORITHMS)}, or package.module:function"),
+        (".graph:check", "algorithm '.graph:check'; known: ppo"),
     ],
 )
 def test_a_name_that_means_nothing_says_what_is_known(name: str, message: str):

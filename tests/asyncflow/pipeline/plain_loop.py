@@ -22,6 +22,7 @@ from transformers import (
 
 from asyncflow.config import Recipe
 from asyncflow.control.prompts import DataRow, PromptSource
+from protocols.messages import Prompts
 from protocols.roles import Sampling
 from protocols.weights import Version
 from tests import tiny
@@ -35,38 +36,27 @@ def train(recipe: Recipe) -> tuple[State, State]:
     """Train for `recipe.steps`; the final weights of policy and critic."""
     torch.set_num_threads(1)
     paths = {role: recipe.models[role].path for role in ("policy", "critic", "reference", "reward")}
-    policy = AutoModelForCausalLM.from_pretrained(paths["policy"], **EAGER).eval()
-    reference = AutoModelForCausalLM.from_pretrained(paths["reference"], **EAGER).eval()
-    reward = AutoModelForSequenceClassification.from_pretrained(paths["reward"], num_labels=1, **EAGER).eval()
+    policy, reference = causal(paths["policy"]), causal(paths["reference"])
+    reward = reward_model(paths["reward"])
     config = AutoConfig.from_pretrained(paths["critic"])
     config.num_labels, config.classifier_dropout = 1, 0.0
     critic = AutoModelForTokenClassification.from_pretrained(paths["critic"], config=config, **EAGER).eval()
     for parameter in critic.score.parameters():
         torch.nn.init.zeros_(parameter)
-    optimizers = [
-        torch.optim.AdamW(
-            model.parameters(),
-            lr=recipe.models[role].learning_rate,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.0,
-            foreach=False,
-        )
-        for role, model in (("policy", policy), ("critic", critic))
-    ]
-    source = _prompts(recipe)
+    optimizers = [adamw(model, recipe, role) for role, model in (("policy", policy), ("critic", critic))]
+    source = prompt_source(recipe)
     cursor = 0
     for step in range(recipe.steps):
         prompts = [source.at(cursor + i) for i in range(recipe.prompts_per_step)]
         cursor += recipe.prompts_per_step
-        batch = _draw(policy, source, sorted(prompts), recipe, step)
+        batch = draw(policy, source.requests(sorted(prompts), recipe.samples_per_prompt, step), recipe, step)
         with torch.no_grad():
-            anchor = _log_probs(reference, batch)
+            anchor = log_probs_of(reference, batch)
             values = _values(critic, batch)
-            scores = _scores(reward, batch)
+            scores = scores_of(reward, batch)
         advantages, returns = _advantages(batch, anchor, values, scores, recipe)
-        _update(critic, optimizers[1], _critic_loss(critic, batch, values, returns))
-        _update(policy, optimizers[0], _policy_loss(policy, batch, advantages))
+        descend(critic, optimizers[1], _critic_loss(critic, batch, values, returns))
+        descend(policy, optimizers[0], ppo_loss(policy, batch, advantages))
     return policy.state_dict(), critic.state_dict()
 
 
@@ -87,18 +77,30 @@ class Batch:
         self.mu = np.array([x for _, _, log_probs in rows for x in log_probs], np.float32)
 
 
-def _prompts(recipe: Recipe) -> PromptSource:
+def prompt_source(recipe: Recipe) -> PromptSource:
     lines = Path(recipe.data.train).read_text().splitlines()
     rows = [msgspec.json.decode(line, type=DataRow) for line in lines]
     return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
 
 
-def _draw(policy: PreTrainedModel, source: PromptSource, prompts: list[int], recipe: Recipe, step: int) -> Batch:
+def causal(path: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, **EAGER).eval()
+
+
+def reward_model(path: str) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **EAGER).eval()
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe, role: str) -> torch.optim.Optimizer:
+    rate = recipe.models[role].learning_rate
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)
+
+
+def draw(policy: PreTrainedModel, requests: Prompts, recipe: Recipe, step: int, temperature: float = 1.0) -> Batch:
     engine = TorchEngine(
         policy, recipe.generation, recipe.seed, tiny.EOS_ID, owns_model=False, version=Version(0, step)
     )
-    requests = source.requests(prompts, recipe.samples_per_prompt, step)
-    engine.submit(requests, Sampling(max_tokens=recipe.generation.max_tokens, temperature=1.0))
+    engine.submit(requests, Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature))
     drawn = {}
     while engine.unfinished:
         drawn |= {row.sample_id: row for row in engine.step()}
@@ -114,7 +116,7 @@ def _before(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     return outputs[rows, columns]
 
 
-def _log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def log_probs_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = _before(model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits, batch).float()
     drawn = torch.tensor([batch.tokens[i, t] for i, t in batch.at])
     return logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
@@ -125,7 +127,7 @@ def _values(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return _before(logits, batch).float().squeeze(-1)
 
 
-def _scores(model: Any, batch: Batch) -> np.ndarray:
+def scores_of(model: Any, batch: Batch) -> np.ndarray:
     hidden = model.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
     return model.score(hidden[torch.arange(len(batch.ends)), torch.tensor(batch.ends)]).float().squeeze(-1).numpy()
 
@@ -150,9 +152,9 @@ def _advantages(
     return torch.from_numpy(advantages.astype(np.float32)), torch.from_numpy(returns.astype(np.float32))
 
 
-def _policy_loss(model: torch.nn.Module, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+def ppo_loss(model: torch.nn.Module, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
     model.train()
-    log_probs = _log_probs(model, batch)
+    log_probs = log_probs_of(model, batch)
     ratio = torch.exp(log_probs - log_probs.detach())
     loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages)
     loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
@@ -167,7 +169,7 @@ def _critic_loss(model: torch.nn.Module, batch: Batch, old: torch.Tensor, return
     return (loss * torch.tensor(1.0 / len(batch.at), dtype=torch.float32)).sum()
 
 
-def _update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+def descend(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
     optimizer.step()

@@ -74,3 +74,20 @@ async def test_every_sample_of_a_finished_run_has_exactly_one_end(make_recipe: M
     totals = ledger.totals()
     ledger.close()
     assert (totals.created, totals.trained, totals.live) == (5 * 4 * 2, 5 * 4 * 2, 0)
+
+
+async def test_models_that_only_answer_train_the_same_when_they_are_spread_over_ranks(make_recipe: MakeRecipe) -> None:
+    """Each rank works on its own rows: other shapes, so the last bits may differ, and nothing else."""
+    pools = {"main": {"devices": 1}, "judges": {"devices": 3}}
+    spread = {
+        "reference": {"pool": "judges", "parallel": "1-1-3"},
+        "reward": {"pool": "judges", "parallel": "1-1-2"},
+    }
+    final = []
+    for placement in ({}, spread):
+        async with asyncflow.launch(make_recipe(pools=pools, placement=placement, steps=3)) as run:
+            ended = await run.wait()
+        assert ended.outcome == "finished", ended.error
+        final.append(_final(run.folder, 3, "policy"))
+    for name, tensor in final[0].items():
+        assert torch.allclose(tensor, final[1][name], atol=1e-5), name

@@ -64,3 +64,14 @@ def test_grants_follow_the_order_of_asking_and_skip_who_withdrew(moves: list[tup
             )
         assert lease.holder == (opened[0] if opened else None)
         assert lease.waiting == opened[1:]
+
+
+def test_a_service_that_is_gone_holds_nothing_and_waits_for_nothing():
+    lease = PoolLease("main")
+    first, second, third = claim(0, "reward"), claim(1, "critic"), claim(2, "reward")
+    for asked in (first, second, third):
+        lease.ask(asked)
+    assert lease.forget("reward") == second
+    assert (lease.holder, lease.waiting) == (second, [])
+    assert lease.forget("reward") is None
+    assert lease.holder == second

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protocols.columns import Jagged
+from asyncflow.services.endpoint import Frame
+from asyncflow.services.parts import Part, pack
+from asyncflow.services.runtime.local_store import LocalStore
+from protocols.columns import Batch, Jagged
 from protocols.messages import Finish, LogProbs, Rollouts, Scores, Values
 from protocols.stage import Failure
 
@@ -16,11 +19,11 @@ def scores(samples: Sequence[int]) -> Scores:
     return Scores(sample_ids=np.array(samples, np.int64), scores=np.array(samples, np.float32))
 
 
-def log_probs(samples: Sequence[int]) -> LogProbs:
-    """Each row has (id % 3) + 1 values, all of them minus its id."""
+def log_probs(samples: Sequence[int], tokens: int = 0) -> LogProbs:
+    """Each row has `tokens` values, by default (id % 3) + 1, all of them minus its id."""
     return LogProbs(
         sample_ids=np.array(samples, np.int64),
-        log_probs=Jagged.from_rows([np.full(s % 3 + 1, -s) for s in samples], np.float32),
+        log_probs=Jagged.from_rows([np.full(tokens or s % 3 + 1, -s) for s in samples], np.float32),
     )
 
 
@@ -52,3 +55,15 @@ def rollouts(samples: Sequence[int], versions: Sequence[Sequence[int]] | None = 
 def tombstones(samples: Sequence[int], cause: str = "timeout") -> list[Failure]:
     """One a sample."""
     return [Failure(s, cause) for s in samples]
+
+
+def part(batch: Batch) -> Part:
+    """A batch as it lies in a mailbox of the local runtime, whose payload is the frame itself."""
+    return pack(LocalStore(), batch, term=0)
+
+
+def damaged(frame: Frame, at: int = -1) -> Frame:
+    """A copy of a frame with one bit flipped, by default in its last row."""
+    copy = frame.copy()
+    copy[at] ^= 1
+    return copy

@@ -9,23 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Payload
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
 from asyncflow.services.host import Host
-from asyncflow.services.runtime.local import LocalStore
+from asyncflow.services.parts import Part
+from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols import codec
 from protocols.columns import concat
-from protocols.control import Delivery, Generated, LeaseAsked, LeaseReturned, Notice, Reply, Request
-from protocols.messages import Prompts, Rollouts
+from protocols.control import Generated, LeaseAsked, LeaseReturned, Notice
+from protocols.delivery import Delivery
+from protocols.ids import prompt_of
+from protocols.messages import Prompts, Rollouts, Scores
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from tests.asyncflow.services import rows
+from tests.asyncflow.services.hosting import Consumer
 from workers.generation.torch import TorchEngine
 from workers.models import load_causal
 from workers.settings import Generation
@@ -219,6 +222,16 @@ async def test_what_left_the_engine_is_reported(folders: list[Path]):
     assert sum(n.tokens for n in reports) == len(concat(b.rollouts).responses.values)
 
 
+async def test_where_bits_count_two_jobs_never_share_a_forward(folders: list[Path]):
+    """Sampled rows and greedy baselines may wait together, and the shape of a forward decides the last bit."""
+    async with bench(folders[0], deterministic=True) as b:
+        b.job(prompts("1", "2"), whole=True)
+        b.job(prompts("3", first=5), replace(SAMPLING, temperature=0.0), whole=True)
+        await b.all_given(3)
+    drawn = [notice.sample_ids for notice in await b.host.notices() if isinstance(notice, Generated)]
+    assert drawn == [prompts("1", "2").sample_ids.tolist(), prompts("3", first=5).sample_ids.tolist()]
+
+
 # --- versions
 
 
@@ -350,28 +363,6 @@ async def test_on_shared_devices_nothing_is_computed_before_the_lease_and_it_is_
 # --- the stage
 
 
-class Consumer:
-    """The service behind the stage: keeps what arrives, once its gate is open."""
-
-    name = "reward"
-
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
-        self.arrived: list[tuple[Delivery, Rollouts | None]] = []
-
-    async def deliver(self, delivery: Delivery, payload: Payload | None) -> None:
-        await self.gate.wait()
-        batch = None if payload is None else codec.decode(payload)
-        assert batch is None or isinstance(batch, Rollouts)
-        self.arrived.append((delivery, batch))
-
-    async def request(self, request: Request, payload: Payload | None = None) -> tuple[Reply, Payload | None]:
-        raise NotImplementedError
-
-    async def notices(self) -> list[Notice]:
-        raise NotImplementedError
-
-
 STAGE = StageSpec(
     name="policy.generate#1",
     method="generate",
@@ -385,28 +376,89 @@ STAGE = StageSpec(
 )
 
 
+def delivered(*texts: str, first: int = 0, attempt: int = 0) -> tuple[Delivery, list[Part]]:
+    """Prompts as they come from the controller."""
+    part = rows.part(prompts(*texts, first=first))
+    return Delivery(STAGE.inputs[0], 0, [part.shard], attempt=attempt), [part]
+
+
+def arrived(consumer: Consumer) -> list[int]:
+    """All samples that came, tombstones included, in the order of their ids."""
+    return sorted(sample for samples in consumer.samples for sample in samples)
+
+
+@asynccontextmanager
+async def generating(b: Bench, consumer: Consumer) -> AsyncIterator[GeneratingStage]:
+    """The stage at work on a bench's loop."""
+    b.host.peers = {consumer.name: consumer}
+    stage = GeneratingStage(b.host, STAGE, b.loop)
+    sending = asyncio.create_task(stage.run())
+    yield stage
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+
+
 async def test_a_slow_consumer_holds_no_engine_slot(folders: list[Path]):
-    consumer = Consumer()
-    async with bench(folders[0], slots=2) as b:
-        b.host.peers = {"reward": consumer}
-        stage = GeneratingStage(b.host, STAGE, b.loop)
-        sending = asyncio.create_task(stage.run())
-        await stage.accept(0, prompts("1", "2", "3", "4", "1" * CONTEXT), [], step=-1)
+    consumer = Consumer("reward", is_open=False)
+    async with bench(folders[0], slots=2) as b, generating(b, consumer) as stage:
+        await stage.deliver(0, *delivered("1", "2", "3", "4", "1" * CONTEXT))
         await b.until(lambda: b.engine.statistics()["tokens_generated"] > 0, "the first tokens")
         await b.until(lambda: not b.loop.waiting and not b.engine.unfinished, "all rows, though none could be sent")
         assert consumer.arrived == []
         consumer.gate.set()
-        await b.until(
-            lambda: sum(d.rows + len(d.failures) for d, _ in consumer.arrived) == 5, "five rows at the consumer"
-        )
-        sending.cancel()
+        await b.until(lambda: len(arrived(consumer)) == 5, "five rows at the consumer")
     assert {d.edge for d, _ in consumer.arrived} == {"reward.score#1.0"}
-    arrived = concat([r for _, r in consumer.arrived if r is not None])
-    assert sorted(arrived.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
+    drawn = concat([batch for _, batches in consumer.arrived for batch in batches])
+    assert sorted(drawn.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
     assert [len(d.failures) for d, _ in consumer.arrived if d.failures] == [1], "its tombstone travels in its place"
+
+
+async def test_a_prompt_that_is_delivered_twice_is_drawn_once(folders: list[Path]):
+    consumer = Consumer("reward")
+    async with bench(folders[0]) as b, generating(b, consumer) as stage:
+        await stage.deliver(0, *delivered("1", "2"))
+        await stage.deliver(0, *delivered("1", "2"))
+        await b.until(lambda: len(arrived(consumer)) == 2, "both rows")
+        await stage.deliver(0, *delivered("2", "3", first=1))
+        await b.until(lambda: len(arrived(consumer)) == 3, "the one row that is new")
+        assert not b.engine.unfinished
+        assert b.host.counts.statistics(STAGE.inputs[0], 0, 0, 0).refused == 3
+    assert arrived(consumer) == prompts(*"123").sample_ids.tolist()
+
+
+async def test_a_prompt_whose_row_was_lost_is_drawn_again_in_a_new_attempt(folders: list[Path]):
+    consumer = Consumer("reward")
+    async with bench(folders[0]) as b, generating(b, consumer) as stage:
+        await stage.deliver(0, *delivered("1"))
+        await b.until(lambda: len(arrived(consumer)) == 1, "the first attempt")
+        await stage.deliver(0, *delivered("1", attempt=1))
+        await b.until(lambda: len(arrived(consumer)) == 2, "the second attempt")
+    assert [delivery.attempt for delivery, _ in consumer.arrived] == [0, 1]
+
+
+async def test_a_prompt_that_is_over_is_not_drawn(folders: list[Path]):
+    consumer, (first, second) = Consumer("reward"), prompts("1", "2").sample_ids.tolist()
+    async with bench(folders[0]) as b, generating(b, consumer) as stage:
+        await stage.end([prompt_of(first)])
+        await stage.deliver(0, *delivered("1", "2"))
+        await b.until(lambda: bool(arrived(consumer)), "the other prompt's row")
+        assert (b.engine.unfinished, b.loop.waiting) == (0, 0)
+    assert arrived(consumer) == [second]
+
+
+async def test_prompts_that_can_not_be_read_are_tombstones_with_the_reason(folders: list[Path]):
+    consumer = Consumer("reward")
+    async with bench(folders[0]) as b, generating(b, consumer) as stage:
+        delivery, (part,) = delivered("1", "2")
+        await stage.deliver(0, delivery, [Part(part.shard, rows.damaged(part.payload))])
+        await b.until(lambda: len(arrived(consumer)) == 2, "two tombstones")
+    ((sent, batches),) = consumer.arrived
+    assert batches == []
+    assert all("its frame was refused" in failure.cause for failure in sent.failures)
 
 
 async def test_a_generating_stage_takes_prompts(folders: list[Path]):
     async with bench(folders[0], run=False) as b:
-        with pytest.raises(ValueError, match=r"policy.generate#1: takes prompts, got Scores"):
-            await GeneratingStage(b.host, STAGE, b.loop).accept(0, rows.scores([1]), [], step=-1)
+        with pytest.raises(ValueError, match=r"policy.generate#1: takes prompts, its edge carries schema 5"):
+            stage = GeneratingStage(b.host, replace(STAGE, schemas=[Scores.schema_id]), b.loop)
+            await stage.deliver(0, *delivered("1"))

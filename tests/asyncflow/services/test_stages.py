@@ -1,34 +1,282 @@
-"""What a stage gives back: every row that it took, once."""
+"""The stages: what makes each of them fire, what it makes of rows that can't be read, and what it refuses."""
 
 from __future__ import annotations
 
-import numpy as np
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
 import pytest
 
-from asyncflow.services.stages import check_complete
-from protocols.messages import Scores
-from protocols.stage import Failure
+from asyncflow.services.endpoint import causes
+from asyncflow.services.host import Host
+from asyncflow.services.parts import Part
+from asyncflow.services.spec import StageSpec, Target
+from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
+from protocols.control import CloseBatch, Done, Notice, Settled, StepDone
+from protocols.delivery import Delivery
+from protocols.ids import sample_id
+from protocols.messages import LogProbs, Metrics
+from protocols.stage import Measured
+from tests.asyncflow.services import rows, specs
+from tests.asyncflow.services.hosting import Consumer, SomeAreGone, hosted
+
+TO_B = Target("b", "b.double#1.0")
+DOUBLE = specs.stage("a.double#1", outputs=[TO_B])
+ADD = specs.stage("a.add#1", sources=("x.double#1", "y.double#1"), outputs=[TO_B])
+TRAIN = specs.stage("a.count#1", fires="batch", protocol="METRIC")
+CLOSE = specs.stage("a.keep#1", sources=("x.double#1",), outputs=[TO_B], fires="closed", grains=["sample"])
 
 
-def scores(*samples: int) -> Scores:
-    return Scores(sample_ids=np.array(samples, np.int64), scores=np.zeros(len(samples), np.float32))
+async def deliver(
+    stage: StageRunner, *parts: Part, dead: Sequence[int] = (), position: int = 0, attempt: int = 0, step: int = -1
+) -> None:
+    shards = [part.shard for part in parts]
+    edge = stage.spec.inputs[position]
+    await stage.deliver(position, Delivery(edge, 0, shards, rows.tombstones(dead), attempt, step), list(parts))
 
 
-def test_values_and_tombstones_together_are_the_rows_that_were_taken():
-    check_complete("reward.score#1", scores(1, 2, 3), scores(3, 1), [Failure(2, "timeout")])
+def sent(*samples: int) -> Part:
+    return rows.part(rows.log_probs(samples))
 
 
-@pytest.mark.parametrize(
-    ("given", "failures", "wrong"),
-    [
-        (scores(1), [], r"\[2\]"),
-        (scores(1, 2), [Failure(2, "x")], r"\[2\]"),
-        (scores(1, 2, 9), [], r"\[9\]"),
-    ],
-    ids=["vanished", "value and tombstone", "of nobody"],
-)
-def test_a_row_that_does_not_leave_exactly_once_is_an_error_that_names_it(
-    given: Scores, failures: list[Failure], wrong: str
-):
-    with pytest.raises(ValueError, match=rf"reward\.score#1: took 2 rows .*{wrong}"):
-        check_complete("reward.score#1", scores(1, 2), given, failures)
+def torn(*samples: int) -> Part:
+    part = sent(*samples)
+    return Part(part.shard, rows.damaged(part.payload))
+
+
+def lost(*samples: int) -> Part:
+    return Part(sent(*samples).shard, None)
+
+
+async def until_sent(consumer: Consumer, deliveries: int = 1) -> list[list[int]]:
+    """The samples of each delivery, when there are so many."""
+    try:
+        async with asyncio.timeout(5):
+            while len(consumer.arrived) < deliveries:
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        pytest.fail(f"{len(consumer.arrived)} of {deliveries} deliveries were sent: {consumer.samples}")
+    return consumer.samples
+
+
+@asynccontextmanager
+async def row_stage(stage: StageSpec = DOUBLE, **changes: Any) -> AsyncIterator[tuple[RowStage, Consumer]]:
+    """A row stage at work, and the consumer of its rows."""
+    consumer = Consumer("b")
+    async with hosted(specs.service("a", stage, **changes), consumer, store=SomeAreGone()) as host:
+        runner = RowStage(host, stage)
+        running = asyncio.create_task(runner.run())
+        yield runner, consumer
+        if running.done():
+            await running  # raises what ended it
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+# --- row stages
+
+
+async def test_rows_leave_as_they_come_and_tombstones_are_passed_on():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, sent(1, 2), dead=[3])
+        assert await until_sent(consumer) == [[1, 2, 3]]
+        assert consumer.arrived[0][0].failures == rows.tombstones([3])
+
+
+async def test_tombstones_alone_fire_nothing_and_are_passed_on():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, dead=[3])
+        assert await until_sent(consumer) == [[3]]
+        assert consumer.arrived[0][1] == []
+
+
+async def test_a_join_fires_on_rows_that_both_inputs_have():
+    async with row_stage(ADD) as (stage, consumer):
+        await deliver(stage, sent(1, 2, 3), position=0)
+        await deliver(stage, sent(3), sent(1), position=1)
+        assert await until_sent(consumer) == [[3, 1]]
+        ((_, (batch,)),) = consumer.arrived
+        assert isinstance(batch, LogProbs)
+        assert [values[0] for values in batch.log_probs] == [-6, -2]
+
+
+async def test_a_firing_takes_no_more_rows_than_the_service_says():
+    async with row_stage(firing_rows=2) as (stage, consumer):
+        await deliver(stage, sent(1, 2, 3))
+        assert await until_sent(consumer, 2) == [[1, 2], [3]]
+
+
+async def test_a_refused_frame_leaves_as_tombstones_and_the_stage_goes_on():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, sent(1), torn(2, 3))
+        assert await until_sent(consumer) == [[1, 2, 3]]
+        dead = consumer.arrived[0][0].failures
+        assert [f.sample_id for f in dead] == [2, 3]
+        assert all("its frame was refused" in f.cause for f in dead)
+        await deliver(stage, sent(4))
+        assert await until_sent(consumer, 2) == [[1, 2, 3], [4]]
+
+
+async def test_rows_whose_bytes_are_gone_leave_nothing_and_can_be_sent_again():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, sent(1), lost(2, 3))
+        assert await until_sent(consumer) == [[1]]
+        await deliver(stage, sent(1, 2, 3))
+        assert await until_sent(consumer, 2) == [[1], [2, 3]]
+
+
+async def test_rows_made_anew_take_the_place_of_those_whose_bytes_are_gone():
+    """Their sender's successor sends them before anybody knows that they are lost."""
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, lost(1, 2))
+        await deliver(stage, sent(1, 2), attempt=1)
+        assert await until_sent(consumer) == [[1, 2]]
+        assert stage.depth()[0] == 0
+
+
+async def test_rows_made_anew_carry_their_attempt_on():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, sent(1))
+        await until_sent(consumer)
+        await deliver(stage, sent(1), attempt=1)
+        await until_sent(consumer, 2)
+        assert [delivery.attempt for delivery, _ in consumer.arrived] == [0, 1]
+
+
+async def test_what_comes_again_or_late_is_refused_and_counted():
+    async with row_stage() as (stage, consumer):
+        await deliver(stage, sent(1, 2))
+        await until_sent(consumer)
+        await deliver(stage, sent(2, 3))
+        await until_sent(consumer, 2)
+        await stage.end([0])
+        await deliver(stage, sent(4), dead=[5])
+        edge = stage.host.counts.statistics("a.double#1.0", *stage.depth())
+        assert (edge.rows, edge.refused, edge.depth) == (3, 3, 0)
+
+
+# --- the closing stage
+
+
+def keep(batch: LogProbs, scale: float = 1.0) -> Measured[LogProbs]:
+    return Measured(batch, Metrics(values={"rows": scale * len(batch)}))
+
+
+async def noticed(host: Host) -> list[Notice]:
+    """What there is to report now."""
+    host.wait("test")  # so that there is something
+    return await host.notices()
+
+
+async def settled(host: Host) -> list[Settled]:
+    return [notice for notice in await noticed(host) if isinstance(notice, Settled)]
+
+
+@asynccontextmanager
+async def closing_stage(**changes: Any) -> AsyncIterator[tuple[ClosingStage, Consumer]]:
+    consumer = Consumer("b")
+    async with hosted(specs.service("a", CLOSE, **changes), consumer, store=SomeAreGone()) as host:
+        yield ClosingStage(host, CLOSE, keep), consumer
+
+
+async def test_settled_prompts_are_reported_once():
+    async with closing_stage(samples_per_prompt=2) as (stage, _):
+        first, second, third = sample_id(1, 0), sample_id(1, 1), sample_id(2, 0)
+        await deliver(stage, sent(first, third))
+        assert await settled(stage.host) == []
+        await deliver(stage, sent(second))
+        await deliver(stage, sent(second))
+        assert [s.alive for s in await settled(stage.host)] == [[first, second]]
+        assert stage.depth()[0] == 3
+
+
+async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_step():
+    async with closing_stage(numbers={"scale": 10.0}) as (stage, consumer):
+        samples = [sample_id(prompt, 0) for prompt in (1, 2, 3)]
+        await deliver(stage, sent(*samples))
+        asked = [samples[2], samples[0]]
+        assert await stage.close(CloseBatch(4, asked)) == Done({"rows": 20.0})
+        ((delivery, batches),) = consumer.arrived
+        assert (delivery.step, batches) == (4, [rows.log_probs(asked)])
+
+
+async def test_a_refused_shard_is_tombstones_at_the_join_and_costs_no_other():
+    async with closing_stage() as (stage, _):
+        good, bad = sample_id(1, 0), sample_id(2, 0)
+        await deliver(stage, torn(bad), sent(good))
+        reported = {s.prompt_id: s for s in await settled(stage.host)}
+        assert reported[1].alive == [good]
+        (dead,) = reported[2].dead
+        assert dead.sample_id == bad
+        assert "its frame was refused: rows 0 to 0 are damaged" in dead.cause
+        assert stage.host.counts.statistics("a.keep#1.0", 0, 0, 0).damaged == 1
+
+
+async def test_a_shard_that_is_gone_is_awaited_from_its_senders_successor():
+    async with closing_stage() as (stage, _):
+        await deliver(stage, lost(sample_id(1, 0)))
+        assert await settled(stage.host) == []
+        await deliver(stage, sent(sample_id(1, 0)))
+        assert len(await settled(stage.host)) == 1
+
+
+async def test_a_shard_that_is_not_what_it_is_said_to_be_is_refused():
+    async with closing_stage() as (stage, _):
+        named, foreign = sent(1, 2), rows.part(rows.scores([1, 2]))
+        for payload, reason in ((foreign.payload, "unknown schema 5"), (sent(1).payload, "other rows")):
+            batch, failures = await read_or_fail(stage.host, Part(named.shard, payload), LogProbs, "a.keep#1.0")
+            assert batch is None
+            assert [f.sample_id for f in failures] == [1, 2]
+            assert all(reason in f.cause for f in failures)
+
+
+# --- training stages
+
+
+@asynccontextmanager
+async def training_stage() -> AsyncIterator[tuple[TrainingStage, asyncio.Task[None]]]:
+    async with hosted(specs.service("a", TRAIN, topology="1-1-2"), store=SomeAreGone()) as host:
+        runner = TrainingStage(host, TRAIN)
+        running = asyncio.create_task(runner.run())
+        yield runner, running
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def until_done(host: Host, steps: int) -> list[StepDone]:
+    done: list[StepDone] = []
+    async with asyncio.timeout(5):
+        while len(done) < steps:
+            done += [notice for notice in await host.notices() if isinstance(notice, StepDone)]
+    return done
+
+
+async def test_a_closed_batch_is_trained_once_by_all_replicas_together():
+    async with training_stage() as (stage, _):
+        await deliver(stage, sent(1, 2, 6), step=0)
+        await deliver(stage, sent(1, 2, 6), step=0)
+        await deliver(stage, sent(4), step=1)
+        assert await until_done(stage.host, 2) == [
+            StepDone("a.count#1", 0, {"id": 3.0}),
+            StepDone("a.count#1", 1, {"id": 4.0}),
+        ]
+        assert stage.host.counts.statistics("a.count#1.0", 0, 0, 0).refused == 3
+
+
+@pytest.mark.parametrize(("bad", "cause"), [(torn, "its frame was refused"), (lost, "their sender is gone")])
+async def test_a_batch_of_which_a_row_can_not_be_read_is_no_batch(bad: Callable[..., Part], cause: str):
+    async with training_stage() as (stage, running):
+        await deliver(stage, sent(1), bad(2), step=3)
+        await asyncio.wait([running], timeout=5)
+        error = running.exception()
+        assert error is not None
+        assert f"step 3 has rows that can't be read: {cause}" in causes(error)
+
+
+async def test_a_batch_has_no_tombstones():
+    async with training_stage() as (stage, _):
+        for parts in ([], [sent(1)]):
+            with pytest.raises(ValueError, match="a closed batch has rows and no tombstones"):
+                await deliver(stage, *parts, dead=[2], step=0)

@@ -1,0 +1,272 @@
+"""`asyncflow bench channels`: what a hop costs, beside today's path in the same run, and beside its bounds.
+
+    batch   rows of 1024 tokens into 4 ranks, log-probs back: ours against the padded batch that every rank fetches
+    hop     25 kB through a service of one rank, and of four, as the caller sees it; beside it Ray's own time for it
+    large   64 MB, and 10 million tokens: bytes per second as a share of what copying memory reaches here
+    scale   rows through 4, 16 and 64 services of one process (scale.py)
+
+Rounds of what is compared are interleaved, and medians told: what disturbs one disturbs its neighbours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import numpy as np
+
+from asyncflow.bench import scale
+from asyncflow.bench.rival import Floor, Rival, nbytes, padded
+from asyncflow.services.endpoint import Endpoint, Store, ask
+from asyncflow.services.parts import pack, parts_of, unpack
+from asyncflow.services.runtime.ray import RayRuntime
+from asyncflow.services.spec import ServiceSpec
+from protocols import codec
+from protocols.columns import Jagged
+from protocols.control import GetStatistics, Invoke, Invoked, Statistics
+from protocols.delivery import EdgeStatistics
+from protocols.messages import LogProbs, Rollouts
+
+RANKS = 4
+INLINE_BYTES = 8192
+
+Way = Callable[[], Awaitable[object]]
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """How much is measured."""
+
+    rounds: int = 15
+    rows: int = 256
+    tokens: int = 1024  # of a row; a quarter of them its prompt
+    large_tokens: tuple[int, ...] = (6_000_000, 10_000_000)  # the first is a frame of 64 MB
+    scale_rows: int = 1_000_000  # rows x hops at each number of services
+
+
+QUICK = Sizes(rounds=1, rows=32, tokens=64, large_tokens=(65_536,), scale_rows=20_000)
+
+
+class BatchFigures(msgspec.Struct, frozen=True):
+    """The full batch in and its log-probs back; milliseconds, medians of interleaved rounds."""
+
+    frame_bytes: int
+    ours_ms: float
+    today_bytes: int
+    today_ms: float
+    narrow_bytes: int
+    narrow_ms: float
+    speedup: float  # over today's columns and types
+    speedup_narrow: float  # over our columns and types on today's path
+    read_bytes: list[int]  # by rank
+    front_bytes: int  # of payload that the front read
+
+
+class HopFigures(msgspec.Struct, frozen=True):
+    """A small message there and back."""
+
+    ranks: int
+    frame_bytes: int
+    median_ms: float
+    p90_ms: float
+    floor_ms: float  # of bare actors that pass the same bytes on
+
+
+class LargeFigures(msgspec.Struct, frozen=True):
+    """A large batch there, and its log-probs back."""
+
+    tokens: int
+    frame_bytes: int
+    seconds: float
+    gigabytes_per_second: float  # of bytes that moved: the frame and the answer
+    bandwidth_share: float  # of copying memory in one thread
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """All of one run."""
+
+    batch: BatchFigures
+    hops: list[HopFigures]
+    large: list[LargeFigures]
+    copy_gigabytes_per_second: float
+    scale: list[scale.ScaleFigures]
+
+
+async def measure(sizes: Sizes = Sizes()) -> Figures:  # noqa: B008 - frozen
+    """Start a Ray of its own, measure, end it; then the services of one process."""
+    runtime = RayRuntime(INLINE_BYTES)
+    try:
+        started = await runtime.start([_service("four", RANKS), _service("one", 1)])
+        four, one = started["four"].endpoint, started["one"].endpoint
+        copy = _copy_speed()
+        hops = [await _hop(endpoint, runtime.store, ranks, sizes) for endpoint, ranks in ((one, 1), (four, RANKS))]
+        batch = await _batch(four, runtime.store, sizes)
+        large = [await _large(four, runtime.store, tokens, copy) for tokens in sizes.large_tokens]
+    finally:
+        await runtime.stop()
+    grown = [await scale.measure(services, sizes.scale_rows) for services in (4, 16, 64)]
+    return Figures(batch, hops, large, copy / 1e9, grown)
+
+
+def lines(figures: Figures) -> list[str]:
+    """The figures for people, each beside its bound."""
+    batch, copy = figures.batch, figures.copy_gigabytes_per_second
+    told = [
+        f"batch  {batch.frame_bytes / 1e6:.1f} MB into {RANKS} ranks, log-probs back: {batch.ours_ms:.1f} ms",
+        f"       padded, {batch.today_bytes / 1e6:.1f} MB to every rank: {batch.today_ms:.1f} ms,"
+        f" {batch.speedup:.2f} x ours",
+        f"       the same path, {batch.narrow_bytes / 1e6:.1f} MB in our types: {batch.narrow_ms:.1f} ms,"
+        f" {batch.speedup_narrow:.2f} x ours",
+        f"       read by rank: {', '.join(f'{b / 1e3:.0f} kB' for b in batch.read_bytes)};"
+        f" by the front: {batch.front_bytes} bytes",
+    ]
+    told += [
+        f"hop    {hop.frame_bytes / 1e3:.0f} kB through {hop.ranks} rank{'s' if hop.ranks > 1 else ''}:"
+        f" {hop.median_ms:.2f} ms median, {hop.p90_ms:.2f} ms p90; Ray alone {hop.floor_ms:.2f} ms"
+        for hop in figures.hops
+    ]
+    told += [
+        f"large  {large.tokens / 1e6:.1f} million tokens, {large.frame_bytes / 1e6:.0f} MB: {large.seconds:.2f} s,"
+        f" {large.gigabytes_per_second:.2f} GB/s = {large.bandwidth_share:.0%} of copying memory ({copy:.1f} GB/s)"
+        for large in figures.large
+    ]
+    return told + [scale.line(grown) for grown in figures.scale]
+
+
+def rollouts_of(rows: int, tokens: int) -> Rollouts:
+    """`rows` rollouts of `tokens` tokens, a quarter of them prompt."""
+    rng = np.random.default_rng(0)
+    asked, drawn = tokens // 4, tokens - tokens // 4
+    responses = Jagged.from_lengths(rng.integers(0, 32_000, rows * drawn, np.int32), np.full(rows, drawn))
+    return Rollouts(
+        sample_ids=np.arange(rows, dtype=np.int64),
+        prompts=Jagged.from_lengths(rng.integers(0, 32_000, rows * asked, np.int32), np.full(rows, asked)),
+        references=Jagged.from_texts([""] * rows),
+        responses=responses,
+        log_probs=responses.with_values(rng.standard_normal(rows * drawn, np.float32)),
+        versions=responses.with_values(np.zeros(rows * drawn, np.int32)),
+        loss_mask=responses.with_values(np.ones(rows * drawn, np.uint8)),
+        finishes=np.zeros(rows, np.uint8),
+    )
+
+
+async def call(endpoint: Endpoint, store: Store, rollouts: Rollouts, ranks: int = RANKS) -> LogProbs:
+    """The whole way: encode, put, let the ranks read their rows and answer, read the answers."""
+    part = pack(store, rollouts, 0, direct=ranks == 1)
+    reply, payloads = await ask(endpoint, Invoke("log_probs", [part.shard]), [part.payload])
+    assert isinstance(reply, Invoked)
+    answers = parts_of(reply.shards, payloads)
+    return unpack([await store.get(answer.payload) for answer in answers], LogProbs)
+
+
+def _service(name: str, ranks: int) -> ServiceSpec:
+    return ServiceSpec(
+        name=name,
+        kind="asyncflow.bench.workers:Echo",
+        run="bench",
+        term=0,
+        seed=0,
+        deterministic=False,
+        stages=[],
+        pool="",
+        topology=f"1-1-{ranks}",
+        leased=False,
+        samples_per_prompt=1,
+        mailbox_rows=0,
+        firing_rows=0,
+    )
+
+
+async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures:
+    rollouts = rollouts_of(sizes.rows, sizes.tokens)
+    today, narrow = padded(rollouts), padded(rollouts, narrow=True)
+    rival = Rival(RANKS)
+
+    async def ours() -> LogProbs:
+        return await call(endpoint, store, rollouts)
+
+    ways: list[Way] = [ours, lambda: rival.log_probs(today), lambda: rival.log_probs(narrow)]
+    try:
+        assert await ours() == LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.log_probs)
+        before = await _reading(endpoint)
+        await ours()
+        after = await _reading(endpoint)
+        mine, theirs, theirs_narrow = (statistics.median(t) * 1e3 for t in await _interleaved(ways, sizes.rounds))
+    finally:
+        rival.close()
+    read = {rank: count - before.read_bytes.get(rank, 0) for rank, count in after.read_bytes.items()}
+    return BatchFigures(
+        frame_bytes=codec.encode(rollouts).nbytes,
+        ours_ms=mine,
+        today_bytes=nbytes(today),
+        today_ms=theirs,
+        narrow_bytes=nbytes(narrow),
+        narrow_ms=theirs_narrow,
+        speedup=theirs / mine,
+        speedup_narrow=theirs_narrow / mine,
+        read_bytes=[read.get(rank, 0) for rank in range(RANKS)],
+        front_bytes=read.get(-1, 0),
+    )
+
+
+async def _reading(endpoint: Endpoint) -> EdgeStatistics:
+    """What the echoing service has read so far."""
+    reply, _ = await ask(endpoint, GetStatistics())
+    assert isinstance(reply, Statistics)
+    return reply.statistics.edges[0]
+
+
+async def _hop(endpoint: Endpoint, store: Store, ranks: int, sizes: Sizes) -> HopFigures:
+    rollouts, floor = rollouts_of(16, 128), Floor(ranks)
+    frame = codec.encode(rollouts)
+    ways: list[Way] = [lambda: call(endpoint, store, rollouts, ranks), lambda: floor.hop(frame)]
+    try:
+        times, bare = await _interleaved(ways, sizes.rounds * 20)
+    finally:
+        floor.close()
+    return HopFigures(
+        ranks=ranks,
+        frame_bytes=frame.nbytes,
+        median_ms=statistics.median(times) * 1e3,
+        p90_ms=statistics.quantiles(times, n=10)[-1] * 1e3,
+        floor_ms=statistics.median(bare) * 1e3,
+    )
+
+
+async def _large(endpoint: Endpoint, store: Store, tokens: int, copy: float) -> LargeFigures:
+    rollouts = rollouts_of(tokens // 1024, 1024)
+    (times,) = await _interleaved([lambda: call(endpoint, store, rollouts)], 3)
+    frame, seconds = codec.encode(rollouts).nbytes, statistics.median(times)
+    moved = frame + rollouts.log_probs.values.nbytes
+    return LargeFigures(
+        tokens=len(rollouts) * 1024,
+        frame_bytes=frame,
+        seconds=seconds,
+        gigabytes_per_second=moved / seconds / 1e9,
+        bandwidth_share=moved / seconds / copy,
+    )
+
+
+async def _interleaved(ways: list[Way], rounds: int) -> list[list[float]]:
+    """Seconds of each way, by round, after one to warm up: what disturbs one disturbs its neighbours."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for number in range(rounds + 1):
+        for way, times in zip(ways, seconds, strict=True):
+            start = time.perf_counter()
+            await way()
+            if number:
+                times.append(time.perf_counter() - start)
+    return seconds
+
+
+def _copy_speed() -> float:
+    """Bytes per second that one thread copies: the bound of every path through memory."""
+    source = np.ones(64 << 20, np.uint8)
+    target = np.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - start)
+    return source.nbytes / best

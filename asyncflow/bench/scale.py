@@ -1,0 +1,148 @@
+"""The control plane at scale: rows through many services of one process, two channels a service.
+
+The services stand in layers of two; each sends to both of the next layer, whose joins take a row from each. So with
+S services there are 2·S channels; every row of every channel is named, joined and remembered once, and that is what
+is measured: the rows hold one number. Flat time per row means that no service knows how many others there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from itertools import product
+
+import msgspec
+import numpy as np
+
+from asyncflow.services.endpoint import Endpoint, ask
+from asyncflow.services.parts import pack
+from asyncflow.services.runtime.local import LocalRuntime
+from asyncflow.services.spec import ServiceSpec, StageSpec, Target
+from protocols.control import EndPrompts, GetStatistics, Statistics
+from protocols.delivery import Delivery
+from protocols.ids import prompt_of, sample_id
+from protocols.messages import Scores
+
+WAVE = 512  # rows sent together; a wave's prompts end before the one after the next starts
+SAMPLES = 8  # a prompt
+WIDTH = 2
+
+
+class ScaleFigures(msgspec.Struct, frozen=True):
+    """One number of services."""
+
+    services: int
+    channels: int
+    rows: int  # taken in, summed over all channels
+    microseconds_per_row: float
+    most_held: int  # rows that any mailbox held
+    most_kept: int  # deliveries that were kept at the end, over all services
+    resident_megabytes: float  # the process at its largest
+
+
+async def measure(services: int, rows: int) -> ScaleFigures:
+    """Send waves until about `rows` rows x channels have been taken in."""
+    runtime = LocalRuntime()
+    try:
+        started = await runtime.start(_specs(services))
+        last = [started[name].endpoint for name in list(started)[-WIDTH:]]
+        waves = max(2, rows // (WAVE * WIDTH * services))
+        start = time.perf_counter()
+        for wave in range(waves):
+            samples = _samples(wave)
+            part = pack(runtime.store, Scores(sample_ids=samples, scores=np.zeros(WAVE, np.float32)), 0)
+            for place, position in product(range(WIDTH), repeat=2):
+                delivery = Delivery(_edge(0, place, position), 0, [part.shard])
+                await started[_name(0, place)].endpoint.deliver(delivery, [part.payload])
+            await _until_passed(last, (wave + 1) * WAVE)
+            over = EndPrompts(sorted({prompt_of(s) for s in samples.tolist()}))
+            await asyncio.gather(*(ask(s.endpoint, over) for s in started.values()))
+        seconds = time.perf_counter() - start
+        statistics = [await _statistics(s.endpoint) for s in started.values()]
+    finally:
+        await runtime.stop()
+    edges = [edge for s in statistics for edge in s.statistics.edges]
+    taken = sum(edge.rows for edge in edges)
+    return ScaleFigures(
+        services=services,
+        channels=len(edges),
+        rows=taken,
+        microseconds_per_row=seconds / taken * 1e6,
+        most_held=max(edge.peak for edge in edges),
+        most_kept=sum(s.statistics.kept for s in statistics),
+        resident_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def line(figures: ScaleFigures) -> str:
+    """The figures for people."""
+    return (
+        f"scale  {figures.services} services, {figures.channels} channels, {figures.rows:,} rows:"
+        f" {figures.microseconds_per_row:.1f} us a row; at most {figures.most_held} held in a mailbox,"
+        f" {figures.most_kept} deliveries kept at the end, {figures.resident_megabytes:.0f} MB resident"
+    )
+
+
+def _specs(services: int) -> list[ServiceSpec]:
+    layers = services // WIDTH
+    return [_spec(layer, place, last=layer == layers - 1) for layer in range(layers) for place in range(WIDTH)]
+
+
+def _spec(layer: int, place: int, *, last: bool) -> ServiceSpec:
+    inputs = [_edge(layer, place, position) for position in range(WIDTH)]
+    outputs = [] if last else [Target(_name(layer + 1, to), _edge(layer + 1, to, place)) for to in range(WIDTH)]
+    stage = StageSpec(
+        name=_stage(layer, place),
+        method="add",
+        fires="rows",
+        inputs=inputs,
+        schemas=[Scores.schema_id] * len(inputs),
+        sources=[_stage(layer - 1, source) for source in range(WIDTH)] if layer else ["source"],
+        outputs=outputs,
+        protocol="DP_PROTO",
+    )
+    return ServiceSpec(
+        name=_name(layer, place),
+        kind="asyncflow.bench.workers:Relay",
+        run="bench",
+        term=0,
+        seed=0,
+        deterministic=False,
+        stages=[stage],
+        pool="",
+        leased=False,
+        samples_per_prompt=SAMPLES,
+        mailbox_rows=WAVE,
+        firing_rows=WAVE,
+    )
+
+
+def _samples(wave: int) -> np.ndarray:
+    first = wave * WAVE // SAMPLES
+    return np.array([sample_id(first + i // SAMPLES, i % SAMPLES) for i in range(WAVE)], np.int64)
+
+
+async def _until_passed(endpoints: list[Endpoint], rows: int) -> None:
+    """Wait until the last layer has taken so many rows on every edge; each notice of work done is a reason to look."""
+    for endpoint in endpoints:
+        while any(edge.rows < rows or edge.depth for edge in (await _statistics(endpoint)).statistics.edges):
+            await endpoint.notices()
+
+
+async def _statistics(endpoint: Endpoint) -> Statistics:
+    reply, _ = await ask(endpoint, GetStatistics())
+    assert isinstance(reply, Statistics)
+    return reply
+
+
+def _name(layer: int, place: int) -> str:
+    return f"relay-{layer}-{place}"
+
+
+def _stage(layer: int, place: int) -> str:
+    return f"{_name(layer, place)}.add#1"
+
+
+def _edge(layer: int, place: int, position: int) -> str:
+    return f"{_stage(layer, place)}.{position}"

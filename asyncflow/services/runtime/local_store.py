@@ -1,0 +1,75 @@
+"""Frames of one process: in memory up to a budget, beyond it in files. A sender never waits for memory.
+
+Rows in flight are bounded by admission, so they fit somewhere; where they exceed the budget, the newest go to disk
+and are mapped when they are read. What waits for *room* is a mailbox's credit, which counts rows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from asyncflow.services.endpoint import Frame, Payload
+
+DEFAULT_BUDGET = 1 << 30  # bytes
+
+
+class Spilled:
+    """A frame in a file, which lives as long as this does."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
+class LocalStore:
+    """Implements `Store`; read-only frames, since consumers share them. Thread-safe."""
+
+    def __init__(self, budget_bytes: int = DEFAULT_BUDGET) -> None:
+        self._budget = budget_bytes
+        self._lock = threading.Lock()
+        self._held = 0
+        self._files = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the frames in memory that somebody still holds."""
+        return self._held
+
+    def put(self, frame: Frame, direct: bool = False) -> Payload:
+        frame.flags.writeable = False
+        with self._lock:
+            if self._held + frame.nbytes <= self._budget:
+                self._held += frame.nbytes
+                weakref.finalize(frame, self._let_go, frame.nbytes)
+                return frame
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="asyncflow-spill-", ignore_cleanup_errors=True)
+            self._files += 1
+            path = Path(self._folder.name) / f"{self._files}.frame"
+        frame.tofile(path)
+        return Spilled(path, frame.nbytes)
+
+    async def get(self, payload: Payload) -> Frame:
+        if isinstance(payload, Spilled):
+            return np.memmap(payload.path, np.uint8, "r").view(np.ndarray)
+        return payload
+
+    def inline_bytes(self, payload: Payload) -> int:
+        """Nothing travels here."""
+        return 0
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _let_go(self, nbytes: int) -> None:
+        with self._lock:
+            self._held -= nbytes

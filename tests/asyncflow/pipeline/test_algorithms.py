@@ -1,0 +1,159 @@
+"""Every algorithm, end to end: it trains, samples end once, and without a critic nothing misses one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import asyncflow
+from asyncflow.config import Recipe, to_recipe
+from asyncflow.control.ledger import Ledger
+from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.trace import Flow, trace
+from asyncflow.launching import resume
+from protocols.control import StepCommitted
+from protocols.messages import Experience, LogProbs, Rollouts, Scores
+from protocols.roles import GREEDY
+from protocols.stage import Measured
+from tests.asyncflow.pipeline import plain_critic_free
+from tests.asyncflow.pipeline.plain_loop import State
+from workers.advantages.experience import experience_of, on_tokens
+from workers.advantages.remax import remax as advantages
+from workers.settings import Loss, Model
+
+STEPS, PROMPTS, SAMPLES = 2, 4, 2
+
+MakeOf = Callable[..., Recipe]
+
+
+@pytest.fixture
+def recipe_of(table: dict[str, Any]) -> MakeOf:
+    """The recipe of an algorithm: only the models that it calls, and its own defaults of [loss] and [advantage]."""
+
+    def make(algorithm: str, **changes: Any) -> Recipe:
+        called = trace(algorithm_named(algorithm)).services
+        models = {role: model for role, model in table["models"].items() if role in called}
+        sizes = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
+        return to_recipe(table | {"algorithm": algorithm, "models": models, "advantage": {}} | sizes | changes)
+
+    return make
+
+
+async def finished(recipe: Recipe) -> Path:
+    """Run a recipe to its end; its folder."""
+    async with asyncflow.launch(recipe) as run:
+        ended = await run.wait()
+    assert ended.outcome == "finished", ended.error
+    return run.folder
+
+
+def weights(folder: Path, step: int) -> State:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "policy" / "model.safetensors")
+
+
+def differing(ours: State, theirs: State) -> list[str]:
+    """Names of the tensors that are not the same bit for bit."""
+    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+async def test_it_trains_the_policy_and_every_sample_ends_once(recipe_of: MakeOf, name: str):
+    recipe = recipe_of(name)
+    folder = await finished(recipe)
+    start = load_file(Path(recipe.models["policy"].path) / "model.safetensors")
+    assert len(differing(start, weights(folder, STEPS))) > len(start) / 2
+    ledger = Ledger(folder / "ledger.db")
+    totals = ledger.totals()
+    ledger.close()
+    assert (totals.created, totals.trained, totals.live) == (16, 16, 0)  # greedy baselines are not among them
+    assert {path.name for path in (folder / "checkpoints" / "step_000002").iterdir() if path.is_dir()} == (
+        {"policy"} if name != "ppo" else {"policy", "critic"}
+    )
+
+
+@pytest.mark.parametrize("name", ["grpo", "remax"])
+async def test_it_is_the_plain_loop_bit_for_bit(recipe_of: MakeOf, name: str):
+    recipe = recipe_of(name, **({"advantage": {"kl_coefficient": 0.1}} if name == "remax" else {}))
+    folder = await finished(recipe)
+    assert differing(weights(folder, STEPS), getattr(plain_critic_free, name)(recipe)) == []
+
+
+async def test_without_a_critic_a_stopped_run_resumes_to_the_same_weights(recipe_of: MakeOf):
+    recipe = recipe_of("remax", steps=3)
+    whole = await finished(recipe)
+    async with asyncflow.launch(recipe) as stopped:
+        async for event in stopped.events():
+            if isinstance(event, StepCommitted):
+                break
+        ended = await stopped.stop()
+    assert ended.outcome == "stopped"
+    assert 1 <= ended.step < 3
+    async with resume(stopped.folder) as resumed:
+        assert (await resumed.wait()).outcome == "finished"
+    assert differing(weights(resumed.folder, 3), weights(whole, 3)) == []
+
+
+# --- identities of the whole way, bit for bit
+
+
+def plain_scores(rollouts: Rollouts, scores: Scores) -> Experience:
+    """REINFORCE: the score of a response on each of its tokens."""
+    return experience_of(rollouts, on_tokens(scores.scores.astype(np.float64), rollouts.loss_mask))
+
+
+def without_baseline(rollouts: Rollouts, reference: LogProbs, scores: Scores, greedy: Scores) -> Measured[Experience]:
+    """ReMax with b = 0 and beta = 0."""
+    nothing = msgspec.structs.replace(greedy, scores=np.zeros_like(greedy.scores))
+    return advantages(rollouts, reference, scores, nothing, kl_coefficient=0.0)
+
+
+@asyncflow.algorithm(loss=Loss(policy="reinforce"))
+def reinforce(flow: Flow) -> None:
+    rollouts = flow.policy.generate(flow.prompts)
+    flow.policy.update(flow.join(rollouts, flow.reward.score(rollouts)).apply(plain_scores))
+
+
+@asyncflow.algorithm
+def bare_remax(flow: Flow) -> None:
+    rollouts = flow.policy.generate(flow.prompts)
+    greedy = flow.reward.score(flow.policy.generate(flow.prompts, sampling=GREEDY))
+    joined = flow.join(
+        rollouts, flow.reference.log_probs(rollouts), flow.reward.score(rollouts), greedy, on="prompt"
+    ).apply(without_baseline)
+    flow.policy.update(joined)
+
+
+async def test_remax_without_baseline_and_penalty_is_reinforce(recipe_of: MakeOf):
+    """On policy PPO's loss has REINFORCE's gradient, and greedy rows touch nobody else's."""
+    ours, theirs = [await finished(recipe_of(f"{__name__}:{name}")) for name in ("bare_remax", "reinforce")]
+    assert differing(weights(ours, STEPS), weights(theirs, STEPS)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("grpo", {"loss": {"kl_coefficient": 0.0}}),
+        ("dr_grpo", {}),
+        ("rloo", {"advantage": {"kl_coefficient": 0.0}}),
+        ("gspo", {}),
+    ],
+)
+async def test_groups_of_equal_scores_leave_the_policy_as_it_was(
+    recipe_of: MakeOf, models: Path, tmp_path: Path, name: str, change: dict[str, Any]
+):
+    recipe = recipe_of(name, **change)
+    indifferent = Path(shutil.copytree(models / "reward", tmp_path / "indifferent"))
+    judge = load_file(indifferent / "model.safetensors")
+    save_file(judge | {"score.weight": judge["score.weight"] * 0}, indifferent / "model.safetensors", {"format": "pt"})
+    recipe = msgspec.structs.replace(recipe, models=recipe.models | {"reward": Model(path=str(indifferent))})
+    start = load_file(Path(recipe.models["policy"].path) / "model.safetensors")
+    assert differing(start, weights(await finished(recipe), STEPS)) == []

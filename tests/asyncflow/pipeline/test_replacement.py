@@ -1,0 +1,73 @@
+"""A service that only answers may die: another takes its place, is sent again what was open, and no sample is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import asyncflow
+from asyncflow.control.ledger import Ledger
+from protocols.control import ServiceReplaced, StepCommitted
+from tests.asyncflow.conftest import MakeRecipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def ray_started() -> Iterator[None]:
+    import ray
+
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+def process_of(service: str, folder: Path) -> int:
+    """The process that writes a service's log: of its front, where it has several ranks."""
+    log = folder / "logs" / f"{service}.log"
+    for process in psutil.process_iter():
+        try:
+            if any(Path(file.path) == log for file in process.open_files()) or _writes_to(process.pid, log):
+                return process.pid
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    raise AssertionError(f"no process writes {log}")
+
+
+def _writes_to(pid: int, log: Path) -> bool:
+    return Path(f"/proc/{pid}/fd/1").exists() and Path(f"/proc/{pid}/fd/1").readlink() == log
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_a_killed_reward_and_a_killed_reference_of_two_ranks_cost_no_sample(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        steps=4,
+        staleness=1,
+        runtime="ray",
+        deterministic=False,
+        data={"eval": ""},
+        pools={"main": {}, "judges": {"devices": 2}},
+        placement={"reference": {"pool": "judges", "parallel": "1-1-2"}},
+        delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
+    )
+    killed = {1: "reward", 2: "reference"}
+    replaced: list[ServiceReplaced] = []
+    async with asyncflow.launch(recipe) as run:
+        async for event in run.events():
+            if isinstance(event, StepCommitted) and event.step in killed:
+                os.kill(process_of(killed[event.step], run.folder), signal.SIGKILL)
+            if isinstance(event, ServiceReplaced):
+                replaced.append(event)
+        ended = await run.wait()
+    assert ended.outcome == "finished", ended.error
+    assert [(r.service, r.number) for r in replaced] == [("reward", 1), ("reference", 1)]
+    ledger = Ledger(run.folder / "ledger.db")
+    totals = ledger.totals()
+    ledger.close()
+    assert (totals.created, totals.trained, totals.live) == (4 * 4 * 2, 4 * 4 * 2, 0), "each sample was trained once"

@@ -1,0 +1,134 @@
+"""A chain of small services, whatever they run on:
+
+    source (the test) -> a (four ranks) -> b (one rank) -> c, which reports every row that settles
+
+The source stands where the controller does: it delivers, asks, and reads notices. Both a and b double.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from asyncflow.services.endpoint import Endpoint, ask
+from asyncflow.services.parts import Part, pack
+from asyncflow.services.runtime import Runtime
+from asyncflow.services.spec import ServiceSpec, Target
+from protocols.columns import Batch
+from protocols.control import (
+    CloseBatch,
+    Done,
+    EndPrompts,
+    GetStatistics,
+    Redeliver,
+    Settled,
+    Statistics,
+)
+from protocols.delivery import Delivery, EdgeStatistics, ServiceStatistics
+from protocols.ids import sample_id
+from tests.asyncflow.services import specs
+
+A_EDGE, B_EDGE, C_EDGE = "a.double#1.0", "b.double#1.0", "c.keep#1.0"
+PATIENCE_SECONDS = 15.0
+
+
+def samples_of(*prompts: int) -> list[int]:
+    """The one sample of each prompt."""
+    return [sample_id(prompt, 0) for prompt in prompts]
+
+
+def chain_specs(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> list[ServiceSpec]:
+    """The three services; `a` and `b` are changes of their specs."""
+    first = specs.stage("a.double#1", outputs=[Target("b", B_EDGE)])
+    second = specs.stage("b.double#1", sources=["a.double#1"], outputs=[Target("c", C_EDGE)])
+    last = specs.stage("c.keep#1", sources=["b.double#1"], fires="closed", grains=["sample"], protocol="RANK_ZERO")
+    return [
+        specs.service("a", first, topology="1-1-4", **(a or {})),
+        specs.service("b", second, **(b or {})),
+        specs.service("c", last, kind="Keeper"),
+    ]
+
+
+class Chain:
+    """A running chain, from its two ends."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.endpoints: dict[str, Endpoint] = {}
+        self.settled: list[Settled] = []
+
+    async def start(self, services: Sequence[ServiceSpec]) -> None:
+        """Start the services."""
+        self.endpoints = {name: s.endpoint for name, s in (await self.runtime.start(list(services))).items()}
+
+    async def restart(self, name: str) -> None:
+        """Start a successor in a service's place."""
+        self.endpoints[name] = (await self.runtime.restart(name)).endpoint
+
+    def put(self, batch: Batch) -> Part:
+        """A shard of the source's own."""
+        return pack(self.runtime.store, batch, term=0)
+
+    async def send(self, *parts: Part, attempt: int = 0, to: str = A_EDGE) -> None:
+        """Deliver shards, as their sender would."""
+        delivery = Delivery(to, 0, [part.shard for part in parts], attempt=attempt)
+        await self.endpoints[to[0]].deliver(delivery, [part.payload for part in parts])
+
+    async def redeliver(self, edge: str) -> None:
+        """Ask a sender for all that an edge may have lost."""
+        sender = {B_EDGE: "a", C_EDGE: "b"}[edge]
+        assert await ask(self.endpoints[sender], Redeliver(edge)) == (Done(), [])
+
+    async def end(self, *prompts: int) -> None:
+        """Tell all that these prompts are over."""
+        for endpoint in self.endpoints.values():
+            await ask(endpoint, EndPrompts(list(prompts)))
+
+    async def until_settled(self, rows: int) -> list[Settled]:
+        """All rows that have settled at the end of the chain, when there are so many."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while len(self.settled) < rows:
+                    notices = await self.endpoints["c"].notices()
+                    self.settled += [notice for notice in notices if isinstance(notice, Settled)]
+        except TimeoutError:
+            pytest.fail(f"{len(self.settled)} of {rows} rows settled; {await self.state()}")
+        return self.settled
+
+    async def until(self, name: str, waits: str, depth: int) -> None:
+        """Wait until a service's stage waits like this, with so many rows in its mailbox."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while True:
+                    now = await self.statistics(name)
+                    if now.waits.get(f"{name}.double#1", "") == waits and now.edges[0].depth == depth:
+                        return
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            pytest.fail(f"{name} does not wait for {waits!r} with {depth} rows in its mailbox; {await self.state()}")
+
+    async def values(self, samples: Sequence[int]) -> dict[int, float]:
+        """What settled rows hold at the end of the chain."""
+        reply, _ = await ask(self.endpoints["c"], CloseBatch(0, list(samples)))
+        assert isinstance(reply, Done)
+        return {int(sample): value for sample, value in reply.values.items()}
+
+    async def statistics(self, name: str) -> ServiceStatistics:
+        """What a service says about its channels."""
+        reply, _ = await ask(self.endpoints[name], GetStatistics())
+        assert isinstance(reply, Statistics)
+        return reply.statistics
+
+    async def edge(self, edge: str) -> EdgeStatistics:
+        """One channel, as its consumer sees it."""
+        (found,) = [e for e in (await self.statistics(edge[0])).edges if e.edge == edge]
+        return found
+
+    async def state(self) -> str:
+        """Where every service stands, for whoever waited in vain."""
+        services = [await self.statistics(name) for name in self.endpoints]
+        depths = [f"{e.edge}: {e.depth} of {e.rows} rows" for s in services for e in s.edges]
+        return f"{'; '.join(depths)}; waits {[s.waits for s in services]}"

@@ -1,0 +1,75 @@
+"""The inside of a service without its mailboxes and stages, and a consumer behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from asyncflow.observe.exporter import Exporter
+from asyncflow.services.endpoint import Frame, Payload, PayloadLost, ServiceGone
+from asyncflow.services.host import Host
+from asyncflow.services.runtime.local import LocalRanks
+from asyncflow.services.runtime.local_store import LocalStore
+from asyncflow.services.spec import ServiceSpec
+from protocols import codec
+from protocols.columns import Batch
+from protocols.control import Notice, Reply, Request
+from protocols.delivery import Delivery
+
+
+class Consumer:
+    """Keeps what it is sent, once its gate is open. Implements `Endpoint`."""
+
+    def __init__(self, name: str, *, is_open: bool = True, is_gone: bool = False) -> None:
+        self.name = name
+        self.is_gone = is_gone
+        self.gate = asyncio.Event()
+        self.arrived: list[tuple[Delivery, list[Batch]]] = []
+        if is_open:
+            self.gate.set()
+
+    @property
+    def samples(self) -> list[list[int]]:
+        """Ids of each delivery's rows, tombstones last."""
+        return [
+            [s for batch in batches for s in batch.sample_ids.tolist()] + [f.sample_id for f in delivery.failures]
+            for delivery, batches in self.arrived
+        ]
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        if self.is_gone:
+            raise ServiceGone(f"{self.name} is gone")
+        await self.gate.wait()
+        self.arrived.append((delivery, [codec.decode(payload) for payload in payloads]))
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        raise NotImplementedError
+
+    async def notices(self) -> list[Notice]:
+        raise NotImplementedError
+
+
+class SomeAreGone(LocalStore):
+    """A store of which some owners died: a payload of None stands for a frame that is gone."""
+
+    async def get(self, payload: Payload) -> Frame:
+        if payload is None:
+            raise PayloadLost("its owner is gone")
+        return await super().get(payload)
+
+
+@asynccontextmanager
+async def hosted(spec: ServiceSpec, *consumers: Consumer, store: LocalStore | None = None) -> AsyncIterator[Host]:
+    """A host with its ranks at work."""
+    store = store or LocalStore()
+    host = Host(spec, store, Exporter(spec.name))
+    host.peers = {consumer.name: consumer for consumer in consumers}
+    host.ranks = LocalRanks(spec, store)
+    await host.ranks.start()
+    try:
+        yield host
+    finally:
+        await host.ranks.stop()
+        host.close()
+        store.close()

@@ -1,0 +1,121 @@
+"""Services as Ray actors: each rank reads its own bytes and no front any; who is killed loses and doubles nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncflow.services.runtime.ray import RayRuntime
+from tests.asyncflow.services import rows
+from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
+from tests.asyncflow.services.workers import process_of
+
+pytestmark = pytest.mark.ray
+
+INLINE_BYTES = 8192
+BLOCK_BYTES = 1 << 16  # the least that a block of a large frame holds
+LONG = 20_000  # tokens: a row of them never travels inside a message
+
+
+@pytest.fixture(scope="module")
+def ray_started() -> Iterator[None]:
+    """One Ray for the module: a runtime that finds one running uses it and leaves it."""
+    import ray
+
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@asynccontextmanager
+async def chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> AsyncIterator[Chain]:
+    made = Chain(RayRuntime(INLINE_BYTES))
+    try:
+        await made.start(chain_specs(a, b))
+        yield made
+    finally:
+        await made.runtime.stop()
+
+
+def alive(chain: Chain) -> Counter[int]:
+    """How often each row settled with a value."""
+    return Counter(sample for settled in chain.settled for sample in settled.alive)
+
+
+def kill(*processes: int) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none():
+    samples, tokens, sources = samples_of(*range(256)), 4096, 2
+    async with chain() as c:
+        halves = [c.put(rows.log_probs(half, tokens)) for half in (samples[:128], samples[128:])]
+        await c.send(*halves)
+        await c.until_settled(256)
+        a, b = await c.edge(A_EDGE), await c.edge(B_EDGE)
+        assert alive(c) == Counter(samples)
+        assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
+    row_bytes = 8 + 4 + 4 * tokens  # id, length, values
+    for rank in range(4):
+        mine = 256 // 4 * row_bytes
+        assert mine <= a.read_bytes[rank] <= 1.02 * mine + sources * BLOCK_BYTES
+    assert sum(a.read_bytes.values()) < 1.1 * sum(half.shard.nbytes for half in halves)
+    assert -1 not in a.read_bytes, "the front of several ranks"
+    assert 256 * row_bytes <= b.read_bytes[0] <= 1.02 * 256 * row_bytes
+    assert (a.inline_bytes, b.inline_bytes) == (0, 0)
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_again(tmp_path: Path):
+    samples = samples_of(*range(24))
+    slowly = {
+        "firing_rows": 2,
+        "mailbox_rows": 4,
+        "delay_seconds": {"double": 0.05},
+        "numbers": {"folder": str(tmp_path)},
+    }
+    async with chain(a={"firing_rows": 8}, b=slowly) as c:
+        await c.send(c.put(rows.log_probs(samples, LONG)))
+        await c.until_settled(6)
+        kill(process_of(tmp_path, "b"))
+        await c.restart("b")
+        assert len(c.settled) < len(samples), "it was over before it was killed"
+        await c.redeliver(B_EDGE)
+        await c.until_settled(24)
+        assert alive(c) == Counter(samples)
+        assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
+        assert (await c.edge(C_EDGE)).refused >= 6, "the successor did again what its predecessor had done"
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_rows_whose_producer_died_before_they_were_read_are_taken_from_its_successor(tmp_path: Path):
+    read, unread = samples_of(*range(4)), samples_of(*range(4, 12))
+    held = {"numbers": {"folder": str(tmp_path), "gate": "open"}}
+    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=held) as c:
+        await c.send(c.put(rows.log_probs(read, LONG)))
+        await c.until("b", "", depth=0)
+        again = c.put(rows.log_probs(unread, LONG))
+        await c.send(again)
+        await c.until("b", "", depth=8)
+        kill(*(process_of(tmp_path, "a", rank) for rank in range(4)))
+        await c.restart("a")
+        (tmp_path / "open").touch()
+        await c.until("b", "rows on a.double#1", depth=0)
+        assert (await c.edge(B_EDGE)).read_bytes[0] < 1.02 * len(read) * (4 * LONG + 12), "nothing was lost"
+        await c.until_settled(4)
+        assert alive(c) == Counter(read), "what was lost is no value and no tombstone"
+        await c.send(again)
+        await c.until_settled(12)
+        assert alive(c) == Counter(read + unread)
+        assert await c.values(unread) == {sample: -4.0 * sample for sample in unread}
+        assert (await c.edge(B_EDGE)).refused == 0

@@ -1,0 +1,211 @@
+"""Variants of the real code, each with one rule taken out, to see what the rule is for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from asyncflow.control.prompt_book import PromptBook
+from asyncflow.control.staleness import Admission, Ready, choose_batch
+from asyncflow.placement.lease import Claim, PoolLease, shared_leases
+from asyncflow.services.outbox import Outbox
+from asyncflow.services.prompt_join import PromptJoin
+from asyncflow.services.row_table import Arrival, Joined, RowTable
+from protocols.columns import Batch
+from protocols.control import Settled
+from protocols.ids import prompt_of
+from protocols.stage import Failure, Grain
+
+# --- joins
+
+
+def credit(rows: int) -> Callable[[PromptJoin, int, list[int]], bool]:
+    """A join that gives each input so many rows of credit, like a plain mailbox."""
+
+    def has_credit(join: PromptJoin, position: int, samples: list[int]) -> bool:
+        table = join._baselines if join._by_prompt[position] else join._samples
+        held = sum(join._place[position] in row.slots for row in table._held.values())
+        return held + len(table.fresh(join._place[position], samples)) <= rows
+
+    return has_credit
+
+
+class WithoutGrain(PromptJoin):
+    """Waits for every input once a sample, also where it comes once a prompt."""
+
+    def __init__(self, grains: Sequence[Grain], samples_per_prompt: int) -> None:
+        super().__init__(["sample" for _ in grains], samples_per_prompt)
+
+
+class BlindToBaselines(PromptJoin):
+    """A prompt whose baseline failed lives on."""
+
+    def _deaths(self, prompt: int, samples: list[int]) -> list[Failure]:
+        return [f for s in samples if (f := self._samples.failure_of(s)) is not None]
+
+
+class SettlesAtTheFirstDeath(PromptJoin):
+    """Reports a prompt dead when its first tombstone comes, while others of its rows are on their way."""
+
+    def arrive(
+        self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
+    ) -> tuple[list[Settled], Arrival]:
+        early = {prompt_of(f.sample_id) for f in failures if prompt_of(f.sample_id) not in self._samples._ended}
+        settled, arrival = super().arrive(position, batch, failures, attempt)
+        early -= {s.prompt_id for s in settled}
+        self.end(sorted(early))
+        return settled + [Settled(p, [], failures) for p in sorted(early)], arrival
+
+
+# --- admission
+
+
+class KeepsSlotsUntilTrained(Admission):
+    """A prompt's place in the window is free when the prompt has ended, not when all its rows are at the join."""
+
+    def settle(self, prompts: int = 1) -> None:
+        pass
+
+    def end(self, prompts: int = 1) -> None:
+        super().end(prompts)
+        self.unsettled -= prompts
+
+    def commit(self) -> None:
+        super().commit()
+        self.unsettled -= self.prompts_per_step
+
+
+class CountsSamples(Admission):
+    """Its unit is the sample, two a prompt: one that fails gives back its own place alone."""
+
+    holes = 0
+
+    def room(self) -> int:
+        return max(0, super().room() - (self.holes + 1) // 2)
+
+    def end(self, prompts: int = 1) -> None:
+        super().end(prompts)
+        self.holes += prompts
+
+
+class KeepsTheBudgetOfTheDead(Admission):
+    """A failed prompt stays in the budget."""
+
+    def end(self, prompts: int = 1) -> None:
+        pass
+
+
+# --- batches
+
+
+class Chooses(PromptBook):
+    """A book whose batches are chosen otherwise."""
+
+    def choose(self) -> list[Ready] | None:
+        oldest = {p: min(v for v in (s.oldest_version, s.critic_version) if v >= 0) for p, s in self._settled.items()}
+        ready = [Ready(p, version) for p, version in oldest.items()]
+        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
+        return self.choice(ready, unsettled)
+
+    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+        raise NotImplementedError
+
+
+class NewestFirst(Chooses):
+    """Trains the freshest rows, and waits for what falls due as the rule says."""
+
+    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+        a = self.admission
+        order = sorted(ready, key=lambda r: (-r.oldest_version, r.prompt_id))
+        chosen, left = order[: a.prompts_per_step], order[a.prompts_per_step :]
+        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in unsettled.values()]
+        late = any(
+            sum(d <= j for d in due) > (j - a.version) * a.prompts_per_step
+            for j in range(a.version, a.version + a.staleness + 1)
+        )
+        return None if late or len(chosen) < a.prompts_per_step else chosen
+
+
+class LooksAtWhatIsDueNow(Chooses):
+    """Waits for stragglers that are due in this step, not for those that fall due together later."""
+
+    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+        a = self.admission
+        order = sorted(ready, key=lambda r: (r.oldest_version, r.prompt_id))
+        chosen, left = order[: a.prompts_per_step], order[a.prompts_per_step :]
+        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in unsettled.values()]
+        return None if any(d <= a.version for d in due) or len(chosen) < a.prompts_per_step else chosen
+
+
+class AgesAgainstYesterday(Chooses):
+    """Measures ages against the version that was current when batches are formed one step ahead."""
+
+    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+        a = self.admission
+        return choose_batch(ready, unsettled, a.version - 1, a.prompts_per_step, a.staleness)
+
+
+class DoesNotUnsettle(PromptBook):
+    """Believes what a join told that has lost its memory since."""
+
+    def unsettle(self) -> None:
+        pass
+
+
+# --- leases
+
+
+class LastComeFirstServed(PoolLease):
+    """Grants the newest claim."""
+
+    def ask(self, claim: Claim) -> Claim | None:
+        granted = super().ask(claim)
+        self._queue = deque([claim, *(c for c in self._queue if c is not claim)]) if granted is None else self._queue
+        return granted
+
+
+def last_come_first_served(pools: Mapping[str, str]) -> dict[str, PoolLease]:
+    """As `shared_leases`."""
+    leases = {lease.pool: LastComeFirstServed(lease.pool) for lease in shared_leases(pools).values()}
+    return {service: leases[pool] for service, pool in pools.items() if pool in leases}
+
+
+# --- delivery
+
+
+def exactly_room(held: int, arriving: int, capacity: int) -> bool:
+    """A delivery larger than the mailbox waits for ever."""
+    return not arriving or held + arriving <= capacity
+
+
+class ForgetsWhatLeft(RowTable[Any]):
+    """Takes a row again when it comes again."""
+
+    def take(self, samples: Sequence[int]) -> Joined[Any]:
+        joined = super().take(samples)
+        self._left.clear()
+        return joined
+
+
+class ForgetsWhatEnded(RowTable[Any]):
+    """Takes rows of prompts that are over."""
+
+    def end(self, prompts: Iterable[int]) -> None:
+        for prompt in prompts:
+            super().end([prompt])
+            self._ended = type(self._ended)()
+
+
+class NeverTakesBack(RowTable[Any]):
+    """A row that was taken and could not be read counts as had."""
+
+    def take_back(self, samples: Iterable[int]) -> None:
+        pass
+
+
+class LetsGoOfWhatWasTaken(Outbox[Any]):
+    """Keeps nothing that its receiver has acknowledged."""
+
+    def keep(self, edge: str, samples: Iterable[int], sent: Any) -> None:
+        pass

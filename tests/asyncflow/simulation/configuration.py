@@ -1,0 +1,82 @@
+"""What is simulated: an algorithm on a placement, its few numbers, and how much goes wrong."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
+from tests.asyncflow.simulation.algorithms import ALGORITHMS
+
+Layout = Literal["split", "mixed", "colocated", "shared"]
+
+GENERATOR = "generator"
+TRAINED = ("policy", "critic", "cost_critic")
+
+
+class Faults(msgspec.Struct, frozen=True):
+    """How often each thing may go wrong in a run."""
+
+    failures: int = 0  # a row that a stage can't do
+    drops: int = 0  # a settled prompt that dynamic sampling filters out
+    duplicates: int = 0  # a delivery that comes twice
+    losses: int = 0  # a delivery that does not come; its sender sends again what it keeps for the edge
+    restarts: int = 0  # a service without state of its own, or an engine, dies and has a successor
+
+
+class Config(msgspec.Struct, frozen=True):
+    """One run.
+
+    Layouts: "split" gives each service a pool; "mixed" puts what trains on one pool and the rest on another;
+    "colocated" has one pool, whose policy generates itself; "shared" has one pool with a generator of its own.
+    """
+
+    algorithm: str = "ppo"
+    layout: Layout = "split"
+    prompts: int = 1  # P
+    samples: int = 1  # n
+    staleness: int = 0  # eta
+    window: int = 0  # W; 0: (eta + 1) * P
+    steps: int = 2
+    capacity: int = 1  # rows that a plain mailbox takes
+    firing_rows: int = 4
+    slots: int = 4
+    replicas: int = 1
+    turns: int = 1  # most turns of its engine that a row takes
+    stragglers: tuple[int, ...] = ()  # prompts whose rows take so many, and others one; none: as luck has it
+    faults: Faults = Faults()
+
+    def __str__(self) -> str:
+        """What it is about, in a line."""
+        numbers = f"P={self.prompts} n={self.samples} eta={self.staleness} steps={self.steps}"
+        faults = [f"{n} {f}" for f in self.faults.__struct_fields__ if (n := getattr(self.faults, f))]
+        return " ".join([self.algorithm, self.layout, numbers, *faults])
+
+    @property
+    def dataflow(self) -> Dataflow:
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def most_live(self) -> int:
+        """Prompts that staleness lets be live."""
+        return (self.staleness + 1) * self.prompts
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Rows that the join holds of a prompt: its samples, and a baseline where the algorithm has one."""
+        return self.samples + any(c.grain == "prompt" for c in self.dataflow.inputs_of(self.dataflow.batch_stage.name))
+
+    @property
+    def pools(self) -> dict[str, str]:
+        """service -> pool."""
+        services = [s for s in self.dataflow.services if s != ADVANTAGE]
+        if self.layout != "colocated":
+            services.append(GENERATOR)
+        match self.layout:
+            case "split":
+                return {s: s for s in services}
+            case "mixed":
+                return {s: "train" if s in TRAINED else "infer" for s in services}
+            case "colocated" | "shared":
+                return dict.fromkeys(services, "all")

@@ -1,0 +1,231 @@
+"""The controller of the world: admission, the one batcher, publication, and what became of every prompt."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from asyncflow.control.staleness import Ready, check_age
+from asyncflow.dataflow.graph import SOURCE
+from protocols.control import Settled
+from protocols.ids import BASELINE_INDEX, prompt_id, sample_id
+from tests.asyncflow.simulation.network import Action, Delivery
+from tests.asyncflow.simulation.rows import Owner, Request
+from tests.asyncflow.simulation.stages import TrainingStage
+
+if TYPE_CHECKING:
+    from tests.asyncflow.simulation.world import World
+
+UNLIMITED = 1 << 30
+
+
+class Training(msgspec.Struct):
+    """The step that is being trained."""
+
+    step: int
+    batch: list[Ready]
+    done: set[str] = msgspec.field(default_factory=set)  # stages
+    published: bool = False
+
+
+class Controller:
+    """Decides with the real book, admission and leases; never dies here, for its death rolls everything back."""
+
+    name = "controller"
+    owner: Owner = ("controller", 0)
+
+    def __init__(self, world: World) -> None:
+        config, rules = world.config, world.rules
+        self._world = world
+        self.admission = rules.admission(config.prompts, config.staleness, config.steps, window=config.window or None)
+        self.book = rules.prompt_book(self.admission, UNLIMITED)
+        self.outbox = rules.outbox()  # of prompts: what goes out again is made anew, under the current attempt
+        self.floors: dict[int, int] = {}  # live prompts
+        self.attempts: dict[int, int] = {}  # live prompts
+        self.fates: dict[int, str] = {}  # every prompt
+        self.notices: deque[Settled] = deque()
+        self.training: Training | None = None
+        self.newest_weights = 0  # published
+        self._chosen: list[Ready] | None = None
+        self._stale = False
+
+    @property
+    def version(self) -> int:
+        return self.admission.version
+
+    @property
+    def finished(self) -> bool:
+        return self.version == self._world.config.steps
+
+    def actions(self) -> Iterator[Action]:
+        if self.admission.room() and not self.finished:
+            yield Action(self.name, "admit")
+        if self.notices:
+            yield Action(self.name, "hear")
+        if self.training is None:
+            if not self.finished and self._choice() is not None:
+                yield Action(self.name, "close")
+            return
+        policy_done = any(self._world.config.dataflow.stage(s).service == "policy" for s in self.training.done)
+        if policy_done and not self.training.published and not self._world.hybrid:
+            yield Action(self.name, "publish")
+        if self._may_commit(policy_done):
+            yield Action(self.name, "commit")
+
+    def do(self, action: Action) -> None:
+        match action.verb:
+            case "admit":
+                self._admit(self.admission.room())
+            case "hear":
+                self._hear(self.notices.popleft())
+            case "close":
+                self._close()
+            case "publish":
+                self._publish()
+            case "commit":
+                self._commit()
+        self._stale = True
+        self._tell_ended()
+
+    # --- prompts
+
+    def _admit(self, room: int) -> None:
+        prompts = [prompt_id(0, len(self.fates) + i) for i in range(room)]
+        self.book.admit(prompts)
+        for prompt in prompts:
+            self.fates[prompt] = "live"
+            self.floors[prompt], self.attempts[prompt] = self.version, 0
+        self._world.watch.budget(self.admission, len(self.floors))
+        for channel in self._world.config.dataflow.consumers(SOURCE):
+            samples = [s for p in prompts for s in self._rows(p, channel.grain == "prompt")]
+            self.outbox.keep(channel.edge, samples, tuple(prompts))
+            self._hand_out(channel.edge, prompts)
+
+    def redelivery(self, edge: str) -> list[Delivery]:
+        """What a generating stage may have lost, under the attempt of today."""
+        prompts = dict.fromkeys(p for kept in self.outbox.kept(edge) for p in kept if p in self.floors)
+        return self._deliveries(edge, [p for p in prompts if p not in self._in_training()])
+
+    def draw_again(self) -> None:
+        """What the generator made is gone: its rows are drawn anew, and what derives from the old ones is void."""
+        for prompt in self.floors.keys() - self._in_training():
+            self.attempts[prompt] += self._world.rules.new_attempts
+
+    def _in_training(self) -> set[int]:
+        return {r.prompt_id for r in self.training.batch} if self.training is not None else set()
+
+    def _hand_out(self, edge: str, prompts: list[int]) -> None:
+        for delivery in self._deliveries(edge, prompts):
+            self._world.network.fly(delivery)
+
+    def _deliveries(self, edge: str, prompts: list[int]) -> list[Delivery]:
+        stage, _ = self._world.inlets[edge]
+        greedy = self._world.config.dataflow.stage(stage.name).greedy
+        return [
+            Delivery(
+                self._world.network.number(),
+                edge,
+                self.name,
+                self.owner,
+                attempt,
+                tuple(
+                    (s, Request(self.floors[p], self.owner))
+                    for p in prompts
+                    if self.attempts[p] == attempt
+                    for s in self._rows(p, greedy)
+                ),
+            )
+            for attempt in sorted({self.attempts[p] for p in prompts})
+        ]
+
+    def _rows(self, prompt: int, greedy: bool) -> list[int]:
+        return [sample_id(prompt, i) for i in ([BASELINE_INDEX] if greedy else range(self._world.config.samples))]
+
+    def tell(self, settled: Settled) -> None:
+        """A notice of the join."""
+        self.notices.append(settled)
+
+    def _hear(self, settled: Settled) -> None:
+        self.book.settle(settled)
+        if settled.dead:
+            self._end(settled.prompt_id, "failed")
+
+    def join_died(self) -> None:
+        """What it held is gone, and what it told and was not heard: its prompts settle again."""
+        assert self.training is None, "the loss of a batch that trains is the loss of a trainer's state"
+        self.notices.clear()
+        self.book.unsettle()
+        self._stale = True
+
+    def droppable(self) -> list[int]:
+        """Settled prompts that dynamic sampling could still filter out."""
+        busy = self._in_training() | {s.prompt_id for s in self.notices}
+        return sorted((self._world.closing.settled & self.floors.keys()) - busy)
+
+    def drop(self, prompt: int) -> None:
+        """All its samples scored alike. The join lets go of them first: another prompt's rows may follow at once."""
+        if self._world.rules.join_hears_first:
+            self._world.closing.end([prompt])
+        self.book.drop(prompt)
+        self._end(prompt, "dropped")
+        self._stale = True
+        self._tell_ended()
+
+    def _end(self, prompt: int, fate: str) -> None:
+        self._world.watch.ends_once(prompt, self.fates.get(prompt), fate)
+        self.fates[prompt] = fate
+        del self.floors[prompt], self.attempts[prompt]
+
+    def _tell_ended(self) -> None:
+        ended = self.book.take_ended()
+        self.outbox.end(ended)
+        for service in self._world.services.values() if ended else ():
+            service.to_end += ended
+
+    # --- steps
+
+    def _choice(self) -> list[Ready] | None:
+        if self._stale:
+            self._chosen, self._stale = self.book.choose(), False
+        return self._chosen
+
+    def _close(self) -> None:
+        batch = self._choice()
+        assert batch is not None
+        check_age(batch, self.version, self._world.config.staleness)
+        self.training = Training(self.version, batch)
+        self._world.closing.close(self.version, [s for p in self.book.settled(batch) for s in p.alive])
+
+    def done(self, stage: TrainingStage, step: int) -> None:
+        """A trainer finished a step."""
+        if self.training is not None and self.training.step == step:
+            self.training.done.add(stage.name)
+
+    def _publish(self) -> None:
+        """The snapshot is taken at once; each replica loads it when its turn comes."""
+        assert self.training is not None
+        self.training.published = True
+        self.newest_weights = self.training.step + 1
+        self._world.watch.snapshot(self.newest_weights, self._world.services["policy"].weights)
+        for engine in self._world.engines:
+            engine.load(self.newest_weights)
+
+    def _may_commit(self, policy_done: bool) -> bool:
+        assert self.training is not None
+        sinks = {s.name for s in self._world.config.dataflow.sinks}
+        if not (policy_done if self._world.rules.rises_after == "policy" else self.training.done == sinks):
+            return False
+        return self._world.hybrid or any(e.version > self.training.step for e in self._world.engines)
+
+    def _commit(self) -> None:
+        assert self.training is not None
+        batch, self.training = self.training.batch, None
+        self.book.commit(batch)
+        for prompt in batch:
+            self._end(prompt.prompt_id, "trained")
+        for sink in self._world.sinks if self._world.rules.update_keeps_lease else ():
+            sink.release()
+        self._world.watch.budget(self.admission, len(self.floors))

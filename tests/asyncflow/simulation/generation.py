@@ -1,0 +1,221 @@
+"""Generation: stages that hold requests and what was drawn, and engines that draw, each under its own weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from asyncflow.dataflow.graph import Stage as Call
+from protocols.ids import prompt_of
+from protocols.stage import Failure
+from tests.asyncflow.simulation.network import Action, Delivery
+from tests.asyncflow.simulation.rows import Request, Row
+from tests.asyncflow.simulation.service import Service
+from tests.asyncflow.simulation.stages import CallSite, Given
+
+if TYPE_CHECKING:
+    from tests.asyncflow.simulation.world import World
+
+
+class GeneratingStage(CallSite):
+    """generate: requests in, drawn rows out as fast as the slowest consumer takes them."""
+
+    def __init__(self, world: World, service: Service, call: Call) -> None:
+        super().__init__(world, service, call)
+        self.restart()
+
+    def restart(self) -> None:
+        self.table = self.world.rules.row_table(1)
+        self.running: set[int] = set()
+        self.out: list[tuple[int, int, Given]] = []  # sample, attempt, row
+
+    def has_room(self, position: int, delivery: Delivery) -> bool:
+        return True  # bounded by admission
+
+    def accept(self, position: int, delivery: Delivery) -> None:
+        self.table.arrive(position, delivery.rows, delivery.attempt)
+        self._check_bound()
+
+    def actions(self) -> Iterator[Action]:
+        if self.out and not self.world.network.waits(self.name):
+            yield Action(self.name, "send")
+
+    def do(self, action: Action) -> None:
+        gathered, self.out = self.out, []
+        for attempt in dict.fromkeys(attempt for _, attempt, _ in gathered):
+            self.send([(s, row) for s, a, row in gathered if a == attempt], attempt)
+
+    def sent(self) -> None:
+        for engine in self.world.engines:
+            engine.rest()
+
+    def end(self, prompts: list[int]) -> None:
+        self.table.end(prompts)
+
+    def next_request(self, version: int) -> int | None:
+        """The oldest request that weights of a version may serve."""
+        check = self.world.rules.floor == "before the slot"
+        for sample in self.table.next_settled(len(self.table)):
+            (request,) = self.table.column(0, [sample])
+            if not check or request.floor <= version:
+                return sample
+        return None
+
+    def _check_bound(self) -> None:
+        config, admission = self.world.config, self.world.controller.admission
+        rows = len(self.table) + len(self.running) + len(self.out)
+        prompts = admission.window
+        if self.service.incarnation:
+            # A successor draws again what had settled, too, and what ends before it was drawn again: it hears of it.
+            over = {
+                prompt_of(s) for s in [*self.running, *(s for s, _, _ in self.out)]
+            } - self.world.controller.floors.keys()
+            prompts = config.most_live + len(over | set(self.service.to_end))
+        self.world.watch.bound("generating", self.name, rows, prompts * (1 if self.call.greedy else config.samples))
+
+    def start(self, sample: int) -> Running:
+        """A request leaves for an engine's slot."""
+        joined = self.table.take([sample])
+        self.running.add(sample)
+        return Running(self, joined.inputs[0][0], joined.attempt, self.world.turns(sample))
+
+    def finish(self, sample: int, running: Running) -> None:
+        """A row was drawn, or failed."""
+        self.running.discard(sample)
+        row: Given = Failure(sample, "failed")
+        if not running.failing:
+            row = Row(self.world.draw(sample), running.oldest, -1, self.service.owner)
+        self.out.append((sample, running.attempt, row))
+
+    def put_back(self, sample: int, running: Running) -> None:
+        """The engine died. Nothing of the row has left, so it is drawn under the same attempt."""
+        self.running.discard(sample)
+        self.table.take_back([sample])
+        self.table.arrive(0, [(sample, running.request)], running.attempt)
+
+
+class Running(msgspec.Struct):
+    """A row in a slot."""
+
+    stage: GeneratingStage
+    request: Request
+    attempt: int
+    turns: int  # left
+    oldest: int = 1 << 30
+    failing: bool = False
+
+
+class Engine:
+    """One replica: slots, and the version of its weights. On shared devices it draws one firing a grant."""
+
+    def __init__(self, world: World, service: Service, number: int, *, hybrid: bool) -> None:
+        self.world, self.service, self.name = world, service, f"{service.name}/{number}"
+        self.hybrid = hybrid  # it draws with the weights that are trained beside it
+        self.restart()
+        self.own_version = 0
+
+    def restart(self) -> None:
+        self.own_version = -1  # serves nothing until a whole load
+        self.loads: deque[int] = deque()
+        self.running: dict[int, Running] = {}
+        self.phase: Literal["idle", "asking", "drawing", "sending"] = "idle"
+
+    @property
+    def version(self) -> int:
+        return self.service.weights if self.hybrid else self.own_version
+
+    def die(self) -> None:
+        """The replica alone dies; its service gives its rows to whoever draws next."""
+        for sample, running in self.running.items():
+            running.stage.put_back(sample, running)
+        self.restart()
+        self.service.leave(self)
+
+    def load(self, version: int) -> None:
+        """Weights are on their way."""
+        self.loads.append(version)
+
+    def actions(self) -> Iterator[Action]:
+        if self.service.leased and self.phase == "idle":
+            if self._may_load() or self._requests():
+                yield Action(self.name, "ask")
+        elif not self.service.leased or self.phase == "drawing":
+            yield from self._turns()
+
+    def _turns(self) -> Iterator[Action]:
+        if self._may_load():
+            for load in range(len(self.loads) if self.world.rules.loads == "in any order" else 1):
+                yield Action(self.name, "load", load)
+        if not self.service.leased and len(self.running) < self.world.config.slots:
+            for sample in self._requests():
+                yield Action(self.name, "start", sample)
+        for sample, running in self.running.items():
+            if self.version >= running.request.floor or self.world.rules.floor == "nowhere":
+                yield Action(self.name, "draw", sample)
+
+    def do(self, action: Action) -> None:
+        match action.verb:
+            case "ask":
+                self.phase = "asking"
+                self.service.ask(self)
+                return
+            case "load":
+                version = self.loads[action.item]
+                del self.loads[action.item]
+                self.world.watch.loaded(self.name, self.own_version, version)
+                self.own_version = version
+            case "start":
+                self._start(action.item)
+            case "draw":
+                self._draw(action.item)
+        self.rest()
+
+    def begin(self) -> None:
+        self.phase = "drawing"
+        while len(self.running) < self.world.config.slots and (requests := self._requests()):
+            self._start(requests[0])
+        self.rest()
+
+    def end(self, prompts: list[int]) -> None:
+        """Rows that run are drawn to their end: what comes of them is refused."""
+
+    def rest(self) -> None:
+        """Give the devices back when there is nothing to draw or to load."""
+        if not self.service.leased or self.phase not in ("drawing", "sending"):
+            return
+        if self.running or self._may_load():
+            return
+        kept = self.world.rules.kept_while_sending
+        if kept != "nothing" and any(s.out or self.world.network.waits(s.name) for s in self.world.generating):
+            self.phase = "sending"
+            if kept == "lease":
+                self.service.leave_thread(self)
+            else:
+                self.service.leave_lease(self)
+            return
+        self.phase = "idle"
+        self.service.leave(self)
+
+    def _may_load(self) -> bool:
+        return bool(self.loads) and not (self.running and self.world.rules.loads == "when idle")
+
+    def _requests(self) -> list[int]:
+        """The next request of each generating stage."""
+        if self.version < 0:
+            return []
+        return [s for stage in self.world.generating if (s := stage.next_request(self.version)) is not None]
+
+    def _start(self, sample: int) -> None:
+        stage = next(s for s in self.world.generating if s.table.is_settled(sample))
+        self.running[sample] = stage.start(sample)
+
+    def _draw(self, sample: int) -> None:
+        running = self.running[sample]
+        running.oldest = min(running.oldest, self.version)
+        running.turns -= 1
+        if running.turns <= 0 or running.failing:
+            del self.running[sample]
+            running.stage.finish(sample, running)

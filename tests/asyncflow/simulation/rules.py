@@ -1,0 +1,50 @@
+"""What the world decides by: the real pure code, and what the real services do around it.
+
+The defaults are the rules. A test takes one out by putting a small variant in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from asyncflow.control.prompt_book import PromptBook
+from asyncflow.control.staleness import Admission
+from asyncflow.placement.lease import PoolLease, shared_leases
+from asyncflow.services.mailbox import has_room
+from asyncflow.services.outbox import Outbox
+from asyncflow.services.prompt_join import PromptJoin
+from asyncflow.services.row_table import RowTable
+
+
+def joins_never_refuse(join: PromptJoin, position: int, samples: list[int]) -> bool:
+    """Whether a join takes rows of one input now."""
+    return True
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """The numbers in brackets are those of the rules of time."""
+
+    row_table: type[RowTable[Any]] = RowTable
+    prompt_join: type[PromptJoin] = PromptJoin
+    outbox: type[Outbox[Any]] = Outbox
+    admission: type[Admission] = Admission
+    prompt_book: type[PromptBook] = PromptBook
+    leases: Callable[[Mapping[str, str]], dict[str, PoolLease]] = shared_leases
+    has_room: Callable[[int, int, int], bool] = has_room
+    join_room: Callable[[PromptJoin, int, list[int]], bool] = joins_never_refuse  # [1]
+    kept_while_sending: Literal["nothing", "lease", "thread"] = "nothing"  # [3] by a stage that waits for credit
+    fires_on: int = 1  # [4] rows that a stage waits for
+    tombstones: bool = True  # [5] a failed row travels on
+    join_hears_first: bool = True  # [7] that a prompt was dropped, before the budget has its place
+    rises_after: Literal["all", "policy"] = "all"  # [11] who must be done with a step
+    update_keeps_lease: bool = False  # [12] until its weights are loaded
+    floor: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13]
+    loads: Literal["in order", "in any order", "when idle"] = "in order"  # [13]
+    # What the first sketch of the rules did not cover: delivery.
+    new_attempts: bool = True  # rows that are drawn again carry a higher attempt
+    asks_again: bool = True  # who finds rows unreadable asks their senders for what they keep
+    tells_ended: bool = True  # a successor is told which prompts are over
+    trains_once: bool = True  # a trainer refuses a step that it had

@@ -1,0 +1,137 @@
+"""A service: its outbox, its one compute thread, and its claims on the devices of its pool."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from asyncflow.placement.lease import Claim, PoolLease
+from tests.asyncflow.simulation.network import Action
+from tests.asyncflow.simulation.rows import Owner
+
+if TYPE_CHECKING:
+    from tests.asyncflow.simulation.world import World
+
+
+class Part(Protocol):
+    """A stage or an engine of a service."""
+
+    name: str
+
+    def actions(self) -> Iterator[Action]:
+        """What it can do now."""
+        ...
+
+    def do(self, action: Action) -> None:
+        """Do one of them."""
+        ...
+
+    def begin(self) -> None:
+        """The devices that it asked for are its own."""
+        ...
+
+    def end(self, prompts: list[int]) -> None:
+        """These prompts are over."""
+        ...
+
+    def restart(self) -> None:
+        """Its process died: everything in memory is gone."""
+        ...
+
+
+class Service:
+    """One process."""
+
+    def __init__(self, world: World, name: str, lease: PoolLease | None) -> None:
+        self.world, self.name, self.lease = world, name, lease
+        self.incarnation = 0
+        self.weights = 0  # steps that it was trained
+        self.outbox = world.rules.outbox()
+        self.parts: list[Part] = []
+        self.thread: Part | None = None
+        self.queue: deque[Part] = deque()  # for the thread
+        self.claims: dict[str, int] = {}  # part -> ticket, asked for or held
+        self.to_end: list[int] = []  # prompts that it has not yet been told are over
+
+    @property
+    def owner(self) -> Owner:
+        """Whose memory it is that rows made now lie in."""
+        return self.name, self.incarnation
+
+    @property
+    def leased(self) -> bool:
+        return self.lease is not None
+
+    def holds_lease(self, part: Part) -> bool:
+        """Whether the devices are a part's own."""
+        holder = self.lease.holder if self.lease is not None else None
+        return holder is not None and (holder.service, holder.ticket) == (self.name, self.claims.get(part.name))
+
+    def actions(self) -> Iterator[Action]:
+        if self.to_end:
+            yield Action(self.name, "end")
+
+    def do(self, action: Action) -> None:
+        """Hear which prompts are over."""
+        ended, self.to_end = self.to_end, []
+        self.end(ended)
+
+    def end(self, prompts: list[int]) -> None:
+        """Let go of everything about these prompts."""
+        self.outbox.end(prompts)
+        for part in self.parts:
+            part.end(prompts)
+
+    # --- devices: the lease first, then the thread; both in calling order
+
+    def ask(self, part: Part) -> None:
+        """A part has its inputs in hand; `begin` is called when the devices are its own."""
+        if self.lease is None:
+            self._enter(part)
+            return
+        ticket = self.claims[part.name] = self.world.network.number()
+        self.world.watch.asked(self.lease, ticket)
+        self.world.grant(self.lease.ask(Claim(self.name, ticket, part.name)))
+
+    def granted(self, name: str) -> None:
+        """The pool's devices are a part's turn."""
+        self._enter(next(p for p in self.parts if p.name == name))
+
+    def leave_thread(self, part: Part) -> None:
+        """A part computes no more; the next in line begins."""
+        if self.thread is part:
+            self.thread = None
+            if self.queue:
+                self._enter(self.queue.popleft())
+
+    def leave_lease(self, part: Part) -> None:
+        """A part gives the devices back, if it has them."""
+        if self.lease is not None and part.name in self.claims:
+            self.world.grant(self.lease.give_back(self.name, self.claims.pop(part.name)))
+
+    def leave(self, part: Part) -> None:
+        """Give everything back."""
+        self.leave_thread(part)
+        self.leave_lease(part)
+
+    def _enter(self, part: Part) -> None:
+        if self.thread is None:
+            self.thread = part
+            part.begin()
+        else:
+            self.queue.append(part)
+
+    def restart(self) -> None:
+        """Die and come back with nothing in memory."""
+        self.incarnation += 1
+        self.outbox = self.world.rules.outbox()
+        self.thread, self.queue, self.to_end = None, deque(), []
+        for part in self.parts:
+            part.restart()
+        tickets, self.claims = list(self.claims.values()), {}
+        if self.lease is not None:
+            # What it holds goes last, or a claim of its own would be granted to nobody.
+            holder = self.lease.holder.ticket if self.lease.holder is not None else -1
+            for ticket in sorted(tickets, key=lambda t: t == holder):
+                self.world.grant(self.lease.give_back(self.name, ticket))

@@ -1,0 +1,283 @@
+"""The stages of the world, each a small machine around the real table, join or nothing at all.
+
+row stage       idle -> asking -> working -> sending -> idle
+training stage  idle -> asking -> working -> idle
+closing stage   takes rows in, and closes a batch when the controller says so
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from asyncflow.dataflow.graph import Stage as Call
+from protocols.columns import Batch
+from protocols.ids import prompt_of
+from protocols.messages import Values
+from protocols.stage import Failure
+from tests.asyncflow.simulation.network import Action, Delivery
+from tests.asyncflow.simulation.rows import Row, contents, message
+from tests.asyncflow.simulation.service import Service
+
+if TYPE_CHECKING:
+    from tests.asyncflow.simulation.world import World
+
+Phase = Literal["idle", "asking", "working", "sending"]
+Given = Row | Failure
+
+
+class CallSite(ABC):
+    """What the stages of a service share; a `Part` that takes deliveries in."""
+
+    def __init__(self, world: World, service: Service, call: Call) -> None:
+        self.world, self.service, self.call, self.name = world, service, call, call.name
+
+    @abstractmethod
+    def has_room(self, position: int, delivery: Delivery) -> bool:
+        """Whether a delivery for an input is let in now."""
+
+    @abstractmethod
+    def accept(self, position: int, delivery: Delivery) -> None:
+        """It comes in."""
+
+    def actions(self) -> Iterator[Action]:
+        yield from ()
+
+    def do(self, action: Action) -> None:
+        raise NotImplementedError(action)
+
+    def begin(self) -> None:
+        raise NotImplementedError(f"{self.name} asks for no devices")
+
+    def sent(self) -> None:  # noqa: B027 - who waits for no credit has nothing to do then
+        """All that it sent was let in."""
+
+    def end(self, prompts: list[int]) -> None:  # noqa: B027 - a trainer remembers no prompts
+        """These prompts are over."""
+
+    def restart(self) -> None:  # noqa: B027 - what trains is never restarted here
+        """Its process died."""
+
+    def send(self, rows: Sequence[tuple[int, Given]], attempt: int = 0, step: int = -1) -> None:
+        """Hand rows to every consumer; each keeps its own copy in the outbox."""
+        if not self.world.rules.tombstones:
+            rows = [(s, v) for s, v in rows if not isinstance(v, Failure)]
+        if not rows:
+            return
+        for channel in self.world.config.dataflow.consumers(self.name):
+            delivery = Delivery(
+                self.world.network.number(), channel.edge, self.name, self.service.owner, attempt, tuple(rows), step
+            )
+            self.service.outbox.keep(channel.edge, delivery.samples, delivery)
+            self.world.network.send(delivery)
+
+
+class RowStage(CallSite):
+    """log_probs, values, score: rows in, rows out, tombstones passed on."""
+
+    def __init__(self, world: World, service: Service, call: Call) -> None:
+        super().__init__(world, service, call)
+        self.capacity = world.config.capacity if len(call.inputs) == 1 else None
+        self.largest = 0  # delivery that came
+        self.restart()
+
+    def restart(self) -> None:
+        self.table = self.world.rules.row_table(len(self.call.inputs))
+        self.phase: Phase = "idle"
+        self.taken: list[tuple[int, Row]] = []
+        self.dead: list[Failure] = []
+        self.attempt = 0
+        self.failing: set[int] = set()
+
+    def has_room(self, position: int, delivery: Delivery) -> bool:
+        if self.capacity is None:
+            return True
+        fresh = self.table.fresh(position, delivery.samples, delivery.attempt)
+        return self.world.rules.has_room(len(self.table), len(fresh), self.capacity)
+
+    def accept(self, position: int, delivery: Delivery) -> None:
+        self.table.arrive(position, delivery.rows, delivery.attempt)
+        if self.capacity is not None:
+            self.largest = max(self.largest, len(delivery.rows))  # it is let into an empty mailbox
+            self.world.watch.bound("mailbox", self.name, len(self.table), max(self.capacity, self.largest))
+        else:
+            # Rows that are drawn again come by when their prompt has settled, or even ended: it hears of that.
+            prompts = self.world.config.most_live + len(self.service.to_end)
+            self.world.watch.bound("middle join", self.name, len(self.table), prompts * self.world.config.samples)
+
+    def actions(self) -> Iterator[Action]:
+        if self.phase == "idle" and self.table.settled >= self.world.rules.fires_on:
+            yield Action(self.name, "take")
+        elif self.phase == "working":
+            yield Action(self.name, "finish")
+
+    def do(self, action: Action) -> None:
+        if action.verb == "take":
+            self._take()
+        else:
+            self._finish()
+
+    def begin(self) -> None:
+        self.phase = "working"
+
+    def sent(self) -> None:
+        self.service.leave(self)
+        self.phase = "idle"
+
+    def end(self, prompts: list[int]) -> None:
+        self.table.end(prompts)
+
+    def _take(self) -> None:
+        """Take what is there; what can't be read is taken back, and asked for again."""
+        joined = self.table.take(self.table.next_settled(self.world.config.firing_rows))
+        read = list(zip(joined.samples, zip(*joined.inputs, strict=True), strict=False))
+        lost = [s for s, inputs in read if not all(self.world.readable(row.owner) for row in inputs)]
+        self.taken = [(s, inputs[0]) for s, inputs in read if s not in lost]
+        for sample, inputs in read:
+            self.world.watch.one_drawing(self.name, sample, [row.drawing for row in inputs])
+        self.dead, self.attempt, self.failing = joined.failures, joined.attempt, set()
+        if lost:
+            self.world.watch.count("unreadable", len(lost))
+            self.table.take_back(lost)
+            if self.world.rules.asks_again:
+                for channel in self.world.config.dataflow.inputs_of(self.name):
+                    self.world.network.redeliver(channel.edge)
+        if self.taken:
+            self.phase = "asking"
+            self.service.ask(self)
+        else:
+            self._emit([])
+
+    def _finish(self) -> None:
+        kept = self.world.rules.kept_while_sending
+        if kept != "thread":
+            self.service.leave_thread(self)
+        if kept != "lease":
+            self.service.leave_lease(self)
+        critic = self.service.weights if self.call.produces is Values else -1
+        self._emit(
+            [
+                (s, Failure(s, "failed") if s in self.failing else Row(r.drawing, r.oldest, critic, self.service.owner))
+                for s, r in self.taken
+            ]
+        )
+
+    def _emit(self, rows: list[tuple[int, Given]]) -> None:
+        rows += [(f.sample_id, f) for f in self.dead]
+        self.taken, self.dead = [], []
+        self.send(rows, self.attempt)
+        if self.world.network.waits(self.name):
+            self.phase = "sending"
+            self.world.watch.nothing_held(self.service, self)
+        else:
+            self.sent()
+
+
+class ClosingStage(CallSite):
+    """The join before the batch. It reads rows as they come, so what it holds can't be lost with its maker."""
+
+    def __init__(self, world: World, service: Service, call: Call) -> None:
+        super().__init__(world, service, call)
+        self.channels = world.config.dataflow.inputs_of(call.name)
+        self.restart()
+
+    def restart(self) -> None:
+        self.join = self.world.rules.prompt_join([c.grain for c in self.channels], self.world.config.samples)
+        self.settled: set[int] = set()  # prompts that wait, whole, for a batch
+
+    def has_room(self, position: int, delivery: Delivery) -> bool:
+        return self.world.rules.join_room(self.join, position, delivery.samples)
+
+    def accept(self, position: int, delivery: Delivery) -> None:
+        failures = [value for _, value in delivery.rows if isinstance(value, Failure)]
+        rows = [(s, v) for s, v in delivery.rows if isinstance(v, Row) and self.world.readable(v.owner)]
+        batch = message(self.channels[position].message, rows) if rows else None
+        settled, _ = self.join.arrive(position, batch, failures, delivery.attempt)
+        self.settled |= {prompt.prompt_id for prompt in settled if not prompt.dead}
+        self._check_bounds()
+        for prompt in settled:
+            self.world.controller.tell(prompt)
+
+    def end(self, prompts: list[int]) -> None:
+        self.join.end(prompts)
+        self.settled.difference_update(prompts)
+
+    def close(self, step: int, samples: list[int]) -> None:
+        """Turn these rows into the experience of a step."""
+        inputs = self.join.take(samples)
+        self.settled -= set(map(prompt_of, samples))
+        rows = self._check_batch(step, samples, inputs)
+        self.send(rows, step=step)
+
+    def _check_bounds(self) -> None:
+        config, watch = self.world.config, self.world.watch
+        per_prompt = config.rows_per_prompt
+        waiting = self.join.depth - len(self.settled) * per_prompt
+        # A successor gets again all that lives, settled or not.
+        window = config.most_live if self.service.incarnation else self.world.controller.admission.window
+        watch.bound("join, unsettled", self.name, waiting, window * per_prompt)
+        watch.bound("join, all", self.name, self.join.depth, config.most_live * per_prompt)
+
+    def _check_batch(self, step: int, samples: list[int], inputs: tuple[Batch, ...]) -> list[tuple[int, Given]]:
+        """Each sample's inputs derive from one drawing, and nothing in them is too old."""
+        rows: list[tuple[int, Given]] = []
+        by_sample = [
+            contents(batch) for batch, channel in zip(inputs, self.channels, strict=True) if channel.grain == "sample"
+        ]
+        self.world.watch.batch(step, samples, [[told.sample for told in column] for column in map(contents, inputs)])
+        for told in zip(*by_sample, strict=True):
+            self.world.watch.row(step, told[0].sample, [t.drawing for t in told], [t.version for t in told])
+            rows.append((told[0].sample, Row(told[0].drawing, told[0].version, -1, self.service.owner)))
+        return rows
+
+
+class TrainingStage(CallSite):
+    """update: one closed batch after the other, each once."""
+
+    def __init__(self, world: World, service: Service, call: Call) -> None:
+        super().__init__(world, service, call)
+        self.newest = -1  # step
+        self.batch: Delivery | None = None
+        self.phase: Phase = "idle"
+
+    def has_room(self, position: int, delivery: Delivery) -> bool:
+        return self._had(delivery) or self.batch is None
+
+    def accept(self, position: int, delivery: Delivery) -> None:
+        if self._had(delivery):
+            return
+        self.newest = delivery.step
+        self.batch = delivery
+
+    def actions(self) -> Iterator[Action]:
+        if self.phase == "idle" and self.batch is not None:
+            yield Action(self.name, "take")
+        elif self.phase == "working":
+            yield Action(self.name, "finish")
+
+    def do(self, action: Action) -> None:
+        if action.verb == "take":
+            self.phase = "asking"
+            self.service.ask(self)
+        else:
+            self._finish()
+
+    def begin(self) -> None:
+        self.phase = "working"
+
+    def release(self) -> None:
+        """Give the devices back where they were kept until the weights were out."""
+        self.service.leave(self)
+
+    def _had(self, delivery: Delivery) -> bool:
+        return delivery.step <= self.newest and self.world.rules.trains_once
+
+    def _finish(self) -> None:
+        assert self.batch is not None
+        self.world.watch.trained(self.name, self.batch.step, [(s, v) for s, v in self.batch.rows])
+        step, self.batch, self.phase = self.batch.step, None, "idle"
+        self.service.weights += 1
+        if not self.world.rules.update_keeps_lease:
+            self.service.leave(self)
+        self.world.controller.done(self, step)

@@ -1,0 +1,292 @@
+"""What each rule of time is for: the smallest run that goes wrong without it, and that run with it.
+
+The numbers are those of the rules. A rule is taken out by a variant in `broken`; the same configuration under the
+same schedules then shows the deadlock, or the bound that is passed. Rules 16 to 18 (log-probs, seeds, determinism)
+are about values, 19 and 20 (rollback, stall) about processes: they are shown where those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from protocols.ids import prompt_of
+from tests.asyncflow.simulation import broken
+from tests.asyncflow.simulation.configuration import Config, Faults
+from tests.asyncflow.simulation.network import Action
+from tests.asyncflow.simulation.rules import Rules
+from tests.asyncflow.simulation.schedulers import Chosen, by_durations, directed, in_any_order, never
+from tests.asyncflow.simulation.world import THE_REAL_RULES, World
+
+SCHEDULES = 25
+
+Schedule = Callable[[World, int], World]
+
+
+def by_chance(world: World, seed: int) -> World:
+    """Any order, or by durations; faults now and then where the configuration has some."""
+    rate = 0.2 if world.config.faults != Faults() else 0.0
+    return (by_durations if seed % 2 else in_any_order)(world, seed, rate)
+
+
+def on_purpose(late: Chosen = never, strike: Chosen = never) -> Schedule:
+    """See `directed`."""
+    return lambda world, seed: directed(world, seed, late, strike)
+
+
+def findings(config: Config, rules: Rules, schedule: Schedule) -> set[str]:
+    """What goes wrong under any of a number of schedules."""
+    found = set()
+    for seed in range(SCHEDULES):
+        try:
+            schedule(World(config, rules), seed)
+        except Exception as error:  # noqa: BLE001 - what it is, is what the test looks at
+            found.add(f"{type(error).__name__}: {error}")
+    return found
+
+
+def shows(config: Config, without: Rules, wrong: str, schedule: Schedule = by_chance) -> None:
+    """Without the rule `wrong` happens, and nothing else; with it nothing does."""
+    found = findings(config, without, schedule)
+    assert found
+    assert {message for message in found if wrong not in message} == set()
+    assert findings(config, THE_REAL_RULES, schedule) == set()
+
+
+# --- 1, 2: joins and the window
+
+
+def test_1_a_join_with_credit_per_edge_waits_for_the_row_that_another_edge_keeps_out():
+    config = Config("remax", staleness=1)
+    shows(config, Rules(join_room=broken.credit(1)), "Deadlock")
+    assert findings(msgspec.structs.replace(config, staleness=0), Rules(join_room=broken.credit(1)), by_chance) == set()
+
+
+def test_1_a_join_has_to_hold_all_of_the_window():
+    """One row less than W * n is too little."""
+    config = Config("remax", prompts=2, samples=1, staleness=1)
+    assert findings(config, Rules(join_room=broken.credit(4)), by_chance) == set()
+    assert any("Deadlock" in found for found in findings(config, Rules(join_room=broken.credit(3)), by_chance))
+
+
+def test_2_a_window_smaller_than_a_batch_waits_for_ever_where_trained_prompts_alone_make_room():
+    """The budget frees a prompt's place when its last row is at the join, so here a window of 1 is only slow."""
+    config = Config("grpo", prompts=2, window=1)
+    shows(config, Rules(admission=broken.KeepsSlotsUntilTrained), "Deadlock")
+
+
+# --- 3, 4: waiting and firing
+
+
+def test_3_a_lease_held_while_waiting_for_credit_keeps_out_who_would_give_it():
+    shows(Config("remax", "mixed", staleness=1, steps=3), Rules(kept_while_sending="lease"), "Deadlock")
+    shows(Config("remax", "colocated", prompts=3), Rules(kept_while_sending="lease"), "Deadlock")
+
+
+def test_3_a_service_held_while_waiting_for_credit_keeps_out_its_own_next_stage():
+    config = Config("ppo_prox", "colocated", prompts=3)
+    shows(config, Rules(kept_while_sending="thread"), "Deadlock")
+
+
+def test_3_a_delivery_larger_than_the_mailbox_is_let_into_an_empty_one():
+    shows(Config("grpo", staleness=1), Rules(has_room=broken.exactly_room), "Deadlock")
+
+
+def test_4_a_minimum_waits_for_rows_that_never_come():
+    shows(Config("grpo"), Rules(fires_on=2), "Deadlock")
+
+
+# --- 5, 6, 7: failures, their unit, and what they give back
+
+
+def test_5_a_failed_row_that_vanishes_is_waited_for():
+    shows(Config("grpo", faults=Faults(failures=1)), Rules(tombstones=False), "Deadlock")
+
+
+def test_5_a_baseline_that_failed_ends_its_prompt():
+    """Its samples would be trained against a baseline that is not there."""
+    config = Config("remax", faults=Faults(failures=1))
+    shows(config, Rules(prompt_join=broken.BlindToBaselines), "concat needs at least one batch")
+
+
+def test_6_a_budget_in_samples_is_left_with_a_hole_that_no_group_fits():
+    shows(Config("grpo", samples=2, faults=Faults(failures=1)), Rules(admission=broken.CountsSamples), "Deadlock")
+
+
+def test_7_a_failed_prompt_that_stays_in_the_budget_is_never_replaced():
+    shows(Config("grpo", faults=Faults(failures=1)), Rules(admission=broken.KeepsTheBudgetOfTheDead), "Deadlock")
+
+
+def test_7_a_slot_freed_at_the_first_death_lets_more_be_in_flight_than_the_window():
+    config = Config("grpo", samples=2, faults=Faults(failures=2))
+    shows(config, Rules(prompt_join=broken.SettlesAtTheFirstDeath), "generating: 3 at policy.generate#1, at most 2")
+
+
+def test_7_a_dropped_prompt_leaves_the_join_before_the_budget():
+    """Else the join holds its rows and those of the prompt in its place."""
+    late = on_purpose(
+        late=lambda world, action: action == Action("advantage", "end"),
+        strike=lambda world, action: action.verb == "drop",
+    )
+    shows(Config("grpo", faults=Faults(drops=1)), Rules(join_hears_first=False), "join, all: 2", late)
+
+
+# --- 8, 9, 10, 11: batches
+
+
+def last_turn(world: World, action: Action) -> bool:
+    """A straggler's row is at its last token: the first was drawn like those of all others."""
+    engine = world.engines[0]
+    return (
+        action.verb == "draw"
+        and prompt_of(action.item) in world.config.stragglers
+        and engine.running[action.item].turns == 1
+    )
+
+
+straggling = on_purpose(late=last_turn)
+
+
+def test_8_ages_against_an_earlier_version_let_a_sample_be_trained_too_old():
+    config = Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,))
+    shows(config, Rules(prompt_book=broken.AgesAgainstYesterday), "2 versions old at step 2, bound 1", straggling)
+
+
+def test_9_the_newest_first_leave_the_oldest_to_batches_that_can_not_take_them():
+    config = Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,))
+    shows(config, Rules(prompt_book=broken.NewestFirst), "Deadlock", straggling)
+
+
+def test_10_two_stragglers_fall_due_together():
+    """Nothing is due at step 1, which trains a fresh prompt; at step 2 both are, and there is room for one."""
+    config = Config("grpo", staleness=2, steps=4, turns=2, stragglers=(1, 2))
+    shows(config, Rules(prompt_book=broken.LooksAtWhatIsDueNow), "Deadlock", straggling)
+
+
+def test_11_a_version_that_rises_when_the_policy_is_done_has_values_of_an_older_critic():
+    slow_critic = on_purpose(late=lambda world, action: action.who == "critic.update#1")
+    shows(Config(), Rules(rises_after="policy"), "is 1 versions old at step 1, bound 0", slow_critic)
+
+
+# --- 12, 13, 14, 15: versions, leases, grain
+
+
+def test_12_a_lease_held_until_the_weights_are_out_keeps_the_generator_from_loading_them():
+    shows(Config("grpo", "shared"), Rules(update_keeps_lease=True), "Deadlock")
+
+
+def test_13_without_a_floor_a_slow_replica_draws_with_weights_from_before_the_admission():
+    slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
+    shows(Config("grpo", replicas=2), Rules(floor="nowhere"), "is 1 versions old at step 1, bound 0", slow)
+
+
+def test_13_a_row_that_waits_for_its_floor_inside_a_slot_keeps_out_the_load_that_it_waits_for():
+    config = Config("grpo", replicas=2)
+    without = Rules(floor="in the slot", loads="when idle")
+    slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
+    assert any("Deadlock" in found for found in findings(config, without, slow))
+    assert findings(config, Rules(loads="when idle"), slow) == set(), "the floor is checked before the slot"
+    assert findings(config, Rules(floor="in the slot"), slow) == set(), "loads preempt running rows"
+
+
+def test_13_loads_in_any_order_take_a_replica_back():
+    slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
+    shows(Config("grpo", steps=3, replicas=2), Rules(loads="in any order"), "versions: generator/1 goes from", slow)
+
+
+def test_14_the_last_to_come_is_not_served_first():
+    config = Config("ppo", "colocated", samples=2, staleness=1, steps=3, firing_rows=1)
+    shows(config, Rules(leases=broken.last_come_first_served), "grants before one's own")
+
+
+def test_15_a_row_that_comes_once_a_prompt_is_not_waited_for_once_a_sample():
+    shows(Config("remax"), Rules(prompt_join=broken.WithoutGrain), "Deadlock")
+
+
+# --- delivery: what comes twice, late or not at all, and who dies
+
+
+def test_a_row_that_left_is_remembered_or_it_is_drawn_twice():
+    config = Config("grpo", faults=Faults(duplicates=1))
+    twice = on_purpose(strike=lambda world, action: action.verb == "duplicate")
+    shows(config, Rules(row_table=broken.ForgetsWhatLeft), "generating: 2", twice)
+
+
+def test_a_prompt_that_ended_is_remembered_or_what_comes_late_stays_for_ever():
+    config = Config("grpo", faults=Faults(duplicates=1))
+
+    def copy(world: World, action: Action) -> bool:
+        delivery = world.network.flights.get(action.item) if action.who in ("network", "chance") else None
+        return delivery is not None and delivery.edge == "reward.score#1.0"
+
+    def had(world: World, action: Action) -> bool:
+        stage = world.row_stage("reward.score#1")
+        return copy(world, action) and not stage.table.fresh(0, world.network.flights[action.item].samples)
+
+    late = on_purpose(late=had, strike=copy)
+    shows(config, Rules(row_table=broken.ForgetsWhatEnded), "leak", late)
+
+
+def dies(name: str, when: Callable[[World], bool] = lambda world: True) -> Chosen:
+    """A service dies as soon as `when` holds."""
+    return lambda world, action: action.verb == "restart" and action.item == name and when(world)
+
+
+def test_an_outbox_is_kept_until_its_prompts_end():
+    """That a row was taken in says nothing: its mailbox dies with its process."""
+    config = Config("grpo", faults=Faults(restarts=1))
+    holding = dies("reward", lambda world: world.row_stage("reward.score#1").phase == "working")
+    shows(config, Rules(outbox=broken.LetsGoOfWhatWasTaken), "Deadlock", on_purpose(strike=holding))
+
+
+def test_what_is_drawn_again_has_a_name_of_its_own():
+    """Else the reward of one drawing meets the tokens of another."""
+    config = Config("grpo", faults=Faults(restarts=1))
+    half_joined = on_purpose(
+        late=lambda world, action: action.who == "reward.score#1",
+        strike=dies("generator", lambda world: world.closing.join.depth > 0),
+    )
+    shows(config, Rules(new_attempts=False), "mixed: batch", half_joined)
+
+
+def unread(world: World) -> bool:
+    """The reviser has a row of the judge that it has not read."""
+    return len(world.row_stage("reviser.revise#1").table) > 0
+
+
+@pytest.mark.parametrize(
+    "without", [Rules(asks_again=False), Rules(row_table=broken.NeverTakesBack)], ids=["unasked", "not taken back"]
+)
+def test_what_can_not_be_read_is_taken_back_and_asked_for(without: Rules):
+    """The successor's row came while the dead one's held its place: it was refused, and would not come again."""
+    config = Config("judged", faults=Faults(restarts=1))
+    slow_reviser = on_purpose(late=lambda world, action: action.who == "reviser.revise#1", strike=dies("judge", unread))
+    shows(config, without, "Deadlock", slow_reviser)
+
+
+def test_a_successor_is_told_which_prompts_are_over():
+    """Else it keeps for ever what a sender, who has not heard of the end either, sends again."""
+    config = Config("grpo", faults=Faults(restarts=1))
+    deaf_generator = on_purpose(
+        late=lambda world, action: action == Action("generator", "end"),
+        strike=dies("reward", lambda world: world.controller.version == 1 and not world.services["reward"].to_end),
+    )
+    shows(config, Rules(tells_ended=False), "leak", deaf_generator)
+
+
+def test_a_join_that_lost_its_memory_is_not_believed():
+    config = Config("grpo", prompts=2, faults=Faults(restarts=1))
+    half_a_batch = on_purpose(strike=dies("advantage", lambda world: world.controller.book.ready == 1))
+    shows(config, Rules(prompt_book=broken.DoesNotUnsettle), "KeyError", half_a_batch)
+
+
+def test_a_trainer_takes_each_step_once():
+    config = Config("grpo", faults=Faults(duplicates=1))
+    twice = on_purpose(
+        strike=lambda world, action: (
+            action.verb == "duplicate" and world.network.flights[action.item].edge == "policy.update#1.0"
+        )
+    )
+    shows(config, Rules(trains_once=False), "doubled: policy.update#1 trains step 0 again", twice)

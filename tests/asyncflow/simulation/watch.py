@@ -1,0 +1,129 @@
+"""What must hold at every step. A breach raises `Violation`, which names the rule, the place and the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from asyncflow.control.staleness import Admission
+from asyncflow.placement.lease import PoolLease
+
+if TYPE_CHECKING:
+    from tests.asyncflow.simulation.service import Part, Service
+    from tests.asyncflow.simulation.world import World
+
+
+class Violation(Exception):
+    """A bound was passed, or a row was doubled, mixed up or lost."""
+
+
+class Deadlock(Exception):
+    """The run is not finished, and nothing can happen any more."""
+
+
+def nearer(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """Of two (value, limit) the one with the higher share; of equal ones the larger."""
+    return max(a, b, key=lambda pair: (pair[0] / max(pair[1], 1), pair[1]))
+
+
+class Watch:
+    """Checks as things happen, and remembers how near each bound came."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.counts: Counter[str] = Counter()
+        self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the highest share of a limit: (value, limit)
+        self._trained: defaultdict[int, dict[str, list[Any]]] = defaultdict(dict)  # step -> sink -> rows
+        self._grants: Counter[str] = Counter()  # by pool
+        self._asked: dict[int, int] = {}  # ticket -> grants of its pool at the time
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.counts[what] += number
+
+    def bound(self, what: str, where: str, value: int, limit: int) -> None:
+        """A value that may not pass its limit."""
+        self.nearest[what] = nearer(self.nearest.get(what, (0, 1)), (value, limit))
+        if value > limit:
+            raise Violation(f"{what}: {value} at {where}, at most {limit}")
+
+    # --- devices
+
+    def asked(self, lease: PoolLease, ticket: int) -> None:
+        self._asked[ticket] = self._grants[lease.pool]
+
+    def granted(self, lease: PoolLease, ticket: int) -> None:
+        """First come, first served: as many grants lie between as stages and engines share the pool."""
+        self._grants[lease.pool] += 1
+        between = self._grants[lease.pool] - 1 - self._asked.pop(ticket)
+        sharers = sum(len(s.parts) for s in self._world.services.values() if s.lease is lease)
+        self.bound("grants before one's own", lease.pool, between, sharers)
+
+    def nothing_held(self, service: Service, part: Part) -> None:
+        """Nobody waits for credit with devices in hand."""
+        if self._world.rules.kept_while_sending == "nothing" and (service.holds_lease(part) or service.thread is part):
+            raise Violation(f"{part.name} waits for credit and holds the devices of {service.name}")
+
+    # --- time
+
+    def budget(self, admission: Admission, live: int) -> None:
+        """N_r = version * P + live, in prompts, and never above (version + eta + 1) * P."""
+        if admission.live != live:
+            raise Violation(f"N_r: the budget counts {admission.live} live prompts, there are {live}")
+        self.bound("N_r", "admission", live, (admission.staleness + 1) * admission.prompts_per_step)
+
+    def loaded(self, engine: str, before: int, after: int) -> None:
+        if after <= before:
+            raise Violation(f"versions: {engine} goes from {before} to {after}")
+
+    def snapshot(self, version: int, weights: int) -> None:
+        if version != weights:
+            raise Violation(f"versions: weights of step {weights} are published as version {version}")
+
+    # --- rows
+
+    def ends_once(self, prompt: int, before: str | None, fate: str) -> None:
+        if before != "live":
+            raise Violation(f"prompt {prompt} ends as {fate}, and was {before}")
+        self.count(fate)
+
+    def one_drawing(self, where: str, sample: int, drawings: list[int]) -> None:
+        if len(set(drawings)) > 1:
+            raise Violation(f"mixed: {where} joins drawings {drawings} of sample {sample}")
+
+    def batch(self, step: int, samples: list[int], inputs: list[list[int]]) -> None:
+        """P groups of n samples, and every input has just these rows in this order."""
+        config = self._world.config
+        if len(samples) != config.prompts * config.samples or len(set(samples)) != len(samples):
+            raise Violation(f"batch {step} has {len(samples)} rows, {len(set(samples))} distinct")
+        if any(rows != samples for rows in inputs):
+            raise Violation(f"batch {step}: inputs {inputs} for samples {samples}")
+
+    def row(self, step: int, sample: int, drawings: list[int], versions: list[int]) -> None:
+        """One row of a closed batch: all of it from one drawing, none of it too old."""
+        self.one_drawing(f"batch {step}", sample, drawings)
+        oldest = min(v for v in versions if v >= 0)
+        self.bound("staleness", f"sample {sample} of step {step}", step - oldest, self._world.config.staleness)
+
+    def trained(self, sink: str, step: int, rows: list[Any]) -> None:
+        """Each sink takes each step once, and all take the same rows."""
+        sinks = self._trained[step]
+        if sink in sinks:
+            raise Violation(f"doubled: {sink} trains step {step} again")
+        if step and sink not in self._trained[step - 1]:
+            raise Violation(f"lost: {sink} trains step {step} and not the one before")
+        sinks[sink] = rows
+        if any(other != rows for other in sinks.values()):
+            raise Violation(f"step {step}: {sink} trains other rows than {sorted(sinks)}")
+
+    # --- the end
+
+    def finished(self) -> None:
+        """Every prompt has ended and nobody remembers a row."""
+        controller = self._world.controller
+        if live := [p for p, fate in controller.fates.items() if fate == "live"]:
+            raise Violation(f"lost: prompts {live[:4]} never ended")
+        steps, prompts = self._world.config.steps, self._world.config.prompts
+        if self.counts["trained"] != steps * prompts:
+            raise Violation(f"{self.counts['trained']} prompts trained in {steps} steps of {prompts}")
+        if leaks := list(self._world.leaks()):
+            raise Violation(f"leak: {'; '.join(leaks)}")

@@ -1,0 +1,261 @@
+"""The world: everything that moves in a run, as one state machine. Pure, single-threaded, without a clock.
+
+    world.actions()  what can happen next
+    world.faults()   what can go wrong next, as far as the run's faults are not used up
+    world.apply(a)   one of them happens
+
+Admission, batches, joins, mailboxes, outboxes and leases are the real ones. Who decides what happens next is a
+scheduler: by chance, by durations, or all orders one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+from asyncflow.dataflow.graph import ADVANTAGE
+from asyncflow.dataflow.graph import Stage as Call
+from asyncflow.placement.lease import Claim
+from protocols.ids import prompt_of
+from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
+from tests.asyncflow.simulation.controller import Controller
+from tests.asyncflow.simulation.generation import Engine, GeneratingStage
+from tests.asyncflow.simulation.network import Action, Delivery, Network
+from tests.asyncflow.simulation.rows import Owner
+from tests.asyncflow.simulation.rules import Rules
+from tests.asyncflow.simulation.service import Service
+from tests.asyncflow.simulation.stages import CallSite, ClosingStage, RowStage, TrainingStage
+from tests.asyncflow.simulation.watch import Deadlock, Watch
+
+CHANCE = "chance"
+THE_REAL_RULES = Rules()
+
+
+class World:
+    """One run, from the first admission to the last commit."""
+
+    def __init__(self, config: Config, rules: Rules = THE_REAL_RULES) -> None:
+        self.config, self.rules = config, rules
+        self.watch = Watch(self)
+        self.network = Network(self)
+        self.hybrid = config.layout == "colocated"
+        self.leases = rules.leases(config.pools)
+        self.services = {name: Service(self, name, self.leases.get(name)) for name in [*config.pools, ADVANTAGE]}
+        self.stages = {call.name: self._stage(call) for call in config.dataflow.stages}
+        self.generating = [s for s in self.stages.values() if isinstance(s, GeneratingStage)]
+        self.sinks = [s for s in self.stages.values() if isinstance(s, TrainingStage)]
+        self.closing = next(s for s in self.stages.values() if isinstance(s, ClosingStage))
+        self.engines = self._add_engines()
+        self.inlets: dict[str, tuple[CallSite, int]] = {
+            c.edge: (self.stages[c.destination], c.position) for c in config.dataflow.channels
+        }
+        self._sources = {c.edge: c.source for c in config.dataflow.channels}
+        self.controller = Controller(self)
+        self.faults_left = {name: getattr(config.faults, name) for name in config.faults.__struct_fields__}
+        self._drawings: Counter[int] = Counter()
+        self._parts = {p.name: p for s in self.services.values() for p in [s, *s.parts]} | {
+            p.name: p for p in (self.network, self.controller)
+        }
+
+    # --- the state machine
+
+    def actions(self) -> list[Action]:
+        """What can happen next."""
+        return [action for part in self._parts.values() for action in part.actions()]
+
+    def apply(self, action: Action) -> None:
+        """It happens. Raises Violation where that breaks a rule."""
+        self.watch.count("actions")
+        if action.who == CHANCE:
+            self._go_wrong(action)
+        else:
+            self._parts[action.who].do(action)
+
+    @property
+    def finished(self) -> bool:
+        """All steps are committed; what is on its way may still arrive."""
+        return self.controller.finished
+
+    def check_end(self) -> None:
+        """Nothing can happen any more. Raises Deadlock or Violation where it should not be so."""
+        if not self.finished:
+            raise Deadlock(f"at version {self.controller.version}: {'; '.join(self.standing())}")
+        self.watch.finished()
+
+    # --- what goes wrong
+
+    def faults(self) -> list[Action]:
+        """What can go wrong next; nothing once the run is finished."""
+        left = self.faults_left
+        if self.finished:
+            return []
+        found: list[Action] = []
+        if left["failures"]:
+            found += [Action(CHANCE, "fail", row) for row in self._rows_at_work()]
+        if left["drops"]:
+            found += [Action(CHANCE, "drop", prompt) for prompt in self.controller.droppable()]
+        if left["duplicates"]:
+            found += [Action(CHANCE, "duplicate", flight) for flight in self.network.flights]
+        if left["losses"]:
+            found += [Action(CHANCE, "lose", flight) for flight in self.network.flights]
+        if left["restarts"]:
+            found += [Action(CHANCE, "restart", name) for name in self.mortal()]
+        return found
+
+    def mortal(self) -> list[str]:
+        """Services without a state of their own, and engines that are not the policy's.
+
+        The join's is one of them but while a batch trains: half of its trainers may have had it, so a loss then
+        is the loss of trained state, which rolls everything back and is no matter of this world.
+        """
+        services = [s for s in self.services if s not in (*TRAINED, ADVANTAGE)]
+        services += [ADVANTAGE] if self.controller.training is None else []
+        return services + [e.name for e in self.engines if not self.hybrid]
+
+    def _go_wrong(self, action: Action) -> None:
+        match action.verb:
+            case "fail":
+                where, sample = action.item
+                self._fail(where, sample)
+                self.faults_left["failures"] -= 1
+            case "drop":
+                self.controller.drop(action.item)
+                self.faults_left["drops"] -= 1
+            case "duplicate":
+                self.network.fly(self.network.flights[action.item])
+                self.faults_left["duplicates"] -= 1
+            case "lose":
+                self.network.lose(action.item)
+                self.faults_left["losses"] -= 1
+            case "restart":
+                self._restart(action.item)
+                self.faults_left["restarts"] -= 1
+        self.watch.count(action.verb)
+
+    def _rows_at_work(self) -> Iterator[tuple[str, int]]:
+        for stage in self.stages.values():
+            if isinstance(stage, RowStage) and stage.phase == "working":
+                yield from ((stage.name, s) for s, _ in stage.taken if s not in stage.failing)
+        for engine in self.engines:
+            yield from ((engine.name, s) for s, running in engine.running.items() if not running.failing)
+
+    def _fail(self, where: str, sample: int) -> None:
+        stage = self.stages.get(where)
+        if isinstance(stage, RowStage):
+            stage.failing.add(sample)
+        else:
+            next(e for e in self.engines if e.name == where).running[sample].failing = True
+
+    def _restart(self, name: str) -> None:
+        """A process dies; its successor begins with nothing, and is told and sent what it needs."""
+        for engine in self.engines:
+            if engine.name == name:
+                engine.die()
+                engine.load(self.controller.newest_weights)
+                return
+        service = self.services[name]
+        own = {s.name for s in self.stages.values() if s.service is service}
+        edges = {edge for edge, (stage, _) in self.inlets.items() if stage.name in own}
+        service.restart()
+        self.network.forget(edges, own)
+        if self.rules.tells_ended:
+            service.end([p for p, fate in self.controller.fates.items() if fate != "live"])
+        if name == ADVANTAGE:
+            self.controller.join_died()
+        if name == GENERATOR:
+            self.controller.draw_again()
+            for engine in self.engines:
+                engine.load(self.controller.newest_weights)
+        for edge in edges:
+            self.network.redeliver(edge)
+
+    # --- what the parts ask of the world
+
+    def row_stage(self, name: str) -> RowStage:
+        """The row stage of that name."""
+        stage = self.stages[name]
+        assert isinstance(stage, RowStage)
+        return stage
+
+    def readable(self, owner: Owner) -> bool:
+        """Whether the process that holds a row's bytes still lives."""
+        name, incarnation = owner
+        return name == self.controller.name or self.services[name].incarnation == incarnation
+
+    def kept(self, edge: str) -> list[Delivery]:
+        """What the sender of an edge would send again."""
+        source = self._sources[edge]
+        if source not in self.stages:
+            return self.controller.redelivery(edge)
+        return self.stages[source].service.outbox.kept(edge)
+
+    def grant(self, claim: Claim | None) -> None:
+        """A lease says whose turn it is."""
+        if claim is not None:
+            self.watch.granted(self.leases[claim.service], claim.ticket)
+            self.services[claim.service].granted(claim.stage)
+
+    def draw(self, sample: int) -> int:
+        """The number of a new drawing of a sample: no two are alike."""
+        self._drawings[sample] += 1
+        return self._drawings[sample]
+
+    def turns(self, sample: int) -> int:
+        """How many turns of its engine a row takes: few mostly, many now and then."""
+        most, stragglers = self.config.turns, self.config.stragglers
+        if stragglers:
+            return most if prompt_of(sample) in stragglers else 1
+        luck = hashlib.blake2b(f"{sample}/{self._drawings[sample]}".encode(), digest_size=2).digest()
+        return most if luck[0] < 26 else 1 + luck[1] % max(1, most // 3)
+
+    # --- reports
+
+    def leaks(self) -> Iterator[str]:
+        """What is still remembered, by place."""
+        held = {f"outbox of {s.name}": len(s.outbox) for s in self.services.values()}
+        held["outbox of the controller"] = len(self.controller.outbox)
+        held["flights"] = len(self.network.flights)
+        for stage in self.stages.values():
+            if isinstance(stage, RowStage | GeneratingStage):
+                held[stage.name] = len(stage.table) + stage.table.remembered
+        held[self.closing.name] = self.closing.join.depth
+        return (f"{number} in {place}" for place, number in held.items() if number)
+
+    def standing(self) -> Iterator[str]:
+        """Where everything stands, for the message of a deadlock."""
+        for stage in self.stages.values():
+            if isinstance(stage, RowStage):
+                yield f"{stage.name} {stage.phase}, {len(stage.table)} rows, {stage.table.settled} settled"
+            elif isinstance(stage, GeneratingStage):
+                yield f"{stage.name} {len(stage.table)} asked, {len(stage.running)} running, {len(stage.out)} out"
+        for engine in self.engines:
+            yield f"{engine.name} {engine.phase} at version {engine.version}, {len(engine.running)} rows"
+        admission = self.controller.admission
+        yield f"{admission.live} live, {admission.unsettled} unsettled, {self.controller.book.ready} ready"
+        yield f"{self.closing.join.depth} rows at the join, {len(self.network.flights)} deliveries on their way"
+        for pool, lease in {lease.pool: lease for lease in self.leases.values()}.items():
+            if lease.holder is not None:
+                yield f"{pool} held by {lease.holder.stage}, {len(lease.waiting)} wait"
+
+    # --- assembly
+
+    def _stage(self, call: Call) -> CallSite:
+        name = GENERATOR if call.generates and not self.hybrid else call.service
+        service = self.services[name]
+        if call.generates:
+            stage: CallSite = GeneratingStage(self, service, call)
+        elif call.closes:
+            stage = ClosingStage(self, service, call)
+        elif call.is_sink:
+            stage = TrainingStage(self, service, call)
+        else:
+            stage = RowStage(self, service, call)
+        service.parts.append(stage)
+        return stage
+
+    def _add_engines(self) -> list[Engine]:
+        service = self.services["policy" if self.hybrid else GENERATOR]
+        engines = [Engine(self, service, n, hybrid=self.hybrid) for n in range(self.config.replicas)]
+        service.parts += engines
+        return engines

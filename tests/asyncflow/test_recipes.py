@@ -1,0 +1,47 @@
+"""The recipes that come with the project: each is sound, says what it resolves to, and draws its dataflow."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from asyncflow.compose import compose, stateful
+from asyncflow.config import load_recipe, recipe_text, to_recipe
+from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.validate import check
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if "algorithm" in tomllib.loads(path.read_text()))
+
+
+def here(path: Path, models: Path, data: Path) -> list[str]:
+    """Overrides that put small files in the place of those that a demonstration makes."""
+    own = [f"data.train='{data}/train.jsonl'", f"data.eval='{data}/heldout.jsonl'"]
+    for role, model in tomllib.loads(path.read_text())["models"].items():
+        if "path" in model:
+            own.append(f"models.{role}.path='{models}/{'reward' if role == 'reward' else 'policy'}'")
+    return own
+
+
+def test_every_algorithm_has_a_recipe_for_the_same_task():
+    assert {path.stem for path in RECIPES if path.parent.name == "arithmetic"} == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_is_sound(path: Path, models: Path, data: Path):
+    recipe = load_recipe(path, here(path, models, data))
+    assert (recipe.algorithm, recipe.samples_per_step) == (path.stem, 256)
+    checked = check(recipe)
+    assert set(recipe.models) == {s for s in checked.dataflow.services if s != "advantage"}, "no model but those called"
+    specs = compose(checked.recipe, checked.dataflow, recipe.name, 0, "logs")
+    assert {"policy", "generator", "advantage", "evaluator"} < {spec.name for spec in specs}
+    assert stateful(checked.dataflow) == (["critic", "policy"] if "critic" in recipe.models else ["policy"])
+    assert "policy.update#1" in checked.dataflow.draw()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_resolved_recipe_reads_as_itself(path: Path):
+    recipe = load_recipe(path)
+    assert to_recipe(tomllib.loads(recipe_text(recipe))) == recipe

@@ -1,0 +1,31 @@
+"""The benchmark of the channels runs and says what it promises; how fast it was is for people to read."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from asyncflow.bench import scale
+from asyncflow.bench.channels import QUICK, RANKS, Figures, lines, measure
+
+
+async def test_a_million_rows_would_cost_the_same_through_many_services_as_through_few():
+    few, many = [await scale.measure(services, rows=30_000) for services in (4, 64)]
+    assert (few.channels, many.channels) == (8, 128)
+    for figures in (few, many):
+        assert figures.rows >= 16_384
+        assert figures.most_held <= scale.WAVE, "a join holds what one wave brought"
+        assert figures.most_kept == 0, "ended prompts are forgotten"
+
+
+@pytest.mark.ray
+async def test_every_figure_is_told_beside_its_bound():
+    figures = await measure(QUICK)
+    assert msgspec.json.decode(msgspec.json.encode(figures), type=Figures) == figures
+    assert figures.batch.front_bytes == 0
+    assert len(figures.batch.read_bytes) == RANKS
+    assert [hop.ranks for hop in figures.hops] == [1, RANKS]
+    assert [line.split()[0] for line in lines(figures) if not line.startswith(" ")] == [
+        *("batch", "hop", "hop", "large"),
+        *["scale"] * 3,
+    ]

@@ -1,0 +1,27 @@
+"""Whitened advantages have one scale over the mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.advantages.whitening import whiten
+
+masks = st.lists(st.integers(0, 1), min_size=1, max_size=40).map(lambda row: np.array(row, np.uint8))
+
+
+@given(masks, st.integers(0, 2**32 - 1))
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_mask(mask: np.ndarray, seed: int):
+    white = whiten(np.random.default_rng(seed).normal(3.0, 5.0, len(mask)), mask)
+    inside = mask != 0
+    if inside.sum() >= 2:
+        assert white[inside].mean() == pytest.approx(0, abs=1e-9)
+        assert white[inside].std() == pytest.approx(1, abs=1e-6)
+        assert not white[~inside].any()
+
+
+def test_equal_advantages_whiten_to_0_and_a_single_one_stays():
+    assert np.abs(whiten(np.full(5, 0.1), np.ones(5, np.uint8))).max() < 1e-6
+    assert whiten(np.array([4.0, 9.0]), np.array([1, 0], np.uint8))[0] == 4.0

@@ -1,0 +1,99 @@
+"""What a step reports of its losses: means over trained tokens that add up over micro-batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from tests.workers.losses.by_hand import Batch, correction, drawn, kl_term, policy_term, tokens_of
+from workers.losses import POLICY_LOSSES, measures
+from workers.losses.objective import policy_objective
+from workers.settings import Loss
+
+LOSS = Loss(
+    correction="tis", tis_cap=1.2, sequence_high=1.4, kl_coefficient=0.1, entropy_coefficient=0.1, clip_high=0.28
+)
+
+
+def measured(batch: Batch, loss: Loss) -> dict[str, float]:
+    tokens = tokens_of(batch)
+    return measures.measure(tokens, policy_objective(POLICY_LOSSES[loss.policy], tokens, loss), loss)
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def test_each_is_what_its_name_says():
+    batch, loss = drawn(2), LOSS
+    inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
+    theta, prox, mu = (
+        [column[r][t] for r, t in inside] for column in (batch.log_probs, batch.proximal, batch.behaviour)
+    )
+    moved = [a - b for a, b in zip(theta, prox, strict=True)]
+    want = {
+        "clip_fraction": mean([policy_term(batch, r, t, loss)[2] for r, t in inside]),
+        "mismatch_kl": mean([b - a for a, b in zip(prox, mu, strict=True)]),
+        "approximate_kl": mean([math.exp(d) - 1 - d for d in moved]),
+        "negative_log_likelihood": -mean(theta),
+        "correction_weight": mean([correction(batch, r, t, loss)[0] for r, t in inside]),
+        "correction_truncated": mean([correction(batch, r, t, loss)[1] for r, t in inside]),
+        "entropy": mean([batch.entropies[r][t] for r, t in inside]),
+        "kl_reference": mean(
+            [kl_term(batch.reference[r][t] - batch.log_probs[r][t], loss.kl_estimator)[0] for r, t in inside]
+        ),
+        "log_ratio_max": max(abs(a - b) for a, b in zip(theta, mu, strict=True)),
+        "ratio_max": max(math.exp(d) for d in moved),
+        "tokens": len(inside),
+    }
+    got = measures.means(measured(batch, loss))
+    assert got == pytest.approx(want, abs=1e-10)
+    assert 0 < got["clip_fraction"] < 1
+    assert 0 < got["correction_truncated"] < 1
+
+
+def test_micro_batches_add_up_to_the_batch():
+    batch, total = drawn(5), {}
+    for start, stop in itertools.pairwise((0, 2, 4, 5, len(batch.mask))):
+        measures.add(total, measured(batch.rows(start, stop), LOSS))
+    assert total == pytest.approx(measured(batch, LOSS), abs=1e-10)
+
+
+def test_a_part_that_the_loss_lacks_is_not_reported():
+    batch = drawn(1)
+    tokens = tokens_of(batch)
+    bare = type(tokens)(
+        tokens.log_probs, tokens.proximal, tokens.behaviour, tokens.advantages, tokens.mask, tokens.lengths
+    )
+    got = measures.measure(bare, policy_objective(POLICY_LOSSES["ppo"], bare, Loss()), Loss())
+    assert not {"entropy", "kl_reference"} & got.keys()
+
+
+def test_the_largest_ratio_is_to_what_the_loss_divides_by():
+    batch = drawn(4)
+    inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
+    want = max(math.exp(batch.log_probs[r][t] - batch.behaviour[r][t]) for r, t in inside)
+    assert measured(batch, Loss(old="mu", kl_coefficient=0.1))["ratio_max"] == pytest.approx(want)
+
+
+def test_means_are_over_steps_for_what_a_step_has_once():
+    total: dict[str, float] = {}
+    for loss, norm, tokens, clipped in ((1.0, 2.0, 3.0, 1.0), (3.0, 6.0, 1.0, 1.0)):
+        step = {"loss": loss, "gradient_norm": norm, "tokens": tokens, "clip_fraction": clipped, "ratio_max": norm}
+        measures.add(total, step | {measures.STEPS: 1.0})
+    assert measures.means(total) == {
+        "loss": 2.0,
+        "gradient_norm": 4.0,
+        "tokens": 4.0,
+        "clip_fraction": 0.5,
+        "ratio_max": 6.0,
+    }
+
+
+def test_no_trained_token_is_no_division_by_0():
+    batch = drawn(0).rows(4, 5)
+    got = measures.means(measured(batch, LOSS))
+    assert got["tokens"] == 0
+    assert not any(got.values())

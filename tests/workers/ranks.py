@@ -1,0 +1,93 @@
+"""Real processes that form a torch.distributed world on gloo, and call the same function together.
+
+They are forked from a server that has imported torch and nothing else has happened to: forking the test process
+itself would bring along its autograd threads, and starting interpreters would cost seconds each.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+import workers.parallel  # noqa: F401 - imported once, by the server, for all that it forks
+
+PATIENCE = timedelta(seconds=60)  # for a collective, and for an answer
+
+
+class RankFailed(AssertionError):
+    """At least one rank raised; the message holds every traceback."""
+
+
+class Ranks:
+    """`size` processes, alive between calls. Not usable after a call has failed: peers may hang in a collective."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pytest", __name__])
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            own, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True, name=f"rank-{rank}")
+            process.start()
+            theirs.close()
+            self._pipes.append(own)
+            self._processes.append(process)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run `function(*arguments)` on every rank, at the same time; the results by rank. Raises RankFailed."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = [self._answer(pipe) for pipe in self._pipes]
+        if failed := [f"--- rank {rank}\n{value}" for rank, (good, value) in enumerate(answers) if not good]:
+            raise RankFailed("\n".join(failed))
+        return [value for _, value in answers]
+
+    def _answer(self, pipe: Connection) -> tuple[bool, Any]:
+        try:
+            return pipe.recv() if pipe.poll(PATIENCE.total_seconds()) else (False, f"no answer within {PATIENCE}")
+        except EOFError:
+            return False, "the process died"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # a rank that reads the end of its pipe ends
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = (True, function(*arguments))
+        except Exception:  # noqa: BLE001 - the test that called raises it
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+    dist.destroy_process_group()

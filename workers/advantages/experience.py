@@ -1,0 +1,60 @@
+"""From rollouts and their advantages to what a trainer takes, with the measures that every estimator reports."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protocols.columns import Jagged
+from protocols.messages import Experience, LogProbs, Metrics, Rollouts
+from protocols.stage import Measured
+from workers.advantages.kl import Float64
+from workers.advantages.rewards import last_trained
+
+
+def on_tokens(per_row: Float64, mask: Jagged) -> Float64:
+    """One number a row [N] on each of its trained tokens, flat like `mask`; elsewhere 0.
+
+    Raises ValueError for a row without a trained token.
+    """
+    last_trained(mask)
+    return np.repeat(per_row, mask.lengths) * (mask.values != 0)
+
+
+def experience_of(
+    rollouts: Rollouts,
+    advantages: Float64,
+    reference: LogProbs | None = None,
+    *,
+    returns: Float64 | None = None,
+    values: Jagged | None = None,
+) -> Experience:
+    """The rollouts' rows with flat `advantages`, float32.
+
+    Without a critic leave returns and values out, without a reference its log-probs: they become zeros.
+    """
+    column = rollouts.loss_mask.with_values
+    zeros = column(np.zeros(len(advantages), np.float32))
+    return Experience(
+        sample_ids=rollouts.sample_ids,
+        prompts=rollouts.prompts,
+        responses=rollouts.responses,
+        loss_mask=rollouts.loss_mask,
+        log_probs=rollouts.log_probs,
+        advantages=column(advantages.astype(np.float32)),
+        returns=zeros if returns is None else column(returns.astype(np.float32)),
+        values=zeros if values is None else values,
+        reference=zeros if reference is None else reference.log_probs,
+    )
+
+
+def without_critic(
+    rollouts: Rollouts, advantages: Float64, reference: LogProbs | None = None, **measures: float
+) -> Measured[Experience]:
+    """Experience of an estimator that has no critic, with its measures."""
+    return Measured(experience_of(rollouts, advantages, reference), Metrics(values=measures))
+
+
+def spread(advantages: Float64, mask: Jagged) -> float:
+    """Standard deviation of flat advantages over the trained tokens."""
+    inside = advantages[mask.values != 0]
+    return float(inside.std()) if len(inside) else 0.0

@@ -1,0 +1,58 @@
+"""The samples of one prompt as a group: its mean, its spread, and whether there is any.
+
+Groups are found by the prompt in a sample's id, wherever in the batch its rows stand. A group of one has nothing
+to be compared with: its mean reads as 0 and its deviation as 1, so that its score stands for itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.ids import prompts_of
+from workers.advantages.kl import Float64
+
+
+class Groups(NamedTuple):
+    """Which group each of N rows belongs to."""
+
+    of: npt.NDArray[np.int64]  # [N] index of the row's group
+    sizes: npt.NDArray[np.int64]  # [N] rows in the row's group
+
+
+def groups_of(sample_ids: npt.NDArray[np.int64]) -> Groups:
+    """Group rows by their prompt."""
+    _, of, sizes = np.unique(prompts_of(sample_ids), return_inverse=True, return_counts=True)
+    return Groups(of, sizes[of])
+
+
+def group_means(scores: npt.NDArray[np.floating], groups: Groups) -> Float64:
+    """Mean of each row's group, [N]; of a group of one 0."""
+    return np.where(groups.sizes > 1, _sums(scores, groups) / groups.sizes, 0.0)
+
+
+def group_deviations(scores: npt.NDArray[np.floating], groups: Groups) -> Float64:
+    """Unbiased standard deviation of each row's group, [N]; of a group of one 1."""
+    squares = (scores - _sums(scores, groups) / groups.sizes) ** 2
+    return np.where(groups.sizes > 1, np.sqrt(_sums(squares, groups) / np.maximum(groups.sizes - 1, 1)), 1.0)
+
+
+def have_spread(scores: npt.NDArray[np.floating], groups: Groups) -> npt.NDArray[np.bool_]:
+    """[N] whether the scores of the row's group differ: where they don't, no comparison teaches anything."""
+    low, high = np.full(len(scores), np.inf), np.full(len(scores), -np.inf)
+    np.minimum.at(low, groups.of, scores)
+    np.maximum.at(high, groups.of, scores)
+    return (high > low)[groups.of]
+
+
+def flat_share(scores: npt.NDArray[np.floating], groups: Groups) -> float:
+    """Share of the rows whose group has no spread: 0 to 1."""
+    return float(1.0 - have_spread(scores, groups).mean()) if len(scores) else 0.0
+
+
+def _sums(values: npt.NDArray[np.floating], groups: Groups) -> Float64:
+    totals = np.zeros(len(values), np.float64)
+    np.add.at(totals, groups.of, values)
+    return totals[groups.of]

@@ -1,0 +1,75 @@
+"""The KL penalty of the reward: its estimators, and what its coefficient becomes from step to step."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from workers.settings import KlEstimator
+
+Float64 = npt.NDArray[np.float64]
+
+_LARGEST_ERROR = 0.2  # a step never moves the coefficient by more than this share of samples / horizon
+
+
+def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> Float64:
+    """Per-token estimates of KL(policy || reference) from samples of the policy.
+
+    With d = reference - log_probs: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (Schulman, "Approximating KL
+    divergence", 2020). Raises ValueError for another name.
+    """
+    difference = reference - log_probs
+    match estimator:
+        case "k1":
+            return -difference
+        case "k2":
+            return 0.5 * difference**2
+        case "k3":
+            return np.expm1(difference) - difference  # expm1: near 0 the plain form cancels, even below 0
+    raise ValueError(f"kl_estimator {estimator!r}: one of k1, k2, k3")
+
+
+class FixedKl(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A coefficient that stays."""
+
+    coefficient: float
+
+    def after(self, kl: float, samples: int) -> FixedKl:
+        """The coefficient of the next step: this one."""
+        return self
+
+
+class AdaptiveKl(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A coefficient that steers the measured KL towards a target, and the whole of its state."""
+
+    coefficient: float
+    target: float  # mean KL per token, nats
+    horizon: int  # samples in which a KL at its bound or beyond moves the coefficient by a fifth
+
+    def __post_init__(self) -> None:
+        for name, value in (("coefficient", self.coefficient), ("target", self.target), ("horizon", self.horizon)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: an adaptive KL coefficient needs one above 0")
+
+    def after(self, kl: float, samples: int) -> AdaptiveKl:
+        """The coefficient of the next step, once a step of `samples` samples measured a mean of `kl` nats per token.
+
+        beta (1 + e n / horizon) with e = clip(kl / target - 1, +-0.2) (Ziegler et al. 2019). Raises ValueError for a
+        KL that is not finite, and for a step so large that the coefficient could fall below 0.
+        """
+        if not math.isfinite(kl):
+            raise ValueError(f"measured KL is {kl}: the coefficient {self.coefficient} can't follow it")
+        share = samples / self.horizon
+        if share * _LARGEST_ERROR >= 1.0:
+            raise ValueError(
+                f"{samples} samples a step at a horizon of {self.horizon}: one step could take the KL coefficient "
+                f"to 0 or below; the horizon must be more than {samples * _LARGEST_ERROR:g} samples"
+            )
+        error = min(max(kl / self.target - 1.0, -_LARGEST_ERROR), _LARGEST_ERROR)
+        return msgspec.structs.replace(self, coefficient=self.coefficient * (1.0 + error * share))
+
+
+KlCoefficient = FixedKl | AdaptiveKl

@@ -1,0 +1,75 @@
+"""Off-policy corrections: what a token counts for, from k = pi_prox / mu, whatever the policy loss is.
+
+mu is what the engine recorded when it drew the token: k differs from 1 by the versions that the sample is old,
+and by the numbers of another engine. A weight carries no gradient and never enters a denominator: a token that
+weighs nothing still counts in its mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workers.losses.tokens import Tokens, bounded, row_means
+from workers.settings import Correction, Loss
+
+
+class Weights(NamedTuple):
+    """A factor for each token's loss."""
+
+    values: Tensor  # [T], no gradient
+    truncated: Tensor  # bool [T], tokens whose weight a bound changed, to 0 or to the bound
+
+
+def none(ratio: Tensor, loss: Loss) -> Weights:
+    """1: samples are taken as the policy's own."""
+    return Weights(torch.ones_like(ratio), _nowhere(ratio))
+
+
+def importance(ratio: Tensor, loss: Loss) -> Weights:
+    """k itself, unbiased and unbounded: with PPO this is decoupled PPO (Hilton et al. 2022; Fu et al. 2025)."""
+    return Weights(ratio, _nowhere(ratio))
+
+
+def tis(ratio: Tensor, loss: Loss) -> Weights:
+    """min(k, C): truncated importance sampling (Ionides 2008; Yao et al. 2025 for rollout engines)."""
+    return Weights(ratio.clamp(max=loss.tis_cap), ratio > loss.tis_cap)
+
+
+def icepop(ratio: Tensor, loss: Loss) -> Weights:
+    """k where a <= k <= b, else 0: tokens far off are dropped, not clipped (IcePop, Ling team 2025)."""
+    outside = (ratio < loss.icepop_low) | (ratio > loss.icepop_high)
+    return Weights(ratio.masked_fill(outside, 0.0), outside)
+
+
+CORRECTIONS: dict[Correction, Callable[[Tensor, Loss], Weights]] = {
+    "none": none,
+    "importance": importance,
+    "tis": tis,
+    "icepop": icepop,
+}
+
+
+def correct(tokens: Tokens, loss: Loss) -> Weights:
+    """The token correction that `loss` names times its sequence mask."""
+    log_ratio = (tokens.proximal - tokens.behaviour).detach()
+    weights = CORRECTIONS[loss.correction](torch.exp(bounded(log_ratio)), loss)
+    outside = ~sequences_within(log_ratio, tokens, loss.sequence_low, loss.sequence_high or math.inf)
+    return Weights(weights.values.masked_fill(outside, 0.0), weights.truncated | outside)
+
+
+def sequences_within(log_ratio: Tensor, tokens: Tokens, low: float, high: float) -> Tensor:
+    """bool [T]: tokens of rows with low <= exp(mean of log k over the row's trained tokens) <= high.
+
+    The geometric mean does not drift with the length of a row, as the product would.
+    """
+    ratio = torch.exp(bounded(row_means(log_ratio, tokens)))
+    return (ratio >= low) & (ratio <= high)
+
+
+def _nowhere(ratio: Tensor) -> Tensor:
+    return torch.zeros_like(ratio, dtype=torch.bool)

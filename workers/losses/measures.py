@@ -1,0 +1,65 @@
+"""What a step says of its losses: sums and maxima that add up over micro-batches and ranks, then means of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from workers.losses.objective import Objective
+from workers.losses.tokens import Tokens, bounded, log_ratio
+from workers.settings import Loss
+
+TOKENS, STEPS = "tokens", "optimizer_steps"  # what the others are means over
+MAXIMA = ("log_ratio_max", "ratio_max")
+PER_STEP = ("loss", "gradient_norm")  # the rest is per trained token
+
+
+@torch.no_grad()
+def measure(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float]:
+    """The measures of one micro-batch, by the names under which `means` reports them, and the count of its tokens."""
+    drift, moved = tokens.behaviour - tokens.proximal, bounded(tokens.log_probs - tokens.proximal)
+    per_token = {
+        "clip_fraction": objective.clipped,
+        "mismatch_kl": drift,  # k1 of mu against prox: at staleness 0 the error of the engine that drew
+        "approximate_kl": torch.expm1(moved) - moved,  # k3 of prox against theta: what the step has moved
+        "negative_log_likelihood": -tokens.log_probs,  # of the drawn tokens: a sample's entropy
+        "correction_weight": objective.correction.values,
+        "correction_truncated": objective.correction.truncated,
+    }
+    if tokens.entropies is not None:
+        per_token["entropy"] = tokens.entropies
+    if objective.kl is not None:
+        per_token["kl_reference"] = objective.kl
+    sums = [_inside(values, tokens).sum() for values in per_token.values()]
+    largest = [
+        _largest((tokens.log_probs - tokens.behaviour).abs(), tokens),
+        _largest(torch.exp(bounded(log_ratio(tokens, loss))), tokens),
+    ]
+    numbers = torch.stack([*sums, *largest, tokens.mask.sum().to(sums[0].dtype)]).tolist()  # one wait for the device
+    return dict(zip([*per_token, *MAXIMA, TOKENS], numbers, strict=True))
+
+
+def add(total: dict[str, float], part: Mapping[str, float]) -> None:
+    """Take the measures of another micro-batch or rank into `total`."""
+    for name, value in part.items():
+        before = total.get(name, 0.0)
+        total[name] = max(before, value) if name in MAXIMA else before + value
+
+
+def means(total: Mapping[str, float]) -> dict[str, float]:
+    """Sums as means over optimizer steps or over trained tokens; maxima and the count of tokens as they are."""
+    steps, tokens = total.get(STEPS) or 1.0, total.get(TOKENS) or 1.0
+    divisors: dict[str, float] = {**dict.fromkeys(PER_STEP, steps), **dict.fromkeys((*MAXIMA, TOKENS), 1.0)}
+    return {name: value / divisors.get(name, tokens) for name, value in total.items() if name != STEPS}
+
+
+def _inside(values: Tensor, tokens: Tokens) -> Tensor:
+    """Values of the trained tokens as float32; float64 stays float64."""
+    return values[tokens.mask].to(tokens.log_probs.dtype)
+
+
+def _largest(values: Tensor, tokens: Tokens) -> Tensor:
+    inside = _inside(values, tokens)
+    return inside.max() if len(inside) else inside.new_zeros(())

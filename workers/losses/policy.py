@@ -1,0 +1,67 @@
+"""The policy losses. rho is the ratio pi_theta / pi_old of one token, A its advantage, eps the two clips.
+
+On policy (rho = 1) each has the gradient of REINFORCE, -A d log pi_theta; they differ in what they do to tokens
+that the step, or the age of the sample, has moved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from workers.losses.tokens import Surrogate, Tokens, bounded, log_ratio, row_means
+from workers.settings import Loss
+
+
+def ppo(tokens: Tokens, loss: Loss) -> Surrogate:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) (Schulman et al. 2017); see `clip_ratio`.
+
+    eps_high > eps_low is DAPO's clip-higher (Yu et al. 2025). With correction = "importance" it is decoupled PPO
+    (Hilton et al. 2022; AReaL, Fu et al. 2025): the trust region stands around prox, whatever mu was.
+    """
+    return clip_ratio(torch.exp(bounded(log_ratio(tokens, loss))), tokens.advantages, loss)
+
+
+def gspo(tokens: Tokens, loss: Loss) -> Surrogate:
+    """PPO with the sequence's ratio s = exp(mean of log rho over the row) (GSPO, Zheng et al. 2025).
+
+    This is the paper's token form: s is a number, and each token carries the gradient of its own log-prob. Where a
+    row has one advantage its gradient is the sequence form's; where tokens have their own, they keep them. The clips
+    are of s, which moves far less than a token's ratio: the paper's are 3e-4 and 4e-4.
+    """
+    sequence = torch.exp(bounded(row_means(log_ratio(tokens, loss), tokens)))
+    return clip_ratio(sequence * torch.exp(tokens.log_probs - tokens.log_probs.detach()), tokens.advantages, loss)
+
+
+def cispo(tokens: Tokens, loss: Loss) -> Surrogate:
+    """-sg(clip(rho, 1 - eps_low, 1 + eps_high)) A log pi_theta (CISPO, MiniMax-M1 2025).
+
+    The weight is clipped, not the gradient: every token goes on learning. clip_low = 1 leaves no lower bound.
+    """
+    ratio = torch.exp(bounded(log_ratio(tokens, loss).detach()))
+    low, high = 1.0 - loss.clip_low, 1.0 + loss.clip_high
+    weight = ratio.clamp(low, high)
+    return Surrogate(-weight * tokens.advantages * tokens.log_probs, (ratio < low) | (ratio > high))
+
+
+def reinforce(tokens: Tokens, loss: Loss) -> Surrogate:
+    """-A log pi_theta (Williams 1992): no ratio and no clip, so only a correction answers for stale tokens."""
+    return Surrogate(-tokens.advantages * tokens.log_probs, torch.zeros_like(tokens.mask))
+
+
+def clip_ratio(ratio: Tensor, advantages: Tensor, loss: Loss) -> Surrogate:
+    """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), [T], for a ratio r that carries the gradient.
+
+    With dual_clip c > 0 the loss is at most -c A where A < 0 (Ye et al. 2020).
+    """
+    clipped = ratio.clamp(1.0 - loss.clip_low, 1.0 + loss.clip_high)
+    per_token = torch.maximum(-ratio * advantages, -clipped * advantages)
+    if loss.dual_clip > 0.0:
+        at_most = torch.minimum(per_token, -loss.dual_clip * advantages)
+        per_token = torch.where(advantages < 0, at_most, per_token)
+    high = (ratio > 1.0 + loss.clip_high) & (advantages > 0)
+    low = (ratio < 1.0 - loss.clip_low) & (advantages < 0)
+    dual = (ratio > (loss.dual_clip or math.inf)) & (advantages < 0)
+    return Surrogate(per_token, high | low | dual)

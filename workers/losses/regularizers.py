@@ -1,0 +1,37 @@
+"""What holds the policy near its reference, and what keeps it from becoming certain: terms per token, in nats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.losses.tokens import bounded
+from workers.settings import KlEstimator
+
+
+def kl_terms(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimates of KL(theta || reference), [T], from tokens that theta drew.
+
+    With d = log ref - log pi_theta, held within +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (Schulman,
+    "Approximating KL divergence", 2020). As terms of a loss their gradients differ more than their values:
+    k2's is the divergence's; k3's, which GRPO takes, is that of the divergence the other way round; k1's is 0 in
+    the mean, so k1 belongs into the reward.
+    """
+    difference = bounded(reference - log_probs)
+    match estimator:
+        case "k1":
+            return -difference
+        case "k2":
+            return 0.5 * difference**2
+        case "k3":
+            return torch.expm1(difference) - difference  # expm1: near 0 the plain form cancels, even below 0
+
+
+def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """-sum p log p of softmax(logits / temperature) in nats: [T, V] -> float32 [T]; temperature 0 reads as 1.
+
+    Float64 logits stay float64.
+    """
+    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / (temperature or 1.0)
+    log_probs = torch.log_softmax(scaled, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)

@@ -1,0 +1,63 @@
+"""What a policy loss reads and gives: flat tensors over the response tokens of one micro-batch, row by row.
+
+T is the number of response tokens, n the number of rows; a row is never cut between micro-batches, so whatever
+is computed within rows does not depend on the cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workers.settings import Loss
+
+MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 with room for an advantage
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One micro-batch. Only `log_probs` and `entropies` carry a gradient.
+
+    Log-probs are natural logarithms of the drawn token's probability, all at the same temperature.
+    """
+
+    log_probs: Tensor  # [T] under theta, the weights that are being trained
+    proximal: Tensor  # [T] under prox, the weights at the start of the step
+    behaviour: Tensor  # [T] under mu, the weights that drew the token, as their engine computed it
+    advantages: Tensor  # [T]
+    mask: Tensor  # bool [T], the tokens that are trained
+    lengths: Tensor  # int64 [n], response tokens of each row
+    reference: Tensor | None = None  # [T] under the frozen reference; None: no KL term in the loss
+    entropies: Tensor | None = None  # [T] of the whole distribution, nats; None: no entropy bonus
+
+
+class Surrogate(NamedTuple):
+    """A policy loss, token by token. Masked tokens have a value that nobody counts."""
+
+    loss: Tensor  # [T]
+    clipped: Tensor  # bool [T], tokens whose gradient a clip removed or bounded
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """A log-ratio held within +-MAX_LOG_RATIO, so that its exponential is finite and not 0."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def log_ratio(tokens: Tokens, loss: Loss) -> Tensor:
+    """log pi_theta - log pi_old, [T], unbounded; old is prox or mu as `loss.old` says."""
+    return tokens.log_probs - (tokens.behaviour if loss.old == "mu" else tokens.proximal)
+
+
+def row_means(values: Tensor, tokens: Tokens) -> Tensor:
+    """Mean of `values` [T] over each row's trained tokens, given to every token of the row: [T].
+
+    A row without a trained token has mean 0. No gradient flows.
+    """
+    row_of = torch.repeat_interleave(tokens.lengths)
+    empty = values.new_zeros(len(tokens.lengths))
+    sums = empty.index_add(0, row_of, torch.where(tokens.mask, values.detach(), 0.0))
+    counts = empty.index_add(0, row_of, tokens.mask.to(values.dtype))
+    return (sums / counts.clamp(min=1.0))[row_of]

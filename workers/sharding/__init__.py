@@ -1,0 +1,1 @@
+"""How a decoder is cut over ranks: what each holds, when it computes, what it exchanges."""

@@ -1,0 +1,124 @@
+"""A set of ranks that communicate, and the few collectives that sharded models need, differentiable where asked.
+
+A group of one communicates nothing, so unsharded models run without torch.distributed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Renamed in torch 2.13, which warns about the old name.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+PATIENCE = timedelta(minutes=5)  # how long a rank may keep the others waiting: longer than any one computation
+
+
+class RankGroup:
+    """Global ranks in rising order, and this process's place among them."""
+
+    def __init__(self, ranks: Sequence[int], rank: int, process_group: dist.ProcessGroup | None) -> None:
+        self.ranks = tuple(ranks)
+        self.index = self.ranks.index(rank)
+        self.process_group = process_group  # None: a group of one
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its entrywise maximum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group)
+        return tensor
+
+    def gather_rows_(self, rows: Tensor) -> Tensor:
+        """Fill `rows` [size, n], of which this rank brings row `index`; in place, so it costs no second buffer."""
+        if self.size > 1:
+            _all_gather_flat(rows.view(-1), rows[self.index], group=self.process_group)
+        return rows
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        """Replace a tensor by that of global rank `source`."""
+        if self.size > 1:
+            dist.broadcast(tensor, source, group=self.process_group)
+        return tensor
+
+
+def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = PATIENCE) -> RankGroup:
+    """Create every group of a partition of the ranks and return the own one; who is in none stands alone.
+
+    Every process of the world calls this with the same partitions in the same order: torch waits for all of them.
+    `timeout` bounds each collective: torch would not take the world's, but half an hour on gloo.
+    """
+    own = RankGroup((rank,), rank, None)
+    for ranks in partition:
+        process_group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+        if rank in ranks:  # only others are given an int, torch's sign of a non-member
+            own = RankGroup(ranks, rank, None if isinstance(process_group, int) else process_group)
+    return own
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.sum_(gradients[0].contiguous().clone()), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: RankGroup) -> Tensor:
+        return group.sum_(tensor.contiguous().clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
+        rows = tensor.new_empty(group.size, tensor.numel())
+        rows[group.index] = tensor.reshape(-1)
+        parts = group.gather_rows_(rows).view(group.size, *tensor.shape)
+        return torch.cat(parts.unbind(), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].chunk(ctx.group.size, dim=-1)[ctx.group.index], None
+
+
+def copied(tensor: Tensor, group: RankGroup) -> Tensor:
+    """What all ranks have, handed to each one's own part of the work: the gradient is the sum of theirs."""
+    return _Copied.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]
+
+
+def summed(tensor: Tensor, group: RankGroup) -> Tensor:
+    """The sum over the ranks, which all go on with: each one's gradient is the result's."""
+    return _Summed.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]
+
+
+def joined(tensor: Tensor, group: RankGroup) -> Tensor:
+    """[..., n] of each rank side by side: [..., size x n] on all. Each rank's gradient is its own slice of the whole.
+
+    All ranks must go on to the same loss: its gradient is taken once, not summed over them.
+    """
+    return _Joined.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]

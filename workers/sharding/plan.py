@@ -1,0 +1,171 @@
+"""Which rank holds what: every parameter of a decoder, its pipeline stage, and the dimension it is cut along.
+
+Pure: sizes in, a plan out, nothing allocated. Names and shapes are those of transformers' checkpoints, where query,
+key, value, gate and up are matrices of their own; `fused` says which of them an engine keeps as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+Head = Literal["tokens", "value", "score"]
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+TOKEN_HEAD = "lm_head.weight"
+
+
+class Decoder(msgspec.Struct, frozen=True):
+    """The sizes of a Llama, Qwen2 or Qwen3 decoder and what stands on top of it."""
+
+    family: str  # transformers' model_type
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool  # the token head is the embedding's matrix
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    head: Head = "tokens"  # logits; or one number a position: a value (with bias), a score (without)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], head: Head = "tokens") -> Decoder:
+        """Read a transformers config (its `to_dict()`). Raises ValueError for a decoder that is cut nowhere here."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {family!r} has no sharding plan: one of {', '.join(FAMILIES)}")
+        odd = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+        if odd:
+            raise ValueError(f"{family} with layers of type {', '.join(odd)}: only full_attention is sharded")
+        heads = config["num_attention_heads"]
+        bias = bool(config.get("attention_bias"))
+        return cls(
+            family=family,
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")) and head == "tokens",
+            qkv_bias=bias or family == "qwen2",
+            output_bias=bias and family != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
+            qk_norm=family == "qwen3",
+            head=head,
+        )
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One tensor of the checkpoint and how tensor-parallel ranks share it."""
+
+    name: str
+    shape: tuple[int, ...]  # whole
+    cut: int | None = None  # dimension divided over t; None: every rank of the stage holds it whole
+    partial: bool = False  # whole, yet each rank's gradient comes from its own heads: their sum is the gradient
+    fused: str = ""  # the matrix that an inference engine packs this one into, in the plan's order
+
+    @property
+    def elements(self) -> int:
+        """Number of entries of the whole tensor."""
+        return math.prod(self.shape)
+
+
+class ShardPlan(msgspec.Struct, frozen=True):
+    """A decoder on p stages and t tensor shards. Raises ValueError, with the numbers, where sizes don't divide."""
+
+    decoder: Decoder
+    pp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        d, ways = self.decoder, f"over {self.tp} tensor-parallel ranks"
+        self._divide("layers", d.layers, self.pp, f"over {self.pp} pipeline stages")
+        self._divide("attention heads", d.heads, self.tp, ways)
+        self._divide("key-value heads", d.kv_heads, self.tp, ways)
+        self._divide("intermediate size", d.intermediate, self.tp, ways)
+        self._divide("vocabulary", d.vocabulary, self.tp, ways)
+
+    def _divide(self, what: str, size: int, parts: int, ways: str) -> None:
+        if parts < 1 or size % parts:
+            raise ValueError(f"{self.decoder.family} decoder: {what} {size} can't be divided {ways}")
+
+    def layers(self, stage: int) -> range:
+        """The layers of a stage, by their number in the checkpoint. Raises ValueError for a stage that isn't there."""
+        if not 0 <= stage < self.pp:
+            raise ValueError(f"stage {stage} is not among the {self.pp} of this plan")
+        each = self.decoder.layers // self.pp
+        return range(stage * each, (stage + 1) * each)
+
+    def parameters(self, stage: int) -> tuple[Parameter, ...]:
+        """What a rank of `stage` holds, each storage once: a tied head is listed only away from its embedding."""
+        own = [p for layer in self.layers(stage) for p in layer_parameters(self.decoder, layer)]
+        return (*self.before_layers(stage), *own, *self.after_layers(stage))
+
+    def before_layers(self, stage: int) -> tuple[Parameter, ...]:
+        """The embedding, on the first stage."""
+        d = self.decoder
+        return (Parameter(EMBEDDING, (d.vocabulary, d.hidden), cut=0),) if stage == 0 else ()
+
+    def after_layers(self, stage: int) -> tuple[Parameter, ...]:
+        """The final norm and the head, on the last stage."""
+        d = self.decoder
+        if stage != self.pp - 1:
+            return ()
+        norm = Parameter(FINAL_NORM, (d.hidden,))
+        match d.head:
+            case "tokens":
+                head = Parameter(TOKEN_HEAD, (d.vocabulary, d.hidden), cut=0)
+                return (norm,) if d.tied and self.pp == 1 else (norm, head)
+            case "value":
+                return norm, Parameter("score.weight", (1, d.hidden)), Parameter("score.bias", (1,))
+            case "score":
+                return norm, Parameter("score.weight", (1, d.hidden))
+
+    @property
+    def tied_across_stages(self) -> bool:
+        """The first stage's embedding and the last stage's head are two copies of one matrix."""
+        return self.decoder.tied and self.pp > 1
+
+    def shard_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """What one tensor-parallel rank holds of a parameter."""
+        return tuple(n // self.tp if i == parameter.cut else n for i, n in enumerate(parameter.shape))
+
+    def shard_elements(self, parameter: Parameter) -> int:
+        """Number of entries that one tensor-parallel rank holds of a parameter."""
+        return math.prod(self.shard_shape(parameter))
+
+
+def layer_parameters(decoder: Decoder, layer: int) -> Iterator[Parameter]:
+    """The parameters of one layer: projections into heads and neurons are cut by rows, those out of them by columns."""
+    d, prefix = decoder, f"model.layers.{layer}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    yield Parameter(f"{prefix}.input_layernorm.weight", (d.hidden,))
+    for name, heads in (("q_proj", d.heads), ("k_proj", d.kv_heads), ("v_proj", d.kv_heads)):
+        fused, rows = f"{attention}.qkv_proj", heads * d.head_size
+        yield from _linear(f"{attention}.{name}", (rows, d.hidden), 0, d.qkv_bias, fused)
+    if d.qk_norm:
+        yield Parameter(f"{attention}.q_norm.weight", (d.head_size,), partial=True)
+        yield Parameter(f"{attention}.k_norm.weight", (d.head_size,), partial=True)
+    yield from _linear(f"{attention}.o_proj", (d.hidden, d.heads * d.head_size), 1, d.output_bias)
+    yield Parameter(f"{prefix}.post_attention_layernorm.weight", (d.hidden,))
+    for name in ("gate_proj", "up_proj"):
+        yield from _linear(f"{mlp}.{name}", (d.intermediate, d.hidden), 0, d.mlp_bias, f"{mlp}.gate_up_proj")
+    yield from _linear(f"{mlp}.down_proj", (d.hidden, d.intermediate), 1, d.mlp_bias)
+
+
+def _linear(name: str, shape: tuple[int, int], cut: int, bias: bool, fused: str = "") -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", shape, cut=cut, fused=f"{fused}.weight" if fused else "")
+    if bias:  # added to rows, it is cut with them; added to the sum over columns, it is everybody's
+        yield Parameter(f"{name}.bias", shape[:1], cut=0 if cut == 0 else None, fused=f"{fused}.bias" if fused else "")
