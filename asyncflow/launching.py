@@ -7,128 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from asyncflow import run_folder
 from asyncflow.client.run import Run
-from asyncflow.compose import GENERATOR, NO_DEVICE, channel_named, compose, hosts_of, pools_of, replaceable, stateful
-from asyncflow.config import BadInput, Recipe, load_recipe
+from asyncflow.compose import GENERATOR, NO_DEVICE, compose, hosts_of, pools_of, replaceable, stateful
+from asyncflow.config import Recipe, load_recipe
 from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluator
+from asyncflow.control.fleet import Fleet
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Pace
 from asyncflow.control.supervision import Supervisor
+from asyncflow.local_link import LocalLink
 from asyncflow.observe.exporter import Exporter, Target, write_targets
-from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ServiceGone, Store, all_or_error, ask
-from asyncflow.services.outside import take_rows
-from asyncflow.services.parts import pack
+from asyncflow.services.endpoint import Endpoint, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
-from asyncflow.services.subscriptions import follow
 from asyncflow.validate import Checked, check
-from protocols.columns import Batch
-from protocols.control import Event, LoadState, Notice, PutRows, Reply, Request, RowsPut, RunEnded
-from protocols.delivery import Delivery
-from protocols.messages import Metrics
-from protocols.stage import Failure
+from protocols.control import LoadState
 
 CONTROLLER = "controller"
-
-
-class Attached:
-    """A service, or its successor, for as long as the runtime lives; Ray would start anew for one that is asked later.
-
-    Implements `Endpoint`.
-    """
-
-    def __init__(self, name: str, services: Mapping[str, Started]) -> None:
-        """`services`: where each is now."""
-        self.name = name
-        self._services: Mapping[str, Started] | None = services
-
-    def detach(self) -> None:
-        """The runtime stops: whoever asks from now on learns that the service is gone."""
-        self._services = None
-
-    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        await self._attached.deliver(delivery, payloads)
-
-    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        return await self._attached.request(request, payloads)
-
-    async def notices(self) -> list[Notice]:
-        return await self._attached.notices()
-
-    @property
-    def _attached(self) -> Endpoint:
-        if self._services is None:
-            raise ServiceGone(f"{self.name}: its run is over")
-        return self._services[self.name].endpoint
-
-
-class LocalLink:
-    """The way to a run whose controller is in the same process. Implements `client.run.Link`."""
-
-    def __init__(
-        self,
-        controller: Controller,
-        task: asyncio.Task[RunEnded],
-        checked: Checked,
-        services: Mapping[str, Started],
-        store: Store,
-    ) -> None:
-        self._controller, self._task, self._checked, self._store = controller, task, checked, store
-        self._services = {name: Attached(name, services) for name in services}
-
-    def close(self) -> None:
-        """The services are about to end: from now on nobody asks them anything."""
-        for service in self._services.values():
-            service.detach()
-
-    def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
-        service, stage = channel_named(self._checked.recipe, self._checked.dataflow, channel)
-        assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
-        return follow(self._services[service], self._store, stage.name, stage.produces, self._task.done)
-
-    def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
-        return take_rows(self._outside(role), self._store, most, self._task.done)
-
-    async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
-        service = self._outside(role)
-        try:
-            parts = [await asyncio.to_thread(pack, self._store, answers, 0)] if answers is not None else []
-            request = PutRows([part.shard for part in parts], list(failures), seconds=seconds)
-            reply, _ = await ask(service, request, [part.payload for part in parts])
-        except ServiceGone:
-            raise
-        except (ServiceError, ValueError) as error:  # it refused, or the message is none
-            raise BadInput(f"outside {role}: {error}") from error
-        assert isinstance(reply, RowsPut)
-        return reply
-
-    def _outside(self, role: str) -> Endpoint:
-        outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
-        if role not in outside:
-            raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
-        return self._services[role]
-
-    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
-        return self._controller.events.follow(cursor)
-
-    async def pause(self) -> None:
-        await self._controller.pause()
-
-    async def resume(self) -> None:
-        await self._controller.resume()
-
-    async def checkpoint(self) -> str:
-        return await self._controller.checkpoint()
-
-    async def stop(self) -> RunEnded:
-        self._controller.stop()
-        return await asyncio.shield(self._task)
 
 
 @asynccontextmanager
@@ -247,10 +148,12 @@ def _controller(
         pace=pace,
         deadlines=recipe.deadlines,
         dataflow=dataflow,
-        services={n: s.endpoint for n, s in services.items()},
-        supervisor=Supervisor(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
-        restart=restart,
-        pools={s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
+        fleet=Fleet(
+            {n: s.endpoint for n, s in services.items()},
+            {s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
+            Supervisor(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+            restart,
+        ),
         generators=[GENERATOR if GENERATOR in services else "policy"],
         store=runtime.store,
         source=checked.train,

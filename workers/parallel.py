@@ -92,6 +92,11 @@ class ParallelModel:
         self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
         self._gradient: Tensor | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's outputs are its replica's, as the protocols collect them: last stage, tensor index 0."""
+        return self.shard.is_last and self.place.tp == 0
+
     def share(self, count: float) -> float:
         """This replica's part of what all replicas count (0 where that is nothing): a local mean times its share.
 

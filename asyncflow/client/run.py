@@ -9,6 +9,7 @@ from typing import Protocol
 from asyncflow.client.channel import Channel, ChannelLink
 from asyncflow.client.outside import Outside, OutsideLink
 from protocols.control import Evaluated, Event, RunEnded, StepCommitted
+from protocols.delivery import ServiceStatistics
 
 
 class Link(ChannelLink, OutsideLink, Protocol):
@@ -18,6 +19,7 @@ class Link(ChannelLink, OutsideLink, Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def checkpoint(self) -> str: ...
+    async def statistics(self) -> list[ServiceStatistics]: ...
     async def stop(self) -> RunEnded: ...
 
 
@@ -71,6 +73,10 @@ class Run:
     async def checkpoint(self) -> Path:
         """Write a checkpoint at the next boundary between steps, also while paused; its folder."""
         return Path(await self._link.checkpoint())
+
+    async def statistics(self) -> list[ServiceStatistics]:
+        """What every service's channels did so far: rows, bytes by rank, duplicates refused, who waits on whom."""
+        return await self._link.statistics()
 
     async def stop(self) -> RunEnded:
         """Drain, write a checkpoint and end, within the recipe's deadline. The run can be resumed."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
+from asyncflow.control.fleet import Fleet
 from asyncflow.control.ledger import LedgerError, State
 from asyncflow.control.outcome import RunFailed, outcome_of
 from asyncflow.control.prompt_book import PromptBook
@@ -26,11 +26,8 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.staleness import Admission, Ready, check_age
-from asyncflow.control.supervision import Resend, Supervisor
-from asyncflow.control.waits import WaitBoard
 from asyncflow.dataflow.graph import SOURCE, Dataflow
-from asyncflow.placement.lease import Claim, shared_leases
-from asyncflow.services.endpoint import Endpoint, ServiceGone, Store, all_or_error, ask, causes
+from asyncflow.services.endpoint import Store, ask, causes
 from asyncflow.services.parts import pack
 from asyncflow.services.weight_sync import publish
 from protocols.control import (
@@ -40,17 +37,10 @@ from protocols.control import (
     EndPrompts,
     Event,
     Generated,
-    Grant,
-    LeaseAsked,
-    LeaseReturned,
     Notice,
     Published,
-    Redeliver,
-    Request,
-    RowsLost,
     RunEnded,
     SamplesEnded,
-    ServiceFailed,
     ServiceReplaced,
     SetPaused,
     Settled,
@@ -58,10 +48,9 @@ from protocols.control import (
     StateChanged,
     StepCommitted,
     StepDone,
-    Waiting,
     WaitsChanged,
 )
-from protocols.delivery import Delivery
+from protocols.delivery import Delivery, ServiceStatistics
 from protocols.ids import purpose_of, sample_id
 from protocols.weights import Version
 
@@ -77,10 +66,7 @@ class Controller:
         pace: Pace,
         deadlines: Deadlines,
         dataflow: Dataflow,
-        services: Mapping[str, Endpoint],
-        supervisor: Supervisor,
-        restart: Callable[[str], Awaitable[Endpoint]],
-        pools: Mapping[str, str],
+        fleet: Fleet,
         generators: list[str],
         store: Store,
         source: PromptSource,
@@ -92,14 +78,10 @@ class Controller:
         self.events = EventLog()
         self._warnings = warnings
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
-        self._services, self._generators, self._store = dict(services), generators, store
-        self._supervisor, self._restart = supervisor, restart
-        self._replacing: set[str] = set()  # services whose successor is starting, with a deadline of its own
+        self._fleet, self._generators, self._store = fleet, generators, store
         self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
         self._prompts = PromptBook(self._admission, pace.max_refills)
-        self._leases = shared_leases(pools)
-        self._waits = WaitBoard()
         self._pulse = Pulse()
         self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
         self._tokens_generated = 0
@@ -109,7 +91,6 @@ class Controller:
         self._stopping = False
         self._over = False
         self._checkpoint_asked: list[asyncio.Future[str]] = []
-        self._moved = time.monotonic()
 
     # --- what a client may ask
 
@@ -122,7 +103,7 @@ class Controller:
     async def resume(self) -> None:
         """Go on."""
         self._paused = False
-        self._moved = time.monotonic()
+        self._fleet.moves()
         await self._tell_generators(SetPaused(False))
         self._emit(StateChanged(state="running"))
         self._pulse.beat()
@@ -135,6 +116,12 @@ class Controller:
         self._checkpoint_asked.append(asked)
         self._pulse.beat()
         return await asked
+
+    async def statistics(self) -> list[ServiceStatistics]:
+        """What the channels did so far, service by service. RunFailed where the run is over."""
+        if self._over:
+            raise RunFailed("the run is over: its services are gone")
+        return await self._fleet.statistics()
 
     def stop(self) -> None:
         """Drain: finish the step that is training, write a checkpoint, end."""
@@ -184,9 +171,7 @@ class Controller:
 
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
-            background = [
-                group.create_task(self._follow(name, group), name=f"notices of {name}") for name in self._services
-            ]
+            background = self._fleet.follow(group, self._hear, self._replaced)
             background.append(group.create_task(self._watch(), name="watchdog"))
             train = group.create_task(self._drive(group, background), name="steps")
             outcome = await self._with_stop_deadline(train)
@@ -210,7 +195,7 @@ class Controller:
         return train.result()
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
-        self._emit(self._record.started(self._pace.steps, list(self._services), self._warnings))
+        self._emit(self._record.started(self._pace.steps, list(self._fleet.services), self._warnings))
         await self._publish(self._version())
         if self._admission.version == 0 or self._evaluation.every:
             await self._evaluate()
@@ -227,7 +212,7 @@ class Controller:
         await self._end_leftovers()
         await self._evaluate()
         await self._write_checkpoint()
-        await self._record.export(self._services["policy"])
+        await self._record.export(self._fleet["policy"])
         return self._ended("finished", 0, "")
 
     # --- admission
@@ -263,7 +248,7 @@ class Controller:
             part = await asyncio.to_thread(pack, self._store, rows, self._record.term)
             for generator in self._generators:
                 delivery = Delivery(channel.edge, self._record.term, [part.shard])
-                await self._services[generator].deliver(delivery, [part.payload])
+                await self._fleet[generator].deliver(delivery, [part.payload])
 
     # --- the batcher
 
@@ -295,7 +280,7 @@ class Controller:
         for sink in self._dataflow.sinks:
             self._done[sink.name, step] = asyncio.get_running_loop().create_future()
         closing = self._dataflow.batch_stage
-        reply, _ = await ask(self._services[closing.service], CloseBatch(step, samples))
+        reply, _ = await ask(self._fleet[closing.service], CloseBatch(step, samples))
         assert isinstance(reply, Done)
         metrics = dict(reply.values)
         published = await self._train_and_publish(step, metrics)
@@ -361,10 +346,10 @@ class Controller:
         return Version(self._record.term, self._admission.version)
 
     async def _publish(self, version: Version) -> Published | None:
-        sinks = [self._services[g] for g in self._generators if g != "policy"]
+        sinks = [self._fleet[g] for g in self._generators if g != "policy"]
         if not sinks:
             return None
-        published = await publish(self._services["policy"], sinks, version, self._deadlines.publish)
+        published = await publish(self._fleet["policy"], sinks, version, self._deadlines.publish)
         self._record.published(published)
         self._emit(published)
         return published
@@ -372,9 +357,9 @@ class Controller:
     async def _evaluate(self) -> None:
         if self._evaluator is None or self._record.was_evaluated(self._admission.version):
             return
-        generator = self._services[self._generators[0]]
+        generator = self._fleet[self._generators[0]]
         self._evaluating = True
-        evaluated = await self._evaluator.run(generator, self._services["evaluator"], self._admission.version)
+        evaluated = await self._evaluator.run(generator, self._fleet["evaluator"], self._admission.version)
         self._evaluating = False
         self._pulse.beat()
         self._record.evaluated(evaluated)
@@ -383,7 +368,7 @@ class Controller:
     async def _write_checkpoint(self) -> None:
         try:
             async with asyncio.timeout(self._deadlines.checkpoint):
-                written = await self._record.write_checkpoint(self._services, self._admission.version)
+                written = await self._record.write_checkpoint(self._fleet.services, self._admission.version)
         except TimeoutError:
             raise RunFailed(
                 f"checkpoint of step {self._admission.version} not written within {self._deadlines.checkpoint:g} s"
@@ -397,58 +382,12 @@ class Controller:
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:
-            await ask(self._services[name], request)
+            await ask(self._fleet[name], request)
 
     # --- what services report
 
-    async def _follow(self, name: str, group: asyncio.TaskGroup) -> None:
-        while True:
-            try:
-                notices = await self._services[name].notices()
-            except ServiceGone as gone:
-                await self._replace(name, gone, group)
-                continue
-            for notice in notices:
-                if isinstance(notice, RowsLost):
-                    self._send_again(self._supervisor.resend_to(notice.stage), group)
-                else:
-                    await self._hear(name, notice)
-            self._pulse.beat()
-
-    async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> None:
-        """Put a new service in the place of one whose process is gone, or give the run up."""
-        replacement = self._supervisor.replace(name)
-        if replacement is None:
-            raise gone
-        start = time.monotonic()
-        for stage in replacement.stages:
-            self._waits.note(Waiting(stage))
-        self._waits.note(Waiting(name, "a successor", "", time.time()))
-        self._replacing.add(name)
-        self._services[name] = await self._restart(name)
-        self._replacing.discard(name)
-        self._waits.note(Waiting(name))
-        if name in self._leases:
-            await self._grant(self._leases[name].forget(name))
-        replaced = ServiceReplaced(
-            service=name, number=replacement.number, cause=str(gone), seconds=time.monotonic() - start
-        )
-        self._record.replaced(name)
-        self._emit(replaced)
-        self._send_again(replacement.resend, group)
-        self._moved = time.monotonic()
-
-    def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
-        """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
-        for resend in resends:
-            again = self._tell(resend.service, Redeliver(resend.edge))
-            group.create_task(again, name=f"redelivery to {resend.edge}")
-
-    async def _hear(self, service: str, notice: Notice) -> None:
+    async def _hear(self, notice: Notice) -> None:
         match notice:
-            case Waiting():
-                self._waits.note(notice)
-                return
             case Busy():
                 self._record.spent(notice.spans)
                 for span in notice.spans:
@@ -460,25 +399,12 @@ class Controller:
                 self._record.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
             case StepDone():
                 self._done[notice.stage, notice.step].set_result(notice)
-            case LeaseAsked():
-                await self._grant(self._leases[service].ask(Claim(service, notice.ticket, notice.stage)))
-            case LeaseReturned():
-                await self._grant(self._leases[service].give_back(service, notice.ticket))
-            case ServiceFailed():
-                raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
-        self._moved = time.monotonic()
+        self._pulse.beat()
 
-    async def _grant(self, claim: Claim | None) -> None:
-        if claim is not None:
-            await self._tell(claim.service, Grant(claim.ticket))
-
-    async def _tell(self, name: str, request: Request) -> None:
-        """Ask for something that a service which is being replaced need not hear: it starts with empty memory."""
-        try:
-            await ask(self._services[name], request)
-        except ServiceGone:
-            if not self._supervisor.may_die(name):
-                raise
+    def _replaced(self, event: ServiceReplaced) -> None:
+        self._record.replaced(event.service)
+        self._emit(event)
+        self._pulse.beat()
 
     async def _hear_settled(self, settled: Settled) -> None:
         self._prompts.settle(settled)
@@ -507,39 +433,29 @@ class Controller:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
-            await self._tell_ended()
+            if over := self._prompts.take_ended():
+                await self._fleet.tell_all(EndPrompts(over))
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
             progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)
             self.events.add(
                 WaitsChanged(
-                    waits=self._waits.current(),
+                    waits=self._fleet.waits.current(),
                     live_prompts=self._admission.live,
                     step_progress=progress,
                     tokens_per_second=rate,
                 )
             )
-            idle = now - self._moved
-            if self._paused or self._replacing or idle < self._deadlines.stall:
+            idle = self._fleet.idle_seconds
+            if self._paused or idle < self._deadlines.stall:
                 told = 0.0
                 continue
-            graph = self._waits.graph(time.time(), self._lease_holders())
+            graph = self._fleet.graph()
             if idle > self._deadlines.give_up:
                 raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
             if not told:
                 told = now
                 self._emit(Stalled(seconds=idle, graph=graph))
-
-    def _lease_holders(self) -> dict[str, str]:
-        """pool -> the stage that has its devices now."""
-        return {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
-
-    async def _tell_ended(self) -> None:
-        """Let the services forget the prompts that are over."""
-        if ended := self._prompts.take_ended():
-            async with all_or_error() as group:
-                for name in self._services:
-                    group.create_task(self._tell(name, EndPrompts(ended)), name=f"end prompts on {name}")
 
     async def _until(self, predicate: Any) -> None:
         while not predicate():

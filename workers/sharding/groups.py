@@ -56,6 +56,31 @@ class RankGroup:
             dist.broadcast(tensor, source, group=self.process_group)
         return tensor
 
+    def gather_bytes(self, message: bytes) -> list[bytes]:
+        """What every rank brings, in their order; messages may differ in length."""
+        if self.size == 1:
+            return [message]
+        device = "cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu"
+        lengths = torch.zeros(self.size, 1, dtype=torch.int64, device=device)
+        lengths[self.index] = len(message)
+        longest = int(self.gather_rows_(lengths).max())
+        rows = torch.zeros(self.size, max(longest, 1), dtype=torch.uint8)
+        rows[self.index, : len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else 0
+        rows = self.gather_rows_(rows.to(device)).cpu()
+        return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths.flatten().tolist(), strict=True)]
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send a contiguous tensor to the rank at place `to` of the group, which calls `receive_`."""
+        dist.send(tensor, self.ranks[to], group=self.process_group)
+
+    def receive_(self, tensor: Tensor, source: int) -> None:
+        """Fill a contiguous tensor with what the rank at place `source` of the group sends."""
+        dist.recv(tensor, self.ranks[source], group=self.process_group)
+
+    def wait(self, device: torch.device) -> None:
+        """Return when all ranks have called."""
+        self.sum_(torch.zeros(1, device=device))
+
 
 def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = PATIENCE) -> RankGroup:
     """Create every group of a partition of the ranks and return the own one; who is in none stands alone.

@@ -133,6 +133,12 @@ class ShardPlan(msgspec.Struct, frozen=True):
             case "score":
                 return norm, Parameter("score.weight", (1, d.hidden))
 
+    def stage_of(self, parameter: Parameter) -> int:
+        """The stage that holds a parameter."""
+        if parameter.name.startswith("model.layers."):
+            return int(parameter.name.split(".")[2]) // (self.decoder.layers // self.pp)
+        return 0 if parameter.name == EMBEDDING else self.pp - 1
+
     @property
     def tied_across_stages(self) -> bool:
         """The first stage's embedding and the last stage's head are two copies of one matrix."""

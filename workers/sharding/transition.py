@@ -104,7 +104,7 @@ def transition(train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket
     streams: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[Piece]]] = {}
     for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
         members = exchange if parameter.cut is not None else alike
-        holders = tuple(r for r in members if topology.coordinates(r).pp == _stage_of(parameter, train))
+        holders = tuple(r for r in members if topology.coordinates(r).pp == train.stage_of(parameter))
         # Stages have equal layers, so theirs travel side by side; what one stage has alone comes from it alone.
         owners = members if _is_in_layer(parameter) else holders
         rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
@@ -164,10 +164,3 @@ def _own(groups: list[list[int]], rank: int) -> tuple[int, ...]:
 
 def _is_in_layer(parameter: Parameter) -> bool:
     return parameter.name.startswith("model.layers.")
-
-
-def _stage_of(parameter: Parameter, train: ShardPlan) -> int:
-    """The training stage that holds a parameter."""
-    if _is_in_layer(parameter):
-        return int(parameter.name.split(".")[2]) // (train.decoder.layers // train.pp)
-    return 0 if parameter.name == EMBEDDING else train.pp - 1

@@ -87,6 +87,19 @@ async def test_it_is_the_plain_loop_bit_for_bit(recipe_of: MakeOf, name: str):
     assert differing(weights(folder, STEPS), getattr(plain_critic_free, name)(recipe)) == []
 
 
+async def test_a_generator_of_its_own_draws_the_greedy_baselines_too(recipe_of: MakeOf):
+    """Asynchronously, so baselines and samples of a prompt come in any order and under any version."""
+    pools = {name: {"devices": 1} for name in ("train", "rollout")}
+    placement = {"policy": {"pool": "train"}, "generator": {"pool": "rollout"}}
+    recipe = recipe_of("remax", steps=3, staleness=1, deterministic=False, pools=pools, placement=placement)
+    async with asyncflow.launch(recipe) as run:
+        committed = [event async for event in run.events() if isinstance(event, StepCommitted)]
+        assert (await run.wait()).outcome == "finished"
+    assert [event.samples for event in committed] == [PROMPTS * SAMPLES] * 3
+    assert all(event.metrics["baseline_mean"] != 0.0 for event in committed)
+    assert max(event.staleness_max for event in committed) <= 1
+
+
 async def test_without_a_critic_a_stopped_run_resumes_to_the_same_weights(recipe_of: MakeOf):
     recipe = recipe_of("remax", steps=3)
     whole = await finished(recipe)

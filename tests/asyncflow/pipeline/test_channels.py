@@ -18,7 +18,9 @@ from asyncflow.client.outside import NotAsked, Outside
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, Recipe
 from asyncflow.control.ledger import Ledger
+from asyncflow.control.outcome import RunFailed
 from asyncflow.validate import check
+from protocols.control import StepCommitted
 from protocols.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
@@ -289,3 +291,21 @@ async def test_on_ray_readers_and_workers_are_served_by_the_actors(recipe: MakeR
     samples = [sample for batch in seen for sample in batch.sample_ids.tolist()]
     assert len(samples) == len(set(samples)) == STEPS * ROWS
     assert sorted(samples) == sorted(answered)
+
+
+async def test_statistics_say_what_passed_and_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
+    async with asyncflow.launch(make_recipe(steps=3)) as run:
+        async for event in run.events():
+            if isinstance(event, StepCommitted) and event.step == 1:
+                told = {s.service: s for s in await run.statistics()}
+                break
+        await run.wait()
+        with pytest.raises(RunFailed, match="the run is over"):
+            await run.statistics()
+    (scored,) = told["reward"].edges
+    assert scored.edge == "reward.score#1.0"
+    assert scored.rows >= 8, "one step's samples"
+    assert (scored.refused, scored.damaged) == (0, 0)
+    assert scored.read_bytes[0] > 0
+    assert set(told["reward"].waits) <= {"reward.score#1"}
+    assert told["policy"].kept > 0, "what may still be needed again"

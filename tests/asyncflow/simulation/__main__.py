@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tests.asyncflow.simulation.configuration import Config, Faults
 from tests.asyncflow.simulation.exhaustive import AtOnce, Explored, all_but_work, explore, nothing, what_is_local
@@ -54,10 +54,11 @@ def main() -> int:
     with ProcessPoolExecutor(given.processes) as pool:
         if given.exhaustive:
             wrong = False
-            found = pool.map(explored_space, SPACES, [given.states] * len(SPACES))
-            for space, explored in zip(SPACES, found, strict=True):
+            waiting = {pool.submit(explored_space, *space, given.states): space for space in SPACES}
+            for done in as_completed(waiting):
+                (at_once, config), explored = waiting[done], done.result()
                 wrong |= isinstance(explored, str)
-                print(f"{space[0].__name__:<14} {space[1]}\n  {explored}", flush=True)
+                print(f"{at_once.__name__:<14} {config}\n  {explored}", flush=True)
         else:
             results = list(pool.map(result_of, range(given.first, given.first + given.runs), chunksize=25))
             wrong = any(r.wrong for r in results)
@@ -66,9 +67,8 @@ def main() -> int:
     return int(wrong)
 
 
-def explored_space(space: tuple[AtOnce, Config], most_states: int) -> Explored | str:
+def explored_space(at_once: AtOnce, config: Config, most_states: int) -> Explored | str:
     """What there was, or what was wrong."""
-    at_once, config = space
     try:
         return explore(config, at_once=at_once, most_states=most_states)
     except Exception as error:  # noqa: BLE001 - it is this configuration's finding

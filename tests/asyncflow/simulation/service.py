@@ -129,9 +129,6 @@ class Service:
         self.thread, self.queue, self.to_end = None, deque(), []
         for part in self.parts:
             part.restart()
-        tickets, self.claims = list(self.claims.values()), {}
+        self.claims = {}
         if self.lease is not None:
-            # What it holds goes last, or a claim of its own would be granted to nobody.
-            holder = self.lease.holder.ticket if self.lease.holder is not None else -1
-            for ticket in sorted(tickets, key=lambda t: t == holder):
-                self.world.grant(self.lease.give_back(self.name, ticket))
+            self.world.grant(self.lease.forget(self.name))

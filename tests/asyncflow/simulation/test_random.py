@@ -14,7 +14,7 @@ from tests.asyncflow.simulation.algorithms import ALGORITHMS
 from tests.asyncflow.simulation.configuration import Layout
 from tests.asyncflow.simulation.randomly import FAULTS, Result, configuration, result_of, table
 
-RUNS = 300
+RUNS = 400
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,161 @@
+"""The services of a run as its controller sees them: followed, given devices in turn, replaced when they die.
+
+What a service reports about devices, waits and its own death is dealt with here; all else goes to the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from asyncflow.control.outcome import RunFailed
+from asyncflow.control.supervision import Resend, Supervisor
+from asyncflow.control.waits import WaitBoard
+from asyncflow.placement.lease import Claim, shared_leases
+from asyncflow.services.endpoint import Endpoint, ServiceGone, all_or_error, ask
+from protocols.control import (
+    GetStatistics,
+    Grant,
+    LeaseAsked,
+    LeaseReturned,
+    Notice,
+    Redeliver,
+    Request,
+    RowsLost,
+    ServiceFailed,
+    ServiceReplaced,
+    Statistics,
+    Waiting,
+)
+from protocols.delivery import ServiceStatistics
+
+Hear = Callable[[Notice], Awaitable[None]]
+
+
+class Fleet:
+    """All services by name. `restart` starts a successor in the place of a service that is gone."""
+
+    def __init__(
+        self,
+        services: Mapping[str, Endpoint],
+        pools: Mapping[str, str],
+        supervisor: Supervisor,
+        restart: Callable[[str], Awaitable[Endpoint]],
+    ) -> None:
+        self.services = dict(services)
+        self.waits = WaitBoard()
+        self._leases = shared_leases(pools)
+        self._supervisor, self._restart = supervisor, restart
+        self._replacing: set[str] = set()
+        self._moved = time.monotonic()
+
+    def __getitem__(self, name: str) -> Endpoint:
+        return self.services[name]
+
+    # --- following
+
+    def follow(
+        self, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
+    ) -> list[asyncio.Task[None]]:
+        """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on."""
+        return [
+            group.create_task(self._follow(name, group, hear, replaced), name=f"notices of {name}")
+            for name in self.services
+        ]
+
+    async def _follow(
+        self, name: str, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
+    ) -> None:
+        while True:
+            try:
+                notices = await self.services[name].notices()
+            except ServiceGone as gone:
+                replaced(await self._replace(name, gone, group))
+                continue
+            for notice in notices:
+                await self._note(name, notice, group, hear)
+
+    async def _note(self, name: str, notice: Notice, group: asyncio.TaskGroup, hear: Hear) -> None:
+        match notice:
+            case Waiting():
+                self.waits.note(notice)
+                return
+            case LeaseAsked():
+                await self._grant(self._leases[name].ask(Claim(name, notice.ticket, notice.stage)))
+            case LeaseReturned():
+                await self._grant(self._leases[name].give_back(name, notice.ticket))
+            case RowsLost():
+                self._send_again(self._supervisor.resend_to(notice.stage), group)
+            case ServiceFailed():
+                raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
+            case _:
+                await hear(notice)
+        self.moves()
+
+    async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> ServiceReplaced:
+        """Put a new service in the place of one whose process is gone, or give the run up."""
+        replacement = self._supervisor.replace(name)
+        if replacement is None:
+            raise gone
+        start = time.monotonic()
+        for stage in replacement.stages:
+            self.waits.note(Waiting(stage))
+        if name in self._leases:
+            await self._grant(self._leases[name].forget(name))
+        self.waits.note(Waiting(name, "a successor", "", time.time()))
+        self._replacing.add(name)
+        self.services[name] = await self._restart(name)
+        self._replacing.discard(name)
+        self.waits.note(Waiting(name))
+        self._send_again(replacement.resend, group)
+        self.moves()
+        seconds = time.monotonic() - start
+        return ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
+
+    def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
+        """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
+        for resend in resends:
+            again = self.tell(resend.service, Redeliver(resend.edge))
+            group.create_task(again, name=f"redelivery to {resend.edge}")
+
+    async def _grant(self, claim: Claim | None) -> None:
+        if claim is not None:
+            await self.tell(claim.service, Grant(claim.ticket))
+
+    # --- asking
+
+    async def tell(self, name: str, request: Request) -> None:
+        """Ask for something that a service which is being replaced need not hear: it starts with empty memory."""
+        try:
+            await ask(self.services[name], request)
+        except ServiceGone:
+            if not self._supervisor.may_die(name):
+                raise
+
+    async def tell_all(self, request: Request) -> None:
+        """The same of every service, side by side."""
+        async with all_or_error() as group:
+            for name in self.services:
+                group.create_task(self.tell(name, request), name=f"{type(request).__name__} on {name}")
+
+    async def statistics(self) -> list[ServiceStatistics]:
+        """What every service's channels did so far. Raises ServiceError naming one that does not answer."""
+        replies = [await ask(service, GetStatistics()) for service in self.services.values()]
+        return [reply.statistics for reply, _ in replies if isinstance(reply, Statistics)]
+
+    # --- standing still
+
+    def moves(self) -> None:
+        """Something moved."""
+        self._moved = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has moved; a successor that is starting has a deadline of its own."""
+        return 0.0 if self._replacing else time.monotonic() - self._moved
+
+    def graph(self) -> list[str]:
+        """Who waits for what on whom, a line an edge."""
+        holders = {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
+        return self.waits.graph(time.time(), holders)

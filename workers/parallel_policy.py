@@ -1,0 +1,179 @@
+"""The policy on p-t-d ranks: the stages, the step and the publication of `PolicyWorker`, as one process would do them.
+
+    rows of a replica --> update     the same loss, norm, measures and next weights on every rank
+                      --> log_probs  on the last stage
+    all ranks         --> snapshot   on rank 0, byte for byte what a single process publishes
+
+Every rank of the topology calls each method together. A rank whose answer is not collected returns None.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocols.columns import Jagged, rows_of
+from protocols.messages import Experience, LogProbs, Metrics, Rollouts
+from protocols.topology import Topology
+from protocols.weights import Probe, Version, WeightManifest, pack
+from workers.losses import measures, policy_loss_named
+from workers.losses.aggregation import reduce_loss
+from workers.losses.objective import policy_objective
+from workers.losses.regularizers import token_entropies
+from workers.losses.tokens import Tokens
+from workers.models import DTYPES, MicroBatch, log_softmax_of
+from workers.parallel import Loss as LossOf
+from workers.parallel import ParallelModel
+from workers.parallel_training import ParallelTraining
+from workers.policy import PROBE_ROWS, PROBE_TOKENS
+from workers.settings import Generation, Loss, Model, Optimizer
+
+
+class ParallelPolicy:
+    """One rank of a policy that is shared by the ranks of a topology.
+
+    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        topology: Topology,
+        loss: Loss,
+        optimizer: Optimizer,
+        generation: Generation,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        recompute: bool = False,
+    ) -> None:
+        self._policy_loss = policy_loss_named(loss.policy)
+        self.model = ParallelModel(model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute)
+        self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
+        self._loss = loss
+        self._temperature = generation.temperature
+        self._tolerance = generation.probe_tolerance
+        self._seed = seed
+
+    def log_probs(self, rollouts: Rollouts) -> LogProbs | None:
+        """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
+        log_probs = self._log_probs(rollouts)
+        if log_probs is None or not self.model.answers:
+            return None
+        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)
+
+    def update(self, experience: Experience) -> Metrics | None:
+        """epochs x mini_batches optimizer steps on all replicas' rows, of which these are the own ones, perhaps none.
+
+        The metrics are those of all rows on every replica, so that their mean is what one process measures.
+        Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
+        """
+        several = self._loss.epochs * self._loss.mini_batches > 1
+        proximal = self._log_probs(experience) if several else None
+        measured: dict[str, float] = {}
+
+        def objective(batch: Experience, weights: Jagged) -> LossOf:
+            start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
+            return self._objective(batch, weights, start, measured)
+
+        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective)
+        whole = self.trained.over_replicas(measured) | taken
+        return Metrics(values=measures.means(whole)) if self.model.answers else None
+
+    def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray] | None:
+        """What `PolicyWorker.snapshot` gives, on rank 0: the canonical tensors and the answer to the probe batch.
+
+        The buffer is a copy: the next optimizer step may start when this returns.
+        """
+        tokens, answers = self._probe()
+        whole = self.trained.collect()
+        if self.model.rank != 0:
+            return None
+        entries, buffer = pack({name: (_dtype(t), tuple(t.shape), _bytes_of(t)) for name, t in whole.items()})
+        return WeightManifest(version, entries, len(buffer), Probe(tokens, answers, self._tolerance)), buffer
+
+    def save(self, folder: str) -> None:
+        """See ParallelTraining.save."""
+        self.trained.save(folder)
+
+    def load(self, folder: str) -> None:
+        """See ParallelTraining.load."""
+        self.trained.load(folder)
+
+    def export(self, folder: str) -> None:
+        """See ParallelTraining.export."""
+        self.trained.export(folder)
+
+    def _objective(
+        self, batch: Experience, weights: Jagged, proximal: Jagged | None, measured: dict[str, float]
+    ) -> LossOf:
+        """The loss of a mini-batch's micro-batches; what they measure is added to `measured`."""
+
+        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+            tokens = self._tokens(outputs, micro, batch, proximal)
+            objective = policy_objective(self._policy_loss, tokens, self._loss)
+            measures.add(measured, measures.measure(tokens, objective, self._loss))
+            return reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
+
+        return loss
+
+    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
+        def column(values: Jagged) -> Tensor:
+            return micro.column(values).to(outputs.device)
+
+        logits = micro.before_response(outputs)
+        log_probs = log_softmax_of(logits, micro.response_tokens().to(outputs.device), self._temperature)
+        return Tokens(
+            log_probs=log_probs,
+            proximal=column(proximal) if proximal is not None else log_probs.detach(),
+            behaviour=column(batch.log_probs),
+            advantages=column(batch.advantages),
+            mask=column(batch.loss_mask) != 0,
+            lengths=torch.from_numpy(micro.response_lengths).to(outputs.device),
+            reference=column(batch.reference),
+            entropies=token_entropies(logits, self._temperature) if self._loss.entropy_coefficient else None,
+        )
+
+    def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
+        """Log-probs of the response tokens, on every rank of the last stage."""
+        budget = self._loss.tokens_per_micro_batch
+        return self.trained.per_response(rows, budget, lambda o, m: _log_probs_of(o, m, self._temperature))
+
+    def _probe(self) -> tuple[list[list[int]], list[list[float]]]:
+        """The probe batch and this model's answer, on every rank."""
+        tokens = probe_tokens(self.model.plan.decoder.vocabulary, self._seed)
+        batch = _Probe(Jagged.from_rows([row[:1] for row in tokens]), Jagged.from_rows([row[1:] for row in tokens]))
+        kept = self.model.forward(batch, tokens.size, lambda o, m: _log_probs_of(o, m, 1.0))
+        replica, model = self.model.groups.replica, self.model
+        answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
+        replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
+        return tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist()
+
+
+class _Probe(NamedTuple):
+    """The probe batch: its first tokens, and the others, which are answered."""
+
+    prompts: Jagged
+    responses: Jagged
+
+
+def probe_tokens(vocabulary: int, seed: int) -> np.ndarray:
+    """The probe batch that `PolicyWorker` draws, int32 [PROBE_ROWS, PROBE_TOKENS]."""
+    drawn = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
+    return drawn.astype(np.int32)
+
+
+def _log_probs_of(outputs: Tensor, micro: MicroBatch, temperature: float) -> Tensor:
+    tokens = micro.response_tokens().to(outputs.device)
+    return log_softmax_of(micro.before_response(outputs), tokens, temperature)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()

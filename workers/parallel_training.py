@@ -1,0 +1,272 @@
+"""A model trained by p-t-d ranks, with its optimizer: the state that a checkpoint holds and that rolls back together.
+
+What `TrainedModel` is to one process. All ranks call each method together, each with its own replica's rows; whatever
+is refused is refused on all of them, since they see the same loss and the same norm.
+
+Each rank's AdamW has the moments of its own shard. A checkpoint is written in shards by the first replica and read
+under any topology; a publication or an export is collected by rank 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from protocols.columns import B, Batch, Jagged, take
+from protocols.messages import Experience
+from workers.losses import measures
+from workers.losses.aggregation import Counts, counts_of, token_weights
+from workers.models import MicroBatch, Sequences
+from workers.parallel import Loss as LossOf
+from workers.parallel import ParallelModel
+from workers.settings import Loss, Optimizer
+from workers.sharding.checkpoint import read_parts, write_shard
+from workers.sharding.collection import collect_whole
+from workers.sharding.plan import Head, ShardPlan
+from workers.training import StepRefused, mini_batches, named_rows, rate_share
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MANIFEST = "shards.json"
+_KINDS = {
+    "tokens": AutoModelForCausalLM,
+    "value": AutoModelForTokenClassification,
+    "score": AutoModelForSequenceClassification,
+}
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults
+
+Objective = Callable[[Experience, Jagged], LossOf]  # the loss of a mini-batch whose tokens have these global weights
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """What stands beside the shards."""
+
+    pp: int  # stages and tensor shards that wrote
+    tp: int
+    version: int
+    updates: int
+    torch_rng: str  # hexadecimal; rank 0's, for all: replicas must not draw apart
+
+
+class ParallelTraining:
+    """One rank's part of a trained model. Version k means: weights after k committed steps.
+
+    `path` is the transformers folder that the model came from. Raises ValueError for a learning rate of 0 or less.
+    """
+
+    def __init__(self, model: ParallelModel, path: str, learning_rate: float, settings: Optimizer) -> None:
+        if learning_rate <= 0:
+            raise ValueError(f"model {path}: a trained model needs a learning_rate above 0, got {learning_rate}")
+        self.model = model
+        self.version = 0
+        self._path = path
+        self._learning_rate = learning_rate
+        self._settings = settings
+        self._updates = 0  # optimizer steps taken, for the schedule
+        self._optimizer = torch.optim.AdamW(
+            model.parameters.values(),
+            lr=learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            foreach=False,
+        )
+
+    # --- learning
+
+    def learn(self, what: str, experience: Experience, loss: Loss, seed: int, objective: Objective) -> dict[str, float]:
+        """One committed step of epochs x mini_batches optimizer steps: sums of loss, gradient norm and step count.
+
+        The mini-batches are those that one process would draw of all replicas' rows. Where a loss or gradient is not
+        finite, or a rank raises, this rank's weights, moments and schedule are bitwise what they were; StepRefused
+        names `what` and the rows.
+        """
+        taken: dict[str, float] = {}
+        with self._update(loss.epochs * loss.mini_batches):
+            for batch in replica_mini_batches(
+                experience, self._rows(experience), self.model.place.dp, loss, seed + self.version
+            ):
+                weights = token_weights(batch.loss_mask, self._counts(batch.loss_mask), loss)
+                taking = f"{what} of {named_rows(batch)}"
+                step = self._step(taking, batch, loss.tokens_per_micro_batch, objective(batch, weights))
+                measures.add(taken, step)
+        return taken
+
+    def over_replicas(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """The measures of all replicas' rows, from those of each one's own: on every rank of the last stage."""
+        total: dict[str, float] = {}
+        for message in self.model.groups.data.gather_bytes(msgspec.msgpack.encode(measured)):
+            measures.add(total, msgspec.msgpack.decode(message, type=dict[str, float]))
+        return total
+
+    def per_response(self, data: Sequences, budget: int, read: Callable[[Tensor, MicroBatch], Tensor]) -> Jagged | None:
+        """What `read` makes of the outputs, a number a response token: float32 jagged like the responses.
+
+        `budget` is in padded tokens a micro-batch. None on ranks of other stages than the last.
+        """
+        kept = self.model.forward(data, budget, lambda outputs, micro: read(outputs, micro).float().cpu())
+        if not self.model.shard.is_last:
+            return None
+        return data.responses.with_values(torch.cat(kept).numpy() if kept else np.empty(0, np.float32))
+
+    # --- keeping
+
+    def save(self, folder: str) -> None:
+        """Write weights, moments and counters into `folder`, which all ranks see: safetensors shards and JSON.
+
+        Returns when all of it is there.
+        """
+        model, place = self.model, self.model.place
+        if place.dp == 0:
+            moments = self._moments() if self._updates else {}
+            write_shard(folder, model.plan, place.pp, place.tp, {"": model.parameters, **moments})
+            model.groups.replica.wait(model.device)
+        if model.rank == 0:
+            rng = torch.get_rng_state().numpy().tobytes().hex()
+            manifest = _Manifest(model.plan.pp, model.plan.tp, self.version, self._updates, rng)
+            (Path(folder) / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        model.groups.replica.wait(model.device)
+        model.groups.data.wait(model.device)
+
+    @torch.no_grad()
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote under any topology. Raises ValueError, changing nothing, for another model's."""
+        model, place, manifest = self.model, self.model.place, _manifest(folder)
+        written = ShardPlan(model.plan.decoder, manifest.pp, manifest.tp)
+        prefixes = ("", *(f"{moment}." for moment in _MOMENTS)) if manifest.updates else ("",)
+        read = read_parts(folder, written, model.plan, place.pp, place.tp, prefixes, model.device)
+        self.version, self._updates = manifest.version, manifest.updates
+        torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(manifest.torch_rng), np.uint8).copy()))
+        self._optimizer.state.clear()  # a model that goes back to its start has no moments
+        for name, parameter in model.parameters.items():
+            parameter.copy_(read[""][name])
+            if manifest.updates:
+                state = {moment: read[f"{moment}."][name] for moment in _MOMENTS}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(manifest.updates)), **state}
+
+    def collect(self) -> dict[str, Tensor]:
+        """The whole tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none."""
+        if self.model.place.dp:
+            return {}
+        whole = collect_whole(self.model.plan, self.model.groups.replica, self.model.parameters)
+        if not whole:
+            return {}
+        return {name: whole[name] for name in skeleton(self.model.config, self.model.plan.decoder.head).state_dict()
+                if name in whole}  # fmt: skip
+
+    def export(self, folder: str) -> None:
+        """Write a transformers folder, tokenizer included, that transformers and vLLM load. Rank 0 writes."""
+        if whole := self.collect():
+            module = skeleton(self.model.config, self.model.plan.decoder.head)
+            module.load_state_dict(whole, strict=False, assign=True)
+            module.tie_weights()
+            module.save_pretrained(folder)
+            _copy_what_stands_beside(Path(self._path), Path(folder))
+        self.model.groups.replica.wait(self.model.device)
+
+    # --- one step
+
+    @contextmanager
+    def _update(self, optimizer_steps: int) -> Iterator[None]:
+        """The frame of one committed step; several optimizer steps need a copy to go back to."""
+        before = self._copy() if optimizer_steps > 1 else None
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                self._go_back(*before)
+            raise
+        finally:
+            self.model.release_gradient()
+        self.version += 1
+
+    def _step(self, what: str, batch: Experience, budget: int, loss: LossOf) -> dict[str, float]:
+        total = self.model.backward(batch, budget, loss)
+        if not math.isfinite(total):
+            raise StepRefused(f"{what}: loss is {total}")
+        norm = self.model.clip_gradient(self._settings.gradient_clip or math.inf)
+        if not math.isfinite(norm):
+            raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
+        self._updates += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
+        self._optimizer.step()
+        return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+
+    def _rows(self, batch: Batch) -> list[int]:
+        """Number of rows of each replica."""
+        data = self.model.groups.data
+        numbers = torch.zeros(data.size, 1, dtype=torch.int64, device=self.model.device)
+        numbers[data.index] = len(batch)
+        return data.gather_rows_(numbers).flatten().tolist()
+
+    def _counts(self, mask: Jagged) -> Counts:
+        """The counts of all replicas' rows."""
+        own = counts_of(mask)
+        both = torch.tensor([own.tokens, own.rows], dtype=torch.int64, device=self.model.device)
+        return Counts(*self.model.groups.data.sum_(both).tolist())
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        state = self._optimizer.state
+        return {f"{m}.": {name: state[p][m] for name, p in self.model.parameters.items()} for m in _MOMENTS}
+
+    def _copy(self) -> tuple[list[Tensor], dict[str, object], int]:
+        weights = [p.detach().clone() for p in self.model.parameters.values()]
+        return weights, copy.deepcopy(self._optimizer.state_dict()), self._updates
+
+    @torch.no_grad()
+    def _go_back(self, weights: list[Tensor], optimizer: dict[str, object], updates: int) -> None:
+        for parameter, tensor in zip(self.model.parameters.values(), weights, strict=True):
+            parameter.copy_(tensor)
+        self._optimizer.load_state_dict(optimizer)
+        self._updates = updates
+
+
+def replica_mini_batches(batch: B, rows: Sequence[int], replica: int, loss: Loss, seed: int) -> Iterator[B]:
+    """A replica's part, perhaps empty, of each mini-batch of a step, as `mini_batches` draws them of all rows.
+
+    `batch` are the rows of `replica`; `rows` says how many each has, and all of them stand in that order.
+    """
+    first = sum(rows[:replica])
+    for drawn in mini_batches(Batch(sample_ids=np.arange(sum(rows))), loss, seed):
+        own = drawn.sample_ids - first
+        yield take(batch, own[(own >= 0) & (own < len(batch))])
+
+
+def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
+    """transformers' own module for a model, without memory: its tensors' names and order, and a way to write them."""
+    config = copy.deepcopy(config)
+    if head != "tokens":
+        config.num_labels = 1
+    with torch.device("meta"):
+        return _KINDS[head].from_config(config)
+
+
+def _manifest(folder: str) -> _Manifest:
+    path = Path(folder) / _MANIFEST
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Manifest)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{path}: no checkpoint in shards: {error}") from error
+
+
+def _copy_what_stands_beside(source: Path, folder: Path) -> None:
+    """The tokenizer and whatever else of a model's folder is neither its weights nor its config."""
+    for path in source.iterdir():
+        if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
