@@ -89,9 +89,13 @@ class SetPaused(msgspec.Struct, frozen=True, tag=True):
 
 
 class EndPrompts(msgspec.Struct, frozen=True, tag=True):
-    """These prompts are trained, dropped or failed: nobody needs their rows, and what still comes of them is late."""
+    """These prompts are trained, dropped or failed: nobody needs their rows, and what still comes of them is late.
+
+    `runs` [start, stop) are for a service that starts after they ended: it has no row of them, and must take none.
+    """
 
     prompts: list[int]
+    runs: list[tuple[int, int]] = []
 
 
 class Redeliver(msgspec.Struct, frozen=True, tag=True):

@@ -33,7 +33,6 @@ class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     failures: list[Failure] = []
     attempt: int = 0  # rises where a row is made anew because its bytes were lost
     step: int = -1  # of a closed batch on its way to the trainers
-    ended: list[int] = []  # of its prompts, those that are over: sent again, their rows are nobody's
 
     @property
     def rows(self) -> int:

@@ -120,7 +120,7 @@ class ParallelModel:
         total = self._pipeline.train(batches, weighed)
         self._reduce_gradient()
         counted = total if self.shard.is_last and self.place.tp == 0 else 0.0
-        return self._sum_over_world(counted)
+        return self.sum_over_world(counted)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
         """What `read` keeps of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
@@ -193,7 +193,8 @@ class ParallelModel:
             return False
         return spec.cut is not None or self.place.tp == 0
 
-    def _sum_over_world(self, value: float) -> float:
+    def sum_over_world(self, value: float) -> float:
+        """The sum of all ranks' values, on each of them. It returns when all have called."""
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         return float(self.groups.data.sum_(self.groups.replica.sum_(total)))
 

@@ -140,16 +140,16 @@ class ParallelTraining:
             rng = torch.get_rng_state().numpy().tobytes().hex()
             manifest = _Manifest(model.plan.pp, model.plan.tp, self.version, self._updates, rng)
             (Path(folder) / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
-        model.groups.replica.wait(model.device)
-        model.groups.data.wait(model.device)
+        model.sum_over_world(0.0)
 
     @torch.no_grad()
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote under any topology. Raises ValueError, changing nothing, for another model's."""
-        model, place, manifest = self.model, self.model.place, _manifest(folder)
-        written = ShardPlan(model.plan.decoder, manifest.pp, manifest.tp)
-        prefixes = ("", *(f"{moment}." for moment in _MOMENTS)) if manifest.updates else ("",)
-        read = read_parts(folder, written, model.plan, place.pp, place.tp, prefixes, model.device)
+        """Restore what `save` wrote under any topology.
+
+        Raises ValueError, on every rank and changing nothing, where one can't read its part or it is another model's.
+        """
+        model = self.model
+        manifest, read = self._read(folder)
         self.version, self._updates = manifest.version, manifest.updates
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(manifest.torch_rng), np.uint8).copy()))
         self._optimizer.state.clear()  # a model that goes back to its start has no moments
@@ -166,18 +166,21 @@ class ParallelTraining:
         whole = collect_whole(self.model.plan, self.model.groups.replica, self.model.parameters)
         if not whole:
             return {}
-        return {name: whole[name] for name in skeleton(self.model.config, self.model.plan.decoder.head).state_dict()
-                if name in whole}  # fmt: skip
+        order = skeleton(self.model.config, self.model.plan.decoder.head).state_dict()
+        return {name: whole[name] for name in order if name in whole}  # a tied head is not
 
     def export(self, folder: str) -> None:
-        """Write a transformers folder, tokenizer included, that transformers and vLLM load. Rank 0 writes."""
+        """Write a transformers folder, tokenizer included, that transformers and vLLM load.
+
+        Rank 0 writes; the others return when it has.
+        """
         if whole := self.collect():
             module = skeleton(self.model.config, self.model.plan.decoder.head)
             module.load_state_dict(whole, strict=False, assign=True)
             module.tie_weights()
             module.save_pretrained(folder)
             _copy_what_stands_beside(Path(self._path), Path(folder))
-        self.model.groups.replica.wait(self.model.device)
+        self.model.sum_over_world(0.0)
 
     # --- one step
 
@@ -207,6 +210,21 @@ class ParallelTraining:
             group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
         self._optimizer.step()
         return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+
+    def _read(self, folder: str) -> tuple[_Manifest, dict[str, dict[str, Tensor]]]:
+        """The manifest, and this rank's tensors by prefix and name; where one rank has none, all raise."""
+        model, place = self.model, self.model.place
+        try:
+            manifest = _manifest(folder)
+            written = ShardPlan(model.plan.decoder, manifest.pp, manifest.tp)
+            prefixes = ("", *(f"{moment}." for moment in _MOMENTS)) if manifest.updates else ("",)
+            read = read_parts(folder, written, model.plan, place.pp, place.tp, prefixes, model.device)
+        except ValueError:
+            model.sum_over_world(1.0)
+            raise
+        if failed := int(model.sum_over_world(0.0)):
+            raise ValueError(f"{folder}: {failed} of {model.topology.world_size} ranks could not read their part")
+        return manifest, read
 
     def _rows(self, batch: Batch) -> list[int]:
         """Number of rows of each replica."""

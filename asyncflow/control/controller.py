@@ -34,7 +34,6 @@ from protocols.control import (
     Busy,
     CloseBatch,
     Done,
-    EndPrompts,
     Event,
     Generated,
     Notice,
@@ -434,7 +433,7 @@ class Controller:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
             if over := self._prompts.take_ended():
-                await self._fleet.tell_all(EndPrompts(over))
+                await self._fleet.end_prompts(over)
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
             progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)

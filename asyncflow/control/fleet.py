@@ -13,8 +13,10 @@ from asyncflow.control.outcome import RunFailed
 from asyncflow.control.supervision import Resend, Supervisor
 from asyncflow.control.waits import WaitBoard
 from asyncflow.placement.lease import Claim, shared_leases
+from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, ServiceGone, all_or_error, ask
 from protocols.control import (
+    EndPrompts,
     GetStatistics,
     Grant,
     LeaseAsked,
@@ -48,6 +50,7 @@ class Fleet:
         self._leases = shared_leases(pools)
         self._supervisor, self._restart = supervisor, restart
         self._replacing: set[str] = set()
+        self._ended = EndedPrompts()
         self._moved = time.monotonic()
 
     def __getitem__(self, name: str) -> Endpoint:
@@ -106,6 +109,7 @@ class Fleet:
         self.waits.note(Waiting(name, "a successor", "", time.time()))
         self._replacing.add(name)
         self.services[name] = await self._restart(name)
+        await self.tell(name, EndPrompts([], runs=self._ended.runs))  # or old rows would sit in it for ever
         self._replacing.discard(name)
         self.waits.note(Waiting(name))
         self._send_again(replacement.resend, group)
@@ -133,11 +137,13 @@ class Fleet:
             if not self._supervisor.may_die(name):
                 raise
 
-    async def tell_all(self, request: Request) -> None:
-        """The same of every service, side by side."""
+    async def end_prompts(self, prompts: list[int]) -> None:
+        """Let every service forget the prompts that are over, and those that start later refuse them."""
+        for prompt in prompts:
+            self._ended.add(prompt)
         async with all_or_error() as group:
             for name in self.services:
-                group.create_task(self.tell(name, request), name=f"{type(request).__name__} on {name}")
+                group.create_task(self.tell(name, EndPrompts(prompts)), name=f"end prompts on {name}")
 
     async def statistics(self) -> list[ServiceStatistics]:
         """What every service's channels did so far. Raises ServiceError naming one that does not answer."""

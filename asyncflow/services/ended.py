@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 
 class EndedPrompts:
@@ -20,20 +20,21 @@ class EndedPrompts:
         """Runs of consecutive ids: what it costs."""
         return len(self._starts)
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """All ids as [start, stop) runs, rising."""
+        return list(zip(self._starts, self._stops, strict=True))
+
+    def add_run(self, start: int, stop: int) -> None:
+        """Add the ids of [start, stop)."""
+        first = bisect_left(self._stops, start)  # runs that touch or overlap it become one with it
+        last = bisect_right(self._starts, stop)
+        if first < last:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
     def add(self, prompt: int) -> None:
         """Add one id; again does nothing."""
-        if prompt in self:
-            return
-        at = bisect_right(self._starts, prompt)
-        joins_left = at > 0 and self._stops[at - 1] == prompt
-        joins_right = at < len(self._starts) and self._starts[at] == prompt + 1
-        if joins_left and joins_right:
-            self._stops[at - 1] = self._stops.pop(at)
-            del self._starts[at]
-        elif joins_left:
-            self._stops[at - 1] = prompt + 1
-        elif joins_right:
-            self._starts[at] = prompt
-        else:
-            self._starts.insert(at, prompt)
-            self._stops.insert(at, prompt + 1)
+        if prompt not in self:
+            self.add_run(prompt, prompt + 1)

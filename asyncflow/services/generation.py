@@ -219,7 +219,7 @@ class GeneratingStage(StageRunner):
     def __init__(self, host: Host, spec: StageSpec, loop: GenerationLoop) -> None:
         super().__init__(host, spec)
         self._loop = loop
-        self._asked: RowTable[int] = RowTable(1)  # prompts that were submitted, so that none is drawn twice
+        self._asked: RowTable[int] = RowTable(1, host.ended)  # prompts that were submitted, so that none is drawn twice
         self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
 

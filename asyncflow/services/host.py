@@ -19,6 +19,7 @@ import msgspec
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channel_counts import ChannelCounts
+from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, ServiceGone, Store
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, parts_of, plan_calls, unpack
@@ -30,7 +31,6 @@ from protocols import codec
 from protocols.columns import Batch
 from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
 from protocols.delivery import Delivery, RankReply
-from protocols.ids import prompt_of
 from protocols.messages import Metrics
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology
@@ -74,7 +74,8 @@ class Host:
         self.store = store
         self.exporter = exporter
         self.counts = ChannelCounts(exporter)
-        self.outbox: Outbox[Kept] = Outbox()
+        self.ended = EndedPrompts()
+        self.outbox: Outbox[Kept] = Outbox(self.ended)
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
@@ -229,9 +230,7 @@ class Host:
         """Send again what an edge may have lost; how many deliveries. They refuse what they had."""
         again, who = self.outbox.kept(edge), f"redelivery to {edge}"
         for kept in again:
-            ended = sorted(p for p in set(map(prompt_of, kept.samples)) if self.outbox.has_ended(p))
-            delivery = msgspec.structs.replace(kept.delivery, ended=ended)
-            await self._hand_over(who, msgspec.structs.replace(kept, delivery=delivery), {edge})
+            await self._hand_over(who, kept, {edge})
         self.wait(who)
         return len(again)
 

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
+from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.row_table import Arrival, Joined, RowTable
 from protocols.stage import Failure
 
@@ -24,8 +25,8 @@ def has_room(held: int, arriving: int, capacity: int) -> bool:
 class Mailbox(Generic[V]):
     """`put` waits for room where there is one edge; `take` waits for rows, never for a minimum."""
 
-    def __init__(self, edges: int, capacity: int, in_id_order: bool = False) -> None:
-        self._table: RowTable[V] = RowTable(edges)
+    def __init__(self, edges: int, capacity: int, in_id_order: bool = False, ended: EndedPrompts | None = None) -> None:
+        self._table: RowTable[V] = RowTable(edges, ended)
         self._capacity = capacity if edges == 1 else None
         self._in_id_order = in_id_order
         self._changed = asyncio.Condition()

@@ -20,11 +20,11 @@ S = TypeVar("S")
 class Outbox(Generic[S]):
     """What left, by edge, in the order of sending; the memory of one is bounded by the prompts in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: EndedPrompts | None = None) -> None:
         self._kept: defaultdict[str, dict[int, S]] = defaultdict(dict)
         self._open: dict[int, tuple[str, set[int]]] = {}  # number -> its edge and the prompts that need it
         self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)
-        self._ended = EndedPrompts()
+        self._ended = ended if ended is not None else EndedPrompts()
         self._number = 0
 
     def __len__(self) -> int:
@@ -44,10 +44,6 @@ class Outbox(Generic[S]):
     def kept(self, edge: str) -> list[S]:
         """All that an edge may still need, in the order of sending."""
         return list(self._kept.get(edge, {}).values())
-
-    def has_ended(self, prompt: int) -> bool:
-        """Whether nobody needs a prompt's rows any more."""
-        return prompt in self._ended
 
     def end(self, prompts: Iterable[int]) -> None:
         """Let go of what only these prompts needed."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec.structs import replace
 
+from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.row_table import Arrival, RowTable
 from protocols.columns import Batch, concat, take
 from protocols.control import Settled
@@ -25,11 +26,11 @@ Held = tuple[Batch, int]  # a row inside a batch that arrived
 class PromptJoin:
     """Holds joined rows from the first arrival until the batch takes them or the prompt dies."""
 
-    def __init__(self, grains: Sequence[Grain], samples_per_prompt: int) -> None:
+    def __init__(self, grains: Sequence[Grain], samples_per_prompt: int, ended: EndedPrompts | None = None) -> None:
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
-        self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False))
-        self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True))
+        self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), ended)
+        self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True), ended)
         self._settled: defaultdict[int, set[int]] = defaultdict(set)
         self._closed: dict[int, list[int]] = {}  # prompts that settled alive -> their samples
         self._per_prompt = samples_per_prompt

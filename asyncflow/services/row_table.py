@@ -49,13 +49,14 @@ class _Row(Generic[V]):
 class RowTable(Generic[V]):
     """The rows of one stage's `edges` inputs."""
 
-    def __init__(self, edges: int) -> None:
+    def __init__(self, edges: int, ended: EndedPrompts | None = None) -> None:
+        """`ended`: the prompts that are over, where several tables share the knowledge."""
         self._edges = edges
         self._held: dict[int, _Row[V]] = {}
         self._settled: dict[int, None] = {}  # in the order in which they settled
         self._left: dict[int, int] = {}  # sample -> the attempt that left
         self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # every sample that is remembered
-        self._ended = EndedPrompts()
+        self._ended = ended if ended is not None else EndedPrompts()
 
     def __len__(self) -> int:
         return len(self._held)

@@ -205,6 +205,8 @@ class ModelService:
                 if self._loop is not None:
                     self._loop.pause(request.paused)
             case EndPrompts():
+                for run in request.runs:
+                    self._host.ended.add_run(*run)
                 self._host.outbox.end(request.prompts)
                 for runner in self._runners.values():
                     await runner.end(request.prompts)

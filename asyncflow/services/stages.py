@@ -39,8 +39,6 @@ class StageRunner(ABC):
     async def deliver(self, position: int, delivery: Delivery, parts: list[Part]) -> None:
         """Take a delivery in, and count it; returns when there was room for it."""
         start = time.time()
-        if delivery.ended:
-            await self.end(delivery.ended)
         refused = await self.accept(position, delivery, parts)
         inline = sum(self.host.store.inline_bytes(part.payload) for part in parts)
         rows = delivery.rows + len(delivery.failures)
@@ -74,7 +72,7 @@ class RowStage(StageRunner):
         # "The whole batch" needs no minimum: deterministic generation delivers whole waves.
         self._most = sys.maxsize if host.spec.deterministic else host.spec.firing_rows
         self._mailbox: Mailbox[Place] = Mailbox(
-            len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic
+            len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic, ended=host.ended
         )
 
     async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
@@ -109,7 +107,7 @@ class ClosingStage(StageRunner):
     def __init__(self, host: Host, spec: StageSpec, function: Callable[..., Any]) -> None:
         super().__init__(host, spec)
         self._function = function
-        self._join = PromptJoin(spec.grains, host.spec.samples_per_prompt)
+        self._join = PromptJoin(spec.grains, host.spec.samples_per_prompt, host.ended)
 
     async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
         """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""

@@ -26,7 +26,7 @@ from workers.sharding.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
 class Part(NamedTuple):
     """A range of one tensor shard, along the dimension that is cut."""
 
-    index: int  # tensor index of the shard
+    shard: int  # tensor index
     start: int
     stop: int
 
@@ -100,7 +100,7 @@ class _Files:
         needed = parts(source.shape[cut], self._written.tp, plan.tp, tensor_index)
         read: list[Tensor] = []
         for part in needed:
-            along, stored = slice(part.start, part.stop), self._slice(stage, part.index, prefix, source)
+            along, stored = slice(part.start, part.stop), self._slice(stage, part.shard, prefix, source)
             read.append(stored[along] if cut == 0 else stored[:, along])
         return torch.cat(read, cut) if len(read) > 1 else read[0]
 

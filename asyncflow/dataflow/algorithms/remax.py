@@ -9,7 +9,7 @@ from workers.advantages.remax import remax as advantages
 
 @algorithm
 def remax(flow: Flow) -> None:
-    """Each of a prompt's samples against the one response that the same weights find likeliest (Li et al. 2024)."""
+    """Each of a prompt's samples against its one greedy response; KL in the reward (Li et al. 2024)."""
     rollouts = flow.policy.generate(flow.prompts)
     greedy = flow.policy.generate(flow.prompts, sampling=GREEDY)
     experience = flow.join(

@@ -21,6 +21,7 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
 from asyncflow.validate import check
 from protocols.control import StepCommitted
+from protocols.delivery import ServiceStatistics
 from protocols.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
@@ -294,6 +295,7 @@ async def test_on_ray_readers_and_workers_are_served_by_the_actors(recipe: MakeR
 
 
 async def test_statistics_say_what_passed_and_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
+    told: dict[str, ServiceStatistics] = {}
     async with asyncflow.launch(make_recipe(steps=3)) as run:
         async for event in run.events():
             if isinstance(event, StepCommitted) and event.step == 1:
