@@ -16,14 +16,15 @@ from workers.settings import Model
 GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
-REPLICATED = ("reference", "reward")  # models that only answer: their replicas need not talk to each other
+REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not talk to each other
 
 _KINDS: dict[str, Kind] = {
     "policy": "policy",
     "critic": "critic",
-    "cost_critic": "critic",
+    "cost_critic": "cost_critic",
     "reference": "reference",
     "reward": "reward",
+    "cost": "cost",
 }
 
 
@@ -167,8 +168,9 @@ def replaceable(recipe: Recipe) -> list[str]:
 
 
 def stateful(dataflow: Dataflow) -> list[str]:
-    """Services whose state a checkpoint holds: those that train."""
-    return list(dict.fromkeys(s.service for s in dataflow.sinks))
+    """Services whose state a checkpoint holds: those that train, and a batch function that carries one."""
+    carries = [ADVANTAGE] if dataflow.batch_stage.state is not None else []
+    return list(dict.fromkeys([s.service for s in dataflow.sinks] + carries))
 
 
 def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
@@ -210,6 +212,8 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
         whole_groups=contract.whole_groups if contract else False,
         balance=contract.balance if contract else "rows",
         sampling=_sampling(recipe, stage) if stage.generates else None,
+        filter=stage.filter.name if stage.filter is not None else "",
+        filter_inputs=list(stage.filter.inputs) if stage.filter is not None else [],
     )
 
 

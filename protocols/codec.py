@@ -215,7 +215,9 @@ def _default(kind: type[Batch], spec: ColumnSpec, present: Mapping[str, Array | 
     """The column that an older frame lacks, as `Batch` documents it."""
     value, rows = kind.defaults[spec.name], len(present["sample_ids"])
     if not spec.jagged:
-        return np.full(rows, value, spec.dtype)
+        column = np.full(rows, value, spec.dtype)
+        column.flags.writeable = False
+        return column
     for group in kind.aligned:
         for name in group if spec.name in group else ():
             if isinstance(peer := present.get(name), Jagged):

@@ -240,6 +240,8 @@ class Settled(msgspec.Struct, frozen=True, tag=True):
     critic_version: int = -1  # oldest critic step among its values; -1 without a critic
     tokens: int = 0  # response tokens of the rows that are alive
     reward_sum: float = 0.0  # sum of their scores
+    cost_sum: float | None = None  # sum of their costs; None where the algorithm has none
+    worth: bool = True  # False: alive, and the algorithm's filter has no use for it; the join has let it go
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
+from protocols.cut import Rows
 from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import MetricProtocol, Rows, TransferProtocol, protocol
+from protocols.transfer import MetricProtocol, TransferProtocol, protocol
 
 BUILT_IN = (
     "ONE_TO_ALL",

@@ -102,12 +102,26 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
     """What a trainer takes: exactly the rows of one batch, in its order."""
 
     schema_id: ClassVar[int] = 7
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("responses", "log_probs", "loss_mask", "advantages", "returns", "values", "reference"),
+        (
+            "responses",
+            "log_probs",
+            "loss_mask",
+            "advantages",
+            "returns",
+            "values",
+            "reference",
+            "cost_returns",
+            "cost_values",
+        ),
     )
-    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"reference": 0.0}  # version 2 brought it
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {
+        "reference": 0.0,  # version 2 brought it
+        "cost_returns": 0.0,  # version 3 brought them
+        "cost_values": 0.0,
+    }
 
     prompts: JaggedInt32  # [N, P_i]
     responses: JaggedInt32  # [N, T_i]
@@ -117,6 +131,8 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
     returns: JaggedFloat32  # [N, T_i] the critic's targets; 0 where the algorithm has no critic
     values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored; 0 where there is none
     reference: JaggedFloat32  # [N, T_i] log-probs under the reference, for a KL in the loss; 0 where there is none
+    cost_returns: JaggedFloat32  # [N, T_i] the cost critic's targets; 0 where the algorithm has none
+    cost_values: JaggedFloat32  # [N, T_i] its values when the row was scored; 0 where there is none
 
     def check(self) -> None:
         super().check()

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.transfer import Rows
+from protocols.cut import Rows
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):

@@ -50,6 +50,16 @@ class Measured(Generic[M]):
         self.metrics = metrics
 
 
+class Stateful(Measured[M]):
+    """What a stateful batch function returns: besides, the state that it is given with the next batch."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, batch: M, metrics: Metrics, state: msgspec.Struct) -> None:
+        super().__init__(batch, metrics)
+        self.state = state
+
+
 class StageContract(msgspec.Struct, frozen=True):
     """What one method of a role takes and gives."""
 
@@ -121,7 +131,7 @@ def _message_type(hint: Any) -> type[Batch] | type[Metrics] | None:
     if get_origin(hint) in (Union, UnionType):
         kinds = {_message_type(a) for a in get_args(hint)}
         return kinds.pop() if len(kinds) == 1 else None
-    if get_origin(hint) in (Partial, Measured):
+    if get_origin(hint) in (Partial, Measured, Stateful):
         return _message_type(get_args(hint)[0])
     return hint if isinstance(hint, type) and issubclass(hint, (Batch, Metrics)) else None
 

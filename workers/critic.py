@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from protocols.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
@@ -70,3 +71,12 @@ class CriticWorker(Critic):
         """See TrainedModel.load."""
         with torch.no_grad():
             self.trained.load(folder)
+
+
+class CostCriticWorker(CriticWorker):
+    """One rank of a critic of costs: the same model and loss, fitted to what a response cost."""
+
+    @stage(protocol="METRIC")
+    def update(self, experience: Experience) -> Metrics:
+        """See CriticWorker.update."""
+        return super().update(replace(experience, returns=experience.cost_returns, values=experience.cost_values))

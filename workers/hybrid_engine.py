@@ -17,6 +17,8 @@ from typing import NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
 
 from protocols.topology import GenerationGrouping
 from workers.models import Sequences, micro_batches
@@ -90,7 +92,8 @@ class HybridEngine:
         self._gathered: dict[str, Tensor] = {}  # entries in memory order, by name
         self._memory = _Memory(sum(map(_bytes, model.parameters.values())))
         self.shard = DecoderShard(model.config, self._layouts.generate, self.place.pp, join(grouping.tensor_groups))
-        self._pipeline = Pipeline(self.shard, join(grouping.pipeline_groups), model.dtype, model.device)
+        self._stages = join(grouping.pipeline_groups)
+        self._pipeline = Pipeline(self.shard, self._stages, model.dtype, model.device)
 
     @torch.no_grad()
     def to_generation(self) -> Transition:
@@ -134,6 +137,43 @@ class HybridEngine:
         """
         batches = list(micro_batches(data, budget))
         return self._pipeline.forward(batches, lambda micro, outputs: read(outputs, batches[micro]))
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The whole model's."""
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._model.device
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's outputs are its generation replica's, as 3D_ALL_MICRO_DP collects them."""
+        return self.shard.is_last and self.place.tp == 0
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits [n, V] after the last of `tokens` [n, L], on every rank of this generation replica.
+
+        All of its ranks call with the same rows; each one's `cache` takes the keys and values of its own layers.
+        Mask and positions as for `DecoderShard.forward`.
+        """
+        stages, hidden = self._stages, None
+        if not self.shard.is_first:
+            hidden = self._activation(*tokens.shape, self._model.plan.decoder.hidden)
+            stages.receive_(hidden, self.place.pp - 1)
+        states = self.shard(tokens, mask, hidden, positions=positions, cache=cache, last_only=True)
+        if self.shard.is_last:
+            logits = states[:, -1].contiguous()
+        else:
+            stages.send(states.contiguous(), self.place.pp + 1)
+            logits = self._activation(len(tokens), self._model.plan.decoder.vocabulary)
+        return stages.broadcast_(logits, stages.ranks[-1])
+
+    def _activation(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
 
     def _shard(self, name: str) -> _Shard:
         spec = next(p for p in self._model.plan.parameters(self._model.place.pp) if p.name == name)

@@ -1,8 +1,9 @@
 """The policy on p-t-d ranks: the stages, the step and the publication of `PolicyWorker`, as one process would do them.
 
-    rows of a replica --> update     the same loss, norm, measures and next weights on every rank
-                      --> log_probs  on the last stage
-    all ranks         --> snapshot   on rank 0, byte for byte what a single process publishes
+    rows of a replica             --> update     the same loss, norm, measures and next weights on every rank
+                                  --> log_probs  on its last stage
+    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back
+    the weights                   --> snapshot   on rank 0, byte for byte what a single process publishes
 
 Every rank of the topology calls each method together. A rank whose answer is not collected returns None.
 """
@@ -16,9 +17,14 @@ import torch
 from torch import Tensor
 
 from protocols.columns import Jagged, rows_of
-from protocols.messages import Experience, LogProbs, Metrics, Rollouts
-from protocols.topology import Topology
+from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
+from protocols.roles import Sampling
+from protocols.topology import GenerationGrouping, Topology
 from protocols.weights import Probe, Version, WeightManifest, pack
+from workers.folders import end_of_sequence
+from workers.generation.hybrid import draw_all, hybrid_generator
+from workers.generation.torch import TorchEngine
+from workers.hybrid_engine import HybridEngine
 from workers.losses import measures, policy_loss_named
 from workers.losses.aggregation import reduce_loss
 from workers.losses.objective import policy_objective
@@ -35,6 +41,7 @@ from workers.settings import Generation, Loss, Model, Optimizer
 class ParallelPolicy:
     """One rank of a policy that is shared by the ranks of a topology.
 
+    `grouping` is the layout to generate in; without one the policy only trains and answers.
     Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
     """
 
@@ -47,16 +54,41 @@ class ParallelPolicy:
         generation: Generation,
         seed: int,
         *,
+        grouping: GenerationGrouping | None = None,
         device: torch.device | str = "cpu",
         recompute: bool = False,
     ) -> None:
         self._policy_loss = policy_loss_named(loss.policy)
         self.model = ParallelModel(model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute)
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
+        self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
         self._loss = loss
+        self._generation = generation
+        self._end_of_sequence = end_of_sequence(model.path)
         self._temperature = generation.temperature
         self._tolerance = generation.probe_tolerance
         self._seed = seed
+
+    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts | None:
+        """Draw this generation replica's rows, perhaps none, with the current weights: switch, draw, switch back.
+
+        A row's tokens are those that one process would draw. Raises RuntimeError without a layout to generate in.
+        """
+        hybrid, engine = self._generating(), self.engine(term=0)
+        hybrid.to_generation()
+        try:
+            drawn = draw_all(engine, prompts, sampling)
+        finally:
+            hybrid.to_training()
+        return drawn if hybrid.answers else None
+
+    def engine(self, term: int) -> TorchEngine:
+        """An engine that draws with the ranks' weights, at their current version; `advance` it after an update.
+
+        It steps between `hybrid.to_generation()` and `hybrid.to_training()`. Raises RuntimeError without a layout.
+        """
+        version = Version(term, self.trained.version)
+        return hybrid_generator(self._generating(), self._generation, self._seed, self._end_of_sequence, version)
 
     def log_probs(self, rollouts: Rollouts) -> LogProbs | None:
         """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
@@ -106,6 +138,11 @@ class ParallelPolicy:
     def export(self, folder: str) -> None:
         """See ParallelTraining.export."""
         self.trained.export(folder)
+
+    def _generating(self) -> HybridEngine:
+        if self.hybrid is None:
+            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
+        return self.hybrid
 
     def _objective(
         self, batch: Experience, weights: Jagged, proximal: Jagged | None, measured: dict[str, float]

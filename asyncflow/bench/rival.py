@@ -76,7 +76,7 @@ class BareFront:
 
 
 class Floor:
-    """Ray's own time for a hop: one message in, its bytes to each rank (or inline to the one), an answer back."""
+    """Ray's own time for a hop: a message in, all of its bytes to each rank (inline to a single one), a quarter out."""
 
     def __init__(self, ranks: int) -> None:
         rank: Any = ray.remote(BareRank)
@@ -87,7 +87,7 @@ class Floor:
     async def hop(self, frame: Frame) -> list[bytes]:
         """There and back."""
         payload: Any = [ray.put(frame)] if self._ranks else frame.tobytes()
-        return await self._front.pass_on.remote(payload, frame.nbytes // max(4, len(self._ranks)))
+        return await self._front.pass_on.remote(payload, frame.nbytes // 4 // max(1, len(self._ranks)))
 
     def close(self) -> None:
         """End the actors."""

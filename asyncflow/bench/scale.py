@@ -24,7 +24,7 @@ from protocols.delivery import Delivery
 from protocols.ids import prompt_of, sample_id
 from protocols.messages import Scores
 
-WAVE = 512  # rows sent together; a wave's prompts end before the one after the next starts
+WAVE = 512  # rows sent together; a wave's prompts end before the next one starts
 SAMPLES = 8  # a prompt
 WIDTH = 2
 

@@ -172,6 +172,7 @@ class Controller:
         async with asyncio.TaskGroup() as group:
             background = self._fleet.follow(group, self._hear, self._replaced)
             background.append(group.create_task(self._watch(), name="watchdog"))
+            background.append(group.create_task(self._tell_ended(), name="ended prompts"))
             train = group.create_task(self._drive(group, background), name="steps")
             outcome = await self._with_stop_deadline(train)
             for task in background:
@@ -310,6 +311,8 @@ class Controller:
         seconds = await self._record.commit(self._admission.version, samples)
         self._prompts.commit(batch)
         rewards = sum(p.reward_sum for p in settled)
+        if costs := [p.cost_sum for p in settled if p.cost_sum is not None]:
+            metrics |= {"cost_mean": sum(costs) / max(len(samples), 1)}
         event = StepCommitted(
             step=self._admission.version,
             version=str(self._version()),
@@ -407,13 +410,14 @@ class Controller:
 
     async def _hear_settled(self, settled: Settled) -> None:
         self._prompts.settle(settled)
-        if not settled.dead:
+        if settled.worth and not settled.dead:
             self._record.scored(settled.alive)
             return
+        reason, cause = ("group_incomplete", settled.dead[0].cause) if settled.dead else ("no_signal", "no_signal")
         group: list[tuple[int, State, str]] = [(f.sample_id, "failed", f.cause) for f in settled.dead]
-        await self._end_samples(group + [(sample, "dropped", "group_incomplete") for sample in settled.alive])
+        await self._end_samples(group + [(sample, "dropped", reason) for sample in settled.alive])
         if rejects := self._prompts.rejects():
-            raise RunFailed(f"{rejects}; last cause: {settled.dead[0].cause}")
+            raise RunFailed(f"{rejects}; last cause: {cause}")
 
     async def _end_samples(self, ended: list[tuple[int, State, str]]) -> None:
         """End a group, or what is left: in one transaction, so that no checkpoint holds half of it."""
@@ -424,6 +428,13 @@ class Controller:
             assert state in ("dropped", "failed")
             self._emit(SamplesEnded(state=state, reason=reason, count=count))  # type: ignore[arg-type]
 
+    async def _tell_ended(self) -> None:
+        """Apart from the watchdog, which a service that does not answer must not hold up."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if over := self._prompts.take_ended():
+                await self._fleet.end_prompts(over)
+
     # --- watching
 
     async def _watch(self) -> None:
@@ -432,8 +443,6 @@ class Controller:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
-            if over := self._prompts.take_ended():
-                await self._fleet.end_prompts(over)
             now = time.monotonic()
             rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
             progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)

@@ -50,6 +50,7 @@ class Fleet:
         self._leases = shared_leases(pools)
         self._supervisor, self._restart = supervisor, restart
         self._replacing: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self._ended = EndedPrompts()
         self._moved = time.monotonic()
 
@@ -61,11 +62,15 @@ class Fleet:
     def follow(
         self, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
     ) -> list[asyncio.Task[None]]:
-        """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on."""
-        return [
+        """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on.
+
+        Redeliveries join the list: one to a service that hangs must not outlive the rest.
+        """
+        self._tasks += [
             group.create_task(self._follow(name, group, hear, replaced), name=f"notices of {name}")
             for name in self.services
         ]
+        return self._tasks
 
     async def _follow(
         self, name: str, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
@@ -121,7 +126,7 @@ class Fleet:
         """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
         for resend in resends:
             again = self.tell(resend.service, Redeliver(resend.edge))
-            group.create_task(again, name=f"redelivery to {resend.edge}")
+            self._tasks.append(group.create_task(again, name=f"redelivery to {resend.edge}"))
 
     async def _grant(self, claim: Claim | None) -> None:
         if claim is not None:

@@ -28,7 +28,7 @@ class PromptBook:
         self._floors |= dict.fromkeys(prompts, self.admission.version)
 
     def settle(self, settled: Settled) -> None:
-        """All rows of a prompt are at the join; a dead one ends, which makes room for another in its place.
+        """All rows of a prompt are at the join; one that is dead, or not worth training, makes room for another.
 
         Told again it changes nothing; told otherwise (rows were made anew) the last word counts.
         """
@@ -38,7 +38,7 @@ class PromptBook:
         if prompt not in self._settled:
             self.admission.settle()
         self._settled[prompt] = settled
-        if settled.dead:
+        if settled.dead or not settled.worth:
             self.drop(prompt)
 
     def drop(self, prompt: int) -> None:

@@ -19,6 +19,18 @@ class DataflowError(Exception):
     """An algorithm that can't be run as it is written: names the stage and what it was given."""
 
 
+class Filter(msgspec.Struct, frozen=True):
+    """Which settled prompts are worth a place in a batch, from the rows of one prompt at a time."""
+
+    function: Callable[..., Any]  # rows of the inputs -> [N] bool; a prompt without a True is dropped
+    inputs: tuple[int, ...]  # positions, among the stage's inputs, of what it takes
+
+    @property
+    def name(self) -> str:
+        """The function's own."""
+        return self.function.__name__
+
+
 class Stage(msgspec.Struct, frozen=True):
     """One call site of a service's method, or of an `apply` function."""
 
@@ -32,6 +44,8 @@ class Stage(msgspec.Struct, frozen=True):
     protocol: str
     greedy: bool = False
     function: Callable[..., Any] | None = None  # of an apply stage
+    filter: Filter | None = None  # of an apply stage whose prompts are not all trained
+    state: type[msgspec.Struct] | None = None  # of an apply stage that carries one from batch to batch
 
     @property
     def is_sink(self) -> bool:
@@ -112,8 +126,9 @@ class Dataflow(msgspec.Struct, frozen=True):
         lines = []
         for stage in self.stages:
             given = "" if stage.is_sink else f" -> {stage.produces.__name__}"
+            kept = f", where {stage.filter.name}" if stage.filter is not None else ""
             lines.append(
-                f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{given}   [{stage.grain}, {stage.protocol}]"
+                f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{given}   [{stage.grain}, {stage.protocol}{kept}]"
             )
         return "\n".join(lines)
 

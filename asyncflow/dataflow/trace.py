@@ -11,20 +11,22 @@ import difflib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args, overload
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import msgspec
 
-from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError, Stage, check
+from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError, Filter, Stage, check
 from protocols.columns import Batch
 from protocols.messages import Experience, Prompts
 from protocols.roles import ROLES, Greedy
-from protocols.stage import Grain, StageContract, contract_of, signature_of
+from protocols.stage import Grain, StageContract, Stateful, contract_of, signature_of
 from workers.settings import Loss
 
 Algorithm = Callable[["Flow"], None]
 JoinedOn = Literal["sample", "prompt"]
 A = TypeVar("A", bound=Algorithm)
+STATE = "state"  # the keyword under which a stateful batch function gets what it returned last
 
 
 class Declaration(msgspec.Struct, frozen=True):
@@ -160,14 +162,25 @@ class _SymbolicService:
 class Join:
     """Joined rows, waiting for the function that turns a closed batch into experience."""
 
-    def __init__(self, flow: Flow, inputs: tuple[Symbol, ...]) -> None:
-        self._flow, self._inputs = flow, inputs
+    def __init__(self, flow: Flow, inputs: tuple[Symbol, ...], filter: Filter | None = None) -> None:
+        self._flow, self._inputs, self._filter = flow, inputs, filter
+
+    def keep(self, function: Callable[..., Any]) -> Join:
+        """Train only prompts that a function finds worth it; others are admitted in the place of those it drops.
+
+        The function is called with the rows of one prompt. Its parameters are annotated with the joined message types
+        that it wants to see, and it returns a bool per row: a prompt without a True ends as dropped (no_signal).
+        """
+        if self._filter is not None:
+            raise DataflowError(f"{function.__name__}: the join keeps what {self._filter.name} chooses already")
+        return Join(self._flow, self._inputs, Filter(function, _seen_by(function, self._inputs)))
 
     def apply(self, function: Callable[..., Any]) -> Symbol:
         """Run a numpy function on each closed batch, rows in the batch's order.
 
         Its positional parameters are annotated with the joined message types, its return value with
-        Experience; keyword-only parameters are numbers that the recipe's [advantage] table sets.
+        Experience; keyword-only parameters are numbers that the recipe's [advantage] table sets. A keyword-only
+        `state: SomeStruct | None` is what the function returned with the batch before, in a `Stateful`; None at first.
         """
         try:
             consumes, produces = signature_of(function)
@@ -187,6 +200,8 @@ class Join:
             consumes=consumes,
             protocol="RANK_ZERO",
             function=function,
+            filter=self._filter,
+            state=_state_of(function),
         )
 
 
@@ -206,9 +221,42 @@ def trace(function: Algorithm, roles: Mapping[str, type] | None = None) -> Dataf
 
 
 def numbers_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of a batch function and their defaults."""
+    """The keyword-only parameters of a batch function that a recipe sets, and their defaults."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != STATE}
+
+
+def _state_of(function: Callable[..., Any]) -> type[msgspec.Struct] | None:
+    """The type of what a batch function carries from batch to batch. Raises DataflowError where it is half said."""
+    hints = get_type_hints(function)
+    returns = get_origin(hints["return"]) is Stateful
+    if STATE not in hints and not returns:
+        return None
+    kinds = [k for k in get_args(hints.get(STATE)) if k is not NoneType]
+    if not returns or len(kinds) != 1 or not (isinstance(kinds[0], type) and issubclass(kinds[0], msgspec.Struct)):
+        raise DataflowError(
+            f"{function.__name__}: a stateful batch function takes a keyword `state: SomeStruct | None` and returns "
+            f"Stateful[Experience]; it takes {hints.get(STATE)} and returns {hints['return']}"
+        )
+    return kinds[0]
+
+
+def _seen_by(function: Callable[..., Any], inputs: tuple[Symbol, ...]) -> tuple[int, ...]:
+    """Positions of the joined rows that a filter takes, found by their types. Raises DataflowError."""
+    hints = get_type_hints(function)
+    found = []
+    for name in inspect.signature(function).parameters:
+        kind = hints.get(name)
+        places = [p for p, symbol in enumerate(inputs) if symbol.kind is kind and symbol.grain == "sample"]
+        if len(places) != 1:
+            raise DataflowError(
+                f"{function.__name__}: {name} is {getattr(kind, '__name__', kind)}, of which the join has "
+                f"{len(places)} with a row per sample, want one; it has {', '.join(map(repr, inputs))}"
+            )
+        found.append(places[0])
+    if not found:
+        raise DataflowError(f"{function.__name__}: takes nothing, so it can't tell one prompt from another")
+    return tuple(found)
 
 
 def _match(where: str, wanted: tuple[type[Batch], ...], given: tuple[Any, ...]) -> None:

@@ -96,11 +96,15 @@ class Host:
     ) -> T:
         """Run blocking work in the service's own compute thread and account for its time."""
         delay = self.spec.delay_seconds.get(activity.split("#", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1], 0.0)
-        start = time.time()
         if delay:
             await asyncio.sleep(delay)
-        result = await asyncio.get_running_loop().run_in_executor(self.thread, lambda: function(*arguments))
-        self.spent(activity, start, time.time(), rows, step)
+
+        def timed() -> tuple[T, float, float]:  # in the thread: time in its queue is another call's
+            start = time.time()
+            return function(*arguments), start, time.time()
+
+        result, start, end = await asyncio.get_running_loop().run_in_executor(self.thread, timed)
+        self.spent(activity, start - delay, end, rows, step)
         return result
 
     async def fire(
@@ -151,6 +155,9 @@ class Host:
                 self.counts.damaged(stage.inputs[damaged.input], len(damaged.rows))
         if metrics:
             fired.metrics = protocol("METRIC").combine(metrics)
+        else:  # a protocol that deals out too few rows, or collects from too few ranks
+            given = [sample for part in fired.parts for sample in part.shard.sample_ids]
+            check_complete(stage.name, samples, [*given, *(f.sample_id for f in fired.failures), *fired.lost])
         return fired
 
     async def read(self, parts: Sequence[Part], kind: type[B], edge: str) -> B:
@@ -230,6 +237,7 @@ class Host:
         """Send again what an edge may have lost; how many deliveries. They refuse what they had."""
         again, who = self.outbox.kept(edge), f"redelivery to {edge}"
         for kept in again:
+            self.wait(who, "credit", edge)
             await self._hand_over(who, kept, {edge})
         self.wait(who)
         return len(again)

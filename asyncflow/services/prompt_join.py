@@ -7,7 +7,7 @@ score), which the batch gives to every sample of the prompt.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -21,12 +21,20 @@ from protocols.messages import Costs, Rollouts, Scores, Values
 from protocols.stage import Failure, Grain
 
 Held = tuple[Batch, int]  # a row inside a batch that arrived
+Worth = Callable[[Mapping[int, Batch]], bool]  # of one prompt's rows, by the position of their sample edge
 
 
 class PromptJoin:
-    """Holds joined rows from the first arrival until the batch takes them or the prompt dies."""
+    """Holds joined rows from the first arrival until the batch takes them, or the prompt dies or is of no use."""
 
-    def __init__(self, grains: Sequence[Grain], samples_per_prompt: int, ended: EndedPrompts | None = None) -> None:
+    def __init__(
+        self,
+        grains: Sequence[Grain],
+        samples_per_prompt: int,
+        ended: EndedPrompts | None = None,
+        worth: Worth | None = None,
+    ) -> None:
+        """`worth` says whether a prompt that settled alive should be trained; None: all are."""
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
         self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), ended)
@@ -34,6 +42,7 @@ class PromptJoin:
         self._settled: defaultdict[int, set[int]] = defaultdict(set)
         self._closed: dict[int, list[int]] = {}  # prompts that settled alive -> their samples
         self._per_prompt = samples_per_prompt
+        self._worth = worth
         self.peak = 0
 
     @property
@@ -95,8 +104,13 @@ class PromptJoin:
             # A group that lost a member is not trained: its baseline and its count would be another's.
             self.end([prompt])
             return Settled(prompt, [s for s in samples if s not in {f.sample_id for f in dead}], dead)
-        self._closed[prompt] = samples
-        return self._summary(prompt, samples)
+        summary = self._summary(prompt, samples)
+        if summary.worth:
+            self._closed[prompt] = samples
+        else:
+            # Its rows leave before its place is told to be free: the prompt that refills it finds room here.
+            self.end([prompt])
+        return summary
 
     def _deaths(self, prompt: int, samples: list[int]) -> list[Failure]:
         dead = [f for s in samples if (f := self._samples.failure_of(s)) is not None]
@@ -106,11 +120,13 @@ class PromptJoin:
         return [Failure(s, f"its prompt's baseline: {baseline.cause}") for s in samples] if baseline else []
 
     def _summary(self, prompt: int, samples: list[int]) -> Settled:
-        oldest, critic, tokens, reward = 0, -1, 0, 0.0
-        for position, by_prompt in enumerate(self._by_prompt):
-            if by_prompt:
-                continue
-            rows = gather(self._samples.column(self._place[position], samples))
+        oldest, critic, tokens, reward, cost = 0, -1, 0, 0.0, None
+        columns = {
+            position: gather(self._samples.column(self._place[position], samples))
+            for position, by_prompt in enumerate(self._by_prompt)
+            if not by_prompt
+        }
+        for rows in columns.values():
             match rows:
                 case Rollouts():
                     oldest, tokens = int(rows.versions.values.min()), len(rows.responses.values)
@@ -119,8 +135,9 @@ class PromptJoin:
                 case Scores():
                     reward += float(rows.scores.sum())
                 case Costs():
-                    pass
-        return Settled(prompt, samples, [], oldest, critic, tokens, reward)
+                    cost = (cost or 0.0) + float(rows.costs.sum())
+        worth = self._worth is None or self._worth(columns)
+        return Settled(prompt, samples, [], oldest, critic, tokens, reward, cost, worth)
 
     @staticmethod
     def _baseline_of(sample: int) -> int:

@@ -53,8 +53,9 @@ class Rank:
         """`thread`: where `call` works; None where the process has nothing else to do and calls `work` itself."""
         self._spec, self._workplace, self._store, self._thread = spec, workplace, store, thread
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
-        self._direct = {stage.name: stage.direct for stage in spec.stages}
-        self._alone = Topology.parse(spec.topology).world_size == 1  # whoever calls it directly reads the answer
+        # One of several answers through its front, whatever the consumers are: what it puts must not travel inside.
+        self._alone = Topology.parse(spec.topology).world_size == 1
+        self._direct = {stage.name: self._alone and stage.direct for stage in spec.stages}
 
     async def call(self, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         """Fetch, then `work` in the compute thread: see `Ranks.call`."""
@@ -70,7 +71,8 @@ class Rank:
     def work(self, call: RankCall, frames: Sequence[Frame | None]) -> tuple[RankReply, list[Payload]]:
         """Read, compute, put. Blocking. `None` stands for a frame that is gone."""
         start = time.time()
-        time.sleep(self._spec.delay_seconds.get(call.method, 0.0))
+        if delay := self._spec.delay_seconds.get(call.method, 0.0):
+            time.sleep(delay)
         read = Reader(call, frames)
         for number, reason in read.refused.items():
             if (frame := frames[number]) is not None:

@@ -257,7 +257,8 @@ class ModelService:
                 return GeneratingStage(self._host, stage, self._loop)
             case "closed":
                 assert self._workplace is not None
-                return ClosingStage(self._host, stage, self._workplace.method(stage.method))
+                worth = self._workplace.method(stage.filter) if stage.filter else None
+                return ClosingStage(self._host, stage, self._workplace.method(stage.method), worth)
             case "batch":
                 return TrainingStage(self._host, stage)
             case "rows":

@@ -10,7 +10,8 @@ from protocols.roles import Sampling
 from protocols.stage import Grain
 from workers.settings import Failures, Generation, Loss, Model, Optimizer
 
-Kind = str  # "policy", "generator", "critic", "reference", "reward", "advantage", or "package.module:Class" of a worker
+# "policy", "generator", "critic", "cost_critic", "reference", "reward", "cost", "advantage", or "package.module:Class"
+Kind = str
 OUTSIDE: Kind = "outside"  # the rank of the role that the service is named after is outside of the run
 Fires = Literal["generate", "rows", "closed", "batch"]  # closed: joins and waits for CloseBatch; batch: trains on one
 
@@ -38,6 +39,8 @@ class StageSpec(msgspec.Struct, frozen=True):
     whole_groups: bool = False  # a prompt's samples go to one rank
     balance: Literal["rows", "tokens"] = "rows"
     sampling: Sampling | None = None  # of a generating stage
+    filter: str = ""  # of a closing stage: the worker's method that says which prompts are worth training
+    filter_inputs: list[int] = []  # positions of the inputs that it takes
 
     @property
     def direct(self) -> bool:

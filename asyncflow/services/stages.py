@@ -11,8 +11,10 @@ import asyncio
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from asyncflow.services.endpoint import PayloadLost
 from asyncflow.services.host import Fired, Host
@@ -104,10 +106,20 @@ class RowStage(StageRunner):
 class ClosingStage(StageRunner):
     """The join whose closed batch becomes experience. One rank reads its rows as they come: their summary is theirs."""
 
-    def __init__(self, host: Host, spec: StageSpec, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, host: Host, spec: StageSpec, function: Callable[..., Any], filter: Callable[..., Any] | None = None
+    ) -> None:
+        """`filter` says of a prompt's rows, of the spec's `filter_inputs`, which are worth training; None: all."""
         super().__init__(host, spec)
         self._function = function
-        self._join = PromptJoin(spec.grains, host.spec.samples_per_prompt, host.ended)
+        self._filter = filter
+        self._join = PromptJoin(
+            spec.grains, host.spec.samples_per_prompt, host.ended, None if filter is None else self._is_worth_training
+        )
+
+    def _is_worth_training(self, rows: Mapping[int, Batch]) -> bool:
+        assert self._filter is not None
+        return bool(np.any(self._filter(*(rows[position] for position in self.spec.filter_inputs))))
 
     async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
         """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from asyncflow.services.apply_functions import ApplyFunctions
 from asyncflow.services.spec import Kind, ServiceSpec
 from protocols.roles import Cost, Critic, Policy, Reference, Reward
 from protocols.stage import StageContract, contract_of
@@ -74,6 +75,12 @@ def _critic(spec: ServiceSpec) -> Workplace:
     return Workplace(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
 
 
+def _cost_critic(spec: ServiceSpec) -> Workplace:
+    from workers.critic import CostCriticWorker
+
+    return Workplace(CostCriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+
+
 def _reference(spec: ServiceSpec) -> Workplace:
     from workers.reference import ReferenceWorker
 
@@ -88,28 +95,29 @@ def _reward(spec: ServiceSpec) -> Workplace:
     return Workplace(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
 
 
+def _cost(spec: ServiceSpec) -> Workplace:
+    from workers.cost import ModelCost, RuleCost
+
+    if spec.model.rule:
+        return Workplace(RuleCost(spec.model, spec.tokenizer_path, spec.failures))
+    return Workplace(ModelCost(spec.model, spec.loss.tokens_per_micro_batch))
+
+
 def _advantage(spec: ServiceSpec) -> Workplace:
     from asyncflow.dataflow.registry import algorithm_named
     from asyncflow.dataflow.trace import trace
 
-    stage = trace(algorithm_named(spec.algorithm)).batch_stage
-    assert stage.function is not None
-    return Workplace(_Functions({stage.method: stage.function}))
-
-
-class _Functions:
-    """Apply functions as methods of a worker."""
-
-    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
-        self.__dict__.update(functions)
+    return Workplace(ApplyFunctions(trace(algorithm_named(spec.algorithm)).batch_stage))
 
 
 _BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
     "policy": _policy,
     "generator": _generator,
     "critic": _critic,
+    "cost_critic": _cost_critic,
     "reference": _reference,
     "reward": _reward,
+    "cost": _cost,
     "advantage": _advantage,
 }
 
@@ -118,6 +126,7 @@ _ROLES: dict[str, type] = {
     "policy": Policy,
     "generator": Policy,
     "critic": Critic,
+    "cost_critic": Critic,
     "reference": Reference,
     "reward": Reward,
     "cost": Cost,
@@ -141,11 +150,14 @@ def _own(kind: Kind) -> type:
         ) from None
 
 
+_WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
+
+
 def build(spec: ServiceSpec, rank: int = 0) -> Workplace:
     """Build the worker of one of a service's ranks. Blocking: loads models."""
     if spec.kind not in _BUILDERS:
         return Workplace(_own(spec.kind)(spec, rank))
-    if spec.kind in ("policy", "generator", "critic", "reference") or (spec.kind == "reward" and spec.model.path):
+    if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.path):
         import torch
 
         torch.set_num_threads(spec.threads)

@@ -9,7 +9,7 @@ from asyncflow.bench import scale
 from asyncflow.bench.channels import QUICK, RANKS, Figures, lines, measure
 
 
-async def test_a_million_rows_would_cost_the_same_through_many_services_as_through_few():
+async def test_every_row_passes_few_services_and_many_and_nothing_is_kept():
     few, many = [await scale.measure(services, rows=30_000) for services in (4, 64)]
     assert (few.channels, many.channels) == (8, 128)
     for figures in (few, many):

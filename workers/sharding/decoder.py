@@ -136,12 +136,14 @@ class DecoderShard(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Tokens [n, L], and past the first stage the activations [n, L, H] of the one before.
 
         `mask` int64 [n, cached + L] is 0 on padding; `positions` int64 [n or 1, L] count from 0 where not given;
         `cache` is this stage's own and takes the new keys and values. Returns activations [n, L, H]; on the last
-        stage logits [n, L, V], or values or scores [n, L, 1]. All ranks of a tensor group call and get the same.
+        stage logits [n, L, V], or values or scores [n, L, 1]; with `last_only` those of the last position, [n, 1, ...].
+        All ranks of a tensor group call and get the same.
         """
         states = cast(Tensor, self.model["embed_tokens"](tokens) if hidden is None else hidden)
         if positions is None:
@@ -158,7 +160,9 @@ class DecoderShard(nn.Module):
                 states = cast(Tensor, checkpoint(layer, states, use_reentrant=False, **options))
             else:
                 states = layer(states, **options)
-        return self._read(self.model["norm"](states)) if self.is_last else states
+        if not self.is_last:
+            return states
+        return self._read(self.model["norm"](states[:, -1:] if last_only else states))
 
     def _read(self, hidden: Tensor) -> Tensor:
         if self.plan.decoder.head != "tokens":

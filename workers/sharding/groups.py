@@ -57,7 +57,7 @@ class RankGroup:
         return tensor
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
-        """What every rank brings, in their order; messages may differ in length."""
+        """What every rank brings, in their order; small messages, which may differ in length."""
         if self.size == 1:
             return [message]
         device = "cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu"
@@ -65,7 +65,7 @@ class RankGroup:
         lengths[self.index] = len(message)
         longest = int(self.gather_rows_(lengths).max())
         rows = torch.zeros(self.size, max(longest, 1), dtype=torch.uint8)
-        rows[self.index, : len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else 0
+        rows[self.index, : len(message)] = torch.tensor(list(message), dtype=torch.uint8)
         rows = self.gather_rows_(rows.to(device)).cpu()
         return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths.flatten().tolist(), strict=True)]
 

@@ -12,11 +12,13 @@ from asyncflow.dataflow.algorithms.reinforce_pp import reinforce_pp
 from asyncflow.dataflow.algorithms.reinforce_pp_baseline import reinforce_pp_baseline
 from asyncflow.dataflow.algorithms.remax import remax
 from asyncflow.dataflow.algorithms.rloo import rloo
+from asyncflow.dataflow.algorithms.safe_rlhf import safe_rlhf
 from asyncflow.dataflow.trace import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": ppo,
     "remax": remax,
+    "safe_rlhf": safe_rlhf,
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,

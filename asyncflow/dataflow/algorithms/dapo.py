@@ -1,9 +1,10 @@
-"""DAPO: GRPO for long responses: clip-higher, a mean over tokens, and a price for what is overlong."""
+"""DAPO: GRPO for long responses: clip-higher, dynamic sampling, and a price for what is overlong."""
 
 from __future__ import annotations
 
 from asyncflow.dataflow.trace import Flow, algorithm
 from workers.advantages.dapo import dapo as advantages
+from workers.advantages.dapo import worth_training
 from workers.settings import Loss
 
 
@@ -11,9 +12,9 @@ from workers.settings import Loss
 def dapo(flow: Flow) -> None:
     """No reference; the price is set in [advantage], see `workers.advantages.dapo` (Yu et al. 2025).
 
-    Not here yet is the paper's dynamic sampling, which refills the batch through admission where all samples of a
-    prompt score the same. Such prompts are trained and teach nothing; the metric flat_groups tells their share.
+    Dynamic sampling: a prompt whose samples all score the same teaches nothing. It is dropped, and admission puts
+    another in its place, for `max_refills` rounds of a step.
     """
     rollouts = flow.policy.generate(flow.prompts)
-    joined = flow.join(rollouts, flow.reward.score(rollouts))
+    joined = flow.join(rollouts, flow.reward.score(rollouts)).keep(worth_training)
     flow.policy.update(joined.apply(advantages))

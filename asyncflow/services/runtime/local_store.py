@@ -32,7 +32,7 @@ class LocalStore:
 
     def __init__(self, budget_bytes: int = DEFAULT_BUDGET) -> None:
         self._budget = budget_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside `put` may free frames: their `_let_go` is then within it
         self._held = 0
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None

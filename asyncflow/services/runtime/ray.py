@@ -44,7 +44,7 @@ class RayRuntime:
         """Start all actors side by side, wait until each has its model, connect them."""
         try:
             await asyncio.to_thread(self._init)
-        except (RayError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # ray.init raises bare ones, too
             where = f"at {self._address}" if self._address else "on this machine"
             raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
         if len(ray.nodes()) > 1:

@@ -10,12 +10,14 @@ import pytest
 from asyncflow.config import BadInput, recipe_text, to_recipe
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.algorithms.ppo import ppo
-from asyncflow.dataflow.graph import Dataflow, DataflowError
+from asyncflow.dataflow.graph import Dataflow, DataflowError, Filter
 from asyncflow.dataflow.trace import Declaration, Flow, algorithm, declaration_of, trace
+from workers.advantages.dapo import worth_training
 from workers.advantages.gae import gae
+from workers.advantages.safe_rlhf import Multiplier
 from workers.settings import Loss
 
-WITH_REFERENCE = {"ppo", "remax", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"}
+WITH_REFERENCE = {"ppo", "safe_rlhf", "remax", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"}
 
 
 @algorithm(loss=Loss(policy="cispo", clip_high=4.0), advantage={"gamma": 0.9})
@@ -44,10 +46,25 @@ def test_an_algorithm_is_named_as_its_function_and_traces(name: str):
     assert ("reference.log_probs#1" in stages_of(name)) == (name in WITH_REFERENCE)
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"ppo"}))
-def test_only_ppo_has_a_critic(name: str):
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"ppo", "safe_rlhf"}))
+def test_only_ppo_and_what_extends_it_have_a_critic(name: str):
     assert {s for s in stages_of("ppo") if s.startswith("critic")} == {"critic.values#1", "critic.update#1"}
     assert not any(s.startswith("critic") for s in stages_of(name))
+
+
+def test_safe_rlhf_adds_a_cost_its_critic_and_a_state():
+    added = stages_of("safe_rlhf") - stages_of("ppo")
+    assert added == {"cost.score#1", "cost_critic.values#1", "cost_critic.update#1", "safe_rlhf#1"}
+    assert stages_of("ppo") - stages_of("safe_rlhf") == {"gae#1"}
+    assert trace(ALGORITHMS["safe_rlhf"]).batch_stage.state is Multiplier
+    assert all(trace(ALGORITHMS[name]).batch_stage.state is None for name in ALGORITHMS.keys() - {"safe_rlhf"})
+
+
+def test_dapo_keeps_prompts_by_their_scores():
+    filters = {name: trace(ALGORITHMS[name]).batch_stage.filter for name in ALGORITHMS}
+    assert {name for name, kept in filters.items() if kept is not None} == {"dapo"}
+    assert filters["dapo"] == Filter(worth_training, (1,))
+    assert "[batch, RANK_ZERO, where worth_training]" in trace(ALGORITHMS["dapo"]).draw()
 
 
 def test_remax_adds_a_greedy_response_and_its_score():
@@ -65,6 +82,7 @@ def test_remax_adds_a_greedy_response_and_its_score():
     ("name", "changes"),
     [
         ("ppo", {}),
+        ("safe_rlhf", {}),
         ("remax", {}),
         ("grpo", {"dual_clip": 0.0, "kl_coefficient": 0.04, "aggregation": "sequence-mean-token-mean"}),
         ("dr_grpo", {"dual_clip": 0.0, "aggregation": "sequence-mean-fixed-length", "fixed_length": 9}),

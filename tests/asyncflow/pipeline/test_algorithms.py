@@ -31,6 +31,8 @@ from workers.advantages.remax import remax as advantages
 from workers.settings import Loss, Model
 
 STEPS, PROMPTS, SAMPLES = 2, 4, 2
+RULES = "tests.asyncflow.pipeline.rules"
+BESIDE_THE_POLICY = {"ppo": {"critic"}, "safe_rlhf": {"critic", "cost_critic", "advantage"}}  # in a checkpoint
 
 MakeOf = Callable[..., Recipe]
 
@@ -41,7 +43,8 @@ def recipe_of(table: dict[str, Any]) -> MakeOf:
 
     def make(algorithm: str, **changes: Any) -> Recipe:
         called = trace(algorithm_named(algorithm)).services
-        models = {role: model for role, model in table["models"].items() if role in called}
+        costs = {"cost": {"rule": f"{RULES}:telling"}, "cost_critic": table["models"]["critic"]}
+        models = {role: model for role, model in (table["models"] | costs).items() if role in called}
         sizes = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
         return to_recipe(table | {"algorithm": algorithm, "models": models, "advantage": {}} | sizes | changes)
 
@@ -76,7 +79,7 @@ async def test_it_trains_the_policy_and_every_sample_ends_once(recipe_of: MakeOf
     ledger.close()
     assert (totals.created, totals.trained, totals.live) == (16, 16, 0)  # greedy baselines are not among them
     assert {path.name for path in (folder / "checkpoints" / "step_000002").iterdir() if path.is_dir()} == (
-        {"policy"} if name != "ppo" else {"policy", "critic"}
+        {"policy"} | BESIDE_THE_POLICY.get(name, set())
     )
 
 

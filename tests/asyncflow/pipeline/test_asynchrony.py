@@ -10,7 +10,7 @@ import pytest
 
 import asyncflow
 from asyncflow.launching import resume
-from protocols.control import Evaluated, Published, RunEnded, SamplesEnded, StateChanged, StepCommitted
+from protocols.control import Evaluated, Published, RunEnded, SamplesEnded, Stalled, StateChanged, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 GENERATOR = {
@@ -128,3 +128,23 @@ def _states(folder: Path) -> set[tuple[str, int]]:
         return set(database.execute("SELECT state, COUNT(*) FROM samples GROUP BY state").fetchall())
     finally:
         database.close()
+
+
+async def test_a_stall_is_told_with_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
+    """The reward takes its time: nothing else can move, and the graph leads to it."""
+    recipe = make_recipe(
+        steps=1,
+        deterministic=False,
+        data={"eval": ""},
+        delays={"reward": {"score": 3.0}},
+        deadlines={"stall": 1.0, "give_up": 60.0},
+    )
+    stalls: list[Stalled] = []
+    async with asyncflow.launch(recipe) as run:
+        async for event in run.events():
+            if isinstance(event, Stalled):
+                stalls.append(event)
+        assert (await run.wait()).outcome == "finished"
+    waits = [line.split(" since ")[0] for line in stalls[0].graph]
+    assert "policy.update#1 waits for batch on gae#1" in waits
+    assert not any(line.startswith("reward.score#1") for line in waits), "it works: whoever waits, waits for it"

@@ -51,6 +51,8 @@ def batch(folder: Path) -> Experience:
         returns=column(np.zeros(tokens, np.float32)),
         values=column(np.zeros(tokens, np.float32)),
         reference=column((own + rng.normal(0, 0.4, tokens)).astype(np.float32)),
+        cost_returns=column(np.zeros(tokens, np.float32)),
+        cost_values=column(np.zeros(tokens, np.float32)),
     )
 
 

@@ -1,0 +1,139 @@
+"""How long a model's part of a step takes in a layout: rooflines, collectives, bubbles, waves. Seconds throughout.
+
+One set of formulas and constants serves every model, size and placement. Times add up inside a rank; nothing is
+assumed to hide behind something else, except that a matrix product overlaps the reading of its own weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from asyncflow.placement.devices import Device
+from asyncflow.placement.shapes import WEIGHT_BYTES, Shape
+from asyncflow.placement.workload import Workload
+from protocols.topology import Topology
+
+GRADIENT_BYTES = 4  # float32
+OPTIMIZER_BYTES = 12  # float32 master weight and Adam's two moments
+STATE_BYTES = GRADIENT_BYTES + WEIGHT_BYTES + 2 * OPTIMIZER_BYTES  # moved by an optimizer step, a parameter
+
+
+class Generation(NamedTuple):
+    """Seconds of generating a step's samples: until the last one is done, and of the engines' steady occupation."""
+
+    latency_s: float
+    load_s: float  # less than the latency by the tail in which few sequences are left
+
+
+def micro_rows(rows: int, pp: int, workload: Workload) -> int:
+    """Samples of a micro-batch: what the token budget holds, and no more than leaves every stage one to work on."""
+    return max(1, min(int(workload.micro_batch_tokens // workload.sample_tokens), rows // pp))
+
+
+def all_reduce_s(payload: float, ranks: int, device: Device, sharing: int = 1) -> float:
+    """A ring all-reduce of `payload` bytes: 2 (r-1)/r of them, in 2 (r-1) hops."""
+    if ranks == 1:
+        return 0.0
+    hops = 2 * (ranks - 1)
+    return hops / ranks * payload / device.rate(ranks, sharing) + hops * device.latency_s(ranks)
+
+
+def forward_s(shape: Shape, topology: Topology, workload: Workload, device: Device) -> float:
+    """One forward pass over the step's samples: inference."""
+    rows = math.ceil(workload.samples / topology.dp)
+    return _passes_s(shape, topology, workload, device, rows, computes=1, exchanges=1)
+
+
+def update_s(shape: Shape, topology: Topology, workload: Workload, device: Device, recompute: bool) -> float:
+    """All optimizer steps of the step: forward and backward of each mini-batch, gradient exchange, optimizer.
+
+    A backward pass costs two forward ones, and a third where activations are recomputed.
+    """
+    rows = math.ceil(workload.samples / workload.mini_batches / topology.dp)
+    again = int(recompute)
+    passes = _passes_s(shape, topology, workload, device, rows, computes=3 + again, exchanges=2 + again)
+    own = shape.stage_parameters(topology.pp) / topology.tp
+    step = own / topology.dp * STATE_BYTES / device.bandwidth
+    return workload.mini_batches * workload.epochs * (passes + _gradients_s(own, topology, device) + step)
+
+
+def generation_s(
+    shape: Shape, pp: int, tp: int, replicas: int, rows: int, capacity: float, workload: Workload, device: Device
+) -> Generation:
+    """Generate `rows` samples with engines of pp x tp ranks whose caches hold `capacity` sequences each.
+
+    A decoding step reads the weights once and every running sequence's cache; p_g groups of sequences follow each
+    other through the stages. Sequences replace finished ones at once, so a batch larger than the capacity takes
+    rows/capacity mean lengths, and then the tail: the expected longest of those that started last.
+    """
+    mine = math.ceil(rows / replicas)
+    running = max(1.0, min(mine, workload.running_sequences, capacity))
+    mean = workload.response.mean
+    tail = workload.response.expected_maximum(running) - mean
+    steady, steps = mine / running * mean, mine / running * mean + tail
+    prompts = mine * workload.prompt.mean
+    exchange = 2 * shape.layers * prompts * shape.hidden * WEIGHT_BYTES
+    prefill = prompts * shape.forward_flops(workload.prompt.mean / 2) / (pp * tp) / device.flops
+    prefill += all_reduce_s(exchange / pp, tp, device)
+    context = workload.prompt.mean + mean / 2
+    busy = decode_s(shape, pp, tp, running, context, device)
+    thinning = decode_s(shape, pp, tp, mine * mean / steps, context, device)
+    return Generation(prefill + steps * thinning, prefill + steady * busy)
+
+
+def decode_s(shape: Shape, pp: int, tp: int, running: float, context: float, device: Device) -> float:
+    """A token for each of `running` sequences with `context` tokens behind them."""
+    group = running / pp
+    read = shape.parameters * WEIGHT_BYTES / tp + running * context * shape.kv_bytes(pp, tp)
+    product = running * shape.forward_flops(context) / (pp * tp)
+    reduced = 2 * shape.layers * all_reduce_s(group * shape.hidden * WEIGHT_BYTES, tp, device)
+    hand_on = (pp - 1) * (group * shape.hidden * WEIGHT_BYTES / device.rate(pp * tp) + device.latency_s(pp * tp))
+    host = device.reach.host_step_s + running * device.reach.host_sequence_s
+    return max(read / device.bandwidth, product / device.flops) + reduced + hand_on + host
+
+
+def transition_s(shape: Shape, topology: Topology, pp: int, tp: int, device: Device) -> float:
+    """From training to generation on the same ranks: each receives (1/(t_g p_g) - 1/(t p)) of the weights."""
+    missing = 1 / (pp * tp) - 1 / topology.replica_size
+    if missing == 0:
+        return 0.0
+    neighbours = topology.replica_size // (pp * tp)
+    return missing * shape.parameters * WEIGHT_BYTES / device.rate(neighbours) + neighbours * device.latency_s(
+        neighbours
+    )
+
+
+def publication_s(shape: Shape, pp: int, tp: int, device: Device) -> float:
+    """A new version's weights to engines in another pool: every rank receives its shard over the network."""
+    return shape.parameters * WEIGHT_BYTES / (pp * tp) / (device.network_bytes_per_s * device.reach.link)
+
+
+def _passes_s(
+    shape: Shape, topology: Topology, workload: Workload, device: Device, rows: int, computes: int, exchanges: int
+) -> float:
+    """Passes of one replica over `rows` samples: m micro-batches through p stages take m + p - 1 turns."""
+    pp, tp = topology.pp, topology.tp
+    micro = micro_rows(rows, pp, workload)
+    tokens = micro * workload.sample_tokens
+    product = tokens * shape.forward_flops(workload.sample_tokens / 2) / (pp * tp) / device.flops
+    read = shape.parameters * WEIGHT_BYTES / (pp * tp) / device.bandwidth
+    between = tokens * shape.hidden * WEIGHT_BYTES
+    reduced = 2 * shape.layers / pp * all_reduce_s(between, tp, device)
+    handed_on = between / tp / device.rate(pp * tp) + device.latency_s(pp * tp) if pp > 1 else 0.0
+    turn = computes * max(product, read) + exchanges * (reduced + handed_on)
+    return (rows / micro + pp - 1) * turn
+
+
+def _gradients_s(own: float, topology: Topology, device: Device) -> float:
+    """Reduce-scatter the gradients of `own` parameters over the replicas and gather the updated weights.
+
+    A node's replicas share its network: rings that run through it side by side have the whole of it together.
+    """
+    if topology.dp == 1:
+        return 0.0
+    moved = (topology.dp - 1) / topology.dp * own * (GRADIENT_BYTES + WEIGHT_BYTES)
+    inside = topology.world_size <= device.devices_per_node
+    ranks = topology.world_size if inside else max(topology.world_size, device.devices_per_node + 1)
+    sharing = max(1, device.devices_per_node // topology.replica_size)
+    return moved / device.rate(ranks, sharing) + 2 * (topology.dp - 1) * device.latency_s(ranks)

@@ -1,0 +1,185 @@
+"""Ranks that switch from training to generation draw what a single process draws, whatever their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from protocols.columns import take
+from protocols.messages import Prompts, Rollouts
+from protocols.roles import Sampling
+from protocols.topology import GenerationGrouping, Topology
+from protocols.transfer import protocol
+from protocols.weights import Version
+from tests import tiny
+from tests.workers.batches import VOCABULARY, experience
+from tests.workers.ranks import Ranks
+from workers.generation.hybrid import draw_all, hybrid_generator
+from workers.generation.torch import TorchEngine
+from workers.hybrid_engine import HybridEngine
+from workers.models import load_causal
+from workers.parallel import ParallelModel
+from workers.parallel_policy import ParallelPolicy
+from workers.policy import PolicyWorker
+from workers.settings import Generation, Loss, Model, Optimizer
+
+SWITCHES = ["1-2-1 -> 1-1", "2-1-1 -> 1-1", "2-1-1 -> 2-1", "1-2-2 -> 1-1", "2-2-1 -> 2-2", "2-2-1 -> 1-2"]
+SAMPLED, GREEDY = Sampling(max_tokens=12, temperature=0.8), Sampling(max_tokens=12, temperature=0.0)
+GENERATION = Generation(engine="torch", slots=3)  # several rounds: rows beside a row change, its tokens don't
+TEXTS = ["12+34=", "7*", "what?", "a", "9-9=", "2+2=", "one, two"]
+SEED = 5
+RATE, OPTIMIZER = 0.3, Optimizer(epsilon=1.0)  # near SGD: Adam amplifies the rounding of small gradients
+
+
+def grouping_of(text: str) -> GenerationGrouping:
+    train, generate = (Topology.parse(layout) for layout in text.split(" -> "))
+    return GenerationGrouping(train, generate.pp, generate.tp)
+
+
+@cache
+def alone(folder: str, sampling: Sampling) -> Rollouts:
+    engine = TorchEngine(load_causal(folder), GENERATION, SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
+    return draw_all(engine, tiny.make_prompts(TEXTS), sampling)
+
+
+# --- what every rank runs
+
+
+class Drawn(NamedTuple):
+    """What one rank drew."""
+
+    sampled: Rollouts | None
+    greedy: Rollouts | None
+
+
+def own_rows(grouping: GenerationGrouping, rank: int, texts: list[str]) -> Prompts:
+    rows = tiny.make_prompts(texts)
+    shares = protocol("3D_ALL_MICRO_DP").distribute(len(rows), grouping.topology, generation=grouping)
+    return take(rows, shares[rank])
+
+
+def policy_of(folder: str, grouping: GenerationGrouping | None) -> ParallelPolicy:
+    at = grouping.topology if grouping else Topology()
+    return ParallelPolicy(
+        Model(path=folder, learning_rate=RATE), at, Loss(), OPTIMIZER, GENERATION, SEED, grouping=grouping
+    )
+
+
+def drawn(folder: str, grouping: GenerationGrouping, texts: list[str]) -> Drawn:
+    policy = policy_of(folder, grouping)
+    prompts = own_rows(grouping, policy.model.rank, texts)
+    return Drawn(policy.generate(prompts, sampling=SAMPLED), policy.generate(prompts, sampling=GREEDY))
+
+
+def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Rollouts | None, float]:
+    """What this rank draws before and after a step, and the gradient norm of a step after that."""
+    policy = policy_of(folder, grouping)
+    prompts = own_rows(grouping, policy.model.rank, TEXTS)
+    shares = protocol("METRIC").distribute(rows=7, topology=grouping.topology)
+    data = take(experience(7), shares[policy.model.rank])
+    before = policy.generate(prompts, sampling=SAMPLED)
+    policy.update(data)
+    after = policy.generate(prompts, sampling=SAMPLED)
+    metrics = policy.update(data)
+    return before, after, metrics.values["gradient_norm"] if metrics else 0.0
+
+
+def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
+    """What this rank's own engine drew, collected or not."""
+    hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
+    hybrid.to_generation()
+    engine = hybrid_generator(hybrid, GENERATION, SEED, tiny.EOS_ID, Version(0, 0))
+    return draw_all(engine, tiny.make_prompts(TEXTS), SAMPLED)
+
+
+# --- the world
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[int, Ranks]]:
+    with Ranks(2) as two, Ranks(4) as four:
+        yield {2: two, 4: four}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = tiny.config()
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("policy"))
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def assert_same(ours: list[Rollouts | None], theirs: Rollouts, grouping: GenerationGrouping) -> None:
+    collected = protocol("3D_ALL_MICRO_DP").collect(grouping.topology, generation=grouping)
+    assert [rank for rank, rows in enumerate(ours) if rows is not None] == sorted(collected)
+    answers = [rows for rank in collected if (rows := ours[rank]) is not None]
+    for name in ("sample_ids", "finishes"):
+        np.testing.assert_array_equal(np.concatenate([getattr(a, name) for a in answers]), getattr(theirs, name))
+    np.testing.assert_array_equal(np.concatenate([a.responses.values for a in answers]), theirs.responses.values)
+    log_probs = np.concatenate([a.log_probs.values for a in answers])
+    np.testing.assert_allclose(log_probs, theirs.log_probs.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_greedy_and_seeded_rows_are_those_of_one_process(worlds, folder: str, switch: str):
+    grouping = grouping_of(switch)
+    ranks = worlds[grouping.topology.world_size].call(drawn, folder, grouping, TEXTS)
+    assert_same([rank.sampled for rank in ranks], alone(folder, SAMPLED), grouping)
+    assert_same([rank.greedy for rank in ranks], alone(folder, GREEDY), grouping)
+
+
+def test_one_rank_needs_no_world(folder: str):
+    grouping = grouping_of("1-1-1 -> 1-1")
+    one = drawn(folder, grouping, TEXTS)
+    assert_same([one.sampled], alone(folder, SAMPLED), grouping)
+    assert_same([one.greedy], alone(folder, GREEDY), grouping)
+
+
+def test_training_and_generation_take_turns_as_in_one_process(worlds, folder: str):
+    grouping, prompts, data = grouping_of("1-2-2 -> 1-1"), tiny.make_prompts(TEXTS), experience(7)
+    ranks = worlds[4].call(loop, folder, grouping)
+    worker = PolicyWorker(Model(path=folder, learning_rate=RATE), Loss(), OPTIMIZER, GENERATION, SEED)
+    before = worker.generate(prompts, sampling=SAMPLED)
+    worker.update(data)
+    after = worker.generate(prompts, sampling=SAMPLED)
+    norm = worker.update(data).values["gradient_norm"]
+    assert before.responses != after.responses
+    assert_same([rank[0] for rank in ranks], before, grouping)
+    assert_same([rank[1] for rank in ranks], after, grouping)
+    assert {versions for rank in ranks if rank[1] for versions in rank[1].versions.values.tolist()} == {1}
+    assert [rank[2] for rank in ranks if rank[2]] == pytest.approx([norm, norm], rel=1e-5)
+
+
+def test_a_replica_without_rows_takes_part(worlds, folder: str):
+    grouping = grouping_of("1-2-2 -> 1-1")
+    ranks = worlds[4].call(drawn, folder, grouping, TEXTS[:1])
+    assert [len(rank.sampled) for rank in ranks] == [1, 0, 0, 0]
+
+
+def test_all_ranks_of_a_replica_draw_the_same_bits(worlds, folder: str):
+    grouping = grouping_of("2-2-1 -> 2-2")
+    first, *others = worlds[4].call(all_ranks_rows, folder, grouping)
+    for other in others:
+        assert other == first
+
+
+def test_an_engine_of_ranks_that_train_does_not_step(folder: str):
+    grouping = grouping_of("1-1-1 -> 1-1")
+    hybrid = HybridEngine(ParallelModel(folder, Topology()), grouping)
+    engine = hybrid_generator(hybrid, GENERATION, SEED, tiny.EOS_ID, Version(0, 0))
+    engine.submit(tiny.make_prompts(TEXTS), SAMPLED)
+    with pytest.raises(RuntimeError, match="switch to generation before an engine steps"):
+        engine.step()
+
+
+def test_a_policy_without_a_generation_layout_says_so(folder: str):
+    with pytest.raises(RuntimeError, match="no generation layout"):
+        policy_of(folder, None).generate(tiny.make_prompts(TEXTS), sampling=SAMPLED)
