@@ -60,6 +60,11 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
         raise ValueError(
             f"term {term}, attempt {attempt}, block_bytes {block_bytes}: none is negative, a block not empty"
         )
+    if len(message) > _DEFAULT_LIMITS.max_rows or message.nbytes > _DEFAULT_LIMITS.max_frame_bytes:
+        raise ValueError(
+            f"{type(message).__name__} of {len(message)} rows and {message.nbytes} bytes: readers accept"
+            f" {_DEFAULT_LIMITS.max_rows} rows and {_DEFAULT_LIMITS.max_frame_bytes} bytes; cut it"
+        )
     specs = columns_of(type(message))
     columns = tuple(_describe(message, spec) for spec in specs)
     table = _table(message, specs, block_bytes)

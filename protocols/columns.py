@@ -192,6 +192,12 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW16
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its columns."""
+        columns = [getattr(self, spec.name) for spec in columns_of(type(self))]
+        return sum(c.values.nbytes + c.offsets.nbytes if isinstance(c, Jagged) else c.nbytes for c in columns)
+
+    @property
     def token_counts(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, int64 [N]: what a row costs its reader; 1 where a row has none to count."""
         if not self.tokens:

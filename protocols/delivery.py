@@ -55,6 +55,7 @@ class RankCall(msgspec.Struct, frozen=True):
     sample_ids: list[int]  # of its rows
     readings: list[Reading]
     step: int = -1
+    nbytes: int = 0  # of the frames that it reads from: how large an answer is to be expected
 
 
 class Damaged(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from protocols.messages import Metrics
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Batch)
+S = TypeVar("S", bound=msgspec.Struct)
 
 Grain = Literal["sample", "prompt", "batch"]
 Balance = Literal["rows", "tokens"]
@@ -50,12 +51,12 @@ class Measured(Generic[M]):
         self.metrics = metrics
 
 
-class Stateful(Measured[M]):
+class Stateful(Measured[M], Generic[M, S]):
     """What a stateful batch function returns: besides, the state that it is given with the next batch."""
 
     __slots__ = ("state",)
 
-    def __init__(self, batch: M, metrics: Metrics, state: msgspec.Struct) -> None:
+    def __init__(self, batch: M, metrics: Metrics, state: S) -> None:
         super().__init__(batch, metrics)
         self.state = state
 

@@ -43,6 +43,7 @@ FORBIDDEN = {
     "asyncflow.dataflow": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.config": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.client": {"torch", "ray", "vllm", "transformers"},
+    "asyncflow.placement": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.observe": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.control": {"torch", "ray", "vllm", "transformers"},
 }

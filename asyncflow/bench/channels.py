@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from asyncflow.bench import scale
-from asyncflow.bench.rival import Floor, Rival, nbytes, padded
+from asyncflow.bench.report import Row
+from asyncflow.bench.rival import ChunkingRival, Floor, Rival, nbytes, padded
 from asyncflow.services.endpoint import Endpoint, Store, ask
 from asyncflow.services.parts import pack, parts_of, unpack
 from asyncflow.services.runtime.ray import RayRuntime
@@ -55,10 +56,12 @@ class BatchFigures(msgspec.Struct, frozen=True):
     ours_ms: float
     today_bytes: int
     today_ms: float
+    chunked_ms: float  # the same columns, cut by the caller and put for each rank apart
     narrow_bytes: int
-    narrow_ms: float
-    speedup: float  # over today's columns and types
-    speedup_narrow: float  # over our columns and types on today's path
+    narrow_ms: float  # our columns and types, all to every rank
+    speedup: float
+    speedup_chunked: float
+    speedup_narrow: float
     read_bytes: list[int]  # by rank
     front_bytes: int  # of payload that the front read
 
@@ -116,7 +119,9 @@ def lines(figures: Figures) -> list[str]:
         f"batch  {batch.frame_bytes / 1e6:.1f} MB into {RANKS} ranks, log-probs back: {batch.ours_ms:.1f} ms",
         f"       padded, {batch.today_bytes / 1e6:.1f} MB to every rank: {batch.today_ms:.1f} ms,"
         f" {batch.speedup:.2f} x ours",
-        f"       the same path, {batch.narrow_bytes / 1e6:.1f} MB in our types: {batch.narrow_ms:.1f} ms,"
+        f"       the same, cut by the caller into a chunk a rank: {batch.chunked_ms:.1f} ms,"
+        f" {batch.speedup_chunked:.2f} x ours",
+        f"       padded, {batch.narrow_bytes / 1e6:.1f} MB in our types to every rank: {batch.narrow_ms:.1f} ms,"
         f" {batch.speedup_narrow:.2f} x ours",
         f"       read by rank: {', '.join(f'{b / 1e3:.0f} kB' for b in batch.read_bytes)};"
         f" by the front: {batch.front_bytes} bytes",
@@ -132,6 +137,31 @@ def lines(figures: Figures) -> list[str]:
         for large in figures.large
     ]
     return told + [scale.line(grown) for grown in figures.scale]
+
+
+def rows(figures: Figures) -> list[Row]:
+    """The figures for programs."""
+    batch, copy = figures.batch, figures.copy_gigabytes_per_second
+    told = [
+        Row("batch", batch.ours_ms, "ms", peer=batch.today_ms, ratio=batch.speedup),
+        Row("batch over chunks cut by the caller", batch.ours_ms, "ms", batch.chunked_ms, batch.speedup_chunked),
+        Row("batch over all to every rank in our types", batch.ours_ms, "ms", batch.narrow_ms, batch.speedup_narrow),
+        Row("front", batch.front_bytes, "bytes", bound=0),
+    ]
+    share = batch.frame_bytes / RANKS
+    told += [Row(f"read by rank {rank}", read, "bytes", bound=share) for rank, read in enumerate(batch.read_bytes)]
+    told += [Row(f"hop, {hop.ranks} ranks", hop.median_ms, "ms", bound=hop.floor_ms) for hop in figures.hops]
+    told += [
+        Row(
+            f"large, {large.tokens} tokens", large.gigabytes_per_second, "GB/s", bound=figures.copy_gigabytes_per_second
+        )
+        for large in figures.large
+    ]
+    least = min(grown.microseconds_per_row for grown in figures.scale)
+    return told + [
+        Row(f"scale, {grown.services} services", grown.microseconds_per_row, "us a row", bound=least)
+        for grown in figures.scale
+    ]
 
 
 def rollouts_of(rows: int, tokens: int) -> Rollouts:
@@ -181,29 +211,39 @@ def _service(name: str, ranks: int) -> ServiceSpec:
 async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures:
     rollouts = rollouts_of(sizes.rows, sizes.tokens)
     today, narrow = padded(rollouts), padded(rollouts, narrow=True)
-    rival = Rival(RANKS)
+    rival, chunking = Rival(RANKS), ChunkingRival(RANKS)
 
     async def ours() -> LogProbs:
         return await call(endpoint, store, rollouts)
 
-    ways: list[Way] = [ours, lambda: rival.log_probs(today), lambda: rival.log_probs(narrow)]
+    ways: list[Way] = [
+        ours,
+        lambda: rival.log_probs(today),
+        lambda: chunking.log_probs(today),
+        lambda: rival.log_probs(narrow),
+    ]
     try:
         assert await ours() == LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.log_probs)
         before = await _reading(endpoint)
         await ours()
         after = await _reading(endpoint)
-        mine, theirs, theirs_narrow = (statistics.median(t) * 1e3 for t in await _interleaved(ways, sizes.rounds))
+        mine, theirs, chunked, theirs_narrow = (
+            statistics.median(times) * 1e3 for times in await _interleaved(ways, sizes.rounds)
+        )
     finally:
         rival.close()
+        chunking.close()
     read = {rank: count - before.read_bytes.get(rank, 0) for rank, count in after.read_bytes.items()}
     return BatchFigures(
         frame_bytes=codec.encode(rollouts).nbytes,
         ours_ms=mine,
         today_bytes=nbytes(today),
         today_ms=theirs,
+        chunked_ms=chunked,
         narrow_bytes=nbytes(narrow),
         narrow_ms=theirs_narrow,
         speedup=theirs / mine,
+        speedup_chunked=chunked / mine,
         speedup_narrow=theirs_narrow / mine,
         read_bytes=[read.get(rank, 0) for rank in range(RANKS)],
         front_bytes=read.get(-1, 0),

@@ -53,6 +53,35 @@ class Rival:
             ray.kill(rank)
 
 
+class ChunkRank:
+    """A rank that is given its rows, and theirs alone."""
+
+    def log_probs(self, holder: list[Any]) -> torch.Tensor:
+        """The rows' log-probs, as fresh memory."""
+        batch: Tensors = ray.get(holder[0])
+        return batch["rollout_log_probs"].clone()
+
+
+class ChunkingRival:
+    """The caller cuts the batch and puts a chunk a rank: no rank fetches more, and the caller's process carries all."""
+
+    def __init__(self, ranks: int) -> None:
+        kind: Any = ray.remote(ChunkRank)
+        self._ranks = [kind.options(num_cpus=0).remote() for _ in range(ranks)]
+
+    async def log_probs(self, batch: Tensors) -> torch.Tensor:
+        """The whole batch in, every row's log-probs back."""
+        cuts = {name: column.chunk(len(self._ranks)) for name, column in batch.items()}
+        chunks = [{name: cut[rank] for name, cut in cuts.items()} for rank in range(len(self._ranks))]
+        parts = [rank.log_probs.remote([ray.put(own)]) for rank, own in zip(self._ranks, chunks, strict=True)]
+        return torch.cat([await part for part in parts])
+
+    def close(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+
+
 class BareRank:
     """Fetches what it is told of and gives a few of its bytes back."""
 

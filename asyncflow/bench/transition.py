@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from asyncflow.bench.report import Row
 from protocols.topology import GenerationGrouping, Style, Topology
 from workers.hybrid_engine import HybridEngine, Transition
 from workers.parallel import ParallelModel, plan_of
@@ -66,7 +67,8 @@ class StyleFigures(msgspec.Struct, frozen=True):
     generation_bytes: int  # to generate with
     redundant_bytes: int  # of the training shard beside them
     seconds: float
-    speedup: float  # over the full gather
+    return_seconds: float  # back to the training layout, which sends nothing
+    speedup: float  # over the full gather, there and back
     bandwidth_share: float  # of what all ranks copy in memory at the same time
 
 
@@ -87,6 +89,7 @@ class _Measured(msgspec.Struct, frozen=True):
 
     copy_seconds: float
     transitions: dict[str, list[Transition]]  # by style, a round each
+    return_seconds: dict[str, list[float]]  # by style, back to the training layout
 
 
 def measure(train: str = "1-4-2", generate: str = "1-2", sizes: Sizes = Sizes()) -> Figures:  # noqa: B008 - frozen
@@ -104,7 +107,7 @@ def measure(train: str = "1-4-2", generate: str = "1-2", sizes: Sizes = Sizes())
         LlamaForCausalLM(config).save_pretrained(folder)
         ranks = _run(folder, train, generate, sizes)
     copied = topology.world_size * sizes.copied_bytes / max(rank.copy_seconds for rank in ranks)
-    full = _seconds(ranks, "deepspeed")
+    full = _seconds(ranks, "deepspeed") + _return_seconds(ranks, "deepspeed")
     return Figures(
         train=train,
         generate=generate,
@@ -126,13 +129,28 @@ def lines(figures: Figures) -> list[str]:
     for of in figures.styles:
         formula = of.formula_bytes / figures.matrices_bytes
         told += [
-            f"{NAMES[of.style]:<11}  {of.seconds * 1e3:.0f} ms, {of.speedup:.2f} x as fast as the full gather,"
+            f"{NAMES[of.style]:<11}  {of.seconds * 1e3:.0f} ms, and {of.return_seconds * 1e3:.0f} ms back:"
+            f" {of.speedup:.2f} x as fast as the full gather,"
             f" {of.bandwidth_share:.0%} of copying memory",
             f"             received {of.received_bytes / 1e6:.2f} MB a rank: {of.multiple} M"
             f" (formula {formula:.4g} M)"
             f" and {(of.received_bytes - of.received_matrices_bytes) / 1e6:.2f} MB beside the matrices;"
             f" peak {of.peak_bytes / 1e6:.1f} MB for {of.generation_bytes / 1e6:.1f} MB"
             f" to generate with, {of.redundant_bytes / 1e6:.1f} MB redundant",
+        ]
+    return told
+
+
+def rows(figures: Figures) -> list[Row]:
+    """The figures for programs; the full gather is the peer."""
+    full = next(of for of in figures.styles if of.style == "deepspeed")
+    told = []
+    for of in figures.styles:
+        name, both = NAMES[of.style], of.seconds + of.return_seconds
+        told += [
+            Row(f"{name}: received a rank", of.received_matrices_bytes, "bytes", bound=of.formula_bytes),
+            Row(f"{name}: peak", of.peak_bytes, "bytes", peer=full.peak_bytes, bound=of.generation_bytes),
+            Row(f"{name}: there and back", both, "s", peer=full.seconds + full.return_seconds, ratio=of.speedup),
         ]
     return told
 
@@ -154,7 +172,7 @@ def _figures(
     style = grouping.style
     seen = [rank.transitions[style][-1] for rank in ranks]
     matrices, m = max(_received_matrices_bytes(plan, grouping, r) for r in range(len(ranks))), _matrices_bytes(plan)
-    seconds = _seconds(ranks, style)
+    seconds, back = _seconds(ranks, style), _return_seconds(ranks, style)
     return StyleFigures(
         style=style,
         received_bytes=max(one.received_bytes for one in seen),
@@ -165,7 +183,8 @@ def _figures(
         generation_bytes=max(one.generation_bytes for one in seen),
         redundant_bytes=max(one.redundant_bytes for one in seen),
         seconds=seconds,
-        speedup=full_seconds / seconds,
+        return_seconds=back,
+        speedup=full_seconds / (seconds + back),
         bandwidth_share=sum(one.received_bytes for one in seen) / seconds / copied,
     )
 
@@ -173,6 +192,11 @@ def _figures(
 def _seconds(ranks: list[_Measured], style: Style) -> float:
     rounds = zip(*(rank.transitions[style] for rank in ranks), strict=True)
     return statistics.median(max(one.seconds for one in of_ranks) for of_ranks in rounds)
+
+
+def _return_seconds(ranks: list[_Measured], style: Style) -> float:
+    rounds = zip(*(rank.return_seconds[style] for rank in ranks), strict=True)
+    return statistics.median(map(max, rounds))
 
 
 def _received_matrices_bytes(plan: ShardPlan, grouping: GenerationGrouping, rank: int) -> int:
@@ -269,14 +293,17 @@ def _rank(pipe: Connection, rank: int, folder: str, train: str, generate: str, e
     }
     copy_seconds = min(_copy_seconds(sizes.copied_bytes) for _ in range(3))
     transitions: dict[str, list[Transition]] = {style: [] for style in STYLES}
+    return_seconds: dict[str, list[float]] = {style: [] for style in STYLES}
     for number in range(sizes.rounds + 1):
         for style in STYLES:
             dist.barrier()
             seen = engines[style].to_generation()
+            start = time.perf_counter()
             engines[style].to_training()
             if number:  # the first allocates what later ones find warm
                 transitions[style].append(seen)
-    pipe.send_bytes(msgspec.json.encode(_Measured(copy_seconds, transitions)))
+                return_seconds[style].append(time.perf_counter() - start)
+    pipe.send_bytes(msgspec.json.encode(_Measured(copy_seconds, transitions, return_seconds)))
     dist.barrier()  # nobody leaves while another still measures
     dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import uvloop
@@ -19,6 +19,9 @@ from rich.console import Console
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, load_recipe, recipe_text
 from protocols.control import Evaluated, RunEnded
+
+if TYPE_CHECKING:
+    from asyncflow.validate import Checked
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -62,12 +65,22 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Draw the dataflow that a recipe's algorithm is, and say who runs where."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    devices: Annotated[str, typer.Option(help="Place the models on these instead, e.g. 128xA100-80G.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The placement on --devices as JSON.")] = False,
+) -> None:
+    """Draw the dataflow that a recipe's algorithm is, and say who runs where: as it says, or best on some devices."""
     from asyncflow.compose import compose
     from asyncflow.validate import check
 
+    if as_json and not devices:
+        raise BadInput("--json prints the placement on devices: give them too, e.g. --devices 128xA100-80G")
     checked = check(load_recipe(recipe, overrides))
+    if devices:
+        _print_placement(checked, devices, as_json)
+        return
     out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
     for spec in compose(checked.recipe, checked.dataflow, checked.recipe.name, 0, "logs"):
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
@@ -117,22 +130,22 @@ def demo(
     raise typer.Exit(ended.exit_code)
 
 
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
 @bench.command()
 def channels(
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
     quick: Annotated[bool, typer.Option(help="Few rounds and small sizes: to see that it runs.")] = False,
 ) -> None:
     """What a hop costs: against today's path, Ray's own floor and the bandwidth of memory. Minutes."""
-    import msgspec
-
-    from asyncflow.bench.channels import QUICK, Sizes, lines, measure
+    from asyncflow.bench.channels import QUICK, Sizes, lines, measure, rows
+    from asyncflow.bench.report import report
 
     figures = uvloop.run(measure(QUICK if quick else Sizes()))
-    if as_json:
-        out.print(msgspec.json.format(msgspec.json.encode(figures)).decode(), markup=False, soft_wrap=True)
-        return
-    for line in lines(figures):
-        out.print(line, markup=False, soft_wrap=True)
+    _print_lines([report("channels", rows(figures))] if as_json else lines(figures))
 
 
 @bench.command()
@@ -143,19 +156,48 @@ def transition(
     quick: Annotated[bool, typer.Option(help="One round of a small model: to see that it runs.")] = False,
 ) -> None:
     """From training to generation: a full gather, the vanilla grouping and ours, side by side. About a minute."""
-    import msgspec
-
-    from asyncflow.bench.transition import QUICK, Sizes, lines, measure
+    from asyncflow.bench.report import report
+    from asyncflow.bench.transition import QUICK, Sizes, lines, measure, rows
 
     try:
         figures = measure(train, generate, QUICK if quick else Sizes())
     except ValueError as error:
         raise BadInput(str(error)) from None
-    if as_json:
-        out.print(msgspec.json.format(msgspec.json.encode(figures)).decode(), markup=False, soft_wrap=True)
-        return
-    for line in lines(figures):
-        out.print(line, markup=False, soft_wrap=True)
+    _print_lines([report("transition", rows(figures))] if as_json else lines(figures))
+
+
+def _print_placement(checked: Checked, devices: str, as_json: bool) -> None:
+    """The best placement of a recipe's models; responses count with all the tokens that they may have."""
+    import msgspec
+
+    from asyncflow.placement.devices import Cluster
+    from asyncflow.placement.plan import draw, make_plan
+    from asyncflow.placement.shapes import Shape
+    from asyncflow.placement.workload import Lengths, Workload, work_of
+
+    recipe = checked.recipe
+    try:
+        shapes = {}
+        for role, model in recipe.models.items():
+            if model.path:
+                config = msgspec.json.decode((Path(model.path) / "config.json").read_bytes())
+                shape = Shape.from_config(Path(model.path).name, config)
+                shapes[role] = shape if role in ("policy", "reference") else shape.scoring()
+        work = Workload(
+            recipe.prompts_per_step,
+            prompt=Lengths.measured(checked.train.evaluation(floor=0, limit=0).prompts.lengths.tolist()),
+            response=Lengths.fixed(recipe.generation.max_tokens),
+            samples_per_prompt=recipe.samples_per_prompt,
+            mini_batches=recipe.loss.mini_batches,
+            epochs=recipe.loss.epochs,
+            staleness=recipe.staleness,
+            micro_batch_tokens=recipe.loss.tokens_per_micro_batch,
+        )
+        placed = make_plan(work_of(checked.dataflow, shapes), Cluster.parse(devices), work)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    text = msgspec.json.format(msgspec.json.encode(placed)).decode() if as_json else draw(placed)
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:

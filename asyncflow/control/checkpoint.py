@@ -4,6 +4,7 @@
         manifest.json                   step, term, cursor, recipe digest, the sha256 of every file, and its own
         ledger.db                       the truth on restore
         policy/ critic/                 weights, optimizer and generator state of each trained model
+        advantage/                      state of the batch function, where it carries one
 
 The newest is found by looking for valid manifests, never by a pointer that could be ahead of the data.
 """

@@ -50,6 +50,8 @@ class Fleet:
         self._leases = shared_leases(pools)
         self._supervisor, self._restart = supervisor, restart
         self._replacing: set[str] = set()
+        self._resending: set[Resend] = set()
+        self._once_more: set[Resend] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = EndedPrompts()
         self._moved = time.monotonic()
@@ -95,6 +97,7 @@ class Fleet:
                 await self._grant(self._leases[name].give_back(name, notice.ticket))
             case RowsLost():
                 self._send_again(self._supervisor.resend_to(notice.stage), group)
+                return  # no progress: where it goes on and on, the watchdog is to see it
             case ServiceFailed():
                 raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
             case _:
@@ -125,8 +128,18 @@ class Fleet:
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
         """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
         for resend in resends:
-            again = self.tell(resend.service, Redeliver(resend.edge))
-            self._tasks.append(group.create_task(again, name=f"redelivery to {resend.edge}"))
+            if resend in self._resending:
+                self._once_more.add(resend)  # what was asked for meanwhile may have been passed already
+                continue
+            self._resending.add(resend)
+            self._tasks.append(group.create_task(self._resend(resend), name=f"redelivery to {resend.edge}"))
+
+    async def _resend(self, resend: Resend) -> None:
+        self._once_more.add(resend)
+        while resend in self._once_more:
+            self._once_more.discard(resend)
+            await self.tell(resend.service, Redeliver(resend.edge))
+        self._resending.discard(resend)
 
     async def _grant(self, claim: Claim | None) -> None:
         if claim is not None:

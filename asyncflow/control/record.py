@@ -251,7 +251,7 @@ class RunRecord:
         for gauge, key in (("clip_fraction", "policy.clip_fraction"), ("mismatch_kl_nats", "policy.mismatch_kl")):
             if key in metrics:
                 export.set(gauge, metrics[key])
-        for role in ("policy", "critic"):
+        for role in ("policy", "critic", "cost_critic"):
             for name in ("loss", "gradient_norm"):
                 if f"{role}.{name}" in metrics:
                     export.set(name, metrics[f"{role}.{name}"], role=role)

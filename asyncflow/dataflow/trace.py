@@ -11,7 +11,6 @@ import difflib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import msgspec
@@ -180,7 +179,7 @@ class Join:
 
         Its positional parameters are annotated with the joined message types, its return value with
         Experience; keyword-only parameters are numbers that the recipe's [advantage] table sets. A keyword-only
-        `state: SomeStruct | None` is what the function returned with the batch before, in a `Stateful`; None at first.
+        `state: State | None` is what the function returned with the batch before, in a `Stateful`; None at first.
         """
         try:
             consumes, produces = signature_of(function)
@@ -229,16 +228,16 @@ def numbers_of(function: Callable[..., Any]) -> dict[str, Any]:
 def _state_of(function: Callable[..., Any]) -> type[msgspec.Struct] | None:
     """The type of what a batch function carries from batch to batch. Raises DataflowError where it is half said."""
     hints = get_type_hints(function)
-    returns = get_origin(hints["return"]) is Stateful
-    if STATE not in hints and not returns:
+    takes, returns = hints.get(STATE), hints["return"]
+    kind = get_args(returns)[1] if get_origin(returns) is Stateful else None
+    if takes is None and kind is None:
         return None
-    kinds = [k for k in get_args(hints.get(STATE)) if k is not NoneType]
-    if not returns or len(kinds) != 1 or not (isinstance(kinds[0], type) and issubclass(kinds[0], msgspec.Struct)):
+    if kind is None or takes != kind | None:
         raise DataflowError(
-            f"{function.__name__}: a stateful batch function takes a keyword `state: SomeStruct | None` and returns "
-            f"Stateful[Experience]; it takes {hints.get(STATE)} and returns {hints['return']}"
+            f"{function.__name__}: a stateful batch function takes a keyword `state: State | None` and returns "
+            f"Stateful[Experience, State]; it takes {takes} and returns {returns}"
         )
-    return kinds[0]
+    return kind
 
 
 def _seen_by(function: Callable[..., Any], inputs: tuple[Symbol, ...]) -> tuple[int, ...]:

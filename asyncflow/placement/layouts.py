@@ -7,8 +7,11 @@ memory, and the generating model takes the best of its layouts beside each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import product
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -202,9 +205,8 @@ class SetCosts:
             return [NOTHING]
         lowest = mask & -mask
         singles = self._single(lowest.bit_length() - 1, devices)
-        usable = self.cluster.device.usable_bytes
-        pairs = (one.beside(more) for one in singles for more in self._others(mask ^ lowest, devices))
-        return _front(pair for pair in pairs if pair.peak <= usable)
+        rest = self._others(mask ^ lowest, devices)
+        return _front(product(singles, rest), self.cluster.device.usable_bytes)
 
     def _candidates(self, index: int, devices: int) -> list[Choice]:
         """One model's layouts that fit alone, fastest first; a generating model's with a cache for everything."""
@@ -218,7 +220,9 @@ class SetCosts:
                         base._replace(generation_s=seconds, layouts=((index, layout),))
                         for layout, seconds in self._generating_layouts(model, topology, recompute)
                     ]
-        return sorted(found, key=lambda choice: choice.total_s) if model.generates else _front(iter(found))
+        if model.generates:
+            return sorted(found, key=lambda choice: choice.total_s)
+        return _front(((choice, NOTHING) for choice in found), self.cluster.device.usable_bytes)
 
     def _base(self, model: ModelWork, topology: Topology, recompute: bool) -> Choice:
         """Preparation, training and memory of a layout."""
@@ -277,12 +281,28 @@ class SetCosts:
         )
 
 
-def _front(choices: Iterator[Choice]) -> list[Choice]:
-    """Choices that no other equals or beats in time, resident and transient memory; fastest first."""
+def _front(choices: Iterable[tuple[Choice, Choice]], usable: float) -> list[Choice]:
+    """Pairs that fit, as one, and that no other equals or beats in time, resident and transient memory; fastest first.
+
+    Taken in order of time, a pair is beaten where the step it would stand on is as low: resident memory rises along
+    the steps and transient memory falls.
+    """
+    keyed = [
+        (one.total_s + more.total_s, one.resident + more.resident, max(one.transient, more.transient), one, more)
+        for one, more in choices
+    ]
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.total_s, c.resident, c.transient)):
-        if not any(k.resident <= choice.resident and k.transient <= choice.transient for k in kept):
-            kept.append(choice)
+    residents: list[float] = []
+    transients: list[float] = []
+    for _, resident, transient, one, more in sorted(keyed, key=itemgetter(0, 1, 2)):
+        place = bisect_right(residents, resident)
+        if resident + transient > usable or (place and transients[place - 1] <= transient):
+            continue
+        end = place
+        while end < len(transients) and transients[end] >= transient:
+            end += 1
+        residents[place:end], transients[place:end] = [resident], [transient]
+        kept.append(one.beside(more))
     return kept
 
 

@@ -11,6 +11,7 @@ from asyncflow.placement.layouts import Choice, Layout, SetCosts
 from asyncflow.placement.mapper import STAGES, Split
 from asyncflow.placement.workload import ModelWork, Workload, apart
 
+VISIBLE = 1e-3  # share of a step below which a difference is not told
 KEEP = 2  # placements of each way to generate: the best and the one that lost to it
 
 
@@ -103,11 +104,12 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
 def why(chosen: Placement, other: Placement) -> str:
     """What one placement loses to another, stage by stage."""
     differences = {stage: other.stage_s[stage] - chosen.stage_s[stage] for stage in STAGES}
-    slower = [f"{stage} takes {more:.1f} s longer" for stage, more in differences.items() if more >= 0.05]
-    faster = [f"{stage} {-more:.1f} s shorter" for stage, more in differences.items() if more <= -0.05]
+    visible = VISIBLE * chosen.step_s
+    slower = [f"{stage} takes {_s(more)} longer" for stage, more in differences.items() if more >= visible]
+    faster = [f"{stage} {_s(-more)} shorter" for stage, more in differences.items() if more <= -visible]
     busiest, busy = (max(p.pools, key=lambda pool: pool.busy_s) for p in (other, chosen))
     if busiest.busy_s >= other.step_s * (1 - 1e-9) and busiest.busy_s > busy.busy_s and len(other.pools) > 1:
-        slower.append(f"its busiest pool, {busiest.name}, works {busiest.busy_s:.1f} s a step")
+        slower.append(f"its busiest pool, {busiest.name}, works {_s(busiest.busy_s)} a step")
     reason = "; ".join(slower or ["no stage is faster"])
     return f"{reason}; {', '.join(faster)}" if slower and faster else reason
 
@@ -116,23 +118,28 @@ def draw(plan: Plan) -> str:
     """The plan as text: a block a pool, a line a model, then the step, the runner-up and what more would buy."""
     best = plan.chosen
     manner = "synchronous" if not plan.staleness else f"staleness {plan.staleness}"
-    lines = [f"{plan.cluster}, {manner}: {best.step_s:.1f} s a step"]
+    lines = [f"{plan.cluster}, {manner}: {_s(best.step_s)} a step"]
     for pool in best.pools:
         busy = 100 * pool.busy_s / best.step_s
         lines.append(f"+- {pool.devices} devices, busy {busy:.0f} %, {pool.peak_gb:.1f} of {plan.usable_gb:.1f} GB")
         lines += [f"|  {_line(model)}" for model in pool.models]
-    lines.append("stages: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in best.stage_s.items()))
+    lines.append("stages: " + ", ".join(f"{stage} {_s(seconds)}" for stage, seconds in best.stage_s.items()))
     if other := plan.runner_up:
         slower = 100 * (other.step_s / best.step_s - 1)
-        lines.append(f"runner-up: {other.name}: {other.step_s:.1f} s, {slower:.1f} % slower: {plan.reason}")
+        lines.append(f"runner-up: {other.name}: {_s(other.step_s)}, {slower:.1f} % slower: {plan.reason}")
     for extra, seconds in plan.with_more.items():
-        gain = f"{best.step_s - seconds:.1f} s a step" if best.step_s - seconds >= 0.05 else "nothing"
+        saved = best.step_s - seconds
+        gain = f"{_s(saved)} a step" if saved >= VISIBLE * best.step_s else "nothing"
         lines.append(f"{extra} more device{'s' if extra > 1 else ''} would buy {gain}")
     return "\n".join(lines)
 
 
+def _s(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
 def _line(model: PlacedModel) -> str:
-    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in model.stage_s.items() if seconds)
+    times = ", ".join(f"{stage} {_s(seconds)}" for stage, seconds in model.stage_s.items() if seconds)
     at = f", {model.engines} engines at {model.generation} with {model.cache_gb:.1f} GB of cache" * bool(model.engines)
     recompute = ", recomputing" if model.recompute else ""
     held = f"{model.resident_gb:.1f} GB held, {model.transient_gb:.1f} GB while it computes"

@@ -31,8 +31,11 @@ class Lengths(msgspec.Struct, frozen=True):
 
     @classmethod
     def measured(cls, lengths: Sequence[float]) -> Lengths:
-        """The lengths that were seen."""
-        return cls(tuple(sorted(map(float, lengths))))
+        """The lengths that were seen; of many, some evenly spaced in rank, the longest among them."""
+        tokens = sorted(map(float, lengths))
+        if len(tokens) > QUANTILES:
+            tokens = [tokens[i * (len(tokens) - 1) // (QUANTILES - 1)] for i in range(QUANTILES)]
+        return cls(tuple(tokens))
 
     @classmethod
     def long_tailed(cls, median: float, sigma: float, limit: float) -> Lengths:

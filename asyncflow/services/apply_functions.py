@@ -28,7 +28,7 @@ class ApplyFunctions:
         if stage.filter is not None:
             setattr(self, stage.filter.name, stage.filter.function)
 
-    def _carry(self, *inputs: Any, **numbers: Any) -> Stateful[Any]:
+    def _carry(self, *inputs: Any, **numbers: Any) -> Stateful[Any, Any]:
         """Call the batch function with the state that its last call returned. Raises TypeError where it returns none.
 
         Where the function raises the state stays as it was.

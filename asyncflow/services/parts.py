@@ -14,12 +14,13 @@ import numpy as np
 from asyncflow.services.endpoint import Frame, Payload, Store
 from protocols import codec
 from protocols.columns import Batch, concat, take
+from protocols.cut import cut
 from protocols.delivery import RankCall, Reading, Shard
 from protocols.ids import INDEX_BITS
 from protocols.row_plan import Located, Segment
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import cut, protocol
+from protocols.transfer import protocol
 
 B = TypeVar("B", bound=Batch)
 
@@ -66,7 +67,7 @@ def pack_apart(
     """
     if not object_bytes or len(batch) < 2:
         return [pack(store, batch, term, attempt, direct=direct)]
-    parts = min(len(batch), -(-codec.encode(batch).nbytes // object_bytes))
+    parts = min(len(batch), -(-batch.nbytes // object_bytes))
     cuts = cut(np.arange(len(batch)), parts, lengths=batch.token_counts)
     return [pack(store, take(batch, rows), term, attempt, direct=direct) for rows in cuts if len(rows)]
 
@@ -135,8 +136,9 @@ def plan_calls(
             for schema, segments in zip(schemas, wanted, strict=True)
         ]
         payloads = [sources[source].payload for source in used]
+        nbytes = sum(sources[source].shard.nbytes for source in used)
         ids = [samples[row] for row in share.tolist()]
-        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step), payloads))
+        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step, nbytes), payloads))
     return calls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from asyncflow.services.endpoint import Frame
@@ -23,6 +24,6 @@ class Quarantine:
         if self._folder is None or self._kept > MOST_KEPT:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        stem = self._folder / f"{self._name}-{self._kept}"
+        stem = self._folder / f"{self._name}-{os.getpid()}-{self._kept}"
         stem.with_suffix(".frame").write_bytes(frame.tobytes())
         stem.with_suffix(".txt").write_text(f"{reason}\n")

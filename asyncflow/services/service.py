@@ -221,7 +221,7 @@ class ModelService:
         if request.sampling is not None and self._loop is not None:
             prompts = await self._host.read(parts, Prompts, f"{self.name}.{request.method} invoked")
             result, failures = await generate_now(self._loop, prompts, request.sampling)
-            given = await self._host.pack(result, direct=True) if result is not None else []
+            given = await self._host.pack(result) if result is not None else []
         else:
             stage = _direct_call(self.spec, request.method)
             rows = places(parts)

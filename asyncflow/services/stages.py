@@ -27,6 +27,7 @@ from protocols import codec
 from protocols.columns import Batch
 from protocols.control import CloseBatch, Done, RowsLost, StepDone
 from protocols.delivery import Delivery
+from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS
 from protocols.stage import Failure
 
@@ -119,7 +120,13 @@ class ClosingStage(StageRunner):
 
     def _is_worth_training(self, rows: Mapping[int, Batch]) -> bool:
         assert self._filter is not None
-        return bool(np.any(self._filter(*(rows[position] for position in self.spec.filter_inputs))))
+        seen = [rows[position] for position in self.spec.filter_inputs]
+        try:
+            return bool(np.any(self._filter(*seen)))
+        except Exception as error:  # it would be told of the stage whose rows came last
+            prompt = prompt_of(int(seen[0].sample_ids[0]))
+            raised = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.spec.name}: {self.spec.filter} of prompt {prompt} raised {raised}") from error
 
     async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
         """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""

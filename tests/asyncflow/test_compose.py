@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from asyncflow.compose import ADVANTAGE, EVALUATOR, GENERATOR, NO_DEVICE, check_roles, compose, pools_of, stateful
+from asyncflow.compose import (
+    ADVANTAGE,
+    EVALUATOR,
+    GENERATOR,
+    NO_DEVICE,
+    check_placement,
+    check_roles,
+    compose,
+    pools_of,
+    replaceable,
+    stateful,
+)
 from asyncflow.config import BadInput, Recipe
+from asyncflow.dataflow.algorithms.dapo import dapo
 from asyncflow.dataflow.algorithms.ppo import ppo
+from asyncflow.dataflow.algorithms.safe_rlhf import safe_rlhf
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.trace import Flow, trace
 from asyncflow.services.spec import ServiceSpec
@@ -115,8 +130,44 @@ def test_delays_reach_their_service_alone(make_recipe: MakeRecipe):
     assert {n: s.delay_seconds for n, s in services.items() if s.delay_seconds} == {"reward": {"score": 0.5}}
 
 
-def test_a_checkpoint_holds_what_trains():
+def test_a_checkpoint_holds_what_trains_and_what_a_batch_function_carries():
     assert stateful(DATAFLOW) == ["critic", "policy"]
+    assert stateful(trace(safe_rlhf)) == ["critic", "cost_critic", "policy", ADVANTAGE]
+
+
+def safe_recipe(make_recipe: MakeRecipe, **changes: Any) -> Recipe:
+    path = make_recipe().models["policy"].path
+    models = {"cost": {"path": path}, "cost_critic": {"path": path, "learning_rate": 1e-3}}
+    return make_recipe(algorithm="safe_rlhf", models=models, advantage={"kl_coefficient": 0.1}, **changes)
+
+
+def test_a_cost_and_its_critic_are_services_of_their_own_kinds(make_recipe: MakeRecipe):
+    services = composed(safe_recipe(make_recipe), trace(safe_rlhf))
+    kinds = {name: service.kind for name, service in services.items() if name.startswith(("c", "re"))}
+    assert kinds == {
+        "critic": "critic",
+        "cost_critic": "cost_critic",
+        "reference": "reference",
+        "reward": "reward",
+        "cost": "cost",
+    }
+    (score,) = services["cost"].stages
+    assert [(target.service, target.edge) for target in score.outputs] == [(ADVANTAGE, "safe_rlhf#1.5")]
+
+
+def test_a_cost_may_have_several_ranks_and_a_successor(make_recipe: MakeRecipe):
+    pools = {"main": {"devices": 1}, "judges": {"devices": 2}}
+    recipe = safe_recipe(make_recipe, pools=pools, placement={"cost": {"pool": "judges", "parallel": "1-1-2"}})
+    check_placement(recipe, trace(safe_rlhf))
+    assert composed(recipe, trace(safe_rlhf))["cost"].topology == "1-1-2"
+    assert replaceable(recipe) == ["reference", "reward", "cost"]
+
+
+def test_the_stage_that_closes_a_batch_knows_its_filter(make_recipe: MakeRecipe):
+    (closing,) = composed(make_recipe(algorithm="dapo"), trace(dapo))[ADVANTAGE].stages
+    assert (closing.filter, closing.filter_inputs) == ("worth_training", [1])
+    (whole,) = composed(make_recipe())[ADVANTAGE].stages
+    assert (whole.filter, whole.filter_inputs) == ("", [])
 
 
 def test_a_role_that_no_service_runs_is_refused(make_recipe: MakeRecipe):

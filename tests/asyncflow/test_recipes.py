@@ -15,6 +15,8 @@ from asyncflow.validate import check
 FOLDER = Path(__file__).parents[2] / "deploy" / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if "algorithm" in tomllib.loads(path.read_text()))
 
+STATEFUL = {"ppo": ["critic", "policy"], "safe_rlhf": ["critic", "cost_critic", "policy", "advantage"]}
+
 
 def here(path: Path, models: Path, data: Path) -> list[str]:
     """Overrides that put small files in the place of those that a demonstration makes."""
@@ -37,7 +39,7 @@ def test_a_recipe_is_sound(path: Path, models: Path, data: Path):
     assert set(recipe.models) == {s for s in checked.dataflow.services if s != "advantage"}, "no model but those called"
     specs = compose(checked.recipe, checked.dataflow, recipe.name, 0, "logs")
     assert {"policy", "generator", "advantage", "evaluator"} < {spec.name for spec in specs}
-    assert stateful(checked.dataflow) == (["critic", "policy"] if "critic" in recipe.models else ["policy"])
+    assert stateful(checked.dataflow) == STATEFUL.get(recipe.algorithm, ["policy"])
     assert "policy.update#1" in checked.dataflow.draw()
 
 

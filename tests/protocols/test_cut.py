@@ -61,6 +61,7 @@ def test_the_heaviest_part_keeps_its_bound(weights: list[int], parts: int):
 def test_the_heaviest_part_decides_and_the_rest_is_even():
     assert parts_of(5, 2, lengths=[8, 1, 1, 3, 3]) == [[0], [1, 2, 3, 4]]
     assert parts_of(3, 2, lengths=[6, 5, 3]) == [[0], [1, 2]]  # 6 is nearer to 7 than 11
+    assert parts_of(3, 2, lengths=[1, 2, 1]) == [[0, 1], [2]]  # 1 and 3 are as near to 2: the later
     assert parts_of(4, 2, lengths=[0, 0, 0, 0]) == [[0, 1], [2, 3]]
     # boundaries nearest to even shares of 4 would make parts of 2, 7 and 3
     assert parts_of(4, 3, lengths=[2, 5, 2, 3]) == [[0], [1], [2, 3]]

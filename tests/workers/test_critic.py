@@ -14,7 +14,7 @@ import torch
 from protocols.columns import Jagged
 from protocols.messages import Experience, Rollouts
 from tests import tiny
-from workers.critic import CriticWorker
+from workers.critic import CostCriticWorker, CriticWorker
 from workers.models import load_critic
 from workers.settings import Aggregation, Loss, Model, Optimizer
 from workers.training import StepRefused
@@ -156,6 +156,15 @@ def test_it_learns_the_returns(folder: Path, batch: Experience):
     first = critic.update(batch).values["loss"]
     assert critic.update(batch).values["loss"] < 0.1 * first
     assert critic.trained.version == 2
+
+
+def test_a_critic_of_costs_learns_the_costs_returns(folder: Path, tmp_path: Path, batch: Experience):
+    loss, model = Loss(value_clip=CLIP), Model(path=str(folder), learning_rate=1e-3)
+    of_costs = CostCriticWorker(model, loss, Optimizer(gradient_clip=0.0), seed=3)
+    as_returns = msgspec.structs.replace(batch, returns=batch.cost_returns, values=batch.cost_values)
+    plain = worker(folder, loss)
+    assert of_costs.update(batch) == plain.update(as_returns)
+    assert saved(of_costs, tmp_path / "costs") == saved(plain, tmp_path / "plain")
 
 
 @pytest.mark.parametrize("loss", [Loss(tokens_per_micro_batch=1), Loss(epochs=2, mini_batches=3)])

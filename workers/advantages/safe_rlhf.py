@@ -69,7 +69,7 @@ def safe_rlhf(
     gae_lambda: float = 0.95,
     kl_coefficient: float = 0.01,
     whiten_advantages: bool = True,
-) -> Stateful[Experience]:
+) -> Stateful[Experience, Multiplier]:
     """PPO-Lagrangian (Dai et al. 2024): A = (A_R - lambda A_C) / (1 + lambda), then whitened like PPO's.
 
     r_t = score at the last trained token - kl_coefficient k1_t(mu, reference) and

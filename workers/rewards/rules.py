@@ -24,7 +24,16 @@ def prefix_match(prompt: str, response: str, reference: str) -> float:
     return right / max(len(given), len(wanted), 1)
 
 
-RULES: dict[str, Rule] = {"exact_match": exact_match, "prefix_match": prefix_match}
+def excess_characters(prompt: str, response: str, reference: str) -> float:
+    """By how many characters the response is longer than the reference, white space at the ends aside: a cost."""
+    return float(len(response.strip()) - len(reference.strip()))
+
+
+RULES: dict[str, Rule] = {
+    "exact_match": exact_match,
+    "prefix_match": prefix_match,
+    "excess_characters": excess_characters,
+}
 
 
 def rule_named(name: str) -> Rule:

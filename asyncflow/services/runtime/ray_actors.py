@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from asyncflow.services.endpoint import (
     Endpoint,
@@ -34,6 +34,8 @@ from asyncflow.services.workplace import build
 from protocols.control import Notice, Reply, Request
 from protocols.delivery import Delivery, RankCall, RankReply
 
+LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
+RETURNED_INLINE_BYTES = 128 << 10  # above Ray's own limit of 100 KiB for values that travel inside an answer
 DIRECT_BYTES = 1 << 16  # up to here a copy in the message is quicker than Ray's store and its bookkeeping
 
 
@@ -59,6 +61,27 @@ class RayStore:
         return len(payload) if isinstance(payload, bytes) else 0
 
 
+class AnsweringStore(RayStore):
+    """A rank's: the first large frame of a large call leaves as a value of it, which spares Ray an owner to ask.
+
+    Only frames that Ray puts into its store by itself: smaller values would travel through the front.
+    """
+
+    answers = False  # while a large call is worked on
+    answer: Frame | None = None
+
+    def put(self, frame: Frame, direct: bool = False) -> Payload:
+        if self.answers and self.answer is None and frame.nbytes > RETURNED_INLINE_BYTES:
+            self.answer = frame
+            return None
+        return super().put(frame, direct)
+
+    def take_answer(self) -> Frame | None:
+        """The frame for which `put` gave None since the last call."""
+        answer, self.answer = self.answer, None
+        return answer
+
+
 class RayEndpoint:
     """A service in another process."""
 
@@ -79,7 +102,10 @@ class RayEndpoint:
 
 
 class RayRanks:
-    """The ranks of a service, each an actor of its own. Implements `Ranks`."""
+    """The ranks of a service, each an actor of its own. Implements `Ranks`.
+
+    They fail together: where one is gone the front ends its own process, which is what the controller sees.
+    """
 
     def __init__(self, name: str, actors: Sequence[Any]) -> None:
         self._name, self._actors = name, actors
@@ -91,8 +117,17 @@ class RayRanks:
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         actor, name, packed = self._actors[rank], f"{self._name} rank {rank}", msgspec.msgpack.encode(call)
-        reply, answers = await called(name, call.stage, actor.call, packed, payloads)
-        return msgspec.msgpack.decode(reply, type=RankReply), answers
+        try:
+            if call.nbytes < LARGE_CALL_BYTES:
+                reply, answers = await called(name, call.stage, actor.call, packed, payloads)
+                return msgspec.msgpack.decode(reply, type=RankReply), answers
+            answer, large = actor.call_large.options(num_returns=2).remote(packed, payloads)
+            reply, answers = await answered(name, call.stage, answer)
+        except ServiceGone as gone:
+            sys.stderr.write(f"{gone}: the service ends with it\n")
+            sys.stderr.flush()
+            os._exit(1)
+        return msgspec.msgpack.decode(reply, type=RankReply), [[large] if a is None else a for a in answers]
 
     async def stop(self) -> None:
         for rank, actor in enumerate(self._actors):
@@ -100,11 +135,18 @@ class RayRanks:
 
 
 async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
-    """Call an actor's method. Raises ServiceError with its cause, ServiceGone where its process is gone."""
+    """Call an actor's method. Raises as `answered` does."""
+    return await answered(name, what, method.remote(*arguments))
+
+
+async def answered(name: str, what: str, answer: Any) -> Any:
+    """What an actor answers. Raises ServiceError with its cause, ServiceGone where its process is gone."""
     try:
-        return await method.remote(*arguments)
+        return await answer
     except RayTaskError as error:
         raise ServiceError(f"{name}: {what}: {error.cause}") from error
+    except ActorUnavailableError as error:  # it may live: whoever asked can't know what was done
+        raise ServiceError(f"{name}: {what}: can't be reached ({error})") from error
     except RayActorError as error:
         raise ServiceGone(f"{name}: {what}: its process is gone ({type(error).__name__}: {error})") from error
     except RayError as error:
@@ -157,13 +199,22 @@ class RankActor:
     def start(self) -> None:
         """Load the model."""
         self._workplace = build(self._spec, self._number)
-        self._rank = Rank(self._spec, self._workplace, RayStore(self._spec.inline_bytes), None, self._number)
+        self._store = AnsweringStore(self._spec.inline_bytes)
+        self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
 
     def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """One part of a firing."""
+        """One part of a firing: the reply with its payloads."""
         frames = [_frame_of(payload) for payload in payloads]
         reply, answers = self._rank.work(msgspec.msgpack.decode(call, type=RankCall), frames)
         return msgspec.msgpack.encode(reply), answers
+
+    def call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
+        """The same, and beside it the frame that stands as None among the payloads."""
+        self._store.answers = True
+        try:
+            return self.call(call, payloads), self._store.take_answer()
+        finally:
+            self._store.answers = False
 
     def stop(self) -> None:
         """Free the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,24 @@ def test_plan_draws_the_dataflow_and_says_who_runs_where(asyncflow: Command, rec
     assert ["policy", "policy", "pool", "main,", "shared"] in lines
     assert ["advantage", "advantage", "no", "device"] in lines
     assert any(line[0] == "gae#1" for line in lines)
+
+
+def test_plan_on_devices_draws_the_best_placement_of_the_recipes_models(asyncflow: Command, recipe: Path):
+    result = asyncflow("plan", recipe, "--devices", "2xcpu-slot")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("2xcpu-slot, synchronous: ")
+    placed = json.loads(asyncflow("plan", recipe, "--devices", "2xcpu-slot", "--json").stdout)
+    assert {"policy", "critic"} <= {model["role"] for pool in placed["chosen"]["pools"] for model in pool["models"]}
+
+
+def test_plan_refuses_devices_that_it_does_not_know(asyncflow: Command, recipe: Path):
+    result = asyncflow("plan", recipe, "--devices", "8xTPU")
+    known = "A100-80G, H100, H200, MI300X, cpu-slot"
+    assert_refused(result, f"devices '8xTPU': write COUNTxDEVICE, e.g. 128xA100-80G; know {known}")
+    assert_refused(
+        asyncflow("plan", recipe, "--json"),
+        "--json prints the placement on devices: give them too, e.g. --devices 128xA100-80G",
+    )
 
 
 def test_a_run_that_can_not_start_leaves_nothing_behind(asyncflow: Command, recipe: Path, tmp_path: Path):

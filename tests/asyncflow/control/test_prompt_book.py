@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from asyncflow.control.prompt_book import PromptBook
 from asyncflow.control.staleness import Admission
@@ -57,6 +58,18 @@ def test_a_dropped_prompt_leaves_like_a_failed_one():
     assert prompts.admission.room() == 1
     with pytest.raises(KeyError):
         prompts.drop(2)
+
+
+def test_a_prompt_that_is_not_worth_training_makes_room_and_counts_as_rejected():
+    prompts = book(prompts_per_step=1, max_refills=1)
+    for prompt in range(2):
+        assert prompts.rejects() is None
+        prompts.admit([prompt])
+        for _ in range(2):
+            prompts.settle(replace(alive(prompt), worth=False))
+        assert (prompts.ready, prompts.admission.live, prompts.admission.room()) == (0, 0, 1)
+    assert prompts.take_ended() == [0, 1]
+    assert prompts.rejects() is not None
 
 
 def test_what_is_told_twice_changes_nothing():

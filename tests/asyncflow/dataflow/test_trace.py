@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 import asyncflow
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.algorithms.ppo import ppo
-from asyncflow.dataflow.graph import SOURCE, Dataflow, DataflowError
+from asyncflow.dataflow.graph import SOURCE, Dataflow, DataflowError, Filter
 from asyncflow.dataflow.registry import algorithm_named
-from asyncflow.dataflow.trace import Algorithm, Flow, Symbol, algorithm, numbers_of, trace
-from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from asyncflow.dataflow.trace import Algorithm, Flow, Join, Symbol, algorithm, numbers_of, trace
+from protocols.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
 from protocols.roles import GREEDY, ROLES, Policy, Reward
-from protocols.stage import stage
+from protocols.stage import Stateful, stage
 from workers.advantages.gae import gae
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +29,19 @@ ROOT = Path(__file__).parents[3]
 
 def reinforce(rollouts: Rollouts, scores: Scores, *, scale: float = 2.0) -> Experience:
     """A batch function of two inputs; tracing never calls it."""
+    raise NotImplementedError
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A state that a batch function carries."""
+
+    batches: int = 0
+
+
+def counts(
+    rollouts: Rollouts, scores: Scores, *, state: Seen | None = None, scale: float = 2.0
+) -> Stateful[Experience, Seen]:
+    """A stateful batch function."""
     raise NotImplementedError
 
 
@@ -388,6 +404,98 @@ def test_apply_takes_a_function_of_the_joined_messages(function: Any, message: s
         flow.policy.update(flow.join(rollouts, flow.reward.score(rollouts)).apply(function))
 
     assert error_of(wrong).startswith(message)
+
+
+def updating(batch_of: Callable[[Join], Symbol]) -> Algorithm:
+    """An algorithm that trains the policy on what becomes of rollouts and their scores."""
+
+    def own(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        flow.policy.update(batch_of(flow.join(rollouts, flow.reward.score(rollouts))))
+
+    return own
+
+
+# --- state and filter of the batch
+
+
+def test_a_batch_function_that_carries_a_state_says_its_type():
+    dataflow = trace(updating(lambda rows: rows.apply(counts)))
+    assert dataflow.batch_stage.state is Seen
+    assert numbers_of(counts) == {"scale": 2.0}, "the state is no number of the recipe"
+
+
+def takes_only(rollouts: Rollouts, scores: Scores, *, state: Seen | None = None) -> Experience:
+    raise NotImplementedError
+
+
+def returns_only(rollouts: Rollouts, scores: Scores) -> Stateful[Experience, Seen]:
+    raise NotImplementedError
+
+
+def never_begins(rollouts: Rollouts, scores: Scores, *, state: Seen) -> Stateful[Experience, Seen]:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("function", [takes_only, returns_only, never_begins])
+def test_a_state_is_taken_and_returned_and_none_at_first(function: Any):
+    message = error_of(updating(lambda rows: rows.apply(function)))
+    assert message.startswith(
+        f"{function.__name__}: a stateful batch function takes a keyword `state: State | None` and returns "
+        "Stateful[Experience, State]; it takes"
+    )
+
+
+def by_scores(scores: Scores) -> npt.NDArray[np.bool_]:
+    raise NotImplementedError
+
+
+def by_both(scores: Scores, rollouts: Rollouts) -> npt.NDArray[np.bool_]:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(("function", "inputs"), [(by_scores, (1,)), (by_both, (1, 0))])
+def test_a_filter_finds_what_it_takes_by_type(function: Any, inputs: tuple[int, ...]):
+    dataflow = trace(updating(lambda rows: rows.keep(function).apply(reinforce)))
+    assert dataflow.batch_stage.filter == Filter(function, inputs)
+    assert dataflow.draw().splitlines()[2].endswith(f"[batch, RANK_ZERO, where {function.__name__}]")
+
+
+def by_costs(costs: Costs) -> npt.NDArray[np.bool_]:
+    raise NotImplementedError
+
+
+def by_nothing() -> npt.NDArray[np.bool_]:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            by_costs,
+            "by_costs: costs is Costs, of which the join has 0 with a row per sample, want one; it has Rollouts",
+        ),
+        (bare, "bare: rollouts is None, of which the join has 0"),
+        (by_nothing, "by_nothing: takes nothing, so it can't tell one prompt from another"),
+    ],
+)
+def test_a_filter_takes_what_the_join_has(function: Any, message: str):
+    assert error_of(updating(lambda rows: rows.keep(function).apply(reinforce))).startswith(message)
+
+
+def test_a_filter_that_could_mean_two_inputs_is_refused():
+    def wrong(flow: Flow) -> None:
+        rollouts = flow.policy.generate(flow.prompts)
+        scores = [flow.reward.score(rollouts) for _ in range(2)]
+        flow.policy.update(flow.join(rollouts, *scores).keep(by_scores).apply(with_baseline))
+
+    assert "by_scores: scores is Scores, of which the join has 2 with a row per sample" in error_of(wrong)
+
+
+def test_a_join_is_filtered_once():
+    wrong = updating(lambda rows: rows.keep(by_scores).keep(by_both).apply(reinforce))
+    assert error_of(wrong) == "by_both: the join keeps what by_scores chooses already"
 
 
 def test_an_algorithm_takes_the_flow_and_nothing_else():

@@ -29,7 +29,7 @@ def ray_started() -> Iterator[None]:
 
 
 def process_of(service: str, folder: Path) -> int:
-    """The process that writes a service's log: of its front, where it has several ranks."""
+    """The process that writes a log: a service's, or that of one of its ranks ("reference-1")."""
     log = folder / "logs" / f"{service}.log"
     for process in psutil.process_iter():
         try:
@@ -56,7 +56,7 @@ async def test_a_killed_reward_and_a_killed_reference_of_two_ranks_cost_no_sampl
         placement={"reference": {"pool": "judges", "parallel": "1-1-2"}},
         delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
     )
-    killed = {1: "reward", 2: "reference"}
+    killed = {1: "reward", 2: "reference-1"}  # the second is one of two ranks: its front ends with it
     replaced: list[ServiceReplaced] = []
     async with asyncflow.launch(recipe) as run:
         async for event in run.events():

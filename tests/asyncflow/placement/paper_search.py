@@ -34,7 +34,7 @@ def splits(devices: int, sets: int) -> Iterator[tuple[int, ...]]:
 def iteration_s(vectors: Sequence[Vector], staleness: int) -> float:
     """Stages one after the other, sets side by side; s + 1 steps under way, each set busy with one at a time."""
     chain = sum(max(vector[stage] for vector in vectors) for stage in range(3))
-    return max(chain / (1 + staleness), max(vector[3] for vector in vectors))
+    return max(chain / (1 + staleness), *(vector[3] for vector in vectors))
 
 
 def algorithm_1(costs: Costs, models: int, devices: int, staleness: int) -> dict[frozenset[frozenset[int]], float]:

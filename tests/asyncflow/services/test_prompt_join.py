@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from asyncflow.services.row_table import Arrival
 from protocols.columns import Batch
 from protocols.control import Settled
 from protocols.ids import BASELINE_INDEX, sample_id
+from protocols.messages import Costs
 from protocols.stage import Failure, Grain
 from tests.asyncflow.services import rows
 
@@ -161,6 +162,64 @@ def test_the_summary_says_how_old_the_oldest_token_and_value_are():
 def test_without_a_critic_there_is_no_critic_version():
     (settled,) = settled_by(join(edges=1, samples=1), 0, rows.rollouts([sample_id(0, 0)], versions=[[3]]))
     assert (settled.oldest_version, settled.critic_version) == (3, -1)
+
+
+def costs(samples: Sequence[int]) -> Costs:
+    """Each row costs its id."""
+    return Costs(sample_ids=np.array(samples, np.int64), costs=np.array(samples, np.float32))
+
+
+def test_the_summary_adds_costs_up_where_there_are_some():
+    joined, samples = join(edges=2), group(1)
+    settled_by(joined, 0, rows.scores(samples))
+    (settled,) = settled_by(joined, 1, costs(samples))
+    assert (settled.cost_sum, settled.reward_sum) == (sum(samples), sum(samples))
+    (without,) = settled_by(join(edges=1), 0, rows.scores(samples))
+    assert without.cost_sum is None
+
+
+# --- prompts of no use
+
+
+def choosy(*worth: int) -> PromptJoin:
+    """A join that finds these prompts worth training, by what is in their second sample edge."""
+
+    def is_worth(rows: Mapping[int, Batch]) -> bool:
+        assert list(rows) == [0, 2]
+        return int(rows[2].sample_ids[0]) in {group(prompt)[0] for prompt in worth}
+
+    return PromptJoin(("sample", "prompt", "sample"), 2, worth=is_worth)
+
+
+def test_a_prompt_of_no_use_settles_alive_and_has_left_the_join_when_it_is_told():
+    joined = choosy(2)
+    for prompt in (1, 2):
+        settled_by(joined, 0, rows.log_probs(group(prompt)))
+        settled_by(joined, 1, rows.scores([baseline(prompt)]))
+    (useless,) = settled_by(joined, 2, rows.scores(group(1)))
+    assert (useless.prompt_id, useless.alive, useless.dead, useless.worth) == (1, group(1), [], False)
+    assert joined.depth == 3, "rows of the other prompt, whose scores are still to come"
+    (useful,) = settled_by(joined, 2, rows.scores(group(2)))
+    assert useful.worth
+    assert joined.take(group(2))[0] == rows.log_probs(group(2))
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_rows_of_a_prompt_of_no_use_are_refused_in_any_attempt(attempt: int):
+    joined, samples = choosy(), group(1)
+    settled_by(joined, 0, rows.log_probs(samples))
+    settled_by(joined, 1, rows.scores([baseline(1)]))
+    settled_by(joined, 2, rows.scores(samples))
+    assert joined.arrive(2, rows.scores(samples), [], attempt) == ([], Arrival([], samples))
+    assert joined.depth == 0
+
+
+def test_a_group_that_lost_a_member_is_dead_whatever_its_use():
+    joined, (first, second) = choosy(), group(1)
+    settled_by(joined, 0, rows.log_probs([first]), rows.tombstones([second]))
+    settled_by(joined, 1, rows.scores([baseline(1)]))
+    (settled,) = settled_by(joined, 2, rows.scores([first, second]))
+    assert (settled.dead, settled.worth) == (rows.tombstones([second]), True)
 
 
 # --- a row a prompt: baselines

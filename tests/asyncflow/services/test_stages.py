@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from asyncflow.services.endpoint import causes
 from asyncflow.services.host import Host
@@ -190,6 +191,37 @@ async def test_settled_prompts_are_reported_once():
         await deliver(stage, sent(second))
         assert [s.alive for s in await settled(stage.host)] == [[first, second]]
         assert stage.depth()[0] == 3
+
+
+def has_spread(batch: LogProbs) -> list[bool]:
+    """Whether the first tokens of a prompt's rows differ."""
+    return [len({float(values[0]) for values in batch.log_probs}) > 1] * len(batch)
+
+
+async def test_prompts_that_the_filter_drops_are_reported_and_held_no_longer():
+    spec = replace(CLOSE, filter="has_spread", filter_inputs=[0])
+    async with hosted(specs.service("a", spec, samples_per_prompt=2), Consumer("b")) as host:
+        stage = ClosingStage(host, spec, keep, has_spread)
+        useful, useless = [sample_id(1, i) for i in range(2)], [sample_id(2, i) for i in range(2)]
+        flat = rows.log_probs(useless)
+        flat = replace(flat, log_probs=flat.log_probs.with_values(0 * flat.log_probs.values))
+        await deliver(stage, sent(*useful), rows.part(flat))
+        assert {s.prompt_id: (s.alive, s.worth) for s in await settled(host)} == {
+            1: (useful, True),
+            2: (useless, False),
+        }
+        assert stage.depth()[0] == 2
+        assert await stage.close(CloseBatch(0, useful)) == Done({"rows": 2.0})
+
+
+async def test_a_filter_that_raises_is_named():
+    def broken(batch: LogProbs) -> list[bool]:
+        raise KeyError("scores")
+
+    spec = replace(CLOSE, filter="broken", filter_inputs=[0])
+    async with hosted(specs.service("a", spec), Consumer("b")) as host:
+        with pytest.raises(ValueError, match=r"a\.keep#1: broken of prompt 3 raised KeyError: 'scores'"):
+            await deliver(ClosingStage(host, spec, keep, broken), sent(sample_id(3, 0)))
 
 
 async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_step():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.rewards.rules import RULES, exact_match, prefix_match, rule_named
+from workers.rewards.rules import RULES, exact_match, excess_characters, prefix_match, rule_named
 
 
 @pytest.fixture
@@ -22,20 +22,21 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("response", "reference", "exact", "prefix"),
+    ("response", "reference", "exact", "prefix", "excess"),
     [
-        ("42", "42", 1, 1),
-        (" 42\n", "42 ", 1, 1),
-        ("43", "42", 0, 1 / 2),
-        ("421", "42", 0, 2 / 3),  # what follows the right answer counts against it
-        ("4", "42", 0, 1 / 2),
-        ("24", "42", 0, 0),
-        ("", "42", 0, 0),
+        ("42", "42", 1, 1, 0),
+        (" 42\n", "42 ", 1, 1, 0),
+        ("43", "42", 0, 1 / 2, 0),
+        ("421", "42", 0, 2 / 3, 1),  # what follows the right answer counts against it
+        ("4", "42", 0, 1 / 2, -1),
+        ("24", "42", 0, 0, 0),
+        ("", "42", 0, 0, -2),
     ],
 )
-def test_scores(response: str, reference: str, exact: float, prefix: float):
+def test_scores(response: str, reference: str, exact: float, prefix: float, excess: float):
     assert exact_match("6*7=", response, reference) == exact
     assert prefix_match("6*7=", response, reference) == pytest.approx(prefix)
+    assert excess_characters("6*7=", response, reference) == excess
 
 
 def test_a_name_is_registered_or_a_users_function(user_module: str):
@@ -46,7 +47,7 @@ def test_a_name_is_registered_or_a_users_function(user_module: str):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("exact_mach", "exact_match, prefix_match and no package.module:function"),
+        ("exact_mach", "exact_match, prefix_match, excess_characters and no package.module:function"),
         (":half", "no package.module:function"),
         ("rules_of_a_user:", "no package.module:function"),
         ("rules_of_nobody:half", "No module named 'rules_of_nobody'"),
