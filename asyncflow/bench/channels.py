@@ -152,10 +152,7 @@ def rows(figures: Figures) -> list[Row]:
     told += [Row(f"read by rank {rank}", read, "bytes", bound=share) for rank, read in enumerate(batch.read_bytes)]
     told += [Row(f"hop, {hop.ranks} ranks", hop.median_ms, "ms", bound=hop.floor_ms) for hop in figures.hops]
     told += [
-        Row(
-            f"large, {large.tokens} tokens", large.gigabytes_per_second, "GB/s", bound=figures.copy_gigabytes_per_second
-        )
-        for large in figures.large
+        Row(f"large, {large.tokens} tokens", large.gigabytes_per_second, "GB/s", bound=copy) for large in figures.large
     ]
     least = min(grown.microseconds_per_row for grown in figures.scale)
     return told + [
