@@ -16,7 +16,6 @@ import numpy.typing as npt
 from protocols.columns import Array, Batch, ColumnSpec, Jagged, columns_of, empty
 from protocols.frame import (
     LENGTHS,
-    MAX_VALUES,
     TABLE,
     BadFrame,
     Buffer,
@@ -243,8 +242,6 @@ def _describe(message: Batch, spec: ColumnSpec) -> Column:
         raise ValueError(f"{where}: shape {list(column.shape)}, want one value a row")
     if len(column) != len(message):
         raise ValueError(f"{where}: {len(column)} rows, sample_ids has {len(message)}")
-    if spec.jagged and len(column.values) > MAX_VALUES:
-        raise ValueError(f"{where}: {len(column.values)} values, a frame takes {MAX_VALUES}; split the message")
     return Column(spec.name, spec.dtype, spec.jagged)
 
 

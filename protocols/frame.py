@@ -33,7 +33,6 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 LENGTHS = np.dtype("<u4")  # of the rows of a jagged column
 TABLE = np.dtype("<u4")  # what the header's table is made of
-MAX_VALUES = (1 << 32) - 1  # of a jagged column, so that every length and count fits
 _NUMBERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMBERS.split()}
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from asyncflow.bench import scale
 from asyncflow.bench.report import Row
-from asyncflow.bench.rival import ChunkingRival, Floor, Rival, nbytes, padded
+from asyncflow.bench.rival import Floor, Rival, nbytes, padded
 from asyncflow.services.endpoint import Endpoint, Store, ask
 from asyncflow.services.parts import pack, parts_of, unpack
 from asyncflow.services.runtime.ray import RayRuntime
@@ -208,16 +208,16 @@ def _service(name: str, ranks: int) -> ServiceSpec:
 async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures:
     rollouts = rollouts_of(sizes.rows, sizes.tokens)
     today, narrow = padded(rollouts), padded(rollouts, narrow=True)
-    rival, chunking = Rival(RANKS), ChunkingRival(RANKS)
+    rival = Rival(RANKS)
 
     async def ours() -> LogProbs:
         return await call(endpoint, store, rollouts)
 
     ways: list[Way] = [
         ours,
-        lambda: rival.log_probs(today),
-        lambda: chunking.log_probs(today),
-        lambda: rival.log_probs(narrow),
+        lambda: rival.fetch_all(today),
+        lambda: rival.fetch_chunk(today),
+        lambda: rival.fetch_all(narrow),
     ]
     try:
         assert await ours() == LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.log_probs)
@@ -229,7 +229,6 @@ async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures
         )
     finally:
         rival.close()
-        chunking.close()
     read = {rank: count - before.read_bytes.get(rank, 0) for rank, count in after.read_bytes.items()}
     return BatchFigures(
         frame_bytes=codec.encode(rollouts).nbytes,

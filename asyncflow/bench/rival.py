@@ -21,59 +21,42 @@ from protocols.messages import Rollouts
 Tensors = dict[str, torch.Tensor]
 
 
-class SlicingRank:
-    """A rank that fetches the whole batch and keeps its rows."""
+class RivalRank:
+    """A rank of today: it fetches what it is told of and keeps its rows."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._rank, self._ranks = rank, ranks
 
-    def log_probs(self, holder: list[Any]) -> torch.Tensor:
-        """The rank's own rows' log-probs, as fresh memory."""
+    def slice_of(self, holder: list[Any]) -> torch.Tensor:
+        """Fetch the whole batch; the log-probs of the rank's own rows, as fresh memory."""
         batch: Tensors = ray.get(holder[0])
         mine = {name: column.chunk(self._ranks)[self._rank] for name, column in batch.items()}
         return mine["rollout_log_probs"].clone()
 
-
-class Rival:
-    """Today's path over so many ranks."""
-
-    def __init__(self, ranks: int) -> None:
-        kind: Any = ray.remote(SlicingRank)
-        self._ranks = [kind.options(num_cpus=0).remote(rank, ranks) for rank in range(ranks)]
-
-    async def log_probs(self, batch: Tensors) -> torch.Tensor:
-        """The whole batch in, every row's log-probs back."""
-        holder = [ray.put(batch)]
-        parts = [rank.log_probs.remote(holder) for rank in self._ranks]
-        return torch.cat([await part for part in parts])
-
-    def close(self) -> None:
-        """End the ranks."""
-        for rank in self._ranks:
-            ray.kill(rank)
-
-
-class ChunkRank:
-    """A rank that is given its rows, and theirs alone."""
-
-    def log_probs(self, holder: list[Any]) -> torch.Tensor:
-        """The rows' log-probs, as fresh memory."""
+    def all_of(self, holder: list[Any]) -> torch.Tensor:
+        """Fetch a chunk that holds its rows alone; their log-probs, as fresh memory."""
         batch: Tensors = ray.get(holder[0])
         return batch["rollout_log_probs"].clone()
 
 
-class ChunkingRival:
-    """The caller cuts the batch and puts a chunk a rank: no rank fetches more, and the caller's process carries all."""
+class Rival:
+    """Today's two paths over so many ranks."""
 
     def __init__(self, ranks: int) -> None:
-        kind: Any = ray.remote(ChunkRank)
-        self._ranks = [kind.options(num_cpus=0).remote() for _ in range(ranks)]
+        kind: Any = ray.remote(RivalRank)
+        self._ranks = [kind.options(num_cpus=0).remote(rank, ranks) for rank in range(ranks)]
 
-    async def log_probs(self, batch: Tensors) -> torch.Tensor:
-        """The whole batch in, every row's log-probs back."""
+    async def fetch_all(self, batch: Tensors) -> torch.Tensor:
+        """The whole batch put once and fetched by every rank; every row's log-probs back."""
+        holder = [ray.put(batch)]
+        parts = [rank.slice_of.remote(holder) for rank in self._ranks]
+        return torch.cat([await part for part in parts])
+
+    async def fetch_chunk(self, batch: Tensors) -> torch.Tensor:
+        """The caller cuts the batch and puts a chunk a rank: none fetches more, and the caller carries all."""
         cuts = {name: column.chunk(len(self._ranks)) for name, column in batch.items()}
         chunks = [{name: cut[rank] for name, cut in cuts.items()} for rank in range(len(self._ranks))]
-        parts = [rank.log_probs.remote([ray.put(own)]) for rank, own in zip(self._ranks, chunks, strict=True)]
+        parts = [rank.all_of.remote([ray.put(own)]) for rank, own in zip(self._ranks, chunks, strict=True)]
         return torch.cat([await part for part in parts])
 
     def close(self) -> None:

@@ -119,10 +119,10 @@ def test_encode_refuses_numbers_that_mean_nothing():
         codec.encode(scores([1], [1]), block_bytes=0)
 
 
-def test_encode_refuses_more_values_than_a_frame_counts():
+def test_encode_refuses_what_every_reader_would():
     values = np.broadcast_to(np.uint8(65), 2**32)  # takes no memory
     text = Jagged(values, np.array([0, 2**32]))
-    with pytest.raises(ValueError, match=r"Note.text: 4294967296 values, a frame takes 4294967295; split"):
+    with pytest.raises(ValueError, match=r"Note of 1 rows and 4294967320 bytes: readers accept .* cut it"):
         codec.encode(Note(sample_ids=np.array([1]), text=text))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -211,9 +212,9 @@ async def test_a_refused_frame_is_kept_with_its_reason(rank: Rank, tmp_path: Pat
     torn = broken(*frames([3, 4]))
     await rank.call(call([3, 4, 5], reading((0, 0, 2), (1, 0, 1))), [torn, None])
     folder = tmp_path / "logs" / "quarantine"
-    assert {path.name for path in folder.iterdir()} == {"a-2-1.frame", "a-2-1.txt"}
-    assert (folder / "a-2-1.frame").read_bytes() == torn.tobytes()
-    assert "a.double#1: rows 0 to 1 are damaged" in (folder / "a-2-1.txt").read_text()
+    assert {path.name for path in folder.iterdir()} == {f"a-2-{os.getpid()}-1.{kind}" for kind in ("frame", "txt")}
+    assert (folder / f"a-2-{os.getpid()}-1.frame").read_bytes() == torn.tobytes()
+    assert "a.double#1: rows 0 to 1 are damaged" in (folder / f"a-2-{os.getpid()}-1.txt").read_text()
 
 
 async def test_the_quarantine_does_not_fill_the_disk(rank: Rank, tmp_path: Path):
