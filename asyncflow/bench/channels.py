@@ -1,6 +1,6 @@
 """`asyncflow bench channels`: what a hop costs, beside today's path in the same run, and beside its bounds.
 
-    batch   rows of 1024 tokens into 4 ranks, log-probs back: ours against the padded batch that every rank fetches
+    batch   responses of 1024 tokens into 4 ranks, log-probs back: ours against the padded batch that every rank fetches
     hop     25 kB through a service of one rank, and of four, as the caller sees it; beside it Ray's own time for it
     large   64 MB, and 10 million tokens: bytes per second as a share of what copying memory reaches here
     scale   rows through 4, 16 and 64 services of one process (scale.py)
@@ -41,8 +41,8 @@ class Sizes(msgspec.Struct, frozen=True):
 
     rounds: int = 15
     rows: int = 256
-    tokens: int = 1024  # of a row; a quarter of them its prompt
-    large_tokens: tuple[int, ...] = (6_000_000, 10_000_000)  # the first is a frame of 64 MB
+    tokens: int = 1024  # of a response; its prompt has a quarter as many
+    large_tokens: tuple[int, ...] = (5_700_000, 10_000_000)  # prompts and responses; the first is a frame of 64 MB
     scale_rows: int = 1_000_000  # rows x hops at each number of services
 
 
@@ -162,9 +162,9 @@ def rows(figures: Figures) -> list[Row]:
 
 
 def rollouts_of(rows: int, tokens: int) -> Rollouts:
-    """`rows` rollouts of `tokens` tokens, a quarter of them prompt."""
+    """`rows` rollouts of `tokens` response tokens, and prompts of a quarter as many."""
     rng = np.random.default_rng(0)
-    asked, drawn = tokens // 4, tokens - tokens // 4
+    asked, drawn = tokens // 4, tokens
     responses = Jagged.from_lengths(rng.integers(0, 32_000, rows * drawn, np.int32), np.full(rows, drawn))
     return Rollouts(
         sample_ids=np.arange(rows, dtype=np.int64),
@@ -254,7 +254,7 @@ async def _reading(endpoint: Endpoint) -> EdgeStatistics:
 
 
 async def _hop(endpoint: Endpoint, store: Store, ranks: int, sizes: Sizes) -> HopFigures:
-    rollouts, floor = rollouts_of(16, 128), Floor(ranks)
+    rollouts, floor = rollouts_of(16, 112), Floor(ranks)  # 25 kB
     frame = codec.encode(rollouts)
     ways: list[Way] = [lambda: call(endpoint, store, rollouts, ranks), lambda: floor.hop(frame)]
     try:
@@ -271,12 +271,12 @@ async def _hop(endpoint: Endpoint, store: Store, ranks: int, sizes: Sizes) -> Ho
 
 
 async def _large(endpoint: Endpoint, store: Store, tokens: int, copy: float) -> LargeFigures:
-    rollouts = rollouts_of(tokens // 1024, 1024)
+    rollouts = rollouts_of(tokens // 1280, 1024)
     (times,) = await _interleaved([lambda: call(endpoint, store, rollouts)], 3)
     frame, seconds = codec.encode(rollouts).nbytes, statistics.median(times)
     moved = frame + rollouts.log_probs.values.nbytes
     return LargeFigures(
-        tokens=len(rollouts) * 1024,
+        tokens=len(rollouts) * 1280,
         frame_bytes=frame,
         seconds=seconds,
         gigabytes_per_second=moved / seconds / 1e9,

@@ -1,9 +1,9 @@
 """What our path is measured against: today's, and Ray's own floor.
 
-The stand-in for today is one padded torch batch, pickled to every rank, sliced there. Its columns, types and padding
-are those that synchronous systems carry for a log-prob call: 64-bit token ids, masks and positions. `narrow` keeps
-only what our own message holds, in its types: what remains then is the path. The floor is a front and ranks that
-pass the same bytes on and do nothing with them.
+The stand-ins for today are a padded torch batch that is pickled to every rank and sliced there, and one that the
+caller cuts into a chunk a rank. Their columns, types and padding are those that synchronous systems carry for a
+log-prob call: 64-bit token ids, masks and positions. `narrow` keeps only what our own message holds, in its types:
+what remains then is the path. The floor is a front and ranks that pass the same bytes on and do nothing with them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Rival:
     async def fetch_chunk(self, batch: Tensors) -> torch.Tensor:
         """The caller cuts the batch and puts a chunk a rank: none fetches more, and the caller carries all."""
         cuts = {name: column.chunk(len(self._ranks)) for name, column in batch.items()}
-        chunks = [{name: cut[rank] for name, cut in cuts.items()} for rank in range(len(self._ranks))]
+        # Cloned, for a view would be pickled with all of its batch.
+        chunks = [{name: cut[rank].clone() for name, cut in cuts.items()} for rank in range(len(self._ranks))]
         parts = [rank.all_of.remote([ray.put(own)]) for rank, own in zip(self._ranks, chunks, strict=True)]
         return torch.cat([await part for part in parts])
 
