@@ -34,7 +34,7 @@ from workers.models import DTYPES, MicroBatch, log_softmax_of
 from workers.parallel import Loss as LossOf
 from workers.parallel import ParallelModel
 from workers.parallel_training import ParallelTraining
-from workers.policy import PROBE_ROWS, PROBE_TOKENS
+from workers.policy import PROBE_ROWS, probe_tokens
 from workers.settings import Generation, Loss, Model, Optimizer
 
 
@@ -181,7 +181,7 @@ class ParallelPolicy:
 
     def _probe(self) -> tuple[list[list[int]], list[list[float]]]:
         """The probe batch and this model's answer, on every rank."""
-        tokens = probe_tokens(self.model.plan.decoder.vocabulary, self._seed)
+        tokens = probe_tokens(self.model.plan.decoder.vocabulary, self._seed).numpy().astype(np.int32)
         batch = _Probe(Jagged.from_rows([row[:1] for row in tokens]), Jagged.from_rows([row[1:] for row in tokens]))
         kept = self.model.forward(batch, tokens.size, lambda o, m: _log_probs_of(o, m, 1.0))
         replica, model = self.model.groups.replica, self.model
@@ -195,12 +195,6 @@ class _Probe(NamedTuple):
 
     prompts: Jagged
     responses: Jagged
-
-
-def probe_tokens(vocabulary: int, seed: int) -> np.ndarray:
-    """The probe batch that `PolicyWorker` draws, int32 [PROBE_ROWS, PROBE_TOKENS]."""
-    drawn = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
-    return drawn.astype(np.int32)
 
 
 def _log_probs_of(outputs: Tensor, micro: MicroBatch, temperature: float) -> Tensor:

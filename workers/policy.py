@@ -45,7 +45,7 @@ class PolicyWorker(Policy):
         self._end_of_sequence = end_of_sequence(model.path)
         self._tolerance = generation.probe_tolerance
         self._seed = seed
-        self._probe = _probe_tokens(self.trained.model.config.vocab_size, seed)
+        self._probe = probe_tokens(self.trained.model.config.vocab_size, seed)
 
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts:
         """Draw all rows at once with the current weights. A service drives the engine itself, row by row."""
@@ -159,7 +159,8 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _probe_tokens(vocabulary: int, seed: int) -> torch.Tensor:
+def probe_tokens(vocabulary: int, seed: int) -> torch.Tensor:
+    """The probe batch of a run, int64 [PROBE_ROWS, PROBE_TOKENS]: the same wherever the policy is trained."""
     drawn = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
     return torch.from_numpy(drawn.astype(np.int64))
 

@@ -7,6 +7,7 @@ while `send` waits. The lease is asked for with all inputs in hand and returned 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -243,11 +244,9 @@ class Host:
         return len(again)
 
     async def _hand_over(self, who: str, kept: Kept, waiting: set[str]) -> None:
-        try:
+        # Where the receiver is gone it stays in the outbox: the controller sees the same death and asks for it again.
+        with contextlib.suppress(ServiceGone):
             await self.peers[kept.service].deliver(kept.delivery, [part.payload for part in kept.parts])
-        except ServiceGone:
-            # It stays in the outbox: the controller, which sees the same death, asks for it when there is a successor.
-            self.wait(who, "a successor of", kept.service)
         waiting.discard(kept.delivery.edge)
         if waiting and who in self.waits:
             self.wait(who, "credit", ", ".join(sorted(waiting)), since=self.waits[who].since)
