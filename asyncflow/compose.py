@@ -7,16 +7,19 @@ from collections import Counter
 
 from asyncflow.config import BadInput, Placed, Recipe, nearest
 from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
-from asyncflow.services.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target
+from asyncflow.services.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target, dealt_by
 from protocols.roles import ROLES, Sampling
 from protocols.stage import contract_of
-from protocols.topology import Topology
+from protocols.topology import GenerationGrouping, Topology
+from workers.advantages.adaptive_kl import without_steering
+from workers.regrouping import generation_grouping
 from workers.settings import Model
+from workers.user_code import module_of
 
 GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
-REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not talk to each other
+REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not work together
 
 _KINDS: dict[str, Kind] = {
     "policy": "policy",
@@ -43,7 +46,7 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 
 def _needs_no_device(model: Model) -> bool:
-    return bool(model.rule) or model.outside
+    return (bool(model.rules) and not model.folders) or model.outside
 
 
 def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
@@ -61,7 +64,7 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
             raise BadInput(f"placement.{service}: its model is outside, it takes no place here; leave it out")
         if placed.pool not in recipe.pools:
             raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
-        _check_parallel(service, placed, recipe.pools[placed.pool].devices)
+        _check_parallel(recipe, service, placed)
     if recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement:
         raise BadInput(
             "generation.engine = 'vllm' needs a [placement] of generator; "
@@ -69,24 +72,64 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
         )
 
 
-def _check_parallel(service: str, placed: Placed, devices: int) -> None:
+def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
     """Refuse ranks that this build can't run, or that the pool has no devices for. Raises BadInput."""
     where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
     try:
-        topology = Topology.parse(placed.parallel)
+        topology, _ = Topology.parse(placed.parallel), layout_of(recipe, service)
     except ValueError as error:
         raise BadInput(f"placement.{service}: {error}") from None
-    if placed.replicas != 1 or topology.replica_size != 1:
-        raise BadInput(f"{where}: this version runs whole models, one replica of a service: parallel = '1-1-d'")
-    if topology.dp > 1 and service not in REPLICATED:
-        raise BadInput(f"{where}: this version runs several ranks of {', '.join(REPLICATED)}; others have one")
+    devices = recipe.pools[placed.pool].devices
+    if placed.replicas != 1:
+        raise BadInput(f"{where}: this version runs one replica of a service: replicas = 1")
+    if service == GENERATOR and topology.world_size > 1:
+        raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
+    if topology.replica_size > 1 and service in recipe.models and recipe.models[service].rule:
+        raise BadInput(f"{where}: a rule can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
     if topology.world_size > devices:
         raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
+    _check_joint(recipe, service, placed)
+
+
+def _check_joint(recipe: Recipe, service: str, placed: Placed) -> None:
+    """Refuse what ranks that work together can't do, or what only they could. Raises BadInput."""
+    if placed.generation and (service != "policy" or GENERATOR in recipe.placement):
+        raise BadInput(
+            f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
+            f"where no {GENERATOR} is placed; leave it out"
+        )
+    if placed.backend != "3d" and not (is_collective(recipe, service) and service not in REPLICATED):
+        raise BadInput(
+            f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
+            f"{service} on {placed.parallel} has none such; leave it out"
+        )
+    if is_collective(recipe, service) and recipe.runtime == "local":
+        raise BadInput(
+            f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "
+            "runtime = 'local' has one; take runtime = 'ray'"
+        )
 
 
 def topology_of(recipe: Recipe, service: str) -> Topology:
     """The ranks of a service."""
     return Topology.parse(recipe.placement[service].parallel) if service in recipe.placement else Topology()
+
+
+def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
+    """How a service's ranks stand when they generate. Raises ValueError where that does not divide the topology."""
+    topology, placed = topology_of(recipe, service), recipe.placement.get(service)
+    if placed is None:
+        return GenerationGrouping(topology)
+    layout = Topology.parse(placed.generation or f"{topology.pp}-{topology.tp}")
+    if layout.dp != 1:
+        raise ValueError(f"generation = {placed.generation!r}: write p-t, the number of replicas follows from parallel")
+    return generation_grouping(placed.backend, topology, layout)
+
+
+def is_collective(recipe: Recipe, service: str) -> bool:
+    """Whether a service has ranks that work together: those that share one model, or train replicas of one."""
+    topology = topology_of(recipe, service)
+    return topology.replica_size > 1 or (topology.dp > 1 and service not in REPLICATED)
 
 
 def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder: str) -> list[ServiceSpec]:
@@ -95,6 +138,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     counts = Counter(p for p in pools.values() if p != NO_DEVICE)
 
     def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
+        layout = layout_of(recipe, name)
         return ServiceSpec(
             name=name,
             kind=kind,
@@ -105,6 +149,9 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             stages=_stages_of(recipe, dataflow, name),
             pool=pools[name],
             topology=str(topology_of(recipe, name)),
+            generation_layout=f"{layout.pp}-{layout.tp}",
+            backend=recipe.placement[name].backend if name in recipe.placement else "3d",
+            collective=is_collective(recipe, name),
             leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,
             mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
@@ -114,11 +161,13 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             model=model,
             tokenizer_path=recipe.models["policy"].path,
             loss=recipe.loss,
+            pretrain=recipe.data.pretrain,
             optimizer=recipe.optimizer,
             generation=recipe.generation,
             failures=recipe.failures,
             algorithm=recipe.algorithm,
-            numbers=dict(recipe.advantage),
+            numbers=_numbers(recipe),
+            reward_parts=[part.name for part in recipe.models.get("reward", Model()).mix],
             log_path=f"{log_folder}/{name}.log",
             metrics_host=recipe.metrics_host,
             delay_seconds=recipe.delays.get(name, {}),
@@ -131,6 +180,12 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     if recipe.data.eval:
         specs.append(spec(EVALUATOR, "reward", Model(rule=recipe.evaluation.metric)))
     return specs
+
+
+def _numbers(recipe: Recipe) -> dict[str, float | bool | str]:
+    """What the batch function is called with."""
+    fixed = recipe.advantage.get("kl", "fixed") == "fixed"
+    return without_steering(recipe.advantage) if fixed else dict(recipe.advantage)
 
 
 def _kind_of(recipe: Recipe, role: str) -> Kind:
@@ -155,6 +210,14 @@ def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, S
 def _snake(message: str) -> str:
     """LogProbs -> log_probs"""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message).lower()
+
+
+def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
+    """The modules of the user's own that a run's services call: those in "package.module:function"."""
+    rules = [rule for role in roles_of(dataflow) for rule in recipe.models[role].rules]
+    metric = [recipe.evaluation.metric] if recipe.data.eval else []
+    named = [recipe.algorithm, recipe.loss.policy, *rules, *metric]
+    return sorted({module for name in named if (module := module_of(name))})
 
 
 def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
@@ -207,7 +270,7 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
         schemas=[c.message.schema_id for c in inputs],
         sources=list(stage.inputs),
         outputs=[_target(recipe, dataflow, c) for c in dataflow.consumers(stage.name)],
-        protocol=stage.protocol,
+        protocol=dealt_by(stage.protocol, topology_of(recipe, _host_of(recipe, stage))),
         grains=[c.grain for c in inputs],
         whole_groups=contract.whole_groups if contract else False,
         balance=contract.balance if contract else "rows",

@@ -21,7 +21,7 @@ from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
-from workers.settings import Failures, Generation, Loss, Model, Optimizer
+from workers.settings import Backend, Failures, Generation, Loss, Model, Optimizer
 
 
 class BadInput(Exception):
@@ -29,18 +29,20 @@ class BadInput(Exception):
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Prompts as JSON lines, and the names of their fields."""
+    """Prompts in a file or folder of rows (workers.containers), and the names of their fields."""
 
     train: str
     eval: str = ""  # held out; "": no evaluation
     prompt: str = "prompt"
     reference: str = "reference"  # "": rows have none
+    pretrain: str = ""  # text of the pretraining loss, as rows of text or of prompt and response; loss.ptx_coefficient
 
 
 class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Devices that its services share, one firing at a time. Pools never overlap."""
 
     devices: int = 1
+    device: str = ""  # a device that `plan` knows, or a calibration's file; "": what is there, GPUs before CPU slots
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -52,6 +54,8 @@ class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     pool: str
     parallel: str = "1-1-1"  # p-t-d; for a generator p-t
+    generation: str = ""  # p-t in which a policy's ranks generate; "": as they train
+    backend: Backend = "3d"  # how several ranks share a model
     replicas: int = 1
 
 
@@ -88,6 +92,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     deadlines: Deadlines = Deadlines()
     pools: dict[str, Pool] = msgspec.field(default_factory=lambda: {"main": Pool()})
     placement: dict[str, Placed] = {}
+    placed_by: str = ""  # what `placement = "auto"`, or a plan's file, becomes until a check has placed the services
     delays: dict[str, dict[str, float]] = {}  # service -> stage method -> seconds, injected to study timing
 
     @property
@@ -114,6 +119,8 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
     Raises BadInput, with the nearest known key for an unknown one.
     """
+    if isinstance(placed_by := table.get("placement"), str):
+        table = {"pools": {}, **table, "placement": {}, "placed_by": placed_by}
     _check_keys(table, Recipe, "", where)
     try:
         recipe = msgspec.convert(_over_the_algorithms_defaults(table, where), Recipe)
@@ -194,6 +201,9 @@ def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], path: str,
 
 
 def _check_value(value: Any, hint: Any, path: str, where: str) -> None:
+    if isinstance(value, list) and get_origin(hint) is list:
+        for number, inner in enumerate(value):
+            _check_value(inner, get_args(hint)[0], f"{path}{number}.", where)
     if not isinstance(value, Mapping):
         return
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):

@@ -34,16 +34,31 @@ def finetune(path: Path, console: Console) -> None:
 
 
 def train_reward(path: Path, console: Console) -> float:
-    """`asyncflow reward-model`; the held-out pair accuracy. Raises BadInput."""
+    """`asyncflow reward-model`, of a reward or of a cost; the held-out pair accuracy. Raises BadInput."""
     settings = read_settings(path, RewardModelSettings)
     _check_model(path, settings)
     _one_thread()
+    if settings.kind == "cost":
+        return _train_cost(path, settings, console)
     from workers.preference import train_reward_model
 
     with _progress(console, "reward model", settings.schedule.steps) as on_step, _bad_input(path):
         result = train_reward_model(settings, on_step=on_step)
     console.print(
         f"reward model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}", soft_wrap=True
+    )
+    return result.heldout_accuracy
+
+
+def _train_cost(path: Path, settings: RewardModelSettings, console: Console) -> float:
+    from workers.cost_model import train_cost_model
+
+    with _progress(console, "cost model", settings.schedule.steps) as on_step, _bad_input(path):
+        result = train_cost_model(settings, on_step=on_step)
+    signs = result.heldout_sign_accuracy
+    said = "no response is labelled" if signs is None else f"sign accuracy {signs:.3f}"
+    console.print(
+        f"cost model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}, {said}", soft_wrap=True
     )
     return result.heldout_accuracy
 

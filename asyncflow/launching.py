@@ -10,10 +10,11 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from asyncflow import run_folder
 from asyncflow.client.run import Run
-from asyncflow.compose import GENERATOR, NO_DEVICE, compose, hosts_of, pools_of, replaceable, stateful
+from asyncflow.compose import GENERATOR, NO_DEVICE, compose, hosts_of, pools_of, replaceable, stateful, user_modules
 from asyncflow.config import Recipe, load_recipe
 from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluator
@@ -22,12 +23,17 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Pace
 from asyncflow.control.supervision import Supervisor
+from asyncflow.control.user_code import UserCode
 from asyncflow.local_link import LocalLink
 from asyncflow.observe.exporter import Exporter, Target, write_targets
+from asyncflow.planning.calibration import read_calibration
 from asyncflow.services.endpoint import Endpoint, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from asyncflow.validate import Checked, check
 from protocols.control import LoadState
+
+if TYPE_CHECKING:
+    from asyncflow.services.runtime.pools import PoolRequest
 
 CONTROLLER = "controller"
 
@@ -48,6 +54,8 @@ async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = Non
     path = Path(folder) if folder is not None else run_folder.new_folder(checked.recipe)
     with run_folder.locked(path):
         start = run_folder.begin_fresh(path, checked.recipe)
+        if checked.plan:
+            (path / "plan.toml").write_text(checked.plan)
         async with _running(checked, path, start) as run:
             yield run
 
@@ -70,7 +78,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     name = folder.name
     log = _log_to(folder / "logs" / f"{CONTROLLER}.log")
     specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
-    runtime = _runtime(recipe)
+    runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
     try:
         services = await runtime.start(specs)
@@ -110,8 +118,11 @@ def _controller(
 ) -> Controller:
     recipe, dataflow = checked.recipe, checked.dataflow
 
+    code = UserCode(user_modules(recipe, dataflow))
+
     async def restart(name: str) -> Endpoint:
         services[name] = await runtime.restart(name)
+        await code.give_running(services[name].endpoint)
         _write_targets(folder, folder.name, services, port)
         return services[name].endpoint
 
@@ -161,6 +172,7 @@ def _controller(
         evaluation=recipe.evaluation,
         record=record,
         warnings=start.warnings,
+        code=code,
     )
 
 
@@ -173,14 +185,24 @@ async def _restore(services: dict[str, Started], names: list[str], checkpoint: s
                 )
 
 
-def _runtime(recipe: Recipe) -> Runtime:
+def runtime_of(recipe: Recipe) -> Runtime:
+    """The runtime that a recipe asks for, not started."""
     if recipe.runtime == "local":
         from asyncflow.services.runtime.local import LocalRuntime
 
         return LocalRuntime(recipe.store_bytes)
     from asyncflow.services.runtime.ray import RayRuntime
 
-    return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=recipe.store_bytes)
+    pools = pool_requests(recipe)
+    return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=recipe.store_bytes, pools=pools)
+
+
+def pool_requests(recipe: Recipe) -> dict[str, PoolRequest]:
+    """What the runtime reserves for a recipe's pools; a calibration's file stands for the device in it."""
+    from asyncflow.services.runtime.pools import PoolRequest
+
+    named = {name: pool.device and read_calibration(pool.device).device.name for name, pool in recipe.pools.items()}
+    return {name: PoolRequest(pool.devices, named[name]) for name, pool in recipe.pools.items()}
 
 
 def _write_targets(folder: Path, run: str, services: dict[str, Started], port: int) -> None:

@@ -15,10 +15,11 @@ from asyncflow.services.runtime import Started
 from asyncflow.services.subscriptions import follow
 from asyncflow.validate import Checked
 from protocols.columns import Batch
-from protocols.control import Event, Notice, PutRows, Reply, Request, RowsPut, RunEnded
+from protocols.control import CodeReloaded, Event, Notice, PutRows, Reply, Request, RowsPut, RunEnded
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.messages import Metrics
 from protocols.stage import Failure
+from workers.user_code import BadCode
 
 
 class Attached:
@@ -109,6 +110,12 @@ class LocalLink:
 
     async def checkpoint(self) -> str:
         return await self._controller.checkpoint()
+
+    async def reload(self) -> CodeReloaded:
+        try:
+            return await self._controller.reload()
+        except BadCode as error:
+            raise BadInput(f"reload: {error}") from error
 
     async def statistics(self) -> list[ServiceStatistics]:
         return await self._controller.statistics()

@@ -16,6 +16,7 @@ import msgspec
 
 from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text
 from asyncflow.control import checkpoint
+from workers.containers import digest_of_rows
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -100,8 +101,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def digest_of(recipe: Recipe) -> str:
     """What a checkpoint remembers of its recipe: the part that gives the sample ids their meaning."""
-    with Path(recipe.data.train).open("rb") as file:
-        data = hashlib.file_digest(file, "sha256").hexdigest()
+    data = digest_of_rows(recipe.data.train)
     identity = [recipe.algorithm, recipe.seed, recipe.samples_per_prompt, recipe.data.prompt, data]
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 

@@ -10,15 +10,31 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from asyncflow.compose import check_placement, check_roles, roles_of, stateful
+from asyncflow.compose import (
+    REPLICATED,
+    check_placement,
+    check_roles,
+    is_collective,
+    layout_of,
+    roles_of,
+    stateful,
+    topology_of,
+)
 from asyncflow.config import BadInput, Recipe, nearest
 from asyncflow.control.prompts import DataRow, PromptSource
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
+from asyncflow.planning import automatic
+from asyncflow.planning.scenarios import prompt_lengths
+from protocols.topology import Topology
+from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.datasets import DataError, Problem, read_rows
+from workers.pretraining import text_of
 from workers.rewards.rules import rule_named
-from workers.settings import Loss
+from workers.settings import Loss, Model
+from workers.sharding.plan import Decoder, Head, ShardPlan
 
 
 class Checked(msgspec.Struct):
@@ -28,27 +44,39 @@ class Checked(msgspec.Struct):
     dataflow: Dataflow
     train: PromptSource
     heldout: PromptSource | None
+    plan: str = ""  # of a recipe that leaves its placement to the mapper: what it chose, as a plan's file
 
 
 def check(recipe: Recipe) -> Checked:
-    """Check a recipe against its files. Raises BadInput."""
+    """Check a recipe against its files, and place it where it leaves that to the mapper. Raises BadInput."""
+    if recipe.placed_by not in ("", automatic.AUTO):
+        recipe = automatic.pinned(recipe, recipe.placed_by)
     try:
         algorithm = algorithm_named(recipe.algorithm)
         dataflow = trace(algorithm)
     except DataflowError as error:
         raise BadInput(f"algorithm: {error}") from error
     check_roles(recipe, dataflow)
-    check_placement(recipe, dataflow)
+    if not recipe.placed_by:
+        check_placement(recipe, dataflow)
     _check_samples(recipe, declaration_of(algorithm))
     _check_numbers(recipe, dataflow)
+    dataflow = _steered(recipe, dataflow)
     _check_mode(recipe)
     _check_loss(recipe.loss)
     _check_reference(recipe, dataflow)
     recipe = _absolute(recipe)
     _check_models(recipe, dataflow)
+    _check_lora(recipe)
+    _check_shards(recipe, dataflow)
+    _check_pretraining(recipe)
     train, heldout = _sources(recipe)
     _check_context(recipe, train, heldout)
-    return Checked(recipe, dataflow, train, heldout)
+    if not recipe.placed_by:
+        return Checked(recipe, dataflow, train, heldout)
+    choice = automatic.place(recipe, dataflow, prompt_lengths(train))
+    _check_shards(choice.chosen.recipe, dataflow)
+    return Checked(choice.chosen.recipe, dataflow, train, heldout, automatic.text_of(choice))
 
 
 def _check_samples(recipe: Recipe, declared: Declaration) -> None:
@@ -63,14 +91,32 @@ def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
     function = dataflow.batch_stage.function
     assert function is not None
     known = numbers_of(function)
+    kinds = get_type_hints(function)
+    if KL_COEFFICIENT in known:
+        known |= msgspec.structs.asdict(KlSteering())
+        kinds |= get_type_hints(KlSteering)
     for name, value in recipe.advantage.items():
         if name not in known:
             raise BadInput(f"advantage.{name}: {function.__name__} has no such number{nearest(name, known)}")
-        kind = get_type_hints(function).get(name, type(known[name]))
+        kind = kinds.get(name, type(known[name]))
         try:
             msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             raise BadInput(f"advantage.{name} = {value!r}: want a value like {known[name]!r}: {error}") from error
+
+
+def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
+    """The dataflow with the KL coefficient that the recipe wants, whose numbers must be able to steer it."""
+    function = dataflow.batch_stage.function
+    assert function is not None
+    try:
+        steering = steering_of(recipe.advantage)
+        if steering.kl == "adaptive":
+            start: Any = {**numbers_of(function), **recipe.advantage}[KL_COEFFICIENT]
+            steering.from_coefficient(float(start)).after(0.0, recipe.samples_per_step)
+    except ValueError as error:
+        raise BadInput(f"advantage.kl = 'adaptive': {error}") from error
+    return with_steering(dataflow, recipe.advantage)
 
 
 def _check_mode(recipe: Recipe) -> None:
@@ -116,8 +162,13 @@ def _absolute(recipe: Recipe) -> Recipe:
     def full(path: str) -> str:
         return str(Path(path).absolute()) if path else ""
 
-    models = {r: msgspec.structs.replace(m, path=full(m.path)) for r, m in recipe.models.items()}
-    data = msgspec.structs.replace(recipe.data, train=full(recipe.data.train), eval=full(recipe.data.eval))
+    def absolute(model: Model) -> Model:
+        mix = [msgspec.structs.replace(part, path=full(part.path)) for part in model.mix]
+        return msgspec.structs.replace(model, path=full(model.path), mix=mix)
+
+    models = {role: absolute(model) for role, model in recipe.models.items()}
+    paths = {name: full(getattr(recipe.data, name)) for name in ("train", "eval", "pretrain")}
+    data = msgspec.structs.replace(recipe.data, **paths)
     return msgspec.structs.replace(recipe, models=models, data=data, folder=full(recipe.folder))
 
 
@@ -127,6 +178,9 @@ def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
         model = recipe.models[role]
         if model.outside:
             _check_outside(recipe, role)
+            continue
+        if model.mix:
+            _check_mix(role, model)
             continue
         if bool(model.path) == bool(model.rule):
             raise BadInput(
@@ -141,17 +195,51 @@ def _check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     if recipe.data.eval:
         _check_rule("evaluation.metric", recipe.evaluation.metric)
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
+    parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
+    folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}
     for role, folder in folders.items():
         _config_of(role, folder)
     _check_same_vocabulary(folders)
 
 
-def _check_outside(recipe: Recipe, role: str) -> None:
-    model = recipe.models[role]
+def _check_mix(role: str, model: Model) -> None:
+    if role != "reward":
+        raise BadInput(f"models.{role}.mix: only rewards are mixed")
     if model.path or model.rule:
         raise BadInput(
+            f"models.{role}: a mix has its models in its parts: leave out path and rule beside it "
+            f"(path = {model.path!r}, rule = {model.rule!r})"
+        )
+    names = [part.name for part in model.mix]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BadInput(f"models.{role}.mix: name = {min(twice)!r} occurs twice: each part has a name of its own")
+    for part in model.mix:
+        if part.rule:
+            _check_rule(f"models.{role}.mix.{part.name}.rule", part.rule)
+
+
+def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
+    """The sizes of a model that is cut over ranks must divide."""
+    for role in roles_of(dataflow):
+        topology = topology_of(recipe, role)
+        if not is_collective(recipe, role):
+            continue
+        head: Head = "tokens" if role in ("policy", "reference") else "score" if role in REPLICATED else "value"
+        placed, layout = recipe.placement[role], layout_of(recipe, role)
+        ways = {f"parallel = {placed.parallel!r}": topology, f"generation = {placed.generation!r}": layout}
+        for where, cut in ways.items():
+            try:
+                ShardPlan(Decoder.of(_config_of(role, recipe.models[role].path), head), cut.pp, cut.tp)
+            except ValueError as error:
+                raise BadInput(f"placement.{role}.{where}: {error}") from error
+
+
+def _check_outside(recipe: Recipe, role: str) -> None:
+    model = recipe.models[role]
+    if model.path or model.rule or model.mix:
+        raise BadInput(
             f"models.{role}: its worker is outside, which has the model: "
-            f"leave out path and rule (path = {model.path!r}, rule = {model.rule!r})"
+            f"leave out path, rule and mix (path = {model.path!r}, rule = {model.rule!r}, {len(model.mix)} parts)"
         )
     if role not in ("reward", "cost"):
         raise BadInput(f"models.{role}.outside = true: only rewards and costs can be outside")
@@ -161,6 +249,20 @@ def _check_outside(recipe: Recipe, role: str) -> None:
             f"failures.outside_timeout_seconds = {seconds:g}: a run in which nothing moves for "
             f"deadlines.give_up = {give_up:g} s is ended; want less than that"
         )
+
+
+def _check_lora(recipe: Recipe) -> None:
+    adapted = [role for role, model in recipe.models.items() if model.lora.rank]
+    if others := [role for role in adapted if role != "policy"]:
+        raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
+    placed = recipe.placement.get("policy")
+    if adapted and placed is not None and Topology.parse(placed.parallel).world_size > 1:
+        raise BadInput(
+            f"models.policy.lora: adapters train on one rank, placement.policy.parallel = {placed.parallel!r}: "
+            "want '1-1-1', or no lora"
+        )
+    if adapted and not _is_module("peft"):
+        raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")
 
 
 def _check_rule(where: str, name: str) -> None:
@@ -224,12 +326,26 @@ def _rows(recipe: Recipe, path: str) -> list[DataRow]:
     columns = {"prompt": recipe.data.prompt}
     if recipe.data.reference:
         columns["reference"] = recipe.data.reference
-    needs_reference = any(m.rule for m in recipe.models.values()) or bool(recipe.data.eval)
+    needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
     try:
-        rows = read_rows(path, DataRow if needs_reference else Problem, columns)
+        rows = read_rows(path, DataRow if needs_reference else Problem, columns, recipe.models["policy"].path)
     except DataError as error:
         raise BadInput(f"data: {error}") from error
     return [DataRow(r.prompt, r.reference) for r in rows]
+
+
+def _check_pretraining(recipe: Recipe) -> None:
+    path, loss = recipe.data.pretrain, recipe.loss
+    if bool(path) != bool(loss.ptx_coefficient):
+        raise BadInput(
+            f"data.pretrain = {path!r}, loss.ptx_coefficient = {loss.ptx_coefficient}: the pretraining loss wants "
+            "both, a text and a coefficient above 0, or neither"
+        )
+    if path:
+        try:
+            text_of(loss, path, recipe.models["policy"].path, recipe.seed)
+        except (DataError, ValueError) as error:
+            raise BadInput(f"data.pretrain: {error}") from error
 
 
 def _check_context(recipe: Recipe, *sources: PromptSource | None) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from protocols.columns import Array, Batch, ColumnSpec, Jagged, columns_of, empty
+from protocols.cut import Rows, cut
 from protocols.frame import (
+    ALIGNMENT,
     LENGTHS,
     TABLE,
     BadFrame,
@@ -35,7 +37,18 @@ from protocols.frame import (
 from protocols.messages import SCHEMAS
 from protocols.selection import Selection
 
-__all__ = ["BadFrame", "Column", "Frame", "Header", "Limits", "decode", "encode", "open_frame", "read_header"]
+__all__ = [
+    "BadFrame",
+    "Column",
+    "Frame",
+    "Header",
+    "Limits",
+    "cut_within",
+    "decode",
+    "encode",
+    "open_frame",
+    "read_header",
+]
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -46,6 +59,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 _DEFAULT_LIMITS = Limits()
+_MOST = (1 << 63) - 1  # of a term or an attempt: the longest that its header can be
 
 
 def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int | None = None) -> Bytes:
@@ -79,6 +93,24 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
     table[:, -1] = layout.cut().checksums(frame, np.arange(len(table)))
     seal(frame, pack(msgspec.structs.replace(header, blocks=table.tobytes()))[0])
     return frame
+
+
+def cut_within(message: Batch, frame_bytes: int) -> list[Rows]:
+    """The rows cut into as few pieces as have frames of at most `frame_bytes` each, none heavier than need be.
+
+    Contiguous, and in their order. Empty where a row alone needs more, or there is no row.
+    """
+    specs = columns_of(type(message))
+    columns = tuple(Column(spec.name, spec.dtype, spec.jagged) for spec in specs)
+    jagged = sum(spec.jagged for spec in specs)
+    table = bytes(TABLE.itemsize * (2 + jagged))
+    header = Header(message.schema_id, message.schema_version, _MOST, _MOST, len(message), columns, table)
+    room = frame_bytes - pack(header)[1] - ALIGNMENT * (len(specs) + jagged)  # of padding between arrays
+    ends = _ends(message, specs)
+    sizes = np.diff(ends)
+    if not len(sizes) or sizes.max() > room:
+        return []
+    return cut(np.arange(len(message)), len(cut_rows(ends, room)) - 1, lengths=sizes)
 
 
 def decode(buffer: Buffer, *, limits: Limits = _DEFAULT_LIMITS, schemas: Mapping[int, type[Batch]] = SCHEMAS) -> Batch:
@@ -248,15 +280,21 @@ def _describe(message: Batch, spec: ColumnSpec) -> Column:
 def _table(message: Batch, specs: tuple[ColumnSpec, ...], block_bytes: int | None) -> Array:
     """How the rows are cut into blocks, as the header says it, with checksums to come."""
     jagged = [getattr(message, spec.name) for spec in specs if spec.jagged]
-    of_each_row = sum(np.dtype(spec.dtype).itemsize for spec in specs if not spec.jagged)
-    ends = np.arange(len(message) + 1) * (of_each_row + LENGTHS.itemsize * len(jagged))
-    for column in jagged:
-        ends += column.offsets * column.dtype.itemsize
-    cuts = cut_rows(ends, block_bytes)
+    cuts = cut_rows(_ends(message, specs), block_bytes)
     table = np.zeros((len(cuts) - 1, 2 + len(jagged)), TABLE)
     for unit, bounds in enumerate([cuts, *(column.offsets[cuts] for column in jagged)]):
         table[:, unit] = bounds[1:] - bounds[:-1]
     return table
+
+
+def _ends(message: Batch, specs: tuple[ColumnSpec, ...]) -> Indices:
+    """Bytes of the rows before each row, and of all, int64 [N + 1]."""
+    jagged = [getattr(message, spec.name) for spec in specs if spec.jagged]
+    of_each_row = sum(np.dtype(spec.dtype).itemsize for spec in specs if not spec.jagged)
+    ends = np.arange(len(message) + 1) * (of_each_row + LENGTHS.itemsize * len(jagged))
+    for column in jagged:
+        ends += column.offsets * column.dtype.itemsize
+    return ends
 
 
 def _arrays(message: Batch, specs: tuple[ColumnSpec, ...]) -> Iterator[Array]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from protocols.code import CodeSource
 from protocols.delivery import RankCall, ServiceStatistics, Shard
 from protocols.roles import Sampling
 from protocols.stage import Failure
@@ -74,6 +75,31 @@ class ExportModel(msgspec.Struct, frozen=True, tag=True):
     """Write a transformers folder."""
 
     folder: str
+
+
+class YieldDevices(msgspec.Struct, frozen=True, tag=True):
+    """Another service is about to have the pool's devices: free their memory until the next call.
+
+    The reply's `moves` is 0 where there is nothing that could be moved, now or later, else 1.
+    """
+
+
+class SwitchLayout(msgspec.Struct, frozen=True, tag=True):
+    """A front tells its ranks to hold their weights as they generate, or as they train."""
+
+    to: Literal["generation", "training"]
+
+
+class PrepareCode(msgspec.Struct, frozen=True, tag=True):
+    """Make modules anew beside the running ones, and try them out; refused with the error that they raise."""
+
+    sources: list[CodeSource]
+
+
+class SwitchCode(msgspec.Struct, frozen=True, tag=True):
+    """Take what was prepared from now on, or drop it."""
+
+    take: bool
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -154,6 +180,9 @@ Request = (
     | SaveState
     | LoadState
     | ExportModel
+    | PrepareCode
+    | SwitchCode
+    | YieldDevices
     | Grant
     | SetPaused
     | EndPrompts
@@ -164,6 +193,12 @@ Request = (
     | Unsubscribe
     | TakeRows
     | PutRows
+)
+
+
+# What a front asks of its ranks, of all at once: the answer is that of rank 0.
+RankRequest = (
+    TakeSnapshot | SaveState | LoadState | ExportModel | PrepareCode | SwitchCode | YieldDevices | SwitchLayout
 )
 
 
@@ -225,6 +260,14 @@ class RowsPut(msgspec.Struct, frozen=True, tag=True):
 
 
 Reply = Done | SnapshotTaken | Installed | Invoked | Statistics | Subscribed | Rows | RowsTaken | RowsPut | Refused
+
+
+class RankAnswer(msgspec.Struct, frozen=True):
+    """What one rank did about a request, and when."""
+
+    start: float  # seconds, time.time()
+    end: float
+    reply: Reply
 
 
 # --- notices: service -> controller
@@ -372,6 +415,21 @@ class ServiceReplaced(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     seconds: float
 
 
+class CodeReloaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Every service runs these files' new text; rows that were done before `step` committed steps are of the old."""
+
+    step: int
+    digests: dict[str, str]  # module -> blake2b-128 of its file
+
+
+class CodeRefused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Files were not taken, and nothing changed: whose they are and what is wrong with them."""
+
+    step: int
+    digests: dict[str, str]
+    error: str
+
+
 class StateChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     state: Literal["running", "paused", "draining", "stopped"]
 
@@ -407,6 +465,8 @@ Event = (
     | Published
     | SamplesEnded
     | ServiceReplaced
+    | CodeReloaded
+    | CodeRefused
     | StateChanged
     | WaitsChanged
     | Stalled

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from protocols.messages import Metrics
+from protocols.roles import Sampling
 from protocols.row_plan import Segment
 from protocols.stage import Failure
 
@@ -56,6 +57,7 @@ class RankCall(msgspec.Struct, frozen=True):
     readings: list[Reading]
     step: int = -1
     nbytes: int = 0  # of the frames that it reads from: how large an answer is to be expected
+    sampling: Sampling | None = None  # of a call that generates
 
 
 class Damaged(msgspec.Struct, frozen=True):
@@ -77,6 +79,7 @@ class RankReply(msgspec.Struct, frozen=True):
     metrics: Metrics | None = None
     damaged: list[Damaged] = []
     lost: list[int] = []  # positions of rows whose bytes are gone: their owner died
+    drawn: int = 0  # response tokens, of a call that generates
 
 
 class EdgeStatistics(msgspec.Struct, frozen=True):

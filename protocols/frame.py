@@ -33,6 +33,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 LENGTHS = np.dtype("<u4")  # of the rows of a jagged column
 TABLE = np.dtype("<u4")  # what the header's table is made of
+ALIGNMENT = 64  # a cache line; what Ray's object store aligns a buffer to
 _NUMBERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMBERS.split()}
 
@@ -41,7 +42,6 @@ _FORMAT = 2
 _PROLOGUE = struct.Struct("<4sIQ")
 _CRC = struct.Struct("<I")
 _HEADER_START = _PROLOGUE.size + _CRC.size
-_ALIGNMENT = 64  # a cache line; what Ray's object store aligns a buffer to
 _MAX_COLUMNS = 256  # the one part of a header that takes more memory than its bytes
 _BLOCKS_AT_ONCE = 256  # places of so many blocks are listed at a time, however many a frame has
 _BLOCK_BYTES = (1 << 16, 1 << 20)  # smaller ones cost more calls than bytes; one larger is too much to read for a row
@@ -194,8 +194,8 @@ def cut_rows(ends: Indices, block_bytes: int | None) -> Indices:
 
 def aligned(nbytes: int) -> Bytes:
     """Uninitialised memory that starts on a boundary, which numpy alone does not promise."""
-    block = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    first = -block.ctypes.data % _ALIGNMENT
+    block = np.empty(nbytes + ALIGNMENT, np.uint8)
+    first = -block.ctypes.data % ALIGNMENT
     return block[first : first + nbytes]
 
 
@@ -212,7 +212,7 @@ def bytes_of(buffer: Buffer) -> Bytes:
 
 
 def _boundary(at: int) -> int:
-    return -(-at // _ALIGNMENT) * _ALIGNMENT
+    return -(-at // ALIGNMENT) * ALIGNMENT
 
 
 # --- the header

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import ClassVar
 
 import msgspec
+import numpy as np
 
 from protocols.columns import Batch, Float32, Int64, Jagged, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
 
@@ -82,12 +83,23 @@ class Values(Batch, frozen=True, kw_only=True, eq=False):
     versions: Int64  # [N] step of the critic's weights
 
 
+_LEFT_OUT = Jagged.from_rows([])
+
+
 class Scores(Batch, frozen=True, kw_only=True, eq=False):
-    """A reward per response."""
+    """A reward per response. Whoever has no parts to tell leaves them out: they become empty rows."""
 
     schema_id: ClassVar[int] = 5
+    schema_version: ClassVar[int] = 2
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"parts": ()}  # version 2 brought it
 
     scores: Float32  # [N]
+    parts: JaggedFloat32 = _LEFT_OUT  # [N, K] of a mixed reward: its K parts' own numbers, before their weights
+
+    def __post_init__(self) -> None:
+        if self.parts is _LEFT_OUT:
+            offsets = np.zeros(len(self.sample_ids) + 1, np.int64)
+            msgspec.structs.force_setattr(self, "parts", Jagged(np.empty(0, np.float32), offsets))
 
 
 class Costs(Batch, frozen=True, kw_only=True, eq=False):

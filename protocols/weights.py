@@ -2,7 +2,8 @@
 
 Canonical means the names and layout of the model's transformers checkpoint. A receiver checks every
 digest (transport), then proves installation with the log-probs of a probe batch: a layout that an
-engine repacks can't be hashed, and some loaders ignore a tensor without a word.
+engine repacks can't be hashed, and some loaders ignore a tensor without a word. Low-rank adapters may travel in the
+place of the tensors that they change; what the probe proves is the same.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class WeightManifest(msgspec.Struct, frozen=True):
     tensors: list[TensorEntry]
     total_bytes: int
     probe: Probe | None = None
+    scaling: float | None = None  # of adapters, whose receiver adds scaling B A to its base; None: whole tensors
 
 
 class InstallReceipt(msgspec.Struct, frozen=True):

@@ -22,12 +22,14 @@ PACKAGES = ("protocols", "workers", "asyncflow", "deploy")  # lowest first
 # What each part of asyncflow may import of the others. `asyncflow` itself is the front door, which re-exports.
 GROUND = {"dataflow", "placement", "observe"}  # side by side: the cycle test keeps them apart
 COMPOSING = {"compose", "validate", "run_folder", "launching", "local_link"}  # the composition root
-BELOW_CLI = GROUND | COMPOSING | {"config", "services", "control", "client"}
+BELOW_CLI = GROUND | COMPOSING | {"config", "services", "control", "client", "planning"}
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
     "services": GROUND,
     "control": GROUND | {"services"},
     "config": {"dataflow"},  # the recipe, made of the parts' settings: for those who compose, unknown to those who act
+    # What a run will do before it runs: it drives the rules of time, and composes what it simulates.
+    "planning": GROUND | {"config", "services", "control", "compose"},
     "client": {"config"},  # speaks protocols to a server, and the recipe it submits
     "finetuning": {"config"},
     "bench": {"services"},
@@ -44,6 +46,7 @@ FORBIDDEN = {
     "asyncflow.config": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.client": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.placement": {"torch", "ray", "vllm", "transformers"},
+    "asyncflow.planning": {"ray", "vllm", "transformers"},
     "asyncflow.observe": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.control": {"torch", "ray", "vllm", "transformers"},
 }

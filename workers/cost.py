@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from protocols.code import CodeSource
 from protocols.messages import Costs, Rollouts
 from protocols.roles import Cost
 from protocols.stage import Partial, stage
-from workers.judging import ModelJudge, RuleJudge
+from workers.judging import Judge, ModelJudge, RuleJudge
 from workers.settings import Failures, Model
 
 
 class _JudgedCost(Cost):
     """A judge's numbers are costs."""
 
-    def __init__(self, judge: RuleJudge | ModelJudge) -> None:
+    def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
     @stage(protocol="DP_PROTO", balance="tokens")
@@ -20,6 +23,14 @@ class _JudgedCost(Cost):
         """A cost a row; see the judges for the rows that fail."""
         judged = self._judge.judge(rollouts)
         return Partial(Costs(sample_ids=judged.sample_ids, costs=judged.numbers), judged.failures)
+
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make the judge's rules anew from their files. Raises BadCode."""
+        self._judge.prepare_code(sources)
+
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next row on, or drop it."""
+        self._judge.switch_code(take)
 
     def close(self) -> None:
         """Free what the judge holds."""

@@ -44,13 +44,24 @@ class Texts:
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str, bool]]) -> Texts:
-    """Token columns of (prompt, response, truncated) rows; a response that isn't truncated ends with the eos token."""
+    """Token columns of (prompt, response, truncated) rows; a response that isn't truncated ends with the eos token.
+
+    A row without a prompt is a text: it follows the bos token, or its own first token where the tokenizer has none.
+    """
     prompts, responses, truncated = zip(*rows, strict=True)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer of {tokenizer.name_or_path} has no eos token: responses could never end")
     answers = [ids if cut else [*ids, eos] for ids, cut in zip(_encode(tokenizer, responses), truncated, strict=True)]
-    return Texts(Jagged.from_rows(_encode(tokenizer, prompts), np.int32), Jagged.from_rows(answers, np.int32))
+    asked, bos = _encode(tokenizer, prompts), tokenizer.bos_token_id
+    for row in (row for row, prompt in enumerate(asked) if not prompt):
+        asked[row], answers[row] = _led(answers[row], bos if isinstance(bos, int) else None)
+    return Texts(Jagged.from_rows(asked, np.int32), Jagged.from_rows(answers, np.int32))
+
+
+def _led(answer: list[int], bos: int | None) -> tuple[list[int], list[int]]:
+    """What a text follows, and the tokens of it that are predicted."""
+    return ([bos], answer) if bos is not None and answer[:1] != [bos] else (answer[:1], answer[1:])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> list[list[int]]:

@@ -29,7 +29,7 @@ class SftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Supervised fine-tuning of a language model on demonstrations."""
 
     model: str  # transformers folder to start from
-    data: str  # JSON lines of workers.datasets.Demonstration
+    data: str  # a file or folder of workers.datasets.Demonstration
     output: str  # transformers folder to write; must not exist
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
@@ -38,14 +38,15 @@ class SftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RewardModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A Bradley-Terry reward model from preference pairs."""
+    """A Bradley-Terry reward model from preference pairs, or a cost model from pairs whose `chosen` is the safer."""
 
     model: str  # transformers folder to start from: a language model's or a reward model's
-    data: str  # JSON lines of workers.datasets.Preference
+    data: str  # a file or folder of workers.datasets.Preference
     heldout: str  # pairs that are only evaluated
     output: str  # transformers folder to write; must not exist
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = {}  # field -> its name in both files
-    centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps scores around 0
+    kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.cost_model.SafetyPair, or PKU-SafeRLHF's
+    centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps a reward model's scores around 0
     dtype: Dtype = "float32"

@@ -175,8 +175,11 @@ def token_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.
 
 
 def log_softmax_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token] in float32; temperature 0 (greedy) reads as 1."""
-    scaled = logits.float() / (temperature or 1.0)
+    """log softmax(logits / temperature)[token] in float32; temperature 0 (greedy) reads as 1.
+
+    Float64 logits stay float64.
+    """
+    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / (temperature or 1.0)
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
 
 

@@ -5,11 +5,15 @@
 
 Each rank of a replica is given the replica's rows; the replicas' rows together are the batch. Nothing is averaged:
 a loss weighs its tokens by global denominators (`share`), so sums over micro-batches and replicas are the batch's.
+
+Here every replica holds its weights, gradient and moments whole. `workers.zero` and `workers.fully_sharded` divide
+them over the replicas; what differs is which part of a parameter a rank's optimizer steps (`optimized`, `part`,
+`whole`), how it gets that part's gradient, and what follows a step (`spread`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +31,7 @@ from workers.sharding.decoder import DecoderShard, unflat
 from workers.sharding.folder import read_shard
 from workers.sharding.groups import PATIENCE, RankGroup, join_groups
 from workers.sharding.pipeline import Pipeline
-from workers.sharding.plan import TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
+from workers.sharding.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
 
 # Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
 Loss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
@@ -44,15 +48,6 @@ class Groups(NamedTuple):
     data: RankGroup  # its shard in the other replicas
     replica: RankGroup  # all of its replica
     tie: RankGroup  # the first and the last stage, for those two; where embeddings are tied across stages
-
-
-class _OwnParameter(NamedTuple):
-    """A parameter with its place in the flat gradient."""
-
-    spec: Parameter
-    tensor: nn.Parameter
-    start: int
-    stop: int
 
 
 class ParallelModel:
@@ -85,12 +80,35 @@ class ParallelModel:
         self.plan = plan_of(self.config, topology, head)
         self.groups = _join(topology, self.rank, self.plan.tied_across_stages, timeout)
         self.shard = DecoderShard(self.config, self.plan, self.place.pp, self.groups.tensor, recompute)
-        tensors = read_shard(folder, self.plan, self.place.pp, self.place.tp, dtype=dtype, device=self.device)
-        self.parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
-        self.shard.install(self.parameters)
-        self._own = list(_placed(self.plan.parameters(self.place.pp), self.parameters))
+        self.specs = {spec.name: spec for spec in self.plan.parameters(self.place.pp)}
+        self.parameters = self._install(folder)  # what this rank holds of each, by name
         self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
         self._gradient: Tensor | None = None
+
+    @property
+    def shares(self) -> int:
+        """Number of replicas that share each parameter: 1 where each has it whole."""
+        return 1
+
+    @property
+    def optimized(self) -> dict[str, nn.Parameter]:
+        """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that it holds."""
+        return self.parameters
+
+    def spread(self) -> None:
+        """Follow an optimizer step: weights that another replica has stepped arrive."""
+
+    def part(self, name: str, shard: Tensor) -> Tensor:
+        """What this rank's optimizer steps of a tensor that has the parameter's shard's shape."""
+        return shard
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """`part`, undone, laid out along the cut: all replicas call, each with its part."""
+        return part
+
+    def weight(self, name: str) -> Tensor:
+        """This stage's and tensor index's shard of a parameter, laid out along its cut: all replicas call."""
+        return self.parameters[name].detach()
 
     @property
     def answers(self) -> bool:
@@ -133,20 +151,29 @@ class ParallelModel:
 
         Parameters that several ranks hold count once. `limit` may be infinite.
         """
+        gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for own in self._own:
-            if self._counts(own.spec) and own.tensor.grad is not None:
-                squares += own.tensor.grad.double().square().sum()
-        norm = float(self.groups.replica.sum_(squares).sqrt())
-        if self._gradient is not None:
-            self._gradient.mul_(min(1.0, limit / (norm + 1e-6)))
+        for name, gradient in gradients.items():
+            if self._counts(self.specs[name]):
+                squares += gradient.double().square().sum()
+        norm = float(self._over_parts(self.groups.replica.sum_(squares)).sqrt())
+        scale = min(1.0, limit / (norm + 1e-6))
+        for gradient in gradients.values():
+            gradient.mul_(scale)
         return norm
 
     def release_gradient(self) -> None:
         """Free the gradient's memory; `backward` takes it anew."""
         self._gradient = None
-        for own in self._own:
-            own.tensor.grad = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _install(self, folder: str | Path) -> dict[str, nn.Parameter]:
+        """Read this rank's shard into its module."""
+        tensors = read_shard(folder, self.plan, self.place.pp, self.place.tp, dtype=self.dtype, device=self.device)
+        parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+        self.shard.install(parameters)
+        return parameters
 
     def _agreed(self, data: Sequences, budget: int) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
@@ -158,34 +185,39 @@ class ParallelModel:
     def _attach_gradient(self) -> None:
         """One flat buffer whose views are the parameters' gradients: replicas sum it in a single collective."""
         if self._gradient is None:
-            self._gradient = torch.zeros(self._own[-1].stop, dtype=self.dtype, device=self.device)
+            entries = sum(parameter.numel() for parameter in self.parameters.values())
+            self._gradient = torch.zeros(entries, dtype=self.dtype, device=self.device)
         self._gradient.zero_()
-        for own in self._own:
-            entries = self._gradient[own.start : own.stop]
-            own.tensor.grad = unflat(entries, own.spec, tuple(own.tensor.shape))
+        start = 0
+        for name, parameter in self.parameters.items():
+            entries = self._gradient[start : start + parameter.numel()]
+            parameter.grad = unflat(entries, self.specs[name], tuple(parameter.shape))
+            start += parameter.numel()
+
+    def _sum_over_replicas(self) -> None:
+        """Give `optimized` the gradients of all replicas' rows."""
+        assert self._gradient is not None
+        self.groups.data.sum_(self._gradient)
 
     def _reduce_gradient(self) -> None:
-        assert self._gradient is not None
+        self._sum_over_replicas()
+        gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
         if self.groups.tensor.size > 1:
-            self._sum_parts([own for own in self._own if own.spec.partial])
-        self.groups.data.sum_(self._gradient)
+            self._sum_partial([gradients[name] for name, spec in self.specs.items() if spec.partial])
         if self.groups.tie.size > 1:
-            self.groups.tie.sum_(self._entries(self._tied()))
+            self.groups.tie.sum_(gradients[EMBEDDING if self.shard.is_first else TOKEN_HEAD])
 
-    def _sum_parts(self, parts: list[_OwnParameter]) -> None:
+    def _sum_partial(self, gradients: list[Tensor]) -> None:
         """Each rank of a stage has seen its own heads only: the norms that all heads share get the sum, in one go."""
-        if not parts:
+        if not gradients:
             return
-        together = self.groups.tensor.sum_(torch.cat([self._entries(own) for own in parts]))
-        for own, summed in zip(parts, together.split([own.stop - own.start for own in parts]), strict=True):
-            self._entries(own).copy_(summed)
+        together = self.groups.tensor.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
-    def _entries(self, own: _OwnParameter) -> Tensor:
-        assert self._gradient is not None
-        return self._gradient[own.start : own.stop]
-
-    def _tied(self) -> _OwnParameter:
-        return self._own[0] if self.shard.is_first else self._own[-1]  # the embedding; the head
+    def _over_parts(self, measure: Tensor) -> Tensor:
+        """The sum of a measure over the replicas that divide a gradient: here each has it whole."""
+        return measure
 
     def _counts(self, spec: Parameter) -> bool:
         """Whether this rank is the one that counts a parameter in the norm."""
@@ -210,14 +242,6 @@ def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: time
     ends = [[ranks[0], ranks[-1]] for ranks in topology.pipeline_groups] if tied_across_stages else []
     partitions = (topology.tensor_groups, topology.pipeline_groups, topology.data_groups, replicas, ends)
     return Groups(*(join_groups(partition, rank, timeout) for partition in partitions))
-
-
-def _placed(specs: tuple[Parameter, ...], tensors: dict[str, nn.Parameter]) -> Iterator[_OwnParameter]:
-    start = 0
-    for spec in specs:
-        tensor = tensors[spec.name]
-        yield _OwnParameter(spec, tensor, start, start + tensor.numel())
-        start += tensor.numel()
 
 
 class _OneToken(NamedTuple):

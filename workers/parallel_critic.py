@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from protocols.columns import Jagged
 from protocols.messages import Experience, Metrics, Rollouts, Values
 from protocols.topology import Topology
+from workers.backends import parallel_model
 from workers.losses import measures
 from workers.losses.aggregation import reduce_loss
 from workers.losses.value import value_loss
 from workers.models import DTYPES, MicroBatch
 from workers.parallel import Loss as LossOf
-from workers.parallel import ParallelModel
-from workers.parallel_training import ParallelTraining
-from workers.settings import Loss, Model, Optimizer
+from workers.parallel_training import ParallelTraining, residence_of
+from workers.settings import Backend, Loss, Model, Optimizer
 
 
 class ParallelCritic:
@@ -37,13 +38,15 @@ class ParallelCritic:
         optimizer: Optimizer,
         seed: int,
         *,
+        backend: Backend = "3d",
         device: torch.device | str = "cpu",
         recompute: bool = False,
     ) -> None:
-        self.model = ParallelModel(
-            model.path, topology, head="value", dtype=DTYPES[model.dtype], device=device, recompute=recompute
+        self.model = parallel_model(
+            backend, model.path, topology, head="value", dtype=DTYPES[model.dtype], device=device, recompute=recompute
         )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
+        self.residence = residence_of(self.trained, backend)
         self._loss = loss
         self._seed = seed
 
@@ -84,6 +87,14 @@ class ParallelCritic:
             return reduce_loss(value_loss(_values_of(outputs, micro), before, returns, self._loss.value_clip), weight)
 
         return loss
+
+
+class ParallelCostCritic(ParallelCritic):
+    """One rank of a critic of costs: the same model and loss, fitted to what a response cost."""
+
+    def update(self, experience: Experience) -> Metrics | None:
+        """See ParallelCritic.update."""
+        return super().update(replace(experience, returns=experience.cost_returns, values=experience.cost_values))
 
 
 def _values_of(outputs: Tensor, micro: MicroBatch) -> Tensor:

@@ -10,32 +10,37 @@ Every rank of the topology calls each method together. A rank whose answer is no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from protocols.code import CodeSource
 from protocols.columns import Jagged, rows_of
 from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.roles import Sampling
+from protocols.stage import Partial
 from protocols.topology import GenerationGrouping, Topology
 from protocols.weights import Probe, Version, WeightManifest, pack
+from workers.backends import parallel_model
 from workers.folders import end_of_sequence
 from workers.generation.hybrid import draw_all, hybrid_generator
 from workers.generation.torch import TorchEngine
-from workers.hybrid_engine import HybridEngine
-from workers.losses import measures, policy_loss_named
+from workers.hybrid_engine import HybridEngine, Transition
+from workers.losses import measures
 from workers.losses.aggregation import reduce_loss
 from workers.losses.objective import policy_objective
 from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
+from workers.losses.trial import reloadable_loss
 from workers.models import DTYPES, MicroBatch, log_softmax_of
 from workers.parallel import Loss as LossOf
-from workers.parallel import ParallelModel
-from workers.parallel_training import ParallelTraining
-from workers.policy import PROBE_ROWS, probe_tokens
-from workers.settings import Generation, Loss, Model, Optimizer
+from workers.parallel_training import ParallelTraining, residence_of
+from workers.policy import PROBE_ROWS, pretraining_of, probe_tokens
+from workers.pretraining import PretrainingText, ReplicaText, is_text
+from workers.settings import Backend, Generation, Loss, Model, Optimizer
 
 
 class ParallelPolicy:
@@ -55,13 +60,21 @@ class ParallelPolicy:
         seed: int,
         *,
         grouping: GenerationGrouping | None = None,
+        backend: Backend = "3d",
         device: torch.device | str = "cpu",
         recompute: bool = False,
+        pretraining: PretrainingText | None = None,
     ) -> None:
-        self._policy_loss = policy_loss_named(loss.policy)
-        self.model = ParallelModel(model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute)
+        """`pretraining`: see PolicyWorker."""
+        self._policy_loss = reloadable_loss(loss)
+        text = pretraining_of(loss, pretraining)
+        self.model = parallel_model(
+            backend, model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute
+        )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
+        self.residence = residence_of(self.trained, backend)
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
+        self._text = ReplicaText(text, self.model.place.dp, topology.dp) if text is not None else None
         self._loss = loss
         self._generation = generation
         self._end_of_sequence = end_of_sequence(model.path)
@@ -69,18 +82,33 @@ class ParallelPolicy:
         self._tolerance = generation.probe_tolerance
         self._seed = seed
 
-    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts | None:
-        """Draw this generation replica's rows, perhaps none, with the current weights: switch, draw, switch back.
+    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Partial[Rollouts] | None:
+        """Draw this generation replica's rows, perhaps none, with the current weights; those that don't fit fail.
 
-        A row's tokens are those that one process would draw. Raises RuntimeError without a layout to generate in.
+        A row's tokens are those that one process would draw. The ranks switch layouts for it and back, unless they
+        have switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was
+        admitted at a version newer than the weights.
         """
-        hybrid, engine = self._generating(), self.engine(term=0)
-        hybrid.to_generation()
+        hybrid = self._generating()
+        if len(prompts) and (floor := int(prompts.floors.max())) > self.trained.version:
+            raise ValueError(f"a prompt of version {floor} can't be drawn by weights of version {self.trained.version}")
+        switched = bool(hybrid.weights)
+        if not switched:
+            hybrid.to_generation()
         try:
-            drawn = draw_all(engine, prompts, sampling)
+            drawn = draw_all(self.engine(term=0), prompts, sampling)
         finally:
-            hybrid.to_training()
+            if not switched:
+                hybrid.to_training()
         return drawn if hybrid.answers else None
+
+    def to_generation(self) -> Transition:
+        """See HybridEngine.to_generation. Raises RuntimeError without a layout to generate in."""
+        return self._generating().to_generation()
+
+    def to_training(self) -> None:
+        """See HybridEngine.to_training."""
+        self._generating().to_training()
 
     def engine(self, term: int) -> TorchEngine:
         """An engine that draws with the ranks' weights, at their current version; `advance` it after an update.
@@ -108,10 +136,11 @@ class ParallelPolicy:
         measured: dict[str, float] = {}
 
         def objective(batch: Experience, weights: Jagged) -> LossOf:
-            start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
+            start = _start_of(batch, experience, proximal) if proximal is not None else None
             return self._objective(batch, weights, start, measured)
 
-        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective)
+        beside = self._text.rows if self._text is not None else None
+        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective, beside)
         whole = self.trained.over_replicas(measured) | taken
         return Metrics(values=measures.means(whole)) if self.model.answers else None
 
@@ -120,12 +149,12 @@ class ParallelPolicy:
 
         The buffer is a copy: the next optimizer step may start when this returns.
         """
-        tokens, answers = self._probe()
+        probe = self.probe()
         whole = self.trained.collect()
         if self.model.rank != 0:
             return None
         entries, buffer = pack({name: (_dtype(t), tuple(t.shape), _bytes_of(t)) for name, t in whole.items()})
-        return WeightManifest(version, entries, len(buffer), Probe(tokens, answers, self._tolerance)), buffer
+        return WeightManifest(version, entries, len(buffer), probe), buffer
 
     def save(self, folder: str) -> None:
         """See ParallelTraining.save."""
@@ -139,6 +168,14 @@ class ParallelPolicy:
         """See ParallelTraining.export."""
         self.trained.export(folder)
 
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make and try the loss anew where it is a user's and its file is among these. Raises BadCode."""
+        self._policy_loss.prepare(sources)
+
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next step on, or drop it."""
+        self._policy_loss.switch(take)
+
     def _generating(self) -> HybridEngine:
         if self.hybrid is None:
             raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
@@ -148,12 +185,19 @@ class ParallelPolicy:
         self, batch: Experience, weights: Jagged, proximal: Jagged | None, measured: dict[str, float]
     ) -> LossOf:
         """The loss of a mini-batch's micro-batches; what they measure is added to `measured`."""
+        of_text = self._text.weights(batch) if self._text is not None else None
 
         def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
             tokens = self._tokens(outputs, micro, batch, proximal)
-            objective = policy_objective(self._policy_loss, tokens, self._loss)
+            objective = policy_objective(self._policy_loss.current, tokens, self._loss)
             measures.add(measured, measures.measure(tokens, objective, self._loss))
-            return reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
+            reinforced = reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
+            if of_text is None:
+                return reinforced
+            # At temperature 1: the text was written, not drawn.
+            cross_entropy = reduce_loss(-_log_probs_of(outputs, micro, 1.0), micro.column(of_text).to(outputs.device))
+            measures.add(measured, {"ptx_loss": cross_entropy.item()})
+            return reinforced + self._loss.ptx_coefficient * cross_entropy
 
         return loss
 
@@ -179,15 +223,15 @@ class ParallelPolicy:
         budget = self._loss.tokens_per_micro_batch
         return self.trained.per_response(rows, budget, lambda o, m: _log_probs_of(o, m, self._temperature))
 
-    def _probe(self) -> tuple[list[list[int]], list[list[float]]]:
-        """The probe batch and this model's answer, on every rank."""
+    def probe(self) -> Probe:
+        """The probe batch and this model's answer to it, on every rank: who installs its weights must answer alike."""
         tokens = probe_tokens(self.model.plan.decoder.vocabulary, self._seed).numpy().astype(np.int32)
         batch = _Probe(Jagged.from_rows([row[:1] for row in tokens]), Jagged.from_rows([row[1:] for row in tokens]))
         kept = self.model.forward(batch, tokens.size, lambda o, m: _log_probs_of(o, m, 1.0))
         replica, model = self.model.groups.replica, self.model
         answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
         replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
-        return tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist()
+        return Probe(tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist(), self._tolerance)
 
 
 class _Probe(NamedTuple):
@@ -195,6 +239,14 @@ class _Probe(NamedTuple):
 
     prompts: Jagged
     responses: Jagged
+
+
+def _start_of(batch: Experience, experience: Experience, proximal: Jagged) -> Jagged:
+    """`proximal` of the batch's rows, which are some of the experience's; of text beside them it is never asked."""
+    text = is_text(batch)
+    start = proximal.take(rows_of(experience, batch.sample_ids[~text]))
+    beside = batch.responses.take(np.flatnonzero(text))
+    return Jagged.concat([start, beside.with_values(np.zeros(len(beside.values), np.float32))])
 
 
 def _log_probs_of(outputs: Tensor, micro: MicroBatch, temperature: float) -> Tensor:

@@ -3,8 +3,9 @@
 What `TrainedModel` is to one process. All ranks call each method together, each with its own replica's rows; whatever
 is refused is refused on all of them, since they see the same loss and the same norm.
 
-Each rank's AdamW has the moments of its own shard. A checkpoint is written in shards by the first replica and read
-under any topology; a publication or an export is collected by rank 0.
+Each rank's AdamW has the moments of what it steps: its shard, or its replica's part of that. A checkpoint is written
+in shards by the first replica and read under any topology and backend; a publication or an export is collected by
+rank 0.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from protocols.columns import B, Batch, Jagged, take
+from protocols.columns import B, Batch, Jagged, concat, take
 from protocols.messages import Experience
 from workers.losses import measures
 from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.models import MicroBatch, Sequences
 from workers.parallel import Loss as LossOf
 from workers.parallel import ParallelModel
-from workers.settings import Loss, Optimizer
+from workers.residence import Residence
+from workers.settings import Backend, Loss, Optimizer
 from workers.sharding.checkpoint import read_parts, write_shard
 from workers.sharding.collection import collect_whole
 from workers.sharding.plan import Head, ShardPlan
@@ -79,7 +81,7 @@ class ParallelTraining:
         self._settings = settings
         self._updates = 0  # optimizer steps taken, for the schedule
         self._optimizer = torch.optim.AdamW(
-            model.parameters.values(),
+            model.optimized.values(),
             lr=learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
@@ -89,21 +91,32 @@ class ParallelTraining:
 
     # --- learning
 
-    def learn(self, what: str, experience: Experience, loss: Loss, seed: int, objective: Objective) -> dict[str, float]:
+    def learn(
+        self,
+        what: str,
+        experience: Experience,
+        loss: Loss,
+        seed: int,
+        objective: Objective,
+        beside: Callable[[int], Experience] | None = None,
+    ) -> dict[str, float]:
         """One committed step of epochs x mini_batches optimizer steps: sums of loss, gradient norm and step count.
 
-        The mini-batches are those that one process would draw of all replicas' rows. Where a loss or gradient is not
+        The mini-batches are those that one process would draw of all replicas' rows; `beside` gives the untrained rows
+        that follow those of an optimizer step, numbered from 0 over the whole run. Where a loss or gradient is not
         finite, or a rank raises, this rank's weights, moments and schedule are bitwise what they were; StepRefused
         names `what` and the rows.
         """
         taken: dict[str, float] = {}
-        with self._update(loss.epochs * loss.mini_batches):
-            for batch in replica_mini_batches(
-                experience, self._rows(experience), self.model.place.dp, loss, seed + self.version
-            ):
-                weights = token_weights(batch.loss_mask, self._counts(batch.loss_mask), loss)
+        steps = loss.epochs * loss.mini_batches
+        rows, replica = self._rows(experience), self.model.place.dp
+        with self._update(steps):
+            drawn = replica_mini_batches(experience, rows, replica, loss, seed + self.version)
+            for number, batch in enumerate(drawn, self.version * steps):
                 taking = f"{what} of {named_rows(batch)}"
-                step = self._step(taking, batch, loss.tokens_per_micro_batch, objective(batch, weights))
+                whole = concat([batch, beside(number)]) if beside is not None else batch
+                weights = token_weights(whole.loss_mask, self._counts(whole.loss_mask), loss)
+                step = self._step(taking, whole, loss.tokens_per_micro_batch, objective(whole, weights))
                 measures.add(taken, step)
         return taken
 
@@ -124,6 +137,12 @@ class ParallelTraining:
             return None
         return data.responses.with_values(torch.cat(kept).numpy() if kept else np.empty(0, np.float32))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What this rank holds on its device between two calls: weights and moments."""
+        yield from self.model.parameters.values()
+        for state in self._optimizer.state.values():
+            yield from (state[moment] for moment in _MOMENTS)
+
     # --- keeping
 
     def save(self, folder: str) -> None:
@@ -132,9 +151,9 @@ class ParallelTraining:
         Returns when all of it is there.
         """
         model, place = self.model, self.model.place
+        tensors = {"": self._in_first_replica(model.weight), **(self._moments() if self._updates else {})}
         if place.dp == 0:
-            moments = self._moments() if self._updates else {}
-            write_shard(folder, model.plan, place.pp, place.tp, {"": model.parameters, **moments})
+            write_shard(folder, model.plan, place.pp, place.tp, tensors)
             model.groups.replica.wait(model.device)
         if model.rank == 0:
             rng = torch.get_rng_state().numpy().tobytes().hex()
@@ -153,20 +172,22 @@ class ParallelTraining:
         self.version, self._updates = manifest.version, manifest.updates
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(manifest.torch_rng), np.uint8).copy()))
         self._optimizer.state.clear()  # a model that goes back to its start has no moments
-        for name, parameter in model.parameters.items():
-            parameter.copy_(read[""][name])
+        for name, parameter in model.optimized.items():
+            parameter.copy_(model.part(name, read[""][name]))
             if manifest.updates:
-                state = {moment: read[f"{moment}."][name] for moment in _MOMENTS}
+                state = {moment: model.part(name, read[f"{moment}."][name]) for moment in _MOMENTS}
                 self._optimizer.state[parameter] = {"step": torch.tensor(float(manifest.updates)), **state}
+        model.spread()
 
     def collect(self) -> dict[str, Tensor]:
         """The whole tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none."""
-        if self.model.place.dp:
-            return {}
-        whole = collect_whole(self.model.plan, self.model.groups.replica, self.model.parameters)
+        model = self.model
+        whole = collect_whole(
+            model.plan, model.groups.replica, model.weight, model.dtype, model.device, first=model.place.dp == 0
+        )
         if not whole:
             return {}
-        order = skeleton(self.model.config, self.model.plan.decoder.head).state_dict()
+        order = skeleton(model.config, model.plan.decoder.head).state_dict()
         return {name: whole[name] for name in order if name in whole}  # a tied head is not
 
     def export(self, folder: str) -> None:
@@ -209,6 +230,7 @@ class ParallelTraining:
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
         self._optimizer.step()
+        self.model.spread()
         return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
 
     def _read(self, folder: str) -> tuple[_Manifest, dict[str, dict[str, Tensor]]]:
@@ -240,8 +262,20 @@ class ParallelTraining:
         return Counts(*self.model.groups.data.sum_(both).tolist())
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
-        state = self._optimizer.state
-        return {f"{m}.": {name: state[p][m] for name, p in self.model.parameters.items()} for m in _MOMENTS}
+        state, model, found = self._optimizer.state, self.model, {}
+        for moment in _MOMENTS:
+            parts = {name: state[parameter][moment] for name, parameter in model.optimized.items()}
+            found[f"{moment}."] = self._in_first_replica(lambda name, parts=parts: model.whole(name, parts[name]))
+        return found
+
+    def _in_first_replica(self, shard: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The shard of each of this rank's parameters, by name, on the first replica; all replicas call."""
+        found: dict[str, Tensor] = {}
+        for name in self.model.specs:
+            tensor = shard(name)
+            if self.model.place.dp == 0:
+                found[name] = tensor.cpu()
+        return found
 
     def _copy(self) -> tuple[list[Tensor], dict[str, object], int]:
         weights = [p.detach().clone() for p in self.model.parameters.values()]
@@ -253,6 +287,12 @@ class ParallelTraining:
             parameter.copy_(tensor)
         self._optimizer.load_state_dict(optimizer)
         self._updates = updates
+
+
+def residence_of(trained: ParallelTraining, backend: Backend) -> Residence:
+    """How a trained model leaves its device to others. Fully sharded weights stay: FSDP owns their storage."""
+    device = trained.model.device
+    return Residence(device, trained.tensors, moves=False if backend == "fsdp" else None)
 
 
 def replica_mini_batches(batch: B, rows: Sequence[int], replica: int, loss: Loss, seed: int) -> Iterator[B]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from protocols.code import CodeSource
 from protocols.columns import Jagged, rows_of
 from protocols.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.roles import Policy, Sampling
@@ -12,22 +15,26 @@ from protocols.stage import stage
 from protocols.weights import Probe, Version, WeightManifest, pack
 from workers.folders import end_of_sequence
 from workers.generation.engine import to_rollouts
+from workers.generation.publication import packable
 from workers.generation.torch import TorchEngine
-from workers.losses import measures, policy_loss_named
+from workers.lora import Adapters
+from workers.losses import measures
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
 from workers.losses.objective import policy_objective
 from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
+from workers.losses.trial import reloadable_loss
 from workers.models import (
     MicroBatch,
-    canonical_tensors,
     load_causal,
     log_softmax_of,
     micro_batches,
     per_response,
     token_log_probs,
 )
+from workers.pretraining import Drawn, PretrainingText
 from workers.settings import Generation, Loss, Model, Optimizer
+from workers.sft import response_loss
 from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64  # longer than three KV blocks of 16, where a stale prefix cache would show
@@ -36,9 +43,22 @@ PROBE_ROWS, PROBE_TOKENS = 4, 64  # longer than three KV blocks of 16, where a s
 class PolicyWorker(Policy):
     """One rank of the policy. Version k means: weights after k committed steps."""
 
-    def __init__(self, model: Model, loss: Loss, optimizer: Optimizer, generation: Generation, seed: int) -> None:
-        self._policy_loss = policy_loss_named(loss.policy)
-        self.trained = TrainedModel(load_causal(model.path, model.dtype), model.path, model.learning_rate, optimizer)
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        optimizer: Optimizer,
+        generation: Generation,
+        seed: int,
+        pretraining: PretrainingText | None = None,
+    ) -> None:
+        """`pretraining`: the text of `loss.ptx_coefficient`; None where that is 0."""
+        self._policy_loss = reloadable_loss(loss)
+        self._pretraining = pretraining_of(loss, pretraining)
+        causal = load_causal(model.path, model.dtype)
+        adapters = Adapters(causal, model.path, model.lora, seed) if model.lora.rank else None
+        self.trained = TrainedModel(causal, model.path, model.learning_rate, optimizer, adapters)
+        self._sends_adapters = model.lora.publish == "adapters"
         self._loss = loss
         self._generation = generation
         self._temperature = generation.temperature
@@ -80,26 +100,43 @@ class PolicyWorker(Policy):
         proximal = self._log_probs(experience) if steps > 1 else None
         measured: dict[str, float] = {}
         with self.trained.update(steps):
-            for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
+            drawn = mini_batches(experience, self._loss, seed=self._seed + self.trained.version)
+            for number, batch in enumerate(drawn, self.trained.version * steps):
                 start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
-                measures.add(measured, self._optimizer_step(batch, start))
+                measures.add(measured, self._optimizer_step(batch, start, number))
         return Metrics(values=measures.means(measured))
 
-    def _optimizer_step(self, batch: Experience, proximal: Jagged | None) -> dict[str, float]:
+    def _optimizer_step(self, batch: Experience, proximal: Jagged | None, number: int) -> dict[str, float]:
+        """Optimizer step `number` of the run, counted from 0."""
         weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
         measured: dict[str, float] = {}
         total = 0.0
         for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
             tokens = self._tokens(micro, batch, proximal)
-            objective = policy_objective(self._policy_loss, tokens, self._loss)
+            objective = policy_objective(self._policy_loss.current, tokens, self._loss)
             loss = reduce_loss(objective.loss, micro.column(weights))
             loss.backward()
             total += loss.item()
             measures.add(measured, measures.measure(tokens, objective, self._loss))
+        if self._pretraining is not None:
+            measured["ptx_loss"] = self._pretrain(self._pretraining.drawn(number))
+            total += self._loss.ptx_coefficient * measured["ptx_loss"]
         if not np.isfinite(total):
             raise StepRefused(f"policy.update of {named_rows(batch)}: loss is {total}")
         norm = self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
         return measured | {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+
+    def _pretrain(self, text: Drawn) -> float:
+        """Add the gradient of ptx_coefficient times the text's cross-entropy, and return that, nats a token.
+
+        L = L_RL + ptx_coefficient * mean of -log p(token) over the text's tokens (Ouyang et al. 2022, ptx). At
+        temperature 1: the text was written, not drawn.
+        """
+        cross_entropy = 0.0
+        for part in response_loss(self.trained.model, text, self._loss.tokens_per_micro_batch):
+            (self._loss.ptx_coefficient * part).backward()
+            cross_entropy += part.item()
+        return cross_entropy
 
     def _tokens(self, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
         log_probs, entropies = self._forward(micro)
@@ -131,15 +168,15 @@ class PolicyWorker(Policy):
     def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray]:
         """The canonical tensors as one buffer, with their digests and the answer to the probe batch.
 
-        The buffer is a copy: the next optimizer step may start when this returns.
+        Of adapters they are the merged ones, or the adapters alone where the recipe wants that. The buffer is a copy:
+        the next optimizer step may start when this returns.
         """
-        tensors = {
-            name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), _bytes_of(t))
-            for name, t in canonical_tensors(self.trained.model).items()
-        }
-        entries, buffer = pack(tensors)
+        adapters = self.trained.adapters if self._sends_adapters else None
+        tensors = adapters.tensors() if adapters is not None else self.trained.tensors()
+        entries, buffer = pack({name: packable(tensor) for name, tensor in tensors.items()})
         probe = Probe(self._probe.tolist(), _probe_log_probs(self.trained.model, self._probe), self._tolerance)
-        return WeightManifest(version, entries, len(buffer), probe), buffer
+        scaling = adapters.scaling if adapters is not None else None
+        return WeightManifest(version, entries, len(buffer), probe, scaling), buffer
 
     def save(self, folder: str) -> None:
         """See TrainedModel.save."""
@@ -154,9 +191,20 @@ class PolicyWorker(Policy):
         """See TrainedModel.export."""
         self.trained.export(folder)
 
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make and try the loss anew where it is a user's and its file is among these. Raises BadCode."""
+        self._policy_loss.prepare(sources)
 
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next step on, or drop it."""
+        self._policy_loss.switch(take)
+
+
+def pretraining_of(loss: Loss, text: PretrainingText | None) -> PretrainingText | None:
+    """The text whose loss is added, None for none. Raises ValueError where there is a coefficient and no text."""
+    if loss.ptx_coefficient and text is None:
+        raise ValueError(f"ptx_coefficient = {loss.ptx_coefficient} needs pretraining text: there is none")
+    return text if loss.ptx_coefficient else None
 
 
 def probe_tokens(vocabulary: int, seed: int) -> torch.Tensor:

@@ -69,8 +69,8 @@ def train_reward_model(
     for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
-    rows = read_rows(settings.data, Preference, settings.columns)
-    heldout_rows = read_rows(settings.heldout, Preference, settings.columns)
+    rows = read_rows(settings.data, Preference, settings.columns, settings.model)
+    heldout_rows = read_rows(settings.heldout, Preference, settings.columns, settings.model)
     tokenizer = load_tokenizer(settings.model)
     pairs, heldout = Pairs.tokenized(tokenizer, rows), Pairs.tokenized(tokenizer, heldout_rows)
     model = load_untrained_reward(settings.model, settings.dtype, settings.schedule.seed)

@@ -1,25 +1,44 @@
-"""Rewards as a role: a rule on texts, or a trained reward model on tokens."""
+"""Rewards as a role: a rule on texts, a trained reward model on tokens, or a weighted mix of such."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec.structs import replace
+
+from protocols.code import CodeSource
+from protocols.columns import Jagged
 from protocols.messages import Rollouts, Scores
 from protocols.roles import Reward
 from protocols.stage import Partial, stage
-from workers.judging import ModelJudge, RuleJudge
+from workers.judging import Judge, ModelJudge, RuleJudge, mixed_judge
 from workers.settings import Failures, Model
 
 
 class _JudgedReward(Reward):
     """A judge's numbers are scores."""
 
-    def __init__(self, judge: RuleJudge | ModelJudge) -> None:
+    def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
     @stage(protocol="DP_PROTO", balance="tokens")
     def score(self, rollouts: Rollouts) -> Partial[Scores]:
         """A score a row; see the judges for the rows that fail."""
         judged = self._judge.judge(rollouts)
-        return Partial(Scores(sample_ids=judged.sample_ids, scores=judged.numbers), judged.failures)
+        scores = Scores(sample_ids=judged.sample_ids, scores=judged.numbers)
+        if judged.parts is not None:
+            rows, parts = judged.parts.shape
+            scores = replace(scores, parts=Jagged.from_lengths(judged.parts.ravel(), np.full(rows, parts)))
+        return Partial(scores, judged.failures)
+
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make the judge's rules anew from their files. Raises BadCode."""
+        self._judge.prepare_code(sources)
+
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next row on, or drop it."""
+        self._judge.switch_code(take)
 
     def close(self) -> None:
         """Free what the judge holds."""
@@ -38,3 +57,10 @@ class ModelReward(_JudgedReward):
 
     def __init__(self, model: Model, tokens_per_micro_batch: int) -> None:
         super().__init__(ModelJudge(model, tokens_per_micro_batch, "reward"))
+
+
+class MixedReward(_JudgedReward):
+    """The weighted sum of rules and models, with what each of them said."""
+
+    def __init__(self, model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> None:
+        super().__init__(mixed_judge(model, tokenizer_path, tokens_per_micro_batch, failures))

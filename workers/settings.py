@@ -14,16 +14,67 @@ Dtype = Literal["float32", "bfloat16"]
 Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean", "sequence-mean-fixed-length"]
 Correction = Literal["none", "importance", "tis", "icepop"]
 KlEstimator = Literal["k1", "k2", "k3"]
+Backend = Literal["3d", "fsdp", "zero1", "zero2"]  # how the ranks of a model share it
+
+
+class RewardPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One part of a mixed reward: a rule or a trained model, and how much it counts."""
+
+    name: str  # under which its mean is told, as reward.<name>
+    path: str = ""  # transformers folder
+    rule: str = ""  # registered rule name, or "package.module:function"
+    weight: float = 1.0
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"mix: name = {self.name!r}: want a word of letters, digits and '_'")
+        if bool(self.path) == bool(self.rule):
+            raise ValueError(f"mix {self.name}: give a path or a rule, one of them")
+        if not math.isfinite(self.weight) or not self.weight:
+            raise ValueError(f"mix {self.name}: weight = {self.weight}: want a finite number, not 0")
+
+
+class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Low-rank adapters to train in the place of the whole policy."""
+
+    rank: int = 0  # 0: no adapters, all weights train
+    alpha: float = 0.0  # an adapter counts alpha / rank; 0: twice the rank
+    targets: list[str] = []  # last names of the layers to adapt, as "q_proj"; none: all linear ones but the output head
+    publish: Literal["merged", "adapters"] = "merged"  # what a generator is sent; of adapters it merges by itself
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not 0.0 <= self.alpha < math.inf:
+            raise ValueError(f"lora: rank = {self.rank}, alpha = {self.alpha}: want 0 or more")
+        if not self.rank and (self.alpha or self.targets or self.publish == "adapters"):
+            raise ValueError("lora: rank = 0 trains all weights: give a rank of 1 or more, or leave lora out")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return self.alpha / self.rank if self.alpha else 2.0
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One role's model: a transformers folder, or for rewards a rule or an outside worker."""
+    """One role's model: a transformers folder, or for rewards a rule, a mix of both, or an outside worker."""
 
     path: str = ""  # transformers folder
     rule: str = ""  # registered rule name, or "package.module:function"
+    mix: list[RewardPart] = []  # of a reward: the weighted sum of these
     outside: bool = False  # answered by a program or a person outside of the run
     learning_rate: float = 0.0  # trained roles only
     dtype: Dtype = "float32"
+    lora: Lora = Lora()  # the policy only
+
+    @property
+    def folders(self) -> list[str]:
+        """The transformers folders that it is loaded from."""
+        return [part.path for part in (self, *self.mix) if part.path]
+
+    @property
+    def rules(self) -> list[str]:
+        """The rules that it asks."""
+        return [part.rule for part in (self, *self.mix) if part.rule]
 
 
 class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +98,8 @@ class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kl_coefficient: float = 0.0  # of the KL to the reference inside the loss; 0: none
     kl_estimator: KlEstimator = "k3"
     entropy_coefficient: float = 0.0  # of the entropy bonus; 0: none
+    ptx_coefficient: float = 0.0  # of the pretraining loss, whose text is a recipe's data.pretrain; 0: none
+    ptx_rows: int = 32  # rows of pretraining text in one optimizer step
     value_clip: float = 0.2  # 0: none
     aggregation: Aggregation = "token-mean"
     fixed_length: int = 0  # tokens: what sequence-mean-fixed-length divides by; 0: a recipe's generation.max_tokens
@@ -68,6 +121,8 @@ class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ),
             "kl_coefficient": (0.0 <= self.kl_coefficient < math.inf, "0 or more"),
             "entropy_coefficient": (abs(self.entropy_coefficient) < math.inf, "a finite number"),
+            "ptx_coefficient": (0.0 <= self.ptx_coefficient < math.inf, "0 or more"),
+            "ptx_rows": (self.ptx_rows >= 1, "1 or more"),
             "value_clip": (self.value_clip >= 0.0, "0 or more"),
             "fixed_length": (self.fixed_length >= 0, "0 or more"),
         }

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workers.datasets import Demonstration, read_rows
-from workers.finetune import Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune import load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import SftSettings
-from workers.models import load_causal, micro_batches, token_log_probs
+from workers.models import Sequences, load_causal, micro_batches, token_log_probs
 
 
 class SftResult(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ def train_sft(settings: SftSettings, *, on_step: Callable[[int, float], object] 
     for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
-    rows = read_rows(settings.data, Demonstration, settings.columns)
+    rows = read_rows(settings.data, Demonstration, settings.columns, settings.model)
     tokenizer = load_tokenizer(settings.model)
     data = tokenized(tokenizer, ((row.prompt, row.response, False) for row in rows))
     model = load_causal(settings.model, settings.dtype)
@@ -48,7 +48,7 @@ def train_sft(settings: SftSettings, *, on_step: Callable[[int, float], object] 
     return SftResult(settings.output, losses)
 
 
-def response_loss(model: PreTrainedModel, data: Texts, budget: int) -> Iterator[Tensor]:
+def response_loss(model: PreTrainedModel, data: Sequences, budget: int) -> Iterator[Tensor]:
     """Parts of -mean(log p) over all response tokens of a batch; the mean is over the batch, not over a part."""
     tokens = len(data.responses.values)
     return (-token_log_probs(model, batch).sum() / tokens for batch in micro_batches(data, budget))

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from protocols.columns import B, Batch, take
+from workers.lora import Adapters
 from workers.models import canonical_tensors
 from workers.settings import Loss, Optimizer
 
+ADAPTERS = "adapters"  # their folder, in an exported one
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,10 +38,19 @@ class StepRefused(Exception):
 class TrainedModel:
     """A model, its AdamW and its learning-rate schedule."""
 
-    def __init__(self, model: PreTrainedModel, path: str, learning_rate: float, settings: Optimizer) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        learning_rate: float,
+        settings: Optimizer,
+        adapters: Adapters | None = None,
+    ) -> None:
+        """`adapters`: of the model, where nothing else of it trains."""
         if learning_rate <= 0:
             raise ValueError(f"model {path}: a trained model needs a learning_rate above 0, got {learning_rate}")
         self.model = model
+        self.adapters = adapters
         self.version = 0  # committed steps these weights have seen
         self._path = path
         self._settings = settings
@@ -92,10 +103,21 @@ class TrainedModel:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The canonical tensors; those that adapters change are merged, and new."""
+        return self.adapters.merged() if self.adapters is not None else canonical_tensors(self.model)
+
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that training changes: a checkpoint's."""
+        return self.adapters.tensors() if self.adapters is not None else canonical_tensors(self.model)
+
     def save(self, folder: str) -> None:
-        """Write weights, optimizer state and counters into `folder`: safetensors and JSON."""
+        """Write weights, optimizer state and counters into `folder`: safetensors and JSON.
+
+        With adapters the weights are theirs alone; the base stands in its folder.
+        """
         root = Path(folder)
-        save_file({n: t.contiguous() for n, t in canonical_tensors(self.model).items()}, root / "model.safetensors")
+        save_file({n: t.contiguous() for n, t in self._state().items()}, root / "model.safetensors")
         optimizer: dict[str, torch.Tensor] = {}
         for name, parameter in self._named:
             state = self._optimizer.state.get(parameter, {})
@@ -111,7 +133,7 @@ class TrainedModel:
     def load(self, folder: str) -> None:
         """Restore what `save` wrote. Raises ValueError, changing nothing, where names or shapes are another model's."""
         root = Path(folder)
-        own, saved = canonical_tensors(self.model), load_file(root / "model.safetensors")
+        own, saved = self._state(), load_file(root / "model.safetensors")
         _check_same(own, saved, folder)
         optimizer = load_file(root / "optimizer.safetensors")
         state = json.loads((root / "trainer.json").read_text())
@@ -125,8 +147,15 @@ class TrainedModel:
                 self._optimizer.state[parameter] = {part: optimizer[f"{part}.{name}"] for part in _OPTIMIZER_STATE}
 
     def export(self, folder: str) -> None:
-        """Write a transformers folder, tokenizer included, that transformers and vLLM load."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        """Write a transformers folder, tokenizer included, that transformers and vLLM load.
+
+        Adapters are merged into it, and stand in its folder adapters/ as peft loads them.
+        """
+        merged = None
+        if self.adapters is not None:
+            self.adapters.export(Path(folder) / ADAPTERS)
+            merged = self.adapters.merged()
+        self.model.save_pretrained(folder, state_dict=merged, safe_serialization=True)
         for name in _TOKENIZER_FILES:
             if (source := Path(self._path) / name).exists():
                 shutil.copyfile(source, Path(folder) / name)

@@ -21,7 +21,7 @@ from asyncflow.bench import scale
 from asyncflow.bench.report import Row
 from asyncflow.bench.rival import Floor, Rival, nbytes, padded
 from asyncflow.services.endpoint import Endpoint, Store, ask
-from asyncflow.services.parts import pack, parts_of, unpack
+from asyncflow.services.parts import pack_apart, parts_of, unpack
 from asyncflow.services.runtime.ray import RayRuntime
 from asyncflow.services.spec import ServiceSpec
 from protocols import codec
@@ -180,8 +180,9 @@ def rollouts_of(rows: int, tokens: int) -> Rollouts:
 
 async def call(endpoint: Endpoint, store: Store, rollouts: Rollouts, ranks: int = RANKS) -> LogProbs:
     """The whole way: encode, put, let the ranks read their rows and answer, read the answers."""
-    part = pack(store, rollouts, 0, direct=ranks == 1)
-    reply, payloads = await ask(endpoint, Invoke("log_probs", [part.shard]), [part.payload])
+    parts = pack_apart(store, rollouts, 0, direct=ranks == 1)
+    asked = Invoke("log_probs", [part.shard for part in parts])
+    reply, payloads = await ask(endpoint, asked, [part.payload for part in parts])
     assert isinstance(reply, Invoked)
     answers = parts_of(reply.shards, payloads)
     return unpack([await store.get(answer.payload) for answer in answers], LogProbs)

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from protocols.control import (
     CheckpointWritten,
+    CodeRefused,
+    CodeReloaded,
     Evaluated,
     Event,
     Published,
@@ -112,7 +114,7 @@ class Board:
                 self.state = event.state
             case RunEnded():
                 self.state, self.waits = event.outcome, None
-            case CheckpointWritten() | Published() | ServiceReplaced() | Stalled():
+            case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused() | Stalled():
                 pass
 
     @property
@@ -143,6 +145,11 @@ def line_of(event: Event, board: Board) -> str | None:
             line = f"{event.count} samples {event.state}: {' '.join(event.reason.split())}"
         case ServiceReplaced():
             line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {' '.join(event.cause.split())}"
+        case CodeReloaded():
+            files = [f"{module} {digest[:12]}" for module, digest in event.digests.items()]
+            line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"
+        case CodeRefused():
+            line = f"code refused after step {event.step}, the old runs on: {' '.join(event.error.split())}"
         case StateChanged():
             line = f"the run is {event.state}"
         case Stalled():

@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import uvloop
@@ -19,9 +19,6 @@ from rich.console import Console
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, load_recipe, recipe_text
 from protocols.control import Evaluated, RunEnded
-
-if TYPE_CHECKING:
-    from asyncflow.validate import Checked
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -66,25 +63,46 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 
 @app.command()
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe: a TOML file.", show_default=False)] = None,
     overrides: Overrides = [],  # noqa: B006
     devices: Annotated[str, typer.Option(help="Place the models on these instead, e.g. 128xA100-80G.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The placement on --devices as JSON.")] = False,
+    device: Annotated[str, typer.Option(help="What a device does: a calibration's file, or a known name.")] = "",
+    save: Annotated[Path | None, typer.Option(help="Choose a placement on what is here, and write it down.")] = None,
+    run: Annotated[Path | None, typer.Option("--from", help="Advice from the folder of a finished run.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The placement on --devices, or the advice, as JSON.")
+    ] = False,
 ) -> None:
     """Draw the dataflow that a recipe's algorithm is, and say who runs where: as it says, or best on some devices."""
-    from asyncflow.compose import compose
+    from asyncflow.cli import plans
     from asyncflow.validate import check
 
+    if run is not None:
+        return plans.print_advice(out, run, as_json)
+    if recipe is None:
+        raise BadInput("plan: give a recipe, or --from the folder of a run")
     if as_json and not devices:
         raise BadInput("--json prints the placement on devices: give them too, e.g. --devices 128xA100-80G")
+    if save is not None:
+        return plans.save_plan(out, load_recipe(recipe, overrides), device, save)
     checked = check(load_recipe(recipe, overrides))
     if devices:
-        _print_placement(checked, devices, as_json)
-        return
-    out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
-    for spec in compose(checked.recipe, checked.dataflow, checked.recipe.name, 0, "logs"):
-        place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
-        out.print(f"{spec.name:<12} {spec.kind:<10} {place}", markup=False)
+        return plans.print_placement(out, checked, devices, device, as_json)
+    return plans.print_dataflow(out, checked, device)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write them to a file, for `plan --device`.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few rounds and small sizes: to see that it runs.")] = False,
+) -> None:
+    """Measure what a recipe's models reach here: half a minute."""
+    from asyncflow.cli.plans import calibrate as measure
+
+    measure(out, load_recipe(recipe, overrides), as_json, output, quick)
 
 
 @app.command()
@@ -97,7 +115,7 @@ def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", 
 
 @app.command("reward-model")
 def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
-    """Step 2 of RLHF: train a Bradley-Terry reward model on preference pairs."""
+    """Step 2 of RLHF: train a reward model on preference pairs, or a cost model on pairs with their safety."""
     from asyncflow.finetuning import train_reward
 
     train_reward(settings, out)
@@ -166,38 +184,38 @@ def transition(
     _print_lines([report("transition", rows(figures))] if as_json else lines(figures))
 
 
-def _print_placement(checked: Checked, devices: str, as_json: bool) -> None:
-    """The best placement of a recipe's models; responses count with all the tokens that they may have."""
-    import msgspec
+@bench.command()
+def learning(
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    algorithms: Annotated[str, typer.Option(help="Recipes to run, e.g. ppo,grpo; by default all.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
+    staleness: Annotated[str, typer.Option(help='Bounds to compare, in versions; "": none.')] = "0,2,4",
+    folder: Annotated[Path, typer.Option(help="Of data, runs and results; what is there is not run again.")] = Path(
+        "runs/bench/learning"
+    ),
+    quick: Annotated[bool, typer.Option(help="Two small steps of each: to see that it runs.")] = False,
+) -> None:
+    """Does every recipe learn, and what does staleness cost: a minute a run, a run a seed. Goes on if interrupted."""
+    from asyncflow.bench.learning import QUICK, Effort, measure
+    from asyncflow.bench.learning_table import lines, rows
+    from asyncflow.bench.report import report
 
-    from asyncflow.placement.devices import Cluster
-    from asyncflow.placement.plan import draw, make_plan
-    from asyncflow.placement.shapes import Shape
-    from asyncflow.placement.workload import Lengths, Workload, work_of
-
-    recipe = checked.recipe
-    try:
-        shapes = {}
-        for role, model in recipe.models.items():
-            if model.path:
-                config = msgspec.json.decode((Path(model.path) / "config.json").read_bytes())
-                shape = Shape.from_config(Path(model.path).name, config)
-                shapes[role] = shape if role in ("policy", "reference") else shape.scoring()
-        work = Workload(
-            recipe.prompts_per_step,
-            prompt=Lengths.measured(checked.train.evaluation(floor=0, limit=0).prompts.lengths.tolist()),
-            response=Lengths.fixed(recipe.generation.max_tokens),
-            samples_per_prompt=recipe.samples_per_prompt,
-            mini_batches=recipe.loss.mini_batches,
-            epochs=recipe.loss.epochs,
-            staleness=recipe.staleness,
-            micro_batch_tokens=recipe.loss.tokens_per_micro_batch,
+    names, bounds = [[word for word in text.split(",") if word] for text in (algorithms, staleness)]
+    if bad := [bound for bound in bounds if not bound.isdecimal()]:
+        raise BadInput(f"--staleness {staleness!r}: {bad[0]!r} is no number of versions; write e.g. 0,2,4")
+    results = uvloop.run(
+        measure(
+            names,
+            seeds,
+            [int(bound) for bound in bounds],
+            folder=folder / "quick" if quick else folder,
+            effort=QUICK if quick else Effort(),
+            on_result=lambda r: err.print(
+                f"{r.case.name}: {r.before:.3f} -> {r.after:.3f}, {r.seconds:.0f} s {r.error}"
+            ),
         )
-        placed = make_plan(work_of(checked.dataflow, shapes), Cluster.parse(devices), work)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    text = msgspec.json.format(msgspec.json.encode(placed)).decode() if as_json else draw(placed)
-    out.print(text, markup=False, soft_wrap=True)
+    )
+    _print_lines([report("learning", rows(results))] if as_json else lines(results))
 
 
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from asyncflow.client.channel import Channel, ChannelLink
 from asyncflow.client.outside import Outside, OutsideLink
-from protocols.control import Evaluated, Event, RunEnded, StepCommitted
+from protocols.control import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
 from protocols.delivery import ServiceStatistics
 
 
@@ -19,6 +19,7 @@ class Link(ChannelLink, OutsideLink, Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def checkpoint(self) -> str: ...
+    async def reload(self) -> CodeReloaded: ...
     async def statistics(self) -> list[ServiceStatistics]: ...
     async def stop(self) -> RunEnded: ...
 
@@ -73,6 +74,14 @@ class Run:
     async def checkpoint(self) -> Path:
         """Write a checkpoint at the next boundary between steps, also while paused; its folder."""
         return Path(await self._link.checkpoint())
+
+    async def reload(self) -> CodeReloaded:
+        """Take the changed files of the user's own losses, rewards and algorithm at the next boundary between steps.
+
+        Rows that are scored and batches that are closed from then on are of the new code; nothing in flight is lost.
+        Raises BadInput, with the error, for a file that can't be used: then all of them run on as they were.
+        """
+        return await self._link.reload()
 
     async def statistics(self) -> list[ServiceStatistics]:
         """What every service's channels did so far: rows, bytes by rank, duplicates refused, who waits on whom."""

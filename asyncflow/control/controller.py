@@ -26,6 +26,7 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.staleness import Admission, Ready, check_age
+from asyncflow.control.user_code import UserCode
 from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.services.endpoint import Store, ask, causes
 from asyncflow.services.parts import pack
@@ -33,6 +34,8 @@ from asyncflow.services.weight_sync import publish
 from protocols.control import (
     Busy,
     CloseBatch,
+    CodeRefused,
+    CodeReloaded,
     Done,
     Event,
     Generated,
@@ -52,6 +55,7 @@ from protocols.control import (
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.ids import purpose_of, sample_id
 from protocols.weights import Version
+from workers.user_code import BadCode, digest_of
 
 TICK_SECONDS = 0.5
 
@@ -73,6 +77,7 @@ class Controller:
         evaluation: Evaluation,
         record: RunRecord,
         warnings: list[str],
+        code: UserCode | None = None,
     ) -> None:
         self.events = EventLog()
         self._warnings = warnings
@@ -89,7 +94,9 @@ class Controller:
         self._evaluating = False
         self._stopping = False
         self._over = False
+        self._code = code or UserCode()
         self._checkpoint_asked: list[asyncio.Future[str]] = []
+        self._reload_asked: list[asyncio.Future[CodeReloaded]] = []
 
     # --- what a client may ask
 
@@ -113,6 +120,18 @@ class Controller:
             raise RunFailed(f"the run is over; its last checkpoint: {self._record.last_checkpoint or 'none'}")
         asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._checkpoint_asked.append(asked)
+        self._pulse.beat()
+        return await asked
+
+    async def reload(self) -> CodeReloaded:
+        """Have all services take the changed files of the user's code at the next boundary between steps.
+
+        Raises BadCode, with nothing changed, where one of the files can't be used; RunFailed where the run ends first.
+        """
+        if self._over:
+            raise RunFailed("the run is over: nothing runs that could be reloaded")
+        asked: asyncio.Future[CodeReloaded] = asyncio.get_running_loop().create_future()
+        self._reload_asked.append(asked)
         self._pulse.beat()
         return await asked
 
@@ -152,10 +171,10 @@ class Controller:
         return ended
 
     def _end(self, ended: RunEnded) -> None:
-        """Tell everybody who follows the run or waits for a checkpoint of it."""
+        """Tell everybody who follows the run or waits for something between its steps."""
         self._over = True
-        for asked in self._checkpoint_asked:
-            if not asked.cancelled():
+        for asked in (*self._checkpoint_asked, *self._reload_asked):
+            if not asked.done():
                 asked.set_exception(RunFailed(f"the run ended before it: {ended.error or ended.outcome}"))
         self.events.add(ended)
 
@@ -259,14 +278,14 @@ class Controller:
         def settled() -> bool:
             nonlocal chosen
             if self._paused and not self._stopping:
-                return bool(self._checkpoint_asked)
+                return self._asked
             chosen = None if self._stopping else self._prompts.choose()
-            return self._stopping or chosen is not None or bool(self._checkpoint_asked)
+            return self._stopping or chosen is not None or self._asked
 
         while True:
             await self._until(settled)
-            if self._checkpoint_asked:
-                await self._write_checkpoint()
+            if self._asked:
+                await self._do_asked()
             elif self._stopping or chosen is not None:
                 return chosen
 
@@ -335,8 +354,19 @@ class Controller:
         if version < self._pace.steps:
             if self._evaluation.every and version % self._evaluation.every == 0:
                 await self._evaluate()
-            if self._checkpoint_asked or self._record.checkpoint_due(version):
-                await self._write_checkpoint()
+            await self._do_asked(checkpoint=self._record.checkpoint_due(version))
+
+    @property
+    def _asked(self) -> bool:
+        """Whether a client waits for something that is done between two steps."""
+        return bool(self._checkpoint_asked or self._reload_asked)
+
+    async def _do_asked(self, checkpoint: bool = False) -> None:
+        """Do what clients wait for. No batch is closed and nothing trains meanwhile; what is under way goes on."""
+        if checkpoint or self._checkpoint_asked:
+            await self._write_checkpoint()
+        if self._reload_asked:
+            await self._reload()
 
     async def _end_leftovers(self) -> None:
         """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
@@ -381,6 +411,27 @@ class Controller:
         for future in asked:
             if not future.cancelled():
                 future.set_result(self._record.last_checkpoint)
+
+    async def _reload(self) -> None:
+        asked, self._reload_asked = self._reload_asked, []
+        step = self._admission.version
+        digests: dict[str, str] = {}
+        try:
+            sources = await asyncio.to_thread(self._code.changed)
+            digests = {source.module: digest_of(source) for source in sources}
+            if sources:
+                await self._code.give(sources, self._fleet.services)
+        except BadCode as error:
+            self._emit(CodeRefused(step=step, digests=digests, error=str(error)))
+            for future in asked:
+                if not future.done():
+                    future.set_exception(BadCode(str(error)))
+            return
+        reloaded = CodeReloaded(step=step, digests=digests)
+        self._emit(reloaded)
+        for future in asked:
+            if not future.done():
+                future.set_result(reloaded)
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:

@@ -6,6 +6,7 @@ What a service reports about devices, waits and its own death is dealt with here
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -16,6 +17,7 @@ from asyncflow.placement.lease import Claim, shared_leases
 from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, ServiceGone, all_or_error, ask
 from protocols.control import (
+    Done,
     EndPrompts,
     GetStatistics,
     Grant,
@@ -29,6 +31,7 @@ from protocols.control import (
     ServiceReplaced,
     Statistics,
     Waiting,
+    YieldDevices,
 )
 from protocols.delivery import ServiceStatistics
 
@@ -49,6 +52,8 @@ class Fleet:
         self.waits = WaitBoard()
         self._leases = shared_leases(pools)
         self._supervisor, self._restart = supervisor, restart
+        self._resident: dict[str, str] = {}  # pool -> the service that was on its devices last
+        self._stays: set[str] = set()  # services that have nothing to move off their devices
         self._replacing: set[str] = set()
         self._resending: set[Resend] = set()
         self._once_more: set[Resend] = set()
@@ -142,8 +147,21 @@ class Fleet:
         self._resending.discard(resend)
 
     async def _grant(self, claim: Claim | None) -> None:
-        if claim is not None:
-            await self.tell(claim.service, Grant(claim.ticket))
+        """Give a pool's devices to who is next, when who was on them has made room."""
+        if claim is None:
+            return
+        pool = self._leases[claim.service].pool
+        before, self._resident[pool] = self._resident.get(pool, claim.service), claim.service
+        if before != claim.service and before not in self._stays:
+            await self._make_room(before)
+        await self.tell(claim.service, Grant(claim.ticket))
+
+    async def _make_room(self, name: str) -> None:
+        """Have a service leave its devices. One with nothing to move, as on a CPU, says so and is not asked again."""
+        with contextlib.suppress(ServiceGone):  # its memory is free, too; who follows it sees its death
+            reply, _ = await ask(self.services[name], YieldDevices())
+            if isinstance(reply, Done) and not reply.values.get("moves"):
+                self._stays.add(name)
 
     # --- asking
 

@@ -19,7 +19,7 @@ from asyncflow.control.ledger import Ledger, LedgerError, State
 from asyncflow.control.settings import Checkpoints
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.journal import MetricsJournal, read_lines
-from asyncflow.observe.report import write_report
+from asyncflow.observe.report import PART, write_report
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.endpoint import Endpoint, ask
 from protocols.control import (
@@ -38,6 +38,13 @@ from protocols.ids import prompt_of
 
 T = TypeVar("T")
 LOG = logging.getLogger("asyncflow.run")
+_GAUGES = {  # of the last step, by the journal's names
+    "clip_fraction": "policy.clip_fraction",
+    "mismatch_kl_nats": "policy.mismatch_kl",
+    "cost_mean": "cost_mean",
+    "cost_multiplier": "multiplier",
+    "kl_coefficient": "kl_coefficient",
+}
 
 
 class RunRecord:
@@ -248,9 +255,12 @@ class RunRecord:
         for age in ages:
             for _ in range(samples_per_prompt):
                 export.observe("trained_staleness_versions", age)
-        for gauge, key in (("clip_fraction", "policy.clip_fraction"), ("mismatch_kl_nats", "policy.mismatch_kl")):
+        for gauge, key in _GAUGES.items():
             if key in metrics:
                 export.set(gauge, metrics[key])
+        for name, value in metrics.items():
+            if name.startswith(PART):
+                export.set("reward_part_mean", value, part=name.removeprefix(PART))
         for role in ("policy", "critic", "cost_critic"):
             for name in ("loss", "gradient_norm"):
                 if f"{role}.{name}" in metrics:

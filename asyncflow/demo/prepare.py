@@ -12,26 +12,33 @@ from workers.finetune_settings import RewardModelSettings, SftSettings
 
 
 def prepare(recipes: Path, console: Console) -> float | None:
-    """What the recipes of a demonstration start from, unless it is there: data, base model, SFT, reward model.
+    """What the recipes of a demonstration start from, unless it is there: data, base model, SFT, cost or reward model.
 
     The folder's name is the task's. Returns the reward model's held-out pair accuracy, None where a rule rewards.
     Raises BadInput.
     """
     from asyncflow.demo.comparisons import write_comparisons
-    from asyncflow.demo.model import write_base_model
+    from asyncflow.demo.model import model_config, write_base_model
+    from asyncflow.demo.retelling import write_retelling
     from asyncflow.demo.task import TASKS
     from workers.preference import heldout_accuracy_of
 
-    if recipes.name not in TASKS:
-        raise BadInput(f"demo {recipes}: no task {recipes.name!r}{nearest(recipes.name, TASKS)}")
+    tasks = {**TASKS, "safety": write_retelling}
+    if recipes.name not in tasks:
+        raise BadInput(f"demo {recipes}: no task {recipes.name!r}{nearest(recipes.name, tasks)}")
     sft = read_settings(recipes / "sft.toml", SftSettings)
     data = Path(sft.data).parent
     if not (data / "train.jsonl").exists():
-        TASKS[recipes.name](data, sft.schedule.seed)
+        tasks[recipes.name](data, sft.schedule.seed)
     if not (Path(sft.model) / "tokenizer.json").exists():  # what is written last: the folder may be half of one
-        write_base_model(Path(sft.model), sft.schedule.seed)
+        small = model_config(layers=2, width=64) if recipes.name == "safety" else None  # telling again is easy
+        write_base_model(Path(sft.model), sft.schedule.seed, small)
     if not Path(sft.output).exists():
         finetune(recipes / "sft.toml", console)
+    if (recipes / "cost.toml").exists():
+        cost = read_settings(recipes / "cost.toml", RewardModelSettings)
+        if not Path(cost.output).exists():
+            train_reward(recipes / "cost.toml", console)
     if not (recipes / "reward.toml").exists():
         return None
     reward = read_settings(recipes / "reward.toml", RewardModelSettings)

@@ -25,6 +25,8 @@ _KINDS = {
     "update": "train",
     "publish": "weights",
     "load": "weights",
+    "to_generation": "switch",
+    "to_training": "switch",
     "checkpoint": "checkpoint",
 }
 KIND_NAMES = {
@@ -32,6 +34,7 @@ KIND_NAMES = {
     "score": "scoring",
     "train": "training",
     "weights": "publishing and loading weights",
+    "switch": "switching layouts",
     "checkpoint": "checkpoint",
 }
 

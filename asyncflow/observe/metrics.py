@@ -86,6 +86,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "weight sync": (
         _histogram("weight_sync_seconds", "Time of one phase of a publication.", SLOW, "phase"),
         _counter("weight_sync_bytes_total", "Bytes of published weights."),
+        _histogram("transition_seconds", "Time of a switch from the training layout to that of generation.", SLOW),
+        _counter("transition_bytes_total", "Bytes of weights that rank 0 received in switches of layout."),
+        _gauge("transition_peak_bytes", "Most bytes of weights that rank 0 held in the last switch of layout."),
     ),
     "throughput": (
         _counter("steps_total", "Committed steps."),
@@ -96,6 +99,10 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "learning": (
         _gauge("reward_mean", "Mean reward of the last step's samples."),
+        _gauge("reward_part_mean", "Mean of one part of a mixed reward, before its weight.", "part"),
+        _gauge("cost_mean", "Mean cost of the last step's samples; above the limit is unsafe."),
+        _gauge("cost_multiplier", "What a unit of cost weighs against one of reward: Safe-RLHF's lambda."),
+        _gauge("kl_coefficient", "What a nat of KL costs in reward, where it is adaptive."),
         _gauge("evaluation", "Last evaluation on held-out prompts.", "metric"),
         _gauge("kl_reference_nats", "Mean per token of the behaviour policy's KL to the reference."),
         _gauge(

@@ -23,6 +23,8 @@ from protocols.control import Span
 Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
 Row = Mapping[str, Any]
 
+PART = "reward."  # what the means of a mixed reward's parts are called in the journal, before the part's own name
+
 GANTT_STEPS = 4  # the last steps that the Gantt chart shows
 GANTT_SECONDS = 60.0  # where no span says its step
 
@@ -141,13 +143,22 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
     figures = [
         _trend("Reward", "mean of the step's samples", points_of(steps, "reward_mean")),
         *(
+            _trend(f"Reward: {name.removeprefix(PART)}", "this part's mean, before its weight", points_of(steps, name))
+            for name in parts_of(steps)
+        ),
+        _bounded("Cost", "mean of the step's samples", steps, "cost_mean", "cost_limit"),
+        _trend("Multiplier", "what a unit of cost weighs against one of reward", points_of(steps, "multiplier")),
+        *(
             _figure(f"Held-out {m}", "prompts that are never trained", [Line(m, points)], zero=True)
             for m in sorted({str(row["metric"]) for row in evaluations})
             if (points := points_of([row for row in evaluations if row["metric"] == m], "value"))
         ),
-        _trend("KL to the reference", "nats per token", points_of(steps, "kl")),
+        _bounded("KL to the reference", "nats per token", steps, "kl", "kl_target"),
+        _trend("KL coefficient", "follows the KL towards its target", points_of(steps, "kl_coefficient")),
         _trend("Policy loss", "mean of the step", points_of(steps, "loss")),
+        _trend("Pretraining loss", "nats per token of the text", points_of(steps, "policy.ptx_loss")),
         _trend("Critic loss", "mean of the step", points_of(steps, "critic.loss")),
+        _trend("Cost critic loss", "mean of the step", points_of(steps, "cost_critic.loss")),
         _figure(
             "Staleness",
             "versions, the largest of the step's samples",
@@ -175,6 +186,20 @@ def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool 
     if len(points) < 20:
         return _figure(title, note, [Line("value", points)], zero)
     return _figure(title, note, [Line("value", points, style="faint"), Line("moving mean", smoothed(points))], zero)
+
+
+def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str) -> Markup:
+    """A curve and the number that it is held at, where the run has one."""
+    points, wanted = points_of(steps, name), points_of(steps, bound)
+    if not points or not wanted:
+        return _trend(title, note, points)
+    told = bound.rpartition("_")[2]  # "cost_limit" is a limit
+    return _figure(title, note, [Line("value", points), Line(told, wanted, style="second")])
+
+
+def parts_of(steps: Sequence[Row]) -> list[str]:
+    """Names of the metrics that a mixed reward's parts have, in the order of the recipe."""
+    return list(dict.fromkeys(name for row in steps for name in row if name.startswith(PART)))
 
 
 def _figure(title: str, note: str, lines: list[Line], zero: bool = False) -> Markup:

@@ -5,13 +5,14 @@ STYLE = """
   color-scheme: light dark;
   --paper: #fcfcfb; --ink: #1d2126; --muted: #666d76; --rule: #e4e6e8; --track: #eff1f2;
   --main: #2563b8; --second: #c26a12;
-  --generate: #3b78cf; --score: #1f9c86; --train: #d9822b; --weights: #9160c4; --checkpoint: #7d8791;
+  --generate: #3b78cf; --score: #1f9c86; --train: #d9822b; --weights: #9160c4; --switch: #c2558f; --checkpoint: #7d8791;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #15181c; --ink: #e7e9eb; --muted: #9aa2ab; --rule: #2c3137; --track: #1f2429;
     --main: #6ea8f2; --second: #eba352;
-    --generate: #5b96e6; --score: #37b59d; --train: #e59a4c; --weights: #ab81db; --checkpoint: #8f99a3;
+    --generate: #5b96e6; --score: #37b59d; --train: #e59a4c; --weights: #ab81db; --switch: #dd7fb0;
+    --checkpoint: #8f99a3;
   }
 }
 * { box-sizing: border-box; }
@@ -49,6 +50,7 @@ svg text.middle { text-anchor: middle; }
 .bar.score { fill: var(--score); }
 .bar.train { fill: var(--train); }
 .bar.weights { fill: var(--weights); }
+.bar.switch { fill: var(--switch); }
 .bar.checkpoint { fill: var(--checkpoint); }
 .bar.idle { fill: var(--muted); opacity: 0.55; }
 .mark { stroke: var(--muted); stroke-dasharray: 2 3; }
@@ -60,6 +62,7 @@ svg text.middle { text-anchor: middle; }
 .key.score { background: var(--score); }
 .key.train { background: var(--train); }
 .key.weights { background: var(--weights); }
+.key.switch { background: var(--switch); }
 .key.checkpoint { background: var(--checkpoint); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: 13px; color: var(--muted); }

@@ -26,6 +26,17 @@ class Generation(NamedTuple):
     load_s: float  # less than the latency by the tail in which few sequences are left
 
 
+class Pass(NamedTuple):
+    """What a pass over a micro-batch does, in units of a forward pass."""
+
+    computes: int
+    exchanges: int  # of activations between tensor-parallel ranks, and hand-overs between stages
+    trains: bool
+
+
+FORWARD, BACKWARD, RECOMPUTING = Pass(1, 1, False), Pass(3, 2, True), Pass(4, 3, True)
+
+
 def micro_rows(rows: int, pp: int, workload: Workload) -> int:
     """Samples of a micro-batch: what the token budget holds, and no more than leaves every stage one to work on."""
     return max(1, min(int(workload.micro_batch_tokens // workload.sample_tokens), rows // pp))
@@ -42,7 +53,9 @@ def all_reduce_s(payload: float, ranks: int, device: Device, sharing: int = 1) -
 def forward_s(shape: Shape, topology: Topology, workload: Workload, device: Device) -> float:
     """One forward pass over the step's samples: inference."""
     rows = math.ceil(workload.samples / topology.dp)
-    return _passes_s(shape, topology, workload, device, rows, computes=1, exchanges=1)
+    micro = micro_rows(rows, topology.pp, workload)
+    turn = turn_s(shape, topology, device, micro * workload.sample_tokens, workload.sample_tokens / 2, FORWARD)
+    return (rows / micro + topology.pp - 1) * turn
 
 
 def update_s(shape: Shape, topology: Topology, workload: Workload, device: Device, recompute: bool) -> float:
@@ -51,11 +64,34 @@ def update_s(shape: Shape, topology: Topology, workload: Workload, device: Devic
     A backward pass costs two forward ones, and a third where activations are recomputed.
     """
     rows = math.ceil(workload.samples / workload.mini_batches / topology.dp)
-    again = int(recompute)
-    passes = _passes_s(shape, topology, workload, device, rows, computes=3 + again, exchanges=2 + again)
+    micro = micro_rows(rows, topology.pp, workload)
+    tokens, context = micro * workload.sample_tokens, workload.sample_tokens / 2
+    turn = turn_s(shape, topology, device, tokens, context, RECOMPUTING if recompute else BACKWARD)
+    passes = (rows / micro + topology.pp - 1) * turn
+    return workload.mini_batches * workload.epochs * (passes + optimizer_step_s(shape, topology, device))
+
+
+def optimizer_step_s(shape: Shape, topology: Topology, device: Device) -> float:
+    """What an optimizer step adds to its passes: the exchange of gradients and weights, and moving the state."""
     own = shape.stage_parameters(topology.pp) / topology.tp
-    step = own / topology.dp * STATE_BYTES / device.bandwidth
-    return workload.mini_batches * workload.epochs * (passes + _gradients_s(own, topology, device) + step)
+    state = own / topology.dp * STATE_BYTES / device.bandwidth
+    return _gradients_s(own, topology, device) + state + device.reach.optimizer_s
+
+
+def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, context: float, over: Pass) -> float:
+    """One stage's turn on a micro-batch of `tokens` tokens with `context` others behind each on average.
+
+    m micro-batches take m + p - 1 turns.
+    """
+    pp, tp = topology.pp, topology.tp
+    flops = device.training_flops if over.trains else device.flops
+    product = tokens * shape.forward_flops(context) / (pp * tp) / flops
+    read = shape.parameters * WEIGHT_BYTES / (pp * tp) / device.bandwidth
+    launch = (shape.layers / pp + 1) * device.reach.layer_s
+    between = tokens * shape.hidden * WEIGHT_BYTES
+    reduced = 2 * shape.layers / pp * all_reduce_s(between, tp, device)
+    handed_on = between / tp / device.rate(pp * tp) + device.latency_s(pp * tp) if pp > 1 else 0.0
+    return over.computes * (max(product, read) + launch) + over.exchanges * (reduced + handed_on)
 
 
 def generation_s(
@@ -72,14 +108,17 @@ def generation_s(
     mean = workload.response.mean
     tail = workload.response.expected_maximum(running) - mean
     steady, steps = mine / running * mean, mine / running * mean + tail
-    prompts = mine * workload.prompt.mean
-    exchange = 2 * shape.layers * prompts * shape.hidden * WEIGHT_BYTES
-    prefill = prompts * shape.forward_flops(workload.prompt.mean / 2) / (pp * tp) / device.flops
-    prefill += all_reduce_s(exchange / pp, tp, device)
+    prefill = prefill_s(shape, pp, tp, mine * workload.prompt.mean, workload.prompt.mean / 2, device)
     context = workload.prompt.mean + mean / 2
     busy = decode_s(shape, pp, tp, running, context, device)
     thinning = decode_s(shape, pp, tp, mine * mean / steps, context, device)
     return Generation(prefill + steps * thinning, prefill + steady * busy)
+
+
+def prefill_s(shape: Shape, pp: int, tp: int, tokens: float, context: float, device: Device) -> float:
+    """Prompts of so many tokens in all, with `context` others behind each on average, into the caches."""
+    product = tokens * shape.forward_flops(context) / (pp * tp) / device.flops
+    return product + all_reduce_s(2 * shape.layers / pp * tokens * shape.hidden * WEIGHT_BYTES, tp, device)
 
 
 def decode_s(shape: Shape, pp: int, tp: int, running: float, context: float, device: Device) -> float:
@@ -107,22 +146,6 @@ def transition_s(shape: Shape, topology: Topology, pp: int, tp: int, device: Dev
 def publication_s(shape: Shape, pp: int, tp: int, device: Device) -> float:
     """A new version's weights to engines in another pool: every rank receives its shard over the network."""
     return shape.parameters * WEIGHT_BYTES / (pp * tp) / (device.network_bytes_per_s * device.reach.link)
-
-
-def _passes_s(
-    shape: Shape, topology: Topology, workload: Workload, device: Device, rows: int, computes: int, exchanges: int
-) -> float:
-    """Passes of one replica over `rows` samples: m micro-batches through p stages take m + p - 1 turns."""
-    pp, tp = topology.pp, topology.tp
-    micro = micro_rows(rows, pp, workload)
-    tokens = micro * workload.sample_tokens
-    product = tokens * shape.forward_flops(workload.sample_tokens / 2) / (pp * tp) / device.flops
-    read = shape.parameters * WEIGHT_BYTES / (pp * tp) / device.bandwidth
-    between = tokens * shape.hidden * WEIGHT_BYTES
-    reduced = 2 * shape.layers / pp * all_reduce_s(between, tp, device)
-    handed_on = between / tp / device.rate(pp * tp) + device.latency_s(pp * tp) if pp > 1 else 0.0
-    turn = computes * max(product, read) + exchanges * (reduced + handed_on)
-    return (rows / micro + pp - 1) * turn
 
 
 def _gradients_s(own: float, topology: Topology, device: Device) -> float:

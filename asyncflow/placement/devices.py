@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 GB = 1e9
+CPU_SLOT = "cpu-slot"
+SLOTS_PER_CORE = 4  # slots share the cores by time, so there may be more of them
 
 
 class Refused(ValueError):
@@ -25,9 +27,15 @@ class Reach(msgspec.Struct, frozen=True):
     network_latency_s: float = 1e-5  # a hop across nodes
     host_step_s: float = 1e-3  # what the engine's host spends on a decoding step
     host_sequence_s: float = 1e-5  # and on each running sequence in it
+    training: float = 0.5  # as `compute`, in training
+    layer_s: float = 0.0  # what a layer's pass costs however few its tokens: launching its operations
+    optimizer_s: float = 0.0  # what an optimizer step costs however small the model
+    publish_s: float = 0.0  # what taking, and what installing, a copy of the weights costs however few they are
+    call_s: float = 0.0  # what handing rows to a service and firing it costs however few they are
+    record_s: float = 0.0  # what the durable record of a step costs
 
     def __post_init__(self) -> None:
-        for name in ("compute", "bandwidth", "link", "memory"):
+        for name in ("compute", "training", "bandwidth", "link", "memory"):
             if not 0 < (share := getattr(self, name)) <= 1:
                 raise ValueError(f"reach.{name} is a share in (0, 1], not {share}")
 
@@ -43,11 +51,17 @@ class Device(msgspec.Struct, frozen=True):
     network_bytes_per_s: float  # its share of the node's network
     devices_per_node: int
     reach: Reach = Reach()
+    cores: float = 0.0  # devices' worth of work that a node does at once, where its devices share it; 0: all of them
 
     @property
     def flops(self) -> float:
         """Flops a second that matrix products reach."""
         return self.peak_flops * self.reach.compute
+
+    @property
+    def training_flops(self) -> float:
+        """Flops a second that matrix products reach in training."""
+        return self.peak_flops * self.reach.training
 
     @property
     def bandwidth(self) -> float:
@@ -83,7 +97,7 @@ CATALOGUE = {
         Device("H100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 8),
         Device("H200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8),
         Device("MI300X", 1307e12, 192 * GB, 5300 * GB, 448 * GB, 50 * GB, 8),
-        Device("cpu-slot", 5e10, 4 * GB, 10 * GB, 5 * GB, 1 * GB, 64),  # one core: nominal until it is calibrated
+        Device(CPU_SLOT, 5e10, 4 * GB, 10 * GB, 5 * GB, 1 * GB, 64),  # a core's share: nominal until it is calibrated
     )
 }
 

@@ -8,7 +8,7 @@ memory, and the generating model takes the best of its layouts beside each.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from operator import itemgetter
@@ -22,6 +22,8 @@ from asyncflow.placement.mapper import Floats, Split, search, vectors_of
 from asyncflow.placement.shapes import Shape
 from asyncflow.placement.workload import ModelWork, Workload
 from protocols.topology import Topology
+
+Allows = Callable[[ModelWork, Topology], bool]
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -93,11 +95,21 @@ def topologies(shape: Shape, devices: int, tensor_limit: int) -> Iterator[Topolo
 class SetCosts:
     """The best choices of every set of models, up to a cluster's size and `extra` devices beyond it.
 
+    `allows` says which topologies whoever is to run a model can run.
+
     Raises Refused where a model does not fit on the cluster even alone, or where more than one generates.
     """
 
-    def __init__(self, models: Sequence[ModelWork], cluster: Cluster, workload: Workload, extra: int = 0) -> None:
+    def __init__(
+        self,
+        models: Sequence[ModelWork],
+        cluster: Cluster,
+        workload: Workload,
+        extra: int = 0,
+        allows: Allows = lambda model, topology: True,
+    ) -> None:
         self.models, self.cluster, self.workload = tuple(models), cluster, workload
+        self._allows = allows
         self._largest = cluster.count + extra
         generating = [index for index, model in enumerate(models) if model.generates]
         if len(generating) > 1:
@@ -213,6 +225,8 @@ class SetCosts:
         model = self.models[index]
         found = []
         for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node):
+            if not self._allows(model, topology):
+                continue
             for recompute in (False, True) if model.trains else (False,):
                 base = self._base(model, topology, recompute)
                 if base.peak <= self.cluster.device.usable_bytes:
@@ -230,6 +244,8 @@ class SetCosts:
         device, shape = self.cluster.device, model.shape
         once = costs.forward_s(shape, topology, self.workload, device) if model.forwards else 0.0
         trains = costs.update_s(shape, topology, self.workload, device, recompute) if model.trains else 0.0
+        if model.rereads and self.workload.epochs * self.workload.mini_batches > 1:
+            trains += costs.forward_s(shape, topology, self.workload, device)
         prepares = model.forwards * once
         return Choice(0.0, prepares, trains, prepares + trains, needs.resident, needs.transient, ())
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from asyncflow.placement.devices import GB, Cluster, Refused
-from asyncflow.placement.layouts import Choice, Layout, SetCosts
+from asyncflow.placement.layouts import Allows, Choice, Layout, SetCosts
 from asyncflow.placement.mapper import STAGES, Split
 from asyncflow.placement.workload import ModelWork, Workload, apart
 
@@ -99,6 +99,26 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
         reason=why(chosen, runner_up) if runner_up else "",
         with_more={extra: min(found) for extra, found in steps.items()},
     )
+
+
+def ranked(
+    models: Sequence[ModelWork], cluster: Cluster, workload: Workload, keep: int, allows: Allows
+) -> list[Placement]:
+    """The `keep` best placements of each way to generate whose topologies are allowed, best first.
+
+    Raises Refused, with the numbers, where the models do not fit.
+    """
+    found: list[Placement] = []
+    refusals: list[Refused] = []
+    for works in _ways_to_generate(models):
+        try:
+            costs = SetCosts(works, cluster, workload, allows=allows)
+            found += [_placement(split, costs) for split in costs.best(cluster.count, keep)]
+        except Refused as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    return sorted(found, key=lambda placement: placement.step_s)
 
 
 def why(chosen: Placement, other: Placement) -> str:

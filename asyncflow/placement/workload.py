@@ -103,6 +103,7 @@ class ModelWork(msgspec.Struct, frozen=True):
     forwards: int = 0
     trains: bool = False
     receives_from: str = ""  # the role whose weights it is sent each version: a generator apart from the policy
+    rereads: bool = False  # reads the batch once more before it trains on it in several optimizer steps
 
     @property
     def label(self) -> str:
@@ -120,7 +121,8 @@ def work_of(dataflow: Dataflow, shapes: Mapping[str, Shape]) -> list[ModelWork]:
     for role in (service for service in dataflow.services if service in shapes):
         stages = dataflow.stages_of(role)
         generates, trains = sum(s.generates for s in stages), sum(s.is_sink for s in stages)
-        works.append(ModelWork(role, shapes[role], generates, len(stages) - generates - trains, trains > 0))
+        forwards = len(stages) - generates - trains
+        works.append(ModelWork(role, shapes[role], generates, forwards, trains > 0, rereads=role == "policy"))
     return works
 
 
@@ -136,7 +138,10 @@ def apart(models: Sequence[ModelWork]) -> list[ModelWork]:
 
 
 def ppo(policy: Shape, critic: Shape | None = None) -> list[ModelWork]:
-    """PPO's four models: policy and reference of one shape, critic and reward model of another."""
+    """PPO's four models, policy and reference of one shape, critic and reward model of another, as the paper has them.
+
+    The generator's own log-probs are the loss's: the policy does not read the batch once more.
+    """
     scorer = (critic or policy).scoring()
     return [
         ModelWork("policy", policy, generates=1, trains=True),

@@ -27,6 +27,10 @@ class Store(Protocol):
         """
         ...
 
+    def piece_bytes(self, nbytes: int, direct: bool) -> int:
+        """The most bytes of a frame of a message of `nbytes`, for it to travel inside, cut; 0: leave it whole."""
+        ...
+
     async def get(self, payload: Payload) -> Frame:
         """The frame, read-only. Raises PayloadLost where the process that put it is gone, and the frame with it."""
         ...

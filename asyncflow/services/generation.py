@@ -26,7 +26,7 @@ from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, InstallReceipt, WeightManifest
-from workers.generation.engine import Engine, FinishedRow, to_rollouts
+from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
 
 STEPS_PER_TURN = 16
 
@@ -181,23 +181,6 @@ class GenerationLoop:
             self._host.exporter.observe("weight_sync_seconds", receipt.seconds, phase="load")
             if not done.cancelled():
                 done.set_result(receipt)
-
-
-def submit_rows(engine: Engine, rows: Prompts, sampling: Sampling) -> list[Failure]:
-    """Submit rows to an engine; a row that it can't take fails alone."""
-    try:
-        engine.submit(rows, sampling)
-    except ValueError:
-        return [f for i in range(len(rows)) if (f := _submit_one(engine, take(rows, [i]), sampling))]
-    return []
-
-
-def _submit_one(engine: Engine, row: Prompts, sampling: Sampling) -> Failure | None:
-    try:
-        engine.submit(row, sampling)
-    except ValueError as error:
-        return Failure(int(row.sample_ids[0]), str(error))
-    return None
 
 
 def advance(engine: Engine, follow: Callable[[], None] | None) -> list[FinishedRow]:

@@ -21,18 +21,21 @@ import msgspec
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channel_counts import ChannelCounts
 from asyncflow.services.ended import EndedPrompts
-from asyncflow.services.endpoint import Endpoint, ServiceGone, Store
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store
+from asyncflow.services.joint_work import JointWork
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, parts_of, plan_calls, unpack
 from asyncflow.services.quarantine import Quarantine
 from asyncflow.services.rank import Ranks
+from asyncflow.services.rank_requests import activity_of
 from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, RankRequest, Reply, Span, Waiting
 from protocols.delivery import Delivery, RankReply
 from protocols.messages import Metrics
+from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology
 from protocols.transfer import protocol
@@ -51,6 +54,7 @@ class Fired(msgspec.Struct):
     failures: list[Failure] = []
     metrics: Metrics | None = None
     lost: list[int] = []  # samples whose bytes were gone
+    drawn: int = 0  # response tokens, where it generated
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -81,10 +85,12 @@ class Host:
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
         self.topology = Topology.parse(spec.topology)
-        self.generation = GenerationGrouping(self.topology)
+        self.generation = spec.grouping
+        self.joint = JointWork(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
         self.waits: dict[str, Waiting] = {}
         self._quarantine = Quarantine(spec.log_path, spec.name)
+        self._measured: dict[str, float] = {}
         self._notices: deque[Notice] = deque()
         self._noticed = asyncio.Event()
         self._tickets = itertools.count()
@@ -114,7 +120,7 @@ class Host:
         samples: Sequence[int],
         inputs: Sequence[Sequence[Place]],
         *,
-        method: str = "",
+        sampling: Sampling | None = None,
         step: int = -1,
     ) -> Fired:
         """Deal rows out to the ranks, let them work side by side, and collect what counts.
@@ -123,33 +129,30 @@ class Host:
         """
         assert self.ranks is not None, f"service {self.spec.name} is not started"
         cut = Cut(stage.protocol, stage.whole_groups, stage.balance == "tokens")
+        topology, generation = self._layout(generates=sampling is not None)
         calls = plan_calls(
             stage.name,
-            method or stage.method,
+            stage.method,
             cut,
             samples,
             inputs,
             stage.schemas,
-            self.topology,
-            generation=self.generation,
+            topology,
+            generation=generation,
             step=step,
+            sampling=sampling,
+            all_ranks=self.spec.collective,
         )
-        async with asyncio.TaskGroup() as group:
-            tasks = {
-                planned.rank: group.create_task(
-                    self.ranks.call(planned.rank, planned.call, planned.payloads),
-                    name=f"{stage.name} on rank {planned.rank}",
-                )
-                for planned in calls
-            }
-        replies = {planned.rank: (planned, *tasks[planned.rank].result()) for planned in calls}
+        answers = await self._call(stage.name, calls)
+        replies = {planned.rank: (planned, *answers[planned.rank]) for planned in calls}
         self._account(stage, [(planned.rank, reply) for planned, reply, _ in replies.values()], len(samples), step)
-        collected = protocol(stage.protocol).collect(self.topology, generation=self.generation)
+        collected = protocol(stage.protocol).collect(topology, generation=generation)
         fired = Fired(parts=[], failures=[], lost=[])
         metrics = []
         for planned, reply, payloads in (replies[rank] for rank in collected if rank in replies):
             _collect(fired, stage, planned, reply)
             fired.parts += parts_of(reply.shards, payloads)
+            fired.drawn += reply.drawn
             if reply.metrics is not None:
                 metrics.append(reply.metrics)
             for damaged in reply.damaged:
@@ -160,6 +163,33 @@ class Host:
             given = [sample for part in fired.parts for sample in part.shard.sample_ids]
             check_complete(stage.name, samples, [*given, *(f.sample_id for f in fired.failures), *fired.lost])
         return fired
+
+    def _layout(self, *, generates: bool) -> tuple[Topology, GenerationGrouping | None]:
+        """How the ranks stand for a firing. Fully sharded ones are replicas to train and tensor shards to generate."""
+        topology = self.generation.topology if generates else self.topology
+        return topology, self.generation if self.generation.topology == topology else None
+
+    async def _call(self, what: str, calls: Sequence[PlannedCall]) -> dict[int, tuple[RankReply, list[Payload]]]:
+        assert self.ranks is not None
+        ranks = self.ranks
+        if self.spec.collective:
+            return await self.joint.all(what, {c.rank: ranks.call(c.rank, c.call, c.payloads) for c in calls})
+        async with asyncio.TaskGroup() as group:
+            tasks = {
+                c.rank: group.create_task(ranks.call(c.rank, c.call, c.payloads), name=f"{what} on rank {c.rank}")
+                for c in calls
+            }
+        return {rank: task.result() for rank, task in tasks.items()}
+
+    async def ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
+        """Have all ranks do something besides rows, account for its time, and return what rank 0 answers."""
+        assert self.ranks is not None, f"service {self.spec.name} is not started"
+        what, ranks = activity_of(request), self.ranks
+        parts = {rank: ranks.ask(rank, request) for rank in range(self.topology.world_size)}
+        answers = [answer for _, answer in sorted((await self.joint.all(what, parts)).items())]
+        self.spent(what, min(a.start for a, _ in answers), max(a.end for a, _ in answers))
+        first, payloads = answers[0]
+        return first.reply, payloads
 
     async def read(self, parts: Sequence[Part], kind: type[B], edge: str) -> B:
         """All rows of some parts, read by the service itself. Raises PayloadLost, codec.BadFrame."""
@@ -188,7 +218,13 @@ class Host:
 
     @asynccontextmanager
     async def lease(self, stage: str) -> AsyncIterator[None]:
-        """The pool's devices, in calling order; free of charge where nobody shares them."""
+        """The pool's devices, in calling order, and then the turn of ranks that work together."""
+        async with self._devices(stage), self.joint.turn():
+            yield
+
+    @asynccontextmanager
+    async def _devices(self, stage: str) -> AsyncIterator[None]:
+        """Free of charge where nobody shares them."""
         if not self.spec.leased:
             yield
             return
@@ -266,6 +302,15 @@ class Host:
         """Account for time that was worked."""
         self.exporter.inc("busy_seconds_total", end - start, activity=activity)
         self.notify(Busy([Span(self.spec.name, activity, start, end, rows, step)]))
+
+    def measure(self, values: Mapping[str, float]) -> None:
+        """Keep what was measured beside a step's own work: the next step's metrics tell the newest of it."""
+        self._measured |= values
+
+    def take_measured(self) -> dict[str, float]:
+        """What was measured since this was last asked."""
+        taken, self._measured = self._measured, {}
+        return taken
 
     def notify(self, notice: Notice) -> None:
         """Queue something for the controller."""

@@ -24,7 +24,7 @@ from asyncflow.services.parts import Cut, Part, Place, PlannedCall, parts_of, pl
 from asyncflow.services.rank import Reader
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.control import PutRows, Reply, RowsPut, RowsTaken, TakeRows
+from protocols.control import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.delivery import RankCall, RankReply, Shard
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS
@@ -148,6 +148,10 @@ class OutsideRank:
         async with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        """An outside model has no state that this run could keep. Raises ValueError."""
+        raise ValueError(f"{type(request).__name__}: the model of this service is outside of the run")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         """Ask for the rows and wait; those that are not answered in time fail with that cause."""

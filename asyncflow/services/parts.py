@@ -14,9 +14,10 @@ import numpy as np
 from asyncflow.services.endpoint import Frame, Payload, Store
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.cut import cut
+from protocols.cut import Rows, cut
 from protocols.delivery import RankCall, Reading, Shard
 from protocols.ids import INDEX_BITS
+from protocols.roles import Sampling
 from protocols.row_plan import Located, Segment
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology
@@ -61,14 +62,19 @@ def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: boo
 def pack_apart(
     store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False, object_bytes: int = 0
 ) -> list[Part]:
-    """Like `pack`, as objects of their own of about `object_bytes` each; 0: a single one.
+    """Like `pack`, as small frames that travel inside the message where the store says so, and otherwise as objects.
 
-    Where a reader shares the producer's memory, it maps its rows of one object; another node fetches objects whole.
+    Objects have about `object_bytes` each; 0: there is a single one. Where a reader shares the producer's memory, it
+    maps its rows of one object; another node fetches objects whole.
     """
-    if not object_bytes or len(batch) < 2:
+    cuts: list[Rows] = []
+    if within := store.piece_bytes(batch.nbytes, direct):
+        cuts = codec.cut_within(batch, within)
+    elif object_bytes and len(batch):
+        parts = min(len(batch), -(-batch.nbytes // object_bytes))
+        cuts = cut(np.arange(len(batch)), parts, lengths=batch.token_counts)
+    if len(cuts) < 2:
         return [pack(store, batch, term, attempt, direct=direct)]
-    parts = min(len(batch), -(-batch.nbytes // object_bytes))
-    cuts = cut(np.arange(len(batch)), parts, lengths=batch.token_counts)
     return [pack(store, take(batch, rows), term, attempt, direct=direct) for rows in cuts if len(rows)]
 
 
@@ -106,6 +112,8 @@ def plan_calls(
     *,
     generation: GenerationGrouping | None = None,
     step: int = -1,
+    sampling: Sampling | None = None,
+    all_ranks: bool = False,
 ) -> list[PlannedCall]:
     """Deal the rows of a firing out: each rank reads, of every input, its own rows and nothing else.
 
@@ -113,8 +121,10 @@ def plan_calls(
         samples: ids of the N rows.
         inputs: per input, where its N rows are, in the order of `samples`.
         schemas: per input, the message type that its ranks accept.
+        sampling: of a method that generates.
+        all_ranks: those without rows are called as well, for they work together with the others.
 
-    Returns a call for every rank that has rows.
+    Returns a call for every rank that has rows, or for all.
     """
     shares = protocol(cut.protocol).distribute(
         rows=len(samples),
@@ -126,7 +136,7 @@ def plan_calls(
     sources, located = _locate(inputs)
     calls = []
     for rank, share in enumerate(shares):
-        if not len(share):
+        if not len(share) and not all_ranks:
             continue
         wanted = [where.segments(share) for where in located]
         used = sorted({segment.source for segments in wanted for segment in segments})
@@ -138,7 +148,7 @@ def plan_calls(
         payloads = [sources[source].payload for source in used]
         nbytes = sum(sources[source].shard.nbytes for source in used)
         ids = [samples[row] for row in share.tolist()]
-        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step, nbytes), payloads))
+        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step, nbytes, sampling), payloads))
     return calls
 
 

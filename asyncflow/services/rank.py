@@ -14,15 +14,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from asyncflow.services.agreement import agree
 from asyncflow.services.endpoint import Frame, Payload, PayloadLost, Store
 from asyncflow.services.parts import Part, pack_apart
 from asyncflow.services.quarantine import Quarantine
+from asyncflow.services.rank_requests import carry_out
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace
 from protocols import codec
 from protocols.columns import Batch, concat, take
+from protocols.control import LoadState, RankAnswer, RankRequest
 from protocols.delivery import Damaged, RankCall, RankReply, Reading
-from protocols.messages import SCHEMAS, Metrics
+from protocols.messages import SCHEMAS, Metrics, Rollouts
 from protocols.row_plan import Segment
 from protocols.stage import Failure, Measured, Partial
 from protocols.topology import Topology
@@ -37,6 +40,10 @@ class Ranks(Protocol):
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         """One rank's part of a firing. An error of the method itself is raised."""
+        ...
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        """One rank's part of what is asked of all of them. An error of the worker is raised."""
         ...
 
     async def stop(self) -> None:
@@ -77,9 +84,13 @@ class Rank:
         for number, reason in read.refused.items():
             if (frame := frames[number]) is not None:
                 self._quarantine.keep(frame, f"{call.stage}: {reason}")
+        if self._workplace.world is not None:
+            agree(call, read, self._workplace.world.exchange)
         result: Any = None
-        if read.rows:
-            result = self._workplace.method(call.method)(*read.inputs)
+        if read.rows or self._spec.collective:
+            self._workplace.come_back()
+            options = {} if call.sampling is None else {"sampling": call.sampling}
+            result = self._workplace.method(call.method)(*read.inputs, **options)
         batch, failures, metrics = unwrap(result)
         parts = self._put(call.stage, batch) if batch is not None and len(batch) else []
         reply = RankReply(
@@ -91,8 +102,21 @@ class Rank:
             metrics=metrics,
             damaged=read.damaged,
             lost=read.lost,
+            drawn=len(batch.responses.values) if isinstance(batch, Rollouts) else 0,
         )
         return reply, [part.payload for part in parts]
+
+    async def ask(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        """`answer` in the compute thread: see `Ranks.ask`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request)
+
+    def answer(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        """Do what the front asks besides rows. Blocking."""
+        start = time.time()
+        reply, payloads = carry_out(self._workplace, self._store, request)
+        if isinstance(request, LoadState) and self._spec.leased:
+            self._workplace.leave()  # all services restore at once, when none of them has the devices
+        return RankAnswer(start, time.time(), reply), payloads
 
     def _put(self, stage: str, batch: Batch) -> list[Part]:
         direct = self._direct.get(stage, self._alone)
@@ -110,6 +134,9 @@ class OwnRank:
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         return await self._rank.call(call, payloads)
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        return await self._rank.ask(request)
 
     async def stop(self) -> None:
         """The front frees it."""

@@ -21,10 +21,12 @@ from asyncflow.observe.exporter import Exporter
 from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store, causes
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.host import Host
+from asyncflow.services.joint_generation import JointGeneratingStage, JointGeneration
 from asyncflow.services.outside import OutsideRank
 from asyncflow.services.parts import Part, parts_of, places
 from asyncflow.services.rank import OwnRank, Rank, Ranks
-from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec
+from asyncflow.services.rank_requests import activity_of
+from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
 from asyncflow.services.workplace import Workplace, build, contract_for
 from protocols.control import (
@@ -41,7 +43,9 @@ from protocols.control import (
     LoadWeights,
     NextRows,
     Notice,
+    PrepareCode,
     PutRows,
+    RankRequest,
     Redeliver,
     Refused,
     Reply,
@@ -49,15 +53,17 @@ from protocols.control import (
     SaveState,
     ServiceFailed,
     SetPaused,
-    SnapshotTaken,
     Statistics,
     Subscribe,
+    SwitchCode,
     TakeRows,
     TakeSnapshot,
     Unsubscribe,
+    YieldDevices,
 )
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.messages import Prompts
+from protocols.topology import Topology
 
 LAG_EVERY_SECONDS = 0.5
 
@@ -75,6 +81,8 @@ class ModelService:
         self._workplace: Workplace | None = None
         self._runners: dict[str, StageRunner] = {}
         self._loop: GenerationLoop | None = None
+        self._moves = False  # whether its models can leave their devices, as it has turned out
+        self._together = JointGeneration(self._host) if spec.collective else None
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None  # done where the service has ended: nothing makes room any more
@@ -161,22 +169,16 @@ class ModelService:
                 return await self._closing.close(request), []
             case Invoke():
                 return await self._invoke(request, parts_of(request.shards, payloads))
-            case TakeSnapshot() | LoadWeights():
-                return await self._move_weights(request, payloads)
+            case LoadWeights():
+                return await self._load_weights(request, payloads)
             case GetStatistics():
                 return Statistics(self._statistics()), []
             case Subscribe() | NextRows() | Unsubscribe() | TakeRows() | PutRows():
                 return await self._serve_outside(request, payloads)
             case _:
-                await self._do(request)
-        return Done(), []
+                return await self._do(request)
 
-    async def _move_weights(
-        self, request: TakeSnapshot | LoadWeights, payloads: Sequence[Payload]
-    ) -> tuple[Reply, list[Payload]]:
-        if isinstance(request, TakeSnapshot):
-            manifest, buffer = await self._host.compute("publish", self._worker.snapshot, request.version)
-            return SnapshotTaken(manifest), [await asyncio.to_thread(self._host.store.put, buffer)]
+    async def _load_weights(self, request: LoadWeights, payloads: Sequence[Payload]) -> tuple[Reply, list[Payload]]:
         assert self._loop is not None
         buffer = await self._host.store.get(payloads[0])
         return Installed(await self._loop.load(request.manifest, buffer)), []
@@ -190,20 +192,19 @@ class ModelService:
             raise ValueError(f"service {self.name} does its work itself, its model is not outside")
         return await self._outside.answer(request, payloads)
 
-    async def _do(self, request: Request) -> None:
-        """What is done without an answer."""
+    async def _do(self, request: Request) -> tuple[Reply, list[Payload]]:
         match request:
-            case SaveState():
-                await self._host.compute("checkpoint", self._worker.save, request.folder)
-            case LoadState():
-                await self._host.compute("restore", self._worker.load, request.folder)
-            case ExportModel():
-                await self._host.compute("export", self._worker.export, request.folder)
+            case PrepareCode() | SwitchCode() if self._outside is not None:
+                pass  # an outside worker has its code where it is
+            case TakeSnapshot() | SaveState() | LoadState() | ExportModel() | PrepareCode() | SwitchCode():
+                return await self._ask_ranks(request)
+            case YieldDevices():
+                return await self._leave_devices(request)
             case Grant():
                 self._host.grant(request.ticket)
             case SetPaused():
-                if self._loop is not None:
-                    self._loop.pause(request.paused)
+                if generating := self._loop or self._together:
+                    generating.pause(request.paused)
             case EndPrompts():
                 for run in request.runs:
                     self._host.ended.add_run(*run)
@@ -216,6 +217,23 @@ class ModelService:
                 await self._host.redeliver(request.edge)
             case _:
                 raise ValueError(f"{self.name} can't do {type(request).__name__}")
+        return Done(), []
+
+    async def _ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
+        # A model that is off its devices comes back for this, so it has to have them; at its start it has no lease yet.
+        if self._moves and not isinstance(request, LoadState):
+            async with self._host.lease(f"{self.name} {activity_of(request)}"):
+                return await self._host.ask_ranks(request)
+        async with self._host.joint.turn():
+            return await self._host.ask_ranks(request)
+
+    async def _leave_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
+        if self._outside is not None:
+            return Done({"moves": 0.0}), []
+        async with self._host.joint.turn():
+            reply, _ = await self._host.ask_ranks(request)
+        self._moves = isinstance(reply, Done) and bool(reply.values["moves"])
+        return reply, []
 
     async def _invoke(self, request: Invoke, parts: list[Part]) -> tuple[Reply, list[Payload]]:
         if request.sampling is not None and self._loop is not None:
@@ -225,8 +243,12 @@ class ModelService:
         else:
             stage = _direct_call(self.spec, request.method)
             rows = places(parts)
-            async with self._host.lease(stage.name):
-                fired = await self._host.fire(stage, [s for s, _ in rows], [[place for _, place in rows]])
+            samples, inputs = [sample for sample, _ in rows], [[place for _, place in rows]]
+            if request.sampling is not None and self._together is not None:
+                fired = await self._together.draw(stage, samples, inputs, request.sampling)
+            else:
+                async with self._host.lease(stage.name):
+                    fired = await self._host.fire(stage, samples, inputs)
             given, failures = fired.parts, fired.failures + tombstones(fired.lost, "its bytes are gone")
         return Invoked([part.shard for part in given], failures), [part.payload for part in given]
 
@@ -242,16 +264,13 @@ class ModelService:
         )
 
     @property
-    def _worker(self) -> Any:
-        assert self._workplace is not None, f"service {self.name} is not started"
-        return self._workplace.worker
-
-    @property
     def _closing(self) -> ClosingStage:
         return next(r for r in self._runners.values() if isinstance(r, ClosingStage))
 
     def _runner(self, stage: StageSpec) -> StageRunner:
         match stage.fires:
+            case "generate" if self._together is not None:
+                return JointGeneratingStage(self._host, stage, self._together)
             case "generate":
                 assert self._loop is not None
                 return GeneratingStage(self._host, stage, self._loop)
@@ -306,7 +325,7 @@ def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
         schemas=[kind.schema_id for kind in contract.consumes],
         sources=[],
         outputs=[],
-        protocol=contract.protocol,
+        protocol=dealt_by(contract.protocol, Topology.parse(spec.topology)),
     )
 
 

@@ -8,7 +8,9 @@ import msgspec
 
 from protocols.roles import Sampling
 from protocols.stage import Grain
-from workers.settings import Failures, Generation, Loss, Model, Optimizer
+from protocols.topology import GenerationGrouping, Topology
+from workers.regrouping import generation_grouping
+from workers.settings import Backend, Failures, Generation, Loss, Model, Optimizer
 
 # "policy", "generator", "critic", "cost_critic", "reference", "reward", "cost", "advantage", or "package.module:Class"
 Kind = str
@@ -60,6 +62,9 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     stages: list[StageSpec]
     pool: str
     topology: str = "1-1-1"  # p-t-d of its ranks
+    generation_layout: str = "1-1"  # p-t in which they generate, where they do
+    backend: Backend = "3d"  # how ranks that work together share a model
+    collective: bool = False  # its ranks work together: each takes every call, those without rows too
     leased: bool  # other services share the pool's devices
     samples_per_prompt: int
     mailbox_rows: int  # capacity of a plain mailbox
@@ -70,11 +75,26 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: Model = Model()
     tokenizer_path: str = ""
     loss: Loss = Loss()
+    pretrain: str = ""  # JSON lines of pretraining text, where the loss has a term of it
     optimizer: Optimizer = Optimizer()
     generation: Generation = Generation()
     failures: Failures = Failures()
     algorithm: str = ""  # of the advantage service: where its batch function comes from
+    reward_parts: list[str] = []  # of the advantage service: names of a mixed reward's parts, in their order
     numbers: dict[str, float | bool | str] = {}  # keyword arguments of the batch function
     log_path: str = ""
     metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's own
     delay_seconds: dict[str, float] = {}  # stage method -> injected delay, for experiments on timing
+
+    @property
+    def grouping(self) -> GenerationGrouping:
+        """Its ranks as they generate. Raises ValueError where the layout does not divide the topology."""
+        return generation_grouping(self.backend, Topology.parse(self.topology), Topology.parse(self.generation_layout))
+
+
+def dealt_by(protocol: str, topology: Topology) -> str:
+    """The transfer protocol by which a stage's rows reach the ranks of a topology.
+
+    DP_PROTO is for ranks that hold the whole model each: where several share one, its rows go to all of them.
+    """
+    return "3D_PROTO" if protocol == "DP_PROTO" and topology.replica_size > 1 else protocol

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncflow.services.breakdown import breakdown
 from asyncflow.services.endpoint import PayloadLost
 from asyncflow.services.host import Fired, Host
 from asyncflow.services.mailbox import Mailbox
@@ -154,7 +155,8 @@ class ClosingStage(StageRunner):
         batch, _, metrics = unwrap(result)
         assert batch is not None
         await self.host.send(self.spec, await self.host.pack(batch, direct=self.spec.direct), [], step=request.step)
-        return Done(metrics.values if metrics is not None else {})
+        parts = breakdown(inputs, self.host.spec.reward_parts)
+        return Done((metrics.values if metrics is not None else {}) | parts)
 
     def depth(self) -> tuple[int, int, int]:
         return self._join.depth, 0, self._join.peak
@@ -195,7 +197,8 @@ class TrainingStage(StageRunner):
             if fired.failures or fired.lost:
                 causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
                 raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
-            self.host.notify(StepDone(self.spec.name, step, fired.metrics.values if fired.metrics else {}))
+            measured = fired.metrics.values if fired.metrics else {}
+            self.host.notify(StepDone(self.spec.name, step, self.host.take_measured() | measured))
 
     def depth(self) -> tuple[int, int, int]:
         return self._batches.qsize(), 1, 1

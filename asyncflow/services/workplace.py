@@ -8,17 +8,27 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from asyncflow.services.apply_functions import ApplyFunctions
+from asyncflow.services.parallel_workplace import worker_of
 from asyncflow.services.spec import Kind, ServiceSpec
+from protocols.control import Done
 from protocols.roles import Cost, Critic, Policy, Reference, Reward
 from protocols.stage import StageContract, contract_of
 from protocols.weights import Version
 from workers.folders import end_of_sequence
 from workers.generation.engine import Engine
+from workers.user_code import module_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from asyncflow.dataflow.graph import Stage
+    from workers.residence import Residence
+    from workers.world import World
 
 
 class Workplace(msgspec.Struct):
@@ -27,10 +37,22 @@ class Workplace(msgspec.Struct):
     worker: Any
     engine: Engine | None = None
     follow: Callable[[], None] | None = None  # brings the engine to the version of the model that it shares
+    world: World | None = None  # the other ranks, where they work together
+    residence: Residence | None = None  # of a model that can leave its device to others
 
     def method(self, name: str) -> Callable[..., Any]:
         """A stage method of the worker. Raises AttributeError."""
         return getattr(self.worker, name)
+
+    def come_back(self) -> None:
+        """Have the model on its device, for work."""
+        if self.residence is not None:
+            self.residence.come_back()
+
+    def leave(self) -> Done:
+        """Free the device's memory, where the model can leave it."""
+        moves = self.residence is not None and self.residence.moves
+        return Done({"moves": float(moves), "bytes": float(self.residence.leave() if self.residence else 0)})
 
     def close(self) -> None:
         """Free what the worker and the engine hold."""
@@ -38,12 +60,16 @@ class Workplace(msgspec.Struct):
             self.engine.close()
         if close := getattr(self.worker, "close", None):
             close()
+        if self.world is not None:
+            self.world.leave()
 
 
 def _policy(spec: ServiceSpec) -> Workplace:
     from workers.policy import PolicyWorker
+    from workers.pretraining import text_of
 
-    worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed)
+    text = text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed)
+    worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed, text)
     if not any(s.fires == "generate" for s in spec.stages):
         return Workplace(worker)
     engine = worker.engine(spec.term)
@@ -57,16 +83,25 @@ def _policy(spec: ServiceSpec) -> Workplace:
 
 
 def _generator(spec: ServiceSpec) -> Workplace:
+    engine = _engine(spec)
+    if spec.model.lora.publish == "adapters":
+        from workers.generation.merging import MergingEngine
+
+        engine = MergingEngine(engine, spec.model.path, spec.model.dtype)
+    return Workplace(None, engine)
+
+
+def _engine(spec: ServiceSpec) -> Engine:
     if spec.generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
 
         end = end_of_sequence(spec.tokenizer_path)
-        return Workplace(None, VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype, end))
+        return VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype, end)
     from workers.generation.torch import TorchEngine
     from workers.models import load_causal
 
     model = load_causal(spec.model.path, spec.model.dtype)
-    return Workplace(None, TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path)))
+    return TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path))
 
 
 def _critic(spec: ServiceSpec) -> Workplace:
@@ -88,8 +123,10 @@ def _reference(spec: ServiceSpec) -> Workplace:
 
 
 def _reward(spec: ServiceSpec) -> Workplace:
-    from workers.reward import ModelReward, RuleReward
+    from workers.reward import MixedReward, ModelReward, RuleReward
 
+    if spec.model.mix:
+        return Workplace(MixedReward(spec.model, spec.tokenizer_path, spec.loss.tokens_per_micro_batch, spec.failures))
     if spec.model.rule:
         return Workplace(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
     return Workplace(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
@@ -105,9 +142,17 @@ def _cost(spec: ServiceSpec) -> Workplace:
 
 def _advantage(spec: ServiceSpec) -> Workplace:
     from asyncflow.dataflow.registry import algorithm_named
-    from asyncflow.dataflow.trace import trace
+    from asyncflow.dataflow.retrace import retraced
+    from asyncflow.dataflow.steering import with_steering
+    from asyncflow.dataflow.trace import declaration_of, trace
 
-    return Workplace(ApplyFunctions(trace(algorithm_named(spec.algorithm)).batch_stage))
+    algorithm = algorithm_named(spec.algorithm)
+    dataflow, declared = with_steering(trace(algorithm), spec.numbers), declaration_of(algorithm)
+
+    def remake(module: ModuleType) -> Stage:
+        return retraced(module, spec.algorithm, spec.numbers, dataflow, declared).batch_stage
+
+    return Workplace(ApplyFunctions(dataflow.batch_stage, module_of(spec.algorithm), remake))
 
 
 _BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
@@ -153,14 +198,20 @@ def _own(kind: Kind) -> type:
 _WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
 
 
-def build(spec: ServiceSpec, rank: int = 0) -> Workplace:
-    """Build the worker of one of a service's ranks. Blocking: loads models."""
+def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workplace:
+    """Build the worker of one of a service's ranks; `world`: of those that work together. Blocking: loads models."""
     if spec.kind not in _BUILDERS:
-        return Workplace(_own(spec.kind)(spec, rank))
-    if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.path):
+        return Workplace(_own(spec.kind)(spec, rank), world=world)
+    if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.folders):
         import torch
 
         torch.set_num_threads(spec.threads)
         if spec.deterministic:
             torch.use_deterministic_algorithms(True)
+    if world is not None:
+        worker = worker_of(spec, world)
+        workplace = Workplace(worker, world=world, residence=worker.residence)
+        if spec.leased:
+            workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
+        return workplace
     return _BUILDERS[spec.kind](spec)

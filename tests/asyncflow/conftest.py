@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,33 @@ from asyncflow.config import Recipe, to_recipe
 from tests import tiny
 
 MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def last_ray_ends() -> Iterator[None]:
+    """Ends the shared Ray with the session."""
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_started(last_ray_ends: None) -> None:
+    """The Ray that tests share: a runtime that finds one running uses it and leaves it."""
+    import ray
+
+    if not ray.is_initialized():
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """No Ray runs yet: for a test of one that starts with settings of its own."""
+    import ray
+
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,14 @@ def test_what_is_not_placed_goes_to_the_first_pool_and_rules_need_none(make_reci
     }
 
 
+def test_a_mix_of_rules_needs_no_device_and_one_with_a_model_does(make_recipe: MakeRecipe):
+    rules = [{"name": "right", "rule": "exact_match"}, {"name": "begun", "rule": "prefix_match"}]
+    model = {"name": "liked", "path": "models/reward"}
+    alone, both = (composed(make_recipe(models={"reward": {"mix": mix}})) for mix in (rules, [*rules, model]))
+    assert (alone["reward"].pool, both["reward"].pool) == (NO_DEVICE, "main")
+    assert both[ADVANTAGE].reward_parts == ["right", "begun", "liked"]
+
+
 def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeRecipe):
     assert composed(make_recipe())[EVALUATOR].model.rule == "exact_match"
     assert EVALUATOR not in composed(make_recipe(data={"eval": ""}))
@@ -118,6 +126,38 @@ def test_a_model_is_spread_over_as_many_ranks_as_its_placement_says(make_recipe:
     assert {name: s.topology for name, s in services.items() if s.topology != "1-1-1"} == {"reference": "1-1-4"}
     (log_probs,) = services["reference"].stages
     assert (log_probs.protocol, log_probs.balance) == ("3D_PROTO", "tokens")
+
+
+def test_ranks_that_share_a_model_or_train_one_work_together(make_recipe: MakeRecipe):
+    pools = {"main": {"devices": 4}}
+    parallel = {"policy": "1-2-2", "critic": "1-1-2", "reference": "2-1-1", "reward": "1-1-4"}
+    placement: dict[str, dict[str, str]] = {s: {"pool": "main", "parallel": p} for s, p in parallel.items()}
+    placement["policy"]["generation"] = "1-1"
+    services = composed(make_recipe(pools=pools, placement=placement))
+    assert {s: services[s].collective for s in parallel} == {
+        "policy": True,
+        "critic": True,
+        "reference": True,
+        "reward": False,
+    }
+    assert (services["policy"].topology, services["policy"].generation_layout) == ("1-2-2", "1-1")
+    assert services["critic"].backend == "3d"
+
+
+def test_ranks_generate_as_they_train_unless_their_placement_says_otherwise(make_recipe: MakeRecipe):
+    placement = {"policy": {"pool": "main", "parallel": "2-2-1"}}
+    services = composed(make_recipe(pools={"main": {"devices": 4}}, placement=placement))
+    assert services["policy"].generation_layout == "2-2"
+    assert composed(make_recipe())["policy"].generation_layout == "1-1"
+
+
+def test_the_rows_of_a_reward_model_go_to_all_ranks_that_share_it(make_recipe: MakeRecipe):
+    def protocol_of(parallel: str) -> str:
+        placement = {"reward": {"pool": "main", "parallel": parallel}}
+        (score,) = composed(make_recipe(pools={"main": {"devices": 4}}, placement=placement))["reward"].stages
+        return score.protocol
+
+    assert (protocol_of("1-1-4"), protocol_of("1-2-2"), protocol_of("2-1-2")) == ("DP_PROTO", "3D_PROTO", "3D_PROTO")
 
 
 def test_a_mailbox_holds_one_step_unless_the_recipe_says_otherwise(make_recipe: MakeRecipe):

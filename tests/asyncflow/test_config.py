@@ -55,6 +55,22 @@ def test_a_resolved_recipe_reads_as_itself(path: Path, tmp_path: Path):
     assert "clip_low" in resolved.read_text(), "defaults are written out"
 
 
+def test_a_mixed_reward_is_read_and_written_part_by_part(path: Path, tmp_path: Path):
+    mix = """[{ name = "right", rule = "exact_match" }, { name = "liked", path = "models/r", weight = 0.5 }]"""
+    recipe = load_recipe(path, [f"models.reward.mix={mix}"])
+    model = recipe.models["reward"]
+    assert [(part.name, part.weight) for part in model.mix] == [("right", 1.0), ("liked", 0.5)]
+    assert (model.rules, model.folders) == (["exact_match"], ["models/r"])
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(recipe_text(recipe))
+    assert load_recipe(resolved) == recipe
+
+
+def test_an_unknown_key_of_a_part_is_named_with_its_number(path: Path):
+    said = refused(path, """models.reward.mix=[{ name = "right", rule = "exact_match", wight = 2.0 }]""")
+    assert said == "unknown key models.reward.mix.0.wight, did you mean 'weight'?"
+
+
 # --- unknown keys, at every level
 
 
@@ -64,7 +80,7 @@ def test_a_resolved_recipe_reads_as_itself(path: Path, tmp_path: Path):
         ("step=1", "unknown key step, did you mean 'steps'?"),
         ("data.trian='x'", "unknown key data.trian, did you mean 'train'?"),
         ("models.policy.learning_rat=1", "unknown key models.policy.learning_rat, did you mean 'learning_rate'?"),
-        ("pools.train.device=2", "unknown key pools.train.device, did you mean 'devices'?"),
+        ("pools.train.devces=2", "unknown key pools.train.devces, did you mean 'devices'?"),
         ("placement.policy.pol='train'", "unknown key placement.policy.pol, did you mean 'pool'?"),
         ("generation.max_token=1", "unknown key generation.max_token, did you mean 'max_tokens'?"),
         ("deadlines.zzz=1", "unknown key deadlines.zzz; known: checkpoint, give_up, publish, stall, stop"),

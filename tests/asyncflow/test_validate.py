@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from asyncflow.compose import stateful
 from asyncflow.config import BadInput
 from asyncflow.validate import LOSSES, check
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
 from workers.losses import POLICY_LOSSES
+
+RIGHT = {"name": "right", "rule": "exact_match"}
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_an_unknown_algorithm(refused: Any):
     ("numbers", "message"),
     [
         ({"gama": 1.0}, "advantage.gama: gae has no such number, did you mean 'gamma'?"),
-        ({"zzz": 1.0}, "advantage.zzz: gae has no such number; known: gae_lambda, gamma, kl_coefficient"),
+        ({"zzz": 1.0}, "advantage.zzz: gae has no such number; known: gae_lambda, gamma, kl, kl_coefficient"),
         ({"gamma": "high"}, "advantage.gamma = 'high': want a value like 1.0"),
         ({"gamma": True}, "advantage.gamma = True: want a value like 1.0"),
         ({"whiten_advantages": 1.0}, "advantage.whiten_advantages = 1.0: want a value like True"),
@@ -74,6 +77,76 @@ def test_an_unknown_algorithm(refused: Any):
 )
 def test_numbers_of_the_advantage_are_checked(refused: Any, numbers: dict[str, Any], message: str):
     assert refused(advantage=numbers).startswith(message)
+
+
+def test_an_adaptive_kl_coefficient_is_a_state_of_the_batch_function(make_recipe: MakeRecipe):
+    numbers = {"kl": "adaptive", "kl_target": 0.02, "kl_horizon": 1000}
+    steered, fixed = check(make_recipe(advantage=numbers)), check(make_recipe())
+    assert stateful(steered.dataflow) == ["critic", "policy", "advantage"]
+    assert stateful(fixed.dataflow) == ["critic", "policy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantage": {"kl": "adaptve"}}, "advantage.kl = 'adaptve': want a value like 'fixed'"),
+        ({"advantage": {"kl": "adaptive", "kl_target": 0}}, "advantage.kl = 'adaptive': target = 0.0"),
+        (
+            {"advantage": {"kl": "adaptive", "kl_horizon": 1}},
+            "advantage.kl = 'adaptive': 8 samples a step at a horizon of 1: one step could take the KL coefficient",
+        ),
+        (
+            {"algorithm": "dapo", "advantage": {"kl": "adaptive", "kl_coefficient": 0.1, "gae_lambda": 1.0}},
+            "advantage.kl_coefficient: dapo has no such number",
+        ),
+    ],
+)
+def test_a_kl_coefficient_that_can_not_be_steered(refused: Any, changes: dict[str, Any], message: str):
+    assert refused(**changes).startswith(message)
+
+
+# --- mixed rewards and pretraining text
+
+
+def test_the_models_of_a_mixed_reward_are_checked_and_their_paths_absolute(
+    make_recipe: MakeRecipe, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(models.parent)
+    part = {"name": "liked", "path": f"{models.name}/reward"}
+    recipe = check(make_recipe(models={"reward": {"mix": [part, RIGHT]}})).recipe
+    assert recipe.models["reward"].folders == [str(models / "reward")]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"mix": [RIGHT, RIGHT]}, "models.reward.mix: name = 'right' occurs twice"),
+        ({"mix": [RIGHT], "rule": "exact_match"}, "models.reward: a mix has its models in its parts"),
+        ({"mix": [{"name": "a", "rule": "exact_mach"}]}, "models.reward.mix.a.rule: rule 'exact_mach' is none of"),
+        ({"mix": [{"name": "a", "path": "nowhere"}]}, "models.reward.mix.a.path: no folder "),
+        ({"mix": [{"name": "a"}]}, "recipe: mix a: give a path or a rule, one of them"),
+    ],
+)
+def test_a_mix_that_can_not_score(refused: Any, reward: dict[str, Any], message: str):
+    assert refused(models={"reward": reward}).startswith(message)
+
+
+def test_only_rewards_are_mixed(refused: Any):
+    said = refused(
+        algorithm="safe_rlhf", models={"cost": {"mix": [RIGHT]}, "cost_critic": {"path": "x", "learning_rate": 1}}
+    )
+    assert said.startswith("models.cost.mix: only rewards are mixed")
+
+
+def test_a_pretraining_text_is_read_before_anything_starts(refused: Any, make_recipe: MakeRecipe, tmp_path: Path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "1+1 is 2"}')
+    recipe = check(make_recipe(data={"pretrain": str(path)}, loss={"ptx_coefficient": 0.1})).recipe
+    assert recipe.data.pretrain == str(path)
+    for changes in ({"data": {"pretrain": str(path)}}, {"loss": {"ptx_coefficient": 0.1}}):
+        assert "the pretraining loss wants both, a text and a coefficient above 0, or neither" in refused(**changes)
+    path.write_text('{"words": "1+1 is 2"}')
+    assert refused(data={"pretrain": str(path)}, loss={"ptx_coefficient": 0.1}).startswith(f"data.pretrain: {path}")
 
 
 def test_a_whole_number_will_do_for_a_real_one(make_recipe: MakeRecipe):
@@ -304,7 +377,7 @@ def test_prompt_and_response_fit_the_context(refused: Any, make_recipe: MakeReci
         ),
         (
             {"placement": {"policy": {"pool": "main", "parallel": "1-1-2"}}},
-            "placement.policy: parallel = '1-1-2', replicas = 1: this version runs several ranks of reference, reward",
+            "placement.policy: parallel = '1-1-2', replicas = 1: 2 ranks in pool 'main' of 1 devices",
         ),
         (
             {"placement": {"reference": {"pool": "main", "parallel": "1-1-2"}}},
@@ -321,3 +394,60 @@ def test_placements_that_this_build_does_not_run(
     refused: Any, table: dict[str, Any], changes: dict[str, Any], message: str
 ):
     assert refused(**changes).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("service", "placed", "message"),
+    [
+        ("policy", {"parallel": "1-3-1"}, ".parallel = '1-3-1': qwen2 decoder: attention heads 4 can't be divided"),
+        ("policy", {"parallel": "3-1-1"}, ".parallel = '3-1-1': qwen2 decoder: layers 2 can't be divided over 3 "),
+        ("critic", {"parallel": "1-4-1"}, ".parallel = '1-4-1': qwen2 decoder: key-value heads 2 can't be divided"),
+        ("policy", {"parallel": "1-2-1"}, ".parallel = '1-2-1': qwen2 decoder: vocabulary 47 can't be divided over 2 "),
+        ("policy", {"parallel": "1-2-1", "generation": "2-1"}, ": generation pp 2 does not divide training pp 1 of "),
+        ("policy", {"parallel": "1-2-2", "generation": "1-1-4"}, ": generation = '1-1-4': write p-t, "),
+        (
+            "critic",
+            {"parallel": "1-1-2", "generation": "1-1"},
+            ".generation = '1-1': only a policy's own ranks generate",
+        ),
+        ("policy", {"parallel": "1-1-2", "runtime": "local"}, ".parallel = '1-1-2': ranks that work together need a "),
+        (
+            "policy",
+            {"backend": "fsdp"},
+            ".backend = 'fsdp': it says how ranks that train share a model's state, policy on",
+        ),
+        (
+            "reward",
+            {"parallel": "1-1-2", "backend": "zero1"},
+            ".backend = 'zero1': it says how ranks that train share ",
+        ),
+        (
+            "policy",
+            {"parallel": "1-1-3", "backend": "fsdp", "generation": "1-3"},
+            ".generation = '1-3': qwen2 decoder: attention heads 4 can't be divided over 3 tensor-parallel ranks",
+        ),
+        ("policy", {"parallel": "two"}, ": topology 'two': write p-t-d"),
+        (
+            "generator",
+            {"parallel": "1-2"},
+            ": parallel = '1-2', replicas = 1: this version runs generators of one rank",
+        ),
+    ],
+)
+def test_ranks_that_a_model_or_a_runtime_has_no_place_for(
+    refused: Any, service: str, placed: dict[str, Any], message: str
+):
+    runtime = placed.get("runtime", "ray")
+    placement = {service: {"pool": "many", **{key: value for key, value in placed.items() if key != "runtime"}}}
+    said = refused(
+        runtime=runtime, deterministic=False, pools={"main": {}, "many": {"devices": 4}}, placement=placement
+    )
+    assert said.startswith(f"placement.{service}{message}")
+
+
+def test_a_rule_is_not_cut_over_ranks(refused: Any):
+    placement = {"reward": {"pool": "many", "parallel": "1-2-1"}}
+    pools = {"main": {}, "many": {"devices": 2}}
+    models = {"reward": {"rule": "exact_match"}}
+    said = refused(runtime="ray", deterministic=False, models=models, pools=pools, placement=placement)
+    assert "a rule can't be cut over 2 ranks: parallel = '1-1-d'" in said

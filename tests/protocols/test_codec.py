@@ -57,6 +57,26 @@ def test_a_message_comes_back(message: Batch, term: int, attempt: int, block_byt
     ]
 
 
+@given(messages(), st.integers(0, 2**62), st.integers(500, 3000))
+def test_pieces_cut_within_a_size_have_frames_of_that_size_and_one_fewer_could_not(
+    message: Batch, term: int, most: int
+):
+    cuts = codec.cut_within(message, most)
+    frames = [codec.encode(take(message, rows), term) for rows in cuts]
+    assert all(frame.nbytes <= most for frame in frames)
+    assert [row for rows in cuts for row in rows.tolist()] == (list(range(len(message))) if cuts else [])
+    if not cuts and len(message):
+        padding = 64 * (2 + sum(1 + spec.jagged for spec in columns_of(type(message))))
+        assert max(codec.encode(take(message, [row])).nbytes for row in range(len(message))) + padding > most
+
+
+def test_pieces_are_as_even_as_they_can_be():
+    message = LogProbs(sample_ids=np.arange(9), log_probs=Jagged.from_rows([np.zeros(100, np.float32)] * 9))
+    assert [len(rows) for rows in codec.cut_within(message, 3000)] == [5, 4]
+    assert codec.cut_within(message, 1 << 20)[0].tolist() == list(range(9))
+    assert codec.cut_within(message, 400) == [], "a row alone needs more"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_are_a_message(kind: type[Batch]):
     assert codec.decode(codec.encode(empty(kind))) == empty(kind)
@@ -252,7 +272,7 @@ def test_limits_are_the_readers():
 def test_an_unknown_schema_is_named():
     frame = codec.encode(sample(Scores))
     reason = refusal(frame, schemas={LogProbs.schema_id: LogProbs})
-    assert reason == "unknown schema 5, version 1; this reader knows 3 LogProbs"
+    assert reason == "unknown schema 5, version 2; this reader knows 3 LogProbs"
 
 
 # --- schemas grow

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from protocols import codec
 from protocols.columns import Array, Batch, Jagged, concat, empty, take
 from protocols.frame import cut_rows
-from protocols.messages import SCHEMAS, Experience, LogProbs, Rollouts, Scores
+from protocols.messages import SCHEMAS, Costs, Experience, LogProbs, Rollouts, Scores
 from tests.protocols.frames import by_hand, cuts_of, framed, owners, refusal, sample
 from tests.protocols.strategies import messages
 
@@ -29,7 +29,8 @@ MANY = concat(
     [msgspec.structs.replace(sample(Rollouts), sample_ids=np.array([2 * copy, 2 * copy + 1])) for copy in range(6)]
 )
 BROUGHT: dict[type[Batch], dict[str, int]] = {  # column -> the version that brought it
-    Experience: {"reference": 2, "cost_returns": 3, "cost_values": 3}
+    Experience: {"reference": 2, "cost_returns": 3, "cost_values": 3},
+    Scores: {"parts": 2},
 }
 LOG_PROBS = LogProbs(sample_ids=np.array([5, 6]), log_probs=Jagged.from_rows([[-1], [-2, -3]], np.float32))
 
@@ -69,10 +70,15 @@ def test_frames_of_every_released_version_stay_readable(kind: type[Batch], versi
 def as_of(message: Batch, version: int) -> Batch:
     """The message with the defaults of the jagged columns that a later version brought."""
     later = [name for name, brought in BROUGHT.get(type(message), {}).items() if brought > version]
-    filled = {name: np.full(len(getattr(message, name).values), message.defaults[name], np.float32) for name in later}
-    return msgspec.structs.replace(
-        message, **{name: getattr(message, name).with_values(values) for name, values in filled.items()}
-    )
+    return msgspec.structs.replace(message, **{name: _filled(message, name) for name in later})
+
+
+def _filled(message: Batch, name: str) -> Jagged:
+    """A jagged column's default: a value for every token, or empty rows."""
+    column, default = getattr(message, name), message.defaults[name]
+    if default == ():
+        return Jagged.from_rows([()] * len(message), np.float32)
+    return column.with_values(np.full(len(column.values), default, np.float32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,17 +290,17 @@ def test_row_lengths_add_up_to_the_values_of_their_block(cuts: list[int], rows: 
 
 
 def test_columns_are_known_once_and_by_type():
-    ids, values = msgspec.to_builtins(codec.read_header(codec.encode(empty(Scores))).columns)
+    ids, values = msgspec.to_builtins(codec.read_header(codec.encode(empty(Costs))).columns)
 
     def reason(*columns: dict[str, Any]) -> str:
-        return refusal(by_hand(empty(Scores), [0], columns=columns))
+        return refusal(by_hand(empty(Costs), [0], columns=columns))
 
-    assert reason(ids, values, values) == "column scores occurs twice"
-    assert reason(ids, values | {"dtype": "object"}) == "column scores: unknown type object"
-    assert reason(ids, values | {"dtype": "float64"}) == "Scores version 1: column scores is float64, want float32"
-    assert reason(ids, values | {"jagged": True}) == "Scores version 1: column scores is jagged float32, want float32"
-    assert reason(ids) == "Scores version 1 lacks column scores"
-    assert reason(ids, values, values | {"name": "extra"}) == "Scores version 1 has no column extra"
+    assert reason(ids, values, values) == "column costs occurs twice"
+    assert reason(ids, values | {"dtype": "object"}) == "column costs: unknown type object"
+    assert reason(ids, values | {"dtype": "float64"}) == "Costs version 1: column costs is float64, want float32"
+    assert reason(ids, values | {"jagged": True}) == "Costs version 1: column costs is jagged float32, want float32"
+    assert reason(ids) == "Costs version 1 lacks column costs"
+    assert reason(ids, values, values | {"name": "extra"}) == "Costs version 1 has no column extra"
 
 
 def write_golden() -> None:

@@ -30,9 +30,16 @@ class RankFailed(AssertionError):
 
 
 class Ranks:
-    """`size` processes, alive between calls. Not usable after a call has failed: peers may hang in a collective."""
+    """`size` processes, alive between calls. Not usable after a call has failed: peers may hang in a collective.
 
-    def __init__(self, size: int) -> None:
+    An answer comes within `patience`. Ranks with `children` may start processes of their own. On "cuda" each rank has
+    the device of its number, and NCCL.
+    """
+
+    def __init__(
+        self, size: int, *, patience: timedelta = PATIENCE, children: bool = False, device: str = "cpu"
+    ) -> None:
+        self._patience = patience
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pytest", __name__])
         self._folder = tempfile.TemporaryDirectory()
@@ -41,7 +48,9 @@ class Ranks:
         self._processes = []
         for rank in range(size):
             own, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True, name=f"rank-{rank}")
+            process = context.Process(
+                target=_serve, args=(theirs, rank, size, store, device), daemon=not children, name=f"rank-{rank}"
+            )
             process.start()
             theirs.close()
             self._pipes.append(own)
@@ -58,7 +67,9 @@ class Ranks:
 
     def _answer(self, pipe: Connection) -> tuple[bool, Any]:
         try:
-            return pipe.recv() if pipe.poll(PATIENCE.total_seconds()) else (False, f"no answer within {PATIENCE}")
+            return (
+                pipe.recv() if pipe.poll(self._patience.total_seconds()) else (False, f"late: {self._patience}")
+            )
         except EOFError:
             return False, "the process died"
 
@@ -76,10 +87,21 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+def own_device(kind: str) -> torch.device:
+    """This rank's device of a kind."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, dist.get_rank() if dist.is_initialized() else 0)
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str, device: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
     while True:
         try:
             function, arguments = pipe.recv()

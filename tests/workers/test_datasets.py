@@ -43,7 +43,8 @@ def test_empty_lines_are_skipped_and_counted(tmp_path: Path):
     [
         ('{"prompt": "p", "answer": "r"}', r"rows\.jsonl:2: no field 'response'; the row has 'prompt', 'answer'"),
         ("{}", r"rows\.jsonl:2: no field 'prompt'; the row has none"),
-        ('{"prompt": "p", "response": null}', r"rows\.jsonl:2: Expected `str`, got `null` - at `\$\.response`"),
+        ('{"prompt": "p", "response": null}', r"rows\.jsonl:2: no field 'response'; the row has 'prompt'"),
+        ('{"prompt": "p", "response": 7}', r"rows\.jsonl:2: Expected `str`, got `int` - at `\$\.response`"),
         ('["prompt", "response"]', r"rows\.jsonl:2: not a JSON object"),
         ('{"prompt": "p", ', r"rows\.jsonl:2: not a JSON object"),
         ("[" * 100_000, r"rows\.jsonl:2: not a JSON object"),

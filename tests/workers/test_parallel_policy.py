@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from workers.models import load_causal
 from workers.parallel_policy import ParallelPolicy
 from workers.parallel_training import replica_mini_batches
 from workers.policy import PolicyWorker
+from workers.pretraining import PretrainingText
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training import mini_batches
 
@@ -282,3 +284,31 @@ def test_where_one_rank_cannot_read_none_loads(worlds, folders, checkpoint, tmp_
         worlds[2].call(load, Topology(1, 2, 1), folders[True], str(tmp_path))
     assert "shard-0-1.safetensors: this part of the checkpoint can't be read" in str(failed.value)
     assert "1 of 2 ranks could not read their part" in str(failed.value)
+
+
+# --- a pretraining text beside the rows
+
+
+def text_step(topology: Topology, folder: str, rows: int, loss: Loss) -> Outcome:
+    policy = ParallelPolicy(
+        model_at(folder), topology, loss, OPTIMIZER, GENERATION, seed=3, pretraining=pretraining_text()
+    )
+    metrics = policy.update(own_rows(policy, rows))
+    return Outcome(None, metrics, policy.snapshot(Version(0, 1)))
+
+
+def pretraining_text() -> PretrainingText:
+    data = experience(9)
+    return PretrainingText(data.prompts, data.responses, rows=3, seed=5)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_step_with_a_pretraining_text_is_that_of_one_process(worlds, folders, topology: str):
+    """Of three rows a draw; a replica has one or two of them."""
+    loss = msgspec.structs.replace(RICH, ptx_coefficient=0.5)
+    at = Topology.parse(topology)
+    ours = together(worlds[at.world_size].call(text_step, at, folders[True], ROWS, loss), at)
+    worker = PolicyWorker(model_at(folders[True]), loss, OPTIMIZER, GENERATION, 3, pretraining_text())
+    metrics = worker.update(experience(ROWS))
+    assert metrics.values["ptx_loss"] > 0
+    assert_same_step(ours, Outcome(None, metrics, worker.snapshot(Version(0, 1))))

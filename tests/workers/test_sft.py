@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -60,6 +62,15 @@ def test_the_same_seed_gives_the_same_weights_however_the_batch_is_cut(base: Pat
     a, b, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(torch.allclose(a[name], cut[name], atol=2e-4) for name in a)
+
+
+def test_the_container_of_the_data_changes_no_bit(base: Path, data: Path, tmp_path: Path):
+    rows = pa.Table.from_pylist([msgspec.json.decode(line) for line in data.read_bytes().splitlines()])
+    pq.write_table(rows.rename_columns({"response": "completion"}), tmp_path / "sft.parquet")
+    train_sft(settings(base, data, tmp_path / "lines", steps=3))
+    train_sft(settings(base, tmp_path / "sft.parquet", tmp_path / "table", steps=3))
+    lines, table = (load_file(tmp_path / name / "model.safetensors") for name in ("lines", "table"))
+    assert all(torch.equal(lines[name], table[name]) for name in lines)
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ def safe_rlhf(
     r_t = score at the last trained token - kl_coefficient k1_t(mu, reference) and
     c_t = cost at the last trained token + kl_coefficient k1_t(mu, reference), both clamped to +-50; GAE on each with
     the values of its own critic. lambda is `multiplier` before the first step; each step's costs move it before its
-    advantages are taken. Its pretraining loss (ptx) is not part of this. Raises ValueError for a number that has no
-    meaning.
+    advantages are taken. Its pretraining loss (ptx) is the policy's: loss.ptx_coefficient. Raises ValueError for a
+    number that has no meaning.
     """
     _check_numbers(multiplier, multiplier_rate, multiplier_most, cost_window)
     before = state or Multiplier(multiplier)
@@ -102,6 +102,7 @@ def safe_rlhf(
         "kl": earned.kl,
         "multiplier": weight,
         "cost_excess": excess_of(after.costs, cost_limit),
+        "cost_limit": cost_limit,
         "advantage_std": spread(advantages, mask),
     }
     if whiten_advantages:

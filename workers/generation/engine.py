@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.columns import Jagged, empty, select
+from protocols.columns import Jagged, empty, select, take
 from protocols.messages import Finish, Prompts, Rollouts
 from protocols.roles import Sampling
+from protocols.stage import Failure
 from protocols.weights import InstallReceipt, Version, WeightManifest
 
 
@@ -89,6 +90,23 @@ def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:
         loss_mask=responses.with_values(np.ones(len(responses.values), np.uint8)),
         finishes=np.array([r.finish for r in rows], np.uint8),
     )
+
+
+def submit_rows(engine: Engine, rows: Prompts, sampling: Sampling) -> list[Failure]:
+    """Submit rows to an engine; a row that it can't take fails alone."""
+    try:
+        engine.submit(rows, sampling)
+    except ValueError:
+        return [f for i in range(len(rows)) if (f := _submit_one(engine, take(rows, [i]), sampling))]
+    return []
+
+
+def _submit_one(engine: Engine, row: Prompts, sampling: Sampling) -> Failure | None:
+    try:
+        engine.submit(row, sampling)
+    except ValueError as error:
+        return Failure(int(row.sample_ids[0]), str(error))
+    return None
 
 
 def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:

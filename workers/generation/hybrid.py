@@ -17,8 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling
+from protocols.stage import Partial
 from protocols.weights import Version
-from workers.generation.engine import Engine, FinishedRow, to_rollouts
+from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
 from workers.generation.torch import TorchEngine
 from workers.hybrid_engine import HybridEngine
 from workers.settings import Generation
@@ -35,13 +36,14 @@ def hybrid_generator(
     return TorchEngine(module, settings, run_seed, eos_token_id, owns_model=False, version=version)
 
 
-def draw_all(engine: Engine, prompts: Prompts, sampling: Sampling) -> Rollouts:
-    """Submit rows and step until all have finished; rollouts in the order of the prompts."""
-    engine.submit(prompts, sampling)
+def draw_all(engine: Engine, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts]:
+    """Submit rows and step until all have finished; rollouts in the order of the prompts, and those that don't fit."""
+    failures = submit_rows(engine, prompts, sampling)
     finished: dict[int, FinishedRow] = {}
     while engine.unfinished:
         finished |= {row.sample_id: row for row in engine.step()}
-    return to_rollouts(prompts, [finished[sample] for sample in prompts.sample_ids.tolist()])
+    drawn = [finished[sample] for sample in prompts.sample_ids.tolist() if sample in finished]
+    return Partial(to_rollouts(prompts, drawn), failures)
 
 
 class _Replica(nn.Module):

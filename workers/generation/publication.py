@@ -80,5 +80,11 @@ def prove(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[flo
     return difference
 
 
+def packable(tensor: Tensor) -> tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]:
+    """A tensor as `protocols.weights.pack` takes it: dtype, shape, bytes."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
+
+
 def _bytes_of(entry: TensorEntry, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return buffer[entry.start : entry.start + entry.nbytes]

@@ -1,4 +1,4 @@
-"""vLLM in this process, stepped by its owner, so that a load stands between two steps.
+"""vLLM, stepped by its owner in this process, so that a load stands between two steps.
 
 A load takes the running rows back with the tokens that they have, installs, drops every key and value of the old
 weights, answers the probe, and only then sends the rows on from where they were. So a token's log-prob is
@@ -7,22 +7,35 @@ always that of one version's forward over everything before it.
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from protocols.ids import sampling_seed
 from protocols.messages import Finish, Prompts
 from protocols.roles import Sampling
-from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
-from workers.folders import context_of, end_of_sequence
+from protocols.weights import BadWeights, InstallReceipt, Probe, Version, WeightManifest
+from workers.folders import end_of_sequence
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits, shapes_of
+from workers.generation.vllm_internals import (
+    SharedPart,
+    finish_reload,
+    load_shared,
+    load_tensors,
+    repack_head,
+    scheduler_of,
+    start,
+    start_reload,
+    token_prompt,
+    zero_kv_cache,
+)
 from workers.settings import Generation
 
 if TYPE_CHECKING:
@@ -45,14 +58,28 @@ class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
     Only the shape of the model in the folder `path` counts: it serves nothing until weights are published to it.
-    `eos_token_id` ends a response; by default the folder names it. One engine a process.
+    `eos_token_id` ends a response; by default the folder names it. `workers` are processes of their own that compute,
+    tensor-parallel; with 0 this process computes, which must then be no rank among others. An engine that `sleeps` can
+    be put to sleep, on CUDA. One engine a process.
     """
 
     def __init__(
-        self, path: str, settings: Generation, run_seed: int, dtype: str = "float32", eos_token_id: int | None = None
+        self,
+        path: str,
+        settings: Generation,
+        run_seed: int,
+        dtype: str = "float32",
+        eos_token_id: int | None = None,
+        *,
+        workers: int = 0,
+        sleeps: bool = False,
     ) -> None:
         self._owns_process_group = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        self._vllm: LLMEngine | None = _start(path, settings, dtype)
+        if not (workers or self._owns_process_group) and (ranks := torch.distributed.get_world_size()) > 1:
+            raise ValueError(f"this process is one of {ranks} ranks, which vLLM would take for its own: use workers")
+        self.workers = workers
+        self._sleeps = sleeps and torch.cuda.is_available()
+        self._vllm: LLMEngine | None = start(path, settings, dtype, workers, self._sleeps)
         model = self._vllm.vllm_config.model_config
         self._context = int(model.max_model_len)
         self._vocabulary = int(model.get_vocab_size())
@@ -63,7 +90,9 @@ class VllmEngine(Engine):
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first version proven: all later ones are alike
         self._waiting: dict[int, _Row] = {}
         self._running: dict[str, _Row] = {}  # by vLLM's request id
-        self._loads = 0
+        self._rounds = 0  # how often rows were taken back: vLLM never sees a request id twice
+        self._taking: Version | None = None  # that arrives in parts
+        self._taken, self._started = 0, 0.0
         self._tokens_generated = 0
 
     @property
@@ -110,25 +139,67 @@ class VllmEngine(Engine):
         check_publication(manifest, buffer, self._newest)
         if self._shapes is not None:
             refuse_misfits(manifest, self._shapes)
-        self._take_back_running()
-        if self._newest is not None and manifest.version.term != self._newest.term:
-            for row in self._waiting.values():
-                row.tokens, row.log_probs, row.versions = [], [], []
-        self._version = None
-        self._loads += 1
-        try:
-            self._install(manifest, buffer)
-            difference = prove(manifest.probe, self._answer)
-        except BadWeights:
-            if self._vllm is not None:
-                self._vllm.collective_rpc(_zero_kv_cache)
-            raise
-        self._version = self._newest = manifest.version
+        self._retire(manifest.version)
+        weights = {"weights_iterator": read_tensors(manifest, buffer), "is_checkpoint_format": True}
+        self._reload(manifest.version, "reload_weights", kwargs=weights)
+        difference = self._prove(manifest.version, manifest.probe)
         self._shapes = shapes_of(manifest)
         return InstallReceipt(manifest.version, len(manifest.tensors), difference, time.perf_counter() - started)
 
+    def start_taking(self, version: Version) -> None:
+        """Begin to install weights that come in parts, between two steps; `take` them, then `finish_taking`.
+
+        Raises BadWeights, and changes nothing, where the version is not newer than the one that is installed, or where
+        an earlier one was begun and not finished: layers then wait for tensors that no later version brings.
+        """
+        if self._taking is not None:
+            raise BadWeights(f"version {self._taking} was begun and never finished: start a new engine")
+        if self._newest is not None and version <= self._newest:
+            raise BadWeights(f"version {version} is not newer than {self._newest}, which is installed")
+        self._retire(version)
+        self._taking, self._taken, self._started = version, 0, time.perf_counter()
+        self._reload(version, start_reload)
+
+    def take(self, part: Mapping[str, Tensor] | Sequence[SharedPart]) -> None:
+        """Install whole modules: tensors by checkpoint name, or where the workers of a group find the shards of each.
+
+        Tensors need a worker in this process. They are read before this returns. Raises BadWeights where vLLM breaks
+        on them, RuntimeError outside of start and finish.
+        """
+        if self._taking is None:
+            raise RuntimeError("parts of weights are taken between start_taking and finish_taking")
+        self._taken += len(part)
+        if isinstance(part, Mapping):
+            self._reload(self._taking, load_tensors, args=(list(part.items()),))
+        else:
+            self._reload(self._taking, load_shared, args=(list(part),))
+
+    def finish_taking(self, version: Version, probe: Probe | None) -> InstallReceipt:
+        """Serve the weights once they answer the probe. Raises BadWeights where they don't; see `load`."""
+        if self._taking != version:
+            raise RuntimeError(f"version {version} can't be finished: {self._taking} is being taken")
+        self._taking = None
+        self._reload(version, finish_reload)
+        difference = self._prove(version, probe)
+        return InstallReceipt(version, self._taken, difference, time.perf_counter() - self._started)
+
+    def sleep(self) -> None:
+        """Give the device's memory to others until `wake`: the KV cache goes, the weights wait in the host's.
+
+        Rows that run go on afterwards from the tokens that they have. Nothing happens on the CPU, nor in an engine
+        that was not started to sleep.
+        """
+        self._take_back_running()
+        if self._sleeps:
+            self._engine.sleep(level=1)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        if self._sleeps:
+            self._engine.wake_up()
+
     def statistics(self) -> dict[str, float]:
-        scheduler = _scheduler(self._engine)
+        scheduler = scheduler_of(self._engine)
         running, waiting = scheduler.get_request_counts()
         return {
             "running": float(running),
@@ -159,9 +230,9 @@ class VllmEngine(Engine):
         """Give all waiting rows to vLLM in id order, so that the order of submission decides nothing."""
         for sample_id in sorted(self._waiting):
             row = self._waiting.pop(sample_id)
-            request_id = f"{sample_id}.{self._loads}"
+            request_id = f"{sample_id}.{self._rounds}"
             self._running[request_id] = row
-            self._engine.add_request(request_id, _token_prompt(row.prompt + row.tokens), self._parameters(row))
+            self._engine.add_request(request_id, token_prompt(row.prompt + row.tokens), self._parameters(row))
 
     def _parameters(self, row: _Row) -> SamplingParams:
         from vllm import SamplingParams
@@ -177,25 +248,42 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.DELTA,
         )
 
+    def _retire(self, version: Version) -> None:
+        """Take the running rows back and serve nothing: the old weights are going."""
+        self._take_back_running()
+        if self._newest is not None and version.term != self._newest.term:
+            for row in self._waiting.values():
+                row.tokens, row.log_probs, row.versions = [], [], []
+        self._version = None
+
     def _take_back_running(self) -> None:
         self._engine.abort_request(list(self._running))
         self._waiting.update((row.sample_id, row) for row in self._running.values())
         self._running.clear()
+        self._rounds += 1
 
-    def _install(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
-        weights = {"weights_iterator": read_tensors(manifest, buffer), "is_checkpoint_format": True}
+    def _reload(self, version: Version, step: str | Callable[..., None], **arguments: Any) -> None:
+        """One step of a reload, on all workers. Raises BadWeights, and closes the engine, where it breaks off."""
         try:
-            self._engine.collective_rpc("reload_weights", kwargs=weights)
+            self._engine.collective_rpc(step, **arguments)
         except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
             self.close()  # a reload that broke off leaves layers without tensors: no later one repairs them
-            raise BadWeights(
-                f"version {manifest.version} broke vLLM's reload, start a new engine: {error!r}"
-            ) from error
-        self._engine.collective_rpc(_repack_head)
+            raise BadWeights(f"version {version} broke vLLM's reload, start a new engine: {error!r}") from error
+
+    def _prove(self, version: Version, probe: Probe | None) -> float:
+        """Serve what was reloaded, if it answers as the trainer does; the largest difference of log-probs."""
+        self._engine.collective_rpc(repack_head)
         if not self._engine.reset_prefix_cache():  # it hashes tokens, not weights
             raise RuntimeError(
                 "vLLM kept its prefix cache although no request runs: old keys and values would be reused"
             )
+        try:
+            difference = prove(probe, self._answer)
+        except BadWeights:
+            self._engine.collective_rpc(zero_kv_cache)
+            raise
+        self._version = self._newest = version
+        return difference
 
     def _answer(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs of each sequence's tokens but the first, computed as vLLM computes a prompt's."""
@@ -203,7 +291,7 @@ class VllmEngine(Engine):
 
         for i, sequence in enumerate(sequences):
             parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-            self._engine.add_request(f"probe{i}.{self._loads}", _token_prompt(sequence), parameters)
+            self._engine.add_request(f"probe{i}.{self._rounds}", token_prompt(sequence), parameters)
         answers: dict[str, list[float]] = {}
         while len(answers) < len(sequences):
             outputs: list[Any] = self._engine.step()
@@ -211,7 +299,7 @@ class VllmEngine(Engine):
                 if output.finished:
                     tokens, positions = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
                     answers[output.request_id] = [p[token].logprob for token, p in zip(tokens, positions, strict=True)]
-        return [answers[f"probe{i}.{self._loads}"] for i in range(len(sequences))]
+        return [answers[f"probe{i}.{self._rounds}"] for i in range(len(sequences))]
 
 
 def _extend(row: _Row, output: Any, version_step: int) -> str | None:
@@ -237,84 +325,3 @@ def _finished(row: _Row, reason: str) -> FinishedRow:
 
 
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH}
-
-
-# Everything that depends on vLLM's version or internals stands below (written for 0.24 and newer).
-
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-_CPU_ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",  # else some versions compile for half a minute at the first request with log-probs
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
-}
-_CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
-_CPU_BATCHED_TOKENS = 4096  # of prompts in one step
-
-
-def _start(path: str, settings: Generation, dtype: str) -> LLMEngine:
-    """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
-    on_cpu = not torch.cuda.is_available()
-    for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no preference: loads between steps rely on it
-    if on_cpu:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, already loaded, reads the variable no more
-
-    from vllm import EngineArgs, LLMEngine
-
-    limits: dict[str, Any] = {}
-    if on_cpu:
-        # A prompt cut into chunks takes back a seeded draw, which generators on the CPU can't: prompts run whole.
-        whole = max(_CPU_BATCHED_TOKENS, settings.max_model_tokens or context_of(path))
-        limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
-    if settings.max_model_tokens:
-        limits["max_model_len"] = settings.max_model_tokens
-    arguments = EngineArgs(
-        model=path,
-        dtype=dtype,  # type: ignore[arg-type]
-        load_format="dummy",  # weights come by publication
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # not the folder's sampling defaults
-        max_num_seqs=settings.slots,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",  # at the sampling temperature
-        enforce_eager=on_cpu,
-        async_scheduling=False,  # a step's tokens are out before the next: nothing is in flight at a load
-        disable_log_stats=True,
-        seed=0,
-        **limits,
-    )
-    return LLMEngine.from_engine_args(arguments)
-
-
-def _token_prompt(tokens: list[int]) -> Any:
-    """A prompt that is already tokenized."""
-    return {"type": "token", "prompt_token_ids": tokens}
-
-
-def _scheduler(engine: LLMEngine) -> Any:
-    core: Any = engine.engine_core
-    return core.engine_core.scheduler
-
-
-def _repack_head(worker: Any) -> None:
-    """Pack the output head's weight anew.
-
-    On the CPU its kernel reads a packed copy. A publication of tied weights holds no tensor of the head's own, and
-    vLLM's reload then leaves that copy as it was.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in worker.model_runner.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def _zero_kv_cache(worker: Any) -> None:
-    """Forget what refused weights computed: a NaN outlives its block, since masked positions are multiplied by 0."""
-    for tensor in worker.model_runner.kv_caches:
-        tensor.zero_()

@@ -13,7 +13,7 @@ from workers.settings import Loss
 
 TOKENS, STEPS = "tokens", "optimizer_steps"  # what the others are means over
 MAXIMA = ("log_ratio_max", "ratio_max")
-PER_STEP = ("loss", "gradient_norm")  # the rest is per trained token
+PER_STEP = ("loss", "ptx_loss", "gradient_norm")  # the rest is per trained token
 
 
 @torch.no_grad()

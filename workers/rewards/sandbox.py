@@ -19,6 +19,9 @@ from typing import BinaryIO
 
 import msgspec
 
+from protocols.code import CodeSource
+from workers.user_code import BadCode, function_in, install, made_anew
+
 START_SECONDS = 60.0  # for the interpreter and the imports of the user's module
 _LENGTH = struct.Struct("<I")
 _FLOAT32_MAX = 3.4028234663852886e38  # a score beyond it would be infinite in its column
@@ -47,8 +50,9 @@ class RuleFailed(Exception):
 class RuleProcess:
     """A child process that answers for one rule. Starts with the first request, restarts after a kill."""
 
-    def __init__(self, rule: str, timeout_seconds: float) -> None:
-        self._rule = rule
+    def __init__(self, rule: str, timeout_seconds: float, source: CodeSource | None = None) -> None:
+        """`source`: the text of the rule's module, which every child runs, whatever its file is by then."""
+        self._rule, self._source = rule, source
         self._timeout = timeout_seconds
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -57,11 +61,17 @@ class RuleProcess:
         """The child's process id; None where there is no child."""
         return self._child.pid if self._child is not None else None
 
+    def start(self) -> None:
+        """Start the child. Raises RuleFailed, and leaves none behind, where the rule's module can't be used."""
+        if error := self._begin():
+            self.close()
+            raise RuleFailed(f"rule {self._rule}: {error}")
+
     def score(self, request: RuleRequest) -> float:
         """The rule's finite score. Raises RuleFailed with the cause."""
         if self._child is None:
-            self._child = self._start()
-            self._exchange(self._child, b"", START_SECONDS, "was not ready")
+            self._begin()
+        assert self._child is not None
         answer = self._exchange(self._child, _framed(request), self._timeout, "gave no answer")
         if answer.score is None:
             raise RuleFailed(f"rule {self._rule} {answer.error}")
@@ -77,6 +87,11 @@ class RuleProcess:
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
+
+    def _begin(self) -> str:
+        """Start the child, and have it load the rule; why it can't, "" where it can."""
+        self._child = self._start()
+        return self._exchange(self._child, _framed(self._source), START_SECONDS, "was not ready").error
 
     def _exchange(self, child: subprocess.Popen[bytes], sent: bytes, seconds: float, late: str) -> RuleAnswer:
         deadline = time.monotonic() + seconds
@@ -108,7 +123,7 @@ class RuleProcess:
         return child
 
 
-def _framed(body: RuleRequest | RuleAnswer) -> bytes:
+def _framed(body: RuleRequest | RuleAnswer | CodeSource | None) -> bytes:
     packed = msgspec.msgpack.encode(body)
     return _LENGTH.pack(len(packed)) + packed
 
@@ -154,18 +169,36 @@ def _await(descriptor: int, event: int, deadline: float) -> None:
 
 
 def serve(name: str) -> None:
-    """The child's loop: answers until its requests end."""
-    from workers.rewards.rules import rule_named
-
+    """The child's loop: takes the rule's module, then answers until its requests end."""
     requests, answers = _take_over_pipes()
+    source = msgspec.msgpack.decode(_next(requests) or b"\xc0", type=CodeSource | None)
+    error = ""
     try:
-        rule = rule_named(name)
-    except LookupError as error:
-        rule = _failing(str(error.args[0]))  # every row hears why, without a new process for each
-    answers.write(_framed(RuleAnswer()))
-    while head := requests.read(_LENGTH.size):
-        request = msgspec.msgpack.decode(requests.read(_LENGTH.unpack(head)[0]), type=RuleRequest)
-        answers.write(_framed(_answer(rule, request)))
+        rule = _loaded(name, source)
+    except (BadCode, LookupError) as refused:
+        error = str(refused.args[0])
+        rule = _failing(error)  # every row hears why, without a new process for each
+    answers.write(_framed(_refusal(error)))
+    while body := _next(requests):
+        answers.write(_framed(_answer(rule, msgspec.msgpack.decode(body, type=RuleRequest))))
+
+
+def _next(requests: BinaryIO) -> bytes:
+    """The next frame's body; empty where there is none."""
+    head = requests.read(_LENGTH.size)
+    return requests.read(_LENGTH.unpack(head)[0]) if head else b""
+
+
+def _loaded(name: str, source: CodeSource | None) -> Callable[[str, str, str], object]:
+    """The rule, from the text of its module where there is one. Raises BadCode or LookupError."""
+    if source is None:
+        from workers.rewards.rules import rule_named
+
+        return rule_named(name)
+    with made_anew(source) as module:
+        rule = function_in(module, name)
+    install(module)
+    return rule
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:

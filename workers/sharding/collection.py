@@ -6,7 +6,7 @@ shard, and it holds the whole on the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,21 +17,31 @@ from workers.sharding.plan import ShardPlan
 
 
 @torch.no_grad()
-def collect_whole(plan: ShardPlan, replica: RankGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors on the first rank of a replica, contiguous in host memory; on the others an empty dict.
+def collect_whole(
+    plan: ShardPlan,
+    replica: RankGroup,
+    shard: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    first: bool,
+) -> dict[str, Tensor]:
+    """The whole tensors on the first rank of the first replica, contiguous in host memory; elsewhere an empty dict.
 
-    All ranks of the replica call, with their shards laid out along their cut; ranks stand stage by stage in it. A
-    tied head is left out: it is the embedding.
+    All ranks of all replicas call. `shard` gives a parameter's shard, laid out along its cut, on this stage and tensor
+    index; other replicas take part in it where they hold the model together with the first, and bring nothing else.
+    Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding.
     """
     found: dict[str, Tensor] = {}
-    replica.wait(next(iter(parameters.values())).device)  # NCCL wants all of them in a group's first operation
+    replica.wait(device)  # NCCL wants all of them in a group's first operation
     for spec in ShardPlan(plan.decoder).parameters(0):
-        first = plan.stage_of(spec) * plan.tp
-        owners = range(first, first + (plan.tp if spec.cut is not None else 1))
-        own = flat(parameters[spec.name].detach(), spec) if replica.index in owners else None
+        begin = plan.stage_of(spec) * plan.tp
+        owners = range(begin, begin + (plan.tp if spec.cut is not None else 1))
+        own = flat(shard(spec.name), spec) if replica.index in owners else None
+        if not first:
+            continue
         if replica.index == 0:
-            like = next(iter(parameters.values()))
-            entries = torch.empty(spec.elements, dtype=like.dtype, device=like.device)
+            entries = torch.empty(spec.elements, dtype=dtype, device=device)
             for owner, chunk in zip(owners, entries.chunk(len(owners)), strict=True):
                 if owner == 0 and own is not None:
                     chunk.copy_(own)

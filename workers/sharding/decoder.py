@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
@@ -101,12 +101,15 @@ class DecoderShard(nn.Module):
         """It gives logits or values, not activations."""
         return self.stage == self.plan.pp - 1
 
-    def install(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
         """Take parameters by name, those of `plan.parameters(stage)`; a tied head becomes its stage's embedding.
 
-        Raises ValueError where a name is missing or too many, or a shape is not the shard's.
+        With `only` these names, others keep what they are. Raises ValueError where a name is missing or too many, or
+        a shape is not the shard's.
         """
-        expected = {p.name: self.plan.shard_shape(p) for p in self.plan.parameters(self.stage)}
+        expected = {
+            p.name: self.plan.shard_shape(p) for p in self.plan.parameters(self.stage) if only is None or p.name in only
+        }
         if parameters.keys() != expected.keys():
             odd = sorted(parameters.keys() ^ expected.keys())[:5]
             raise ValueError(f"stage {self.stage}: parameters differ from the plan's in {odd}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ def read_shard(
     stage: int,
     tensor_index: int,
     *,
+    only: Container[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The parameters of one place, by name, each laid out along its cut.
+    """The parameters of one place, by name, each laid out along its cut; those named `only`, where that is given.
 
     A value head that the folder lacks is zero, so that the first values are 0; a tied head is read from the
     embedding. Raises ValueError for any other missing tensor, and for one whose shape is not the config's.
     """
-    parameters = plan.parameters(stage)
+    parameters = [p for p in plan.parameters(stage) if only is None or p.name in only]
     tied = plan.decoder.tied
     sources = {p.name: EMBEDDING if tied and p.name == TOKEN_HEAD else p.name for p in parameters}
     files = _files(Path(folder))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Renamed in torch 2.13, which warns about the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 PATIENCE = timedelta(minutes=5)  # how long a rank may keep the others waiting: longer than any one computation
 
@@ -49,6 +50,14 @@ class RankGroup:
         if self.size > 1:
             _all_gather_flat(rows.view(-1), rows[self.index], group=self.process_group)
         return rows
+
+    def sum_rows(self, rows: Tensor) -> Tensor:
+        """This rank's row [n] of the sum over the ranks of their `rows` [size, n]."""
+        if self.size == 1:
+            return rows[0]
+        own = torch.empty_like(rows[0])
+        _reduce_scatter_flat(own, rows.view(-1), group=self.process_group)
+        return own
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Replace a tensor by that of global rank `source`."""

@@ -13,15 +13,23 @@ one tensor index. So with hybridflow a rank receives, exactly, what it needs les
     final norm, head                the same
     tied, p_g = 1 < p               one matrix moves, from the first stage: the last one, which owns a copy of its
                                     shard, receives E/t_g like the stages between, E/t more than it lacks
+
+Fully sharded ranks own 1/d of each shard (S = p t d parts of a cut matrix), and gather from all replicas:
+
+    layers                          (1/(t_g p_g) - 1/S) M
+    norms of the layers             (1/p_g - 1/(p d)) of them, since tensor ranks own the same d parts
+    the ends                        likewise, with 1/d of what a rank's stage and tensor index trains
+
+With p = t = 1 they may also regroup as S tensor ranks, and generate with any t_g that divides S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 
 import msgspec
 
-from protocols.topology import Coordinates, GenerationGrouping
+from protocols.topology import Coordinates, GenerationGrouping, Topology
 from workers.sharding.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
 
 
@@ -41,9 +49,21 @@ class Move(msgspec.Struct, frozen=True):
     pieces: tuple[tuple[Piece, ...], ...]  # of each owner
     width: int  # entries in a row; an owner with fewer pads
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors that it brings parts of, in its order."""
+        return list(dict.fromkeys(piece.name for row in self.pieces for piece in row))
+
     def received_elements(self, rank: int) -> int:
         """Entries that a member receives."""
         return self.width * sum(owner != rank for owner in self.owners)
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """Who owns what while training: the topology, and the replicas that share each shard (1: each has it whole)."""
+
+    topology: Topology
+    shares: int = 1
 
 
 class Layouts(msgspec.Struct, frozen=True):
@@ -54,18 +74,30 @@ class Layouts(msgspec.Struct, frozen=True):
     generate: ShardPlan
 
     @classmethod
-    def of(cls, train: ShardPlan, grouping: GenerationGrouping) -> Layouts:
-        """Raises ValueError where the plan is not of the grouping's topology."""
-        topology = grouping.topology
+    def of(cls, train: ShardPlan, grouping: GenerationGrouping, trained: Trained | None = None) -> Layouts:
+        """Raises ValueError where the plan is not of the topology that trains, or a matrix's shares don't divide."""
+        topology = trained.topology if trained else grouping.topology
         if (train.pp, train.tp) != (topology.pp, topology.tp):
             raise ValueError(f"model is cut {train.pp}-{train.tp}, the grouping's topology is {topology}")
         generate = ShardPlan(train.decoder, grouping.pp, grouping.tp)
+        if trained and _is_shared(grouping, trained):
+            _refuse_uneven(train, trained.shares)
         return cls(train, generate if grouping.style == "hybridflow" else ShardPlan(train.decoder), generate)
 
 
-def exchange_groups(grouping: GenerationGrouping) -> list[list[int]]:
-    """Ranks that gather cut tensors from each other: micro-DP groups; for vanilla a replica, for deepspeed all."""
+def trained_by(grouping: GenerationGrouping) -> Trained:
+    """Who owns what where the ranks train as the grouping's style says: ZeRO leaves a share to each replica."""
+    return Trained(grouping.topology, grouping.topology.dp if grouping.style == "deepspeed" else 1)
+
+
+def exchange_groups(grouping: GenerationGrouping, trained: Trained | None = None) -> list[list[int]]:
+    """Ranks that gather cut tensors from each other: micro-DP groups; for vanilla a replica, for deepspeed all.
+
+    Where replicas share the shards, all ranks that generate with the same one.
+    """
     topology = grouping.topology
+    if _is_shared(grouping, trained):
+        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, grouping.coordinates(rank).tp))
     if grouping.style == "hybridflow":
         return grouping.micro_dp_groups
     if grouping.style == "deepspeed":
@@ -73,9 +105,14 @@ def exchange_groups(grouping: GenerationGrouping) -> list[list[int]]:
     return GenerationGrouping(topology).micro_dp_groups
 
 
-def same_index_groups(grouping: GenerationGrouping) -> list[list[int]]:
-    """Ranks of an exchange group with the same tensor index: they gather what tensor ranks hold whole."""
+def same_index_groups(grouping: GenerationGrouping, trained: Trained | None = None) -> list[list[int]]:
+    """Ranks of an exchange group with the same tensor index: they gather what tensor ranks hold whole.
+
+    Where replicas share that too, all who generate the stage and trained with this index.
+    """
     topology = grouping.topology
+    if trained and _is_shared(grouping, trained):
+        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, trained.topology.coordinates(rank).tp))
     return [
         alike
         for group in exchange_groups(grouping)
@@ -94,13 +131,17 @@ def home(name: str, gathered: Container[str]) -> str:
     return EMBEDDING if name == TOKEN_HEAD and name not in gathered else name
 
 
-def transition(train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket_elements: int) -> list[Move]:
+def transition(
+    train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket_elements: int, trained: Trained | None = None
+) -> list[Move]:
     """The collectives of one rank, in the order that all members of each share; a bucket bounds all rows of one.
 
-    Raises ValueError for a bucket of less than one entry for each owner.
+    `trained` is by default the grouping's topology, each replica with its shards whole. Raises ValueError for a
+    bucket of less than one entry for each owner, and where shares of a matrix don't divide.
     """
-    layouts, topology = Layouts.of(train, grouping), grouping.topology
-    exchange, alike = (_own(groups(grouping), rank) for groups in (exchange_groups, same_index_groups))
+    trained = trained or trained_by(grouping)
+    layouts, topology = Layouts.of(train, grouping, trained), trained.topology
+    exchange, alike = (_own(groups(grouping, trained), rank) for groups in (exchange_groups, same_index_groups))
     streams: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[Piece]]] = {}
     for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
         members = exchange if parameter.cut is not None else alike
@@ -109,7 +150,7 @@ def transition(train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket
         owners = members if _is_in_layer(parameter) else holders
         rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
         for owner in holders:
-            rows[owner].append(_piece(parameter, layouts, grouping, topology.coordinates(owner)))
+            rows[owner].append(owned_piece(parameter, layouts, trained, topology.coordinates(owner)))
     return [
         move
         for (members, owners), rows in streams.items()
@@ -118,15 +159,15 @@ def transition(train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket
     ]
 
 
-def _piece(parameter: Parameter, layouts: Layouts, grouping: GenerationGrouping, owner: Coordinates) -> Piece:
-    """What an owner brings of a parameter: its shard, or the share of it that ZeRO leaves to a replica."""
+def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> Piece:
+    """What an owner brings of a parameter: its shard, or its replica's share of it."""
     elements = layouts.train.shard_elements(parameter)
-    chunks = layouts.train.tp // layouts.gather.tp
-    start = owner.tp % chunks * elements if parameter.cut is not None else 0
-    sharers = grouping.topology.dp if grouping.style == "deepspeed" else 1
-    index = owner.dp if sharers > 1 else 0
-    first, last = elements * index // sharers, elements * (index + 1) // sharers
-    return Piece(parameter.name, start + first, last - first)
+    width = -(-elements // trained.shares)
+    first = min(width * (owner.dp if trained.shares > 1 else 0), elements)
+    size = min(width, elements - first)
+    if parameter.cut is not None:  # from the whole tensor's start; then from that of the gathered part
+        first = (first + owner.tp * elements) % layouts.gather.shard_elements(parameter)
+    return Piece(parameter.name, first, size)
 
 
 def _in_buckets(
@@ -156,6 +197,31 @@ def _in_rows(pieces: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
                 row, room = [], width
     if row:
         yield row
+
+
+def _is_shared(grouping: GenerationGrouping, trained: Trained | None) -> bool:
+    """Fully sharded ranks, whose shares a generation shard is gathered from."""
+    return trained is not None and trained.shares > 1 and grouping.style == "hybridflow"
+
+
+def _refuse_uneven(train: ShardPlan, shares: int) -> None:
+    """Uneven shares would not lie inside one generation shard."""
+    for parameter in (p for stage in range(train.pp) for p in train.parameters(stage)):
+        if parameter.cut is None:
+            continue
+        if (size := train.shard_shape(parameter)[parameter.cut]) % shares:
+            raise ValueError(
+                f"{parameter.name}: {size} rows or columns of a tensor shard don't divide over {shares} replicas; "
+                "fully sharded ranks generate only where they do"
+            )
+
+
+def _alike(topology: Topology, key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Ranks with equal keys, each group rising, the groups ordered by their first rank."""
+    groups: dict[Hashable, list[int]] = {}
+    for rank in range(topology.world_size):
+        groups.setdefault(key(rank), []).append(rank)
+    return list(groups.values())
 
 
 def _own(groups: list[list[int]], rank: int) -> tuple[int, ...]:

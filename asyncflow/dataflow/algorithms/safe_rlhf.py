@@ -8,7 +8,10 @@ from workers.advantages.safe_rlhf import safe_rlhf as advantages
 
 @algorithm
 def safe_rlhf(flow: Flow) -> None:
-    """The multiplier is the batch function's state and commits with its step; no pretraining loss (Dai et al. 2024)."""
+    """The multiplier is the batch function's state and commits with its step (Dai et al. 2024).
+
+    The pretraining loss is a term of the policy's own, as in any algorithm: loss.ptx_coefficient.
+    """
     rollouts = flow.policy.generate(flow.prompts)
     experience = flow.join(
         rollouts,

@@ -15,6 +15,7 @@ from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace, build
+from protocols.control import RankAnswer, RankRequest
 from protocols.delivery import RankCall, RankReply
 from protocols.topology import Topology
 
@@ -29,6 +30,8 @@ class LocalRanks:
         self._threads: list[ThreadPoolExecutor] = []
 
     async def start(self) -> None:
+        if self._spec.collective:
+            raise ValueError(f"{self._spec.topology} ranks that work together need a process each: runtime = 'ray'")
         for number in range(Topology.parse(self._spec.topology).world_size):
             thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
             self._threads.append(thread)
@@ -38,6 +41,9 @@ class LocalRanks:
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         return await self._ranks[rank].call(call, payloads)
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        return await self._ranks[rank].ask(request)
 
     async def stop(self) -> None:
         for thread, workplace in zip(self._threads, self._workplaces, strict=False):

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -15,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from asyncflow.services.endpoint import ServiceError, ServiceGone, all_or_error
 from asyncflow.services.runtime import Started
+from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
 from asyncflow.services.runtime.ray_actors import RankActor, RayEndpoint, RayStore, ServiceActor, called
 from asyncflow.services.spec import ServiceSpec
 from protocols.topology import Topology
@@ -22,14 +26,25 @@ from protocols.topology import Topology
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
 OBJECT_BYTES = 1 << 20  # of what a reader on another node fetches whole
+NO_POOLS: Mapping[str, PoolRequest] = MappingProxyType({})
 CONCURRENT_CALLS = 1000  # deliveries waiting for credit are calls in flight
 
 
 class RayRuntime:
     """Implements `Runtime`. Starts a Ray of its own where none is running, and then ends it too."""
 
-    def __init__(self, inline_bytes: int, address: str = "", cpus: int | None = None, store_bytes: int = 0) -> None:
-        """`store_bytes`: memory of the object store of a Ray of our own, 0 for Ray's choice; what exceeds it spills."""
+    def __init__(
+        self,
+        inline_bytes: int,
+        address: str = "",
+        cpus: int | None = None,
+        store_bytes: int = 0,
+        pools: Mapping[str, PoolRequest] = NO_POOLS,
+    ) -> None:
+        """`store_bytes`: memory of the object store of a Ray of our own, 0 for Ray's choice; what exceeds it spills.
+
+        `pools`: devices that services of these names stand on; the others need none.
+        """
         self.store = RayStore(inline_bytes)
         self._address = address
         self._cpus = cpus
@@ -37,6 +52,8 @@ class RayRuntime:
         self._specs: dict[str, ServiceSpec] = {}
         self._actors: dict[str, Any] = {}
         self._ranks: dict[str, list[Any]] = {}
+        self._endpoints: dict[str, RayEndpoint] = {}
+        self._pools = ReservedPools(pools)
         self._owns_ray = False
         self._restarting = asyncio.Lock()
 
@@ -47,6 +64,7 @@ class RayRuntime:
         except Exception as error:  # ray.init raises bare ones, too
             where = f"at {self._address}" if self._address else "on this machine"
             raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
+        await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
             specs = [msgspec.structs.replace(spec, object_bytes=OBJECT_BYTES) for spec in specs]
         for spec in specs:
@@ -76,17 +94,23 @@ class RayRuntime:
     def _create(self, spec: ServiceSpec) -> None:
         packed = msgspec.msgpack.encode(spec)
         count = Topology.parse(spec.topology).world_size
+        wire = f"{spec.name}-{secrets.token_hex(8)}"
+        rank_wires = [f"{wire}-{rank}" for rank in range(count if count > 1 else 0)]
         rank_actor: Any = ray.remote(RankActor)
         ranks = [
-            rank_actor.options(num_cpus=0, max_restarts=0).remote(packed, rank)
-            for rank in range(count if count > 1 else 0)
+            rank_actor.options(max_restarts=0, **self._pools.options(spec, rank)).remote(packed, rank_wire, rank)
+            for rank, rank_wire in enumerate(rank_wires)
         ]
         front: Any = ray.remote(ServiceActor)
         self._specs[spec.name] = spec
         self._ranks[spec.name] = ranks
         self._actors[spec.name] = front.options(
-            name=f"{spec.run}/{spec.name}", num_cpus=0, max_restarts=0, max_concurrency=CONCURRENT_CALLS
-        ).remote(packed, ranks)
+            name=f"{spec.run}/{spec.name}",
+            max_restarts=0,
+            max_concurrency=CONCURRENT_CALLS,
+            **(NO_DEVICE if ranks else self._pools.options(spec)),
+        ).remote(packed, wire, ranks, rank_wires)
+        self._endpoints[spec.name] = RayEndpoint(spec.name, self._actors[spec.name], wire)
 
     async def _connect(self) -> None:
         async with all_or_error() as group:
@@ -96,7 +120,8 @@ class RayRuntime:
     async def _connect_one(self, name: str, actor: Any) -> None:
         # One that died meanwhile is for whoever follows it: its replacement is connected, too.
         with contextlib.suppress(ServiceGone):
-            await called(name, "connect", actor.connect, self._actors)
+            wires = {name: endpoint.wire for name, endpoint in self._endpoints.items()}
+            await called(name, "connect", actor.connect, self._actors, wires)
 
     async def _await_start(self, spec: ServiceSpec, started: dict[str, Started]) -> None:
         actor = self._actors[spec.name]
@@ -111,15 +136,18 @@ class RayRuntime:
             raise ServiceError(f"{spec.name}: did not start: {error.cause}; its log: {spec.log_path}") from error
         except RayError as error:
             raise ServiceError(f"{spec.name}: died while starting: {error}; its log: {spec.log_path}") from error
-        started[spec.name] = Started(RayEndpoint(spec.name, actor), f"{host}:{port}")
+        started[spec.name] = Started(self._endpoints[spec.name], f"{host}:{port}")
 
     async def stop(self) -> None:
         """Let each service free what it holds, then end its process, then Ray if it is ours."""
         actors, self._actors = self._actors, {}
         await asyncio.gather(*(_end(actor) for actor in actors.values()))
+        for endpoint in self._endpoints.values():
+            endpoint.close()
         ranks, self._ranks = self._ranks, {}
         for actor in (actor for group in ranks.values() for actor in group):
             ray.kill(actor)
+        await asyncio.to_thread(self._pools.release)
         if self._owns_ray:
             self._owns_ray = False
             await asyncio.to_thread(ray.shutdown)

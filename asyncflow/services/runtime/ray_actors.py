@@ -2,16 +2,19 @@
 
 A frame is put once by the rank that made it; messages carry its reference inside a list, so that Ray hands the
 reference on and only the rank that reads it maps the bytes. Ray's own envelope carries bytes and references,
-nothing else.
+nothing else. What is bytes alone goes past Ray where both processes are on one node: over the wire (wire.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,7 +22,6 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from asyncflow.services.endpoint import (
-    Endpoint,
     Frame,
     Payload,
     PayloadLost,
@@ -28,15 +30,26 @@ from asyncflow.services.endpoint import (
     all_or_error,
 )
 from asyncflow.services.rank import Rank
+from asyncflow.services.runtime.wire import Broken, NotHere, Server, ServerThread, Wire, travels
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import build
-from protocols.control import Notice, Reply, Request
+from protocols.control import Notice, RankAnswer, RankRequest, Reply, Request
 from protocols.delivery import Delivery, RankCall, RankReply
+from protocols.topology import Topology
+
+if TYPE_CHECKING:
+    from workers.world import Meeting, World
 
 LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
 RETURNED_INLINE_BYTES = 128 << 10  # above Ray's own limit of 100 KiB for values that travel inside an answer
 DIRECT_BYTES = 1 << 16  # up to here a copy in the message is quicker than Ray's store and its bookkeeping
+
+T = TypeVar("T")
+
+_deliveries = msgspec.msgpack.Decoder(Delivery)
+_requests, _replies = msgspec.msgpack.Decoder(Request), msgspec.msgpack.Decoder(Reply)
+_rank_calls, _rank_replies = msgspec.msgpack.Decoder(RankCall), msgspec.msgpack.Decoder(RankReply)
 
 
 class RayStore:
@@ -48,6 +61,10 @@ class RayStore:
     def put(self, frame: Frame, direct: bool = False) -> Payload:
         inline = frame.nbytes <= (max(self._inline_bytes, DIRECT_BYTES) if direct else self._inline_bytes)
         return frame.tobytes() if inline else [ray.put(frame)]
+
+    def piece_bytes(self, nbytes: int, direct: bool) -> int:
+        """A front of several ranks may pass small frames on: a few of them, each to who needs it, need no store."""
+        return self._inline_bytes if not direct and self._inline_bytes < nbytes <= DIRECT_BYTES else 0
 
     async def get(self, payload: Payload) -> Frame:
         if isinstance(payload, bytes):
@@ -82,23 +99,65 @@ class AnsweringStore(RayStore):
         return answer
 
 
+class Peer:
+    """An actor in another process: over the wire where it is on this node and all that travels is bytes, or by Ray."""
+
+    def __init__(self, name: str, actor: Any, wire: str) -> None:
+        """`wire`: the name under which the actor listens."""
+        self.name, self.actor = name, actor
+        self.wire = Wire(wire)
+
+    async def call(
+        self, method: str, body: bytes, payloads: Sequence[Payload], what: str = ""
+    ) -> tuple[bytes, list[Payload]]:
+        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call."""
+        what = what or method
+        if travels(payloads):
+            with contextlib.suppress(NotHere):
+                return await self._over_wire(method, body, payloads, what)
+        return await called(self.name, what, getattr(self.actor, method), body, list(payloads))
+
+    async def _over_wire(
+        self, method: str, body: bytes, payloads: Sequence[bytes], what: str
+    ) -> tuple[bytes, list[Payload]]:
+        try:
+            answer = await self.wire.call(method, body, payloads)
+        except Broken as error:
+            await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
+            raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
+        if answer.error is not None:
+            raise ServiceError(f"{self.name}: {what}: {answer.error}")
+        if answer.kept:
+            return answer.body, await called(self.name, what, self.actor.collect, answer.kept)
+        return answer.body, answer.payloads
+
+
 class RayEndpoint:
     """A service in another process."""
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, wire: str) -> None:
         self.name = name
-        self.actor = actor
+        self._peer = Peer(name, actor, wire)
+
+    @property
+    def wire(self) -> str:
+        """Where it listens: another one after a restart."""
+        return self._peer.wire.name
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        await called(self.name, "deliver", self.actor.deliver, msgspec.msgpack.encode(delivery), list(payloads))
+        await self._peer.call("deliver", msgspec.msgpack.encode(delivery), payloads)
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        packed = msgspec.msgpack.encode(request)
-        reply, answers = await called(self.name, "request", self.actor.request, packed, list(payloads))
-        return msgspec.msgpack.decode(reply, type=Reply), answers
+        reply, answers = await self._peer.call("request", msgspec.msgpack.encode(request), payloads)
+        return _replies.decode(reply), answers
 
     async def notices(self) -> list[Notice]:
-        return msgspec.msgpack.decode(await called(self.name, "notices", self.actor.notices), type=list[Notice])
+        notices = await called(self.name, "notices", self._peer.actor.notices)
+        return msgspec.msgpack.decode(notices, type=list[Notice])
+
+    def close(self) -> None:
+        """End the connection to it."""
+        self._peer.wire.close()
 
 
 class RayRanks:
@@ -107,31 +166,52 @@ class RayRanks:
     They fail together: where one is gone the front ends its own process, which is what the controller sees.
     """
 
-    def __init__(self, name: str, actors: Sequence[Any]) -> None:
-        self._name, self._actors = name, actors
+    def __init__(self, name: str, actors: Sequence[Any], wires: Sequence[str], *, meet: bool = False) -> None:
+        """`wires`: the names under which they listen; `meet`: they work together, so they have to find each other."""
+        self._name, self._actors, self._meet = name, actors, meet
+        self._peers = [
+            Peer(f"{name} rank {rank}", actor, wire)
+            for rank, (actor, wire) in enumerate(zip(actors, wires, strict=True))
+        ]
 
     async def start(self) -> None:
+        first = self._actors[0]
+        meeting = await called(f"{self._name} rank 0", "host meeting", first.host_meeting) if self._meet else ""
         async with all_or_error() as group:
             for rank, actor in enumerate(self._actors):
-                group.create_task(called(f"{self._name} rank {rank}", "start", actor.start), name=f"start rank {rank}")
+                starting = called(f"{self._name} rank {rank}", "start", actor.start, meeting)
+                group.create_task(starting, name=f"start rank {rank}")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        actor, name, packed = self._actors[rank], f"{self._name} rank {rank}", msgspec.msgpack.encode(call)
+        peer, packed = self._peers[rank], msgspec.msgpack.encode(call)
         try:
             if call.nbytes < LARGE_CALL_BYTES:
-                reply, answers = await called(name, call.stage, actor.call, packed, payloads)
-                return msgspec.msgpack.decode(reply, type=RankReply), answers
-            answer, large = actor.call_large.options(num_returns=2).remote(packed, payloads)
-            reply, answers = await answered(name, call.stage, answer)
+                reply, answers = await peer.call("call", packed, payloads, call.stage)
+                return _rank_replies.decode(reply), answers
+            answer, large = peer.actor.call_large.options(num_returns=2).remote(packed, payloads)
+            reply, answers = await answered(peer.name, call.stage, answer)
         except ServiceGone as gone:
-            sys.stderr.write(f"{gone}: the service ends with it\n")
-            sys.stderr.flush()
-            os._exit(1)
-        return msgspec.msgpack.decode(reply, type=RankReply), [[large] if a is None else a for a in answers]
+            _end_with(gone)
+        return _rank_replies.decode(reply), [[large] if a is None else a for a in answers]
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        packed, what = msgspec.msgpack.encode(request), type(request).__name__
+        try:
+            answer, payloads = await self._peers[rank].call("ask", packed, [], what)
+        except ServiceGone as gone:
+            _end_with(gone)
+        return msgspec.msgpack.decode(answer, type=RankAnswer), payloads
 
     async def stop(self) -> None:
         for rank, actor in enumerate(self._actors):
             await called(f"{self._name} rank {rank}", "stop", actor.stop)
+
+
+def _end_with(gone: ServiceGone) -> NoReturn:
+    """A service ends with any of its ranks: its process too, which is what the controller sees."""
+    sys.stderr.write(f"{gone}: the service ends with it\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
@@ -156,69 +236,142 @@ async def answered(name: str, what: str, answer: Any) -> Any:
 class ServiceActor:
     """The Ray actor around a ModelService."""
 
-    def __init__(self, spec: bytes, ranks: Sequence[Any]) -> None:
+    def __init__(self, spec: bytes, wire: str, ranks: Sequence[Any], rank_wires: Sequence[str]) -> None:
+        """`wire`: the name under which it is to listen; `ranks` listen under theirs."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
-        several = RayRanks(self._spec.name, ranks) if ranks else None
+        several = RayRanks(self._spec.name, ranks, rank_wires, meet=self._spec.collective) if ranks else None
         self._service = ModelService(self._spec, RayStore(self._spec.inline_bytes), several)
+        self._server = Server(wire, self._answer)
+        self._peers: dict[str, RayEndpoint] = {}
 
     async def start(self) -> tuple[str, int]:
         """(address, port) of the metrics endpoint"""
         host = ray.util.get_node_ip_address() if self._spec.metrics_host == "node" else self._spec.metrics_host
-        return host, await self._service.start(host)
+        port = await self._service.start(host)
+        await self._server.start()
+        return host, port
 
-    async def connect(self, actors: Mapping[str, Any]) -> None:
+    async def connect(self, actors: Mapping[str, Any], wires: Mapping[str, str]) -> None:
         """Say where the others are; again when one of them was restarted."""
-        peers: dict[str, Endpoint] = {name: RayEndpoint(name, actor) for name, actor in actors.items()}
-        self._service.connect({**peers, self._spec.name: self._service})
+        known = {peer.wire: peer for peer in self._peers.values()}
+        self._peers = {
+            name: known.get(wires[name]) or RayEndpoint(name, actor, wires[name]) for name, actor in actors.items()
+        }
+        self._service.connect({**self._peers, self._spec.name: self._service})
 
-    async def deliver(self, delivery: bytes, payloads: list[Payload]) -> None:
-        await self._service.deliver(msgspec.msgpack.decode(delivery, type=Delivery), payloads)
+    async def deliver(self, delivery: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        await self._service.deliver(_deliveries.decode(delivery), payloads)
+        return b"", []
 
     async def request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        reply, answers = await self._service.request(msgspec.msgpack.decode(request, type=Request), payloads)
+        reply, answers = await self._service.request(_requests.decode(request), payloads)
         return msgspec.msgpack.encode(reply), answers
+
+    async def _answer(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Payload]]:
+        match what:
+            case "deliver":
+                return await self.deliver(body, payloads)
+            case "request":
+                return await self.request(body, payloads)
+        raise ValueError(f"{self._spec.name} can't be asked {what!r} over the wire")
+
+    async def collect(self, kept: int) -> list[Payload]:
+        """See `wire.Server.collect`."""
+        return self._server.collect(kept)
 
     async def notices(self) -> bytes:
         return msgspec.msgpack.encode(await self._service.notices())
 
     async def stop(self) -> None:
         await self._service.stop()
+        await self._server.close()
 
 
 class RankActor:
-    """The Ray actor around one rank of a service that has several: one call after the other, in its main thread."""
+    """The Ray actor around one rank of a service that has several: one call after the other, in one thread.
 
-    def __init__(self, spec: bytes, rank: int) -> None:
+    That thread is not Ray's own, since calls come over the wire, too.
+    """
+
+    def __init__(self, spec: bytes, wire: str, rank: int) -> None:
+        """`wire`: the name under which it is to listen."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         self._number = rank
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
+        self._server = ServerThread(wire, self._answer)
+        self._hosted: Meeting | None = None
         if self._spec.log_path:
             path = Path(self._spec.log_path)
             log_to(str(path.with_name(f"{path.stem}-{rank}{path.suffix}")))
 
-    def start(self) -> None:
-        """Load the model."""
-        self._workplace = build(self._spec, self._number)
-        self._store = AnsweringStore(self._spec.inline_bytes)
-        self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
+    def host_meeting(self) -> str:
+        """The address of a place for all ranks to meet, which this one keeps open."""
+        from workers.world import host_meeting
+
+        self._hosted, address = host_meeting(ray.util.get_node_ip_address())
+        return address
+
+    def start(self, meeting: str) -> None:
+        """Join the others at `meeting`, "" where each works by itself, load the model, then listen."""
+        self._in_thread(self._start, meeting)
+        self._server.start()
 
     def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         """One part of a firing: the reply with its payloads."""
-        frames = [_frame_of(payload) for payload in payloads]
-        reply, answers = self._rank.work(msgspec.msgpack.decode(call, type=RankCall), frames)
-        return msgspec.msgpack.encode(reply), answers
+        return self._in_thread(self._call, call, payloads)
 
     def call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
         """The same, and beside it the frame that stands as None among the payloads."""
-        self._store.answers = True
-        try:
-            return self.call(call, payloads), self._store.take_answer()
-        finally:
-            self._store.answers = False
+        return self._in_thread(self._call_large, call, payloads)
+
+    def ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        """What the front asks of all ranks besides rows: the answer with its payloads."""
+        return self._in_thread(self._ask, request, [])
+
+    def collect(self, kept: int) -> list[Payload]:
+        """See `wire.Server.collect`."""
+        return self._server.collect(kept)
 
     def stop(self) -> None:
         """Free the model."""
-        self._workplace.close()
+        self._server.close()
+        self._in_thread(self._workplace.close)
+        self._thread.shutdown()
+
+    def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return self._thread.submit(work, *arguments).result()
+
+    async def _answer(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Payload]]:
+        work = {"call": self._call, "ask": self._ask}[what]
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, body, payloads)
+
+    def _start(self, meeting: str) -> None:
+        self._workplace = build(self._spec, self._number, self._join(meeting) if meeting else None)
+        self._store = AnsweringStore(self._spec.inline_bytes)
+        self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
+
+    def _join(self, meeting: str) -> World:
+        from workers.world import join_world, visit_meeting
+
+        size = Topology.parse(self._spec.topology).world_size
+        return join_world(self._hosted or visit_meeting(meeting), self._number, size)
+
+    def _call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        frames = [_frame_of(payload) for payload in payloads]
+        reply, answers = self._rank.work(_rank_calls.decode(call), frames)
+        return msgspec.msgpack.encode(reply), answers
+
+    def _call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
+        self._store.answers = True
+        try:
+            return self._call(call, payloads), self._store.take_answer()
+        finally:
+            self._store.answers = False
+
+    def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        answer, payloads = self._rank.answer(msgspec.msgpack.decode(request, type=RankRequest))
+        return msgspec.msgpack.encode(answer), payloads
 
 
 def _frame_of(payload: Payload) -> Frame | None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from asyncflow.cli.live import HISTORY, Board, LiveView, panel, sparkline
 from protocols.control import (
     CheckpointWritten,
+    CodeRefused,
+    CodeReloaded,
     Evaluated,
     Event,
     Published,
@@ -93,6 +95,14 @@ def test_without_a_terminal_each_step_is_one_line_however_narrow_it_is():
         (SamplesEnded(state="failed", reason="reward [timed] out", count=3), "3 samples failed: reward [timed] out"),
         (SamplesEnded(state="failed", reason="two\nlines", count=1), "1 samples failed: two lines"),
         (StateChanged(state="paused"), "the run is paused"),
+        (
+            CodeReloaded(step=3, digests={"mine": "0123456789abcdef"}),
+            "code reloaded after step 3: mine 0123456789ab",
+        ),
+        (
+            CodeRefused(step=3, digests={"mine": "0"}, error="mine.py:1 raised\nSyntaxError"),
+            "code refused after step 3, the old runs on: mine.py:1 raised SyntaxError",
+        ),
         (
             Stalled(seconds=61.0, graph=["a waits on b", "b waits on a"]),
             "nothing has moved for 61 s: a waits on b; b waits on a",

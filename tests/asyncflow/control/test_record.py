@@ -12,7 +12,9 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Checkpoints
 from asyncflow.observe.exporter import Exporter
+from protocols.control import StepCommitted
 from protocols.ids import prompt_id, prompt_of, sample_id
+from tests.asyncflow.observe.test_exporter import scrape
 
 A, B = sample_id(prompt_id(0, 5), 0), sample_id(prompt_id(0, 3), 0)
 
@@ -115,3 +117,31 @@ async def test_an_abandoned_record_has_written_what_was_under_way(tmp_path: Path
     reopened = Ledger(tmp_path / "ledger.db")
     assert reopened.live() == [A]
     reopened.close()
+
+
+async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(tmp_path: Path, ledger: Ledger):
+    record = open_record(tmp_path, ledger)
+    told = {"reward.right": 0.5, "reward.liked": 2.0, "cost_mean": 0.25, "multiplier": 1.5, "kl_coefficient": 0.02}
+    event = StepCommitted(
+        step=1,
+        version="0.1",
+        seconds=1.0,
+        samples=2,
+        tokens_generated=8,
+        reward_mean=1.0,
+        kl=0.1,
+        loss=0.1,
+        staleness_max=0,
+        staleness_mean=0.0,
+        metrics=told,
+    )
+    record.step_committed(event, ages=[0], samples_per_prompt=2)
+    exporter = record._exporter
+    try:
+        families = scrape(exporter.serve())
+    finally:
+        exporter.close()
+    names = ("cost_mean", "cost_multiplier", "kl_coefficient")
+    assert [families[f"asyncflow_{name}"].samples[0].value for name in names] == [0.25, 1.5, 0.02]
+    parts = families["asyncflow_reward_part_mean"].samples
+    assert {sample.labels["part"]: sample.value for sample in parts} == {"right": 0.5, "liked": 2.0}

@@ -12,7 +12,7 @@ from asyncflow.observe.metrics import GROUPS, METRICS, Metric
 
 ROOT = Path(asyncflow.__file__).parent
 BOUNDED = {
-    *("activity", "channel", "metric", "phase", "python"),
+    *("activity", "channel", "metric", "part", "phase", "python"),
     *("reason", "replica", "role", "side", "state", "version"),
 }
 

@@ -7,9 +7,10 @@ import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from asyncflow.observe.journal import MetricsJournal
+from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import gantt_window, ledger_totals, write_report
 from asyncflow.observe.timeline import Timeline
 from protocols.control import Evaluated, Span, StepCommitted
@@ -97,6 +98,24 @@ def test_the_page_shows_curves_gantt_idle_time_and_samples(folder: Path):
     assert re.search(r"generator: idle 2\d\.\d% of the time, at least 0\.0%", page.text)
     assert {"240", "243", "reward timed out", "1.23%"} <= set(page.texts)
     assert "step 30: exact_match 0.75" in page.texts
+
+
+def test_costs_multiplier_coefficient_and_parts_of_the_reward_are_drawn_where_there_are_some(folder: Path):
+    own = {"cost_mean": 0.5, "cost_limit": 0.1, "multiplier": 1.5, "kl_coefficient": 0.02, "kl_target": 0.01}
+    own |= {"reward.right": 0.75, "policy.ptx_loss": 1.25}
+    plain = set(titles(folder))
+    lines = [{**line, **own} for line in read_lines(folder / "metrics.jsonl")]
+    (folder / "metrics.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(lines))
+    new = {"Cost", "Multiplier", "KL coefficient", "Reward: right", "Pretraining loss"}
+    assert set(titles(folder)) - plain == new
+    page = write_report(folder).read_text()
+    assert "step 30: limit 0.1" in page
+    assert "step 30: target 0.01" in page
+
+
+def titles(folder: Path) -> list[str]:
+    """Of the page's figures."""
+    return re.findall(r"<figcaption><b>(.*?)</b>", write_report(folder).read_text())
 
 
 def test_the_page_needs_nothing_but_itself_and_escapes_what_the_run_says(folder: Path):

@@ -17,3 +17,8 @@ def telling(prompt: str, response: str, reference: str) -> float:
     """-1 to 1, from the characters of the answer and their places."""
     total = sum((place + 1) * ord(character) for place, character in enumerate(response))
     return (total % 199) / 99.0 - 1.0
+
+
+def digits(prompt: str, response: str, reference: str) -> float:
+    """Which share of the answer is digits."""
+    return sum(map(str.isdigit, response)) / max(len(response), 1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -31,17 +29,6 @@ SPLIT = {
     "deterministic": False,
     "runtime": "ray",
 }
-
-
-@pytest.fixture(scope="module")
-def ray_started() -> Iterator[None]:
-    """One Ray for the runs of this module: a runtime that finds one running uses it and leaves it."""
-    import ray
-
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("ray_started")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from asyncflow.dataflow.graph import Filter, Stage
 from asyncflow.services.apply_functions import ApplyFunctions
+from protocols.code import CodeSource
 from protocols.messages import Experience, Metrics, Scores
 from protocols.stage import Stateful
 from tests.asyncflow.services import rows
@@ -40,7 +42,11 @@ def forgets(batch: Any, *, state: Seen | None = None) -> Any:
 
 
 def worker(function: Any = add_up, kind: type[msgspec.Struct] | None = Seen, filter: Filter | None = None) -> Any:
-    stage = Stage(
+    return ApplyFunctions(stage_of(function, kind, filter))
+
+
+def stage_of(function: Any, kind: type[msgspec.Struct] | None, filter: Filter | None = None) -> Stage:
+    return Stage(
         name=f"{function.__name__}#1",
         service="advantage",
         method=function.__name__,
@@ -53,7 +59,6 @@ def worker(function: Any = add_up, kind: type[msgspec.Struct] | None = Seen, fil
         filter=filter,
         state=kind,
     )
-    return ApplyFunctions(stage)
 
 
 TWO = rows.scores([1, 2])
@@ -99,3 +104,45 @@ def test_without_a_state_the_functions_are_called_as_they_are():
     plain = worker(forgets, None, Filter(len, (0,)))
     assert plain.forgets(TWO) is TWO
     assert plain.len(TWO) == 2
+
+
+ANEW = """
+import msgspec
+from protocols.messages import Metrics
+from protocols.stage import Stateful
+
+class Seen(msgspec.Struct, frozen=True):
+    {field}: int
+
+def add_up(batch, *, state: Seen | None = None, step: int = 1):
+    return Stateful(batch, Metrics(), Seen((state.{field} if state else 0) + 100))
+"""
+
+
+def remade(module: ModuleType) -> Stage:
+    return stage_of(module.add_up, module.Seen)
+
+
+def source(field: str = "count") -> CodeSource:
+    return CodeSource("users", "users.py", ANEW.format(field=field))
+
+
+def test_a_new_function_goes_on_with_the_state_from_the_switch_on():
+    carrying: Any = ApplyFunctions(stage_of(add_up, Seen), "users", remade)
+    carrying.add_up(TWO)
+    carrying.prepare_code([source()])
+    assert carrying.add_up(TWO).state == Seen(4)
+    carrying.switch_code(take=False)
+    assert carrying.add_up(TWO).state == Seen(6)
+    carrying.prepare_code([source()])
+    carrying.switch_code(take=True)
+    assert carrying.add_up(TWO).state.count == 106
+
+
+def test_a_new_function_that_cant_read_the_state_is_refused():
+    carrying: Any = ApplyFunctions(stage_of(add_up, Seen), "users", remade)
+    carrying.add_up(TWO)
+    with pytest.raises(msgspec.ValidationError, match="number"):
+        carrying.prepare_code([source(field="number")])
+    carrying.switch_code(take=True)
+    assert carrying.add_up(TWO).state == Seen(4)

@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncflow.services.parts import Cut, Part, Place, PlannedCall, arrivals, pack, parts_of, places, plan_calls, unpack
+from asyncflow.services.parts import (
+    Cut,
+    Part,
+    Place,
+    PlannedCall,
+    arrivals,
+    pack,
+    pack_apart,
+    parts_of,
+    places,
+    plan_calls,
+    unpack,
+)
 from asyncflow.services.rank import Reader
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols import codec
@@ -151,6 +163,27 @@ def test_a_part_tells_the_names_the_bytes_and_the_tokens_of_its_rows():
     assert packed.shard == Shard([3, 1], frame.nbytes, [2, 3])
     header = codec.read_header(frame)
     assert (header.term, header.attempt) == (2, 1)
+
+
+class Passing(LocalStore):
+    """A store of fronts that pass small frames on, and no others."""
+
+    def piece_bytes(self, nbytes: int, direct: bool) -> int:
+        return 0 if direct or nbytes > 20_000 else 2048
+
+
+def test_a_small_batch_for_several_ranks_is_packed_in_pieces_that_may_pass_their_front():
+    store, batch = Passing(), rows.log_probs(range(8), 100)
+    apart = pack_apart(store, batch, term=0)
+    assert [part.shard.sample_ids for part in apart] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert all(part.shard.nbytes <= 2048 for part in apart)
+    assert unpack([part.payload for part in apart], LogProbs) == batch
+    assert len(pack_apart(store, batch, term=0, direct=True)) == 1, "whoever reads all of it gets it whole"
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(8, 1000), (2, 600)], ids=["of many bytes", "of long rows"])
+def test_a_batch_that_fits_no_pieces_is_packed_whole(samples: int, tokens: int):
+    assert len(pack_apart(Passing(), rows.log_probs(range(samples), tokens), term=0)) == 1
 
 
 def test_rows_that_have_no_tokens_tell_none():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from asyncflow.services.parts import pack_apart
 from asyncflow.services.runtime.ray import RayRuntime
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
@@ -22,17 +23,6 @@ pytestmark = pytest.mark.ray
 INLINE_BYTES = 8192
 BLOCK_BYTES = 1 << 16  # the least that a block of a large frame holds
 LONG = 20_000  # tokens: a row of them never travels inside a message
-
-
-@pytest.fixture(scope="module")
-def ray_started() -> Iterator[None]:
-    """One Ray for the module: a runtime that finds one running uses it and leaves it."""
-    import ray
-
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @asynccontextmanager
@@ -76,7 +66,24 @@ async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none(
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_again(tmp_path: Path):
+async def test_a_small_batch_passes_a_front_in_pieces_of_which_a_rank_gets_its_own():
+    samples = samples_of(*range(16))
+    async with chain() as c:
+        batch = rows.log_probs(samples, 400)
+        parts = pack_apart(c.runtime.store, batch, term=0)
+        await c.send(*parts)
+        await c.until_settled(16)
+        a, b = await c.edge(A_EDGE), await c.edge(B_EDGE)
+        assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
+    assert max(part.shard.nbytes for part in parts) <= INLINE_BYTES < batch.nbytes
+    assert a.inline_bytes == sum(part.shard.nbytes for part in parts)
+    assert a.read_bytes == {rank: part.shard.nbytes for rank, part in enumerate(parts)}, "one each, the front none"
+    assert b.inline_bytes > 0, "and so are the answers"
+
+
+@pytest.mark.usefixtures("ray_started")
+@pytest.mark.parametrize("tokens", [pytest.param(LONG, id="by reference"), pytest.param(3, id="over the wire")])
+async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_again(tmp_path: Path, tokens: int):
     samples = samples_of(*range(24))
     slowly = {
         "firing_rows": 2,
@@ -85,7 +92,7 @@ async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_
         "numbers": {"folder": str(tmp_path)},
     }
     async with chain(a={"firing_rows": 8}, b=slowly) as c:
-        await c.send(c.put(rows.log_probs(samples, LONG)))
+        await c.send(c.put(rows.log_probs(samples, tokens)))
         await c.until_settled(6)
         kill(process_of(tmp_path, "b"))
         await c.restart("b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -151,6 +152,19 @@ class DoesNotUnsettle(PromptBook):
 
     def unsettle(self) -> None:
         pass
+
+
+# --- drawing
+
+
+class SeedsOfAGenerator:
+    """Draws with whatever a generator of random numbers gives next, as one that is shared by all rows does."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+
+    def __call__(self, sample: int, drawing: int) -> int:
+        return self._random.getrandbits(63)
 
 
 # --- leases

@@ -46,9 +46,10 @@ class Controller:
         self.floors: dict[int, int] = {}  # live prompts
         self.attempts: dict[int, int] = {}  # live prompts
         self.fates: dict[int, str] = {}  # every prompt
-        self.notices: deque[Settled] = deque()
+        self.notices: dict[int, deque[Settled]] = {}  # by prompt: those of two prompts may pass each other
         self.training: Training | None = None
         self.newest_weights = 0  # published
+        self.late_weights: deque[int] = deque()  # committed and not yet published, which no rule lets happen
         self._chosen: list[Ready] | None = None
         self._stale = False
 
@@ -57,20 +58,27 @@ class Controller:
         return self.admission.version
 
     @property
+    def _publishes(self) -> bool:
+        """Whether there is anybody to load the weights: a policy that draws itself has them."""
+        return not self._world.hybrid
+
+    @property
     def finished(self) -> bool:
         return self.version == self._world.config.steps
 
     def actions(self) -> Iterator[Action]:
         if self.admission.room() and not self.finished:
             yield Action(self.name, "admit")
-        if self.notices:
-            yield Action(self.name, "hear")
+        for prompt in self.notices:
+            yield Action(self.name, "hear", prompt)
+        if self.late_weights:
+            yield Action(self.name, "publish late")
         if self.training is None:
-            if not self.finished and self._choice() is not None:
+            if not self.finished and self.choice() is not None:
                 yield Action(self.name, "close")
             return
         policy_done = any(self._world.config.dataflow.stage(s).service == "policy" for s in self.training.done)
-        if policy_done and not self.training.published and not self._world.hybrid:
+        if policy_done and not self.training.published and self._publishes and self._world.rules.publishes_first:
             yield Action(self.name, "publish")
         if self._may_commit(policy_done):
             yield Action(self.name, "commit")
@@ -80,11 +88,15 @@ class Controller:
             case "admit":
                 self._admit(self.admission.room())
             case "hear":
-                self._hear(self.notices.popleft())
+                self._hear(self._next_notice(action.item))
             case "close":
                 self._close()
             case "publish":
-                self._publish()
+                assert self.training is not None
+                self.training.published = True
+                self._publish(self.training.step + 1)
+            case "publish late":
+                self._publish(self.late_weights.popleft())
             case "commit":
                 self._commit()
         self._stale = True
@@ -146,7 +158,13 @@ class Controller:
 
     def tell(self, settled: Settled) -> None:
         """A notice of the join."""
-        self.notices.append(settled)
+        self.notices.setdefault(settled.prompt_id, deque()).append(settled)
+
+    def _next_notice(self, prompt: int) -> Settled:
+        told = self.notices[prompt].popleft()
+        if not self.notices[prompt]:
+            del self.notices[prompt]
+        return told
 
     def _hear(self, settled: Settled) -> None:
         self.book.settle(settled)
@@ -162,7 +180,7 @@ class Controller:
 
     def droppable(self) -> list[int]:
         """Settled prompts that dynamic sampling could still filter out."""
-        busy = self._in_training() | {s.prompt_id for s in self.notices}
+        busy = self._in_training() | self.notices.keys()
         return sorted((self._world.closing.settled & self.floors.keys()) - busy)
 
     def drop(self, prompt: int) -> None:
@@ -187,28 +205,31 @@ class Controller:
 
     # --- steps
 
-    def _choice(self) -> list[Ready] | None:
+    def choice(self) -> list[Ready] | None:
+        """The batch that could be closed now."""
         if self._stale:
             self._chosen, self._stale = self.book.choose(), False
         return self._chosen
 
     def _close(self) -> None:
-        batch = self._choice()
+        batch = self.choice()
         assert batch is not None
         check_age(batch, self.version, self._world.config.staleness)
         self.training = Training(self.version, batch)
         self._world.closing.close(self.version, [s for p in self.book.settled(batch) for s in p.alive])
+
+    def rows_of_choice(self) -> list[int]:
+        """The samples that a batch would have if it were formed now."""
+        return [s for p in self.book.settled(self.book.choose() or []) for s in p.alive]
 
     def done(self, stage: TrainingStage, step: int) -> None:
         """A trainer finished a step."""
         if self.training is not None and self.training.step == step:
             self.training.done.add(stage.name)
 
-    def _publish(self) -> None:
+    def _publish(self, version: int) -> None:
         """The snapshot is taken at once; each replica loads it when its turn comes."""
-        assert self.training is not None
-        self.training.published = True
-        self.newest_weights = self.training.step + 1
+        self.newest_weights = version
         self._world.watch.snapshot(self.newest_weights, self._world.services["policy"].weights)
         for engine in self._world.engines:
             engine.load(self.newest_weights)
@@ -218,11 +239,15 @@ class Controller:
         sinks = {s.name for s in self._world.config.dataflow.sinks}
         if not (policy_done if self._world.rules.rises_after == "policy" else self.training.done == sinks):
             return False
-        return self._world.hybrid or any(e.version > self.training.step for e in self._world.engines)
+        if not self._publishes or not self._world.rules.publishes_first:
+            return True
+        return any(e.version > self.training.step for e in self._world.engines)
 
     def _commit(self) -> None:
         assert self.training is not None
         batch, self.training = self.training.batch, None
+        if self._publishes and not self._world.rules.publishes_first:
+            self.late_weights.append(self.version + 1)
         self.book.commit(batch)
         for prompt in batch:
             self._end(prompt.prompt_id, "trained")

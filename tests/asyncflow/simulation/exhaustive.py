@@ -1,42 +1,24 @@
-"""All orders: every state that a small configuration can reach, each looked at once.
+"""All orders: every state that a small configuration can reach, or as many of them as show all that can go wrong.
 
-A state is kept as the actions that lead to it: the real objects need no copying, they are led there again.
-
-Where that is too many states, some actions happen as soon as they can. That leaves out no deadlock: such an action
-is enabled by another one, nothing but the death of its process disables it, and done late it is what the other
-one done late would be (a row that is delivered late is as good as one that is taken late). What it does leave out
-is how many rows gather for one firing, and the deaths in between; the random runs have those.
+`explore` tries every action in every state, but where one is free (see `reduction`) that one alone; states that
+differ only by who is who are one (see `fingerprint`). A state that is left to be tried in another way is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import msgspec
 
+from protocols.ids import prompt_id, prompt_of, sample_id
 from tests.asyncflow.simulation.configuration import Config
-from tests.asyncflow.simulation.fingerprint import fingerprint
+from tests.asyncflow.simulation.fingerprint import fingerprint, like_enough
+from tests.asyncflow.simulation.fork import fork
 from tests.asyncflow.simulation.network import Action
+from tests.asyncflow.simulation.reduction import free_action, free_race
 from tests.asyncflow.simulation.rules import Rules
 from tests.asyncflow.simulation.schedulers import Livelock
 from tests.asyncflow.simulation.world import THE_REAL_RULES, World
-
-AtOnce = Callable[[Action], bool]
-
-
-def nothing(action: Action) -> bool:
-    """Every action waits for its turn: the whole state space."""
-    return False
-
-
-def what_is_local(action: Action) -> bool:
-    """What a process does with what it has: to look, to ask, to send, to forget."""
-    return action.verb in ("hear", "end", "take", "ask", "send", "resend", "publish")
-
-
-def all_but_work(action: Action) -> bool:
-    """And what is sent arrives: only work takes its time."""
-    return what_is_local(action) or action.verb == "deliver"
 
 
 class Explored(msgspec.Struct):
@@ -45,80 +27,106 @@ class Explored(msgspec.Struct):
     states: int = 0
     transitions: int = 0
     ends: int = 0  # states in which the run is over
+    fates: set[tuple[int, str]] = msgspec.field(
+        default_factory=set
+    )  # that prompts had, each with a version at its time
     complete: bool = True
+
+
+class Asymmetry(Exception):
+    """The batcher chooses between prompts that are not alike by their names, so they may not be renamed."""
 
 
 class _Place(msgspec.Struct):
     """A state on the way to the current one."""
 
-    state: int
-    came_by: list[Action]  # the action that was chosen, and what happened at once
+    name: int
+    world: World
     choices: list[Action]  # not yet tried
 
 
 class Explorer:
     """Depth first over one configuration."""
 
-    def __init__(self, config: Config, rules: Rules = THE_REAL_RULES, at_once: AtOnce = nothing) -> None:
-        self._config, self._rules, self._at_once = config, rules, at_once
+    def __init__(self, config: Config, rules: Rules = THE_REAL_RULES, *, reduced: bool = True) -> None:
+        self._config, self._rules, self._reduced = config, rules, reduced
         self._seen: set[int] = set()
         self._way: list[_Place] = []
         self.result = Explored()
 
     def run(self, most_states: int) -> Explored:
         """Look at every state, or at so many. Raises what the world raises; a circle of states is a Livelock."""
-        world: World | None = World(self._config, self._rules)
-        self._arrive(world, self._rush(world))
-        while self._way:
-            if not self._way[-1].choices:
-                self._way.pop()
-                world = None
-                continue
-            action = self._way[-1].choices.pop()
-            world = world or self._lead_there()
-            world.apply(action)
-            self.result.transitions += 1
-            if not self._arrive(world, [action, *self._rush(world)]):
-                world = None
-            elif len(self._seen) >= most_states:
-                self.result.complete = False
-                break
+        for world in starts(self._config, self._rules) if self._reduced else [World(self._config, self._rules)]:
+            self._arrive(world)
+            while self._way and self.result.complete:
+                self._go_on(most_states)
         return self.result
 
-    def _arrive(self, world: World, came_by: list[Action]) -> bool:
-        """Take a state in; whether it is new."""
-        state = fingerprint(world)
-        if any(place.state == state for place in self._way):
-            raise Livelock(f"livelock: {came_by[0]} leads back to where the run was")
-        if state in self._seen:
-            return False
-        self._seen.add(state)
-        self.result.states += 1
+    def _go_on(self, most_states: int) -> None:
+        place = self._way[-1]
+        if not place.choices:
+            self._way.pop()
+            return
+        action = place.choices.pop()
+        world = fork(place.world) if place.choices else place.world
+        world.apply(action)
+        self.result.transitions += 1
+        self._arrive(world)
+        self.result.complete = self.result.states < most_states
+
+    def _arrive(self, world: World) -> None:
+        """Go on to the next state that has a choice, and take it in where it is new."""
         actions = world.actions()
+        while self._reduced and (free := free_action(world, actions)) is not None:
+            world.apply(free)
+            self.result.transitions += 1
+            actions = world.actions()
+        self.result.fates |= world.watch.fates
+        state = fingerprint(world)
+        if any(place.name == state.name for place in self._way):
+            raise Livelock("livelock: the run comes back to where it was")
+        if state.name in self._seen:
+            return
+        if not like_enough(world, state):
+            raise Asymmetry(f"{self._config}: prompts that are equally old are not alike")
+        self._seen.add(state.name)
+        self.result.states += 1
         if not actions:
             self.result.ends += 1
             world.check_end()
-        self._way.append(_Place(state, came_by, actions + world.faults()))
-        return True
+        race = free_race(world, actions) if self._reduced else []
+        self._way.append(_Place(state.name, world, race or actions + world.faults()))
 
-    def _lead_there(self) -> World:
-        world = World(self._config, self._rules)
-        for place in self._way:
-            for action in place.came_by:
-                world.apply(action)
-        return world
 
-    def _rush(self, world: World) -> list[Action]:
-        """Let happen what happens at once, in a fixed order; what did."""
-        rushed = []
-        while (action := next(filter(self._at_once, world.actions()), None)) is not None:
-            world.apply(action)
-            rushed.append(action)
-        return rushed
+def starts(config: Config, rules: Rules) -> Iterator[World]:
+    """A world for each row that may fail and each process that may die; one where nothing does."""
+    for doomed in [set[tuple[str, int]](), *_dooms(config, rules)]:
+        first = World(config, rules)
+        for victim in first.mortal() if config.faults.restarts == 1 else [""]:
+            world = World(config, rules)
+            world.doomed, world.victim = set(doomed), victim
+            world.faults_left["failures"] = 0
+            yield world
+
+
+def _dooms(config: Config, rules: Rules) -> Iterator[set[tuple[str, int]]]:
+    """Each row at each of its stages, of every prompt that a run can come to."""
+    if not config.faults.failures:
+        return
+    assert (config.faults.failures, config.turns) == (1, 1), "one failure, in rows of one turn, can be known before"
+    calm = World(msgspec.structs.replace(config, faults=type(config.faults)()), rules)
+    worked: dict[tuple[str, int], None] = {}
+    while actions := calm.actions():
+        calm.apply(actions[0])
+        worked |= dict.fromkeys(calm.rows_at_work())
+    first = prompt_of(next(iter(worked))[1])
+    parts = {(where, sample - sample_id(first, 0)) for where, sample in worked if prompt_of(sample) == first}
+    for ordinal in range(config.steps * config.prompts + config.faults.drops):
+        yield from ({(where, sample_id(prompt_id(0, ordinal), 0) + index)} for where, index in sorted(parts))
 
 
 def explore(
-    config: Config, rules: Rules = THE_REAL_RULES, at_once: AtOnce = nothing, most_states: int = 1_000_000
+    config: Config, rules: Rules = THE_REAL_RULES, *, reduced: bool = True, most_states: int = 1_000_000
 ) -> Explored:
     """See `Explorer.run`."""
-    return Explorer(config, rules, at_once).run(most_states)
+    return Explorer(config, rules, reduced=reduced).run(most_states)

@@ -1,22 +1,30 @@
 """What a state of the world is, so that two ways to the same state are seen as one.
 
-Numbers that only name things (deliveries, tickets) are left out, and so is the order of what nobody reads in order.
+A state is a bag of facts about rows and prompts, beside what is true of no row. Numbers that only name things
+(deliveries, tickets) are left out, and so are names themselves: prompts and samples that play the same part are
+renamed by the part they play, so that two states that differ by who is who are one state.
+
+That loses nothing, because nothing that happens looks at a name but in one place: of prompts that are equally old
+the batcher takes the lowest. `like_enough` says whether those between which it chooses are otherwise alike, in
+which case the choice is one between two names of the same state; the exploration checks it at every batch. Where
+rows may come again after their prompt has settled, prompts keep the order of their ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Container, Iterable
 from typing import Any
 
-from asyncflow.control.prompt_book import PromptBook
-from asyncflow.placement.lease import PoolLease
-from asyncflow.services.ended import EndedPrompts
+import msgspec
+
+from asyncflow.control.prompt_book import _oldest as oldest_of
+from asyncflow.placement.lease import PoolLease, shared_leases
 from asyncflow.services.outbox import Outbox
-from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import RowTable
 from protocols.columns import Batch
+from protocols.ids import BASELINE_INDEX, index_of, prompt_of
 from protocols.stage import Failure
-from tests.asyncflow.simulation.controller import Controller
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Delivery
 from tests.asyncflow.simulation.rows import Request, Row
@@ -25,137 +33,237 @@ from tests.asyncflow.simulation.stages import ClosingStage, RowStage, TrainingSt
 from tests.asyncflow.simulation.world import World
 
 Print = tuple[Any, ...]
+MASK = (1 << 64) - 1
 
 
-def fingerprint(world: World) -> int:
-    """Equal for states from which the same can happen."""
+class State(msgspec.Struct, frozen=True):
+    """A state's name, and the part that each prompt plays in it."""
+
+    name: int
+    parts: dict[int, int]
+
+
+class Facts:
+    """All that is true of rows and prompts: (what, [(sample, value)...]) and (what, prompt)."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rows: list[tuple[Print, tuple[tuple[int, Any], ...]]] = []
+        self.prompts: list[tuple[Print, int]] = []
+        faults = world.config.faults
+        self.sends_again = bool(faults.losses or faults.restarts)
+        self.comes_again = self.sends_again or bool(faults.duplicates)
+
+    def row(self, what: Print, sample: int, value: Any = None) -> None:
+        """Something about one row."""
+        self.rows.append((what, ((sample, self.value(value)),)))
+
+    def together(self, what: Print, rows: Iterable[tuple[int, Any]]) -> None:
+        """Something about rows that go together, in their order."""
+        self.rows.append((what, tuple((s, self.value(v)) for s, v in rows)))
+
+    def each_prompt(self, what: Print, prompts: Iterable[int]) -> None:
+        """Something about each of some prompts."""
+        self.prompts += [(what, p) for p in prompts]
+
+    def value(self, value: Any) -> Any:
+        """A row, without whose process holds it: only whether it can be read counts."""
+        match value:
+            case Row():
+                return value.drawing, value.oldest, value.critic, self.world.readable(value.owner)
+            case Request():
+                return value.floor
+            case Failure():
+                return "dead"
+        return value
+
+    def delivery(self, what: Print, d: Delivery) -> None:
+        """Rows under way. What is trained goes in no order."""
+        if d.step < 0:
+            self.together((*what, d.edge, d.attempt), d.rows)
+            return
+        for sample, _ in d.rows:
+            self.row((*what, d.edge, d.step), sample)
+
+    def state(self, rest: Print) -> State:
+        """Rename by the part that each row and prompt plays."""
+        signatures: defaultdict[int, int] = defaultdict(int)
+        for what, rows in self.rows:
+            for place, (sample, value) in enumerate(rows):
+                signatures[sample] += hash((what, len(rows), place, value))
+        of_prompt: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for sample, signature in signatures.items():
+            of_prompt[prompt_of(sample)].append((signature & MASK, sample))
+        parts: defaultdict[int, int] = defaultdict(int)
+        for what, prompt in self.prompts:
+            parts[prompt] += hash(what)
+        for prompt, samples in of_prompt.items():
+            samples.sort()
+            parts[prompt] += hash(tuple((s, index_of(n) == BASELINE_INDEX) for s, n in samples))
+        order = sorted(parts) if self.comes_again else sorted(parts, key=lambda p: (parts[p], p))
+        prompts = {prompt: place for place, prompt in enumerate(order)}
+        names = {
+            sample: (prompts[prompt], BASELINE_INDEX if index_of(sample) == BASELINE_INDEX else place)
+            for prompt, samples in of_prompt.items()
+            for place, (_, sample) in enumerate(samples)
+        }
+        total = sum(hash((what, tuple([(names[s], v) for s, v in rows]))) for what, rows in self.rows)
+        total += sum(hash((what, prompts[prompt])) for what, prompt in self.prompts)
+        return State(hash((rest, total)), dict(parts))
+
+
+def fingerprint(world: World) -> State:
+    """Of the same name for states from which the same can happen, but for who is who."""
+    facts = Facts(world)
     network = world.network
-    return hash(
-        (
-            _controller(world, world.controller),
-            tuple(_service(world, s) for s in world.services.values()),
-            tuple(_stage(world, s) for s in world.stages.values()),
-            tuple(_engine(e) for e in world.engines),
-            _any_order(_delivery(world, d) for d in network.flights.values()),
-            tuple((s, _any_order(_delivery(world, d) for d in w.values())) for s, w in sorted(network.awaited.items())),
-            tuple(network.to_resend),
-            tuple(_lease(lease) for lease in {lease.pool: lease for lease in world.leases.values()}.values()),
-            tuple(world.faults_left.values()),
-        )
+    for d in network.flights.values():
+        facts.delivery(("flies", d.number in network.awaited.get(d.sender, ())), d)
+    if facts.sends_again:
+        for sender, waits in network.awaited.items():
+            for d in waits.values():
+                facts.delivery(("awaited", sender), d)
+    rest = (
+        _controller(facts),
+        [_service(facts, s) for s in world.services.values()],
+        [_stage(facts, s) for s in world.stages.values()],
+        [_engine(facts, e) for e in world.engines],
+        [(s, len(w)) for s, w in sorted(network.awaited.items()) if w],
+        list(network.to_resend),
+        [_lease(world, lease) for lease in {lease.pool: lease for lease in world.leases.values()}.values()],
+        list(world.faults_left.values()),
     )
+    for where, sample in world.doomed:
+        facts.row(("doomed", where), sample)
+    _ended(facts)
+    return facts.state((repr(rest), world.victim if world.faults_left["restarts"] else ""))
 
 
-def _any_order(items: Iterable[Any]) -> Print:
-    return tuple(sorted(items, key=repr))
+def like_enough(world: World, state: State) -> bool:
+    """Whether a batch that can be closed now is chosen by age alone, or between prompts that are alike."""
+    controller = world.controller
+    chosen = controller.choice() if controller.training is None and not controller.finished else None
+    if chosen is None or Facts(world).comes_again:
+        return True
+    oldest = chosen[-1].oldest_version
+    tied = [p for p, settled in controller.book._settled.items() if oldest_of(settled) == oldest]
+    taken = {r.prompt_id for r in chosen}
+    return taken >= set(tied) or len({state.parts[p] for p in tied}) == 1
 
 
-def _value(world: World, value: Any) -> Any:
-    match value:
-        case Row():
-            return value.drawing, value.oldest, value.critic, world.readable(value.owner)
-        case Request():
-            return value.floor
-        case Failure():
-            return "dead"
-        case Delivery():
-            return _delivery(world, value)
-        case (Batch(), row):
-            return _row_of(value[0], row)
-    return value
+def _table(facts: Facts, where: Print, table: RowTable[Any], closed: Container[int] | None = None) -> None:
+    """Of a join `closed` are the prompts that are whole: they leave it together, as old as their oldest row."""
+    for place, sample in enumerate(table._settled):
+        facts.row((*where, "settled", place if closed is None else -1), sample)
+    for sample, held in table._held.items():
+        whole = closed is not None and not facts.comes_again and prompt_of(sample) in closed
+        for position, value in held.slots.items():
+            facts.row((*where, "held", held.attempt, position), sample, None if whole else _held(value))
+    for sample, attempt in table._left.items():
+        facts.row((*where, "left", attempt), sample)
 
 
-def _row_of(batch: Batch, row: int) -> Print:
-    """What the join holds of a row: the number of its drawing, and a version."""
-    columns = [
-        getattr(batch, name) for name in ("log_probs", "values", "scores", "costs", "versions") if hasattr(batch, name)
-    ]
-    return tuple(float(c[row]) if not hasattr(c, "offsets") else float(c.values[row]) for c in columns)
+def _held(value: Any) -> Any:
+    """What a join holds of a row: the number of its drawing, and a version."""
+    if not (type(value) is tuple and isinstance(value[0], Batch)):
+        return value
+    batch, row = value
+    found = [getattr(batch, name, None) for name in ("log_probs", "values", "scores", "costs", "versions")]
+    return tuple(float(c[row] if not hasattr(c, "offsets") else c.values[row]) for c in found if c is not None)
 
 
-def _delivery(world: World, d: Delivery) -> Print:
-    return d.edge, d.attempt, d.step, tuple((s, _value(world, v)) for s, v in d.rows)
+def _ended(facts: Facts) -> None:
+    """Who knows of which prompt that it is over, as far as anything of it is still about."""
+    known = {prompt_of(s) for _, rows in facts.rows for s, _ in rows} | {p for _, p in facts.prompts}
+    over = [p for p in known if p not in facts.world.controller.floors]
+    if not over:
+        return
+    holders: list[tuple[str, Any]] = [(s.name, s.outbox._ended) for s in facts.world.services.values()]
+    for stage in facts.world.stages.values():
+        if isinstance(stage, RowStage | GeneratingStage):
+            holders.append((stage.name, stage.table._ended))
+        elif isinstance(stage, ClosingStage):
+            holders.append((stage.name, stage.join._samples._ended))
+    for name, ended in holders:
+        facts.each_prompt(("ended", name), [p for p in over if p in ended])
 
 
-def _table(world: World, table: RowTable[Any], *, in_order: bool = True) -> Print:
-    held = tuple(
-        (s, row.attempt, tuple((p, _value(world, v)) for p, v in sorted(row.slots.items())))
-        for s, row in sorted(table._held.items())
-    )
-    settled = tuple(table._settled) if in_order else tuple(sorted(table._settled))
-    return held, settled, tuple(sorted(table._left.items())), _ended(table._ended)
+def _outbox(facts: Facts, name: str, outbox: Outbox[Any]) -> None:
+    """Where nothing is ever sent again it only counts who still has to end."""
+    if not facts.sends_again:
+        facts.each_prompt(("kept", name), {p for _, needed in outbox._open.values() for p in needed})
+        return
+    for edge, entries in outbox._kept.items():
+        for place, sent in enumerate(entries.values()):
+            if isinstance(sent, Delivery):
+                facts.delivery(("kept", place), sent)
+            else:
+                facts.each_prompt(("kept", edge, place), sent)
 
 
-def _ended(ended: EndedPrompts) -> Print:
-    return tuple(ended._starts), tuple(ended._stops)
-
-
-def _join(world: World, join: PromptJoin) -> Print:
-    return (
-        _table(world, join._samples, in_order=False),
-        _table(world, join._baselines, in_order=False),
-        tuple((p, tuple(sorted(s))) for p, s in sorted(join._settled.items())),
-        tuple(sorted(join._closed)),
-    )
-
-
-def _outbox(world: World, outbox: Outbox[Any]) -> Print:
-    kept = (
-        (edge, tuple(sorted(outbox._open[n][1])), _value(world, sent))
-        for edge, entries in outbox._kept.items()
-        for n, sent in entries.items()
-    )
-    return _any_order(kept), _ended(outbox._ended)
-
-
-def _lease(lease: PoolLease) -> Print:
+def _lease(world: World, lease: PoolLease) -> Print:
+    """In a line nobody passes those who came before: how long one waited counts where there is none."""
     holder = lease.holder.stage if lease.holder is not None else ""
-    return lease.pool, holder, tuple(claim.stage for claim in lease.waiting)
+    in_line = world.rules.leases is shared_leases
+    passed = [(c.stage, 0 if in_line else world.watch.passed_by(lease, c.ticket)) for c in lease.waiting]
+    return lease.pool, holder, passed
 
 
-def _service(world: World, s: Service) -> Print:
+def _service(facts: Facts, s: Service) -> Print:
+    _outbox(facts, s.name, s.outbox)
+    facts.each_prompt(("to end", s.name), s.to_end)
     thread = s.thread.name if s.thread is not None else ""
-    claims, queue = tuple(sorted(s.claims)), tuple(p.name for p in s.queue)
     # How often it died tells how much it may hold.
-    died = min(s.incarnation, 1)
-    return s.weights, died, _outbox(world, s.outbox), thread, queue, claims, tuple(sorted(s.to_end))
+    return s.weights, min(s.incarnation, 1), thread, [p.name for p in s.queue], sorted(s.claims)
 
 
-def _stage(world: World, stage: Any) -> Print:
+def _stage(facts: Facts, stage: Any) -> Print:
+    name = stage.name
     match stage:
         case RowStage():
-            taken = tuple((s, _value(world, r)) for s, r in stage.taken)
-            dead = tuple(f.sample_id for f in stage.dead)
-            return _table(world, stage.table), stage.phase, taken, dead, stage.attempt, tuple(sorted(stage.failing))
+            _table(facts, (name,), stage.table)
+            facts.together((name, "taken"), stage.taken)
+            facts.together((name, "dead"), [(f.sample_id, f) for f in stage.dead])
+            for sample in stage.failing:
+                facts.row((name, "failing"), sample)
+            return stage.phase, stage.attempt
         case ClosingStage():
-            return _join(world, stage.join), tuple(sorted(stage.settled))
+            _table(facts, (name, "samples"), stage.join._samples, stage.join._closed)
+            _table(facts, (name, "baselines"), stage.join._baselines, stage.join._closed)
+            facts.each_prompt((name, "whole"), stage.settled)
+            facts.each_prompt((name, "closed"), stage.join._closed)
         case GeneratingStage():
-            out = tuple((s, attempt, _value(world, v)) for s, attempt, v in stage.out)
-            return _table(world, stage.table), tuple(sorted(stage.running)), out
+            _table(facts, (name,), stage.table)
+            for sample in stage.running:
+                facts.row((name, "running"), sample)
+            for place, (sample, attempt, row) in enumerate(stage.out):
+                facts.row((name, "out", place, attempt), sample, row)
         case TrainingStage():
-            batch = _delivery(world, stage.batch) if stage.batch is not None else None
-            return stage.newest, batch, stage.phase
-    raise TypeError(stage)
+            if stage.batch is not None:
+                facts.delivery((name, "batch"), stage.batch)
+            return stage.newest, stage.phase
+    return ()
 
 
-def _engine(engine: Engine) -> Print:
-    running = tuple((s, r.attempt, r.turns, r.oldest, r.failing) for s, r in sorted(engine.running.items()))
-    return engine.own_version, tuple(engine.loads), running, engine.phase
+def _engine(facts: Facts, engine: Engine) -> Print:
+    for sample, r in engine.running.items():
+        facts.row((engine.name, r.attempt, r.turns, r.oldest, r.failing, r.request.floor), sample)
+    return engine.own_version, list(engine.loads), engine.phase
 
 
-def _controller(world: World, c: Controller) -> Print:
-    training = (c.training.step, _any_order(c.training.done), c.training.published) if c.training is not None else None
-    return (
-        c.version,
-        tuple(sorted(c.floors.items())),
-        tuple(sorted(c.attempts.items())),
-        len(c.fates),
-        _book(c.book),
-        tuple((s.prompt_id, bool(s.dead), s.oldest_version, s.critic_version) for s in c.notices),
-        training,
-        c.newest_weights,
-        _outbox(world, c.outbox),
-    )
-
-
-def _book(book: PromptBook) -> Print:
-    return tuple((p, s.oldest_version, s.critic_version) for p, s in sorted(book._settled.items()))
+def _controller(facts: Facts) -> Print:
+    c = facts.world.controller
+    for prompt, floor in c.floors.items():
+        # Of a prompt that is settled for good nobody asks when it was admitted.
+        is_open = facts.sends_again or prompt not in c.book._settled
+        facts.prompts.append((("live", floor if is_open else -1, c.attempts[prompt]), prompt))
+    for prompt, settled in c.book._settled.items():
+        facts.prompts.append((("ready", oldest_of(settled)), prompt))
+    for prompt, notices in c.notices.items():
+        told = tuple((bool(s.dead), oldest_of(s)) for s in notices)
+        facts.prompts.append((("told", told), prompt))
+    _outbox(facts, c.name, c.outbox)
+    training = None
+    if c.training is not None:
+        training = c.training.step, sorted(c.training.done), c.training.published
+        facts.each_prompt(("in training",), [r.prompt_id for r in c.training.batch])
+    return c.version, training, c.newest_weights, c.admission.live, c.admission.unsettled

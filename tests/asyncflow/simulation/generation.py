@@ -87,7 +87,9 @@ class GeneratingStage(CallSite):
         self.running.discard(sample)
         row: Given = Failure(sample, "failed")
         if not running.failing:
-            row = Row(self.world.draw(sample), running.oldest, -1, self.service.owner)
+            drawing = self.world.draw(sample)
+            self.world.watch.seeded(sample, self.world.rules.seed(sample, drawing))
+            row = Row(drawing, running.oldest, -1, self.service.owner)
         self.out.append((sample, running.attempt, row))
 
     def put_back(self, sample: int, running: Running) -> None:
@@ -210,7 +212,8 @@ class Engine:
 
     def _start(self, sample: int) -> None:
         stage = next(s for s in self.world.generating if s.table.is_settled(sample))
-        self.running[sample] = stage.start(sample)
+        running = self.running[sample] = stage.start(sample)
+        running.failing = self.world.is_doomed(self.name, sample)
 
     def _draw(self, sample: int) -> None:
         running = self.running[sample]

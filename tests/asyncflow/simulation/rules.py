@@ -17,11 +17,17 @@ from asyncflow.services.mailbox import has_room
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import RowTable
+from protocols.ids import sampling_seed
 
 
 def joins_never_refuse(join: PromptJoin, position: int, samples: list[int]) -> bool:
     """Whether a join takes rows of one input now."""
     return True
+
+
+def seed_of_the_sample(sample: int, drawing: int) -> int:
+    """What a row is drawn with: a row that is drawn again after a crash draws the same."""
+    return sampling_seed(0, sample)
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -40,9 +46,14 @@ class Rules(msgspec.Struct, frozen=True):
     tombstones: bool = True  # [5] a failed row travels on
     join_hears_first: bool = True  # [7] that a prompt was dropped, before the budget has its place
     rises_after: Literal["all", "policy"] = "all"  # [11] who must be done with a step
+    one_batch: bool = True  # [11] formed once, for all trainers; else each takes what is best when it begins
     update_keeps_lease: bool = False  # [12] until its weights are loaded
+    publishes_first: bool = True  # [12] before the commit
     floor: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13]
     loads: Literal["in order", "in any order", "when idle"] = "in order"  # [13]
+    prox: Literal["of the update", "of the drawing"] = "of the update"  # [16] whose log-probs the ratio divides by
+    seed: Callable[[int, int], int] = seed_of_the_sample  # [17] of a sample's n-th drawing after a crash
+    in_id_order: bool = False  # [18] a firing takes its rows in the order of their ids
     # What the first sketch of the rules did not cover: delivery.
     new_attempts: bool = True  # rows that are drawn again carry a higher attempt
     asks_again: bool = True  # who finds rows unreadable asks their senders for what they keep

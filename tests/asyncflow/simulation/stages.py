@@ -17,7 +17,7 @@ from protocols.ids import prompt_of
 from protocols.messages import Values
 from protocols.stage import Failure
 from tests.asyncflow.simulation.network import Action, Delivery
-from tests.asyncflow.simulation.rows import Row, contents, message
+from tests.asyncflow.simulation.rows import Request, Row, contents, message
 from tests.asyncflow.simulation.service import Service
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class RowStage(CallSite):
 
     def begin(self) -> None:
         self.phase = "working"
+        self.failing |= {s for s, _ in self.taken if self.world.is_doomed(self.name, s)}
 
     def sent(self) -> None:
         self.service.leave(self)
@@ -130,7 +131,8 @@ class RowStage(CallSite):
 
     def _take(self) -> None:
         """Take what is there; what can't be read is taken back, and asked for again."""
-        joined = self.table.take(self.table.next_settled(self.world.config.firing_rows))
+        joined = self.table.take(self.table.next_settled(self.world.config.firing_rows, self.world.rules.in_id_order))
+        self.world.watch.fired(self.name, joined.samples)
         read = list(zip(joined.samples, zip(*joined.inputs, strict=True), strict=False))
         lost = [s for s, inputs in read if not all(self.world.readable(row.owner) for row in inputs)]
         self.taken = [(s, inputs[0]) for s, inputs in read if s not in lost]
@@ -213,7 +215,7 @@ class ClosingStage(CallSite):
     def _check_bounds(self) -> None:
         config, watch = self.world.config, self.world.watch
         per_prompt = config.rows_per_prompt
-        waiting = self.join.depth - len(self.settled) * per_prompt
+        waiting = self.join.depth - len(self.settled - self.world.controller.notices.keys()) * per_prompt
         # A successor gets again all that lives, settled or not.
         window = config.most_live if self.service.incarnation else self.world.controller.admission.window
         watch.bound("join, unsettled", self.name, waiting, window * per_prompt)
@@ -264,7 +266,19 @@ class TrainingStage(CallSite):
             self._finish()
 
     def begin(self) -> None:
+        assert self.batch is not None
         self.phase = "working"
+        if not self.world.rules.one_batch and (samples := self.world.controller.rows_of_choice()):
+            rows = tuple((s, Row(1, 0, -1, self.service.owner)) for s in samples)
+            self.batch = self.batch._replace(rows=rows)
+        if self.service.name == "policy":
+            divisors = [self._divisor(row) for _, row in self.batch.rows]
+            self.world.watch.divides_by(self.batch.step, self.service.weights, divisors)
+
+    def _divisor(self, row: Row | Failure | Request) -> int:
+        """The version of the weights whose log-probs the ratio of a row divides by."""
+        assert isinstance(row, Row)
+        return self.service.weights if self.world.rules.prox == "of the update" else row.oldest
 
     def release(self) -> None:
         """Give the devices back where they were kept until the weights were out."""

@@ -1,8 +1,7 @@
 """What each rule of time is for: the smallest run that goes wrong without it, and that run with it.
 
 The numbers are those of the rules. A rule is taken out by a variant in `broken`; the same configuration under the
-same schedules then shows the deadlock, or the bound that is passed. Rules 16 to 18 (log-probs, seeds, determinism)
-are about values, 19 and 20 (rollback, stall) about processes: they are shown where those are.
+same schedules then shows the deadlock, or the bound that is passed. Rules 16 to 20 are in `test_rules_of_runs`.
 """
 
 from __future__ import annotations
@@ -170,11 +169,31 @@ def test_11_a_version_that_rises_when_the_policy_is_done_has_values_of_an_older_
     shows(Config(), Rules(rises_after="policy"), "is 1 versions old at step 1, bound 0", slow_critic)
 
 
+def a_late_straggler(world: World, action: Action) -> bool:
+    """The straggler comes in between the two trainers' beginnings."""
+    return last_turn(world, action) if world.controller.training is None else action.who == "critic.update#1"
+
+
+def test_11_trainers_that_each_form_their_own_batch_train_different_rows():
+    """An older prompt settles after the first has begun."""
+    config = Config(staleness=1, steps=3, turns=2, stragglers=(0,))
+    late = on_purpose(late=a_late_straggler)
+    shows(config, Rules(one_batch=False), "trains other rows than", late)
+
+
 # --- 12, 13, 14, 15: versions, leases, grain
 
 
 def test_12_a_lease_held_until_the_weights_are_out_keeps_the_generator_from_loading_them():
     shows(Config("grpo", "shared"), Rules(update_keeps_lease=True), "Deadlock")
+
+
+def test_12_weights_that_go_out_after_their_commit_are_those_of_a_later_step():
+    """The commit lets the next step begin, and that changes what the snapshot is taken of."""
+    slow = on_purpose(late=lambda world, action: action.verb == "publish late")
+    shows(
+        Config("grpo", staleness=1), Rules(publishes_first=False), "weights of step 2 are published as version 1", slow
+    )
 
 
 def test_13_without_a_floor_a_slow_replica_draws_with_weights_from_before_the_admission():

@@ -34,6 +34,9 @@ class Watch:
         self.counts: Counter[str] = Counter()
         self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the highest share of a limit: (value, limit)
         self._trained: defaultdict[int, dict[str, list[Any]]] = defaultdict(dict)  # step -> sink -> rows
+        self.fates: set[tuple[int, str]] = set()  # (version, how a prompt ended then)
+        self.seeds: dict[int, int] = {}  # by sample
+        self.firings: defaultdict[str, list[str]] = defaultdict(list)  # by stage: the rows of each, in order
         self._grants: Counter[str] = Counter()  # by pool
         self._asked: dict[int, int] = {}  # ticket -> grants of its pool at the time
 
@@ -51,10 +54,15 @@ class Watch:
     def asked(self, lease: PoolLease, ticket: int) -> None:
         self._asked[ticket] = self._grants[lease.pool]
 
+    def passed_by(self, lease: PoolLease, ticket: int) -> int:
+        """Grants of a pool since a claim asked."""
+        return self._grants[lease.pool] - self._asked[ticket]
+
     def granted(self, lease: PoolLease, ticket: int) -> None:
         """First come, first served: as many grants lie between as stages and engines share the pool."""
         self._grants[lease.pool] += 1
-        between = self._grants[lease.pool] - 1 - self._asked.pop(ticket)
+        between = self.passed_by(lease, ticket) - 1
+        del self._asked[ticket]
         sharers = sum(len(s.parts) for s in self._world.services.values() if s.lease is lease)
         self.bound("grants before one's own", lease.pool, between, sharers)
 
@@ -79,11 +87,27 @@ class Watch:
         if version != weights:
             raise Violation(f"versions: weights of step {weights} are published as version {version}")
 
+    def divides_by(self, step: int, weights: int, divisors: list[int]) -> None:
+        """The ratio is to the weights at the start of the step: at its first optimizer step it is one."""
+        if wrong := [v for v in divisors if v != weights]:
+            raise Violation(
+                f"prox: step {step} starts from weights {weights}, and its ratios divide by those of {wrong}"
+            )
+
     # --- rows
+
+    def seeded(self, sample: int, seed: int) -> None:
+        """A sample is drawn with one seed, however often."""
+        if self.seeds.setdefault(sample, seed) != seed:
+            raise Violation(f"seeds: sample {sample} is drawn with {seed}, and was with {self.seeds[sample]}")
+
+    def fired(self, stage: str, samples: list[int]) -> None:
+        self.firings[stage].append(str(samples))
 
     def ends_once(self, prompt: int, before: str | None, fate: str) -> None:
         if before != "live":
             raise Violation(f"prompt {prompt} ends as {fate}, and was {before}")
+        self.fates.add((self._world.controller.version, fate))
         self.count(fate)
 
     def one_drawing(self, where: str, sample: int, drawings: list[int]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from asyncflow.dataflow.graph import ADVANTAGE
 from asyncflow.dataflow.graph import Stage as Call
 from asyncflow.placement.lease import Claim
+from protocols.control import Waiting
 from protocols.ids import prompt_of
 from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
 from tests.asyncflow.simulation.controller import Controller
@@ -53,6 +54,8 @@ class World:
         self._sources = {c.edge: c.source for c in config.dataflow.channels}
         self.controller = Controller(self)
         self.faults_left = {name: getattr(config.faults, name) for name in config.faults.__struct_fields__}
+        self.doomed: set[tuple[str, int]] = set()  # rows that will fail, each at its stage or engine
+        self.victim = ""  # the only one that may die; "": any of the mortal
         self._drawings: Counter[int] = Counter()
         self._parts = {p.name: p for s in self.services.values() for p in [s, *s.parts]} | {
             p.name: p for p in (self.network, self.controller)
@@ -92,7 +95,7 @@ class World:
             return []
         found: list[Action] = []
         if left["failures"]:
-            found += [Action(CHANCE, "fail", row) for row in self._rows_at_work()]
+            found += [Action(CHANCE, "fail", row) for row in self.rows_at_work()]
         if left["drops"]:
             found += [Action(CHANCE, "drop", prompt) for prompt in self.controller.droppable()]
         if left["duplicates"]:
@@ -111,7 +114,8 @@ class World:
         """
         services = [s for s in self.services if s not in (*TRAINED, ADVANTAGE)]
         services += [ADVANTAGE] if self.controller.training is None else []
-        return services + [e.name for e in self.engines if not self.hybrid]
+        found = services + [e.name for e in self.engines if not self.hybrid]
+        return found if not self.victim else [name for name in found if name == self.victim]
 
     def _go_wrong(self, action: Action) -> None:
         match action.verb:
@@ -133,7 +137,7 @@ class World:
                 self.faults_left["restarts"] -= 1
         self.watch.count(action.verb)
 
-    def _rows_at_work(self) -> Iterator[tuple[str, int]]:
+    def rows_at_work(self) -> Iterator[tuple[str, int]]:
         for stage in self.stages.values():
             if isinstance(stage, RowStage) and stage.phase == "working":
                 yield from ((stage.name, s) for s, _ in stage.taken if s not in stage.failing)
@@ -201,6 +205,14 @@ class World:
         self._drawings[sample] += 1
         return self._drawings[sample]
 
+    def is_doomed(self, where: str, sample: int) -> bool:
+        """Whether a row that begins now will fail; it does so once."""
+        if (where, sample) not in self.doomed:
+            return False
+        self.doomed.discard((where, sample))
+        self.watch.count("fail")
+        return True
+
     def turns(self, sample: int) -> int:
         """How many turns of its engine a row takes: few mostly, many now and then."""
         most, stragglers = self.config.turns, self.config.stragglers
@@ -221,6 +233,16 @@ class World:
                 held[stage.name] = len(stage.table) + stage.table.remembered
         held[self.closing.name] = self.closing.join.depth
         return (f"{number} in {place}" for place, number in held.items() if number)
+
+    def waits(self) -> Iterator[Waiting]:
+        """Who waits for what on whom, as stages report it: for room at another stage, or for devices."""
+        for sender, waits in self.network.awaited.items():
+            for d in waits.values():
+                yield Waiting(sender, "credit", self.inlets[d.edge][0].name)
+        for service, lease in self.leases.items():
+            for claim in lease.waiting:
+                if claim.service == service:
+                    yield Waiting(claim.stage, "the lease", lease.pool)
 
     def standing(self) -> Iterator[str]:
         """Where everything stands, for the message of a deadlock."""

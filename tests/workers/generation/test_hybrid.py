@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import Qwen2ForCausalLM
 
 from protocols.columns import take
 from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling
+from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology
 from protocols.transfer import protocol
 from protocols.weights import Version
@@ -45,7 +47,7 @@ def grouping_of(text: str) -> GenerationGrouping:
 @cache
 def alone(folder: str, sampling: Sampling) -> Rollouts:
     engine = TorchEngine(load_causal(folder), GENERATION, SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
-    return draw_all(engine, tiny.make_prompts(TEXTS), sampling)
+    return draw_all(engine, tiny.make_prompts(TEXTS), sampling).batch
 
 
 # --- what every rank runs
@@ -71,10 +73,17 @@ def policy_of(folder: str, grouping: GenerationGrouping | None) -> ParallelPolic
     )
 
 
+def rows_of(policy: ParallelPolicy, prompts: Prompts, sampling: Sampling) -> Rollouts | None:
+    """What this rank gives, all of its rows."""
+    given = policy.generate(prompts, sampling=sampling)
+    assert given is None or not given.failures
+    return given.batch if given else None
+
+
 def drawn(folder: str, grouping: GenerationGrouping, texts: list[str]) -> Drawn:
     policy = policy_of(folder, grouping)
     prompts = own_rows(grouping, policy.model.rank, texts)
-    return Drawn(policy.generate(prompts, sampling=SAMPLED), policy.generate(prompts, sampling=GREEDY))
+    return Drawn(rows_of(policy, prompts, SAMPLED), rows_of(policy, prompts, GREEDY))
 
 
 def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Rollouts | None, float]:
@@ -83,9 +92,9 @@ def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Ro
     prompts = own_rows(grouping, policy.model.rank, TEXTS)
     shares = protocol("METRIC").distribute(rows=7, topology=grouping.topology)
     data = take(experience(7), shares[policy.model.rank])
-    before = policy.generate(prompts, sampling=SAMPLED)
+    before = rows_of(policy, prompts, SAMPLED)
     policy.update(data)
-    after = policy.generate(prompts, sampling=SAMPLED)
+    after = rows_of(policy, prompts, SAMPLED)
     metrics = policy.update(data)
     return before, after, metrics.values["gradient_norm"] if metrics else 0.0
 
@@ -95,7 +104,7 @@ def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
     hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
     hybrid.to_generation()
     engine = hybrid_generator(hybrid, GENERATION, SEED, tiny.EOS_ID, Version(0, 0))
-    return draw_all(engine, tiny.make_prompts(TEXTS), SAMPLED)
+    return draw_all(engine, tiny.make_prompts(TEXTS), SAMPLED).batch
 
 
 # --- the world
@@ -178,6 +187,31 @@ def test_an_engine_of_ranks_that_train_does_not_step(folder: str):
     engine.submit(tiny.make_prompts(TEXTS), SAMPLED)
     with pytest.raises(RuntimeError, match="switch to generation before an engine steps"):
         engine.step()
+
+
+def test_a_row_that_does_not_fit_fails_alone(folder: str):
+    prompts = tiny.make_prompts(["1+1=", "", "2+2="])
+    given = policy_of(folder, grouping_of("1-1-1 -> 1-1")).generate(prompts, sampling=SAMPLED)
+    assert given is not None
+    _, empty, _ = prompts.sample_ids.tolist()
+    assert given.failures == [Failure(empty, f"sample {empty}: the prompt is empty")]
+    assert given.batch.sample_ids.tolist() == [s for s in prompts.sample_ids.tolist() if s != empty]
+
+
+def test_a_prompt_is_not_drawn_by_weights_older_than_its_admission(folder: str):
+    prompts = replace(tiny.make_prompts(TEXTS[:1]), floors=np.array([3], np.int64))
+    with pytest.raises(ValueError, match="prompt of version 3 can't be drawn by weights of version 0"):
+        policy_of(folder, grouping_of("1-1-1 -> 1-1")).generate(prompts, sampling=SAMPLED)
+
+
+def test_who_switches_layouts_draws_as_often_as_it_likes_before_it_switches_back(folder: str):
+    policy = policy_of(folder, grouping_of("1-1-1 -> 1-1"))
+    assert policy.to_generation().received_bytes == 0
+    prompts = tiny.make_prompts(TEXTS)
+    assert rows_of(policy, prompts, SAMPLED) == rows_of(policy, prompts, SAMPLED)
+    policy.to_training()
+    with pytest.raises(RuntimeError, match="training already"):
+        policy.to_training()
 
 
 def test_a_policy_without_a_generation_layout_says_so(folder: str):

@@ -15,6 +15,7 @@ STORE_BYTES = 80 << 20  # the least that Ray takes
 FRAME_BYTES = 8 << 20
 
 
+@pytest.mark.usefixtures("no_ray")
 async def test_rows_in_flight_may_exceed_the_memory_that_was_given_to_them():
     runtime = RayRuntime(inline_bytes=1024, store_bytes=STORE_BYTES)
     try:

@@ -1,0 +1,181 @@
+"""Which runs show that an algorithm learns, and what they came to as a table: pure, from runs to text.
+
+Two questions. Does every recipe raise its held-out score, whatever the seed? And what does staleness cost: with the
+recipe's off-policy correction at each bound, and at the largest bound without it?
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from asyncflow.bench.report import Row
+
+END = 5  # steps: the reward "first" and "last" is a mean over so many
+STALE = ("grpo", "ppo")  # one without and one with a critic answer for the others
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One run."""
+
+    algorithm: str
+    seed: int
+    staleness: int | None = None  # versions; None: the recipe's own
+    corrected: bool = True  # False: loss.correction = "none"
+
+    @property
+    def kind(self) -> Case:
+        """The case without its seed: what is averaged over seeds."""
+        return msgspec.structs.replace(self, seed=0)
+
+    @property
+    def name(self) -> str:
+        """A name for files: `grpo-staleness4-uncorrected-seed1`."""
+        stale = "" if self.staleness is None else f"-staleness{self.staleness}"
+        return f"{self.algorithm}{stale}{'' if self.corrected else '-uncorrected'}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """What it changes in its algorithm's recipe."""
+        stale = [] if self.staleness is None else [f"staleness={self.staleness}"]
+        return [f"seed={self.seed}", *stale, *([] if self.corrected else ["loss.correction=none"])]
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What one run came to."""
+
+    case: Case
+    recipe: str  # digest of the resolved recipe: a result of another one is not this case's
+    error: str  # "": it finished
+    before: float  # held-out score, 0 to 1, of greedy answers
+    after: float
+    reward_first: float  # mean over the first END steps
+    reward_last: float
+    staleness_mean: float  # versions, of all prompts that were trained
+    staleness_max: int
+    steps: int
+    samples: int  # of all steps
+    seconds: float  # of the steps, without starting and evaluating
+    correction: str = ""  # the recipe's, of [loss]
+
+
+class Mean(msgspec.Struct, frozen=True):
+    """A figure over seeds: mean and sample deviation, 0 for one seed."""
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.spread:.3f}"
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """The finished runs of one kind."""
+
+    kind: Case
+    correction: str
+    seeds: int
+    before: Mean
+    after: Mean
+    reward_first: Mean
+    reward_last: Mean
+    staleness_mean: float
+    staleness_max: int
+    seconds: float  # mean
+    samples_per_second: float
+
+
+def cases(algorithms: Sequence[str], seeds: int, bounds: Sequence[int]) -> list[Case]:
+    """Every run, all of one seed before the next, so that half of the runs are a whole table of fewer seeds.
+
+    `bounds` are the staleness bounds to compare, in versions; the largest is also run without correction.
+    """
+    found: list[Case] = []
+    for seed in range(seeds):
+        found += [Case(algorithm, seed) for algorithm in algorithms]
+        for algorithm in STALE if bounds else ():
+            if algorithm in algorithms:
+                found += [Case(algorithm, seed, bound) for bound in bounds]
+                found += [Case(algorithm, seed, max(bounds), corrected=False)] if max(bounds) > 0 else []
+    return found
+
+
+def summaries(results: Iterable[Result]) -> list[Summary]:
+    """One for each kind that has a finished run, in the order in which kinds first appear."""
+    by_kind: dict[Case, list[Result]] = {}
+    for result in results:
+        if not result.error:
+            by_kind.setdefault(result.case.kind, []).append(result)
+    return [_summary(kind, done) for kind, done in by_kind.items()]
+
+
+def _summary(kind: Case, done: Sequence[Result]) -> Summary:
+    seconds = sum(result.seconds for result in done)
+    return Summary(
+        kind=kind,
+        correction=done[0].correction,
+        seeds=len(done),
+        before=Mean.of([result.before for result in done]),
+        after=Mean.of([result.after for result in done]),
+        reward_first=Mean.of([result.reward_first for result in done]),
+        reward_last=Mean.of([result.reward_last for result in done]),
+        staleness_mean=statistics.fmean(result.staleness_mean for result in done),
+        staleness_max=max(result.staleness_max for result in done),
+        seconds=seconds / len(done),
+        samples_per_second=sum(result.samples for result in done) / seconds if seconds else 0.0,
+    )
+
+
+# --- as text
+
+
+def lines(results: Sequence[Result]) -> list[str]:
+    """Two Markdown tables, the second only where staleness was compared, and the runs that did not finish."""
+    found = summaries(results)
+    recipes = [one for one in found if one.kind.staleness is None]
+    stale = sorted((one for one in found if one.kind.staleness is not None), key=lambda one: one.kind.algorithm)
+    failed = [f"did not finish: {result.case.name}: {result.error}" for result in results if result.error]
+    parts = [_table(RECIPE_HEAD, map(_recipe_cells, recipes)), _table(STALENESS_HEAD, map(_stale_cells, stale)), failed]
+    return [line for part in parts if part for line in ("", *part)][1:]
+
+
+RECIPE_HEAD = ("recipe", "seeds", "held-out before", "held-out after", "reward first", "reward last", "seconds")
+STALENESS_HEAD = ("recipe", "bound", "correction", "staleness mean, max", "seeds", "held-out after")
+
+
+def _recipe_cells(one: Summary) -> tuple[str, ...]:
+    scores = (f"{one.before.value:.3f}", str(one.after), str(one.reward_first), str(one.reward_last))
+    return (one.kind.algorithm, str(one.seeds), *scores, f"{one.seconds:.0f}")
+
+
+def _stale_cells(one: Summary) -> tuple[str, ...]:
+    age = f"{one.staleness_mean:.2f}, {one.staleness_max}"
+    return (one.kind.algorithm, str(one.kind.staleness), one.correction, age, str(one.seeds), str(one.after))
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Nothing where there is no row."""
+    found = list(body)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)] if found else []
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """The figures for programs: the score after training, with the one before as its peer and 1 as its bound."""
+    told = []
+    for one in summaries(results):
+        name = one.kind.name.removesuffix("-seed0")
+        ratio = one.after.value / one.before.value if one.before.value else None
+        told += [
+            Row(f"{name}: held-out score", one.after.value, "share", one.before.value, ratio, bound=1.0),
+            Row(f"{name}: spread over {one.seeds} seeds", one.after.spread, "share"),
+            Row(f"{name}: reward", one.reward_last.value, "share", one.reward_first.value),
+            Row(f"{name}: staleness", one.staleness_mean, "versions", bound=one.kind.staleness),
+            Row(f"{name}: speed", one.samples_per_second, "samples/s"),
+        ]
+    return told

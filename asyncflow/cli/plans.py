@@ -1,0 +1,152 @@
+"""`asyncflow plan` and `calibrate`: what is printed and saved. The decisions are in `placement` and `planning`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from asyncflow.config import BadInput, Pool, Recipe
+from asyncflow.placement.devices import Cluster
+from asyncflow.placement.plan import Placement, draw, make_plan
+from asyncflow.placement.workload import work_of
+from asyncflow.planning import advice, automatic
+from asyncflow.planning.calibration import Calibration, read_calibration
+from asyncflow.planning.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
+from asyncflow.planning.simulator import Simulated, simulate
+from asyncflow.validate import Checked, check
+
+
+def print_dataflow(out: Console, checked: Checked, device: str) -> None:
+    """The algorithm's graph, who runs where, and on a known device what a step will take."""
+    from asyncflow.compose import compose
+
+    recipe = checked.recipe
+    out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
+    for spec in compose(recipe, checked.dataflow, recipe.name, 0, "logs"):
+        place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
+        out.print(f"{spec.name:<12} {spec.kind:<10} {place}", markup=False)
+    if device:
+        simulated = _of_recipe(checked, _calibration(device))
+        out.print(_told("simulated", simulated), markup=False, soft_wrap=True)
+
+
+def print_placement(out: Console, checked: Checked, devices: str, device: str, as_json: bool) -> None:
+    """The best placement of a recipe's models on some devices, by the cost models and in a simulation."""
+    recipe = checked.recipe
+    try:
+        cluster = Cluster.parse(devices)
+        calibration = _calibration(device) if device else Calibration(cluster.device)
+        cluster = Cluster(calibration.device, cluster.count)
+        shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
+        models = work_of(checked.dataflow, shapes)
+        workload = workload_of(recipe, prompt_lengths(checked.train), calibration.responses)
+        placed = make_plan(models, cluster, workload)
+
+        def simulated(placement: Placement) -> Simulated:
+            return simulate(of_placement(placement, models, cluster, workload, checked.dataflow))
+
+        chosen = simulated(placed.chosen)
+        other = simulated(placed.runner_up) if placed.runner_up else None
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if as_json:
+        fields = {**msgspec.structs.asdict(placed), "simulated": chosen, "runner_up_simulated": other}
+        out.print(msgspec.json.format(msgspec.json.encode(fields)).decode(), markup=False, soft_wrap=True)
+        return
+    out.print(draw(placed), markup=False, soft_wrap=True)
+    out.print(_told("simulated", chosen), markup=False, soft_wrap=True)
+    if other:
+        out.print(f"the runner-up, simulated: {other.step_s:.3g} s a step", markup=False)
+
+
+def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
+    """Choose a placement on what is here and write it down, to be edited and pinned."""
+    checked = check(recipe)
+    given = {} if recipe.pools == {"main": Pool()} else recipe.pools  # one device is what a recipe without pools has
+    asked = msgspec.structs.replace(checked.recipe, pools=given)
+    calibration = _calibration(device) if device else None
+    choice = automatic.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+    automatic.save(choice, path)
+    lines = [f"{choice.cluster}: {choice.chosen.name}", _told("simulated", choice.chosen.simulated)]
+    if choice.runner_up:
+        lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
+                     f"{choice.runner_up.simulated.step_s:.3g} s")  # fmt: skip
+    lines.append(f"written to {path}; pin it with: placement = {str(path)!r}")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def print_advice(out: Console, run: Path, as_json: bool) -> None:
+    """What a run's measured times say about its placement."""
+    found = advice.advise(run)
+    text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.told(found)
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, quick: bool) -> None:
+    """Measure what is here with a recipe's models."""
+    from asyncflow.launching import runtime_of
+    from asyncflow.planning import machine
+    from asyncflow.planning.measuring import measure
+
+    checked = check(recipe)
+    alone = msgspec.structs.replace(checked.recipe, pools={})  # one service is measured: it needs no pool
+    runtime = runtime_of(alone)
+    sizes = machine.QUICK if quick else machine.Sizes()
+    found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, runtime, sizes))
+    encoded = msgspec.json.format(msgspec.json.encode(found)) + b"\n"
+    if output is not None:
+        output.write_bytes(encoded)
+    if as_json:
+        out.print(encoded.decode(), end="", markup=False, soft_wrap=True)
+        return
+    for line in told(found):
+        out.print(line, markup=False, soft_wrap=True)
+    if output is not None:
+        out.print(f"written to {output}", markup=False, soft_wrap=True)
+
+
+def told(found: Calibration) -> list[str]:
+    """A calibration for people."""
+    device, reach = found.device, found.device.reach
+    lines = [
+        f"{found.measured}",
+        f"matrix products   {device.peak_flops / 1e9:8.1f} GFLOP/s on a slot, of which inference reaches "
+        f"{reach.compute:.0%} and training {reach.training:.0%}",
+        f"memory            {device.memory_bytes_per_s / 1e9:8.1f} GB/s",
+        f"at once           {device.cores:8.2f} slots' work",
+    ]
+    fixed = {
+        "a layer's pass": reach.layer_s, "an optimizer step": reach.optimizer_s, "a decoding step": reach.host_step_s,
+        "a sequence in it": reach.host_sequence_s, "a copy of weights": reach.publish_s, "a call": reach.call_s,
+        "a step's record": reach.record_s,
+    }  # fmt: skip
+    lines += [f"{name:<17} {1e3 * seconds:8.3f} ms" for name, seconds in fixed.items()]
+    lines += [f"{'a row of ' + name:<17} {1e3 * seconds:8.3f} ms" for name, seconds in found.row_s.items()]
+    if found.responses is not None:
+        lines.append(f"responses         {found.responses.mean:8.1f} tokens, the longest {found.responses.maximum:.0f}")
+    return lines
+
+
+def _of_recipe(checked: Checked, calibration: Calibration) -> Simulated:
+    try:
+        scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
+        return simulate(scenario)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _calibration(device: str) -> Calibration:
+    try:
+        return read_calibration(device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _told(what: str, simulated: Simulated) -> str:
+    idle = ", ".join(f"{pool} {share:.0%}" for pool, share in simulated.pool_idle.items())
+    ages = ", ".join(f"{share:.0%} at {age}" for age, share in simulated.staleness.items())
+    return f"{what}: {simulated.step_s:.3g} s a step; idle: {idle}; versions old: {ages}"

@@ -1,0 +1,259 @@
+"""`asyncflow calibrate`: half a minute of the recipe's own workers, at a few sizes each, on what is here.
+
+    matrix products, memory    what the processor could do
+    forward, update, decode    what the recipe's model gets of it, and what every call costs beside
+    copies of the weights      taking one, installing one
+    two at a time              how much work is done at once: cores, and the interpreter where they share one
+    a call, a record           rows through a service of the recipe's runtime; a step in the ledger
+
+Medians, so that a moment's disturbance does not count. Everything is measured from outside the workers' classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from asyncflow.compose import GENERATOR, compose
+from asyncflow.config import Recipe
+from asyncflow.control.prompts import PromptSource
+from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
+from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE, Device
+from asyncflow.placement.workload import Lengths
+from asyncflow.planning import machine
+from asyncflow.planning.calibration import Calibration, Figures, Timed, fit_decode, reach_of
+from asyncflow.planning.machine import Sizes, median_s, rate
+from asyncflow.planning.scenarios import shapes_of
+from asyncflow.services.runtime import Runtime
+from asyncflow.services.workplace import build
+from protocols.columns import Batch, Jagged
+from protocols.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
+from protocols.roles import Sampling
+from protocols.weights import Version
+from workers.generation.engine import Engine
+
+
+class Bench:
+    """A recipe's workers in this process, and rows to give them."""
+
+    def __init__(self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes) -> None:
+        self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
+        self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
+        self.places = {name: build(spec) for name, spec in self.specs.items() if name != "evaluator"}
+        self.engine = self._engine()
+        self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
+        self._dice = np.random.default_rng(recipe.seed)
+
+    def _engine(self) -> Engine:
+        """The engine that draws, with the policy's weights in it."""
+        policy = self.places["policy"]
+        engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
+        assert engine is not None
+        if engine.version is None:
+            engine.load(*policy.worker.snapshot(Version(0, 0)))
+        return engine
+
+    def close(self) -> None:
+        """Free the workers."""
+        for place in self.places.values():
+            place.close()
+
+    def prompts(self, rows: int) -> Prompts:
+        """The recipe's own prompts, one row each."""
+        ids = [self.source.at(position) for position in range(rows)]
+        return self.source.requests(ids, 1, 0)
+
+    def rollouts(self, rows: int, tokens: int) -> Rollouts:
+        """The recipe's own prompts with responses of so many random tokens."""
+        prompts = self.prompts(rows)
+        responses = Jagged.from_rows(list(self._dice.integers(2, self._vocabulary, (rows, tokens)).astype(np.int32)))
+        return Rollouts(
+            sample_ids=prompts.sample_ids,
+            prompts=prompts.prompts,
+            references=prompts.references,
+            responses=responses,
+            log_probs=responses.with_values(np.full(rows * tokens, -3.0, np.float32)),
+            versions=responses.with_values(np.zeros(rows * tokens, np.int32)),
+            loss_mask=responses.with_values(np.ones(rows * tokens, np.uint8)),
+            finishes=np.zeros(rows, np.uint8),
+        )
+
+    def experience(self, rows: int, tokens: int) -> Experience:
+        """Such rows with small random advantages."""
+        drawn = self.rollouts(rows, tokens)
+        noise = drawn.log_probs.with_values(self._dice.normal(0, 0.1, rows * tokens).astype(np.float32))
+        columns = dict.fromkeys(("advantages", "returns", "values", "reference", "cost_returns", "cost_values"), noise)
+        return Experience(
+            sample_ids=drawn.sample_ids, prompts=drawn.prompts, responses=drawn.responses,
+            loss_mask=drawn.loss_mask, log_probs=drawn.log_probs, **columns,
+        )  # fmt: skip
+
+
+async def measure(
+    recipe: Recipe, dataflow: Dataflow, source: PromptSource, runtime: Runtime, sizes: Sizes
+) -> Calibration:
+    """Calibrate on a recipe's models; `runtime` is one of the recipe's kind that has not been started."""
+    call_s = await machine.call_s(runtime, recipe, source, sizes)
+    return await asyncio.to_thread(_measure, recipe, dataflow, source, call_s, sizes)
+
+
+def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: Sizes) -> Calibration:
+    with closing(Bench(recipe, dataflow, source, sizes)) as bench:
+        peak, bandwidth = machine.peak_flops(sizes), machine.bandwidth(sizes)
+        drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
+        responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
+        tokens = round(responses.mean)
+        figures = Figures(
+            shape=shapes_of(recipe)["policy"],
+            sample_tokens=float(bench.rollouts(max(sizes.rows), tokens).token_counts.mean()),
+            steps=recipe.loss.epochs * recipe.loss.mini_batches,
+            peak_flops=peak,
+            bandwidth=bandwidth,
+            forward=_forward(bench, tokens),
+            update=_update(bench, tokens),
+            decode=fit_decode([(draw.tokens / draw.steps, draw.seconds / draw.steps) for draw in drawn]),
+            publish_s=_publish_s(bench),
+        )
+        reach = reach_of(figures)
+        cores = _thread_cores(bench, tokens) if recipe.runtime == "local" else machine.process_cores(sizes)
+        rows = _without_models(bench, tokens)
+        record = machine.record_s(recipe, sizes)
+    slots = os.cpu_count() or 1
+    device = Device(
+        name=CPU_SLOT,
+        peak_flops=peak,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / slots,
+        memory_bytes_per_s=bandwidth,
+        link_bytes_per_s=bandwidth,
+        network_bytes_per_s=bandwidth,
+        devices_per_node=slots * SLOTS_PER_CORE,
+        reach=msgspec.structs.replace(reach, call_s=call_s, record_s=record),
+        cores=cores,
+    )
+    where = f"{recipe.name} on {slots} cores of {platform.machine()}, runtime {recipe.runtime}"
+    return Calibration(device, responses, rows, where)
+
+
+# --- the recipe's models
+
+
+class Draw(msgspec.Struct, frozen=True):
+    """Sequences that were drawn together."""
+
+    lengths: list[int]
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def _drawn(bench: Bench, rows: int) -> Draw:
+    engine = bench.engine
+    sampling = Sampling(max_tokens=bench.recipe.generation.max_tokens, temperature=bench.recipe.generation.temperature)
+    start, finished = time.perf_counter(), []
+    engine.submit(bench.prompts(rows), sampling)
+    while engine.unfinished:
+        finished += engine.step()
+    return Draw([len(row.tokens) for row in finished], time.perf_counter() - start)
+
+
+def _forward(bench: Bench, tokens: int) -> list[Timed]:
+    """Inference of the policy's shape, over rows that fit one micro-batch."""
+    place = bench.places.get("reference") or bench.places["policy"]
+    timed = []
+    for rows in bench.sizes.rows:
+        rollouts = bench.rollouts(rows, tokens)
+        if rollouts.token_counts.max() * rows <= bench.recipe.loss.tokens_per_micro_batch:
+            seconds = median_s(partial(place.worker.log_probs, rollouts), bench.sizes.rounds)
+            timed.append(Timed(int(rollouts.token_counts.sum()), seconds))
+    return timed
+
+
+def _update(bench: Bench, tokens: int) -> list[Timed]:
+    """A step of the policy: all of its optimizer steps together."""
+    timed = []
+    for rows in bench.sizes.trained_rows:
+        experience = bench.experience(rows * bench.recipe.loss.mini_batches, tokens)
+        if rows * experience.token_counts.max() <= bench.recipe.loss.tokens_per_micro_batch:
+            work = partial(bench.places["policy"].worker.update, experience)
+            seconds = median_s(work, bench.sizes.rounds)
+            timed.append(Timed(int(experience.token_counts.sum()), seconds))
+    return timed
+
+
+def _publish_s(bench: Bench) -> float:
+    """A copy of the weights, taken or installed: the mean of the two. 0 where the policy generates itself."""
+    if GENERATOR not in bench.places:
+        return 0.0
+    policy, engine = bench.places["policy"].worker, bench.engine
+    taken, installed = [], []
+    for step in range(1, bench.sizes.rounds + 1):
+        start = time.perf_counter()
+        manifest, buffer = policy.snapshot(Version(1, step))
+        middle = time.perf_counter()
+        engine.load(manifest, buffer)
+        taken.append(middle - start)
+        installed.append(time.perf_counter() - middle)
+    return (statistics.median(taken) + statistics.median(installed)) / 2
+
+
+def _without_models(bench: Bench, tokens: int) -> dict[str, float]:
+    """Seconds a row of rules, and of the batch function."""
+    rows = max(bench.sizes.trained_rows)
+    rollouts = bench.rollouts(rows, tokens)
+    found = {}
+    for name in ("reward", "cost"):
+        if name in bench.places and bench.recipe.models[name].rule:
+            found[name] = median_s(partial(bench.places[name].worker.score, rollouts), bench.sizes.rounds) / rows
+    closing_stage = bench.dataflow.batch_stage
+    inputs = [_sample_of(channel.message, rollouts) for channel in bench.dataflow.inputs_of(closing_stage.name)]
+    function = bench.places[ADVANTAGE].method(closing_stage.method)
+    numbers = bench.specs[ADVANTAGE].numbers
+    found[ADVANTAGE] = median_s(partial(function, *inputs, **numbers), bench.sizes.rounds) / rows
+    return found
+
+
+def _sample_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
+    """A message of some type about the same rows."""
+    ids, rows = rollouts.sample_ids, len(rollouts)
+    match kind.__name__:
+        case "LogProbs":
+            return LogProbs(sample_ids=ids, log_probs=rollouts.log_probs)
+        case "Values":
+            return Values(sample_ids=ids, values=rollouts.log_probs, versions=np.zeros(rows, np.int64))
+        case "Scores":
+            return Scores(sample_ids=ids, scores=np.arange(rows, dtype=np.float32))
+        case "Costs":
+            return Costs(sample_ids=ids, costs=np.arange(rows, dtype=np.float32))
+        case _:
+            return rollouts
+
+
+def _thread_cores(bench: Bench, tokens: int) -> float:
+    """Services that share an interpreter: how many times one's work is done by all of them at once."""
+    rollouts = bench.rollouts(max(bench.sizes.trained_rows), tokens)
+    works: list[Callable[[], object]] = []
+    for role, method in (("reference", "log_probs"), ("policy", "log_probs"), ("critic", "values")):
+        if role in bench.places:
+            works.append(partial(bench.places[role].method(method), rollouts))
+    works = works[: os.cpu_count() or 1]
+    alone = [rate(work, bench.sizes.seconds) for work in works]
+    with ThreadPoolExecutor(len(works)) as threads:
+        together = list(threads.map(lambda work: rate(work, bench.sizes.seconds), works))
+    return max(1.0, sum(both / one for both, one in zip(together, alone, strict=True)))

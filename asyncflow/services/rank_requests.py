@@ -1,0 +1,76 @@
+"""What a front asks of its ranks besides rows: weights, state, code, layouts. All ranks do it; rank 0 has the answer.
+
+Bytes don't pass the front: the rank that has them puts them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from asyncflow.services.endpoint import Payload, Store
+from asyncflow.services.workplace import Workplace
+from protocols.control import (
+    Done,
+    ExportModel,
+    LoadState,
+    PrepareCode,
+    RankRequest,
+    Reply,
+    SaveState,
+    SnapshotTaken,
+    SwitchCode,
+    SwitchLayout,
+    TakeSnapshot,
+    YieldDevices,
+)
+
+
+def carry_out(workplace: Workplace, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
+    """Do what is asked of a rank. Blocking; raises what its worker raises."""
+    if isinstance(request, YieldDevices):
+        return workplace.leave(), []
+    workplace.come_back()
+    worker: Any = workplace.worker
+    match request:
+        case TakeSnapshot():
+            taken = worker.snapshot(request.version)
+            if taken is None:  # a rank beside the one that collects
+                return Done(), []
+            manifest, buffer = taken
+            return SnapshotTaken(manifest), [store.put(buffer)]
+        case SaveState():
+            worker.save(request.folder)
+        case LoadState():
+            worker.load(request.folder)
+        case ExportModel():
+            worker.export(request.folder)
+        case PrepareCode():
+            if prepare := getattr(worker, "prepare_code", None):  # of the workers that call a user's functions
+                prepare(request.sources)
+        case SwitchCode():
+            if switch := getattr(worker, "switch_code", None):
+                switch(request.take)
+        case SwitchLayout():
+            if request.to == "generation":
+                took = msgspec.structs.asdict(worker.to_generation())
+                return Done({name: float(value) for name, value in took.items()}), []
+            worker.to_training()
+    return Done(), []
+
+
+_ACTIVITIES = {
+    TakeSnapshot: "publish",
+    SaveState: "checkpoint",
+    LoadState: "restore",
+    ExportModel: "export",
+    PrepareCode: "reload",
+    SwitchCode: "reload",
+    YieldDevices: "offload",
+}
+
+
+def activity_of(request: RankRequest) -> str:
+    """What the timeline calls it."""
+    return f"to_{request.to}" if isinstance(request, SwitchLayout) else _ACTIVITIES[type(request)]

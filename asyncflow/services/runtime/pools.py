@@ -1,0 +1,144 @@
+"""Pools on Ray: a placement group each, with a bundle for each device; services stand in their pool's bundles.
+
+A bundle belongs to one pool, so pools never overlap. A device is an accelerator of some type, or on machines
+without one a CPU slot: a quarter of a core in Ray's books, since slots share the cores by time anyway. What a
+cluster can't give is refused with the numbers, before any model loads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE
+from asyncflow.services.endpoint import ServiceError
+from asyncflow.services.spec import ServiceSpec
+from protocols.topology import Topology
+
+NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor that needs none
+RESERVE_SECONDS = 30.0  # for devices that another run is about to give back
+A_TRACE = 0.001  # of a resource that only says what a node has
+
+ACCELERATORS = {  # device -> the type that Ray finds on a node
+    "A100-80G": "A100",
+    "H100": "H100",
+    "H200": "H200",
+    "MI300X": "AMD-Instinct-MI300X-OAM",
+}
+
+
+class PoolRequest(msgspec.Struct, frozen=True):
+    """Devices of one kind that a run wants for itself."""
+
+    devices: int
+    device: str = ""  # "A100-80G", ..., "cpu-slot"; "": an accelerator where the cluster has any, else a CPU slot
+
+
+class ReservedPools:
+    """The pools of one run, from `reserve` to `release`."""
+
+    def __init__(self, requests: Mapping[str, PoolRequest]) -> None:
+        self._requests = dict(requests)
+        self._groups: dict[str, PlacementGroup] = {}
+        self._bundles: dict[str, dict[str, float]] = {}
+        self._tenants: Counter[tuple[str, int]] = Counter()  # (pool, bundle) -> actors that share it
+
+    def reserve(self, specs: Sequence[ServiceSpec]) -> None:
+        """Take the devices; blocks. Raises ServiceError, with the numbers, where the cluster does not have them."""
+        if not self._requests:
+            return
+        total = ray.cluster_resources()
+        self._bundles = {name: bundle_of(request, total) for name, request in self._requests.items()}
+        refuse_shortage(self._requests, self._bundles, total)
+        for spec in specs:
+            for rank in range(Topology.parse(spec.topology).world_size):
+                if place := self._place(spec, rank):
+                    self._tenants[place] += 1
+        try:
+            for name, request in self._requests.items():
+                bundles = [self._bundles[name]] * request.devices
+                self._groups[name] = placement_group(bundles, strategy="PACK")
+            for name, group in self._groups.items():
+                if not group.wait(timeout_seconds=RESERVE_SECONDS):
+                    raise ServiceError(self._not_free(name))
+        except BaseException:
+            self.release()
+            raise
+
+    def options(self, spec: ServiceSpec, rank: int = 0) -> dict[str, Any]:
+        """How the actor of a service's rank is scheduled: into its bundle, with its share of the device there."""
+        place = self._place(spec, rank)
+        if place is None:
+            return dict(NO_DEVICE)
+        pool, bundle = place
+        share = shares_of(self._bundles[pool], self._tenants[place])
+        strategy = PlacementGroupSchedulingStrategy(self._groups[pool], placement_group_bundle_index=bundle)
+        return {**NO_DEVICE, **share, "scheduling_strategy": strategy}
+
+    def release(self) -> None:
+        """Give the devices back. Idempotent."""
+        groups, self._groups = self._groups, {}
+        self._tenants.clear()
+        for group in groups.values():
+            remove_placement_group(group)
+
+    def _place(self, spec: ServiceSpec, rank: int) -> tuple[str, int] | None:
+        request = self._requests.get(spec.pool)
+        return (spec.pool, rank % request.devices) if request else None
+
+    def _not_free(self, name: str) -> str:
+        wanted = self._bundles[name]
+        free = ray.available_resources()
+        there = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in wanted)
+        return (
+            f"pool {name!r}: {self._requests[name].devices} x {_told(wanted)} were not free on one cluster within "
+            f"{RESERVE_SECONDS:g} s; free now: {there}; end what holds them, or ask for fewer"
+        )
+
+
+def bundle_of(request: PoolRequest, total: Mapping[str, float]) -> dict[str, float]:
+    """Ray's resources of one device of a pool. Raises ServiceError for a kind that Ray has no type for."""
+    if request.device == CPU_SLOT or (not request.device and not total.get("GPU")):
+        return {"CPU": 1 / SLOTS_PER_CORE}
+    if not request.device:
+        return {"GPU": 1.0}
+    if request.device not in ACCELERATORS:
+        raise ServiceError(f"no device {request.device!r}; known: {', '.join([*ACCELERATORS, CPU_SLOT])}")
+    return {"GPU": 1.0, f"accelerator_type:{ACCELERATORS[request.device]}": A_TRACE}
+
+
+def refuse_shortage(
+    requests: Mapping[str, PoolRequest], bundles: Mapping[str, Mapping[str, float]], total: Mapping[str, float]
+) -> None:
+    """Raise ServiceError where pools ask for more than a cluster has altogether, with the numbers."""
+    wanted: Counter[str] = Counter()
+    for name, request in requests.items():
+        for kind, amount in bundles[name].items():
+            wanted[kind] += amount * request.devices  # type: ignore[assignment]
+    for kind, amount in wanted.items():
+        if amount > total.get(kind, 0.0) + 1e-9:
+            each = {n: r.devices for n, r in requests.items() if kind in bundles[n]}
+            asked = ", ".join(f"{name} {devices}" for name, devices in each.items())
+            has = f"{total.get(kind, 0.0):g} {kind}"
+            slots = f", {int(total.get(kind, 0.0) * SLOTS_PER_CORE)} slots of a quarter each" if kind == "CPU" else ""
+            raise ServiceError(
+                f"pools ask for {sum(each.values())} devices of {_told(bundles[next(iter(each))])} ({asked}); "
+                f"the cluster has {has}{slots}; take fewer devices, or a larger cluster"
+            )
+
+
+def shares_of(bundle: Mapping[str, float], tenants: int) -> dict[str, float]:
+    """Ray's options for one of several actors that take turns on a device."""
+    share = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    return {share[kind]: int(1e4 * amount / tenants) / 1e4 for kind, amount in bundle.items() if kind in share}
+
+
+def _told(bundle: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())

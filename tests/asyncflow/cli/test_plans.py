@@ -1,0 +1,105 @@
+"""`plan` and `calibrate` as their user reads them."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from asyncflow.cli import plans
+from asyncflow.config import BadInput, Recipe
+from asyncflow.placement.devices import CATALOGUE
+from asyncflow.placement.workload import Lengths
+from asyncflow.planning import machine
+from asyncflow.planning.calibration import Calibration
+from asyncflow.validate import check
+from tests.asyncflow.conftest import MakeRecipe
+
+
+class Paper:
+    """A console whose text can be read."""
+
+    def __init__(self) -> None:
+        self.file = StringIO()
+        self.out = Console(file=self.file, width=200, highlight=False)
+
+    @property
+    def text(self) -> str:
+        return self.file.getvalue()
+
+
+@pytest.fixture
+def paper() -> Paper:
+    return Paper()
+
+
+@pytest.fixture
+def recipe(make_recipe: MakeRecipe) -> Recipe:
+    return make_recipe(deterministic=False)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    """A calibration's file."""
+    two_cores = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
+    path = tmp_path / "here.json"
+    path.write_bytes(msgspec.json.encode(Calibration(two_cores, Lengths.fixed(4), {}, "a test")))
+    return path
+
+
+def test_a_recipes_own_placement_is_simulated_on_a_calibrated_device(paper: Paper, recipe: Recipe, device: Path):
+    plans.print_dataflow(paper.out, check(recipe), str(device))
+    last = paper.text.splitlines()[-1]
+    assert last.startswith("simulated: ") and "s a step; idle: main " in last and "versions old: 100% at 0" in last
+    again = Paper()
+    plans.print_dataflow(again.out, check(recipe), "")
+    assert "simulated" not in again.text, "nothing is known of the devices"
+
+
+def test_the_simulated_step_stands_beside_the_analytic_one(paper: Paper, recipe: Recipe):
+    plans.print_placement(paper.out, check(recipe), "4xA100-80G", "", as_json=False)
+    assert paper.text.startswith("4xA100-80G, synchronous: ")
+    assert "\nsimulated: " in paper.text and "\nthe runner-up, simulated: " in paper.text
+    machine_read = Paper()
+    plans.print_placement(machine_read.out, check(recipe), "4xA100-80G", "", as_json=True)
+    told = json.loads(machine_read.text)
+    assert told["simulated"]["step_s"] == pytest.approx(told["chosen"]["step_s"], rel=0.25)
+
+
+def test_a_plan_is_saved_and_pinned(paper: Paper, recipe: Recipe, device: Path, tmp_path: Path):
+    file = tmp_path / "plan.toml"
+    plans.save_plan(paper.out, recipe, str(device), file)
+    assert f"pin it with: placement = '{file}'" in paper.text and "runner-up of " in paper.text
+    placed = check(msgspec.structs.replace(recipe, placed_by=str(file), pools={}, placement={})).recipe
+    assert set(placed.placement) >= {"policy", "critic"}
+
+
+def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
+    with pytest.raises(BadInput, match="device 'nowhere.json': no file"):
+        plans.print_dataflow(paper.out, check(recipe), "nowhere.json")
+
+
+def test_calibrate_measures_the_recipes_own_models(
+    paper: Paper, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    quickest = machine.Sizes(rows=(1, 8), trained_rows=(2, 8), running=(1, 8), rounds=1, calls=3, seconds=0.05)
+    monkeypatch.setattr(machine, "QUICK", quickest)
+    placement = {"policy": {"pool": "a"}, "generator": {"pool": "b"}}
+    recipe = make_recipe(
+        deterministic=False, pools={"a": {}, "b": {}}, placement=placement, models={"reward": {"rule": "exact_match"}}
+    )
+    file = tmp_path / "here.json"
+    plans.calibrate(paper.out, recipe, as_json=False, output=file, quick=True)
+    found = msgspec.json.decode(file.read_bytes(), type=Calibration)
+    reach = found.device.reach
+    assert found.responses is not None and 1 <= found.responses.mean <= 6
+    assert min(reach.publish_s, reach.call_s, reach.record_s, reach.layer_s + reach.host_step_s) > 0
+    assert found.device.cores >= 1 and set(found.row_s) == {"reward", "advantage"}
+    assert "GFLOP/s" in paper.text and "a row of reward" in paper.text
+    again = Paper()
+    plans.print_dataflow(again.out, check(recipe), str(file))
+    assert "simulated: " in again.text

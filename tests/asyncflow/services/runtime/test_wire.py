@@ -1,0 +1,269 @@
+"""The wire between two real processes: every call its own answer, a loss is told, garbage ends only what sent it."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from asyncflow.services.runtime import wire
+from asyncflow.services.runtime.wire import MOST_BYTES, Broken, Call, NotHere, Server, ServerThread, Wire, travels
+
+PATIENCE_SECONDS = 10.0
+
+
+async def answer(what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+    match what:
+        case "echo":
+            return body, payloads
+        case "wait":
+            await asyncio.sleep(3600)
+        case "reference":
+            return body, [object()]
+    raise ValueError(f"no {what} here")
+
+
+def serve(name: str, ready: Any) -> None:
+    """The other process."""
+    ServerThread(name, answer).start()
+    ready.set()
+    threading.Event().wait()
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[tuple[str, int]]:
+    """Name and process id of a server in a process of its own, for tests that leave it alive."""
+    with running() as (name, pid):
+        yield name, pid
+
+
+class running:
+    """A server in a process of its own."""
+
+    def __enter__(self) -> tuple[str, int]:
+        spawn = multiprocessing.get_context("spawn")
+        name, ready = named(), spawn.Event()
+        self._process = spawn.Process(target=serve, args=(name, ready), daemon=True)
+        self._process.start()
+        assert ready.wait(PATIENCE_SECONDS)
+        assert self._process.pid is not None
+        return name, self._process.pid
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def named() -> str:
+    return f"test-{secrets.token_hex(8)}"
+
+
+@asynccontextmanager
+async def wired(name: str) -> AsyncIterator[Wire]:
+    to = Wire(name)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            yield to
+    finally:
+        to.close()
+
+
+@asynccontextmanager
+async def served(name: str) -> AsyncIterator[Server]:
+    """A server in this process."""
+    server = Server(name, answer)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+def listening(name: str) -> bool:
+    return f"@asyncflow/{name}" in Path("/proc/net/unix").read_text()
+
+
+# --- calls
+
+
+async def test_a_call_comes_back_with_what_was_asked(other: tuple[str, int]):
+    async with wired(other[0]) as to:
+        back = await to.call("echo", b"body", [b"one", b"", b"x" * 3_000_000])
+    assert (back.body, back.payloads, back.error, back.kept) == (b"body", [b"one", b"", b"x" * 3_000_000], None, 0)
+
+
+async def test_many_calls_at_once_each_get_their_own_answer(other: tuple[str, int]):
+    async with wired(other[0]) as to:
+        answers = await asyncio.gather(*(to.call("echo", str(n).encode(), [b"p" * n]) for n in range(500)))
+    assert [a.body for a in answers] == [str(n).encode() for n in range(500)]
+    assert [len(a.payloads[0]) for a in answers] == list(range(500))
+
+
+async def test_a_call_that_waits_holds_up_no_other(other: tuple[str, int]):
+    async with wired(other[0]) as to:
+        waiting = [asyncio.create_task(to.call("wait", b"")) for _ in range(20)]
+        assert (await to.call("echo", b"meanwhile")).body == b"meanwhile"
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert (await to.call("echo", b"after")).body == b"after", "a caller that gives up leaves the others"
+
+
+async def test_what_the_work_raises_is_the_callers(other: tuple[str, int]):
+    async with wired(other[0]) as to:
+        assert (await to.call("nothing", b"")).error == "no nothing here"
+
+
+async def test_an_answer_that_is_not_bytes_is_kept_and_collected_once():
+    name = named()
+    async with served(name) as server, wired(name) as to:
+        back = await to.call("reference", b"body")
+        assert (back.body, back.payloads) == (b"body", [])
+        assert [type(payload) for payload in server.collect(back.kept)] == [object]
+        with pytest.raises(KeyError):
+            server.collect(back.kept)
+
+
+async def test_answers_that_nobody_collects_are_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "MOST_CALLS", 2)
+    name = named()
+    async with served(name) as server, wired(name) as to:
+        first, *_, last = [(await to.call("reference", b"")).kept for _ in range(3)]
+        assert len(server.collect(last)) == 1
+        with pytest.raises(KeyError):
+            server.collect(first)
+
+
+def test_only_bytes_travel_and_not_too_many():
+    assert travels([])
+    assert travels([b"a", b"b"])
+    assert not travels([b"a", ["reference"]])
+    assert not travels([bytes(MOST_BYTES // 2)])
+
+
+# --- losses
+
+
+async def test_nobody_listens_under_an_unknown_name():
+    async with wired(named()) as to:
+        with pytest.raises(NotHere):
+            await to.call("echo", b"")
+
+
+async def test_calls_to_a_process_that_is_killed_are_broken_and_then_nobody_is_there():
+    with running() as (name, pid):
+        async with wired(name) as to:
+            waiting = [asyncio.create_task(to.call("wait", b"")) for _ in range(3)]
+            await to.call("echo", b"")
+            os.kill(pid, signal.SIGKILL)
+            for task in waiting:
+                with pytest.raises(Broken, match=name):
+                    await task
+            with pytest.raises((NotHere, Broken)):
+                await to.call("echo", b"")
+            assert not listening(name)
+
+
+async def test_a_connection_that_ended_is_made_anew():
+    name = named()
+    async with wired(name) as to:
+        for _ in range(2):
+            async with served(name):
+                assert (await to.call("echo", b"here")).body == b"here"
+            assert to._listening is not None
+            await to._listening
+        assert not listening(name)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(struct.pack("<I", MOST_BYTES + 1), id="too long"),
+        pytest.param(struct.pack("<I", 4) + b"\xc1\xc1\xc1\xc1", id="no msgpack"),
+        pytest.param(struct.pack("<I", 1) + msgspec.msgpack.encode(7), id="no call"),
+        pytest.param(struct.pack("<I", 100) + b"cut", id="cut short"),
+    ],
+)
+async def test_garbage_ends_the_connection_that_sent_it_and_no_other(sent: bytes):
+    name = named()
+    async with served(name) as server, wired(name) as to:
+        await to.call("echo", b"")
+        reader, writer = await asyncio.open_unix_connection(f"\0asyncflow/{name}")
+        writer.write(sent)
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+        assert (await to.call("echo", b"still")).body == b"still"
+        assert len(server._connections) == 1
+
+
+async def test_an_answer_that_is_garbage_breaks_the_calls_that_wait():
+    name = named()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"\0asyncflow/{name}")
+
+        async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(4)
+            writer.write(struct.pack("<I", 3) + b"\xc1\xc1\xc1")
+
+        async with await asyncio.start_unix_server(babble, sock=listener), wired(name) as to:
+            with pytest.raises(Broken):
+                await to.call("echo", b"")
+
+
+async def test_another_user_is_refused_on_either_side(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    name = named()
+    async with served(name), wired(name) as to:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(NotHere, match="as user"):
+            await to.call("echo", b"")
+        reader, writer = await asyncio.open_unix_connection(f"\0asyncflow/{name}")
+        assert await reader.read() == b""
+        writer.close()
+    assert "this process as 12345" in capfd.readouterr().err
+
+
+async def test_a_server_that_closed_leaves_nothing():
+    name = named()
+    async with served(name) as server, wired(name) as to:
+        waiting = asyncio.create_task(to.call("wait", b""))
+        await to.call("echo", b"")
+        await server.close()
+        with pytest.raises(Broken):
+            await waiting
+        assert not server._connections
+        assert not server._calls
+        assert not to._waiting
+        assert not listening(name)
+
+
+def test_a_server_with_a_thread_of_its_own_ends_with_it():
+    name, before = named(), threading.active_count()
+    server = ServerThread(name, answer)
+    server.start()
+    assert (listening(name), threading.active_count()) == (True, before + 1)
+    server.close()
+    assert (listening(name), threading.active_count()) == (False, before)
+
+
+def test_a_call_is_an_array_of_numbered_parts():
+    """Both ends are of one release; the order of the fields is all there is."""
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(Call(1, "deliver", b"b", [b"p"]))) == [
+        1,
+        "deliver",
+        b"b",
+        [b"p"],
+    ]

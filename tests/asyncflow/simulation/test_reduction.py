@@ -1,0 +1,138 @@
+"""What the reduction rests on holds, and it finds what the exploration of every order finds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from asyncflow.control.staleness import StalenessExceeded
+from tests.asyncflow.simulation import broken
+from tests.asyncflow.simulation.configuration import Config, Faults
+from tests.asyncflow.simulation.exhaustive import explore, starts
+from tests.asyncflow.simulation.fingerprint import fingerprint
+from tests.asyncflow.simulation.fork import fork
+from tests.asyncflow.simulation.network import Action
+from tests.asyncflow.simulation.reduction import free_action, is_free
+from tests.asyncflow.simulation.rules import Rules
+from tests.asyncflow.simulation.watch import Deadlock, Violation
+from tests.asyncflow.simulation.world import THE_REAL_RULES, World
+
+
+def after(world: World, *actions: Action) -> World:
+    """A copy of a world, some actions later."""
+    later = fork(world)
+    for action in actions:
+        later.apply(action)
+    return later
+
+
+def breaches(world: World) -> Iterator[str]:
+    """Pairs of actions for which what `reduction` says of the first is not so."""
+    actions = world.actions()
+    if free_action(world, actions) is None:
+        return
+    for free in (a for a in actions if is_free(world, a)):
+        for other in [b for b in actions + world.faults() if b != free]:
+            there = after(world, other)
+            if free not in there.actions():
+                yield f"{free} can't happen after {other}"
+            elif not is_free(there, free):
+                yield f"{free} is not free after {other}"
+            elif fingerprint(after(there, free)).name != fingerprint(after(world, free, other)).name:
+                yield f"{free} and {other} lead elsewhere in the other order"
+
+
+def along_a_way(config: Config, seed: int) -> Iterator[str]:
+    """Breaches in the states of one random run."""
+    chance = random.Random(seed)
+    world = chance.choice(list(starts(config, THE_REAL_RULES)))
+    while actions := world.actions():
+        yield from breaches(world)
+        faults = world.faults()
+        world.apply(chance.choice(faults) if faults and chance.random() < 0.05 else chance.choice(actions))
+
+
+@pytest.mark.parametrize(
+    ("config", "seed"),
+    [
+        (Config("ppo", "split", steps=1), 0),
+        (Config("ppo", "colocated", steps=2, staleness=1), 1),
+        (Config("remax", "split", steps=2, staleness=1, prompts=2), 2),
+        (Config("ppo", "split", steps=2, faults=Faults(failures=1, drops=1)), 3),
+        (Config("ppo", "split", steps=1, faults=Faults(restarts=1)), 4),
+    ],
+    ids=str,
+)
+def test_what_is_free_stays_free_and_changes_nothing_of_what_else_may_happen(config: Config, seed: int):
+    assert list(along_a_way(config, seed)) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config("ppo", "split", steps=1),
+        Config("ppo", "colocated", steps=1),
+        Config("remax", "split", steps=1),
+        Config("grpo", "colocated", steps=1, faults=Faults(failures=1)),
+        Config("grpo", "colocated", steps=1, faults=Faults(restarts=1)),
+    ],
+    ids=str,
+)
+def test_a_run_ends_in_the_same_ways_with_and_without(config: Config):
+    whole, reduced = explore(config, reduced=False), explore(config)
+    assert whole.complete and reduced.complete
+    assert reduced.fates == whole.fates
+    assert (reduced.ends > 0) == (whole.ends > 0)
+    assert reduced.states < whole.states
+
+
+BROKEN = {
+    "1 credit": (Config("remax", staleness=1), Rules(join_room=broken.credit(1))),
+    "2 window": (Config("grpo", prompts=2, window=1), Rules(admission=broken.KeepsSlotsUntilTrained)),
+    "3 lease": (Config("remax", "mixed", staleness=1, steps=3), Rules(kept_while_sending="lease")),
+    "3 room": (Config("grpo", staleness=1), Rules(has_room=broken.exactly_room)),
+    "4 minimum": (Config("grpo"), Rules(fires_on=2)),
+    "5 tombstones": (Config("grpo", steps=1, faults=Faults(failures=1)), Rules(tombstones=False)),
+    "5 baseline": (Config("remax", steps=1, faults=Faults(failures=1)), Rules(prompt_join=broken.BlindToBaselines)),
+    "6 samples": (Config("grpo", samples=2, faults=Faults(failures=1)), Rules(admission=broken.CountsSamples)),
+    "7 budget": (Config("grpo", faults=Faults(failures=1)), Rules(admission=broken.KeepsTheBudgetOfTheDead)),
+    "7 drop": (Config("grpo", faults=Faults(drops=1)), Rules(join_hears_first=False)),
+    "8 age": (
+        Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,)),
+        Rules(prompt_book=broken.AgesAgainstYesterday),
+    ),
+    "9 newest": (
+        Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,)),
+        Rules(prompt_book=broken.NewestFirst),
+    ),
+    "10 due": (
+        Config("grpo", staleness=2, steps=4, turns=2, stragglers=(1, 2)),
+        Rules(prompt_book=broken.LooksAtWhatIsDueNow),
+    ),
+    "11 rises": (Config(), Rules(rises_after="policy")),
+    "12 lease": (Config("grpo", "shared"), Rules(update_keeps_lease=True)),
+    "13 floor": (Config("grpo", replicas=2), Rules(floor="nowhere")),
+    "13 slot": (Config("grpo", replicas=2), Rules(floor="in the slot", loads="when idle")),
+    "13 loads": (Config("grpo", steps=3, replicas=2), Rules(loads="in any order")),
+    "15 grain": (Config("remax"), Rules(prompt_join=broken.WithoutGrain)),
+    "left": (Config("grpo", faults=Faults(duplicates=1)), Rules(row_table=broken.ForgetsWhatLeft)),
+    "ended": (Config("grpo", faults=Faults(duplicates=1)), Rules(row_table=broken.ForgetsWhatEnded)),
+    "outbox": (Config("grpo", steps=1, faults=Faults(restarts=1)), Rules(outbox=broken.LetsGoOfWhatWasTaken)),
+    "attempts": (Config("grpo", steps=1, faults=Faults(restarts=1)), Rules(new_attempts=False)),
+    "told": (Config("grpo", faults=Faults(restarts=1)), Rules(tells_ended=False)),
+    "join": (
+        Config("grpo", "colocated", prompts=2, steps=1, faults=Faults(restarts=1)),
+        Rules(prompt_book=broken.DoesNotUnsettle),
+    ),
+    "once": (Config("grpo", faults=Faults(duplicates=1)), Rules(trains_once=False)),
+}
+
+
+@pytest.mark.parametrize("broken_rule", BROKEN)
+def test_each_rule_that_is_broken_is_found(broken_rule: str):
+    """What any order shows, the orders that are tried show."""
+    config, rules = BROKEN[broken_rule]
+    with pytest.raises((Deadlock, Violation, KeyError, ValueError, StalenessExceeded)):
+        explore(config, rules)

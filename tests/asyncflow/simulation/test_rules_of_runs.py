@@ -1,0 +1,168 @@
+"""Rules 16 to 20 of time: log-probs, seeds, what repeats, what is rolled back, what a stall says.
+
+As in `test_rules`, each goes wrong once it is taken out. Rollback is shown on the real ledger, publication check and
+join, the wait-for graph on the real board.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asyncflow.control.ledger import Ledger, LedgerError
+from asyncflow.control.waits import WaitBoard
+from asyncflow.services.prompt_join import PromptJoin
+from protocols.control import Waiting
+from protocols.ids import sample_id, sampling_seed
+from protocols.messages import Rollouts, Scores
+from protocols.weights import BadWeights, Version, WeightManifest
+from tests.asyncflow.simulation import broken
+from tests.asyncflow.simulation.configuration import Config, Faults
+from tests.asyncflow.simulation.rows import Row, contents, message
+from tests.asyncflow.simulation.rules import Rules
+from tests.asyncflow.simulation.schedulers import in_any_order
+from tests.asyncflow.simulation.test_rules import dies, on_purpose, shows
+from tests.asyncflow.simulation.watch import Deadlock
+from tests.asyncflow.simulation.world import World
+from workers.generation.publication import check_publication
+
+# --- 16, 17, 18: log-probs, seeds, determinism
+
+
+def test_16_a_ratio_to_the_weights_that_drew_a_row_is_not_one_at_the_first_optimizer_step():
+    """At staleness 0 the two are the same; at 1 the trust region would stand around weights of a step ago."""
+    of_drawing = Rules(prox="of the drawing")
+    late_load = on_purpose(late=lambda world, action: action.verb == "load")
+    shows(Config("grpo", staleness=1), of_drawing, "its ratios divide by those of", late_load)
+    in_any_order(World(Config("grpo", staleness=0), of_drawing), seed=0)
+
+
+def test_17_a_row_that_is_drawn_again_after_a_crash_draws_the_same():
+    config = Config("grpo", faults=Faults(restarts=1))
+    drawn = on_purpose(strike=dies("generator", lambda world: bool(world.watch.seeds)))
+    shows(config, Rules(seed=broken.SeedsOfAGenerator()), "seeds: sample", drawn)
+
+
+def test_17_a_retry_of_the_failure_policy_draws_otherwise():
+    assert sampling_seed(7, sample_id(3, 0), retry=0) != sampling_seed(7, sample_id(3, 0), retry=1)
+
+
+PPO_WAVES = Config("ppo", prompts=2, samples=2, capacity=4)
+
+
+def firings(rules: Rules) -> set[str]:
+    """What the stages computed together, in what order, under a number of schedules."""
+    worlds = [in_any_order(World(PPO_WAVES, rules), seed) for seed in range(10)]
+    return {str({s: w.watch.firings[s] for s in sorted(w.watch.firings)}) for w in worlds}
+
+
+def test_18_whole_waves_in_the_order_of_their_ids_are_computed_alike_whatever_comes_first():
+    wave = PPO_WAVES.prompts * PPO_WAVES.samples
+    assert len(firings(Rules(fires_on=wave, in_id_order=True))) == 1
+    assert len(firings(Rules(fires_on=wave))) > 1, "rows in the order of their arrival"
+    assert len(firings(Rules(in_id_order=True))) > 1, "whatever is there, in order"
+
+
+# --- 19: rollback
+
+
+def manifest(version: Version) -> WeightManifest:
+    return WeightManifest(version, [], 0)
+
+
+NOTHING = np.zeros(0, np.uint8)
+
+
+def test_19_a_receiver_that_went_further_takes_the_weights_of_a_later_term():
+    """A step alone would refuse them: the generators would draw with abandoned weights for ever."""
+    abandoned, restored = Version(term=1, step=3), Version(term=2, step=2)
+    check_publication(manifest(restored), NOTHING, installed=abandoned)
+    assert not restored.step > abandoned.step
+
+
+def test_19_weights_of_an_abandoned_lineage_come_too_late():
+    """A step alone would take them."""
+    restored, late = Version(term=2, step=2), Version(term=1, step=4)
+    with pytest.raises(BadWeights, match=r"version 1\.4 is not newer than 2\.2"):
+        check_publication(manifest(late), NOTHING, installed=restored)
+    assert late.step > restored.step
+
+
+@pytest.mark.parametrize("terms", [(1, 2), (1, 1)], ids=["a new term", "the same term again"])
+def test_19_rows_of_an_abandoned_lineage_never_meet_those_of_the_next(terms: tuple[int, int]):
+    """A prompt's tokens were drawn before the rollback, its scores come from after it."""
+    before, after = terms
+    join, sample = PromptJoin(["sample", "sample"], 1), sample_id(0, 0)
+    old, new = (sample, Row(1, 0, -1, ("anyone", 0))), (sample, Row(2, 0, -1, ("anyone", 1)))
+    join.arrive(0, message(Rollouts, [old]), [], before)
+    join.arrive(0, message(Rollouts, [new]), [], after)
+    join.arrive(1, message(Scores, [new]), [], after)
+    drawings = {told.drawing for column in join.take([sample]) for told in contents(column)}
+    assert drawings == ({2} if after > before else {1, 2})
+
+
+def test_19_who_alone_keeps_its_state_is_at_another_step_than_those_who_were_rolled_back(tmp_path: Path):
+    """The ledger of the checkpoint takes step 1 again, the one that was left behind refuses it."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    prompts = [sample_id(p, 0) for p in range(3)]
+    for step, sample in enumerate(prompts):
+        ledger.admit([sample], step, 1, step + 1)
+        for state in ("scored", "batched"):
+            ledger.move([sample], state)
+        if step == 1:
+            ledger.backup(tmp_path / "checkpoint.db")
+        ledger.commit_step(step, 1, [sample])
+    restored = Ledger(tmp_path / "checkpoint.db")
+    assert (restored.version, restored.cursor, restored.restart_live(term=2)) == (1, 2, [prompts[1]])
+    for state in ("scored", "batched"):
+        restored.move([prompts[1]], state)
+    restored.commit_step(1, 2, [prompts[1]])
+    with pytest.raises(LedgerError, match="step 1 can't be committed at version 3"):
+        ledger.commit_step(1, 2, [prompts[1]])
+    for books in (ledger, restored):
+        assert books.totals().imbalance == 0
+        books.close()
+
+
+# --- 20: stall
+
+
+def stalled(rules: Rules) -> World:
+    """A run that a lease, held while waiting for credit, brought to a stand."""
+    for seed in range(25):
+        world = World(Config("remax", "colocated", prompts=3), rules)
+        try:
+            in_any_order(world, seed)
+        except Deadlock:
+            if any(wait.what == "credit" for wait in world.waits()):
+                return world
+    raise AssertionError("no schedule stalls with a stage that waits for credit")
+
+
+def test_20_the_graph_of_a_stall_leads_around_in_a_circle():
+    """Whoever is asked names who holds it up, and that leads back to where it began."""
+    world = stalled(Rules(kept_while_sending="lease"))
+    board = WaitBoard()
+    for waiting in world.waits():
+        board.note(waiting)
+    holders = {lease.pool: lease.holder.stage for lease in world.leases.values() if lease.holder is not None}
+    graph = board.graph(now=60.0, holders=holders)
+    assert any(line.startswith("policy.generate") and "credit on reward.score" in line for line in graph)
+    assert any(line.startswith("reward.score") and "the lease on all, held by policy/0," in line for line in graph)
+    waits_for = {w.who: holders.get(w.on, w.on) for w in world.waits()}
+    waits_for["policy/0"] = next(w.who for w in world.waits() if w.what == "credit")  # for which it draws
+    seen, who = [], "policy/0"
+    while who not in seen:
+        seen.append(who)
+        who = waits_for[who]
+    assert who == "policy/0"
+
+
+def test_20_a_stage_that_moves_on_leaves_the_graph():
+    """What a stalled run prints is who waits now, not who ever did."""
+    board = WaitBoard()
+    board.note(Waiting("reward.score#1", "rows", "policy.generate#1"))
+    board.note(Waiting("reward.score#1"))
+    assert board.graph(now=60.0) == []

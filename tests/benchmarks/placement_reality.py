@@ -1,0 +1,288 @@
+"""How near the simulator comes to real runs here, and whether `placement = "auto"` finds what a hand would.
+
+    python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--work runs/placement_reality]
+
+Each round runs every recipe once, in turn, so that what disturbs one disturbs its neighbours; a recipe's step time is
+the median over the rounds of a run's mean step. Predictions come from `asyncflow calibrate` on recipes of other
+lengths and batches, one a runtime, which are themselves not judged. Results are kept line by line: started again,
+it goes on where it was. For a machine with nothing else to do; about a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from asyncflow.config import Recipe, to_recipe
+from asyncflow.launching import launch, runtime_of
+from asyncflow.placement.workload import Lengths
+from asyncflow.planning import machine
+from asyncflow.planning.automatic import Choice, place
+from asyncflow.planning.calibration import Calibration
+from asyncflow.planning.measuring import measure
+from asyncflow.planning.scenario import Scenario
+from asyncflow.planning.scenarios import of_recipe, prompt_lengths
+from asyncflow.planning.simulator import simulate
+from asyncflow.validate import Checked, check
+from tests import tiny
+
+STEPS, QUICK_STEPS = 12, 7
+CALIBRATED_ROUNDS = 3  # the first ones
+CALIBRATION_TOKENS, CALIBRATION_PROMPTS = 48, 12  # of no recipe that is judged
+GOAL_ERROR, GOAL_RANK, GOAL_BEHIND = 0.15, 0.9, 0.05
+
+Pools = Mapping[str, str]  # service -> pool
+TOGETHER: Pools = dict.fromkeys(("policy", "critic", "reference", "reward"), "a")
+SPLIT: Pools = {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}
+DRAWN: Pools = {**TOGETHER, "generator": "b"}
+THREE: Pools = {"policy": "a", "reference": "a", "critic": "b", "reward": "b", "generator": "c"}
+APART: Pools = {"policy": "a", "critic": "b", "reference": "c", "reward": "d", "generator": "e"}
+
+
+class Case(msgspec.Struct, frozen=True):
+    """A recipe that is judged."""
+
+    runtime: str
+    pools: Pools
+    staleness: int = 0
+    tokens: int = 32
+    prompts: int = 16
+    mini_batches: int = 1
+
+
+CASES: dict[str, Case] = {
+    "local, together": Case("local", TOGETHER),
+    "local, split": Case("local", SPLIT),
+    "local, generator apart": Case("local", DRAWN),
+    "local, together, 1 ahead": Case("local", TOGETHER, 1),
+    "local, split, 1 ahead": Case("local", SPLIT, 1),
+    "local, generator apart, 1 ahead": Case("local", DRAWN, 1),
+    "local, three pools, 1 ahead": Case("local", THREE, 1),
+    "local, three pools, 2 ahead, long": Case("local", THREE, 2, tokens=64),
+    "local, together, 24 prompts, 4 mini-batches": Case("local", TOGETHER, prompts=24, mini_batches=4),
+    "local, split, short": Case("local", SPLIT, tokens=16),
+    "ray, together": Case("ray", TOGETHER),
+    "ray, split": Case("ray", SPLIT),
+    "ray, generator apart, 1 ahead": Case("ray", DRAWN, 1),
+    "ray, all apart, 1 ahead, long": Case("ray", APART, 1, tokens=64),
+}
+AUTO = {"local": "local, auto, 1 ahead", "ray": "ray, auto, 1 ahead"}  # beside those of its runtime that are 1 ahead
+QUICK_CASES = ("local, together", "local, three pools, 1 ahead")
+
+
+class Bench:
+    """The recipes, and the lines that are known of them."""
+
+    def __init__(self, work: Path, steps: int, sizes: machine.Sizes) -> None:
+        self.work, self.steps, self.sizes = work, steps, sizes
+        self._file = work / "results.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        self.lines = [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+        if not (work / "train.jsonl").exists():
+            self._make_inputs()
+
+    def recipe(self, case: Case, steps: int = 0) -> Recipe:
+        """The recipe of a case."""
+        model = {"path": str(self.work / "policy"), "learning_rate": 1e-6}
+        return to_recipe(
+            {
+                "name": "reality",
+                "steps": steps or self.steps,
+                "prompts_per_step": case.prompts,
+                "samples_per_prompt": 4,
+                "staleness": case.staleness,
+                "runtime": case.runtime,
+                "folder": str(self.work / "runs"),
+                "data": {"train": str(self.work / "train.jsonl")},
+                "models": {
+                    "policy": model,
+                    "critic": model,
+                    "reference": {"path": str(self.work / "policy")},
+                    "reward": {"path": str(self.work / "reward")},
+                },
+                "generation": {"engine": "torch", "max_tokens": case.tokens},
+                "loss": {"mini_batches": case.mini_batches},
+                "checkpoints": {"every": 0},
+                "pools": {pool: {} for pool in sorted(set(case.pools.values()))},
+                "placement": {service: {"pool": pool} for service, pool in case.pools.items()},
+            }
+        )
+
+    def calibrate(self, runtime: str, number: int) -> None:
+        """Calibrate once, unless it is known."""
+        if self._known(kind="calibration", runtime=runtime, round=number):
+            return
+        case = Case(runtime, DRAWN, tokens=CALIBRATION_TOKENS, prompts=CALIBRATION_PROMPTS)
+        checked = check(self.recipe(case))
+        alone = runtime_of(msgspec.structs.replace(checked.recipe, pools={}))
+        found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
+        self._add(kind="calibration", runtime=runtime, round=number, calibration=msgspec.to_builtins(found))
+
+    def calibrations(self, runtime: str) -> list[Calibration]:
+        """What was measured of a runtime."""
+        lines = [line for line in self.lines if line["kind"] == "calibration" and line["runtime"] == runtime]
+        return [msgspec.convert(line["calibration"], Calibration) for line in lines]
+
+    def run(self, name: str, recipe: Recipe, number: int) -> None:
+        """Run once, unless it is known."""
+        if self._known(kind="run", case=name, round=number):
+            return
+        checked = check(recipe)
+        seconds = asyncio.run(_run(checked.recipe, self.work / "run"))
+        self._add(kind="run", case=name, round=number, seconds=seconds)
+
+    def measured(self, name: str, steady: range) -> list[float]:
+        """Mean seconds of a step, by round."""
+        lines = [line for line in self.lines if line["kind"] == "run" and line["case"] == name]
+        return [statistics.fmean(line["seconds"][steady.start : steady.stop]) for line in lines]
+
+    def choice(self, runtime: str) -> Choice:
+        """What `auto` makes of a recipe one version ahead, on as many slots as a hand may use."""
+        checked = check(self.recipe(Case(runtime, TOGETHER, 1)))
+        asked = msgspec.structs.replace(checked.recipe, pools={}, placement={})
+        calibration = _at(self.calibrations(runtime)[0], checked.recipe.generation.max_tokens)
+        return place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+
+    def _known(self, **wanted: Any) -> bool:
+        return any(all(line.get(key) == value for key, value in wanted.items()) for line in self.lines)
+
+    def _add(self, **line: Any) -> None:
+        self.lines.append(line)
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _make_inputs(self) -> None:
+        tiny.make_policy(self.work / "policy", seed=0, layers=4, heads=8, kv_heads=4)
+        tiny.make_reward(self.work / "reward", seed=1)
+        dice = random.Random(0)
+        sums = [(dice.randint(0, 99), dice.randint(0, 99)) for _ in range(400)]
+        rows = [json.dumps({"prompt": f"{a}+{b}=", "reference": str(a + b)}) for a, b in sums]
+        (self.work / "train.jsonl").write_text("\n".join(rows) + "\n")
+
+
+async def _run(recipe: Recipe, folder: Path) -> list[float]:
+    shutil.rmtree(folder, ignore_errors=True)
+    async with launch(recipe, folder=folder) as run:
+        ended = await run.wait()
+        if ended.outcome != "finished":
+            raise SystemExit(f"{folder}: {ended.outcome}: {ended.error}")
+        return [step.seconds for step in run.metrics]
+
+
+def _at(calibration: Calibration, tokens: int) -> Calibration:
+    """The same policy under another limit: what it would have gone on to say is cut."""
+    assert calibration.responses is not None
+    cut = Lengths(tuple(min(float(tokens), length) for length in calibration.responses.tokens))
+    return msgspec.structs.replace(calibration, responses=cut)
+
+
+def scenario_of(checked: Checked, calibration: Calibration) -> Scenario:
+    """A judged recipe as the simulator sees it."""
+    cut = _at(calibration, checked.recipe.generation.max_tokens)
+    scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), cut)
+    pace = msgspec.structs.replace(scenario.pace, steps=checked.recipe.steps)
+    return msgspec.structs.replace(scenario, pace=pace)
+
+
+class Judged(msgspec.Struct, frozen=True):
+    """One recipe's figures, seconds a step."""
+
+    name: str
+    measured: list[float]
+    predicted: float
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.measured)
+
+    @property
+    def error(self) -> float:
+        """Relative to the measured."""
+        return self.predicted / self.step_s - 1
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the fastest and the slowest round, relative."""
+        return (max(self.measured) - min(self.measured)) / 2 / self.step_s
+
+
+def judge(bench: Bench, recipes: Mapping[str, Recipe]) -> Iterator[Judged]:
+    """Every recipe that has run, predicted: the median over the calibrations."""
+    for name, recipe in recipes.items():
+        checked = check(recipe)
+        scenarios = [scenario_of(checked, found) for found in bench.calibrations(recipe.runtime)]
+        predicted = [simulate(scenario).step_s for scenario in scenarios]
+        yield Judged(name, bench.measured(name, scenarios[0].steady), statistics.median(predicted))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, of values without ties."""
+    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def report(judged: Sequence[Judged], autos: Sequence[Judged]) -> Iterator[str]:
+    """The table and what it comes to."""
+    width = max(len(one.name) for one in (*judged, *autos))
+    yield f"{'recipe':<{width}}  measured  predicted   error  spread"
+    for one in (*judged, *autos):
+        figures = f"{1e3 * one.step_s:6.0f} ms  {1e3 * one.predicted:6.0f} ms  {one.error:+6.1%}  {one.spread:6.1%}"
+        yield f"{one.name:<{width}} {figures}"
+    error = statistics.median(abs(one.error) for one in judged)
+    yield f"median error over {len(judged)} recipes: {error:.1%} (goal {GOAL_ERROR:.0%})"
+    if len(judged) > 2:
+        rank = rank_correlation([one.step_s for one in judged], [one.predicted for one in judged])
+        yield f"rank correlation: {rank:.2f} (goal {GOAL_RANK})"
+    for auto in autos:
+        kind = auto.name.split(",", maxsplit=1)[0]
+        hand = [one for one in judged if one.name.startswith(kind) and one.name.endswith("1 ahead")]
+        if hand:
+            best = min(hand, key=lambda one: one.step_s)
+            behind, allowed = auto.step_s / best.step_s - 1, max(GOAL_BEHIND, best.spread, auto.spread)
+            yield f"{auto.name}: {behind:+.1%} against {best.name!r}, the best by hand (allowed {allowed:.0%})"
+
+
+def main() -> None:
+    """Calibrate, run, judge."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two recipes, one round: to see that it runs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("runs/placement_reality"))
+    parser.add_argument("--runtime", choices=["local", "ray", "both"], default="both")
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    bench = Bench(given.work.absolute(), QUICK_STEPS if given.quick else STEPS,
+                  machine.QUICK if given.quick else machine.Sizes())  # fmt: skip
+    names = QUICK_CASES if given.quick else tuple(CASES)
+    chosen = {n: CASES[n] for n in names if given.runtime in ("both", CASES[n].runtime)}
+    runtimes = sorted({case.runtime for case in chosen.values()})
+    recipes = {name: bench.recipe(case) for name, case in chosen.items()}
+    autos: dict[str, Recipe] = {}
+    for number in range(1 if given.quick else given.rounds):
+        for runtime in runtimes:
+            if number < CALIBRATED_ROUNDS:
+                bench.calibrate(runtime, number)
+            if AUTO[runtime] not in autos:
+                choice = bench.choice(runtime)
+                print(f"{AUTO[runtime]}: {choice.chosen.name}, of {choice.candidates}", flush=True)
+                autos[AUTO[runtime]] = choice.chosen.recipe
+        for name, recipe in (*recipes.items(), *autos.items()):
+            bench.run(name, recipe, number)
+            print(f"round {number}: {name}", flush=True)
+    for line in report(list(judge(bench, recipes)), list(judge(bench, autos))):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

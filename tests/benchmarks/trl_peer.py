@@ -1,0 +1,108 @@
+"""GRPO by TRL's GRPOTrainer, for `trl_grpo`: runs in an environment of its own, where asyncflow is not.
+
+`python trl_peer.py train SETTINGS` trains and prints what it took; `python trl_peer.py score SETTINGS` judges model
+folders by greedy answers. SETTINGS is a JSON object, and so is the last line that is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def exact_match(completions: list[str], reference: list[str], **_: Any) -> list[float]:
+    return [float(given.strip() == wanted.strip()) for given, wanted in zip(completions, reference, strict=True)]
+
+
+def train(settings: dict[str, Any]) -> dict[str, float]:
+    """As many steps of as many samples as the recipe says, each cut into its mini-batches.
+
+    Optimizer and schedule are given to the trainer, so that both sides have the same to the last factor.
+    """
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
+    samples = settings["prompts_per_step"] * settings["samples_per_prompt"]
+    updates = settings["steps"] * settings["mini_batches"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings["learning_rate"],
+        betas=(settings["beta1"], settings["beta2"]),
+        eps=settings["epsilon"],
+        weight_decay=settings["weight_decay"],
+    )
+
+    def share(done: int) -> float:
+        warm, decay = settings["warmup_steps"], settings["decay_steps"]
+        return min(1.0, (done + 1) / warm if warm else 1.0) * (max(0.0, 1.0 - done / decay) if decay else 1.0)
+
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=exact_match,
+        train_dataset=Dataset.from_list(rows(settings["train"])),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)),
+        args=GRPOConfig(
+            output_dir=settings["output"],
+            max_steps=updates,
+            per_device_train_batch_size=samples // settings["mini_batches"],
+            gradient_accumulation_steps=1,
+            steps_per_generation=settings["mini_batches"],
+            num_generations=settings["samples_per_prompt"],
+            max_completion_length=settings["max_tokens"],
+            temperature=settings["temperature"],
+            beta=settings["kl_coefficient"],
+            use_bias_correction_kl=False,
+            epsilon=settings["clip"],
+            loss_type="grpo",
+            scale_rewards="group",
+            max_grad_norm=settings["gradient_clip"],
+            seed=settings["seed"],
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        ),
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    trainer.save_model(settings["output"])
+    tokenizer.save_pretrained(settings["output"])
+    return {"seconds": seconds, "samples": float(settings["steps"] * samples)}
+
+
+@torch.no_grad()
+def score(settings: dict[str, Any]) -> dict[str, float]:
+    """Share of the held-out problems that each model of `models` answers right, greedily."""
+    heldout = rows(settings["heldout"])
+    found = {}
+    for name, folder in settings["models"].items():
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        prompts = tokenizer([row["prompt"] for row in heldout], return_tensors="pt", padding=True)
+        drawn = model.generate(
+            input_ids=prompts["input_ids"],
+            attention_mask=prompts["attention_mask"],
+            max_new_tokens=settings["max_tokens"],
+            do_sample=False,
+        )
+        texts = tokenizer.batch_decode(drawn[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        found[name] = sum(exact_match(texts, [row["reference"] for row in heldout])) / len(heldout)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({"train": train, "score": score}[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -1,0 +1,40 @@
+"""What a machine has, and the figures that its run tells.
+
+The bodies of these tests take a kind of device: on the CPU they run small and prove themselves, on CUDA they measure.
+`pytest tests/gpu -m gpu -rP` shows the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+Figure = Callable[[str, float, str], None]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A kind of device that this machine has; the test is skipped where it has none."""
+    if request.param == "cuda":
+        need_cuda(1)
+    return request.param
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Figure:
+    """Tell a measured figure: its name, value and unit."""
+
+    def tell(name: str, value: float, unit: str) -> None:
+        record_property(f"{name} [{unit}]", value)
+        print(f"figure: {name} = {value:.6g} {unit}")
+
+    return tell
+
+
+def need_cuda(devices: int) -> None:
+    """Skip, with the reason, where there are fewer CUDA devices."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < devices:
+        pytest.skip(f"needs {devices} CUDA device(s); torch {torch.__version__} sees {found} here")

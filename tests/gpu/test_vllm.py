@@ -1,0 +1,87 @@
+"""vLLM on a device: fed from the weights that train there, it draws as they do; asleep, it gives its memory back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocols.roles import Sampling
+from protocols.topology import GenerationGrouping, Topology
+from protocols.weights import Version
+from tests import tiny
+from tests.gpu.conftest import Figure, need_cuda
+from tests.workers.generation.test_handover import assert_followed, folder, rounds  # noqa: F401 - folder: a fixture
+from tests.workers.ranks import Ranks
+from workers.generation.hybrid import draw_all
+from workers.generation.vllm import VllmEngine
+from workers.models import load_causal
+from workers.settings import Generation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+ATOL = 1e-3  # kernels of the device against transformers on the CPU, float32
+GIBIBYTE = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    need_cuda(1)
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    need_cuda(2)
+    with Ranks(2, patience=timedelta(minutes=10), children=True, device="cuda") as two:
+        yield two
+
+
+def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
+    """In one process: no byte leaves the device."""
+    exported = [str(tmp_path / str(i)) for i in range(2)]
+    seen = rounds(folder, GenerationGrouping(Topology()), exported, "cuda")
+    assert_followed(seen, exported, ATOL)
+    for i, one in enumerate(seen):
+        assert one.handed.receipt
+        figure(f"hand-over {i} in process", one.handed.receipt.seconds, "s")
+        figure(f"hand-over {i}: second copy", one.handed.copied_bytes, "bytes")
+        figure(f"hand-over {i}: largest difference of log-probs", one.handed.receipt.probe_difference, "nat")
+
+
+def test_shards_are_handed_to_workers_by_cuda_ipc(ranks: Ranks, folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
+    """1-2-1 -> 1-2: two ranks train, two workers of vLLM on the same two devices generate."""
+    exported = [str(tmp_path / str(i)) for i in range(2)]
+    first, second = ranks.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 2), exported, "cuda")
+    assert_followed(first, exported, ATOL)
+    for one in (*first, *second):
+        assert one.handed.transition.received_bytes == 0
+    assert first[-1].handed.receipt
+    figure("hand-over of two shards to two workers", first[-1].handed.receipt.seconds, "s")
+
+
+def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):  # noqa: F811
+    engine = VllmEngine(folder, Generation(slots=16, kv_cache_bytes=2 * GIBIBYTE), 3, sleeps=True)
+    try:
+        model = load_causal(folder)
+        engine.load(*tiny.publish(model, Version(0, 0), "the probe is longer than a block of the cache" * 2))
+        prompts, sampling = tiny.make_prompts(["12+34=", "sort: dcba"], samples=4), Sampling(max_tokens=8)
+        before = draw_all(engine, prompts, sampling).batch
+        awake = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        asleep = torch.cuda.mem_get_info()[0]
+        engine.wake()
+        again = draw_all(engine, prompts, sampling).batch
+        assert asleep - awake >= 2 * GIBIBYTE  # the KV cache at the least
+        assert again.responses == before.responses
+    finally:
+        engine.close()
+    figure("free while awake", awake / GIBIBYTE, "GiB")
+    figure("free while asleep", asleep / GIBIBYTE, "GiB")

@@ -1,0 +1,180 @@
+"""Policy and critic on any backend: one word changes who holds what, and no answer, step, checkpoint or publication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protocols.columns import take
+from protocols.messages import Rollouts
+from protocols.roles import Sampling
+from protocols.topology import Topology
+from protocols.transfer import protocol
+from protocols.weights import Version, WeightManifest
+from tests import tiny
+from tests.workers.batches import experience, rollouts
+from tests.workers.ranks import Ranks
+from tests.workers.test_parallel_policy import (
+    GENERATION,
+    OPTIMIZER,
+    PLAIN,
+    RICH,
+    ROWS,
+    Outcome,
+    alone,
+    assert_same_step,
+    folders,  # noqa: F401 - a fixture
+    model_at,
+    own_rows,
+    together,
+)
+from workers.parallel_policy import ParallelPolicy
+from workers.policy import PolicyWorker
+from workers.regrouping import generation_grouping
+from workers.settings import Backend, Loss
+
+BACKENDS: list[Backend] = ["zero1", "zero2", "fsdp"]
+SAMPLING = Sampling(max_tokens=10, temperature=0.8)
+TEXTS = ["12+34=", "7*", "what?", "a", "9-9="]
+
+
+def policy_of(
+    backend: Backend, topology: Topology, folder: str, loss: Loss = PLAIN, generate: str = ""
+) -> ParallelPolicy:
+    grouping = generation_grouping(backend, topology, Topology.parse(generate)) if generate else None
+    return ParallelPolicy(
+        model_at(folder), topology, loss, OPTIMIZER, GENERATION, seed=3, grouping=grouping, backend=backend
+    )
+
+
+# --- what every rank runs
+
+
+def step(backend: Backend, topology: Topology, folder: str, rows: int, loss: Loss) -> Outcome:
+    policy = policy_of(backend, topology, folder, loss)
+    data = own_rows(policy, rows)
+    return Outcome(policy.log_probs(rollouts(data)), policy.update(data), policy.snapshot(Version(0, 1)))
+
+
+def published(backend: Backend, topology: Topology, folder: str) -> tuple[WeightManifest, np.ndarray] | None:
+    return policy_of(backend, topology, folder).snapshot(Version(0, 0))
+
+
+def saved(backend: Backend, topology: Topology, folder: str, checkpoint: str) -> Outcome:
+    """Two steps, a checkpoint, and a third step."""
+    policy = policy_of(backend, topology, folder)
+    policy.update(own_rows(policy, ROWS))
+    policy.update(own_rows(policy, 3))
+    policy.save(checkpoint)
+    metrics = policy.update(own_rows(policy, ROWS))
+    return Outcome(None, metrics, policy.snapshot(Version(0, 3)))
+
+
+def resumed(backend: Backend, topology: Topology, folder: str, checkpoint: str) -> Outcome:
+    """The third step, from the checkpoint, after one that it undoes."""
+    policy = policy_of(backend, topology, folder)
+    policy.update(own_rows(policy, 1))
+    policy.load(checkpoint)
+    metrics = policy.update(own_rows(policy, ROWS))
+    assert policy.trained.version == 3
+    return Outcome(None, metrics, policy.snapshot(Version(0, 3)))
+
+
+def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, bool]:
+    """The error of a step whose last optimizer step isn't finite, and whether the weights are as before it."""
+    policy = policy_of(backend, topology, folder, Loss(epochs=2))
+    before = policy.snapshot(Version(0, 0))
+    data = own_rows(policy, ROWS)
+    policy.trained._learning_rate = float("inf")  # the second forward gives NaN
+    try:
+        policy.update(data)
+        said = ""
+    except Exception as error:  # noqa: BLE001 - told to the test
+        said = f"{type(error).__name__}: {error}"
+    after = policy.snapshot(Version(0, 0))
+    return said, before is None or (after is not None and before[1].tobytes() == after[1].tobytes())
+
+
+def loop(backend: Backend, topology: Topology, folder: str, generate: str) -> list[Rollouts | None]:
+    """What this rank draws before and after a step."""
+    policy = policy_of(backend, topology, folder, generate=generate)
+    assert policy.hybrid
+    grouping, rows, drawn = policy.hybrid.grouping, tiny.make_prompts(TEXTS), []
+    shares = protocol("3D_ALL_MICRO_DP").distribute(len(rows), grouping.topology, generation=grouping)
+    for _ in range(2):
+        answer = policy.generate(take(rows, shares[policy.model.rank]), sampling=SAMPLING)
+        drawn.append(answer.batch if answer else None)
+        policy.update(own_rows(policy, ROWS))
+    return drawn
+
+
+# --- as one process
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[int, Ranks]]:
+    with Ranks(2) as two, Ranks(4) as four:
+        yield {2: two, 4: four}
+
+
+@pytest.mark.parametrize(("topology", "loss"), [("1-1-2", PLAIN), ("1-2-2", RICH)], ids=["plain", "rich"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, backend, topology: str, loss: Loss):  # noqa: F811
+    at = Topology.parse(topology)
+    ours = together(worlds[at.world_size].call(step, backend, at, folders[True], ROWS, loss), at)
+    theirs = alone(folders[True], ROWS, loss)
+    assert_same_step(ours, theirs)
+    assert ours.log_probs and theirs.log_probs
+    np.testing.assert_allclose(ours.log_probs.log_probs.values, theirs.log_probs.log_probs.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_step_changes_nothing(worlds, folders, backend):  # noqa: F811
+    for said, same in worlds[2].call(refused, backend, Topology(1, 1, 2), folders[True]):
+        assert said.startswith("StepRefused: policy.update of batch of ")
+        assert same
+
+
+def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(worlds, folders):  # noqa: F811
+    manifest, buffer = worlds[4].call(published, "fsdp", Topology(1, 2, 2), folders[False])[0]
+    worker = PolicyWorker(model_at(folders[False]), PLAIN, OPTIMIZER, GENERATION, seed=3)
+    expected, whole = worker.snapshot(Version(0, 0))
+    assert manifest.tensors == expected.tensors
+    assert buffer.tobytes() == whole.tobytes()
+
+
+CHANGES = [
+    (("fsdp", "1-1-4"), ("3d", "1-2-1")),
+    (("zero2", "1-1-4"), ("fsdp", "1-1-2")),
+    (("3d", "1-2-2"), ("zero1", "1-1-2")),
+]
+
+
+@pytest.mark.parametrize(("wrote", "reads"), CHANGES)
+def test_a_checkpoint_goes_on_under_another_backend(worlds, folders, tmp_path: Path, wrote, reads):  # noqa: F811
+    runs = []
+    for (backend, topology), run in ((wrote, saved), (reads, resumed)):
+        at = Topology.parse(topology)
+        outcomes = worlds[at.world_size].call(run, backend, at, folders[True], str(tmp_path))
+        runs.append(together(outcomes, at))
+    straight, again = runs
+    assert_same_step(again, straight)
+
+
+@pytest.mark.parametrize(("backend", "topology", "generate"), [("fsdp", "1-1-4", "1-2"), ("zero2", "1-2-2", "1-1")])
+def test_what_it_draws_is_what_one_process_draws(worlds, folders, backend, topology: str, generate: str):  # noqa: F811
+    at = Topology.parse(topology)
+    grouping = generation_grouping(backend, at, Topology.parse(generate))
+    ranks = worlds[4].call(loop, backend, at, folders[True], generate)
+    worker = PolicyWorker(model_at(folders[True]), PLAIN, OPTIMIZER, GENERATION, seed=3)
+    collected = protocol("3D_ALL_MICRO_DP").collect(grouping.topology, generation=grouping)
+    for turn in range(2):
+        theirs = worker.generate(tiny.make_prompts(TEXTS), sampling=SAMPLING)
+        theirs = getattr(theirs, "batch", theirs)
+        answers = [drawn for rank in collected if (drawn := ranks[rank][turn]) is not None]
+        np.testing.assert_array_equal(np.concatenate([a.sample_ids for a in answers]), theirs.sample_ids)
+        np.testing.assert_array_equal(np.concatenate([a.responses.values for a in answers]), theirs.responses.values)
+        worker.update(experience(ROWS))

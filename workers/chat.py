@@ -1,0 +1,76 @@
+"""Conversations as text: a tokenizer's chat template is the only one who knows what turns look like.
+
+A reply is what the template adds to the conversation before it, so prompt + response is exactly what the template
+writes for the whole, up to the end of the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]  # "role", "content", and whatever else a template reads
+
+
+class BadChat(ValueError):
+    """Messages that can't be rendered: says why."""
+
+
+class ChatTemplate:
+    """The chat template of a transformers folder, loaded with the first conversation."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = folder
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """A conversation up to where the assistant's reply begins. Raises BadChat."""
+        if not messages:
+            raise BadChat("the conversation has no message before the reply")
+        return self._render(messages, reply_next=True)
+
+    def reply(self, messages: Sequence[Message], answer: Sequence[Message]) -> str:
+        """What an answer, which ends with a message of the assistant, adds to `prompt(messages)`. Raises BadChat.
+
+        Without the end-of-sequence token, which whoever tokenizes adds, and without what the template writes behind it.
+        """
+        if not answer or answer[-1].get("role") != "assistant":
+            raise BadChat("the conversation does not end with a message of the assistant")
+        prompt, whole = self.prompt(messages), self._render([*messages, *answer], reply_next=False)
+        if not whole.startswith(prompt):
+            raise BadChat(
+                f"the chat template of {self._folder} writes a conversation otherwise once it is answered: "
+                f"{whole[: len(prompt)][-40:]!r} where the prompt ends with {prompt[-40:]!r}"
+            )
+        reply = whole[len(prompt) :]
+        end = str(self._tokenizer.eos_token or "")
+        return reply[: reply.rindex(end)] if end and end in reply else reply
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise BadChat(f"the tokenizer of {self._folder} can't be read: {error}") from error
+        if not tokenizer.chat_template:
+            raise BadChat(f"the row is a conversation and the tokenizer of {self._folder} has no chat template")
+        return tokenizer
+
+    def _render(self, messages: Sequence[Message], *, reply_next: bool) -> str:
+        from jinja2 import TemplateError
+
+        tokenizer = self._tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply_next
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise BadChat(f"the chat template of {self._folder} refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,191 @@
+"""Raw rows of a data file, whatever it is kept in: the same rows in the same order from every container.
+
+    x.jsonl  x.json  x.parquet  x.arrow, the first two also gzipped     a file
+    saved/                             a `datasets` folder as save_to_disk writes it, or a folder of such files
+    saved/test, folder/test            one split of a folder that holds several
+
+A value that is null counts as absent, since tables have a null wherever another row has a value; so neither a row's
+place nor its content tells what it was kept in.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+
+class DataError(ValueError):
+    """A data file that can't be used. The message names file, row and what is wrong."""
+
+
+class Record(NamedTuple):
+    """One row as it was found."""
+
+    place: str  # for errors: "x.jsonl:3" is a line, "x.parquet: row 3" a row, both counted from 1
+    values: dict[str, Any]  # without nulls, at any depth
+
+
+_LINES = (".jsonl", ".ndjson", ".json")
+_TABLES = (".parquet", ".arrow")
+_KINDS = (*_LINES, *(f"{kind}.gz" for kind in _LINES), *_TABLES)
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
+_JSON = msgspec.json.Decoder(dict[str, Any])
+
+
+def records(path: str | Path) -> Iterator[Record]:
+    """All rows in order. Raises DataError for what can't be read, at the row where it is wrong."""
+    for file in _files(Path(path)):
+        yield from _table(file) if file.suffix in _TABLES else _lines(file)
+
+
+def digest_of_rows(path: str | Path) -> str:
+    """Digest of the rows and their order, the same for every container. Raises DataError."""
+    digest = hashlib.sha256()
+    encoder = msgspec.json.Encoder(order="sorted")
+    for record in records(path):
+        digest.update(encoder.encode(record.values) + b"\n")
+    return digest.hexdigest()
+
+
+# --- which files
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return _files_of_folder(path)
+    if not path.exists() and path.parent.is_dir():
+        splits = _by_split(_data_files(path.parent), path.parent)
+        if path.name in splits:
+            return splits[path.name]
+    return [path]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    if (folder / "state.json").exists():
+        return _saved_files(folder)
+    files = _data_files(folder)
+    if not files:
+        raise DataError(f"{folder}: a folder without data; it may hold {', '.join(_KINDS)} files")
+    splits = _by_split(files, folder)
+    if len(splits) > 1:
+        names = ", ".join(str(folder / name) for name in sorted(splits) if name)
+        raise DataError(f"{folder}: has several splits, name one of them: {names}")
+    if nested := sorted({file.parent for file in files if (file.parent / "state.json").exists()}):
+        return [file for split in nested for file in _saved_files(split)]
+    return files
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a saved data set, in the order that its state names."""
+    try:
+        state = msgspec.json.decode((folder / "state.json").read_bytes(), type=_State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DataError(f"{folder / 'state.json'}: can't be read: {error}") from error
+    return [folder / file.filename for file in state.data_files]
+
+
+class _File(msgspec.Struct):
+    filename: str
+
+
+class _State(msgspec.Struct):
+    """What save_to_disk says about a data set."""
+
+    data_files: list[_File] = msgspec.field(name="_data_files")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """By path, which is the order of shards; hidden ones, caches and the notes of save_to_disk are no data."""
+    notes = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.endswith(_KINDS) and p.name not in notes)
+    return [p for p in found if not any(part.startswith((".", "cache-")) for part in p.relative_to(folder).parts)]
+
+
+def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Split -> its files, as their names below the folder say: data/train-00000-of-00002.parquet, test/x.jsonl."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^A-Za-z]+", str(file.relative_to(folder)).lower())
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), "")
+        splits.setdefault(split, []).append(file)
+    return splits
+
+
+# --- what is in them
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    """One JSON object a line, empty lines aside; or one array of objects."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if data.lstrip()[:1] == b"[" and path.name.endswith((".json", ".json.gz")):
+        yield from _array(path, data)
+        return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield _object(line, f"{path}:{number}")
+
+
+def _array(path: Path, data: bytes) -> Iterator[Record]:
+    try:
+        objects = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON array of objects: {error}") from error
+    for number, raw in enumerate(objects, 1):
+        yield _object(bytes(raw), f"{path}: row {number}")
+
+
+def _object(text: bytes, place: str) -> Record:
+    try:
+        return Record(place, _without_nulls(_JSON.decode(text)))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{place}: not a JSON object: {error}") from error
+
+
+def _table(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading tables needs pyarrow: pip install 'asyncflow[data]'") from error
+    number = 0
+    try:
+        with pa.memory_map(str(path)) as source:
+            for batch in pq.ParquetFile(source).iter_batches() if path.suffix == ".parquet" else _arrow(source):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path}: row {number}", _without_nulls(values))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _arrow(source: Any) -> Iterator[Any]:
+    """Record batches of Arrow's stream format, which `datasets` writes, or of its file format."""
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        case list():
+            return [_without_nulls(inner) for inner in value]
+        case _:
+            return value

@@ -1,0 +1,157 @@
+"""What depends on vLLM's version or internals (written for 0.24 and newer): starting it, and what its workers run.
+
+The functions that take a `worker` run where vLLM computes: in this process, or in each of its worker processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from workers.folders import context_of
+from workers.generation.window import Window
+from workers.models import DTYPES
+from workers.settings import Generation
+from workers.sharding.decoder import unflat
+from workers.sharding.plan import Parameter
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # else some versions compile for half a minute at the first request with log-probs
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
+}
+_CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
+_CPU_BATCHED_TOKENS = 4096  # of prompts in one step
+
+
+class SharedPart(msgspec.Struct, frozen=True):
+    """A tensor whose shards, of the ranks that generate together, each lie in a window of theirs."""
+
+    spec: Parameter
+    dtype: str
+    start: int  # bytes, in every window
+    stop: int
+    windows: list[Window]  # in the order of tensor indices
+
+    def whole(self) -> Tensor:
+        """The tensor at full size, a copy; on the device of the windows."""
+        windows = self.windows if self.spec.cut is not None else self.windows[:1]
+        entries = torch.cat([window.open()[self.start : self.stop].view(DTYPES[self.dtype]) for window in windows])
+        return unflat(entries, self.spec, self.spec.shape)
+
+
+def start(path: str, settings: Generation, dtype: str, workers: int, sleeps: bool) -> LLMEngine:
+    """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
+    on_cpu = not torch.cuda.is_available()
+    for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no preference: loads between steps rely on it
+    if on_cpu:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, already loaded, reads the variable no more
+
+    from vllm import EngineArgs, LLMEngine
+
+    limits: dict[str, Any] = {}
+    if on_cpu:
+        # A prompt cut into chunks takes back a seeded draw, which generators on the CPU can't: prompts run whole.
+        whole = max(_CPU_BATCHED_TOKENS, settings.max_model_tokens or context_of(path))
+        limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+    if settings.max_model_tokens:
+        limits["max_model_len"] = settings.max_model_tokens
+    if workers:
+        # Forked, they would inherit this process's threads and its part in the training ranks' groups.
+        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+        limits |= {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
+    arguments = EngineArgs(
+        model=path,
+        dtype=dtype,  # type: ignore[arg-type]
+        load_format="dummy",  # weights come by publication
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # not the folder's sampling defaults
+        max_num_seqs=settings.slots,
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",  # at the sampling temperature
+        enforce_eager=on_cpu,
+        enable_sleep_mode=sleeps,
+        async_scheduling=False,  # a step's tokens are out before the next: nothing is in flight at a load
+        disable_log_stats=True,
+        seed=0,
+        **limits,
+    )
+    return LLMEngine.from_engine_args(arguments)
+
+
+def token_prompt(tokens: list[int]) -> Any:
+    """A prompt that is already tokenized."""
+    return {"type": "token", "prompt_token_ids": tokens}
+
+
+def scheduler_of(engine: LLMEngine) -> Any:
+    core: Any = engine.engine_core
+    return core.engine_core.scheduler
+
+
+def start_reload(worker: Any) -> None:
+    """Make every layer wait for its tensors: it is packed when it has all of them."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    with _configured(worker):
+        initialize_layerwise_reload(worker.model_runner.get_model())
+
+
+def load_tensors(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    with _configured(worker):
+        worker.model_runner.get_model().load_weights(named)
+
+
+def load_shared(worker: Any, parts: Sequence[SharedPart]) -> None:
+    """Join the shards of each tensor; a worker's own loaders keep its part of them."""
+    load_tensors(worker, ((part.spec.name, part.whole()) for part in parts))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the windows have been read when this returns
+
+
+def finish_reload(worker: Any) -> None:
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
+
+    with _configured(worker):
+        finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+
+
+def _configured(worker: Any) -> AbstractContextManager[Any]:
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(worker.vllm_config)
+
+
+def repack_head(worker: Any) -> None:
+    """Pack the output head's weight anew.
+
+    On the CPU its kernel reads a packed copy. A publication of tied weights holds no tensor of the head's own, and
+    vLLM's reload then leaves that copy as it was.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def zero_kv_cache(worker: Any) -> None:
+    """Forget what refused weights computed: a NaN outlives its block, since masked positions are multiplied by 0."""
+    for tensor in worker.model_runner.kv_caches:
+        tensor.zero_()

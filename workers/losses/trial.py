@@ -1,0 +1,45 @@
+"""A policy loss tried out on a few tokens: what is wrong with a new one shows before it meets a batch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from workers.losses import PolicyLoss, policy_loss_named
+from workers.losses.tokens import Surrogate, Tokens
+from workers.settings import Loss
+from workers.user_code import UserFunction
+
+
+def reloadable_loss(loss: Loss) -> UserFunction[PolicyLoss]:
+    """The loss that the settings name, which may be made anew from its file. Raises LookupError for none."""
+    return UserFunction(loss.policy, policy_loss_named(loss.policy), partial(try_loss, loss=loss))
+
+
+def try_loss(function: Any, loss: Loss) -> None:
+    """Call a policy loss on two rows, on policy and off it; raises what it raises. ValueError for a wrong answer."""
+    for distance in (0.0, 0.5):
+        log_probs = torch.tensor([-0.5, -1.0, -2.0, -0.1, -3.0], requires_grad=True)
+        others = log_probs.detach() - distance
+        surrogate = function(
+            Tokens(
+                log_probs=log_probs,
+                proximal=others,
+                behaviour=others,
+                advantages=torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0]),
+                mask=torch.tensor([True, True, False, True, True]),
+                lengths=torch.tensor([3, 2]),
+                reference=others,
+            ),
+            loss,
+        )
+        if not isinstance(surrogate, Surrogate):
+            raise ValueError(f"it returned {type(surrogate).__name__}, want a Surrogate of loss and clipped")
+        shapes = {name: tuple(part.shape) for name, part in surrogate._asdict().items()}
+        if set(shapes.values()) != {tuple(log_probs.shape)}:
+            raise ValueError(f"it returned shapes {shapes} for {len(log_probs)} tokens")
+        surrogate.loss.sum().backward()
+        if log_probs.grad is None or not bool(torch.isfinite(log_probs.grad).all()):
+            raise ValueError(f"its gradient is {log_probs.grad}")

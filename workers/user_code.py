@@ -1,0 +1,132 @@
+"""Functions of the user's own, "package.module:function", and their files read anew while they are in use.
+
+    prepare   a new module beside the running one, from exactly the text that was sent, and tried out; or its error
+    switch    the new function takes the running one's place, or is dropped
+
+A module is executed from a text, not imported: an import would take a byte code file, and the file as it is by then.
+Modules that the file itself imports are not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from protocols.code import CodeSource
+
+_MAKING = threading.Lock()  # services that share a process share its modules
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class BadCode(Exception):
+    """A file that can't take the place of the running one: says what it raised or lacks."""
+
+
+def module_of(name: str) -> str:
+    """The module in "package.module:function"; "" for a registered name."""
+    module, colon, _ = name.partition(":")
+    return module if colon else ""
+
+
+def source_of(module: str) -> CodeSource:
+    """A module's file as it is now. Raises BadCode where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise BadCode(f"module {module}: {error}") from error
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        raise BadCode(f"module {module} has no file")
+    try:
+        return CodeSource(module, spec.origin, Path(spec.origin).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCode(f"{spec.origin}: can't be read: {error}") from error
+
+
+def digest_of(source: CodeSource) -> str:
+    """blake2b-128 of the text."""
+    return hashlib.blake2b(source.text.encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def made_anew(source: CodeSource) -> Iterator[ModuleType]:
+    """A new module from the text, which stands in sys.modules for the block only: one at a time in a process.
+
+    What is tried out has to be tried in the block: dataclasses and annotations look their module up by its name.
+    Raises BadCode with what the text raises.
+    """
+    spec = importlib.util.spec_from_file_location(source.module, source.path)
+    assert spec is not None, f"{source.path} is no Python file"
+    module = importlib.util.module_from_spec(spec)
+    with _MAKING:
+        before = sys.modules.get(source.module)
+        sys.modules[source.module] = module
+        try:
+            _execute(source, module)
+            yield module
+        finally:
+            if before is None:
+                del sys.modules[source.module]
+            else:
+                sys.modules[source.module] = before
+
+
+def _execute(source: CodeSource, module: ModuleType) -> None:
+    try:
+        exec(compile(source.text, source.path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise BadCode(f"{source.path}{line} raised {type(error).__name__}: {error}") from error
+
+
+def function_in(module: ModuleType, name: str) -> Callable[..., object]:
+    """The function that "package.module:function" names, in a module of that name. Raises BadCode."""
+    attribute = name.partition(":")[2]
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise BadCode(f"{module.__file__} has no function {attribute!r}")
+    return function
+
+
+class UserFunction(Generic[F]):
+    """The function that is in use under a name, and the one that is about to take its place."""
+
+    def __init__(self, name: str, function: F, check: Callable[[F], None]) -> None:
+        """`check` raises whatever shows that a function can't be used."""
+        self.current = function
+        self._name, self._check = name, check
+        self._next: tuple[F, ModuleType] | None = None
+
+    def prepare(self, sources: Sequence[CodeSource]) -> None:
+        """Make the next one, where its file is among the sources. Raises BadCode; `current` stays what it is."""
+        self._next = None
+        for source in sources:
+            if source.module == module_of(self._name):
+                with made_anew(source) as module:
+                    function: F = function_in(module, self._name)  # type: ignore[assignment]
+                    try:
+                        self._check(function)
+                    except Exception as error:
+                        raise BadCode(f"{self._name}, tried out, raised {type(error).__name__}: {error}") from error
+                self._next = function, module
+
+    def switch(self, take: bool) -> None:
+        """Put the next one in its place, or drop it; nothing where none is prepared."""
+        if take and self._next is not None:
+            self.current, module = self._next
+            install(module)
+        self._next = None
+
+
+def install(module: ModuleType) -> None:
+    """Say that a module made anew is the one of its name from now on."""
+    sys.modules[module.__name__] = module
+    linecache.checkcache(module.__file__)
