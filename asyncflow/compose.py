@@ -84,8 +84,9 @@ def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
         raise BadInput(f"{where}: this version runs one replica of a service: replicas = 1")
     if service == GENERATOR and topology.world_size > 1:
         raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
-    if topology.replica_size > 1 and service in recipe.models and recipe.models[service].rule:
-        raise BadInput(f"{where}: a rule can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
+    model = recipe.models.get(service, Model())
+    if topology.replica_size > 1 and (model.rule or model.mix):
+        raise BadInput(f"{where}: a rule or a mix can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
     if topology.world_size > devices:
         raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
     _check_joint(recipe, service, placed)

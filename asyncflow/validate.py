@@ -51,6 +51,7 @@ def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files, and place it where it leaves that to the mapper. Raises BadInput."""
     if recipe.placed_by not in ("", automatic.AUTO):
         recipe = automatic.pinned(recipe, recipe.placed_by)
+    recipe = automatic.check_devices(recipe)
     try:
         algorithm = algorithm_named(recipe.algorithm)
         dataflow = trace(algorithm)
@@ -75,6 +76,7 @@ def check(recipe: Recipe) -> Checked:
     if not recipe.placed_by:
         return Checked(recipe, dataflow, train, heldout)
     choice = automatic.place(recipe, dataflow, prompt_lengths(train))
+    _check_lora(choice.chosen.recipe)
     _check_shards(choice.chosen.recipe, dataflow)
     return Checked(choice.chosen.recipe, dataflow, train, heldout, automatic.text_of(choice))
 

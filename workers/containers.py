@@ -34,6 +34,7 @@ class Record(NamedTuple):
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _TABLES = (".parquet", ".arrow")
+_ROWS_AT_ONCE = 1024  # of a parquet file: rows may hold images
 _KINDS = (*_LINES, *(f"{kind}.gz" for kind in _LINES), *_TABLES)
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
@@ -61,10 +62,8 @@ def digest_of_rows(path: str | Path) -> str:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return _files_of_folder(path)
-    if not path.exists() and path.parent.is_dir():
-        splits = _by_split(_data_files(path.parent), path.parent)
-        if path.name in splits:
-            return splits[path.name]
+    if path.name in _SPLITS.values() and not path.exists() and path.parent.is_dir():
+        return _by_split(_data_files(path.parent), path.parent).get(path.name, [path])
     return [path]
 
 
@@ -123,17 +122,17 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    """One JSON object a line, empty lines aside; or one array of objects."""
+    """One JSON object a line, empty lines aside; or one array of objects, which alone is read whole."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if path.name.endswith((".json", ".json.gz")) and file.peek(1).lstrip()[:1] == b"[":
+                yield from _array(path, file.read())
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _object(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    if data.lstrip()[:1] == b"[" and path.name.endswith((".json", ".json.gz")):
-        yield from _array(path, data)
-        return
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            yield _object(line, f"{path}:{number}")
 
 
 def _array(path: Path, data: bytes) -> Iterator[Record]:
@@ -161,12 +160,20 @@ def _table(path: Path) -> Iterator[Record]:
     number = 0
     try:
         with pa.memory_map(str(path)) as source:
-            for batch in pq.ParquetFile(source).iter_batches() if path.suffix == ".parquet" else _arrow(source):
+            is_parquet = path.suffix == ".parquet"
+            batches = pq.ParquetFile(source).iter_batches(_ROWS_AT_ONCE) if is_parquet else _arrow(source)
+            for batch in batches:
                 for values in batch.to_pylist():
                     number += 1
                     yield Record(f"{path}: row {number}", _without_nulls(values))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    except (
+        OSError,
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two: what Python has no type for
+        said = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: can't be read from row {number + 1} on: {said}") from error
 
 
 def _arrow(source: Any) -> Iterator[Any]:

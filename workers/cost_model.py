@@ -21,7 +21,7 @@ from workers.datasets import read_rows
 from workers.finetune import load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, sequence_scores
-from workers.preference import Pairs
+from workers.preference import HELDOUT_ACCURACY, Pairs
 
 
 class SafetyPair(msgspec.Struct, frozen=True):
@@ -131,7 +131,7 @@ def train_cost_model(
         if on_step:
             on_step(step, loss)
     accuracy, sign_accuracy = accuracies(model, heldout, budget)
-    results = {"heldout_pair_accuracy": accuracy, "final_loss": losses[-1]}
+    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]}
     if sign_accuracy is not None:
         results["heldout_sign_accuracy"] = sign_accuracy
     save_folder(settings.output, model, tokenizer, results)

@@ -107,6 +107,11 @@ def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTemplate) -> dict[str, Any]:
     """The fields with every conversation rendered; what a conversation holds of the others comes out of it."""
     answers = [field for field in _ANSWERS if field in names]
+    for field in ("prompt", *answers):
+        if isinstance(value := found.get(field), list) and not is_chat(value):
+            raise BadChat(
+                f"the {field} is a list: want chat messages, each with a role and a content, got {value!r:.100}"
+            )
     if "chosen" in names and all(field in found for field in answers):
         found = _with_prompt(found)
     prompt = asked = found.get("prompt")

@@ -55,7 +55,7 @@ class FullyShardedModel(DividedModel):
         try:
             return super().backward(data, budget, loss)
         except BaseException:
-            self._root.reset_iter_state()  # torch leaves it half way, and the step is refused, not the model
+            self._begin_anew()
             raise
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
@@ -63,7 +63,7 @@ class FullyShardedModel(DividedModel):
         try:
             return super().forward(data, budget, read)
         except BaseException:
-            self._root.reset_iter_state()
+            self._begin_anew()
             raise
 
     def release_gradient(self) -> None:
@@ -72,10 +72,10 @@ class FullyShardedModel(DividedModel):
         for sharded in self._sharded.values():
             sharded.grad = None
 
-    @property
-    def _root(self) -> FSDPModule:
-        assert isinstance(self.shard, FSDPModule)
-        return self.shard
+    def _begin_anew(self) -> None:
+        """Forget a pass that broke off: torch leaves it half way, but the step is refused, not the model."""
+        if reset := getattr(self.shard, "reset_iter_state", None):  # which older torch has not
+            reset()
 
     def _along(self, name: str) -> Parameter:
         spec = self.specs[name]

@@ -27,7 +27,8 @@ _ADAPTER = "default"
 class Adapters:
     """The adapters of a model, which from now on trains nothing else.
 
-    A is drawn from the seed and B is 0, so the model's answers are at first those of its folder.
+    A is drawn from the seed and B is 0, so the model's answers are at first those of its folder. Both are float32,
+    whatever the base is.
     """
 
     def __init__(self, model: PreTrainedModel, path: str, settings: Lora, seed: int) -> None:
@@ -47,6 +48,10 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self._config, model, _ADAPTER)
+        for _, layer in self._layers():
+            # In bfloat16, as the base may be, most of an entry's updates would round to nothing.
+            layer.lora_A.float()
+            layer.lora_B.float()
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B of every adapted layer, by layer name and A or B: what a checkpoint holds."""

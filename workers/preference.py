@@ -19,7 +19,7 @@ from workers.finetune import RESULTS, Texts, load_tokenizer, optimize, refuse_ex
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, micro_batches, sequence_scores
 
-_ACCURACY = "heldout_pair_accuracy"
+HELDOUT_ACCURACY = "heldout_pair_accuracy"  # its name in a folder's results
 
 
 class Pairs:
@@ -85,13 +85,13 @@ def train_reward_model(
         if on_step:
             on_step(step, loss)
     accuracy = pair_accuracy(model, heldout, budget)
-    save_folder(settings.output, model, tokenizer, {_ACCURACY: accuracy, "final_loss": losses[-1]})
+    save_folder(settings.output, model, tokenizer, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
     return RewardModelResult(settings.output, losses, accuracy)
 
 
 def heldout_accuracy_of(folder: str | Path) -> float:
     """What `train_reward_model` measured when it wrote a folder."""
-    return float(json.loads((Path(folder) / RESULTS).read_text())[_ACCURACY])
+    return float(json.loads((Path(folder) / RESULTS).read_text())[HELDOUT_ACCURACY])
 
 
 def pair_loss(model: PreTrainedModel, pairs: Pairs, budget: int, centring: float) -> Iterator[Tensor]:

@@ -51,17 +51,19 @@ class PretrainingText:
 
         Rows are those of supervised fine-tuning, in any of their shapes; one without a prompt is a text, of which
         what is longer than the model's context becomes further rows. Raises DataError for a file that can't be used,
-        and for a prompt and response that don't fit the context together.
+        for a prompt and response that don't fit the context together, and where all texts are empty.
         """
         given = read_rows(path, Demonstration, columns, model)
         tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
         end, context = end_of_sequence(model), context_of(model)
-        prompts: list[list[int]] = []
-        responses: list[list[int]] = []
+        prompts: list[npt.NDArray[np.int32]] = []  # arrays, since a list takes nine times the memory
+        responses: list[npt.NDArray[np.int32]] = []
         for number, row in enumerate(given, 1):
             for prompt, response in _pieces(row, tokenizer, end, context, f"{path}: row {number}"):
-                prompts.append(prompt)
-                responses.append(response)
+                prompts.append(np.array(prompt, np.int32))
+                responses.append(np.array(response, np.int32))
+        if not prompts:
+            raise DataError(f"{path}: all of its {len(given)} texts are empty: there is nothing to learn")
         return cls(Jagged.from_rows(prompts, np.int32), Jagged.from_rows(responses, np.int32), rows, seed)
 
     def __len__(self) -> int:

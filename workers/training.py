@@ -107,6 +107,10 @@ class TrainedModel:
         """The canonical tensors; those that adapters change are merged, and new."""
         return self.adapters.merged() if self.adapters is not None else canonical_tensors(self.model)
 
+    @property
+    def _scaling(self) -> float | None:
+        return self.adapters.scaling if self.adapters is not None else None
+
     def _state(self) -> Mapping[str, torch.Tensor]:
         """The tensors that training changes: a checkpoint's."""
         return self.adapters.tensors() if self.adapters is not None else canonical_tensors(self.model)
@@ -127,16 +131,25 @@ class TrainedModel:
             "version": self.version,
             "updates": self._updates,
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "lora_scaling": self._scaling,
         }
         (root / "trainer.json").write_text(json.dumps(state))
 
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote. Raises ValueError, changing nothing, where names or shapes are another model's."""
+        """Restore what `save` wrote. Raises ValueError, changing nothing, where it is another model's.
+
+        That is, where names, shapes or the scaling of adapters differ.
+        """
         root = Path(folder)
         own, saved = self._state(), load_file(root / "model.safetensors")
         _check_same(own, saved, folder)
         optimizer = load_file(root / "optimizer.safetensors")
         state = json.loads((root / "trainer.json").read_text())
+        if (scaling := state.get("lora_scaling")) != self._scaling:
+            raise ValueError(
+                f"{folder}: its adapters count {scaling}, this model's {self._scaling}: the same adapters would be "
+                "another policy; keep lora.alpha / lora.rank as it was"
+            )
         self.version, self._updates = int(state["version"]), int(state["updates"])
         torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(state["torch_rng"]), np.uint8).copy()))
         for name, tensor in own.items():

@@ -72,6 +72,8 @@ def made_anew(source: CodeSource) -> Iterator[ModuleType]:
         try:
             _execute(source, module)
             yield module
+        except SystemExit as error:  # which would end the process, of a service that others wait for
+            raise BadCode(f"{source.path} raised SystemExit: {error}") from error
         finally:
             if before is None:
                 del sys.modules[source.module]
@@ -82,7 +84,7 @@ def made_anew(source: CodeSource) -> Iterator[ModuleType]:
 def _execute(source: CodeSource, module: ModuleType) -> None:
     try:
         exec(compile(source.text, source.path, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise BadCode(f"{source.path}{line} raised {type(error).__name__}: {error}") from error
 

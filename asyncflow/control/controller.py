@@ -413,7 +413,22 @@ class Controller:
                 future.set_result(self._record.last_checkpoint)
 
     async def _reload(self) -> None:
-        asked, self._reload_asked = self._reload_asked, []
+        asked = list(self._reload_asked)
+        try:
+            answer = await self._take_code()
+        except BadCode as error:
+            answer = error
+        del self._reload_asked[: len(asked)]  # not before: who asks is told if the run ends by it
+        for future in asked:
+            if future.done():
+                continue
+            if isinstance(answer, BadCode):
+                future.set_exception(BadCode(str(answer)))
+            else:
+                future.set_result(answer)
+
+    async def _take_code(self) -> CodeReloaded:
+        """Raises BadCode, with nothing changed, where a file can't be used."""
         step = self._admission.version
         digests: dict[str, str] = {}
         try:
@@ -423,15 +438,10 @@ class Controller:
                 await self._code.give(sources, self._fleet.services)
         except BadCode as error:
             self._emit(CodeRefused(step=step, digests=digests, error=str(error)))
-            for future in asked:
-                if not future.done():
-                    future.set_exception(BadCode(str(error)))
-            return
+            raise
         reloaded = CodeReloaded(step=step, digests=digests)
         self._emit(reloaded)
-        for future in asked:
-            if not future.done():
-                future.set_result(reloaded)
+        return reloaded
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:

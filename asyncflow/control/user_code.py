@@ -34,8 +34,10 @@ class UserCode:
 
     async def give_running(self, service: Endpoint) -> None:
         """Have a service that has just started run what the others run, whatever its files hold by now."""
-        if self._running:
-            await ask(service, PrepareCode(list(self._running.values())))
+        given: dict[str, CodeSource] = {}
+        while given != self._running:  # the others may have taken newer files meanwhile
+            given = self._running
+            await ask(service, PrepareCode(list(given.values())))
             await ask(service, SwitchCode(True))
 
     async def give(self, sources: list[CodeSource], services: Mapping[str, Endpoint]) -> None:
@@ -43,15 +45,21 @@ class UserCode:
 
         Raises BadCode with every service's error where one refuses: then all go on with what they have.
         """
-        asked = [ask(service, PrepareCode(sources)) for service in services.values()]
+        prepared = dict(services)
+        asked = [ask(service, PrepareCode(sources)) for service in prepared.values()]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
         for error in errors:
             if not isinstance(error, ServiceError):
                 raise error
         if not errors:  # before the switch: a service that dies during it has a successor that is given these
-            self._running |= {source.module: source for source in sources}
-        await self._switch(services, take=not errors)
+            self._running = self._running | {source.module: source for source in sources}
+        await self._switch(prepared, take=not errors)
+        for service in [service for name, service in services.items() if service is not prepared[name]]:
+            with contextlib.suppress(
+                ServiceGone
+            ):  # its successor started while others prepared: it has nothing to take
+                await self.give_running(service)
         if errors:
             raise BadCode("; ".join(dict.fromkeys(map(str, errors))))
 

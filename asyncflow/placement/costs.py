@@ -85,8 +85,8 @@ def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, cont
     """
     pp, tp = topology.pp, topology.tp
     flops = device.training_flops if over.trains else device.flops
-    product = tokens * shape.forward_flops(context) / (pp * tp) / flops
-    read = shape.parameters * WEIGHT_BYTES / (pp * tp) / device.bandwidth
+    product = tokens * shape.stage_flops(pp, context) / tp / flops
+    read = shape.stage_parameters(pp) * WEIGHT_BYTES / tp / device.bandwidth
     launch = (shape.layers / pp + 1) * device.reach.layer_s
     between = tokens * shape.hidden * WEIGHT_BYTES
     reduced = 2 * shape.layers / pp * all_reduce_s(between, tp, device)

@@ -91,6 +91,11 @@ class Shape(msgspec.Struct, frozen=True):
         weights = self.layer_parameters * self.layers + self.head_parameters
         return 2 * weights + 4 * self.layers * context * self.heads * self.head_dimension
 
+    def stage_flops(self, pp: int, context: float) -> float:
+        """Flops of a token's forward pass through the slowest of pp stages, the last: its layers and the head."""
+        layers = 2 * self.layer_parameters + 4 * context * self.heads * self.head_dimension
+        return layers * self.layers / pp + 2 * self.head_parameters
+
     def kv_bytes(self, pp: int, tp: int) -> float:
         """Bytes of keys and values of one token on one of pp x tp ranks; heads are repeated where tp exceeds them."""
         return 2 * WEIGHT_BYTES * self.layers / pp * -(-self.kv_heads // tp) * self.head_dimension

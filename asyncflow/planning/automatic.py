@@ -17,7 +17,7 @@ import tomli_w
 from asyncflow.compose import GENERATOR, REPLICATED, check_placement
 from asyncflow.config import BadInput, Placed, Pool, Recipe
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE, Cluster, Refused
+from asyncflow.placement.devices import CATALOGUE, CPU_SLOT, SLOTS_PER_CORE, Cluster, Refused
 from asyncflow.placement.mapper import placements
 from asyncflow.placement.plan import Placement, ranked
 from asyncflow.placement.workload import Lengths, ModelWork, work_of
@@ -103,6 +103,21 @@ def devices_of(recipe: Recipe, calibration: Calibration | None) -> tuple[Calibra
         shared = msgspec.structs.replace(calibration.device, cores=float(cores))
         calibration = msgspec.structs.replace(calibration, device=shared)
     return calibration, count, named and calibration.device.name
+
+
+def check_devices(recipe: Recipe) -> Recipe:
+    """The recipe with its calibrations' files by full path. Raises BadInput for a device that nobody knows."""
+    pools = {}
+    for name, pool in recipe.pools.items():
+        known = not pool.device or pool.device in CATALOGUE
+        device = pool.device if known else str(Path(pool.device).absolute())
+        try:
+            if not known:
+                read_calibration(device)
+        except Refused as refused:
+            raise BadInput(f"pools.{name}: {refused}") from None
+        pools[name] = msgspec.structs.replace(pool, device=device)
+    return msgspec.structs.replace(recipe, pools=pools)
 
 
 def save(choice: Choice, path: Path) -> None:
@@ -197,7 +212,7 @@ def _with_pools(
 
 def _runs(recipe: Recipe, model: ModelWork, topology: Topology) -> bool:
     """Whether this build runs a model at a topology: see compose.check_placement, which has the last word."""
-    if model.receives_from:
+    if model.receives_from or recipe.models[model.role].lora.rank:
         return topology.world_size == 1
     return recipe.runtime != "local" or topology.world_size == 1 or (
         topology.replica_size == 1 and model.role in REPLICATED

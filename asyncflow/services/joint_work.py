@@ -2,7 +2,8 @@
 
 Two things side by side would meet in the wrong order on two ranks. And one rank that raises, or dies, leaves the others
 waiting for it inside a collective: they are given a moment, in case they are about to say the same or a death is
-what is behind it, and then nothing more is asked of ranks that are no longer in step.
+what is behind it, and then nothing more is asked of ranks that are no longer in step. Nor is it where a caller gave up
+half way: one rank may have begun what another was not told of. Ranks that work apart only ever wait for themselves.
 """
 
 from __future__ import annotations
@@ -48,10 +49,15 @@ class JointWork:
                 part.close()
             raise ServiceError(f"{self._service}: {what}: its ranks are out of step: {self._fault}")
         tasks = {rank: asyncio.create_task(part, name=f"{what} on rank {rank}") for rank, part in parts.items()}
+        first = asyncio.FIRST_EXCEPTION if self._collective else asyncio.ALL_COMPLETED
         try:
-            await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(tasks.values(), return_when=first)
             if failed := [rank for rank, task in tasks.items() if task.done() and task.exception()]:
                 await self._fail(what, tasks, failed[0])
+        except asyncio.CancelledError:
+            if self._collective:
+                self._fault = f"{what} was given up half way"
+            raise
         finally:
             for task in tasks.values():
                 task.cancel()

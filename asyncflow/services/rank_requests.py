@@ -26,11 +26,16 @@ from protocols.control import (
     YieldDevices,
 )
 
+BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # a user's code is tried out without it, wherever it is
+
 
 def carry_out(workplace: Workplace, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
     """Do what is asked of a rank. Blocking; raises what its worker raises."""
     if isinstance(request, YieldDevices):
         return workplace.leave(), []
+    if isinstance(request, PrepareCode | SwitchCode):
+        _take_code(workplace.worker, request)
+        return Done(), []
     workplace.come_back()
     worker: Any = workplace.worker
     match request:
@@ -46,18 +51,20 @@ def carry_out(workplace: Workplace, store: Store, request: RankRequest) -> tuple
             worker.load(request.folder)
         case ExportModel():
             worker.export(request.folder)
-        case PrepareCode():
-            if prepare := getattr(worker, "prepare_code", None):  # of the workers that call a user's functions
-                prepare(request.sources)
-        case SwitchCode():
-            if switch := getattr(worker, "switch_code", None):
-                switch(request.take)
         case SwitchLayout():
             if request.to == "generation":
                 took = msgspec.structs.asdict(worker.to_generation())
                 return Done({name: float(value) for name, value in took.items()}), []
             worker.to_training()
     return Done(), []
+
+
+def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
+    """Of the workers that call a user's functions; the others have nothing to take."""
+    if isinstance(request, PrepareCode) and (prepare := getattr(worker, "prepare_code", None)):
+        prepare(request.sources)
+    if isinstance(request, SwitchCode) and (switch := getattr(worker, "switch_code", None)):
+        switch(request.take)
 
 
 _ACTIVITIES = {

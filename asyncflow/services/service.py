@@ -25,7 +25,7 @@ from asyncflow.services.joint_generation import JointGeneratingStage, JointGener
 from asyncflow.services.outside import OutsideRank
 from asyncflow.services.parts import Part, parts_of, places
 from asyncflow.services.rank import OwnRank, Rank, Ranks
-from asyncflow.services.rank_requests import activity_of
+from asyncflow.services.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
 from asyncflow.services.workplace import Workplace, build, contract_for
@@ -221,7 +221,7 @@ class ModelService:
 
     async def _ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
         # A model that is off its devices comes back for this, so it has to have them; at its start it has no lease yet.
-        if self._moves and not isinstance(request, LoadState):
+        if self._moves and not isinstance(request, (LoadState, *BESIDE_THE_MODEL)):
             async with self._host.lease(f"{self.name} {activity_of(request)}"):
                 return await self._host.ask_ranks(request)
         async with self._host.joint.turn():

@@ -10,6 +10,10 @@ import pytest
 
 from asyncflow.compose import stateful
 from asyncflow.config import BadInput
+from asyncflow.dataflow.graph import DataflowError
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.steering import with_steering
+from asyncflow.dataflow.trace import trace
 from asyncflow.validate import LOSSES, check
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
@@ -103,6 +107,12 @@ def test_an_adaptive_kl_coefficient_is_a_state_of_the_batch_function(make_recipe
 )
 def test_a_kl_coefficient_that_can_not_be_steered(refused: Any, changes: dict[str, Any], message: str):
     assert refused(**changes).startswith(message)
+
+
+def test_a_dataflow_without_a_kl_coefficient_has_nothing_to_steer():
+    dataflow = trace(algorithm_named("grpo"))
+    with pytest.raises(DataflowError, match=r"grpo#1 takes no kl_coefficient: advantage\.kl = 'adaptive'"):
+        with_steering(dataflow, {"kl": "adaptive"})
 
 
 # --- mixed rewards and pretraining text

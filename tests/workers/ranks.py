@@ -67,9 +67,7 @@ class Ranks:
 
     def _answer(self, pipe: Connection) -> tuple[bool, Any]:
         try:
-            return (
-                pipe.recv() if pipe.poll(self._patience.total_seconds()) else (False, f"late: {self._patience}")
-            )
+            return pipe.recv() if pipe.poll(self._patience.total_seconds()) else (False, f"late: {self._patience}")
         except EOFError:
             return False, "the process died"
 

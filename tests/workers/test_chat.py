@@ -100,7 +100,17 @@ def test_a_text_follows_its_own_first_token(folder: Path):
     [
         (Demonstration, {"messages": [USER]}, "has no message before the reply"),
         (Demonstration, {"messages": [USER, GOOD, MORE]}, "does not end with a message of the assistant"),
-        (Problem, {"messages": [{"from": "human", "value": "1+1"}]}, "Expected `str`, got `array`"),
+        (
+            Problem,
+            {"messages": [{"from": "human", "value": "1+1"}]},
+            "the prompt is a list: want chat messages, each with a role",
+        ),
+        (
+            Demonstration,
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "want chat messages, each with a",
+        ),
+        (Preference, {"prompt": "1", "chosen": [], "rejected": [BAD]}, "the chosen is a list: want chat messages"),
         (Problem, {"question": "1+1"}, "no field 'prompt'; the row has 'question'; want prompt or messages and"),
         (Demonstration, {"prompt": "1"}, "want prompt [+] response, prompt [+] completion, messages, or text"),
         (Preference, {"prompt": "1", "chosen": "2"}, "no field 'rejected'.*want prompt [+] chosen [+] rejected"),

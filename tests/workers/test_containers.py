@@ -143,6 +143,40 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
         list(records(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pa.array([None, 1_234_567], pa.timestamp("ns")),  # finer than Python's times
+        pa.array([None, 2**62], pa.timestamp("us")),  # later than Python's times
+        pa.Array.from_buffers(pa.string(), 2, [pa.py_buffer(b"\2"), pa.py_buffer(b"\0\0\0\0" * 2 + b"\1\0\0\0"),
+                                               pa.py_buffer(b"\xff")]),
+    ],
+    ids=["nanoseconds", "year", "not utf-8"],
+)  # fmt: skip
+def test_a_cell_that_python_has_no_value_for_is_refused(tmp_path: Path, cell: pa.Array):
+    pq.write_table(pa.table({"prompt": ["a", "b"], "extra": cell}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: can't be read from row 1 on: "):
+        list(records(tmp_path / "x.parquet"))
+
+
+def test_a_file_cut_short_is_refused_where_it_ends(tmp_path: Path):
+    rows: Rows = [{"prompt": f"{number}" * 50} for number in range(5_000)]
+    whole = zipped(tmp_path / "x.jsonl.gz", rows).read_bytes()
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    reading = records(tmp_path / "x.jsonl.gz")
+    assert next(reading).values == rows[0]
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: can't be read: Compressed file ended"):
+        list(reading)
+
+
+def test_only_a_splits_name_is_looked_for_below_its_folder(tmp_path: Path):
+    lines(tmp_path / "deep" / "train.jsonl", ROWS)
+    assert len(list(records(tmp_path / "train"))) == len(ROWS)
+    for name in ("trian", "test", "x.jsonl"):
+        with pytest.raises(DataError, match=rf"{name}: can't be read: No such file"):
+            list(records(tmp_path / name))
+
+
 def test_a_folder_without_data_is_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text("nothing here")
     with pytest.raises(DataError, match=r"a folder without data; it may hold \.jsonl"):

@@ -127,12 +127,11 @@ def test_adapters_of_another_base_are_refused(folder: Path, tmp_path: Path):
     assert engine.version is None
 
 
-def test_a_restored_policy_goes_on_as_if_it_had_not_stopped(
-    folder: Path, batch: Experience, trained: PolicyWorker, tmp_path: Path
-):
-    trained.save(str(tmp_path))
+def test_a_restored_policy_goes_on_as_if_it_had_not_stopped(folder: Path, batch: Experience, tmp_path: Path):
     going_on, restored = make(folder), make(folder)
-    going_on.load(str(tmp_path))
+    for _ in range(STEPS):
+        going_on.update(batch)
+    going_on.save(str(tmp_path))
     restored.load(str(tmp_path))
     assert restored.trained.version == STEPS
     for worker in (going_on, restored):
@@ -144,6 +143,27 @@ def test_a_whole_models_checkpoint_is_refused(folder: Path, tmp_path: Path):
     make(folder, Lora()).save(str(tmp_path))
     with pytest.raises(ValueError, match="tensors differ from the model's"):
         make(folder).load(str(tmp_path))
+
+
+def test_the_same_adapters_at_another_scaling_are_refused(folder: Path, trained: PolicyWorker, tmp_path: Path):
+    trained.save(str(tmp_path))
+    other = make(folder, Lora(rank=4, alpha=8.0, targets=LORA.targets))
+    with pytest.raises(ValueError, match=r"its adapters count 3\.0, this model's 2\.0.*keep lora\.alpha"):
+        other.load(str(tmp_path))
+    assert other.trained.version == 0
+
+
+def test_adapters_of_a_bfloat16_base_lose_no_small_update(folder: Path, batch: Experience):
+    model = Model(str(folder), learning_rate=1e-4, dtype="bfloat16", lora=LORA)
+    worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
+    worker.update(batch)  # B leaves 0: from now on A has a gradient
+    assert worker.trained.adapters is not None
+    before = {name: tensor.clone() for name, tensor in worker.trained.adapters.tensors().items()}
+    worker.update(batch)
+    moved = [float((t != before[n]).float().mean()) for n, t in worker.trained.adapters.tensors().items()]
+    assert min(moved) > 0.9
+    merged = worker.trained.tensors()["model.layers.0.self_attn.q_proj.weight"]
+    assert merged.dtype == torch.bfloat16
 
 
 def test_the_export_loads_merged_in_transformers_and_apart_in_peft(

@@ -109,6 +109,11 @@ def test_a_response_that_does_not_fit_is_refused(folder: str, write: Write):
         PretrainingText.read(path, folder, rows=1, seed=0)
 
 
+def test_a_file_of_empty_texts_is_refused(folder: str, write: Write):
+    with pytest.raises(DataError, match=r"pretrain\.jsonl: all of its 2 texts are empty"):
+        PretrainingText.read(write({"text": ""}, {"text": ""}), folder, rows=1, seed=0)
+
+
 # --- what it adds
 
 

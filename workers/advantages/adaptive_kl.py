@@ -33,9 +33,9 @@ class KlSteering(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if self.kl == "adaptive":
-            self.from_coefficient(1.0)
-            if self.kl_horizon % 1:
+            if self.kl_horizon % 1 != 0:  # so written, NaN and infinity are refused too
                 raise ValueError(f"kl_horizon = {self.kl_horizon}: want a whole number of samples")
+            self.from_coefficient(1.0)
 
     def from_coefficient(self, coefficient: float) -> AdaptiveKl:
         """The steering at a coefficient. Raises ValueError for one that is not above 0."""
@@ -60,13 +60,16 @@ def steered_state(own: type[msgspec.Struct] | None) -> type[msgspec.Struct]:
 
 
 def steered(
-    function: Callable[..., Measured[Experience]], own: type[msgspec.Struct] | None, state_type: type[msgspec.Struct]
+    function: Callable[..., Measured[Experience] | Experience],
+    own: type[msgspec.Struct] | None,
+    state_type: type[msgspec.Struct],
 ) -> Callable[..., Stateful[Experience, Any]]:
     """A batch function whose KL coefficient follows its target (Ziegler et al. 2019); see `AdaptiveKl.after`.
 
     Takes the function's own numbers and those of `KlSteering`; `kl_coefficient` is where it starts. It measures the
     coefficient that a batch was taken with (`kl_coefficient`) and the target (`kl_target`), beside the function's
-    own measures, of which `kl` is followed. `own` is the type of the function's state, None where it has none.
+    own measures, of which `kl` is followed. `own` is the type of the function's state, None where it has none. Raises
+    ValueError for a batch of which the function measured no `kl`.
     """
     start = inspect.signature(function).parameters[KL_COEFFICIENT].default
 
@@ -78,6 +81,10 @@ def steered(
         if own is not None:
             given["state"] = state.own if state is not None else None
         result = function(*inputs, **given)
+        if not isinstance(result, Measured) or "kl" not in result.metrics.values:
+            raise ValueError(
+                f"{function.__name__} measures no 'kl', which an adaptive coefficient follows: add it to its metrics"
+            )
         measured = result.metrics.values
         after = steering.after(measured["kl"], len(result.batch))
         told = {**measured, KL_COEFFICIENT: coefficient, "kl_target": steering.target}

@@ -26,7 +26,7 @@ class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """lambda, and the costs that it has seen last."""
 
     value: float  # lambda, 0 or more
-    costs: list[float] = []  # of the last episodes, oldest first, at most a window of them
+    costs: list[float] = []  # of the last samples, oldest first, at most a window of them
 
     def after(
         self, costs: npt.NDArray[np.floating], *, limit: float, rate: float, most: float, window: int
@@ -125,4 +125,4 @@ def _check_numbers(multiplier: float, rate: float, most: float, window: float) -
     if not 0.0 <= rate < math.inf:
         raise ValueError(f"multiplier_rate = {rate:g}: want 0 or more")
     if not window >= 1 or window % 1:
-        raise ValueError(f"cost_window = {window}: want a whole number of episodes, 1 or more")
+        raise ValueError(f"cost_window = {window}: want a whole number of samples, 1 or more")

@@ -31,6 +31,7 @@ from workers.generation.vllm_internals import (
     load_tensors,
     repack_head,
     scheduler_of,
+    shut_down,
     start,
     start_reload,
     token_prompt,
@@ -211,14 +212,10 @@ class VllmEngine(Engine):
     def close(self) -> None:
         if self._vllm is None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         engine, self._vllm, self._version = self._vllm, None, None
         self._waiting.clear()
         self._running.clear()
-        engine.engine_core.shutdown()
-        if self._owns_process_group:  # else it is the owner's, and vLLM's groups end with it
-            cleanup_dist_env_and_memory()
+        shut_down(engine, self._owns_process_group)
 
     @property
     def _engine(self) -> LLMEngine:

@@ -5,6 +5,7 @@ The functions that take a `worker` run where vLLM computes: in this process, or 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -93,6 +94,22 @@ def start(path: str, settings: Generation, dtype: str, workers: int, sleeps: boo
         **limits,
     )
     return LLMEngine.from_engine_args(arguments)
+
+
+def shut_down(engine: LLMEngine, owns_process_group: bool) -> None:
+    """End the engine's workers and free its memory; torch.distributed too where it was vLLM that began it here."""
+    client: Any = engine.engine_core
+    if owns_process_group:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        client.shutdown()
+        cleanup_dist_env_and_memory()
+        return
+    # The core's own way would end torch.distributed for this whole process, which is a rank of a model that trains.
+    core = client.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # the core froze what it allocated at its start: it would never be collected
 
 
 def token_prompt(tokens: list[int]) -> Any:

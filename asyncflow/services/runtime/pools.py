@@ -23,7 +23,7 @@ from asyncflow.services.spec import ServiceSpec
 from protocols.topology import Topology
 
 NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor that needs none
-RESERVE_SECONDS = 30.0  # for devices that another run is about to give back
+RESERVE_SECONDS = 120.0  # for devices that another run is about to give back
 A_TRACE = 0.001  # of a resource that only says what a node has
 
 ACCELERATORS = {  # device -> the type that Ray finds on a node

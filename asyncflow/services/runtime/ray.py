@@ -16,10 +16,11 @@ import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from asyncflow.services.endpoint import ServiceError, ServiceGone, all_or_error
-from asyncflow.services.runtime import Started
+from asyncflow.services.endpoint import ServiceError, ServiceGone, all_or_error, causes
+from asyncflow.services.runtime import Started, wire
 from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
-from asyncflow.services.runtime.ray_actors import RankActor, RayEndpoint, RayStore, ServiceActor, called
+from asyncflow.services.runtime.ray_actors import RankActor, RayStore, ServiceActor
+from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.spec import ServiceSpec
 from protocols.topology import Topology
 
@@ -40,10 +41,12 @@ class RayRuntime:
         cpus: int | None = None,
         store_bytes: int = 0,
         pools: Mapping[str, PoolRequest] = NO_POOLS,
+        wired: bool = wire.AVAILABLE,
     ) -> None:
         """`store_bytes`: memory of the object store of a Ray of our own, 0 for Ray's choice; what exceeds it spills.
 
-        `pools`: devices that services of these names stand on; the others need none.
+        `pools`: devices that services of these names stand on; the others need none. `wired`: processes of one node
+        also call each other over the wire, else by Ray alone.
         """
         self.store = RayStore(inline_bytes)
         self._address = address
@@ -54,6 +57,7 @@ class RayRuntime:
         self._ranks: dict[str, list[Any]] = {}
         self._endpoints: dict[str, RayEndpoint] = {}
         self._pools = ReservedPools(pools)
+        self._wired = wired
         self._owns_ray = False
         self._restarting = asyncio.Lock()
 
@@ -94,12 +98,12 @@ class RayRuntime:
     def _create(self, spec: ServiceSpec) -> None:
         packed = msgspec.msgpack.encode(spec)
         count = Topology.parse(spec.topology).world_size
-        wire = f"{spec.name}-{secrets.token_hex(8)}"
-        rank_wires = [f"{wire}-{rank}" for rank in range(count if count > 1 else 0)]
+        name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
+        rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]
         rank_actor: Any = ray.remote(RankActor)
         ranks = [
-            rank_actor.options(max_restarts=0, **self._pools.options(spec, rank)).remote(packed, rank_wire, rank)
-            for rank, rank_wire in enumerate(rank_wires)
+            rank_actor.options(max_restarts=0, **self._pools.options(spec, rank)).remote(packed, rank_name, rank)
+            for rank, rank_name in enumerate(rank_names)
         ]
         front: Any = ray.remote(ServiceActor)
         self._specs[spec.name] = spec
@@ -109,8 +113,8 @@ class RayRuntime:
             max_restarts=0,
             max_concurrency=CONCURRENT_CALLS,
             **(NO_DEVICE if ranks else self._pools.options(spec)),
-        ).remote(packed, wire, ranks, rank_wires)
-        self._endpoints[spec.name] = RayEndpoint(spec.name, self._actors[spec.name], wire)
+        ).remote(packed, name, ranks, rank_names)
+        self._endpoints[spec.name] = RayEndpoint(spec.name, self._actors[spec.name], name)
 
     async def _connect(self) -> None:
         async with all_or_error() as group:
@@ -133,7 +137,8 @@ class RayRuntime:
                 f"{spec.name}: did not start within {START_SECONDS:g} s; its log: {spec.log_path}"
             ) from None
         except RayTaskError as error:
-            raise ServiceError(f"{spec.name}: did not start: {error.cause}; its log: {spec.log_path}") from error
+            cause = causes(error.cause)
+            raise ServiceError(f"{spec.name}: did not start: {cause}; its log: {spec.log_path}") from error
         except RayError as error:
             raise ServiceError(f"{spec.name}: died while starting: {error}; its log: {spec.log_path}") from error
         started[spec.name] = Started(self._endpoints[spec.name], f"{host}:{port}")

@@ -1,55 +1,46 @@
-"""The Ray actors: a service's front, its ranks, and how each is called. Bytes in, bytes out.
+"""The Ray actors, a service's front and its ranks, and the store that they share. Bytes in, bytes out.
 
 A frame is put once by the rank that made it; messages carry its reference inside a list, so that Ray hands the
 reference on and only the rank that reads it maps the bytes. Ray's own envelope carries bytes and references,
-nothing else. What is bytes alone goes past Ray where both processes are on one node: over the wire (wire.py).
+nothing else. Each actor also listens on the wire (wire.py), for what is bytes alone; ray_peers.py calls either way.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError
 
-from asyncflow.services.endpoint import (
-    Frame,
-    Payload,
-    PayloadLost,
-    ServiceError,
-    ServiceGone,
-    all_or_error,
-)
+from asyncflow.services.endpoint import Frame, Payload, PayloadLost
 from asyncflow.services.rank import Rank
-from asyncflow.services.runtime.wire import Broken, NotHere, Server, ServerThread, Wire, travels
+from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
+from asyncflow.services.runtime.wire import Server, ServerThread
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
-from asyncflow.services.workplace import build
-from protocols.control import Notice, RankAnswer, RankRequest, Reply, Request
-from protocols.delivery import Delivery, RankCall, RankReply
+from asyncflow.services.workplace import Workplace, build
+from protocols.control import RankRequest, Request
+from protocols.delivery import Delivery, RankCall
 from protocols.topology import Topology
 
 if TYPE_CHECKING:
     from workers.world import Meeting, World
 
-LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
 RETURNED_INLINE_BYTES = 128 << 10  # above Ray's own limit of 100 KiB for values that travel inside an answer
 DIRECT_BYTES = 1 << 16  # up to here a copy in the message is quicker than Ray's store and its bookkeeping
 
 T = TypeVar("T")
 
-_deliveries = msgspec.msgpack.Decoder(Delivery)
-_requests, _replies = msgspec.msgpack.Decoder(Request), msgspec.msgpack.Decoder(Reply)
-_rank_calls, _rank_replies = msgspec.msgpack.Decoder(RankCall), msgspec.msgpack.Decoder(RankReply)
+_deliveries, _requests = msgspec.msgpack.Decoder(Delivery), msgspec.msgpack.Decoder(Request)
+_rank_calls, _rank_requests = msgspec.msgpack.Decoder(RankCall), msgspec.msgpack.Decoder(RankRequest)
 
 
 class RayStore:
@@ -99,162 +90,29 @@ class AnsweringStore(RayStore):
         return answer
 
 
-class Peer:
-    """An actor in another process: over the wire where it is on this node and all that travels is bytes, or by Ray."""
-
-    def __init__(self, name: str, actor: Any, wire: str) -> None:
-        """`wire`: the name under which the actor listens."""
-        self.name, self.actor = name, actor
-        self.wire = Wire(wire)
-
-    async def call(
-        self, method: str, body: bytes, payloads: Sequence[Payload], what: str = ""
-    ) -> tuple[bytes, list[Payload]]:
-        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call."""
-        what = what or method
-        if travels(payloads):
-            with contextlib.suppress(NotHere):
-                return await self._over_wire(method, body, payloads, what)
-        return await called(self.name, what, getattr(self.actor, method), body, list(payloads))
-
-    async def _over_wire(
-        self, method: str, body: bytes, payloads: Sequence[bytes], what: str
-    ) -> tuple[bytes, list[Payload]]:
-        try:
-            answer = await self.wire.call(method, body, payloads)
-        except Broken as error:
-            await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
-            raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
-        if answer.error is not None:
-            raise ServiceError(f"{self.name}: {what}: {answer.error}")
-        if answer.kept:
-            return answer.body, await called(self.name, what, self.actor.collect, answer.kept)
-        return answer.body, answer.payloads
-
-
-class RayEndpoint:
-    """A service in another process."""
-
-    def __init__(self, name: str, actor: Any, wire: str) -> None:
-        self.name = name
-        self._peer = Peer(name, actor, wire)
-
-    @property
-    def wire(self) -> str:
-        """Where it listens: another one after a restart."""
-        return self._peer.wire.name
-
-    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        await self._peer.call("deliver", msgspec.msgpack.encode(delivery), payloads)
-
-    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        reply, answers = await self._peer.call("request", msgspec.msgpack.encode(request), payloads)
-        return _replies.decode(reply), answers
-
-    async def notices(self) -> list[Notice]:
-        notices = await called(self.name, "notices", self._peer.actor.notices)
-        return msgspec.msgpack.decode(notices, type=list[Notice])
-
-    def close(self) -> None:
-        """End the connection to it."""
-        self._peer.wire.close()
-
-
-class RayRanks:
-    """The ranks of a service, each an actor of its own. Implements `Ranks`.
-
-    They fail together: where one is gone the front ends its own process, which is what the controller sees.
-    """
-
-    def __init__(self, name: str, actors: Sequence[Any], wires: Sequence[str], *, meet: bool = False) -> None:
-        """`wires`: the names under which they listen; `meet`: they work together, so they have to find each other."""
-        self._name, self._actors, self._meet = name, actors, meet
-        self._peers = [
-            Peer(f"{name} rank {rank}", actor, wire)
-            for rank, (actor, wire) in enumerate(zip(actors, wires, strict=True))
-        ]
-
-    async def start(self) -> None:
-        first = self._actors[0]
-        meeting = await called(f"{self._name} rank 0", "host meeting", first.host_meeting) if self._meet else ""
-        async with all_or_error() as group:
-            for rank, actor in enumerate(self._actors):
-                starting = called(f"{self._name} rank {rank}", "start", actor.start, meeting)
-                group.create_task(starting, name=f"start rank {rank}")
-
-    async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        peer, packed = self._peers[rank], msgspec.msgpack.encode(call)
-        try:
-            if call.nbytes < LARGE_CALL_BYTES:
-                reply, answers = await peer.call("call", packed, payloads, call.stage)
-                return _rank_replies.decode(reply), answers
-            answer, large = peer.actor.call_large.options(num_returns=2).remote(packed, payloads)
-            reply, answers = await answered(peer.name, call.stage, answer)
-        except ServiceGone as gone:
-            _end_with(gone)
-        return _rank_replies.decode(reply), [[large] if a is None else a for a in answers]
-
-    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        packed, what = msgspec.msgpack.encode(request), type(request).__name__
-        try:
-            answer, payloads = await self._peers[rank].call("ask", packed, [], what)
-        except ServiceGone as gone:
-            _end_with(gone)
-        return msgspec.msgpack.decode(answer, type=RankAnswer), payloads
-
-    async def stop(self) -> None:
-        for rank, actor in enumerate(self._actors):
-            await called(f"{self._name} rank {rank}", "stop", actor.stop)
-
-
-def _end_with(gone: ServiceGone) -> NoReturn:
-    """A service ends with any of its ranks: its process too, which is what the controller sees."""
-    sys.stderr.write(f"{gone}: the service ends with it\n")
-    sys.stderr.flush()
-    os._exit(1)
-
-
-async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
-    """Call an actor's method. Raises as `answered` does."""
-    return await answered(name, what, method.remote(*arguments))
-
-
-async def answered(name: str, what: str, answer: Any) -> Any:
-    """What an actor answers. Raises ServiceError with its cause, ServiceGone where its process is gone."""
-    try:
-        return await answer
-    except RayTaskError as error:
-        raise ServiceError(f"{name}: {what}: {error.cause}") from error
-    except ActorUnavailableError as error:  # it may live: whoever asked can't know what was done
-        raise ServiceError(f"{name}: {what}: can't be reached ({error})") from error
-    except RayActorError as error:
-        raise ServiceGone(f"{name}: {what}: its process is gone ({type(error).__name__}: {error})") from error
-    except RayError as error:
-        raise ServiceError(f"{name}: {what}: {type(error).__name__}: {error}") from error
-
-
 class ServiceActor:
     """The Ray actor around a ModelService."""
 
     def __init__(self, spec: bytes, wire: str, ranks: Sequence[Any], rank_wires: Sequence[str]) -> None:
-        """`wire`: the name under which it is to listen; `ranks` listen under theirs."""
+        """`wire`: the name under which it is to listen, "" for not at all; `ranks` listen under theirs."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
         several = RayRanks(self._spec.name, ranks, rank_wires, meet=self._spec.collective) if ranks else None
         self._service = ModelService(self._spec, RayStore(self._spec.inline_bytes), several)
-        self._server = Server(wire, self._answer)
+        self._server = Server(wire, self._answer) if wire else None
         self._peers: dict[str, RayEndpoint] = {}
 
     async def start(self) -> tuple[str, int]:
         """(address, port) of the metrics endpoint"""
         host = ray.util.get_node_ip_address() if self._spec.metrics_host == "node" else self._spec.metrics_host
         port = await self._service.start(host)
-        await self._server.start()
+        if self._server is not None:
+            await self._server.start()
         return host, port
 
     async def connect(self, actors: Mapping[str, Any], wires: Mapping[str, str]) -> None:
         """Say where the others are; again when one of them was restarted."""
-        known = {peer.wire: peer for peer in self._peers.values()}
+        known = {peer.wire: peer for peer in self._peers.values() if peer.wire}
         self._peers = {
             name: known.get(wires[name]) or RayEndpoint(name, actor, wires[name]) for name, actor in actors.items()
         }
@@ -274,18 +132,22 @@ class ServiceActor:
                 return await self.deliver(body, payloads)
             case "request":
                 return await self.request(body, payloads)
+            case "notices":
+                return await self.notices(body, payloads)
         raise ValueError(f"{self._spec.name} can't be asked {what!r} over the wire")
 
     async def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
+        assert self._server is not None, "nothing is kept where nobody listens"
         return self._server.collect(kept)
 
-    async def notices(self) -> bytes:
-        return msgspec.msgpack.encode(await self._service.notices())
+    async def notices(self, _body: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        return msgspec.msgpack.encode(await self._service.notices()), []
 
     async def stop(self) -> None:
         await self._service.stop()
-        await self._server.close()
+        if self._server is not None:
+            await self._server.close()
 
 
 class RankActor:
@@ -295,11 +157,12 @@ class RankActor:
     """
 
     def __init__(self, spec: bytes, wire: str, rank: int) -> None:
-        """`wire`: the name under which it is to listen."""
+        """`wire`: the name under which it is to listen, "" for not at all."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         self._number = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
-        self._server = ServerThread(wire, self._answer)
+        self._server = ServerThread(wire, self._answer) if wire else None
+        self._workplace: Workplace | None = None
         self._hosted: Meeting | None = None
         if self._spec.log_path:
             path = Path(self._spec.log_path)
@@ -315,7 +178,8 @@ class RankActor:
     def start(self, meeting: str) -> None:
         """Join the others at `meeting`, "" where each works by itself, load the model, then listen."""
         self._in_thread(self._start, meeting)
-        self._server.start()
+        if self._server is not None:
+            self._server.start()
 
     def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         """One part of a firing: the reply with its payloads."""
@@ -331,12 +195,15 @@ class RankActor:
 
     def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
+        assert self._server is not None, "nothing is kept where nobody listens"
         return self._server.collect(kept)
 
     def stop(self) -> None:
-        """Free the model."""
-        self._server.close()
-        self._in_thread(self._workplace.close)
+        """Free the model, if it was loaded."""
+        if self._server is not None:
+            self._server.close()
+        if self._workplace is not None:
+            self._in_thread(self._workplace.close)
         self._thread.shutdown()
 
     def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -370,7 +237,7 @@ class RankActor:
             self._store.answers = False
 
     def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        answer, payloads = self._rank.answer(msgspec.msgpack.decode(request, type=RankRequest))
+        answer, payloads = self._rank.answer(_rank_requests.decode(request))
         return msgspec.msgpack.encode(answer), payloads
 
 

@@ -3,9 +3,9 @@
     caller ── Call(number, what, body, payloads) ──> a task a call ── Answer(number, body, payloads) ──> the caller
 
 Each message stands behind its length. A call waits for its own answer and for no other's, so one that waits for
-credit holds up none. Sockets have abstract names (Linux): they need no file, vanish with their process, and can't be
-reached from another node. Both ends refuse a peer of another user. An answer that is not all bytes, because a rank put
-a large frame, is kept where it was made, and fetched by whoever can carry references.
+credit holds up none. Sockets have abstract names: they need no file, vanish with their process, and can't be reached
+from another node. Both ends refuse a peer of another user. An answer that is not all bytes, because a rank put a large
+frame, is kept where it was made until whoever can carry references has fetched it, the caller gives up, or is gone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import socket
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 import uvloop
 
+from asyncflow.services.endpoint import causes
+
+AVAILABLE = sys.platform == "linux"  # no other system has abstract names, and tells the user behind a socket this way
 MOST_BYTES = 64 << 20  # of a message; a longer one is garbage
 MOST_CALLS = 1000  # of one connection that wait for their answers
 _LENGTH = struct.Struct("<I")
@@ -33,13 +37,19 @@ _READ_AHEAD = 1 << 20
 Work = Callable[[str, bytes, list[bytes]], Awaitable[tuple[bytes, list[Any]]]]  # (what, body, payloads) -> the same
 
 
-class Call(msgspec.Struct, array_like=True):
+class Call(msgspec.Struct, array_like=True, tag=0):
     """What is asked."""
 
     number: int
     what: str
     body: bytes
     payloads: list[bytes]
+
+
+class GivenUp(msgspec.Struct, array_like=True, tag=1):
+    """Nobody will collect what was kept under this number."""
+
+    kept: int
 
 
 class Answer(msgspec.Struct, array_like=True):
@@ -52,7 +62,7 @@ class Answer(msgspec.Struct, array_like=True):
     kept: int = 0  # under which number `Server.collect` gives the payloads, where they are not bytes
 
 
-_calls = msgspec.msgpack.Decoder(Call)
+_calls = msgspec.msgpack.Decoder(Call | GivenUp)
 _answers = msgspec.msgpack.Decoder(Answer)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -76,9 +86,9 @@ class Server:
         """`work` does what is asked; what it raises is the caller's."""
         self._name, self._work = name, work
         self._listening: asyncio.Server | None = None
-        self._connections: dict[asyncio.StreamWriter, asyncio.Future[None]] = {}
+        self._connections: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[None]] = set()
-        self._kept: dict[int, list[Any]] = {}  # until they are collected
+        self._kept: dict[int, tuple[asyncio.StreamWriter, list[Any]]] = {}
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
@@ -89,62 +99,68 @@ class Server:
 
     def collect(self, kept: int) -> list[Any]:
         """The payloads of an answer that was kept. Raises KeyError where they were collected, or given up."""
-        return self._kept.pop(kept)
+        return self._kept.pop(kept)[1]
 
     async def close(self) -> None:
         """Listen no longer, and end the connections and what is under way."""
         if self._listening is not None:
             self._listening.close()
-        for writer in self._connections:
-            writer.close()
-        for task in self._calls:
-            task.cancel()
-        while under_way := [*self._connections.values(), *self._calls]:
-            await asyncio.gather(*under_way, return_exceptions=True)
+        for tasks in (self._connections, self._calls):  # in this order: a connection would begin further calls
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        over = self._connections[writer] = asyncio.get_running_loop().create_future()
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
         room = asyncio.Semaphore(MOST_CALLS)
+        try:
+            _check_user(writer.get_extra_info("socket"))
+            while (packed := await _receive(reader)) is not None:
+                match _calls.decode(packed):
+                    case GivenUp(kept):
+                        self._kept.pop(kept, None)
+                    case Call() as call:
+                        await room.acquire()
+                        self._begin(call, writer, room)
+        except (Garbage, msgspec.MsgspecError, OSError) as error:
+            sys.stderr.write(f"{self._name}: a connection is closed: {error}\n")
+        except asyncio.CancelledError:
+            pass  # `close`; asyncio's streams would report a handler that ends by it as a fault
+        finally:
+            writer.close()  # calls under way are done all the same, as Ray's are
+            for number in [number for number, (caller, _) in list(self._kept.items()) if caller is writer]:
+                self._kept.pop(number, None)
+            self._connections.discard(connection)
 
+    def _begin(self, call: Call, writer: asyncio.StreamWriter, room: asyncio.Semaphore) -> None:
         def done(task: asyncio.Task[None]) -> None:
             self._calls.discard(task)
             room.release()
 
-        try:
-            _check_user(writer)
-            while (packed := await _receive(reader)) is not None:
-                call = _calls.decode(packed)
-                await room.acquire()
-                task = asyncio.create_task(self._answer(call, writer), name=f"{call.what} over the wire")
-                self._calls.add(task)
-                task.add_done_callback(done)
-        except (Garbage, msgspec.MsgspecError, OSError) as error:
-            sys.stderr.write(f"{self._name}: a connection is closed: {error}\n")
-        finally:
-            writer.close()  # calls under way are done all the same, as Ray's are
-            del self._connections[writer]
-            over.set_result(None)
+        task = asyncio.create_task(self._answer(call, writer), name=f"{call.what} over the wire")
+        self._calls.add(task)
+        task.add_done_callback(done)
 
     async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> None:
-        answer = Answer(call.number)
+        answer, payloads = Answer(call.number), []
         try:
             answer.body, payloads = await self._work(call.what, call.body, call.payloads)
-            if travels(payloads):
-                answer.payloads = payloads
-            else:
-                answer.kept = self._keep(payloads)
-        except Exception as error:  # noqa: BLE001 - it is not swallowed: the caller gets it
-            answer.error = str(error)
-        with contextlib.suppress(OSError):  # the caller is gone: nobody waits
-            _send(writer, answer)
+            _check_size(answer.body)
+        except Exception as error:  # noqa: BLE001 - it is not swallowed: the caller gets it, this process's log the rest
+            traceback.print_exc()
+            answer.body, answer.error, payloads = b"", causes(error), []
+        if writer.is_closing():  # nobody waits
+            return
+        if travels(payloads, answer.body):
+            answer.payloads = payloads
+        else:
+            answer.kept = next(self._numbers)
+            self._kept[answer.kept] = writer, payloads
+        _send(writer, answer)
+        with contextlib.suppress(OSError):  # the caller is gone
             await writer.drain()
-
-    def _keep(self, payloads: list[Any]) -> int:
-        number = next(self._numbers)
-        self._kept[number] = payloads
-        if len(self._kept) > MOST_CALLS:  # of callers that gave up: nobody else leaves so many
-            del self._kept[next(iter(self._kept))]
-        return number
 
 
 class ServerThread:
@@ -162,7 +178,9 @@ class ServerThread:
         asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
 
     def close(self) -> None:
-        """See `Server.close`; then end the thread."""
+        """See `Server.close`; then end the thread. Nothing where it was not started."""
+        if not self._thread.is_alive():
+            return
         asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -184,21 +202,32 @@ class Wire:
         """Ask, and wait for the answer. Raises NotHere where nothing was sent, Broken where nothing came back."""
         if self._writer is None:
             await self._connect()
-        assert self._writer is not None
+        writer = self._writer
+        if writer is None or writer.is_closing():
+            raise NotHere(f"{self.name}: the connection is about to end")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            _send(self._writer, Call(number, what, body, list(payloads)))
+            _send(writer, Call(number, what, body, list(payloads)))
             with contextlib.suppress(OSError):  # the listener learns of it, too, and breaks what waits
-                await self._writer.drain()
+                await writer.drain()
             return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._let_go(answer.result())
+            raise
         finally:
             del self._waiting[number]
 
     def close(self) -> None:
         """End the connection; calls that wait for answers raise Broken."""
-        if self._listening is not None:
-            self._listening.cancel()
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    def _let_go(self, answer: Answer) -> None:
+        """Nobody waits for it any more."""
+        if answer.kept and self._writer is not None and not self._writer.is_closing():
+            _send(self._writer, GivenUp(answer.kept))
 
     async def _connect(self) -> None:
         async with self._connecting:
@@ -207,8 +236,8 @@ class Wire:
             calling = _socket()
             try:
                 await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
+                _check_user(calling)
                 reader, writer = await asyncio.open_unix_connection(sock=calling, limit=_READ_AHEAD)
-                _check_user(writer)
             except (OSError, Garbage) as error:
                 calling.close()
                 raise NotHere(f"{self.name}: {error}") from error
@@ -219,7 +248,10 @@ class Wire:
         try:
             while (packed := await _receive(reader)) is not None:
                 answer = _answers.decode(packed)
-                if (future := self._waiting.get(answer.number)) is not None and not future.done():
+                future = self._waiting.get(answer.number)
+                if future is None or future.done():
+                    self._let_go(answer)
+                else:
                     future.set_result(answer)
         except (Garbage, msgspec.MsgspecError, OSError) as error:
             sys.stderr.write(f"{self.name}: the connection is closed: {error}\n")
@@ -231,12 +263,17 @@ class Wire:
                     future.set_exception(Broken(f"{self.name}: the connection ended"))
 
 
-def travels(payloads: Sequence[Any]) -> bool:
+def travels(payloads: Sequence[Any], body: bytes = b"") -> bool:
     """Whether a message can hold them all: they are bytes, and not too many."""
-    return all(isinstance(p, bytes) for p in payloads) and sum(map(len, payloads)) < MOST_BYTES // 2
+    return all(isinstance(p, bytes) for p in payloads) and len(body) + sum(map(len, payloads)) < MOST_BYTES // 2
 
 
-def _send(writer: asyncio.StreamWriter, message: Call | Answer) -> None:
+def _check_size(body: bytes) -> None:
+    if not travels([], body):
+        raise ValueError(f"an answer of {len(body)} bytes beside its payloads, fewer than {MOST_BYTES // 2} can travel")
+
+
+def _send(writer: asyncio.StreamWriter, message: Call | GivenUp | Answer) -> None:
     packed = bytearray(_LENGTH.size)
     _encoder.encode_into(message, packed, _LENGTH.size)
     _LENGTH.pack_into(packed, 0, len(packed) - _LENGTH.size)
@@ -264,8 +301,8 @@ def _address(name: str) -> str:
     return f"\0asyncflow/{name}"
 
 
-def _check_user(writer: asyncio.StreamWriter) -> None:
-    peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
+def _check_user(connected: socket.socket) -> None:
+    peer = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
     _, user, _ = _USER.unpack(peer)
     if user != os.getuid():
         raise Garbage(f"the other end runs as user {user}, this process as {os.getuid()}")

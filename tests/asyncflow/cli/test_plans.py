@@ -79,7 +79,7 @@ def test_a_plan_is_saved_and_pinned(paper: Paper, recipe: Recipe, device: Path, 
 
 
 def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
-    with pytest.raises(BadInput, match="device 'nowhere.json': no file"):
+    with pytest.raises(BadInput, match=r"device .nowhere\.json.: no file"):
         plans.print_dataflow(paper.out, check(recipe), "nowhere.json")
 
 

@@ -193,3 +193,10 @@ def test_colocating_all_models_is_best_at_small_scale(size: str):
 def test_splitting_34b_is_best_at_large_scale_only():
     found = SetCosts(ppo(LLAMA["34B"]), cluster(128), WORKLOAD)
     assert [len(found.best(devices)[0].sets) for devices in (64, 96, 128)] == [1, 2, 2]
+
+
+def test_pipelines_across_machines_are_what_keeps_13b_together_at_96():
+    """The paper splits 13B at 96. So do we where pipelines have two stages at most, and exchange more gradients."""
+    shallow = SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD, allows=lambda model, topology: topology.pp <= 2)
+    assert [len(shallow.best(devices)[0].sets) for devices in (64, 96)] == [1, 2]
+    assert len(SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD).best(96)[0].sets) == 1

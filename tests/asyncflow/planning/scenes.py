@@ -41,9 +41,7 @@ def scene(
         "pools": {service: pools.get(service, "") for service in services},
         "devices": dict.fromkeys(pools.values(), 1),
         "speeds": {s: speed.get(s, inference if s in pools else MeasuredSpeed()) for s in services},
-        "pace": Pace(
-            steps=steps, prompts_per_step=2, samples_per_prompt=2, staleness=staleness, max_refills=50
-        ),
+        "pace": Pace(steps=steps, prompts_per_step=2, samples_per_prompt=2, staleness=staleness, max_refills=50),
         "prompt": Lengths.fixed(8),
         "response": Lengths.fixed(TOKENS),
         "whole_batches": True,

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from asyncflow.config import BadInput, Pool, Recipe, load_recipe, recipe_text, to_recipe
+from asyncflow.launching import launch
 from asyncflow.placement.devices import CATALOGUE, SLOTS_PER_CORE
 from asyncflow.placement.workload import Lengths
 from asyncflow.planning.automatic import Choice, bound_s, pinned, place, text_of
@@ -16,8 +17,10 @@ from asyncflow.planning.calibration import Calibration
 from asyncflow.planning.scenarios import of_recipe
 from asyncflow.planning.simulator import simulate
 from asyncflow.validate import check
+from protocols.topology import Topology
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.planning.scenes import APART, COLOCATED, SPLIT, scene
+from workers.settings import Lora
 
 TWO_CORES = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
 LONG = Calibration(TWO_CORES, Lengths.long_tailed(20, 0.8, 60))
@@ -122,7 +125,45 @@ def test_on_accelerators_the_mapper_proposes_and_the_checks_dispose(asynchronous
     assert generator is None or generator.parallel == "1-1-1"
 
 
+def test_a_policy_of_adapters_stays_on_one_rank(asynchronous: Recipe):
+    """Where it has the choice the mapper trains whole weights on several: adapters have none to share."""
+    models, pools = asynchronous.models, {"main": Pool(8, "A100-80G")}
+    recipe = msgspec.structs.replace(asynchronous, runtime="ray", pools=pools)
+    adapted = models | {"policy": msgspec.structs.replace(models["policy"], lora=Lora(rank=4))}
+    ranks = [
+        Topology.parse(choice.chosen.recipe.placement["policy"].parallel).world_size
+        for choice in (
+            chosen(msgspec.structs.replace(recipe, models=given), Calibration(CATALOGUE["A100-80G"]))
+            for given in (models, adapted)
+        )
+    ]
+    assert ranks[0] > ranks[1] == 1
+
+
 def test_a_resolved_recipe_reads_back(make_recipe: MakeRecipe, tmp_path: Path):
     resolved = check(make_recipe(deterministic=False, placement="auto")).recipe
     (tmp_path / "recipe.toml").write_text(recipe_text(resolved))
     assert load_recipe(tmp_path / "recipe.toml") == resolved
+
+
+def test_a_device_that_nobody_knows_is_refused_before_anything_starts(make_recipe: MakeRecipe):
+    with pytest.raises(BadInput, match=r"pools.main: device '.*/H999': no file .*and no device of A100-80G, H100"):
+        check(make_recipe(pools={"main": {"device": "H999"}}))
+
+
+def test_a_calibrations_file_stands_for_its_device(make_recipe: MakeRecipe, tmp_path: Path):
+    file = tmp_path / "here.json"
+    file.write_bytes(msgspec.json.encode(LONG))
+    changes = {"deterministic": False, "placement": "auto", "pools": {"main": {"devices": 2, "device": str(file)}}}
+    checked = check(make_recipe(**changes))
+    assert {pool.device for pool in checked.recipe.pools.values()} == {"cpu-slot"}
+    assert sum(pool.devices for pool in checked.recipe.pools.values()) <= 2
+
+
+async def test_a_run_keeps_the_plan_that_was_made_for_it(make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = make_recipe(deterministic=False, placement="auto", steps=1)
+    async with launch(recipe, folder=tmp_path / "run") as run:
+        assert (await run.wait()).outcome == "finished"
+    kept = pinned(recipe, str(tmp_path / "run" / "plan.toml"))
+    resolved = load_recipe(tmp_path / "run" / "recipe.toml")
+    assert (resolved.pools, resolved.placement, resolved.placed_by) == (kept.pools, kept.placement, "")

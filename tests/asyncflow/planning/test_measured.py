@@ -26,7 +26,9 @@ def test_overlap_in_part_is_counted_in_part():
 
 
 def test_each_kind_of_call_has_its_own_line():
-    spans = [span(10 * n, 10 * n + 1 + 0.1 * rows, "critic", "critic.values#1", rows) for n, rows in enumerate((2, 4, 8))]
+    spans = [
+        span(10 * n, 10 * n + 1 + 0.1 * rows, "critic", "critic.values#1", rows) for n, rows in enumerate((2, 4, 8))
+    ]
     spans += [span(100, 105, "critic", "critic.update#1", 16), span(200, 208, "policy", "generate")]
     spans += [span(300, 300.5, "policy", "publish"), span(310, 311, "generator", "load")]
     speeds = speeds_of(spans, ["critic", "policy", "generator", "advantage"], cores=0, drawn_tokens=16)

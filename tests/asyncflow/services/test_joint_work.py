@@ -87,7 +87,15 @@ async def test_ranks_that_work_apart_need_no_turn():
         pass
 
 
-async def test_what_is_given_up_is_cancelled_on_every_rank():
+async def test_of_ranks_that_work_apart_one_that_fails_has_nobody_wait_in_vain():
+    """The other may be busy with its rows for longer than any grace."""
+    work = joint(collective=False)
+    with pytest.raises(ValueError, match="no such file"):
+        await work.all("reload", {0: failing("no such file"), 1: asyncio.sleep(0.2, 1)})
+    assert await work.all("reload", {0: done(1), 1: done(2)}) == {0: 1, 1: 2}
+
+
+async def test_what_is_given_up_is_cancelled_on_every_rank_and_they_are_out_of_step():
     work, cancelled = joint(), []
 
     async def part(rank: int) -> None:
@@ -104,3 +112,5 @@ async def test_what_is_given_up_is_cancelled_on_every_rank():
         await task
     await asyncio.sleep(0)
     assert cancelled == [0, 1]
+    with pytest.raises(ServiceError, match="snapshot: its ranks are out of step: update was given up half way"):
+        await work.all("snapshot", {0: done(1), 1: done(2)})

@@ -26,8 +26,10 @@ LONG = 20_000  # tokens: a row of them never travels inside a message
 
 
 @asynccontextmanager
-async def chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> AsyncIterator[Chain]:
-    made = Chain(RayRuntime(INLINE_BYTES))
+async def chain(
+    a: dict[str, Any] | None = None, b: dict[str, Any] | None = None, *, wired: bool = True
+) -> AsyncIterator[Chain]:
+    made = Chain(RayRuntime(INLINE_BYTES, wired=wired))
     try:
         await made.start(chain_specs(a, b))
         yield made
@@ -63,6 +65,17 @@ async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none(
     assert -1 not in a.read_bytes, "the front of several ranks"
     assert 256 * row_bytes <= b.read_bytes[0] <= 1.02 * 256 * row_bytes
     assert (a.inline_bytes, b.inline_bytes) == (0, 0)
+
+
+@pytest.mark.usefixtures("ray_started")
+@pytest.mark.parametrize("wired", [True, False])
+async def test_services_call_each_other_by_ray_alone_where_there_is_no_wire(wired: bool):
+    samples = samples_of(*range(8))
+    async with chain(wired=wired) as c:
+        await c.send(c.put(rows.log_probs(samples, 4)))
+        await c.until_settled(8)
+        assert alive(c) == Counter(samples)
+        assert ("@asyncflow/" in Path("/proc/net/unix").read_text()) == wired
 
 
 @pytest.mark.usefixtures("ray_started")

@@ -201,7 +201,7 @@ class Controller:
         ended = self.book.take_ended()
         self.outbox.end(ended)
         for service in self._world.services.values() if ended else ():
-            service.to_end += ended
+            service.to_end.append(ended)
 
     # --- steps
 

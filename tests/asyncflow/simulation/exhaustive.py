@@ -104,7 +104,8 @@ def starts(config: Config, rules: Rules) -> Iterator[World]:
         first = World(config, rules)
         for victim in first.mortal() if config.faults.restarts == 1 else [""]:
             world = World(config, rules)
-            world.doomed, world.victim = set(doomed), victim
+            world.doomed, world.fated = set(doomed), {prompt_of(sample) for _, sample in doomed}
+            world.victim = victim
             world.faults_left["failures"] = 0
             yield world
 

@@ -210,7 +210,8 @@ def _lease(world: World, lease: PoolLease) -> Print:
 
 def _service(facts: Facts, s: Service) -> Print:
     _outbox(facts, s.name, s.outbox)
-    facts.each_prompt(("to end", s.name), s.to_end)
+    for place, told in enumerate(s.to_end):
+        facts.each_prompt(("to end", s.name, place), told)
     thread = s.thread.name if s.thread is not None else ""
     # How often it died tells how much it may hold.
     return s.weights, min(s.incarnation, 1), thread, [p.name for p in s.queue], sorted(s.claims)

@@ -73,7 +73,7 @@ class GeneratingStage(CallSite):
             over = {
                 prompt_of(s) for s in [*self.running, *(s for s, _, _ in self.out)]
             } - self.world.controller.floors.keys()
-            prompts = config.most_live + len(over | set(self.service.to_end))
+            prompts = config.most_live + len(over | self.service.over_unheard)
         self.world.watch.bound("generating", self.name, rows, prompts * (1 if self.call.greedy else config.samples))
 
     def start(self, sample: int) -> Running:

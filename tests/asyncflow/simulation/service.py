@@ -52,7 +52,7 @@ class Service:
         self.thread: Part | None = None
         self.queue: deque[Part] = deque()  # for the thread
         self.claims: dict[str, int] = {}  # part -> ticket, asked for or held
-        self.to_end: list[int] = []  # prompts that it has not yet been told are over
+        self.to_end: deque[list[int]] = deque()  # what it has not yet been told: prompts that are over
 
     @property
     def owner(self) -> Owner:
@@ -73,9 +73,13 @@ class Service:
             yield Action(self.name, "end")
 
     def do(self, action: Action) -> None:
-        """Hear which prompts are over."""
-        ended, self.to_end = self.to_end, []
-        self.end(ended)
+        """Hear which prompts are over, of what was told first."""
+        self.end(self.to_end.popleft())
+
+    @property
+    def over_unheard(self) -> set[int]:
+        """Prompts that are over, of which it has not heard."""
+        return {prompt for told in self.to_end for prompt in told}
 
     def end(self, prompts: list[int]) -> None:
         """Let go of everything about these prompts."""
@@ -126,7 +130,7 @@ class Service:
         """Die and come back with nothing in memory."""
         self.incarnation += 1
         self.outbox = self.world.rules.outbox()
-        self.thread, self.queue, self.to_end = None, deque(), []
+        self.thread, self.queue, self.to_end = None, deque(), deque()
         for part in self.parts:
             part.restart()
         self.claims = {}

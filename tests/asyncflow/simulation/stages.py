@@ -103,7 +103,7 @@ class RowStage(CallSite):
             self.world.watch.bound("mailbox", self.name, len(self.table), max(self.capacity, self.largest))
         else:
             # Rows that are drawn again come by when their prompt has settled, or even ended: it hears of that.
-            prompts = self.world.config.most_live + len(self.service.to_end)
+            prompts = self.world.config.most_live + len(self.service.over_unheard)
             self.world.watch.bound("middle join", self.name, len(self.table), prompts * self.world.config.samples)
 
     def actions(self) -> Iterator[Action]:

@@ -55,6 +55,7 @@ class World:
         self.controller = Controller(self)
         self.faults_left = {name: getattr(config.faults, name) for name in config.faults.__struct_fields__}
         self.doomed: set[tuple[str, int]] = set()  # rows that will fail, each at its stage or engine
+        self.fated: set[int] = set()  # prompts of which a row is doomed, or was
         self.victim = ""  # the only one that may die; "": any of the mortal
         self._drawings: Counter[int] = Counter()
         self._parts = {p.name: p for s in self.services.values() for p in [s, *s.parts]} | {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from protocols.messages import Costs
-from protocols.stage import Stateful
+from protocols.messages import Costs, Metrics
+from protocols.stage import Measured, Stateful
 from tests.workers.advantages import batches
 from workers.advantages.adaptive_kl import KlSteering, steered, steered_state, steering_of, without_steering
 from workers.advantages.gae import gae
@@ -75,6 +76,15 @@ def test_a_function_keeps_the_state_that_it_has_itself():
     assert multiplier.value > 1.0
 
 
+def test_a_function_that_measures_no_kl_can_not_be_followed():
+    def silent(*inputs: Any, kl_coefficient: float = 0.1) -> Measured[Any]:
+        return Measured(gae(*INPUTS).batch, Metrics(values={"reward": 1.0}))
+
+    for function in (silent, lambda *inputs, kl_coefficient=0.1: gae(*INPUTS).batch):
+        with pytest.raises(ValueError, match="measures no 'kl', which an adaptive coefficient follows"):
+            steered(function, None, steered_state(None))(*INPUTS, **STEERED)
+
+
 def test_the_numbers_are_told_apart():
     numbers = {"gamma": 1.0, **STEERED}
     assert steering_of(numbers) == KlSteering("adaptive", 0.02, 100.0)
@@ -83,7 +93,14 @@ def test_the_numbers_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"), [({"kl_target": 0.0}, "target = 0.0"), ({"kl_horizon": 0.5}, "horizon"), ({"kl": "on"}, "kl")]
+    ("numbers", "said"),
+    [
+        ({"kl_target": 0.0}, "target = 0.0"),
+        ({"kl_horizon": 0.5}, "kl_horizon = 0.5: want a whole number"),
+        ({"kl_horizon": math.inf}, "kl_horizon = inf: want a whole number"),
+        ({"kl_horizon": 0.0}, "horizon = 0"),
+        ({"kl": "on"}, "kl"),
+    ],
 )
 def test_numbers_that_can_not_steer_are_refused(numbers: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):

@@ -94,7 +94,7 @@ def test_lambda_stays_under_its_bound_and_comes_back_from_it():
     assert at_bound.after(np.full(9, -300.0), **NUMBERS).value < 5.0
 
 
-def test_only_the_last_episodes_are_remembered():
+def test_only_the_last_samples_are_remembered():
     state = Multiplier(1.0)
     for step in range(4):
         state = state.after(np.arange(3.0) + 3 * step, **{**NUMBERS, "window": 5})

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from protocols.messages import Rollouts
@@ -75,6 +76,8 @@ def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], devic
         handover.close()
         if engine:
             engine.close()
+    if grouping.topology.world_size > 1:
+        dist.barrier()  # closing an engine leaves the ranks' own world alone
     return seen
 
 

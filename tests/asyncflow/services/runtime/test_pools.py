@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import ray
@@ -87,7 +88,8 @@ def two_cores() -> Iterator[None]:
 
 def groups_of(reserved: ReservedPools, specs: Sequence[ServiceSpec]) -> dict[str, str | None]:
     """Service -> the placement group of its actor."""
-    actors = {spec.name: Where.options(**reserved.options(spec)).remote() for spec in specs}
+    where: Any = Where
+    actors: dict[str, Any] = {spec.name: where.options(**reserved.options(spec)).remote() for spec in specs}
     try:
         return {name: ray.get(actor.bundle.remote(), timeout=120) for name, actor in actors.items()}
     finally:
@@ -114,7 +116,7 @@ def test_services_stand_in_their_own_pools_bundles():
 @pytest.mark.usefixtures("two_cores")
 def test_a_request_that_the_cluster_never_meets_is_refused_at_once_and_takes_nothing():
     before = ray.available_resources().get("CPU")
-    with pytest.raises(ServiceError, match="pools ask for 4000 devices of 0.25 CPU"):
+    with pytest.raises(ServiceError, match=r"pools ask for 4000 devices of 0\.25 CPU"):
         ReservedPools({"train": PoolRequest(4000)}).reserve([service("policy", pool="train")])
     assert ray.available_resources().get("CPU") == before
 

@@ -18,10 +18,31 @@ from typing import Any
 import msgspec
 import pytest
 
-from asyncflow.services.runtime import wire
-from asyncflow.services.runtime.wire import MOST_BYTES, Broken, Call, NotHere, Server, ServerThread, Wire, travels
+from asyncflow.services.runtime.wire import (
+    MOST_BYTES,
+    Broken,
+    Call,
+    GivenUp,
+    NotHere,
+    Server,
+    ServerThread,
+    Wire,
+    Work,
+    travels,
+)
 
 PATIENCE_SECONDS = 10.0
+
+
+class Answering:
+    """Work that is held back until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def __call__(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+        await self.go.wait()
+        return body, [object()]
 
 
 async def answer(what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
@@ -81,9 +102,9 @@ async def wired(name: str) -> AsyncIterator[Wire]:
 
 
 @asynccontextmanager
-async def served(name: str) -> AsyncIterator[Server]:
+async def served(name: str, work: Work = answer) -> AsyncIterator[Server]:
     """A server in this process."""
-    server = Server(name, answer)
+    server = Server(name, work)
     await server.start()
     try:
         yield server
@@ -124,7 +145,17 @@ async def test_a_call_that_waits_holds_up_no_other(other: tuple[str, int]):
 
 async def test_what_the_work_raises_is_the_callers(other: tuple[str, int]):
     async with wired(other[0]) as to:
-        assert (await to.call("nothing", b"")).error == "no nothing here"
+        assert (await to.call("nothing", b"")).error == "ValueError: no nothing here"
+
+
+async def test_an_answer_that_is_too_long_to_travel_is_the_callers_error_and_ends_no_connection():
+    async def long(what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+        return bytes(MOST_BYTES // 2 if what == "long" else 1), []
+
+    name = named()
+    async with served(name, long), wired(name) as to:
+        assert f"an answer of {MOST_BYTES // 2} bytes" in ((await to.call("long", b"")).error or "")
+        assert (await to.call("short", b"")).body == b"\0"
 
 
 async def test_an_answer_that_is_not_bytes_is_kept_and_collected_once():
@@ -137,14 +168,47 @@ async def test_an_answer_that_is_not_bytes_is_kept_and_collected_once():
             server.collect(back.kept)
 
 
-async def test_answers_that_nobody_collects_are_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wire, "MOST_CALLS", 2)
+async def test_nothing_is_kept_for_a_caller_that_gave_up():
+    name, work = named(), Answering()
+    async with served(name, work) as server, wired(name) as to:
+        waiting = asyncio.create_task(to.call("", b""))
+        while not server._calls:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        work.go.set()
+        last = await to.call("", b"")
+        assert list(server._kept) == [last.kept], "what came before it was let go"
+
+
+async def test_nothing_is_kept_for_a_caller_that_gave_up_as_its_answer_came():
     name = named()
     async with served(name) as server, wired(name) as to:
-        first, *_, last = [(await to.call("reference", b"")).kept for _ in range(3)]
-        assert len(server.collect(last)) == 1
-        with pytest.raises(KeyError):
-            server.collect(first)
+        waiting = asyncio.create_task(to.call("reference", b""))
+        while not any(future.done() for future in to._waiting.values()):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await to.call("echo", b"")
+        assert not server._kept
+
+
+async def test_nothing_is_kept_for_a_caller_that_is_gone():
+    name, work = named(), Answering()
+    work.go.set()
+    async with served(name, work) as server:
+        async with wired(name) as to:
+            await to.call("", b"")
+            assert len(server._kept) == 1
+            work.go.clear()
+            later = asyncio.create_task(to.call("", b""))
+            while not server._calls:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(later, *server._connections, return_exceptions=True)
+        assert not server._kept, "what it had not collected"
+        work.go.set()
+        await asyncio.gather(*server._calls)
+        assert not server._kept, "what was done after it had gone"
 
 
 def test_only_bytes_travel_and_not_too_many():
@@ -152,6 +216,7 @@ def test_only_bytes_travel_and_not_too_many():
     assert travels([b"a", b"b"])
     assert not travels([b"a", ["reference"]])
     assert not travels([bytes(MOST_BYTES // 2)])
+    assert not travels([], bytes(MOST_BYTES // 2))
 
 
 # --- losses
@@ -257,13 +322,20 @@ def test_a_server_with_a_thread_of_its_own_ends_with_it():
     assert (listening(name), threading.active_count()) == (True, before + 1)
     server.close()
     assert (listening(name), threading.active_count()) == (False, before)
+    server.close()
+
+
+def test_a_thread_that_was_never_started_is_closed_at_once():
+    ServerThread(named(), answer).close()
 
 
 def test_a_call_is_an_array_of_numbered_parts():
     """Both ends are of one release; the order of the fields is all there is."""
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(Call(1, "deliver", b"b", [b"p"]))) == [
+        0,
         1,
         "deliver",
         b"b",
         [b"p"],
     ]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(GivenUp(7))) == [1, 7]

@@ -1,0 +1,162 @@
+"""A Ray actor as others call it: a service, the ranks of one, and what becomes of each error on the way.
+
+What is bytes alone goes past Ray where both processes are on one node: over the wire (wire.py), whose caller falls back
+on Ray only where nothing was sent. So whatever is asked is asked once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import msgspec
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from asyncflow.services.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
+from asyncflow.services.runtime.wire import Broken, NotHere, Wire, travels
+from protocols.control import Notice, RankAnswer, RankRequest, Reply, Request
+from protocols.delivery import Delivery, RankCall, RankReply
+
+LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
+
+_replies, _notices = msgspec.msgpack.Decoder(Reply), msgspec.msgpack.Decoder(list[Notice])
+_rank_replies, _rank_answers = msgspec.msgpack.Decoder(RankReply), msgspec.msgpack.Decoder(RankAnswer)
+
+
+class Peer:
+    """An actor in another process: over the wire where it is on this node and all that travels is bytes, or by Ray."""
+
+    def __init__(self, name: str, actor: Any, wire: str) -> None:
+        """`wire`: the name under which the actor listens; "": nowhere, all goes by Ray."""
+        self.name, self.actor = name, actor
+        self._wire = Wire(wire) if wire else None
+
+    async def call(
+        self, method: str, body: bytes, payloads: Sequence[Payload], what: str = ""
+    ) -> tuple[bytes, list[Payload]]:
+        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call."""
+        what = what or method
+        if self._wire is not None and travels(payloads, body):
+            with contextlib.suppress(NotHere):
+                return await self._over(self._wire, method, body, payloads, what)
+        return await called(self.name, what, getattr(self.actor, method), body, list(payloads))
+
+    def close(self) -> None:
+        """End the connection to it."""
+        if self._wire is not None:
+            self._wire.close()
+
+    async def _over(
+        self, wire: Wire, method: str, body: bytes, payloads: Sequence[bytes], what: str
+    ) -> tuple[bytes, list[Payload]]:
+        try:
+            answer = await wire.call(method, body, payloads)
+        except Broken as error:
+            await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
+            raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
+        if answer.error is not None:
+            raise ServiceError(f"{self.name}: {what}: {answer.error}")
+        if answer.kept:
+            return answer.body, await called(self.name, what, self.actor.collect, answer.kept)
+        return answer.body, answer.payloads
+
+
+class RayEndpoint:
+    """A service in another process."""
+
+    def __init__(self, name: str, actor: Any, wire: str) -> None:
+        """`wire`: where it listens, another one after a restart; "": nowhere."""
+        self.name, self.wire = name, wire
+        self._peer = Peer(name, actor, wire)
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        await self._peer.call("deliver", msgspec.msgpack.encode(delivery), payloads)
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        reply, answers = await self._peer.call("request", msgspec.msgpack.encode(request), payloads)
+        return _replies.decode(reply), answers
+
+    async def notices(self) -> list[Notice]:
+        notices, _ = await self._peer.call("notices", b"", [])
+        return _notices.decode(notices)
+
+    def close(self) -> None:
+        """End the connection to it."""
+        self._peer.close()
+
+
+class RayRanks:
+    """The ranks of a service, each an actor of its own. Implements `Ranks`.
+
+    They fail together: where one is gone the front ends its own process, which is what the controller sees.
+    """
+
+    def __init__(self, name: str, actors: Sequence[Any], wires: Sequence[str], *, meet: bool = False) -> None:
+        """`wires`: where they listen, see `Peer`; `meet`: they work together, so they have to find each other."""
+        self._name, self._actors, self._meet = name, actors, meet
+        self._peers = [
+            Peer(f"{name} rank {rank}", actor, wire)
+            for rank, (actor, wire) in enumerate(zip(actors, wires, strict=True))
+        ]
+
+    async def start(self) -> None:
+        first = self._actors[0]
+        meeting = await called(f"{self._name} rank 0", "host meeting", first.host_meeting) if self._meet else ""
+        async with all_or_error() as group:
+            for rank, actor in enumerate(self._actors):
+                starting = called(f"{self._name} rank {rank}", "start", actor.start, meeting)
+                group.create_task(starting, name=f"start rank {rank}")
+
+    async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
+        peer, packed = self._peers[rank], msgspec.msgpack.encode(call)
+        try:
+            if call.nbytes < LARGE_CALL_BYTES:
+                reply, answers = await peer.call("call", packed, payloads, call.stage)
+                return _rank_replies.decode(reply), answers
+            answer, large = peer.actor.call_large.options(num_returns=2).remote(packed, payloads)
+            reply, answers = await answered(peer.name, call.stage, answer)
+        except ServiceGone as gone:
+            _end_with(gone)
+        return _rank_replies.decode(reply), [[large] if a is None else a for a in answers]
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        packed, what = msgspec.msgpack.encode(request), type(request).__name__
+        try:
+            answer, payloads = await self._peers[rank].call("ask", packed, [], what)
+        except ServiceGone as gone:
+            _end_with(gone)
+        return _rank_answers.decode(answer), payloads
+
+    async def stop(self) -> None:
+        async with all_or_error() as group:  # side by side: ranks may wait for each other to leave their world
+            for rank, actor in enumerate(self._actors):
+                group.create_task(called(f"{self._name} rank {rank}", "stop", actor.stop), name=f"stop rank {rank}")
+
+
+def _end_with(gone: ServiceGone) -> NoReturn:
+    """A service ends with any of its ranks: its process too, which is what the controller sees."""
+    sys.stderr.write(f"{gone}: the service ends with it\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
+    """Call an actor's method. Raises as `answered` does."""
+    return await answered(name, what, method.remote(*arguments))
+
+
+async def answered(name: str, what: str, answer: Any) -> Any:
+    """What an actor answers. Raises ServiceError with its cause, ServiceGone where its process is gone."""
+    try:
+        return await answer
+    except RayTaskError as error:
+        raise ServiceError(f"{name}: {what}: {causes(error.cause)}") from error
+    except ActorUnavailableError as error:  # it may live: whoever asked can't know what was done
+        raise ServiceError(f"{name}: {what}: can't be reached ({error})") from error
+    except RayActorError as error:
+        raise ServiceGone(f"{name}: {what}: its process is gone ({type(error).__name__}: {error})") from error
+    except RayError as error:
+        raise ServiceError(f"{name}: {what}: {type(error).__name__}: {error}") from error
