@@ -55,10 +55,9 @@ class UserCode:
         if not errors:  # before the switch: a service that dies during it has a successor that is given these
             self._running = self._running | {source.module: source for source in sources}
         await self._switch(prepared, take=not errors)
+        # Who took a dead one's place after that one had prepared has nothing to take.
         for service in [service for name, service in services.items() if service is not prepared[name]]:
-            with contextlib.suppress(
-                ServiceGone
-            ):  # its successor started while others prepared: it has nothing to take
+            with contextlib.suppress(ServiceGone):
                 await self.give_running(service)
         if errors:
             raise BadCode("; ".join(dict.fromkeys(map(str, errors))))

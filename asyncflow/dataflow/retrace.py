@@ -6,6 +6,7 @@ Channels, mailboxes and the recipe's defaults were laid out when the run started
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import Parameter
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,9 @@ def retraced(
     assert own is not None
     if lost := sorted(numbers_of(own).keys() - numbers_of(new).keys()):
         raise DataflowError(f"algorithm {name!r}: {new.__name__} no longer takes {', '.join(lost)}")
+    without = {number for number, default in numbers_of(new).items() if default is Parameter.empty}
+    if asked := sorted(without - numbers.keys()):
+        raise DataflowError(f"algorithm {name!r}: {new.__name__} asks for {', '.join(asked)}; give it a default")
     steered = with_steering(traced, numbers)
     if steered.draw() != running.draw():
         raise DataflowError(

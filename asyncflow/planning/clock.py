@@ -94,6 +94,12 @@ class Clock:
             else:
                 return
 
+    def close(self) -> None:
+        """Nothing happens any more: let go of what was about to."""
+        while self.ready:
+            self.ready.popleft().close()
+        self._timers.clear()
+
     def _resume(self, work: Work) -> None:
         self.events += 1
         try:

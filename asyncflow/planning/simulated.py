@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -77,30 +76,42 @@ class World:
         """Whether other services take turns with it."""
         return service in self._leases
 
-    @asynccontextmanager
-    async def lease(self, service: str, stage: str) -> AsyncIterator[None]:
+    def lease(self, service: str, stage: str) -> Turn:
         """The pool's devices, in calling order; free of charge where nobody shares them."""
-        lease = self._leases.get(service)
-        if lease is None:
-            yield
+        return Turn(self, self._leases.get(service), Claim(service, next(self._tickets), stage))
+
+    def wait_for(self, ticket: int) -> Signal:
+        """What tells a claim that it is its turn."""
+        return self._grants.setdefault(ticket, Signal(self.clock))
+
+    def grant(self, claim: Claim | None) -> None:
+        """Tell whose turn it is."""
+        if claim is not None:
+            self.wait_for(claim.ticket).send()
+
+    def over(self, ticket: int) -> None:
+        """A claim has ended."""
+        self._grants.pop(ticket, None)
+
+
+class Turn:
+    """One claim on a pool, held inside of `async with`."""
+
+    def __init__(self, world: World, lease: PoolLease | None, claim: Claim) -> None:
+        self._world, self._lease, self._claim = world, lease, claim
+
+    async def __aenter__(self) -> None:
+        if self._lease is None:
             return
-        await self.call()
-        ticket = next(self._tickets)
-        granted = self._grants[ticket] = Signal(self.clock)
-        self._grant(lease.ask(Claim(service, ticket, stage)), ticket)
-        if not self._holds(lease, service, ticket):
+        await self._world.call()
+        granted = self._world.wait_for(self._claim.ticket)
+        if self._lease.ask(self._claim) != self._claim:
             await granted.wait()
-        yield
-        del self._grants[ticket]
-        self._grant(lease.give_back(service, ticket))
 
-    def _grant(self, claim: Claim | None, asking: int = -1) -> None:
-        if claim is not None and claim.ticket != asking:
-            self._grants[claim.ticket].send()
-
-    @staticmethod
-    def _holds(lease: PoolLease, service: str, ticket: int) -> bool:
-        return lease.holder is not None and (lease.holder.service, lease.holder.ticket) == (service, ticket)
+    async def __aexit__(self, *error: object) -> None:
+        if self._lease is not None:
+            self._world.over(self._claim.ticket)
+            self._world.grant(self._lease.give_back(self._claim.service, self._claim.ticket))
 
 
 class Busy:

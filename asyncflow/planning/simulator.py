@@ -56,6 +56,7 @@ def simulate(scenario: Scenario) -> Simulated:
     started = time.perf_counter()
     run = _Run(scenario)
     run.world.clock.run(lambda: len(run.commits) == scenario.pace.steps)
+    run.world.clock.close()
     if len(run.commits) < scenario.pace.steps:
         raise Refused(f"nothing moves any more after {len(run.commits)} of {scenario.pace.steps} steps")
     return run.outcome(scenario.steady, time.perf_counter() - started)

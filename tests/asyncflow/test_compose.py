@@ -115,18 +115,6 @@ def test_a_mix_of_rules_needs_no_device_and_one_with_a_model_does(make_recipe: M
     assert both[ADVANTAGE].reward_parts == ["right", "begun", "liked"]
 
 
-def test_a_mix_is_not_cut_over_ranks(make_recipe: MakeRecipe):
-    recipe = make_recipe(
-        runtime="ray",
-        deterministic=False,
-        models={"reward": {"mix": [{"name": "liked", "path": "models/reward"}]}},
-        pools={"main": {"devices": 2}},
-        placement={"reward": {"pool": "main", "parallel": "1-2-1"}},
-    )
-    with pytest.raises(BadInput, match=r"placement\.reward: .* a rule or a mix can't be cut over 2 ranks"):
-        check_placement(recipe, DATAFLOW)
-
-
 def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeRecipe):
     assert composed(make_recipe())[EVALUATOR].model.rule == "exact_match"
     assert EVALUATOR not in composed(make_recipe(data={"eval": ""}))

@@ -455,9 +455,9 @@ def test_ranks_that_a_model_or_a_runtime_has_no_place_for(
     assert said.startswith(f"placement.{service}{message}")
 
 
-def test_a_rule_is_not_cut_over_ranks(refused: Any):
+@pytest.mark.parametrize("reward", [{"rule": "exact_match"}, {"mix": [RIGHT]}])
+def test_a_rule_or_a_mix_is_not_cut_over_ranks(refused: Any, reward: dict[str, Any]):
     placement = {"reward": {"pool": "many", "parallel": "1-2-1"}}
     pools = {"main": {}, "many": {"devices": 2}}
-    models = {"reward": {"rule": "exact_match"}}
-    said = refused(runtime="ray", deterministic=False, models=models, pools=pools, placement=placement)
-    assert "a rule can't be cut over 2 ranks: parallel = '1-1-d'" in said
+    said = refused(runtime="ray", deterministic=False, models={"reward": reward}, pools=pools, placement=placement)
+    assert "a rule or a mix can't be cut over 2 ranks: parallel = '1-1-d'" in said

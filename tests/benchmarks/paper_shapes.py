@@ -3,7 +3,8 @@
     python -m tests.benchmarks.paper_shapes
 
 The paper's figures 12 and 13: which placement is best at which scale. A second line allows two pipeline stages at
-most (four for 34B, which needs them): pipelines across machines spare the exchange of gradients, which is what makes everything together slow there.
+most (four for 34B, which needs them): pipelines across machines spare the exchange of gradients, which is what makes
+everything together slow there.
 """
 
 from __future__ import annotations

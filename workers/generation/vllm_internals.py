@@ -106,6 +106,8 @@ def shut_down(engine: LLMEngine, owns_process_group: bool) -> None:
         cleanup_dist_env_and_memory()
         return
     # The core's own way would end torch.distributed for this whole process, which is a rank of a model that trains.
+    if finalizer := getattr(client, "_finalizer", None):  # newer clients do it when they are collected, too
+        finalizer.detach()
     core = client.engine_core
     core.model_executor.shutdown()
     core.scheduler.shutdown()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,6 @@ PARALLEL: dict[str, Any] = {
         "reward": {"pool": "main"},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def ray_started() -> Iterator[None]:
-    """One Ray for the runs of this module."""
-    import ray
-
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

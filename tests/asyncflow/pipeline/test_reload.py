@@ -16,6 +16,8 @@ from asyncflow.client.run import Run
 from asyncflow.config import BadInput, Recipe, to_recipe
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
+from asyncflow.control.user_code import UserCode
+from asyncflow.services.endpoint import ServiceError
 from protocols.control import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
 
 RULE = "def score(prompt, response, reference):\n    return {}\n"
@@ -209,6 +211,11 @@ async def test_an_algorithm_and_its_loss_change_in_one_file(own: Path, recipe_of
         ("flow.policy.update(joined", "flow.policy.log_probs(rollouts)\n    flow.policy.update(joined", "log_probs"),
         ("def scaled", "def other_name(x):\n    pass\n\ndef scales", "NameError: name 'scaled'"),
         ("kl_coefficient: float = 0.0", "beta: float = 0.0", "no longer takes kl_coefficient"),
+        (
+            "kl_coefficient: float = 0.0\n",
+            "kl_coefficient: float = 0.0, gain: float\n",
+            "asks for gain; give it a default",
+        ),
         ("plain.loss * SCALE", "plain.loss.sum()", "returned shapes"),
         ("Surrogate(plain.loss", "(plain.loss", "it returned tuple, want a Surrogate"),
         ("plain.loss * SCALE", "plain.loss.detach()", "tried out, raised RuntimeError"),
@@ -232,6 +239,22 @@ async def test_who_waits_for_a_reload_hears_of_the_end(own: Path, recipe_of: Mak
         await run.wait()
         with pytest.raises(RunFailed, match="the run is over"):
             await run.reload()
+
+
+async def test_who_waits_for_a_reload_that_ends_the_run_hears_of_it(
+    own: Path, recipe_of: MakeOf, monkeypatch: pytest.MonkeyPatch
+):
+    async def give(*_: object) -> None:
+        raise ServiceError("reward: SwitchCode: its ranks are out of step")
+
+    monkeypatch.setattr(UserCode, "give", give)
+    own.write_text(RULE.format(1.0))
+    async with asyncflow.launch(recipe_of()) as run:
+        await run.pause()
+        own.write_text(RULE.format(2.0))
+        async with asyncio.timeout(30):
+            with pytest.raises(RunFailed, match="its ranks are out of step"):
+                await run.reload()
 
 
 async def _nothing() -> None:

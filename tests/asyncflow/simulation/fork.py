@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -25,54 +26,84 @@ OURS = (World, Service, CallSite, Engine, Network, Controller, Watch)
 REAL = (RowTable, PromptJoin, Outbox, EndedPrompts, Admission, PromptBook, PoolLease)
 FIXED = ("_sources", "channels", "_by_prompt", "_place")  # set once
 
+Done = dict[int, Any]  # copies, by the id of what was copied
+
 
 def fork(world: World) -> World:
-    """A world in the same state, which shares nothing with this one that could still change."""
-    return _copy(world, {})
+    """A world in the same state, which shares nothing with this one that could still change.
+
+    Parts and state machines are copied once, however many refer to them; a container has one owner. What stages
+    computed together is not remembered: it tells of one run, and nothing here looks at it.
+    """
+    made = _part(world, {})
+    made.watch.firings = defaultdict(list)
+    return made
 
 
-def _copy(value: Any, done: dict[int, Any]) -> Any:
-    """Containers, parts and state machines are copied; numbers, names, rows, messages and rules are as they are."""
-    known = done.get(id(value))
-    if known is not None:
-        return known
+def _copy(value: Any, done: Done) -> Any:
     kind = type(value)
-    if kind in _CONTAINERS:
-        return _copy_container(value, kind, done)
-    if kind is tuple:
-        parts = tuple([item if type(item) in _SHARED else _copy(item, done) for item in value])
-        return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
-    if kind is _Row:
-        row = done[id(value)] = _Row(value.attempt)
-        row.slots = dict(value.slots)
-        return row
-    if issubclass(kind, Running | Training):
-        made = done[id(value)] = copy(value)
-        for field in value.__struct_fields__:
-            setattr(made, field, _copy(getattr(value, field), done))
-        return made
-    if not issubclass(kind, OURS + REAL):
-        _SHARED.add(kind)
-        return value
-    made = done[id(value)] = kind.__new__(kind)
-    own: dict[str, Any] = vars(made)
-    for name, item in value.__dict__.items():
-        own[name] = item if type(item) in _SHARED or name in FIXED else _copy(item, done)
+    how = _HOW.get(kind)
+    if how is not None:
+        return how(value, done)
+    if issubclass(kind, OURS + REAL):
+        _HOW[kind] = _part
+        return _part(value, done)
+    _SHARED.add(kind)  # numbers, names, rows, messages and rules are as they are
+    return value
+
+
+def _part(value: Any, done: Done) -> Any:
+    made = done.get(id(value))
+    if made is None:
+        made = done[id(value)] = object.__new__(type(value))
+        own = vars(made)
+        for name, item in vars(value).items():
+            own[name] = item if type(item) in _SHARED or name in FIXED else _copy(item, done)
     return made
 
 
-def _copy_container(value: Any, kind: type, done: dict[int, Any]) -> Any:
-    made: Any = defaultdict(value.default_factory) if kind is defaultdict else kind()
-    done[id(value)] = made
-    if kind is set:
-        made |= value
-    elif kind in (list, deque):
-        made.extend([item if type(item) in _SHARED else _copy(item, done) for item in value])
-    else:
-        for key, item in value.items():
-            made[key] = item if type(item) in _SHARED else _copy(item, done)
+def _struct(value: Any, done: Done) -> Any:
+    made = copy(value)
+    for field in value.__struct_fields__:
+        setattr(made, field, _copy(getattr(value, field), done))
     return made
 
 
-_CONTAINERS = {dict, list, set, deque, defaultdict, Counter}
+def _row(value: _Row[Any], done: Done) -> Any:
+    made = _Row[Any](value.attempt)
+    made.slots = dict(value.slots)
+    return made
+
+
+def _list(value: Any, done: Done) -> list[Any]:
+    return [item if type(item) in _SHARED else _copy(item, done) for item in value]
+
+
+def _dict(value: Any, done: Done) -> dict[Any, Any]:
+    return {key: item if type(item) in _SHARED else _copy(item, done) for key, item in value.items()}
+
+
+def _tuple(value: Any, done: Done) -> Any:
+    parts = _list(value, done)
+    return value if all(a is b for a, b in zip(parts, value, strict=True)) else tuple(parts)
+
+
+def _counter(value: Any, done: Done) -> Any:
+    made = Counter[Any]()
+    dict.update(made, value)
+    return made
+
+
+_HOW: dict[type, Callable[[Any, Done], Any]] = {
+    list: _list,
+    dict: _dict,
+    tuple: _tuple,
+    set: lambda value, done: set(value),
+    deque: lambda value, done: deque(_list(value, done)),
+    defaultdict: lambda value, done: defaultdict(value.default_factory, _dict(value, done)),
+    Counter: _counter,
+    _Row: _row,
+    Running: _struct,
+    Training: _struct,
+}
 _SHARED: set[type] = {int, str, bool, float, type(None)}
