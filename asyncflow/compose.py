@@ -65,10 +65,11 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
         if placed.pool not in recipe.pools:
             raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
         _check_parallel(recipe, service, placed)
-    if recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement:
+    if colocates_vllm(recipe) and (layout := layout_of(recipe, "policy")).pp > 1:
         raise BadInput(
-            "generation.engine = 'vllm' needs a [placement] of generator; "
-            "without one the policy itself generates, with 'torch'"
+            f"placement.policy: parallel = {recipe.placement['policy'].parallel!r} generates in {layout.pp} stages, "
+            f"and vLLM is fed in one: generation = '1-{layout.tp}', or generation.engine = 'torch', "
+            f"or a [placement] of {GENERATOR}"
         )
 
 
@@ -99,12 +100,13 @@ def _check_joint(recipe: Recipe, service: str, placed: Placed) -> None:
             f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
             f"where no {GENERATOR} is placed; leave it out"
         )
-    if placed.backend != "3d" and not (is_collective(recipe, service) and service not in REPLICATED):
+    several = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
+    if placed.backend != "3d" and not (several and service not in REPLICATED):
         raise BadInput(
             f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
             f"{service} on {placed.parallel} has none such; leave it out"
         )
-    if is_collective(recipe, service) and recipe.runtime == "local":
+    if several and recipe.runtime == "local":
         raise BadInput(
             f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "
             "runtime = 'local' has one; take runtime = 'ray'"
@@ -128,9 +130,19 @@ def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
 
 
 def is_collective(recipe: Recipe, service: str) -> bool:
-    """Whether a service has ranks that work together: those that share one model, or train replicas of one."""
+    """Whether a service has ranks that work together: those that share one model, or train replicas of one.
+
+    A policy that generates with vLLM works as such ranks do, alone too: it draws in turn with what it trains.
+    """
     topology = topology_of(recipe, service)
+    if service == "policy" and colocates_vllm(recipe):
+        return True
     return topology.replica_size > 1 or (topology.dp > 1 and service not in REPLICATED)
+
+
+def colocates_vllm(recipe: Recipe) -> bool:
+    """Whether the policy's own ranks generate, each replica of them with a vLLM beside the model that trains."""
+    return recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement
 
 
 def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder: str) -> list[ServiceSpec]:

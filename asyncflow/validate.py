@@ -14,13 +14,14 @@ from asyncflow.compose import (
     REPLICATED,
     check_placement,
     check_roles,
+    colocates_vllm,
     is_collective,
     layout_of,
     roles_of,
     stateful,
     topology_of,
 )
-from asyncflow.config import BadInput, Recipe, nearest
+from asyncflow.config import BadInput, Placed, Recipe, nearest
 from asyncflow.control.prompts import DataRow, PromptSource
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
@@ -227,7 +228,7 @@ def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
         if not is_collective(recipe, role):
             continue
         head: Head = "tokens" if role in ("policy", "reference") else "score" if role in REPLICATED else "value"
-        placed, layout = recipe.placement[role], layout_of(recipe, role)
+        placed, layout = recipe.placement.get(role, Placed("")), layout_of(recipe, role)
         ways = {f"parallel = {placed.parallel!r}": topology, f"generation = {placed.generation!r}": layout}
         for where, cut in ways.items():
             try:
@@ -262,6 +263,11 @@ def _check_lora(recipe: Recipe) -> None:
         raise BadInput(
             f"models.policy.lora: adapters train on one rank, placement.policy.parallel = {placed.parallel!r}: "
             "want '1-1-1', or no lora"
+        )
+    if adapted and colocates_vllm(recipe):
+        raise BadInput(
+            "models.policy.lora: a vLLM beside the policy takes whole weights, no adapters: "
+            "want generation.engine = 'torch', or a [placement] of generator"
         )
     if adapted and not _is_module("peft"):
         raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")

@@ -40,6 +40,7 @@ class Transition(msgspec.Struct, frozen=True):
     peak_bytes: int  # parameters in either layout and the bucket, at their highest
     generation_bytes: int  # the weights to generate with, the training shard among them where it nests
     redundant_bytes: int  # training shards beside them
+    copied_bytes: int = 0  # of the generation shard, where an engine of another kind has it a second time
 
 
 class HybridEngine:

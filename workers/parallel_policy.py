@@ -2,7 +2,8 @@
 
     rows of a replica             --> update     the same loss, norm, measures and next weights on every rank
                                   --> log_probs  on its last stage
-    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back
+    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back;
+                                                 by vLLM on its first rank, which the switch brings up to date
     the weights                   --> snapshot   on rank 0, byte for byte what a single process publishes
 
 Every rank of the topology calls each method together. A rank whose answer is not collected returns None.
@@ -11,7 +12,7 @@ Every rank of the topology calls each method together. A rank whose answer is no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from protocols.topology import GenerationGrouping, Topology
 from protocols.weights import Probe, Version, WeightManifest, pack
 from workers.backends import parallel_model
 from workers.folders import end_of_sequence
+from workers.generation.colocated import ColocatedVllm
 from workers.generation.hybrid import draw_all, hybrid_generator
 from workers.generation.torch import TorchEngine
 from workers.hybrid_engine import HybridEngine, Transition
@@ -64,8 +66,10 @@ class ParallelPolicy:
         device: torch.device | str = "cpu",
         recompute: bool = False,
         pretraining: PretrainingText | None = None,
+        engine: Literal["torch", "vllm"] = "torch",
+        sleeps: bool = False,
     ) -> None:
-        """`pretraining`: see PolicyWorker."""
+        """`pretraining`: see PolicyWorker. `engine` draws, where there is a grouping; `sleeps`: see ColocatedVllm."""
         self._policy_loss = reloadable_loss(loss)
         text = pretraining_of(loss, pretraining)
         self.model = parallel_model(
@@ -81,34 +85,44 @@ class ParallelPolicy:
         self._temperature = generation.temperature
         self._tolerance = generation.probe_tolerance
         self._seed = seed
+        self.vllm: ColocatedVllm | None = None
+        if self.hybrid is not None and engine == "vllm":
+            self.vllm = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
 
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Partial[Rollouts] | None:
         """Draw this generation replica's rows, perhaps none, with the current weights; those that don't fit fail.
 
-        A row's tokens are those that one process would draw. The ranks switch layouts for it and back, unless they
-        have switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was
+        A row's tokens are those that one process would draw. The ranks switch for it and back, unless they have
+        switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was
         admitted at a version newer than the weights.
         """
         hybrid = self._generating()
         if len(prompts) and (floor := int(prompts.floors.max())) > self.trained.version:
             raise ValueError(f"a prompt of version {floor} can't be drawn by weights of version {self.trained.version}")
-        switched = bool(hybrid.weights)
+        switched = self.vllm.awake if self.vllm is not None else bool(hybrid.weights)
         if not switched:
-            hybrid.to_generation()
+            self.to_generation()
         try:
+            if self.vllm is not None:
+                return self.vllm.draw(prompts, sampling)
             drawn = draw_all(self.engine(term=0), prompts, sampling)
         finally:
             if not switched:
-                hybrid.to_training()
+                self.to_training()
         return drawn if hybrid.answers else None
 
-    def to_generation(self) -> Transition:
-        """See HybridEngine.to_generation. Raises RuntimeError without a layout to generate in."""
-        return self._generating().to_generation()
+    def to_generation(self) -> Transition | None:
+        """See HybridEngine.to_generation, ColocatedVllm.wake. Raises RuntimeError without a layout to generate in."""
+        hybrid = self._generating()
+        return self.vllm.wake(self.trained.version, self.probe) if self.vllm is not None else hybrid.to_generation()
 
     def to_training(self) -> None:
-        """See HybridEngine.to_training."""
-        self._generating().to_training()
+        """See HybridEngine.to_training, ColocatedVllm.rest."""
+        hybrid = self._generating()
+        if self.vllm is not None:
+            self.vllm.rest()
+        else:
+            hybrid.to_training()
 
     def engine(self, term: int) -> TorchEngine:
         """An engine that draws with the ranks' weights, at their current version; `advance` it after an update.
@@ -163,6 +177,8 @@ class ParallelPolicy:
     def load(self, folder: str) -> None:
         """See ParallelTraining.load."""
         self.trained.load(folder)
+        if self.vllm is not None:
+            self.vllm.restored()
 
     def export(self, folder: str) -> None:
         """See ParallelTraining.export."""
@@ -175,6 +191,11 @@ class ParallelPolicy:
     def switch_code(self, take: bool) -> None:
         """Take what was prepared from the next step on, or drop it."""
         self._policy_loss.switch(take)
+
+    def close(self) -> None:
+        """End the engine that is beside the model, where there is one."""
+        if self.vllm is not None:
+            self.vllm.close()
 
     def _generating(self) -> HybridEngine:
         if self.hybrid is None:

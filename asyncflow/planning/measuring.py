@@ -50,7 +50,12 @@ class Bench:
     def __init__(self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes) -> None:
         self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
         self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
-        self.places = {name: build(spec) for name, spec in self.specs.items() if name != "evaluator"}
+        apart = {
+            name: msgspec.structs.replace(spec, collective=False)
+            for name, spec in self.specs.items()
+            if name != "evaluator"
+        }
+        self.places = {name: build(spec) for name, spec in apart.items()}
         self.engine = self._engine()
         self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
         self._dice = np.random.default_rng(recipe.seed)

@@ -34,6 +34,8 @@ def _policy(spec: ServiceSpec, world: World) -> Any:
         backend=spec.backend,
         device=world.device,
         pretraining=text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed),
+        engine=spec.generation.engine,
+        sleeps=spec.leased,
     )
 
 

@@ -53,8 +53,9 @@ def carry_out(workplace: Workplace, store: Store, request: RankRequest) -> tuple
             worker.export(request.folder)
         case SwitchLayout():
             if request.to == "generation":
-                took = msgspec.structs.asdict(worker.to_generation())
-                return Done({name: float(value) for name, value in took.items()}), []
+                took = worker.to_generation()  # None: there was nothing to bring
+                values = msgspec.structs.asdict(took) if took is not None else {}
+                return Done({name: float(value) for name, value in values.items()}), []
             worker.to_training()
     return Done(), []
 

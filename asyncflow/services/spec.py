@@ -64,7 +64,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     topology: str = "1-1-1"  # p-t-d of its ranks
     generation_layout: str = "1-1"  # p-t in which they generate, where they do
     backend: Backend = "3d"  # how ranks that work together share a model
-    collective: bool = False  # its ranks work together: each takes every call, those without rows too
+    collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
     leased: bool  # other services share the pool's devices
     samples_per_prompt: int
     mailbox_rows: int  # capacity of a plain mailbox

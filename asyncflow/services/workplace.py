@@ -199,7 +199,7 @@ _WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
 
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workplace:
-    """Build the worker of one of a service's ranks; `world`: of those that work together. Blocking: loads models."""
+    """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
     if spec.kind not in _BUILDERS:
         return Workplace(_own(spec.kind)(spec, rank), world=world)
     if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.folders):
@@ -208,6 +208,10 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workp
         torch.set_num_threads(spec.threads)
         if spec.deterministic:
             torch.use_deterministic_algorithms(True)
+    if spec.collective and spec.topology == "1-1-1":
+        from workers.world import World, own_device
+
+        world = World(0, 1, own_device(0))
     if world is not None:
         worker = worker_of(spec, world)
         workplace = Workplace(worker, world=world, residence=worker.residence)

@@ -144,6 +144,12 @@ def test_ranks_that_share_a_model_or_train_one_work_together(make_recipe: MakeRe
     assert services["critic"].backend == "3d"
 
 
+def test_a_policy_with_a_vllm_of_its_own_works_as_ranks_that_work_together_do_alone_too(make_recipe: MakeRecipe):
+    assert composed(make_recipe(generation={"engine": "vllm"}))["policy"].collective
+    assert not composed(make_recipe(generation={"engine": "vllm"}, **SPLIT))["policy"].collective
+    assert not composed(make_recipe())["policy"].collective
+
+
 def test_ranks_generate_as_they_train_unless_their_placement_says_otherwise(make_recipe: MakeRecipe):
     placement = {"policy": {"pool": "main", "parallel": "2-2-1"}}
     services = composed(make_recipe(pools={"main": {"devices": 4}}, placement=placement))

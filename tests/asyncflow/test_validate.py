@@ -397,7 +397,24 @@ def test_prompt_and_response_fit_the_context(refused: Any, make_recipe: MakeReci
             {"placement": {"reward": {"pool": "main", "parallel": "two"}}},
             "placement.reward: topology 'two': write p-t-d",
         ),
-        ({"generation": {"engine": "vllm"}}, "generation.engine = 'vllm' needs a [placement] of generator"),
+        (
+            {
+                "generation": {"engine": "vllm"},
+                "runtime": "ray",
+                "deterministic": False,
+                "pools": {"main": {"devices": 4}},
+                "placement": {"policy": {"pool": "main", "parallel": "2-2-1"}},
+            },
+            "placement.policy: parallel = '2-2-1' generates in 2 stages, and vLLM is fed in one: generation = '1-2', ",
+        ),
+        (
+            {
+                "generation": {"engine": "vllm"},
+                "pools": {"main": {"devices": 2}},
+                "placement": {"policy": {"pool": "main", "parallel": "1-2-1"}},
+            },
+            "placement.policy.parallel = '1-2-1': ranks that work together need a process each",
+        ),
     ],
 )
 def test_placements_that_this_build_does_not_run(

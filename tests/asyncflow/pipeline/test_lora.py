@@ -88,3 +88,5 @@ def test_adapters_of_another_role_are_refused(make_recipe: MakeRecipe, table: di
     placed = {"policy": {"pool": "main", "parallel": "1-2-1"}}
     with pytest.raises(BadInput, match=r"models\.policy\.lora: adapters train on one rank"):
         check(recipe(table, LORA, placement=placed, pools={"main": {"devices": 2}}, runtime="ray", deterministic=False))
+    with pytest.raises(BadInput, match=r"models\.policy\.lora: a vLLM beside the policy takes whole weights"):
+        check(make_recipe(models=models | {"policy": models["policy"] | {"lora": LORA}}, generation={"engine": "vllm"}))

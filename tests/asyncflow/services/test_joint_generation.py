@@ -53,6 +53,7 @@ class Drawing:
         self.gate = asyncio.Event()
         self.gate.set()
         self.raises: Exception | None = None
+        self.took = TOOK  # a switch to generation; nothing where it had nothing to bring
         self._store = store
 
     async def start(self) -> None: ...
@@ -75,7 +76,7 @@ class Drawing:
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
         assert isinstance(request, SwitchLayout)
         self.done[rank].append(request.to)
-        return RankAnswer(0.0, 0.5, Done(TOOK if request.to == "generation" else {})), []
+        return RankAnswer(0.0, 0.5, Done(self.took if request.to == "generation" else {})), []
 
 
 class World:
@@ -171,6 +172,16 @@ async def test_what_a_switch_took_is_told_with_the_next_step_and_the_tokens_are_
         assert [notice for notice in notices if isinstance(notice, Generated)] == [Generated([2, 4], 4)]
         spans = [span.activity for notice in notices if isinstance(notice, Busy) for span in notice.spans]
         assert spans == ["to_generation", "policy.generate#1", "to_training"]
+
+
+async def test_a_switch_that_had_nothing_to_bring_leaves_what_the_last_one_took():
+    async with running() as world:
+        await world.deliver(2)
+        await world.until(1)
+        world.ranks.took = {}
+        await world.deliver(4)
+        await world.until(2)
+        assert world.host.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
 
 
 async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():

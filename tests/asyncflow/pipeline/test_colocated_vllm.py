@@ -1,0 +1,126 @@
+"""The policy's own ranks draw with vLLM, which a switch brings to the weights as they were trained last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import asyncflow
+from asyncflow.config import Recipe
+from asyncflow.observe.timeline import Span, read_spans
+from protocols.control import Evaluated, StepCommitted
+from protocols.topology import Topology
+from tests import tiny
+from tests.asyncflow.conftest import MakeRecipe
+from workers.models import load_causal
+from workers.parallel import ParallelModel
+from workers.sharding.plan import ShardPlan
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+STEPS = 2
+VOCABULARY = 48  # a token more than the tokenizer has: it divides over two ranks
+SETTINGS: dict[str, Any] = {
+    "steps": STEPS,
+    "deterministic": False,
+    "generation": {"engine": "vllm", "kv_cache_bytes": 16 * 1024 * 1024},
+    "optimizer": {"epsilon": 1.0},  # near SGD
+    "deadlines": {"stall": 120.0, "give_up": 240.0},
+}
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The models, with a vocabulary that divides over two ranks."""
+    shape = tiny.config
+
+    def dividing(**sizes: Any) -> Any:
+        config = shape(**sizes)
+        config.vocab_size = VOCABULARY
+        return config
+
+    monkeypatch.setattr(tiny, "config", dividing)
+    return {
+        "policy": str(tiny.make_policy(tmp_path / "policy")),
+        "reference": str(tiny.make_policy(tmp_path / "other", seed=5)),
+        "reward": str(tiny.make_reward(tmp_path / "reward", seed=1)),
+    }
+
+
+def recipe_of(make_recipe: MakeRecipe, folders: dict[str, str], **changes: Any) -> Recipe:
+    models = {
+        "policy": {"path": folders["policy"], "learning_rate": 0.3},
+        "critic": {"path": folders["policy"], "learning_rate": 0.1},
+        "reference": {"path": folders["reference"]},
+        "reward": {"path": folders["reward"]},
+    }
+    return make_recipe(**SETTINGS, models=models, **changes)
+
+
+async def run(recipe: Recipe) -> tuple[Path, list[StepCommitted], int]:
+    """A whole run: its folder, its steps, and how often it evaluated."""
+    async with asyncflow.launch(recipe) as launched:
+        events = [event async for event in launched.events()]
+        ended = await launched.wait()
+    assert ended.outcome == "finished", ended.error
+    steps = [event for event in events if isinstance(event, StepCommitted)]
+    return launched.folder, steps, sum(isinstance(event, Evaluated) for event in events)
+
+
+def assert_followed(recipe: Recipe, folder: Path, steps: list[StepCommitted]) -> None:
+    """Every row was drawn by the weights that its step then trained, which do differ from step to step."""
+    start = load_file(Path(recipe.models["policy"].path) / "model.safetensors")
+    end = load_file(folder / "policy" / "model.safetensors")
+    assert max(float((end[name] - start[name]).abs().max()) for name in start) > 1e-2, "hardly trained: says nothing"
+    assert [step.samples for step in steps] == [recipe.samples_per_step] * STEPS
+    assert all(step.metrics["policy.log_ratio_max"] < 1e-3 for step in steps)
+
+
+def told(step: StepCommitted) -> dict[str, float]:
+    prefix = "policy.transition."
+    return {name.removeprefix(prefix): value for name, value in step.metrics.items() if name.startswith(prefix)}
+
+
+def switches(folder: Path) -> list[Span]:
+    return [span for span in read_spans(folder / "timeline.json") if span.activity == "to_generation"]
+
+
+async def test_one_rank_hands_its_weights_over_in_its_own_process(make_recipe: MakeRecipe, folders: dict[str, str]):
+    recipe = recipe_of(make_recipe, folders)
+    folder, steps, evaluated = await run(recipe)
+    assert_followed(recipe, folder, steps)
+    assert evaluated
+    whole = sum(p.nbytes for p in load_causal(folders["policy"]).parameters())
+    for step in steps:
+        assert (told(step)["received_bytes"], told(step)["copied_bytes"]) == (0, whole)
+        assert told(step)["seconds"] > 0
+    assert len(switches(folder)) >= STEPS
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_started")
+@pytest.mark.parametrize("generation", ["1-1", "1-2"])
+async def test_two_ranks_feed_an_engine_each_or_one_of_two_workers(
+    make_recipe: MakeRecipe, folders: dict[str, str], generation: str
+):
+    placement = {
+        "policy": {"pool": "train", "parallel": "1-2-1", "generation": generation},
+        **{role: {"pool": "main"} for role in ("critic", "reference", "reward")},
+    }
+    pools = {"train": {"devices": 2}, "main": {}}
+    recipe = recipe_of(make_recipe, folders, runtime="ray", pools=pools, placement=placement)
+    folder, steps, _ = await run(recipe)
+    assert_followed(recipe, folder, steps)
+    plan = ParallelModel(folders["policy"], Topology()).plan
+    half = ShardPlan(plan.decoder, 1, 2)
+    whole_bytes, shard_bytes = (4 * sum(p.shard_elements(spec) for spec in p.parameters(0)) for p in (plan, half))
+    received = {"1-1": whole_bytes - shard_bytes, "1-2": 0}
+    copied = {"1-1": whole_bytes, "1-2": shard_bytes}
+    for step in steps:
+        assert told(step)["received_bytes"] == received[generation]
+        assert told(step)["copied_bytes"] == copied[generation]
+        assert told(step)["peak_bytes"] >= shard_bytes
+    assert len(switches(folder)) >= STEPS
