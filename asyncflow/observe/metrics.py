@@ -89,6 +89,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _histogram("transition_seconds", "Time of a switch from the training layout to that of generation.", SLOW),
         _counter("transition_bytes_total", "Bytes of weights that rank 0 received in switches of layout."),
         _gauge("transition_peak_bytes", "Most bytes of weights that rank 0 held in the last switch of layout."),
+        _gauge("transition_copied_bytes", "Bytes of weights that vLLM has a second time, of those rank 0 handed over."),
     ),
     "throughput": (
         _counter("steps_total", "Committed steps."),

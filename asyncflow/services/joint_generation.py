@@ -75,6 +75,7 @@ class JointGeneration:
         self._host.exporter.observe("transition_seconds", took["seconds"])
         self._host.exporter.inc("transition_bytes_total", took["received_bytes"])
         self._host.exporter.set("transition_peak_bytes", took["peak_bytes"])
+        self._host.exporter.set("transition_copied_bytes", took["copied_bytes"])
         self._host.measure({f"transition.{name}": value for name, value in took.items()})
 
 

@@ -36,7 +36,7 @@ STAGE = replace(
     schemas=[Prompts.schema_id],
     sampling=SAMPLING,
 )
-TOOK = {"seconds": 0.5, "received_bytes": 64.0, "peak_bytes": 128.0}
+TOOK = {"seconds": 0.5, "received_bytes": 64.0, "peak_bytes": 128.0, "copied_bytes": 0.0}
 BACK_AND_FORTH = ["generation", "draw", "training"]
 
 
