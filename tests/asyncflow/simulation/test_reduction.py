@@ -123,7 +123,7 @@ def test_a_run_ends_in_the_same_ways_with_and_without(config: Config):
 BROKEN = {
     "1 credit": (Config("remax", staleness=1), Rules(join_room=broken.credit(1))),
     "2 window": (Config("grpo", prompts=2, window=1), Rules(admission=broken.KeepsSlotsUntilTrained)),
-    "3 lease": (Config("remax", "mixed", staleness=1, steps=3), Rules(kept_while_sending="lease")),
+    "3 lease": (Config("remax", "colocated", prompts=3), Rules(kept_while_sending="lease")),
     "3 room": (Config("grpo", staleness=1), Rules(has_room=broken.exactly_room)),
     "4 minimum": (Config("grpo"), Rules(fires_on=2)),
     "5 tombstones": (Config("grpo", steps=1, faults=Faults(failures=1)), Rules(tombstones=False)),
