@@ -158,7 +158,7 @@ BROKEN = {
         Config("grpo", "colocated", prompts=2, steps=1, faults=Faults(restarts=1)),
         Rules(prompt_book=broken.DoesNotUnsettle),
     ),
-    "once": (Config("grpo", faults=Faults(duplicates=1)), Rules(trains_once=False)),
+    "once": (Config("grpo", steps=1, faults=Faults(duplicates=1)), Rules(trains_once=False)),
 }
 
 
