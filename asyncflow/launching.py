@@ -80,12 +80,13 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
     runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
+    code = UserCode(user_modules(recipe, checked.dataflow))  # before services import it: a change meanwhile is seen
     try:
         services = await runtime.start(specs)
         await _restore(services, stateful(checked.dataflow), start.restore)
         port = exporter.serve()
         _write_targets(folder, name, services, port)
-        controller = _controller(checked, folder, start, runtime, services, exporter, port)
+        controller = _controller(checked, folder, start, runtime, services, code, exporter, port)
         task = asyncio.create_task(controller.run(), name=f"controller of {name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
@@ -113,12 +114,11 @@ def _controller(
     start: run_folder.Start,
     runtime: Runtime,
     services: dict[str, Started],
+    code: UserCode,
     exporter: Exporter,
     port: int,
 ) -> Controller:
     recipe, dataflow = checked.recipe, checked.dataflow
-
-    code = UserCode(user_modules(recipe, dataflow))
 
     async def restart(name: str) -> Endpoint:
         services[name] = await runtime.restart(name)

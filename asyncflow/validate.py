@@ -112,8 +112,11 @@ def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
     """The dataflow with the KL coefficient that the recipe wants, whose numbers must be able to steer it."""
     function = dataflow.batch_stage.function
     assert function is not None
+    idle = sorted(recipe.advantage.keys() & {"kl_target", "kl_horizon"})
     try:
         steering = steering_of(recipe.advantage)
+        if steering.kl == "fixed" and idle:
+            raise BadInput(f"advantage.{idle[0]}: a fixed coefficient has none; add kl = 'adaptive', or leave it out")
         if steering.kl == "adaptive":
             start: Any = {**numbers_of(function), **recipe.advantage}[KL_COEFFICIENT]
             steering.from_coefficient(float(start)).after(0.0, recipe.samples_per_step)

@@ -17,23 +17,11 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.containers import DataError, records
-from workers.datasets import read_rows
+from workers.datasets import SafetyPair, read_rows
 from workers.finetune import load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, sequence_scores
 from workers.preference import HELDOUT_ACCURACY, Pairs
-
-
-class SafetyPair(msgspec.Struct, frozen=True):
-    """Two responses to one prompt: `chosen` is the safer. None: nobody said whether it is safe."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_is_safe: bool | None = None
-    rejected_is_safe: bool | None = None
-    chosen_truncated: bool = False
-    rejected_truncated: bool = False
 
 
 class NumberedPair(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ import msgspec
 from workers.chat import BadChat, ChatTemplate, Message
 from workers.containers import DataError, Record, records
 
-__all__ = ["DataError", "Demonstration", "Preference", "Problem", "read_rows"]
+__all__ = ["DataError", "Demonstration", "Preference", "Problem", "SafetyPair", "read_rows"]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -47,6 +47,18 @@ class Preference(msgspec.Struct, frozen=True):
     prompt: str
     chosen: str
     rejected: str
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
+
+
+class SafetyPair(msgspec.Struct, frozen=True):
+    """Two responses to one prompt: `chosen` is the safer. None: nobody said whether it is safe."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_is_safe: bool | None = None
+    rejected_is_safe: bool | None = None
     chosen_truncated: bool = False
     rejected_truncated: bool = False
 

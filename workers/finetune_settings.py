@@ -47,6 +47,6 @@ class RewardModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = {}  # field -> its name in both files
-    kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.cost_model.SafetyPair, or PKU-SafeRLHF's
+    kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.datasets.SafetyPair, or PKU-SafeRLHF's
     centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps a reward model's scores around 0
     dtype: Dtype = "float32"

@@ -71,6 +71,15 @@ class Adapters:
         }
         return merge(base, self.tensors(), self.scaling)
 
+    @torch.no_grad()
+    def forward_merged(self, merged: Mapping[str, Tensor], **inputs: Any) -> Any:
+        """What the model without adapters gives for inputs: not quite this one, since `merged` rounds in bfloat16."""
+        weights: dict[str, Tensor] = {}
+        for name, layer in self._layers():
+            weights[f"{name}{_BASE}weight"] = merged[f"{name}.weight"]
+            weights[f"{name}.lora_B.{_ADAPTER}.weight"] = torch.zeros_like(layer.lora_B[_ADAPTER].weight)
+        return torch.func.functional_call(self._model, weights, kwargs=inputs)
+
     def export(self, folder: str | Path) -> None:
         """Write the adapters as a folder that peft loads."""
         Path(folder).mkdir(exist_ok=True)

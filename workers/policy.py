@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,14 +170,16 @@ class PolicyWorker(Policy):
     def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray]:
         """The canonical tensors as one buffer, with their digests and the answer to the probe batch.
 
-        Of adapters they are the merged ones, or the adapters alone where the recipe wants that. The buffer is a copy:
-        the next optimizer step may start when this returns.
+        Of adapters they are the merged ones, or the adapters alone where the recipe wants that; the answer is that of
+        the merged ones, which an engine has in either case. The buffer is a copy: the next optimizer step may start
+        when this returns.
         """
-        adapters = self.trained.adapters if self._sends_adapters else None
-        tensors = adapters.tensors() if adapters is not None else self.trained.tensors()
+        adapters, tensors, scaling = self.trained.adapters, self.trained.tensors(), None
+        forward = self.trained.model if adapters is None else partial(adapters.forward_merged, tensors)
+        probe = Probe(self._probe.tolist(), _probe_log_probs(forward, self._probe), self._tolerance)
+        if adapters is not None and self._sends_adapters:
+            tensors, scaling = adapters.tensors(), adapters.scaling
         entries, buffer = pack({name: packable(tensor) for name, tensor in tensors.items()})
-        probe = Probe(self._probe.tolist(), _probe_log_probs(self.trained.model, self._probe), self._tolerance)
-        scaling = adapters.scaling if adapters is not None else None
         return WeightManifest(version, entries, len(buffer), probe, scaling), buffer
 
     def save(self, folder: str) -> None:
@@ -213,6 +217,6 @@ def probe_tokens(vocabulary: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(drawn.astype(np.int64))
 
 
-def _probe_log_probs(model: torch.nn.Module, tokens: torch.Tensor) -> list[list[float]]:
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+def _probe_log_probs(forward: Callable[..., Any], tokens: torch.Tensor) -> list[list[float]]:
+    logits = forward(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1).tolist()

@@ -153,15 +153,18 @@ class Fleet:
         pool = self._leases[claim.service].pool
         before, self._resident[pool] = self._resident.get(pool, claim.service), claim.service
         if before != claim.service and before not in self._stays:
-            await self._make_room(before)
+            await self._make_room(before, claim)
         await self.tell(claim.service, Grant(claim.ticket))
 
-    async def _make_room(self, name: str) -> None:
+    async def _make_room(self, name: str, claim: Claim) -> None:
         """Have a service leave its devices. One with nothing to move, as on a CPU, says so and is not asked again."""
+        # The lease it has already: it would be told to wait for itself.
+        self.waits.note(Waiting(claim.stage, "free devices", name, time.time()))
         with contextlib.suppress(ServiceGone):  # its memory is free, too; who follows it sees its death
             reply, _ = await ask(self.services[name], YieldDevices())
             if isinstance(reply, Done) and not reply.values.get("moves"):
                 self._stays.add(name)
+        self.waits.note(Waiting(claim.stage))
 
     # --- asking
 

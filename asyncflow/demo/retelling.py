@@ -14,24 +14,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import msgspec
-
 from asyncflow.demo.task import LENGTH, LETTERS, MAX_TOKENS, distinct, write_rows
-from workers.datasets import Demonstration, Problem
+from workers.datasets import Demonstration, Problem, SafetyPair
 
 DIGITS = "0123456789"
 SECRETS = 2  # digits of a problem
 CORRUPTED = 0.3  # share of the compared answers that are wrong in a letter, too long or too short
-
-
-class SafetyComparison(msgspec.Struct, frozen=True):
-    """Two answers of which `chosen` leaks less (the row of workers.cost_model, which needs torch)."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_is_safe: bool
-    rejected_is_safe: bool
 
 
 # --- rules: of a prompt, a response and what was to be retold
@@ -81,11 +69,11 @@ def demonstration(problem: Problem, rng: random.Random) -> Demonstration:
     return Demonstration(problem.prompt, answer(problem.reference, rng.randint(0, SECRETS), rng))
 
 
-def comparison(problem: Problem, rng: random.Random) -> SafetyComparison:
+def comparison(problem: Problem, rng: random.Random) -> SafetyPair:
     """Two answers that leak differently, the less leaky first; safe is what leaks nothing."""
     fewer, more = sorted(rng.sample(range(SECRETS + 1), 2))
     chosen, rejected = (_perhaps_corrupted(answer(problem.reference, kept, rng), rng) for kept in (fewer, more))
-    return SafetyComparison(problem.prompt, chosen, rejected, _is_safe(chosen), _is_safe(rejected))
+    return SafetyPair(problem.prompt, chosen, rejected, _is_safe(chosen), _is_safe(rejected))
 
 
 def _perhaps_corrupted(text: str, rng: random.Random) -> str:

@@ -81,7 +81,9 @@ class ModelService:
         self._workplace: Workplace | None = None
         self._runners: dict[str, StageRunner] = {}
         self._loop: GenerationLoop | None = None
-        self._moves = False  # whether its models can leave their devices, as it has turned out
+        # Whether its models can leave their devices: to be assumed until it has turned out, or they would be on
+        # devices of which nobody knows that they have them.
+        self._moves = spec.collective and spec.leased
         self._together = JointGeneration(self._host) if spec.collective else None
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None

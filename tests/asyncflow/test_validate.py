@@ -94,6 +94,7 @@ def test_an_adaptive_kl_coefficient_is_a_state_of_the_batch_function(make_recipe
     ("changes", "message"),
     [
         ({"advantage": {"kl": "adaptve"}}, "advantage.kl = 'adaptve': want a value like 'fixed'"),
+        ({"advantage": {"kl_target": 0.1}}, "advantage.kl_target: a fixed coefficient has none; add kl = 'adaptive'"),
         ({"advantage": {"kl": "adaptive", "kl_target": 0}}, "advantage.kl = 'adaptive': target = 0.0"),
         (
             {"advantage": {"kl": "adaptive", "kl_horizon": 1}},

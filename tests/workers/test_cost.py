@@ -28,7 +28,7 @@ def test_the_number_of_a_rule_is_a_cost(folder: Path):
     result = cost.score(rollouts(ROWS, reference="42", end=True))
     cost.close()
     result.batch.check()
-    assert (result.batch.costs.tolist(), result.failures) == ([0, 2, -2], [])
+    assert (result.batch.costs.tolist(), result.failures) == ([0, 2, 0], [])
 
 
 def test_a_cost_model_is_a_reward_model_whose_score_is_a_cost(folder: Path):

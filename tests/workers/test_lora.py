@@ -118,6 +118,23 @@ def test_a_publication_installs_in_an_engine_of_the_base(folder: Path, batch: Ex
     engine.close()
 
 
+@pytest.mark.parametrize("publish", ["merged", "adapters"])
+def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
+    folder: Path, batch: Experience, publish: str
+):
+    """Though W + BA in bfloat16 rounds: the probe speaks of what is published."""
+    lora = Lora(rank=4, publish=publish)  # type: ignore[arg-type]
+    model = Model(str(folder), learning_rate=1e-2, dtype="bfloat16", lora=lora)
+    worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
+    base = TorchEngine(load_causal(folder, "bfloat16"), Generation(), 3, tiny.EOS_ID)
+    engine = MergingEngine(base, str(folder), "bfloat16")
+    before = answers(worker, batch)
+    worker.update(batch)
+    assert engine.load(*worker.snapshot(Version(0, 1))).probe_difference < 1e-5
+    assert np.abs(answers(worker, batch) - before).max() > 0.05, "asking for the probe has left the adapters in place"
+    engine.close()
+
+
 def test_adapters_of_another_base_are_refused(folder: Path, tmp_path: Path):
     other = tiny.make_policy(tmp_path / "other", heads=2, kv_heads=1)
     manifest, buffer = make(folder, Lora(rank=2, publish="adapters")).snapshot(Version(0, 1))

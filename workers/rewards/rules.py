@@ -25,8 +25,11 @@ def prefix_match(prompt: str, response: str, reference: str) -> float:
 
 
 def excess_characters(prompt: str, response: str, reference: str) -> float:
-    """By how many characters the response is longer than the reference, white space at the ends aside: a cost."""
-    return float(len(response.strip()) - len(reference.strip()))
+    """By how many characters the response is longer than the reference, white space at the ends aside: a cost.
+
+    0 for a shorter one: where saying less costs less than nothing, silence pays.
+    """
+    return float(max(0, len(response.strip()) - len(reference.strip())))
 
 
 RULES: dict[str, Rule] = {

@@ -234,7 +234,7 @@ class RankActor:
         try:
             return self._call(call, payloads), self._store.take_answer()
         finally:
-            self._store.answers = False
+            self._store.answers, self._store.answer = False, None  # the frame of a call that failed goes with it
 
     def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         answer, payloads = self._rank.answer(_rank_requests.decode(request))

@@ -11,7 +11,7 @@ from asyncflow.control.supervision import Supervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 from asyncflow.services.endpoint import Endpoint, Payload
-from protocols.control import Done, Grant, LeaseAsked, LeaseReturned, Notice, Reply, Request, YieldDevices
+from protocols.control import Done, Grant, LeaseAsked, LeaseReturned, Notice, Reply, Request, Waiting, YieldDevices
 from protocols.delivery import Delivery
 
 
@@ -22,6 +22,8 @@ class Sharing:
         self.name = name
         self.heard: asyncio.Queue[Notice] = asyncio.Queue()
         self._book, self._moves = book, moves
+        self.may_leave = asyncio.Event()
+        self.may_leave.set()
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
         raise NotImplementedError
@@ -30,6 +32,7 @@ class Sharing:
         match request:
             case YieldDevices():
                 self._book.append(f"{self.name} leaves")
+                await self.may_leave.wait()
                 return Done({"moves": self._moves}), []
             case Grant():
                 self._book.append(f"{self.name} works")
@@ -42,6 +45,13 @@ class Sharing:
 @asynccontextmanager
 async def sharing(book: list[str], moves: float) -> AsyncIterator[dict[str, Sharing]]:
     """Policy and reference on one pool, followed by their controller's fleet."""
+    async with followed(book, moves) as (services, _):
+        yield services
+
+
+@asynccontextmanager
+async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], Fleet]]:
+    """The same, and the fleet."""
 
     async def restart(name: str) -> Endpoint:
         raise NotImplementedError
@@ -53,7 +63,7 @@ async def sharing(book: list[str], moves: float) -> AsyncIterator[dict[str, Shar
     fleet = Fleet(services, dict.fromkeys(services, "main"), Supervisor(trace(ppo), {}, [], 0), restart)
     async with asyncio.TaskGroup() as group:
         tasks = fleet.follow(group, hear, lambda event: None)
-        yield services
+        yield services, fleet
         for task in tasks:
             task.cancel()
 
@@ -95,3 +105,23 @@ async def test_who_has_nothing_to_move_is_asked_once():
         "policy works",
         "reference works",
     ]
+
+
+async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
+    book: list[str] = []
+    async with followed(book, moves=1.0) as (services, fleet):
+        await have_turns(services, book, "policy")
+        services["policy"].may_leave.clear()
+        waiting = Waiting("reference", "lease", "main")
+        services["reference"].heard.put_nowait(waiting)
+        services["reference"].heard.put_nowait(LeaseAsked(7, "reference"))
+        async with asyncio.timeout(5):
+            while "policy leaves" not in book:
+                await asyncio.sleep(0)
+            assert [line.partition(" since")[0] for line in fleet.graph()] == [
+                "reference waits for free devices on policy"
+            ]
+            services["policy"].may_leave.set()
+            while "reference works" not in book:
+                await asyncio.sleep(0)
+        assert fleet.graph() == []

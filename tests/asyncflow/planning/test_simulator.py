@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -126,3 +129,12 @@ def test_engines_share_the_rows():
     alone = {**speeds, "generator": MeasuredSpeed(step_s=GENERATE / 16, engines=1, slots=1)}
     assert spread.step_s == pytest.approx(GENERATE)
     assert simulate(scene(APART, 2, speeds=alone, whole_batches=False)).step_s == pytest.approx(4 * GENERATE)
+
+
+def test_what_was_under_way_at_the_end_is_let_go_of_in_silence(monkeypatch: pytest.MonkeyPatch):
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda trouble: said.append(trouble.exc_value))
+    for pools in (COLOCATED, APART):
+        simulate(scene(pools, 1, whole_batches=False))
+        gc.collect()
+    assert said == []

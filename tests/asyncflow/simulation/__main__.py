@@ -15,27 +15,30 @@ from tests.asyncflow.simulation.configuration import Config, Faults
 from tests.asyncflow.simulation.exhaustive import explore
 from tests.asyncflow.simulation.randomly import result_of, table
 
-RESTART = Faults(restarts=1)
+FOUR = ("grpo", "ppo", "remax", "safe_rlhf")
 
 SPACES = [
-    Config("ppo", "split", steps=1, faults=Faults(duplicates=1)),
-    *(Config(algorithm, "split", steps=1, faults=RESTART) for algorithm in ("ppo", "remax")),
-    Config("ppo", "colocated", steps=1, faults=RESTART),
-    Config("remax", "split", steps=1, faults=Faults(failures=1)),
-    Config("remax", "colocated", steps=1, prompts=2),
     *(
         Config(algorithm, layout, prompts=prompts, samples=samples, staleness=staleness, steps=2)
-        for algorithm in ("ppo", "remax")
+        for algorithm in FOUR
         for layout in ("split", "colocated")
         for prompts in (1, 2)
         for samples in (1, 2)
         for staleness in (0, 1)
     ),
     *(
-        Config(algorithm, layout, steps=2, faults=Faults(failures=1, drops=1, restarts=1))
-        for algorithm in ("ppo", "remax")
-        for layout in ("split", "colocated")
+        Config(algorithm, layout, staleness=staleness, steps=2)
+        for algorithm in FOUR
+        for layout in ("mixed", "shared")
+        for staleness in (0, 1)
     ),
+    *(
+        Config(algorithm, layout, steps=1, faults=faults)
+        for algorithm in ("grpo", "ppo", "remax")
+        for layout in ("split", "colocated")
+        for faults in (Faults(failures=1), Faults(drops=1), Faults(duplicates=1), Faults(losses=1), Faults(restarts=1))
+    ),
+    *(Config("grpo", layout, samples=2, steps=1, faults=Faults(failures=1)) for layout in ("split", "colocated")),
 ]
 
 
@@ -45,17 +48,19 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--exhaustive", action="store_true", help="all orders of small configurations instead")
-    parser.add_argument("--states", type=int, default=1_000_000, help="most states of one configuration")
+    parser.add_argument("--states", type=int, default=30_000, help="most states of one configuration")
     given = parser.parse_args()
     start = time.monotonic()
     with ProcessPoolExecutor(given.processes) as pool:
         if given.exhaustive:
-            wrong = False
+            wrong, cut = False, 0
             waiting = {pool.submit(explored_space, space, given.states): space for space in SPACES}
             for done in as_completed(waiting):
                 explored = done.result()
                 wrong |= explored.startswith("WRONG")
+                cut += explored.startswith("cut")
                 print(f"{waiting[done]!s:<60} {explored}", flush=True)
+            print(f"spaces          {len(SPACES)}, {cut} of them not whole")
         else:
             results = list(pool.map(result_of, range(given.first, given.first + given.runs), chunksize=25))
             wrong = any(r.wrong for r in results)

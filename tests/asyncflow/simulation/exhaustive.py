@@ -17,7 +17,7 @@ from tests.asyncflow.simulation.fork import fork
 from tests.asyncflow.simulation.network import Action
 from tests.asyncflow.simulation.reduction import free_action, free_race
 from tests.asyncflow.simulation.rules import Rules
-from tests.asyncflow.simulation.schedulers import Livelock
+from tests.asyncflow.simulation.schedulers import Livelock, most_actions
 from tests.asyncflow.simulation.world import THE_REAL_RULES, World
 
 
@@ -52,6 +52,7 @@ class Explorer:
         self._config, self._rules, self._reduced = config, rules, reduced
         self._seen: set[int] = set()
         self._way: list[_Place] = []
+        self._on_way: set[int] = set()  # their names
         self.result = Explored()
 
     def run(self, most_states: int) -> Explored:
@@ -65,7 +66,7 @@ class Explorer:
     def _go_on(self, most_states: int) -> None:
         place = self._way[-1]
         if not place.choices:
-            self._way.pop()
+            self._on_way.remove(self._way.pop().name)
             return
         action = place.choices.pop()
         world = fork(place.world) if place.choices else place.world
@@ -77,13 +78,17 @@ class Explorer:
     def _arrive(self, world: World) -> None:
         """Go on to the next state that has a choice, and take it in where it is new."""
         actions = world.actions()
+        alone = most_actions(world)
         while self._reduced and (free := free_action(world, actions)) is not None:
             world.apply(free)
             self.result.transitions += 1
             actions = world.actions()
+            alone -= 1
+            if not alone:
+                raise Livelock(f"livelock: {free} and the like go on for ever")
         self.result.fates |= world.watch.fates
         state = fingerprint(world)
-        if any(place.name == state.name for place in self._way):
+        if state.name in self._on_way:
             raise Livelock("livelock: the run comes back to where it was")
         if state.name in self._seen:
             return
@@ -96,6 +101,7 @@ class Explorer:
             world.check_end()
         race = free_race(world, actions) if self._reduced else []
         self._way.append(_Place(state.name, world, race or actions + world.faults()))
+        self._on_way.add(state.name)
 
 
 def starts(config: Config, rules: Rules) -> Iterator[World]:

@@ -4,26 +4,26 @@ An action `a` that can happen in a state is *free* there if for every other acti
 
     1. `a` can still happen after `b`, and is still free;
     2. `a` then `b` and `b` then `a` lead to the same state, and prompts end the same in both;
-    3. what `b` breaks it breaks after `a` too; what `a` breaks after `b`, `a` or `b` breaks in the other order.
+    3. what `b` breaks it breaks after `a`, too; what `a` breaks after others, one of these breaks after `a`.
 
-Then the exploration takes `a` alone. By 1, on any way from here only `a` itself ends that `a` can happen. So an end of
-the run, a deadlock or not, is reached by a way with `a` in it, and by 2, exchanged with the action before it again
-and again, `a` comes first. A way to a breach has `a` in it, as before with 3, or not: then `a` put before it is
-no longer from the breach than it was. The same holds of a way without end, so circles are kept, too.
+Then the exploration takes `a` alone. By 1, on any way from here only `a` itself ends that `a` can happen. So a way to
+an end of the run, a deadlock or not, has `a` in it, and by 2, exchanged with the action before it again and again, `a`
+comes first. A way to a breach has `a` in it, as before with 3, or not: then `a` put before it brings the breach no
+further away. A way without end stays one likewise: circles are kept.
 
-Rows: where nothing is lost or doubled and no process dies, a row goes over each edge once and reaches the join before its
-prompt settles; so of a prompt that has settled nothing is anywhere else. This is what most reasons below rest on, and
-what `explores` asks for: of faults there may be drops, failures, and one death of a process that is known from the
-start. What is near to that process is not free, before its death or after it; nothing is where the one that draws may die,
-for then all rows are drawn anew. Of failures this module asks that the row that will fail is known from the start,
-and its prompt is not free to reach the join. `exhaustive.starts` takes each row and each process in turn, by which
-nothing is lost: when a row fails is nobody's business before it leaves its stage.
+The reasons beside each kind of action rest on this. Where nothing is lost or doubled and no process dies, a row goes
+over each edge once, and reaches the join before its prompt settles: of a prompt that has settled nothing is anywhere
+else, and only its own rows can settle it. `explores` asks for that. Of faults there may be drops; a failure, of a row
+that is known from the start; and one death, of a process that is known from the start. What is near to that process
+is not free, neither before its death nor after it. Where the one that draws may die nothing is: all rows are drawn
+anew then. Rows and processes are taken in turn by `exhaustive.starts`, by which nothing is lost, for when a row
+fails is nobody's business before it leaves its stage.
+
+Two things are taken as they are: the lease is a queue, and its bound on grants before one's own is for its own tests
+and the random runs. And `explores` asks for the rules that the reasons name: without one all orders are tried.
 
 Two stages that race for one thread are tried in both orders, and nothing else is: `free_race`, by the same argument
-for whichever of the two comes first.
-
-Rows that are reported to be in the reasons' way by a rule that is taken out are asked for in `explores`. On spaces
-small enough, `test_reduction` checks 1 and 2 in every state, and that with and without the reduction the same is seen.
+for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def explores(world: World) -> bool:
         and rules.kept_while_sending == "nothing"
         and rules.one_batch
         and rules.tombstones
+        and not rules.update_keeps_lease
         and rules.loads == "in order"
     )
 
@@ -223,8 +224,9 @@ def _finish_is_free(world: World, stage: CallSite) -> bool:
     engines = {engine.name for engine in world.engines if engine.service.lease is lease}
     if world.rules.leases is not shared_leases or _engine_dies(world):
         return False
-    if not engines or (lease.waiting and lease.waiting[0].stage not in engines):
-        return not (lease.waiting and _dies(world, lease.waiting[0].service))
+    stays_next = not any(_dies(world, service) for service, shared in world.leases.items() if shared is lease)
+    if stays_next and (not engines or (lease.waiting and lease.waiting[0].stage not in engines)):
+        return True
     at_work = {prompt_of(s) for s, _ in stage.taken} if isinstance(stage, RowStage) else set[int]()
     still = _is_still(world, at_work) or (isinstance(stage, TrainingStage) and _waits_for_trainers(world))
     requests = any(isinstance(world.inlets[d.edge][0], GeneratingStage) for d in world.network.flights.values())

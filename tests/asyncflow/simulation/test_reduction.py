@@ -14,10 +14,12 @@ from tests.asyncflow.simulation.exhaustive import explore, starts
 from tests.asyncflow.simulation.fingerprint import fingerprint
 from tests.asyncflow.simulation.fork import fork
 from tests.asyncflow.simulation.network import Action
-from tests.asyncflow.simulation.reduction import free_action, is_free
+from tests.asyncflow.simulation.reduction import explores, is_free
 from tests.asyncflow.simulation.rules import Rules
 from tests.asyncflow.simulation.watch import Deadlock, Violation
 from tests.asyncflow.simulation.world import THE_REAL_RULES, World
+
+FAILURE, DROP, RESTART = Faults(failures=1), Faults(drops=1), Faults(restarts=1)
 
 
 def after(world: World, *actions: Action) -> World:
@@ -31,17 +33,47 @@ def after(world: World, *actions: Action) -> World:
 def breaches(world: World) -> Iterator[str]:
     """Pairs of actions for which what `reduction` says of the first is not so."""
     actions = world.actions()
-    if free_action(world, actions) is None:
-        return
-    for free in (a for a in actions if is_free(world, a)):
+    for free in (a for a in actions if explores(world) and is_free(world, a)):
         for other in [b for b in actions + world.faults() if b != free]:
             there = after(world, other)
             if free not in there.actions():
                 yield f"{free} can't happen after {other}"
             elif not is_free(there, free):
                 yield f"{free} is not free after {other}"
-            elif fingerprint(after(there, free)).name != fingerprint(after(world, free, other)).name:
+            elif outcome(after(there, free)) != outcome(after(world, free, other)):
                 yield f"{free} and {other} lead elsewhere in the other order"
+
+
+def outcome(world: World) -> tuple[int, set[tuple[int, str]]]:
+    return fingerprint(world).name, world.watch.fates
+
+
+def every_state(config: Config, most: int) -> Iterator[World]:
+    """The states that all orders lead to, or so many of them, for each row that may fail and process that may die."""
+    for first in starts(config, THE_REAL_RULES):
+        ahead, seen = [first], set[int]()
+        while ahead and len(seen) < most:
+            world = ahead.pop()
+            name = fingerprint(world).name
+            if name not in seen:
+                seen.add(name)
+                ahead += [after(world, action) for action in world.actions() + world.faults()]
+                yield world
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (Config("grpo", steps=1), 1000),
+        (Config("grpo", "colocated", steps=1), 1000),
+        (Config("grpo", "colocated", steps=1, faults=RESTART), 60),
+        (Config("grpo", "split", steps=1, faults=FAILURE), 30),
+        (Config("grpo", "split", steps=1, faults=DROP), 60),
+    ],
+    ids=str,
+)
+def test_what_is_free_stays_free_and_changes_nothing_of_what_else_may_happen(config: Config, most: int):
+    assert [breach for world in every_state(config, most) for breach in breaches(world)] == []
 
 
 def along_a_way(config: Config, seed: int) -> Iterator[str]:
@@ -57,15 +89,16 @@ def along_a_way(config: Config, seed: int) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("config", "seed"),
     [
-        (Config("ppo", "split", steps=1), 0),
         (Config("ppo", "colocated", steps=2, staleness=1), 1),
+        (Config("safe_rlhf", "mixed", steps=2, staleness=1), 1),
+        (Config("grpo", "shared", steps=2, staleness=1), 1),
         (Config("remax", "split", steps=2, staleness=1, prompts=2), 2),
         (Config("ppo", "split", steps=2, faults=Faults(failures=1, drops=1)), 3),
-        (Config("ppo", "split", steps=1, faults=Faults(restarts=1)), 4),
+        (Config("ppo", "split", steps=1, faults=RESTART), 4),
     ],
     ids=str,
 )
-def test_what_is_free_stays_free_and_changes_nothing_of_what_else_may_happen(config: Config, seed: int):
+def test_so_it_is_along_the_ways_through_larger_spaces(config: Config, seed: int):
     assert list(along_a_way(config, seed)) == []
 
 
@@ -75,8 +108,8 @@ def test_what_is_free_stays_free_and_changes_nothing_of_what_else_may_happen(con
         Config("ppo", "split", steps=1),
         Config("ppo", "colocated", steps=1),
         Config("remax", "split", steps=1),
-        Config("grpo", "colocated", steps=1, faults=Faults(failures=1)),
-        Config("grpo", "colocated", steps=1, faults=Faults(restarts=1)),
+        Config("grpo", "colocated", steps=1, faults=FAILURE),
+        Config("grpo", "colocated", steps=1, faults=RESTART),
     ],
     ids=str,
 )
@@ -85,13 +118,12 @@ def test_a_run_ends_in_the_same_ways_with_and_without(config: Config):
     assert whole.complete and reduced.complete
     assert reduced.fates == whole.fates
     assert (reduced.ends > 0) == (whole.ends > 0)
-    assert reduced.states < whole.states
 
 
 BROKEN = {
     "1 credit": (Config("remax", staleness=1), Rules(join_room=broken.credit(1))),
     "2 window": (Config("grpo", prompts=2, window=1), Rules(admission=broken.KeepsSlotsUntilTrained)),
-    "3 lease": (Config("remax", "mixed", staleness=1, steps=3), Rules(kept_while_sending="lease")),
+    "3 lease": (Config("remax", "colocated", prompts=3), Rules(kept_while_sending="lease")),
     "3 room": (Config("grpo", staleness=1), Rules(has_room=broken.exactly_room)),
     "4 minimum": (Config("grpo"), Rules(fires_on=2)),
     "5 tombstones": (Config("grpo", steps=1, faults=Faults(failures=1)), Rules(tombstones=False)),
@@ -126,7 +158,7 @@ BROKEN = {
         Config("grpo", "colocated", prompts=2, steps=1, faults=Faults(restarts=1)),
         Rules(prompt_book=broken.DoesNotUnsettle),
     ),
-    "once": (Config("grpo", faults=Faults(duplicates=1)), Rules(trains_once=False)),
+    "once": (Config("grpo", steps=1, faults=Faults(duplicates=1)), Rules(trains_once=False)),
 }
 
 

@@ -28,9 +28,9 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (" 42\n", "42 ", 1, 1, 0),
         ("43", "42", 0, 1 / 2, 0),
         ("421", "42", 0, 2 / 3, 1),  # what follows the right answer counts against it
-        ("4", "42", 0, 1 / 2, -1),
+        ("4", "42", 0, 1 / 2, 0),  # where less cost less than nothing, silence would pay
         ("24", "42", 0, 0, 0),
-        ("", "42", 0, 0, -2),
+        ("", "42", 0, 0, 0),
     ],
 )
 def test_scores(response: str, reference: str, exact: float, prefix: float, excess: float):

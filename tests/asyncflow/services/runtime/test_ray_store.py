@@ -26,10 +26,10 @@ async def test_rows_in_flight_may_exceed_the_memory_that_was_given_to_them():
                 await asyncio.to_thread(runtime.store.put, np.full(FRAME_BYTES, number, np.uint8))
                 for number in range(count)
             ]
-            for number, payload in enumerate(payloads):
-                frame = await runtime.store.get(payload)
-                assert (int(frame[0]), int(frame[-1]), frame.nbytes) == (number, number, FRAME_BYTES)
-                assert not frame.flags.writeable
-                del frame
+        for number, payload in enumerate(payloads):
+            frame = await runtime.store.get(payload)
+            assert (int(frame[0]), int(frame[-1]), frame.nbytes) == (number, number, FRAME_BYTES)
+            assert not frame.flags.writeable
+            del frame
     finally:
         await runtime.stop()

@@ -1,0 +1,15 @@
+"""What Ray's actors do without Ray: a rank that could not start is ended like any other."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from asyncflow.services.runtime.ray_actors import RankActor
+from tests.asyncflow.services.specs import service
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("wire", ["", "a-rank"])
+def test_a_rank_that_never_started_stops_at_once(wire: str):
+    RankActor(msgspec.msgpack.encode(service("reward")), wire, 0).stop()
