@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if "algorithm" in tomllib.loads(path.read_text()))
 
 PARALLEL = "_parallel"  # the same algorithm on ranks that work together
+COLOCATED = "_colocated"  # of one whose models share a device
 STATEFUL = {"ppo": ["critic", "policy"], "safe_rlhf": ["critic", "cost_critic", "policy", "advantage"]}
 
 
@@ -37,7 +38,10 @@ def test_every_algorithm_has_a_recipe_for_the_same_task():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_is_sound(path: Path, models: Path, data: Path):
     recipe = load_recipe(path, here(path, models, data))
-    assert (recipe.algorithm, recipe.samples_per_step) == (path.stem.removesuffix(PARALLEL), 256)
+    assert (recipe.algorithm, recipe.samples_per_step) == (
+        path.stem.removesuffix(PARALLEL).removesuffix(COLOCATED),
+        256,
+    )
     checked = check(recipe)
     assert set(recipe.models) == {s for s in checked.dataflow.services if s != "advantage"}, "no model but those called"
     specs = compose(checked.recipe, checked.dataflow, recipe.name, 0, "logs")

@@ -102,12 +102,9 @@ async def test_one_rank_hands_its_weights_over_in_its_own_process(make_recipe: M
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_started")
-@pytest.mark.parametrize("generation", ["1-1", "1-2"])
-async def test_two_ranks_feed_an_engine_each_or_one_of_two_workers(
-    make_recipe: MakeRecipe, folders: dict[str, str], generation: str
-):
+async def test_two_ranks_feed_one_engine_of_two_workers(make_recipe: MakeRecipe, folders: dict[str, str]):
     placement = {
-        "policy": {"pool": "train", "parallel": "1-2-1", "generation": generation},
+        "policy": {"pool": "train", "parallel": "1-2-1", "generation": "1-2"},
         **{role: {"pool": "main"} for role in ("critic", "reference", "reward")},
     }
     pools = {"train": {"devices": 2}, "main": {}}
@@ -116,11 +113,9 @@ async def test_two_ranks_feed_an_engine_each_or_one_of_two_workers(
     assert_followed(recipe, folder, steps)
     plan = ParallelModel(folders["policy"], Topology()).plan
     half = ShardPlan(plan.decoder, 1, 2)
-    whole_bytes, shard_bytes = (4 * sum(p.shard_elements(spec) for spec in p.parameters(0)) for p in (plan, half))
-    received = {"1-1": whole_bytes - shard_bytes, "1-2": 0}
-    copied = {"1-1": whole_bytes, "1-2": shard_bytes}
+    shard_bytes = 4 * sum(half.shard_elements(spec) for spec in half.parameters(0))
     for step in steps:
-        assert told(step)["received_bytes"] == received[generation]
-        assert told(step)["copied_bytes"] == copied[generation]
+        assert told(step)["received_bytes"] == 0  # a worker generates with the shard that its rank trains
+        assert told(step)["copied_bytes"] == shard_bytes
         assert told(step)["peak_bytes"] >= shard_bytes
     assert len(switches(folder)) >= STEPS
