@@ -15,11 +15,10 @@ from collections.abc import Sequence
 
 from asyncflow.services.host import Fired, Host
 from asyncflow.services.mailbox import Mailbox
-from asyncflow.services.parts import Part, Place, arrivals
+from asyncflow.services.parts import Place
 from asyncflow.services.spec import StageSpec
-from asyncflow.services.stages import StageRunner
-from protocols.control import Done, Generated, RowsLost, SwitchLayout
-from protocols.delivery import Delivery
+from asyncflow.services.stages import RowStage
+from protocols.control import Done, Generated, SwitchLayout
 from protocols.roles import Sampling
 from protocols.topology import GenerationGrouping
 
@@ -79,8 +78,8 @@ class JointGeneration:
         self._host.measure({f"transition.{name}": value for name, value in took.items()})
 
 
-class JointGeneratingStage(StageRunner):
-    """policy.generate of a service of several ranks. Its front reads no row."""
+class JointGeneratingStage(RowStage):
+    """policy.generate of a service of several ranks: its rows are drawn between two switches."""
 
     def __init__(self, host: Host, spec: StageSpec, generation: JointGeneration) -> None:
         super().__init__(host, spec)
@@ -92,25 +91,8 @@ class JointGeneratingStage(StageRunner):
         # Admission bounds what waits here.
         self._mailbox: Mailbox[Place] = Mailbox(1, sys.maxsize, in_id_order=True, ended=host.ended)
 
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
-        rows = arrivals(parts, delivery.failures)
-        return len((await self._mailbox.put(position, rows, delivery.attempt)).refused)
-
-    async def run(self) -> None:
-        while True:
-            self.waits("rows", ", ".join(self.spec.sources))
-            joined = await self._mailbox.take(self._most)
-            fired = Fired()
-            if joined.samples:
-                self.waits("lease", self.host.spec.pool)
-                fired = await self._generation.draw(self.spec, joined.samples, joined.inputs, self._sampling)
-            if fired.lost:
-                await self._mailbox.take_back(fired.lost)
-                self.host.notify(RowsLost(self.spec.name, fired.lost))
-            await self.host.send(self.spec, fired.parts, joined.failures + fired.failures, attempt=joined.attempt)
+    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
+        return await self._generation.draw(self.spec, samples, inputs, self._sampling)
 
     def depth(self) -> tuple[int, int, int]:
         return self._mailbox.depth, 0, self._mailbox.peak
-
-    async def end(self, prompts: list[int]) -> None:
-        await self._mailbox.end(prompts)

@@ -90,13 +90,17 @@ class RowStage(StageRunner):
             fired = Fired()
             if joined.samples:
                 self.waits("lease", self.host.spec.pool)
-                async with self.host.lease(self.spec.name):
-                    self.waits("", "")
-                    fired = await self.host.fire(self.spec, joined.samples, joined.inputs)
+                fired = await self.fire(joined.samples, joined.inputs)
             if fired.lost:
                 await self._mailbox.take_back(fired.lost)
                 self.host.notify(RowsLost(self.spec.name, fired.lost))
             await self.host.send(self.spec, fired.parts, joined.failures + fired.failures, attempt=joined.attempt)
+
+    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
+        """Take the lease, and let the ranks work on rows that were joined."""
+        async with self.host.lease(self.spec.name):
+            self.waits("", "")
+            return await self.host.fire(self.spec, samples, inputs)
 
     def depth(self) -> tuple[int, int, int]:
         return self._mailbox.depth, self._mailbox.capacity, self._mailbox.peak

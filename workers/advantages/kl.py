@@ -32,18 +32,8 @@ def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> 
     raise ValueError(f"kl_estimator {estimator!r}: one of k1, k2, k3")
 
 
-class FixedKl(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A coefficient that stays."""
-
-    coefficient: float
-
-    def after(self, kl: float, samples: int) -> FixedKl:
-        """The coefficient of the next step: this one."""
-        return self
-
-
-class AdaptiveKl(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A coefficient that steers the measured KL towards a target, and the whole of its state."""
+class AdaptiveKl(msgspec.Struct, frozen=True):
+    """A coefficient that steers the measured KL towards a target."""
 
     coefficient: float
     target: float  # mean KL per token, nats
@@ -70,6 +60,3 @@ class AdaptiveKl(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
             )
         error = min(max(kl / self.target - 1.0, -_LARGEST_ERROR), _LARGEST_ERROR)
         return msgspec.structs.replace(self, coefficient=self.coefficient * (1.0 + error * share))
-
-
-KlCoefficient = FixedKl | AdaptiveKl

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.advantages.kl import AdaptiveKl, FixedKl, KlCoefficient, kl_terms
+from workers.advantages.kl import AdaptiveKl, kl_terms
 
 STATE = AdaptiveKl(coefficient=0.1, target=0.02, horizon=1000)
 
@@ -74,15 +74,6 @@ def test_it_settles_where_the_kl_is_at_its_target():
     for _ in range(400):
         state = state.after(0.001 / state.coefficient, samples=250)
     assert state.coefficient == pytest.approx(0.05, rel=1e-3)
-
-
-def test_a_fixed_coefficient_stays():
-    assert FixedKl(0.1).after(99.0, samples=10**9) == FixedKl(0.1)
-
-
-def test_the_state_survives_a_checkpoint():
-    for state in (STATE.after(0.5, 100), FixedKl(0.3)):
-        assert msgspec.json.decode(msgspec.json.encode(state), type=KlCoefficient) == state
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
