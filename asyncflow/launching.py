@@ -30,7 +30,7 @@ from asyncflow.planning.calibration import read_calibration
 from asyncflow.services.endpoint import Endpoint, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from asyncflow.validate import Checked, check
-from protocols.control import LoadState
+from protocols.requests import LoadState
 
 if TYPE_CHECKING:
     from asyncflow.services.runtime.pools import PoolRequest

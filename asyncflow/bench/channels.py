@@ -26,7 +26,7 @@ from asyncflow.services.runtime.ray import RayRuntime
 from asyncflow.services.spec import ServiceSpec
 from protocols import codec
 from protocols.columns import Jagged
-from protocols.control import GetStatistics, Invoke, Invoked, Statistics
+from protocols.requests import GetStatistics, Invoke, Invoked, Statistics
 from protocols.delivery import EdgeStatistics
 from protocols.messages import LogProbs, Rollouts
 

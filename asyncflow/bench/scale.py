@@ -19,7 +19,7 @@ from asyncflow.services.endpoint import Endpoint, ask
 from asyncflow.services.parts import pack
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols.control import EndPrompts, GetStatistics, Statistics
+from protocols.requests import EndPrompts, GetStatistics, Statistics
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of, sample_id
 from protocols.messages import Scores

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, load_recipe, recipe_text
-from protocols.control import Evaluated, RunEnded
+from protocols.events import Evaluated, RunEnded
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

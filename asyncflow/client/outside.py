@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from protocols.columns import Batch
-from protocols.control import RowsPut
+from protocols.requests import RowsPut
 from protocols.messages import Rollouts
 from protocols.stage import Failure
 

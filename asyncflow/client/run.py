@@ -8,7 +8,7 @@ from typing import Protocol
 
 from asyncflow.client.channel import Channel, ChannelLink
 from asyncflow.client.outside import Outside, OutsideLink
-from protocols.control import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
+from protocols.events import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
 from protocols.delivery import ServiceStatistics
 
 

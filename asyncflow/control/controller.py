@@ -31,27 +31,9 @@ from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.services.endpoint import Store, ask, causes
 from asyncflow.services.parts import pack
 from asyncflow.services.weight_sync import publish
-from protocols.control import (
-    Busy,
-    CloseBatch,
-    CodeRefused,
-    CodeReloaded,
-    Done,
-    Event,
-    Generated,
-    Notice,
-    Published,
-    RunEnded,
-    SamplesEnded,
-    ServiceReplaced,
-    SetPaused,
-    Settled,
-    Stalled,
-    StateChanged,
-    StepCommitted,
-    StepDone,
-    WaitsChanged,
-)
+from protocols.events import CodeRefused, CodeReloaded, Event, Published, RunEnded, SamplesEnded, ServiceReplaced, Stalled, StateChanged, StepCommitted, WaitsChanged
+from protocols.notices import Busy, Generated, Notice, Settled, StepDone
+from protocols.requests import CloseBatch, Done, SetPaused
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.ids import purpose_of, sample_id
 from protocols.weights import Version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncflow.control.staleness import Admission, Ready, choose_batch
-from protocols.control import Settled
+from protocols.notices import Settled
 
 
 class PromptBook:

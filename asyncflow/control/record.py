@@ -22,18 +22,9 @@ from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import PART, write_report
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.endpoint import Endpoint, ask
-from protocols.control import (
-    CheckpointWritten,
-    Evaluated,
-    Event,
-    ExportModel,
-    Published,
-    RunEnded,
-    RunStarted,
-    SaveState,
-    Span,
-    StepCommitted,
-)
+from protocols.events import CheckpointWritten, Evaluated, Event, Published, RunEnded, RunStarted, StepCommitted
+from protocols.notices import Span
+from protocols.requests import ExportModel, SaveState
 from protocols.ids import prompt_of
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from asyncflow.services.endpoint import Endpoint, ServiceError, ServiceGone, ask
 from protocols.code import CodeSource
-from protocols.control import PrepareCode, SwitchCode
+from protocols.requests import PrepareCode, SwitchCode
 from workers.user_code import BadCode, source_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from protocols.control import Waiting
+from protocols.notices import Waiting
 
 
 class WaitBoard:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from asyncflow.observe.journal import whole_lines
-from protocols.control import Span
+from protocols.notices import Span
 
 Interval = tuple[float, float]
 

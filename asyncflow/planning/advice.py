@@ -29,7 +29,7 @@ from asyncflow.placement.workload import Lengths
 from asyncflow.planning.measured import speeds_of
 from asyncflow.planning.scenario import WARM_UP, Scenario
 from asyncflow.planning.simulator import simulate
-from protocols.control import Span
+from protocols.notices import Span
 
 LEAST_STEPS = 3  # behind the warm-up, to call them steady
 TURN_TOKENS = 16  # of an engine that takes rows in between

@@ -21,7 +21,7 @@ from asyncflow.services.endpoint import Endpoint, Store, ask
 from asyncflow.services.parts import pack
 from asyncflow.services.runtime import Runtime
 from asyncflow.services.spec import ServiceSpec
-from protocols.control import Invoke
+from protocols.requests import Invoke
 from protocols.ids import sample_id
 from protocols.messages import Prompts, Scores
 from protocols.stage import stage

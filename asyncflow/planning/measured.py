@@ -10,7 +10,7 @@ import numpy as np
 
 from asyncflow.observe.timeline import method_of
 from asyncflow.planning.calibration import Line, fit
-from protocols.control import Span
+from protocols.notices import Span
 
 NOTHING = Line(0.0, 0.0)
 

@@ -25,7 +25,7 @@ from asyncflow.planning.clock import Signal
 from asyncflow.planning.engines import Drawn, Generator
 from asyncflow.planning.scenario import Scenario
 from asyncflow.planning.simulated import Row, RowStage, World
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.messages import Values
 

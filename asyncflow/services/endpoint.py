@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from protocols.control import Notice, Refused, Reply, Request
+from protocols.notices import Notice
+from protocols.requests import Refused, Reply, Request
 from protocols.delivery import Delivery
 
 Frame = npt.NDArray[np.uint8]

@@ -20,7 +20,7 @@ from asyncflow.services.row_table import RowTable
 from asyncflow.services.spec import StageSpec
 from asyncflow.services.stages import StageRunner, read_or_fail
 from protocols.columns import concat, take
-from protocols.control import Generated
+from protocols.notices import Generated
 from protocols.delivery import Delivery
 from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling

@@ -32,7 +32,8 @@ from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, RankRequest, Reply, Span, Waiting
+from protocols.notices import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.requests import RankRequest, Reply
 from protocols.delivery import Delivery, RankReply
 from protocols.messages import Metrics
 from protocols.roles import Sampling

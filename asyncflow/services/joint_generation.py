@@ -18,7 +18,8 @@ from asyncflow.services.mailbox import Mailbox
 from asyncflow.services.parts import Place
 from asyncflow.services.spec import StageSpec
 from asyncflow.services.stages import RowStage
-from protocols.control import Done, Generated, SwitchLayout
+from protocols.notices import Generated
+from protocols.requests import Done, SwitchLayout
 from protocols.roles import Sampling
 from protocols.topology import GenerationGrouping
 

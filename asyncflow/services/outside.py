@@ -24,7 +24,7 @@ from asyncflow.services.parts import Cut, Part, Place, PlannedCall, parts_of, pl
 from asyncflow.services.rank import Reader
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.control import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
+from protocols.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.delivery import RankCall, RankReply, Shard
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS

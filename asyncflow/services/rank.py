@@ -23,7 +23,7 @@ from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.control import LoadState, RankAnswer, RankRequest
+from protocols.requests import LoadState, RankAnswer, RankRequest
 from protocols.delivery import Damaged, RankCall, RankReply, Reading
 from protocols.messages import SCHEMAS, Metrics, Rollouts
 from protocols.row_plan import Segment

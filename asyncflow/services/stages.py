@@ -26,7 +26,8 @@ from asyncflow.services.rank import unwrap
 from asyncflow.services.spec import StageSpec
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import CloseBatch, Done, RowsLost, StepDone
+from protocols.notices import RowsLost, StepDone
+from protocols.requests import CloseBatch, Done
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS

@@ -21,7 +21,7 @@ from asyncflow.services.endpoint import Endpoint, Payload, PayloadLost, ServiceE
 from asyncflow.services.parts import Part, parts_of, unpack
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
+from protocols.requests import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
 
 B = TypeVar("B", bound=Batch)
 

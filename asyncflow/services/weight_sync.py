@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 
 from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ask
-from protocols.control import Installed, LoadWeights, Published, SnapshotTaken, TakeSnapshot
+from protocols.events import Published
+from protocols.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
 from protocols.weights import InstallReceipt, Version, WeightManifest
 
 

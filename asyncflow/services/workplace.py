@@ -15,7 +15,7 @@ import msgspec
 from asyncflow.services.apply_functions import ApplyFunctions
 from asyncflow.services.parallel_workplace import worker_of
 from asyncflow.services.spec import Kind, ServiceSpec
-from protocols.control import Done
+from protocols.requests import Done
 from protocols.roles import Cost, Critic, Policy, Reference, Reward
 from protocols.stage import StageContract, contract_of
 from protocols.weights import Version

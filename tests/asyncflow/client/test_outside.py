@@ -8,7 +8,7 @@ import pytest
 
 from asyncflow.client.outside import NotAsked, Outside
 from protocols.columns import Batch
-from protocols.control import RowsPut
+from protocols.requests import RowsPut
 from protocols.stage import Failure
 from tests.asyncflow.services import rows
 

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from asyncflow.control.prompt_book import PromptBook
 from asyncflow.control.staleness import Admission
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.stage import Failure
 
 

@@ -12,7 +12,7 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Checkpoints
 from asyncflow.observe.exporter import Exporter
-from protocols.control import StepCommitted
+from protocols.events import StepCommitted
 from protocols.ids import prompt_id, prompt_of, sample_id
 from tests.asyncflow.observe.test_exporter import scrape
 

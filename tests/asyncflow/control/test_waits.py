@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncflow.control.waits import WaitBoard
-from protocols.control import Waiting
+from protocols.notices import Waiting
 
 
 def board(*reports: Waiting) -> WaitBoard:

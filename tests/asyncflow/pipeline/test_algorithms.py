@@ -20,7 +20,7 @@ from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import Flow, trace
 from asyncflow.launching import resume
-from protocols.control import StepCommitted
+from protocols.events import StepCommitted
 from protocols.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.roles import GREEDY
 from protocols.stage import Measured

@@ -10,7 +10,7 @@ import pytest
 
 import asyncflow
 from asyncflow.launching import resume
-from protocols.control import Evaluated, Published, RunEnded, SamplesEnded, Stalled, StateChanged, StepCommitted
+from protocols.events import Evaluated, Published, RunEnded, SamplesEnded, Stalled, StateChanged, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 GENERATOR = {

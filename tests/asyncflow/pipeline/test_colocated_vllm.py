@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import asyncflow
 from asyncflow.config import Recipe
 from asyncflow.observe.timeline import Span, read_spans
-from protocols.control import Evaluated, StepCommitted
+from protocols.events import Evaluated, StepCommitted
 from protocols.topology import Topology
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe

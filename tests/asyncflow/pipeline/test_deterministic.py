@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import asyncflow
 from asyncflow.control.ledger import Ledger
 from asyncflow.launching import resume
-from protocols.control import StepCommitted
+from protocols.events import StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline import plain_loop
 

@@ -19,7 +19,7 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.prompts import PromptSource
 from asyncflow.launching import resume
 from asyncflow.validate import check
-from protocols.control import RunEnded, SamplesEnded, StepCommitted
+from protocols.events import RunEnded, SamplesEnded, StepCommitted
 from protocols.ids import prompt_of
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2

@@ -13,7 +13,7 @@ import asyncflow
 from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text, to_recipe
 from asyncflow.launching import resume
 from asyncflow.validate import check
-from protocols.control import Published, StepCommitted
+from protocols.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from workers.models import load_causal
 

@@ -19,7 +19,7 @@ import asyncflow
 from asyncflow.config import Recipe, recipe_text
 from asyncflow.launching import resume
 from asyncflow.observe.timeline import read_spans
-from protocols.control import CheckpointWritten, Evaluated, RunEnded, StepCommitted
+from protocols.events import CheckpointWritten, Evaluated, RunEnded, StepCommitted
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
 from workers.models import canonical_tensors, load_causal

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import asyncflow
 from asyncflow.config import Recipe, recipe_text
 from asyncflow.observe.journal import read_lines
-from protocols.control import Published, StepCommitted
+from protocols.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray

@@ -18,7 +18,7 @@ from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
 from asyncflow.control.user_code import UserCode
 from asyncflow.services.endpoint import ServiceError
-from protocols.control import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
+from protocols.events import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
 
 RULE = "def score(prompt, response, reference):\n    return {}\n"
 OWN = '''

@@ -12,7 +12,7 @@ import pytest
 import asyncflow
 from asyncflow.config import BadInput
 from asyncflow.control.ledger import Ledger
-from protocols.control import CodeReloaded, ServiceReplaced, StepCommitted
+from protocols.events import CodeReloaded, ServiceReplaced, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.test_replacement import process_of
 

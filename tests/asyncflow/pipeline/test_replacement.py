@@ -11,7 +11,7 @@ import pytest
 
 import asyncflow
 from asyncflow.control.ledger import Ledger
-from protocols.control import ServiceReplaced, StepCommitted
+from protocols.events import ServiceReplaced, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray

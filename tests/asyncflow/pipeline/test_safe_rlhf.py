@@ -17,7 +17,7 @@ import asyncflow
 from asyncflow.config import Recipe, to_recipe
 from asyncflow.launching import resume
 from asyncflow.observe.journal import read_lines
-from protocols.control import StepCommitted
+from protocols.events import StepCommitted
 
 STEPS = 4
 RULES = "tests.asyncflow.pipeline.rules"

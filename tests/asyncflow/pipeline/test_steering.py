@@ -12,7 +12,7 @@ from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
 from asyncflow.launching import resume
-from protocols.control import RunEnded, RunStarted, StepCommitted
+from protocols.events import RunEnded, RunStarted, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 

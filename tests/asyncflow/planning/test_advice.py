@@ -12,7 +12,7 @@ from asyncflow.config import BadInput, recipe_text
 from asyncflow.observe.timeline import trace_of
 from asyncflow.planning.advice import Advice, advise, told
 from asyncflow.validate import check
-from protocols.control import Span
+from protocols.notices import Span
 from tests.asyncflow.conftest import MakeRecipe
 
 STEPS = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncflow.planning.measured import own_work, speeds_of
-from protocols.control import Span
+from protocols.notices import Span
 
 
 def span(start: float, end: float, service: str = "policy", activity: str = "policy.update#1", rows: int = 0) -> Span:

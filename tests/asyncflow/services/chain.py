@@ -18,15 +18,8 @@ from asyncflow.services.parts import Part, pack
 from asyncflow.services.runtime import Runtime
 from asyncflow.services.spec import ServiceSpec, Target
 from protocols.columns import Batch
-from protocols.control import (
-    CloseBatch,
-    Done,
-    EndPrompts,
-    GetStatistics,
-    Redeliver,
-    Settled,
-    Statistics,
-)
+from protocols.notices import Settled
+from protocols.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from protocols.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.ids import sample_id
 from tests.asyncflow.services import specs

@@ -19,7 +19,7 @@ from asyncflow.services.parts import Part
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
 from protocols.columns import concat
-from protocols.control import Generated, LeaseAsked, LeaseReturned, Notice
+from protocols.notices import Generated, LeaseAsked, LeaseReturned, Notice
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of
 from protocols.messages import Prompts, Rollouts, Scores

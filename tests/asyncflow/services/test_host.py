@@ -11,7 +11,7 @@ from asyncflow.services.host import MOST_NOTICES, Host, check_complete
 from asyncflow.services.parts import Part, Place, places
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
 from protocols import codec
-from protocols.control import Busy, LeaseAsked, LeaseReturned, Waiting
+from protocols.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.ids import sample_id
 from protocols.messages import LogProbs, Scores
 from protocols.stage import Failure

@@ -18,7 +18,7 @@ from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import build
 from protocols import codec
 from protocols.columns import concat, take
-from protocols.control import Done, SaveState, SnapshotTaken, SwitchLayout, TakeSnapshot, YieldDevices
+from protocols.requests import Done, SaveState, SnapshotTaken, SwitchLayout, TakeSnapshot, YieldDevices
 from protocols.delivery import RankReply
 from protocols.messages import LogProbs, Rollouts
 from protocols.topology import Topology

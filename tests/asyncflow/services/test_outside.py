@@ -22,7 +22,8 @@ from asyncflow.services.service import ModelService
 from asyncflow.services.spec import OUTSIDE, ServiceSpec
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import PutRows, RowsPut, TakeRows, Waiting
+from protocols.notices import Waiting
+from protocols.requests import PutRows, RowsPut, TakeRows
 from protocols.delivery import RankReply
 from protocols.ids import INDEX_BITS
 from protocols.messages import Rollouts

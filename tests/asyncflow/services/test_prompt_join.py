@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import Arrival
 from protocols.columns import Batch
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, sample_id
 from protocols.messages import Costs
 from protocols.stage import Failure, Grain

@@ -8,7 +8,7 @@ import torch
 from asyncflow.services.rank_requests import carry_out
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.workplace import Workplace
-from protocols.control import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
+from protocols.requests import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
 from workers.residence import HOST, Residence
 
 BYTES = 8

@@ -15,7 +15,8 @@ from asyncflow.services.host import Host
 from asyncflow.services.parts import Part
 from asyncflow.services.spec import StageSpec, Target
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
-from protocols.control import CloseBatch, Done, Notice, Settled, StepDone
+from protocols.notices import Notice, Settled, StepDone
+from protocols.requests import CloseBatch, Done
 from protocols.delivery import Delivery
 from protocols.ids import sample_id
 from protocols.messages import LogProbs, Metrics

@@ -19,7 +19,7 @@ from asyncflow.services.subscriptions import (
     Subscriptions,
     follow,
 )
-from protocols.control import NextRows, Subscribe
+from protocols.requests import NextRows, Subscribe
 from protocols.delivery import Delivery
 from protocols.messages import LogProbs
 from tests.asyncflow.services import rows, specs

@@ -14,7 +14,7 @@ from asyncflow.services.outbox import Outbox
 from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import Arrival, Joined, RowTable
 from protocols.columns import Batch
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.ids import prompt_of
 from protocols.stage import Failure, Grain
 

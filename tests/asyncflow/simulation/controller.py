@@ -10,7 +10,7 @@ import msgspec
 
 from asyncflow.control.staleness import Ready, check_age
 from asyncflow.dataflow.graph import SOURCE
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, prompt_id, sample_id
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rows import Owner, Request

@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from asyncflow.services.prompt_join import PromptJoin
-from protocols.control import Settled
+from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, sample_id
 from protocols.messages import LogProbs, Rollouts, Scores
 from protocols.stage import Failure, Grain

@@ -14,7 +14,7 @@ import pytest
 from asyncflow.control.ledger import Ledger, LedgerError
 from asyncflow.control.waits import WaitBoard
 from asyncflow.services.prompt_join import PromptJoin
-from protocols.control import Waiting
+from protocols.notices import Waiting
 from protocols.ids import sample_id, sampling_seed
 from protocols.messages import Rollouts, Scores
 from protocols.weights import BadWeights, Version, WeightManifest

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from asyncflow.dataflow.graph import ADVANTAGE
 from asyncflow.dataflow.graph import Stage as Call
 from asyncflow.placement.lease import Claim
-from protocols.control import Waiting
+from protocols.notices import Waiting
 from protocols.ids import prompt_of
 from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
 from tests.asyncflow.simulation.controller import Controller
