@@ -15,11 +15,11 @@ from asyncflow.services.runtime import Started
 from asyncflow.services.subscriptions import follow
 from asyncflow.validate import Checked
 from protocols.columns import Batch
+from protocols.delivery import Delivery, ServiceStatistics
 from protocols.events import CodeReloaded, Event, RunEnded
+from protocols.messages import Metrics
 from protocols.notices import Notice
 from protocols.requests import PutRows, Reply, Request, RowsPut
-from protocols.delivery import Delivery, ServiceStatistics
-from protocols.messages import Metrics
 from protocols.stage import Failure
 from workers.user_code import BadCode
 

@@ -26,9 +26,9 @@ from asyncflow.services.runtime.ray import RayRuntime
 from asyncflow.services.spec import ServiceSpec
 from protocols import codec
 from protocols.columns import Jagged
-from protocols.requests import GetStatistics, Invoke, Invoked, Statistics
 from protocols.delivery import EdgeStatistics
 from protocols.messages import LogProbs, Rollouts
+from protocols.requests import GetStatistics, Invoke, Invoked, Statistics
 
 RANKS = 4
 INLINE_BYTES = 8192

@@ -19,10 +19,10 @@ from asyncflow.services.endpoint import Endpoint, ask
 from asyncflow.services.parts import pack
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols.requests import EndPrompts, GetStatistics, Statistics
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of, sample_id
 from protocols.messages import Scores
+from protocols.requests import EndPrompts, GetStatistics, Statistics
 
 WAVE = 512  # rows sent together; a wave's prompts end before the next one starts
 SAMPLES = 8  # a prompt

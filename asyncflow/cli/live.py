@@ -18,7 +18,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from protocols.events import CheckpointWritten, CodeRefused, CodeReloaded, Evaluated, Event, Published, RunEnded, RunStarted, SamplesEnded, ServiceReplaced, Stalled, StateChanged, StepCommitted, WaitsChanged
+from protocols.events import (
+    CheckpointWritten,
+    CodeRefused,
+    CodeReloaded,
+    Evaluated,
+    Event,
+    Published,
+    RunEnded,
+    RunStarted,
+    SamplesEnded,
+    ServiceReplaced,
+    Stalled,
+    StateChanged,
+    StepCommitted,
+    WaitsChanged,
+)
 
 HISTORY = 40  # steps that the sparkline shows
 WAITS = 8  # edges that the panel shows

@@ -7,8 +7,8 @@ from contextlib import aclosing
 from typing import Protocol
 
 from protocols.columns import Batch
-from protocols.requests import RowsPut
 from protocols.messages import Rollouts
+from protocols.requests import RowsPut
 from protocols.stage import Failure
 
 

@@ -16,9 +16,11 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
+from asyncflow.control.between_steps import BetweenSteps
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
 from asyncflow.control.fleet import Fleet
+from asyncflow.control.handing_out import HandingOut
 from asyncflow.control.ledger import LedgerError, State
 from asyncflow.control.outcome import RunFailed, outcome_of
 from asyncflow.control.prompt_book import PromptBook
@@ -26,18 +28,25 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.control.record import RunRecord
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.staleness import Admission, Ready, check_age
+from asyncflow.control.training import Training
 from asyncflow.control.user_code import UserCode
-from asyncflow.dataflow.graph import SOURCE, Dataflow
+from asyncflow.control.watchdog import Watchdog
+from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.endpoint import Store, ask, causes
-from asyncflow.services.parts import pack
-from asyncflow.services.weight_sync import publish
-from protocols.events import CodeRefused, CodeReloaded, Event, Published, RunEnded, SamplesEnded, ServiceReplaced, Stalled, StateChanged, StepCommitted, WaitsChanged
+from protocols.delivery import ServiceStatistics
+from protocols.events import (
+    CodeReloaded,
+    Event,
+    RunEnded,
+    SamplesEnded,
+    ServiceReplaced,
+    StateChanged,
+    StepCommitted,
+)
+from protocols.ids import purpose_of
 from protocols.notices import Busy, Generated, Notice, Settled, StepDone
-from protocols.requests import CloseBatch, Done, SetPaused
-from protocols.delivery import Delivery, ServiceStatistics
-from protocols.ids import purpose_of, sample_id
+from protocols.requests import SetPaused
 from protocols.weights import Version
-from workers.user_code import BadCode, digest_of
 
 TICK_SECONDS = 0.5
 
@@ -64,21 +73,25 @@ class Controller:
         self.events = EventLog()
         self._warnings = warnings
         self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
-        self._fleet, self._generators, self._store = fleet, generators, store
-        self._source, self._evaluator, self._evaluation, self._record = source, evaluator, evaluation, record
+        self._fleet, self._generators, self._record = fleet, generators, record
+        self._evaluator, self._evaluation = evaluator, evaluation
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
         self._prompts = PromptBook(self._admission, pace.max_refills)
         self._pulse = Pulse()
-        self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
         self._tokens_generated = 0
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._paused = False
         self._evaluating = False
         self._stopping = False
         self._over = False
-        self._code = code or UserCode()
-        self._checkpoint_asked: list[asyncio.Future[str]] = []
-        self._reload_asked: list[asyncio.Future[CodeReloaded]] = []
+        self._handing_out = HandingOut(
+            dataflow, fleet, generators, store, source, record, self._prompts, pace.samples_per_prompt
+        )
+        self._watchdog = Watchdog(fleet, deadlines, self.events, self._emit)
+        self._training = Training(dataflow, fleet, generators, record, deadlines.publish, self._emit)
+        self._between = BetweenSteps(
+            record, fleet, code or UserCode(), deadlines.checkpoint, self._emit, self._pulse.beat
+        )
 
     # --- what a client may ask
 
@@ -98,24 +111,14 @@ class Controller:
 
     async def checkpoint(self) -> str:
         """Write a checkpoint at the next boundary between steps; its folder. RunFailed where the run ends first."""
-        if self._over:
-            raise RunFailed(f"the run is over; its last checkpoint: {self._record.last_checkpoint or 'none'}")
-        asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._checkpoint_asked.append(asked)
-        self._pulse.beat()
-        return await asked
+        return await self._between.checkpoint()
 
     async def reload(self) -> CodeReloaded:
         """Have all services take the changed files of the user's code at the next boundary between steps.
 
         Raises BadCode, with nothing changed, where one of the files can't be used; RunFailed where the run ends first.
         """
-        if self._over:
-            raise RunFailed("the run is over: nothing runs that could be reloaded")
-        asked: asyncio.Future[CodeReloaded] = asyncio.get_running_loop().create_future()
-        self._reload_asked.append(asked)
-        self._pulse.beat()
-        return await asked
+        return await self._between.reload()
 
     async def statistics(self) -> list[ServiceStatistics]:
         """What the channels did so far, service by service. RunFailed where the run is over."""
@@ -155,9 +158,7 @@ class Controller:
     def _end(self, ended: RunEnded) -> None:
         """Tell everybody who follows the run or waits for something between its steps."""
         self._over = True
-        for asked in (*self._checkpoint_asked, *self._reload_asked):
-            if not asked.done():
-                asked.set_exception(RunFailed(f"the run ended before it: {ended.error or ended.outcome}"))
+        self._between.end(ended.error or ended.outcome)
         self.events.add(ended)
 
     async def _outcome(self) -> RunEnded:
@@ -197,7 +198,7 @@ class Controller:
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
         self._emit(self._record.started(self._pace.steps, list(self._fleet.services), self._warnings))
-        await self._publish(self._version())
+        await self._training.publish(self._version())
         if self._admission.version == 0 or self._evaluation.every:
             await self._evaluate()
         background.append(group.create_task(self._admit(), name="admission"))
@@ -206,50 +207,28 @@ class Controller:
             began = time.monotonic()
             batch = await self._form()
             if batch is None:
-                await self._write_checkpoint()
+                await self._between.write_checkpoint()
                 return self._ended("stopped", 130, "")
             await self._step(batch, time.monotonic() - began)
             await self._between_steps()
         await self._end_leftovers()
         await self._evaluate()
-        await self._write_checkpoint()
+        await self._between.write_checkpoint()
         await self._record.export(self._fleet["policy"])
         return self._ended("finished", 0, "")
 
     # --- admission
 
     async def _admit(self) -> None:
-        restarted = self._record.restarted_prompts()
         while True:
             await self._until(self._may_admit)
-            room = self._admission.room()
-            again, restarted = restarted[:room], restarted[room:]
-            fresh = [self._source.at(self._record.cursor + i) for i in range(room - len(again))]
-            floor = self._admission.version
-            samples = [sample_id(p, i) for p in fresh for i in range(self._pace.samples_per_prompt)]
-            await self._record.admit(samples, floor, self._record.cursor + len(fresh))
-            self._prompts.admit(again + fresh)
-            await self._hand_out(again + fresh, floor)
+            await self._handing_out.admit(self._admission.room(), self._admission.version)
 
     def _may_admit(self) -> bool:
         if not self._admission.room() or self._paused or self._stopping:
             return False
         # What runs together decides the last bit: a deterministic wave is whole, and has the engine to itself.
         return not (self._pace.deterministic and (self._admission.unsettled or self._evaluating))
-
-    async def _hand_out(self, prompts: list[int], floor: int) -> None:
-        """Give prompts to every stage that generates from them."""
-        for channel in self._dataflow.consumers(SOURCE):
-            stage = self._dataflow.stage(channel.destination)
-            rows = (
-                self._source.baselines(prompts, floor)
-                if stage.greedy
-                else self._source.requests(prompts, self._pace.samples_per_prompt, floor)
-            )
-            part = await asyncio.to_thread(pack, self._store, rows, self._record.term)
-            for generator in self._generators:
-                delivery = Delivery(channel.edge, self._record.term, [part.shard])
-                await self._fleet[generator].deliver(delivery, [part.payload])
 
     # --- the batcher
 
@@ -260,14 +239,14 @@ class Controller:
         def settled() -> bool:
             nonlocal chosen
             if self._paused and not self._stopping:
-                return self._asked
+                return self._between.asked
             chosen = None if self._stopping else self._prompts.choose()
-            return self._stopping or chosen is not None or self._asked
+            return self._stopping or chosen is not None or self._between.asked
 
         while True:
             await self._until(settled)
-            if self._asked:
-                await self._do_asked()
+            if self._between.asked:
+                await self._between.do()
             elif self._stopping or chosen is not None:
                 return chosen
 
@@ -278,34 +257,11 @@ class Controller:
         settled = self._prompts.settled(batch)
         samples = [s for prompt in settled for s in prompt.alive]
         await self._record.batched(samples)
-        for sink in self._dataflow.sinks:
-            self._done[sink.name, step] = asyncio.get_running_loop().create_future()
-        closing = self._dataflow.batch_stage
-        reply, _ = await ask(self._fleet[closing.service], CloseBatch(step, samples))
-        assert isinstance(reply, Done)
-        metrics = dict(reply.values)
-        published = await self._train_and_publish(step, metrics)
-        metrics |= {"wait.batch_seconds": waited, "publish_seconds": published.seconds if published else 0.0}
+        metrics = await self._training.step(step, samples)
+        metrics["wait.batch_seconds"] = waited
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in self._busy.items()}
         self._busy.clear()
         await self._commit(batch, samples, ages, metrics)
-
-    async def _train_and_publish(self, step: int, metrics: dict[str, float]) -> Published | None:
-        """Weights may go out before the critics are done; the step is done when all are."""
-        policy = [s for s in self._dataflow.sinks if s.service == "policy"]
-        others = [s for s in self._dataflow.sinks if s.service != "policy"]
-        for stage in policy:
-            self._take_metrics(stage.service, await self._done[stage.name, step], metrics)
-        published = await self._publish(Version(self._record.term, step + 1))
-        for stage in others:
-            self._take_metrics(stage.service, await self._done[stage.name, step], metrics)
-        for stage in self._dataflow.sinks:
-            del self._done[stage.name, step]
-        return published
-
-    @staticmethod
-    def _take_metrics(service: str, done: StepDone, metrics: dict[str, float]) -> None:
-        metrics |= {f"{service}.{name}": value for name, value in done.values.items()}
 
     async def _commit(self, batch: list[Ready], samples: list[int], ages: list[int], metrics: dict[str, float]) -> None:
         settled = self._prompts.settled(batch)
@@ -336,37 +292,16 @@ class Controller:
         if version < self._pace.steps:
             if self._evaluation.every and version % self._evaluation.every == 0:
                 await self._evaluate()
-            await self._do_asked(checkpoint=self._record.checkpoint_due(version))
-
-    @property
-    def _asked(self) -> bool:
-        """Whether a client waits for something that is done between two steps."""
-        return bool(self._checkpoint_asked or self._reload_asked)
-
-    async def _do_asked(self, checkpoint: bool = False) -> None:
-        """Do what clients wait for. No batch is closed and nothing trains meanwhile; what is under way goes on."""
-        if checkpoint or self._checkpoint_asked:
-            await self._write_checkpoint()
-        if self._reload_asked:
-            await self._reload()
+            await self._between.do(checkpoint=self._record.checkpoint_due(version))
 
     async def _end_leftovers(self) -> None:
         """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
         await self._end_samples([(sample, "dropped", "run_ended") for sample in self._record.live])
 
-    # --- versions, state, evaluation
+    # --- versions, evaluation
 
     def _version(self) -> Version:
         return Version(self._record.term, self._admission.version)
-
-    async def _publish(self, version: Version) -> Published | None:
-        sinks = [self._fleet[g] for g in self._generators if g != "policy"]
-        if not sinks:
-            return None
-        published = await publish(self._fleet["policy"], sinks, version, self._deadlines.publish)
-        self._record.published(published)
-        self._emit(published)
-        return published
 
     async def _evaluate(self) -> None:
         if self._evaluator is None or self._record.was_evaluated(self._admission.version):
@@ -378,52 +313,6 @@ class Controller:
         self._pulse.beat()
         self._record.evaluated(evaluated)
         self._emit(evaluated)
-
-    async def _write_checkpoint(self) -> None:
-        try:
-            async with asyncio.timeout(self._deadlines.checkpoint):
-                written = await self._record.write_checkpoint(self._fleet.services, self._admission.version)
-        except TimeoutError:
-            raise RunFailed(
-                f"checkpoint of step {self._admission.version} not written within {self._deadlines.checkpoint:g} s"
-            ) from None
-        if written is not None:
-            self._emit(written)
-        asked, self._checkpoint_asked = self._checkpoint_asked, []
-        for future in asked:
-            if not future.cancelled():
-                future.set_result(self._record.last_checkpoint)
-
-    async def _reload(self) -> None:
-        asked = list(self._reload_asked)
-        try:
-            answer = await self._take_code()
-        except BadCode as error:
-            answer = error
-        del self._reload_asked[: len(asked)]  # not before: who asks is told if the run ends by it
-        for future in asked:
-            if future.done():
-                continue
-            if isinstance(answer, BadCode):
-                future.set_exception(BadCode(str(answer)))
-            else:
-                future.set_result(answer)
-
-    async def _take_code(self) -> CodeReloaded:
-        """Raises BadCode, with nothing changed, where a file can't be used."""
-        step = self._admission.version
-        digests: dict[str, str] = {}
-        try:
-            sources = await asyncio.to_thread(self._code.changed)
-            digests = {source.module: digest_of(source) for source in sources}
-            if sources:
-                await self._code.give(sources, self._fleet.services)
-        except BadCode as error:
-            self._emit(CodeRefused(step=step, digests=digests, error=str(error)))
-            raise
-        reloaded = CodeReloaded(step=step, digests=digests)
-        self._emit(reloaded)
-        return reloaded
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:
@@ -443,7 +332,7 @@ class Controller:
                 self._tokens_generated += notice.tokens
                 self._record.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
             case StepDone():
-                self._done[notice.stage, notice.step].set_result(notice)
+                self._training.hear(notice)
         self._pulse.beat()
 
     def _replaced(self, event: ServiceReplaced) -> None:
@@ -481,32 +370,15 @@ class Controller:
     # --- watching
 
     async def _watch(self) -> None:
-        told = 0.0
-        tokens, at = 0, time.monotonic()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
-            now = time.monotonic()
-            rate, tokens, at = (self._tokens_generated - tokens) / (now - at), self._tokens_generated, now
-            progress = min(1.0, self._prompts.ready / self._pace.prompts_per_step)
-            self.events.add(
-                WaitsChanged(
-                    waits=self._fleet.waits.current(),
-                    live_prompts=self._admission.live,
-                    step_progress=progress,
-                    tokens_per_second=rate,
-                )
+            self._watchdog.look(
+                live_prompts=self._admission.live,
+                step_progress=min(1.0, self._prompts.ready / self._pace.prompts_per_step),
+                tokens=self._tokens_generated,
+                paused=self._paused,
             )
-            idle = self._fleet.idle_seconds
-            if self._paused or idle < self._deadlines.stall:
-                told = 0.0
-                continue
-            graph = self._fleet.graph()
-            if idle > self._deadlines.give_up:
-                raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
-            if not told:
-                told = now
-                self._emit(Stalled(seconds=idle, graph=graph))
 
     async def _until(self, predicate: Any) -> None:
         while not predicate():

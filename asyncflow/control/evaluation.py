@@ -11,8 +11,8 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask
 from asyncflow.services.parts import Part, pack, parts_of, unpack
 from protocols.events import Evaluated
-from protocols.requests import Invoke, Invoked
 from protocols.messages import Scores
+from protocols.requests import Invoke, Invoked
 from protocols.roles import Sampling
 
 

@@ -16,10 +16,10 @@ from asyncflow.control.waits import WaitBoard
 from asyncflow.placement.lease import Claim, shared_leases
 from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, ServiceGone, all_or_error, ask
+from protocols.delivery import ServiceStatistics
 from protocols.events import ServiceReplaced
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, RowsLost, ServiceFailed, Waiting
 from protocols.requests import Done, EndPrompts, GetStatistics, Grant, Redeliver, Request, Statistics, YieldDevices
-from protocols.delivery import ServiceStatistics
 
 Hear = Callable[[Notice], Awaitable[None]]
 

@@ -23,9 +23,9 @@ from asyncflow.observe.report import PART, write_report
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.endpoint import Endpoint, ask
 from protocols.events import CheckpointWritten, Evaluated, Event, Published, RunEnded, RunStarted, StepCommitted
+from protocols.ids import prompt_of
 from protocols.notices import Span
 from protocols.requests import ExportModel, SaveState
-from protocols.ids import prompt_of
 
 T = TypeVar("T")
 LOG = logging.getLogger("asyncflow.run")

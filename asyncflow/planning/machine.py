@@ -21,9 +21,9 @@ from asyncflow.services.endpoint import Endpoint, Store, ask
 from asyncflow.services.parts import pack
 from asyncflow.services.runtime import Runtime
 from asyncflow.services.spec import ServiceSpec
-from protocols.requests import Invoke
 from protocols.ids import sample_id
 from protocols.messages import Prompts, Scores
+from protocols.requests import Invoke
 from protocols.stage import stage
 
 MATRIX = 768  # rows and columns of the product that stands for the peak

@@ -25,9 +25,9 @@ from asyncflow.planning.clock import Signal
 from asyncflow.planning.engines import Drawn, Generator
 from asyncflow.planning.scenario import Scenario
 from asyncflow.planning.simulated import Row, RowStage, World
-from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.messages import Values
+from protocols.notices import Settled
 
 
 class Simulated(msgspec.Struct, frozen=True):

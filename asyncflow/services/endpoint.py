@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from protocols.delivery import Delivery
 from protocols.notices import Notice
 from protocols.requests import Refused, Reply, Request
-from protocols.delivery import Delivery
 
 Frame = npt.NDArray[np.uint8]
 Payload = Any  # what a Store made of a frame: the frame itself, bytes, or a reference to it

@@ -20,9 +20,9 @@ from asyncflow.services.row_table import RowTable
 from asyncflow.services.spec import StageSpec
 from asyncflow.services.stages import StageRunner, read_or_fail
 from protocols.columns import concat, take
-from protocols.notices import Generated
 from protocols.delivery import Delivery
 from protocols.messages import Prompts, Rollouts
+from protocols.notices import Generated
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, InstallReceipt, WeightManifest

@@ -32,10 +32,10 @@ from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
-from protocols.notices import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
-from protocols.requests import RankRequest, Reply
 from protocols.delivery import Delivery, RankReply
 from protocols.messages import Metrics
+from protocols.notices import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.requests import RankRequest, Reply
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology

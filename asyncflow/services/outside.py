@@ -24,10 +24,10 @@ from asyncflow.services.parts import Cut, Part, Place, PlannedCall, parts_of, pl
 from asyncflow.services.rank import Reader
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.delivery import RankCall, RankReply, Shard
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS
+from protocols.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.roles import ROLES
 from protocols.stage import Failure, contract_of
 from protocols.topology import Topology

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.row_table import Arrival, RowTable
 from protocols.columns import Batch, concat, take
-from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.messages import Costs, Rollouts, Scores, Values
+from protocols.notices import Settled
 from protocols.stage import Failure, Grain
 
 Held = tuple[Batch, int]  # a row inside a batch that arrived

@@ -23,9 +23,9 @@ from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace
 from protocols import codec
 from protocols.columns import Batch, concat, take
-from protocols.requests import LoadState, RankAnswer, RankRequest
 from protocols.delivery import Damaged, RankCall, RankReply, Reading
 from protocols.messages import SCHEMAS, Metrics, Rollouts
+from protocols.requests import LoadState, RankAnswer, RankRequest
 from protocols.row_plan import Segment
 from protocols.stage import Failure, Measured, Partial
 from protocols.topology import Topology

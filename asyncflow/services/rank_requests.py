@@ -11,7 +11,20 @@ import msgspec
 
 from asyncflow.services.endpoint import Payload, Store
 from asyncflow.services.workplace import Workplace
-from protocols.requests import Done, ExportModel, LoadState, PrepareCode, RankRequest, Reply, SaveState, SnapshotTaken, SwitchCode, SwitchLayout, TakeSnapshot, YieldDevices
+from protocols.requests import (
+    Done,
+    ExportModel,
+    LoadState,
+    PrepareCode,
+    RankRequest,
+    Reply,
+    SaveState,
+    SnapshotTaken,
+    SwitchCode,
+    SwitchLayout,
+    TakeSnapshot,
+    YieldDevices,
+)
 
 BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # a user's code is tried out without it, wherever it is
 

@@ -29,10 +29,39 @@ from asyncflow.services.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
 from asyncflow.services.workplace import Workplace, build, contract_for
-from protocols.notices import Notice, ServiceFailed
-from protocols.requests import CloseBatch, Done, EndPrompts, ExportModel, GetStatistics, Grant, Installed, Invoke, Invoked, LoadState, LoadWeights, NextRows, PrepareCode, PutRows, RankRequest, Redeliver, Refused, Reply, Request, SaveState, SetPaused, Statistics, Subscribe, SwitchCode, TakeRows, TakeSnapshot, Unsubscribe, YieldDevices
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.messages import Prompts
+from protocols.notices import Notice, ServiceFailed
+from protocols.requests import (
+    CloseBatch,
+    Done,
+    EndPrompts,
+    ExportModel,
+    GetStatistics,
+    Grant,
+    Installed,
+    Invoke,
+    Invoked,
+    LoadState,
+    LoadWeights,
+    NextRows,
+    PrepareCode,
+    PutRows,
+    RankRequest,
+    Redeliver,
+    Refused,
+    Reply,
+    Request,
+    SaveState,
+    SetPaused,
+    Statistics,
+    Subscribe,
+    SwitchCode,
+    TakeRows,
+    TakeSnapshot,
+    Unsubscribe,
+    YieldDevices,
+)
 from protocols.topology import Topology
 
 LAG_EVERY_SECONDS = 0.5

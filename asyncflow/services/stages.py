@@ -26,11 +26,11 @@ from asyncflow.services.rank import unwrap
 from asyncflow.services.spec import StageSpec
 from protocols import codec
 from protocols.columns import Batch
-from protocols.notices import RowsLost, StepDone
-from protocols.requests import CloseBatch, Done
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS
+from protocols.notices import RowsLost, StepDone
+from protocols.requests import CloseBatch, Done
 from protocols.stage import Failure
 
 

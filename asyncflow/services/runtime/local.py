@@ -15,8 +15,8 @@ from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace, build
-from protocols.requests import RankAnswer, RankRequest
 from protocols.delivery import RankCall, RankReply
+from protocols.requests import RankAnswer, RankRequest
 from protocols.topology import Topology
 
 

@@ -27,8 +27,8 @@ from asyncflow.services.runtime.wire import Server, ServerThread
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace, build
-from protocols.requests import RankRequest, Request
 from protocols.delivery import Delivery, RankCall
+from protocols.requests import RankRequest, Request
 from protocols.topology import Topology
 
 if TYPE_CHECKING:

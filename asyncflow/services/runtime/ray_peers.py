@@ -17,9 +17,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from asyncflow.services.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.runtime.wire import Broken, NotHere, Wire, travels
+from protocols.delivery import Delivery, RankCall, RankReply
 from protocols.notices import Notice
 from protocols.requests import RankAnswer, RankRequest, Reply, Request
-from protocols.delivery import Delivery, RankCall, RankReply
 
 LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
 

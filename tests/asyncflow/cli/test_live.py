@@ -9,7 +9,21 @@ import pytest
 from rich.console import Console
 
 from asyncflow.cli.live import HISTORY, Board, LiveView, panel, sparkline
-from protocols.events import CheckpointWritten, CodeRefused, CodeReloaded, Evaluated, Event, Published, RunEnded, RunStarted, SamplesEnded, Stalled, StateChanged, StepCommitted, WaitsChanged
+from protocols.events import (
+    CheckpointWritten,
+    CodeRefused,
+    CodeReloaded,
+    Evaluated,
+    Event,
+    Published,
+    RunEnded,
+    RunStarted,
+    SamplesEnded,
+    Stalled,
+    StateChanged,
+    StepCommitted,
+    WaitsChanged,
+)
 from protocols.weights import Version
 
 STARTED = RunStarted(run="sort [8]", folder="/runs/sort", steps=60)

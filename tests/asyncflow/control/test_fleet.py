@@ -11,9 +11,9 @@ from asyncflow.control.supervision import Supervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 from asyncflow.services.endpoint import Endpoint, Payload
+from protocols.delivery import Delivery
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, Waiting
 from protocols.requests import Done, Grant, Reply, Request, YieldDevices
-from protocols.delivery import Delivery
 
 
 class Sharing:

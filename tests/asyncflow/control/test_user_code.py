@@ -13,9 +13,9 @@ import pytest
 from asyncflow.control.user_code import UserCode
 from asyncflow.services.endpoint import Payload, ServiceGone
 from protocols.code import CodeSource
+from protocols.delivery import Delivery
 from protocols.notices import Notice
 from protocols.requests import Done, PrepareCode, Refused, Reply, Request, SwitchCode
-from protocols.delivery import Delivery
 from workers.user_code import BadCode
 
 NAME = "a_users_own"

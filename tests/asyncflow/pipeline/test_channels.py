@@ -20,8 +20,8 @@ from asyncflow.config import BadInput, Recipe
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
 from asyncflow.validate import check
-from protocols.events import StepCommitted
 from protocols.delivery import ServiceStatistics
+from protocols.events import StepCommitted
 from protocols.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe

@@ -18,10 +18,10 @@ from asyncflow.services.parts import Part, pack
 from asyncflow.services.runtime import Runtime
 from asyncflow.services.spec import ServiceSpec, Target
 from protocols.columns import Batch
-from protocols.notices import Settled
-from protocols.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from protocols.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.ids import sample_id
+from protocols.notices import Settled
+from protocols.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from tests.asyncflow.services import specs
 
 A_EDGE, B_EDGE, C_EDGE = "a.double#1.0", "b.double#1.0", "c.keep#1.0"

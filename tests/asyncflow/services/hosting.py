@@ -14,9 +14,9 @@ from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.spec import ServiceSpec
 from protocols import codec
 from protocols.columns import Batch
+from protocols.delivery import Delivery
 from protocols.notices import Notice
 from protocols.requests import Reply, Request
-from protocols.delivery import Delivery
 
 
 class Consumer:

@@ -19,10 +19,10 @@ from asyncflow.services.parts import Part
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
 from protocols.columns import concat
-from protocols.notices import Generated, LeaseAsked, LeaseReturned, Notice
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of
 from protocols.messages import Prompts, Rollouts, Scores
+from protocols.notices import Generated, LeaseAsked, LeaseReturned, Notice
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, Version

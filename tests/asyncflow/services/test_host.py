@@ -11,9 +11,9 @@ from asyncflow.services.host import MOST_NOTICES, Host, check_complete
 from asyncflow.services.parts import Part, Place, places
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
 from protocols import codec
-from protocols.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.ids import sample_id
 from protocols.messages import LogProbs, Scores
+from protocols.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.stage import Failure
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer, hosted

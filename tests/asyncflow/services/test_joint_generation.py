@@ -18,10 +18,10 @@ from asyncflow.services.joint_generation import JointGeneratingStage, JointGener
 from asyncflow.services.parts import Part, pack
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.spec import ServiceSpec, Target
-from protocols.notices import Busy, Generated
-from protocols.requests import Done, RankAnswer, RankRequest, SwitchLayout
 from protocols.delivery import Delivery, RankCall, RankReply
 from protocols.messages import Prompts
+from protocols.notices import Busy, Generated
+from protocols.requests import Done, RankAnswer, RankRequest, SwitchLayout
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.topology import GenerationGrouping, Topology

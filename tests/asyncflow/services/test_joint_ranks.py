@@ -18,9 +18,9 @@ from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import build
 from protocols import codec
 from protocols.columns import concat, take
-from protocols.requests import Done, SaveState, SnapshotTaken, SwitchLayout, TakeSnapshot, YieldDevices
 from protocols.delivery import RankReply
 from protocols.messages import LogProbs, Rollouts
+from protocols.requests import Done, SaveState, SnapshotTaken, SwitchLayout, TakeSnapshot, YieldDevices
 from protocols.topology import Topology
 from protocols.weights import Version
 from tests import tiny

@@ -22,11 +22,11 @@ from asyncflow.services.service import ModelService
 from asyncflow.services.spec import OUTSIDE, ServiceSpec
 from protocols import codec
 from protocols.columns import Batch
-from protocols.notices import Waiting
-from protocols.requests import PutRows, RowsPut, TakeRows
 from protocols.delivery import RankReply
 from protocols.ids import INDEX_BITS
 from protocols.messages import Rollouts
+from protocols.notices import Waiting
+from protocols.requests import PutRows, RowsPut, TakeRows
 from protocols.stage import Failure
 from protocols.topology import Topology
 from tests.asyncflow.services import rows, specs

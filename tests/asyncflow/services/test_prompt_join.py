@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import Arrival
 from protocols.columns import Batch
-from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, sample_id
 from protocols.messages import Costs
+from protocols.notices import Settled
 from protocols.stage import Failure, Grain
 from tests.asyncflow.services import rows
 

@@ -15,11 +15,11 @@ from asyncflow.services.host import Host
 from asyncflow.services.parts import Part
 from asyncflow.services.spec import StageSpec, Target
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
-from protocols.notices import Notice, Settled, StepDone
-from protocols.requests import CloseBatch, Done
 from protocols.delivery import Delivery
 from protocols.ids import sample_id
 from protocols.messages import LogProbs, Metrics
+from protocols.notices import Notice, Settled, StepDone
+from protocols.requests import CloseBatch, Done
 from protocols.stage import Measured
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer, SomeAreGone, hosted

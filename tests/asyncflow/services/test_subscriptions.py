@@ -19,9 +19,9 @@ from asyncflow.services.subscriptions import (
     Subscriptions,
     follow,
 )
-from protocols.requests import NextRows, Subscribe
 from protocols.delivery import Delivery
 from protocols.messages import LogProbs
+from protocols.requests import NextRows, Subscribe
 from tests.asyncflow.services import rows, specs
 
 STAGE = "a.double#1"

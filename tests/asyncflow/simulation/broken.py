@@ -14,8 +14,8 @@ from asyncflow.services.outbox import Outbox
 from asyncflow.services.prompt_join import PromptJoin
 from asyncflow.services.row_table import Arrival, Joined, RowTable
 from protocols.columns import Batch
-from protocols.notices import Settled
 from protocols.ids import prompt_of
+from protocols.notices import Settled
 from protocols.stage import Failure, Grain
 
 # --- joins

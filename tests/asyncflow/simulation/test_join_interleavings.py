@@ -8,9 +8,9 @@ from itertools import permutations
 import pytest
 
 from asyncflow.services.prompt_join import PromptJoin
-from protocols.notices import Settled
 from protocols.ids import BASELINE_INDEX, sample_id
 from protocols.messages import LogProbs, Rollouts, Scores
+from protocols.notices import Settled
 from protocols.stage import Failure, Grain
 from tests.asyncflow.simulation.rows import Row, contents, message
 

@@ -14,9 +14,9 @@ import pytest
 from asyncflow.control.ledger import Ledger, LedgerError
 from asyncflow.control.waits import WaitBoard
 from asyncflow.services.prompt_join import PromptJoin
-from protocols.notices import Waiting
 from protocols.ids import sample_id, sampling_seed
 from protocols.messages import Rollouts, Scores
+from protocols.notices import Waiting
 from protocols.weights import BadWeights, Version, WeightManifest
 from tests.asyncflow.simulation import broken
 from tests.asyncflow.simulation.configuration import Config, Faults

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from asyncflow.dataflow.graph import ADVANTAGE
 from asyncflow.dataflow.graph import Stage as Call
 from asyncflow.placement.lease import Claim
-from protocols.notices import Waiting
 from protocols.ids import prompt_of
+from protocols.notices import Waiting
 from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
 from tests.asyncflow.simulation.controller import Controller
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage

@@ -1,0 +1,60 @@
+"""Prompts on their way into the pipeline: made durable in the ledger, then handed to every stage that generates.
+
+What was live at the checkpoint that a run goes on from is drawn again before anything new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from asyncflow.control.fleet import Fleet
+from asyncflow.control.prompt_book import PromptBook
+from asyncflow.control.prompts import PromptSource
+from asyncflow.control.record import RunRecord
+from asyncflow.dataflow.graph import SOURCE, Dataflow
+from asyncflow.services.endpoint import Store
+from asyncflow.services.parts import pack
+from protocols.delivery import Delivery
+from protocols.ids import sample_id
+
+
+class HandingOut:
+    """The prompts of one run, in their order."""
+
+    def __init__(
+        self,
+        dataflow: Dataflow,
+        fleet: Fleet,
+        generators: Sequence[str],
+        store: Store,
+        source: PromptSource,
+        record: RunRecord,
+        book: PromptBook,
+        samples_per_prompt: int,
+    ) -> None:
+        self._dataflow, self._fleet, self._generators, self._store = dataflow, fleet, generators, store
+        self._source, self._record, self._book, self._samples = source, record, book, samples_per_prompt
+        self._restarted = record.restarted_prompts()
+
+    async def admit(self, room: int, floor: int) -> None:
+        """The next `room` prompts, for weights of step `floor` at least."""
+        again, self._restarted = self._restarted[:room], self._restarted[room:]
+        fresh = [self._source.at(self._record.cursor + i) for i in range(room - len(again))]
+        samples = [sample_id(prompt, i) for prompt in fresh for i in range(self._samples)]
+        await self._record.admit(samples, floor, self._record.cursor + len(fresh))
+        self._book.admit(again + fresh)
+        await self._hand_out(again + fresh, floor)
+
+    async def _hand_out(self, prompts: list[int], floor: int) -> None:
+        for channel in self._dataflow.consumers(SOURCE):
+            greedy = self._dataflow.stage(channel.destination).greedy
+            rows = (
+                self._source.baselines(prompts, floor)
+                if greedy
+                else self._source.requests(prompts, self._samples, floor)
+            )
+            part = await asyncio.to_thread(pack, self._store, rows, self._record.term)
+            for generator in self._generators:
+                delivery = Delivery(channel.edge, self._record.term, [part.shard])
+                await self._fleet[generator].deliver(delivery, [part.payload])
