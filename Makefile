@@ -34,9 +34,10 @@ $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)/*)
 demo: setup
 	$(BIN)/asyncflow demo deploy/recipes/sorting
 
-# One thread a process: several services and engines share the cores. ARGS goes to pytest: make test ARGS=tests/protocols
+# One thread a process: several services and engines share the cores. Two processes take a file at a time, in order: most
+# of what starts a Ray waits for it. ARGS goes to pytest: make test ARGS=tests/protocols
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What needs no engine and no Ray, and no network: node came as a wheel, and pyright is kept from asking for news of itself.
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

@@ -22,6 +22,7 @@ from asyncflow.observe.timeline import read_spans
 from protocols.events import CheckpointWritten, Evaluated, RunEnded, StepCommitted
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
+from tests.asyncflow.pipeline.test_replacement import process_of
 from workers.models import canonical_tensors, load_causal
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a dozen processes that import torch, on two cores
@@ -148,7 +149,7 @@ async def test_a_rank_that_is_killed_ends_the_run_and_another_topology_goes_on_f
     async with asyncflow.launch(recipe_of(steps=STEPS + 2, **PARALLEL)) as killed:
         async for event in killed.events():
             if isinstance(event, CheckpointWritten) and event.step == 2:
-                os.kill(_rank_processes()[0], signal.SIGKILL)
+                os.kill(process_of("policy-1", killed.folder), signal.SIGKILL)
         ended: RunEnded = await killed.wait()
     assert ended.outcome == "failed"
     assert "its process is gone" in ended.error
@@ -163,16 +164,3 @@ async def test_a_rank_that_is_killed_ends_the_run_and_another_topology_goes_on_f
         ended = await resumed.wait()
     assert (ended.outcome, ended.step) == ("finished", STEPS + 2), ended.error
     assert_close(exported(killed.folder), exported(alone))
-
-
-def _rank_processes() -> list[int]:
-    """The processes of all ranks that Ray runs here."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            command = folder.joinpath("cmdline").read_bytes() if folder.name.isdigit() else b""
-        except OSError:  # it ended meanwhile
-            continue
-        if command.startswith(b"ray::RankActor"):
-            found.append(int(folder.name))
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -99,19 +100,20 @@ def _scrape(targets: Path) -> dict[str, str]:
 
 def test_ctrl_c_drains_writes_a_checkpoint_and_leaves_nothing_behind(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(steps=10_000, checkpoints={"every": 0}, **SPLIT)
-    folder, shared = tmp_path / "run", _shared_memory()
+    folder = tmp_path / "run"
     process = _start(recipe, folder, tmp_path)
     try:
         _wait_for_steps(process, folder, 2)
         members = _session_members(process.pid)
         assert len(members) > 5, "the actors run in the session of the command"
+        shared = _shared_memory(members)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=90) == 130
     finally:
         process.kill()
     assert list((folder / "checkpoints").glob("step_*/manifest.json"))
     assert _gone(members), f"still running: {[p for p in members if Path(f'/proc/{p}').exists()]}"
-    assert _shared_memory() <= shared
+    assert not [path for path in shared if path.exists()]
 
 
 def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
@@ -161,5 +163,11 @@ def _state(process: int) -> str:
         return "Z"
 
 
-def _shared_memory() -> set[str]:
-    return {p.name for p in Path("/dev/shm").iterdir()}
+def _shared_memory(processes: set[int]) -> set[Path]:
+    """The files in memory that some processes have mapped."""
+    found: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
+    return found

@@ -75,7 +75,7 @@ async def test_services_call_each_other_by_ray_alone_where_there_is_no_wire(wire
         await c.send(c.put(rows.log_probs(samples, 4)))
         await c.until_settled(8)
         assert alive(c) == Counter(samples)
-        assert ("@asyncflow/" in Path("/proc/net/unix").read_text()) == wired
+        assert ("@asyncflow/b-" in Path("/proc/net/unix").read_text()) == wired
 
 
 @pytest.mark.usefixtures("ray_started")
