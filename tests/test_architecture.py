@@ -21,7 +21,7 @@ PACKAGES = ("protocols", "workers", "asyncflow", "deploy")  # lowest first
 
 # What each part of asyncflow may import of the others. `asyncflow` itself is the front door, which re-exports.
 GROUND = {"dataflow", "placement", "observe"}  # side by side: the cycle test keeps them apart
-COMPOSING = {"compose", "validate", "run_folder", "launching", "local_link"}  # the composition root
+COMPOSING = {"compose", "model_checks", "validate", "run_folder", "launching", "local_link"}  # the composition root
 BELOW_CLI = GROUND | COMPOSING | {"config", "services", "control", "client", "planning"}
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
