@@ -28,7 +28,7 @@ from workers.sharding.plan import Decoder, Head, ShardPlan
 
 
 def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Each role the algorithm calls has one model, which is there, and all mean the same by a token. Raises BadInput."""
+    """Each role that the algorithm calls has one model that is there; all mean the same by a token. Raises BadInput."""
     trained = stateful(dataflow)
     for role in roles_of(dataflow):
         model = recipe.models[role]
