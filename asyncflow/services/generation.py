@@ -166,7 +166,7 @@ class GenerationLoop:
         if finished:
             tokens = sum(len(r.tokens) for r in finished)
             self._host.exporter.inc("tokens_generated_total", tokens)
-            self._host.notify(Generated([r.sample_id for r in finished], tokens))
+            self._host.reports.notify(Generated([r.sample_id for r in finished], tokens))
 
     async def _install(self) -> None:
         while self._loads:

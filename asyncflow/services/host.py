@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -28,13 +27,14 @@ from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, 
 from asyncflow.services.quarantine import Quarantine
 from asyncflow.services.rank import Ranks
 from asyncflow.services.rank_requests import activity_of
+from asyncflow.services.reports import Reports
 from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
 from protocols.delivery import Delivery, RankReply
 from protocols.messages import Metrics
-from protocols.notices import Busy, LeaseAsked, LeaseReturned, Notice, Span, Waiting
+from protocols.notices import LeaseAsked, LeaseReturned
 from protocols.requests import RankRequest, Reply
 from protocols.roles import Sampling
 from protocols.stage import Failure
@@ -44,7 +44,6 @@ from protocols.transfer import protocol
 T = TypeVar("T")
 B = TypeVar("B", bound=Batch)
 
-MOST_NOTICES = 10_000  # a controller that reads nothing for this long has gone
 INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the event loop
 
 
@@ -89,11 +88,8 @@ class Host:
         self.generation = spec.grouping
         self.joint = JointWork(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
-        self.waits: dict[str, Waiting] = {}
+        self.reports = Reports(spec.name, exporter)
         self._quarantine = Quarantine(spec.log_path, spec.name)
-        self._measured: dict[str, float] = {}
-        self._notices: deque[Notice] = deque()
-        self._noticed = asyncio.Event()
         self._tickets = itertools.count()
         self._grants: dict[int, asyncio.Future[None]] = {}
 
@@ -112,7 +108,7 @@ class Host:
             return function(*arguments), start, time.time()
 
         result, start, end = await asyncio.get_running_loop().run_in_executor(self.thread, timed)
-        self.spent(activity, start - delay, end, rows, step)
+        self.reports.spent(activity, start - delay, end, rows, step)
         return result
 
     async def fire(
@@ -188,7 +184,7 @@ class Host:
         what, ranks = activity_of(request), self.ranks
         parts = {rank: ranks.ask(rank, request) for rank in range(self.topology.world_size)}
         answers = [answer for _, answer in sorted((await self.joint.all(what, parts)).items())]
-        self.spent(what, min(a.start for a, _ in answers), max(a.end for a, _ in answers))
+        self.reports.spent(what, min(a.start for a, _ in answers), max(a.end for a, _ in answers))
         first, payloads = answers[0]
         return first.reply, payloads
 
@@ -231,13 +227,13 @@ class Host:
             return
         ticket = next(self._tickets)
         granted = self._grants[ticket] = asyncio.get_running_loop().create_future()
-        self.notify(LeaseAsked(ticket, stage))
+        self.reports.notify(LeaseAsked(ticket, stage))
         try:
             await granted
             yield
         finally:
             del self._grants[ticket]
-            self.notify(LeaseReturned(ticket))
+            self.reports.notify(LeaseReturned(ticket))
 
     def grant(self, ticket: int) -> None:
         """The controller gives the lease that was asked for; a ticket no longer waited for returns by itself."""
@@ -259,7 +255,7 @@ class Host:
         self.subscriptions.offer(stage.name, parts)
         start = time.time()
         waiting = {target.edge for target in stage.outputs}
-        self.wait(stage.name, "credit", ", ".join(sorted(waiting)))
+        self.reports.wait(stage.name, "credit", ", ".join(sorted(waiting)))
         async with asyncio.TaskGroup() as group:
             for target in stage.outputs:
                 delivery = Delivery(
@@ -268,16 +264,16 @@ class Host:
                 kept = Kept(target.service, delivery, list(parts))
                 self.outbox.keep(target.edge, kept.samples, kept)
                 group.create_task(self._hand_over(stage.name, kept, waiting), name=f"{stage.name} -> {target.edge}")
-        self.wait(stage.name)
+        self.reports.wait(stage.name)
         self.exporter.observe("channel_wait_seconds", time.time() - start, channel=stage.name, side="send")
 
     async def redeliver(self, edge: str) -> int:
         """Send again what an edge may have lost; how many deliveries. They refuse what they had."""
         again, who = self.outbox.kept(edge), f"redelivery to {edge}"
         for kept in again:
-            self.wait(who, "credit", edge)
+            self.reports.wait(who, "credit", edge)
             await self._hand_over(who, kept, {edge})
-        self.wait(who)
+        self.reports.wait(who)
         return len(again)
 
     async def _hand_over(self, who: str, kept: Kept, waiting: set[str]) -> None:
@@ -285,48 +281,10 @@ class Host:
         with contextlib.suppress(ServiceGone):
             await self.peers[kept.service].deliver(kept.delivery, [part.payload for part in kept.parts])
         waiting.discard(kept.delivery.edge)
-        if waiting and who in self.waits:
-            self.wait(who, "credit", ", ".join(sorted(waiting)), since=self.waits[who].since)
+        if waiting and who in self.reports.waits:
+            self.reports.wait(who, "credit", ", ".join(sorted(waiting)), since=self.reports.waits[who].since)
 
-    # --- reporting
-
-    def wait(self, who: str, what: str = "", on: str = "", since: float | None = None) -> None:
-        """Report that a stage waits from now on, or no longer."""
-        waiting = Waiting(who, what, on, time.time() if since is None else since)
-        if what:
-            self.waits[who] = waiting
-        else:
-            self.waits.pop(who, None)
-        self.notify(waiting)
-
-    def spent(self, activity: str, start: float, end: float, rows: int = 0, step: int = -1) -> None:
-        """Account for time that was worked."""
-        self.exporter.inc("busy_seconds_total", end - start, activity=activity)
-        self.notify(Busy([Span(self.spec.name, activity, start, end, rows, step)]))
-
-    def measure(self, values: Mapping[str, float]) -> None:
-        """Keep what was measured beside a step's own work: the next step's metrics tell the newest of it."""
-        self._measured |= values
-
-    def take_measured(self) -> dict[str, float]:
-        """What was measured since this was last asked."""
-        taken, self._measured = self._measured, {}
-        return taken
-
-    def notify(self, notice: Notice) -> None:
-        """Queue something for the controller."""
-        if len(self._notices) >= MOST_NOTICES:
-            raise RuntimeError(f"service {self.spec.name}: {MOST_NOTICES} notices that no controller has read")
-        self._notices.append(notice)
-        self._noticed.set()
-
-    async def notices(self) -> list[Notice]:
-        """All queued notices; waits until there is one."""
-        await self._noticed.wait()
-        self._noticed.clear()
-        taken = list(self._notices)
-        self._notices.clear()
-        return taken
+    # --- the end
 
     async def finish(self, last: Callable[[], None]) -> None:
         """Do one last thing in the compute thread, behind its current call, which may use what `last` frees."""
@@ -340,7 +298,7 @@ class Host:
         if not replies:
             return
         start, end = min(r.start for _, r in replies), max(r.end for _, r in replies)
-        self.spent(stage.name, start, end, rows, step)
+        self.reports.spent(stage.name, start, end, rows, step)
         for rank, reply in replies:
             for edge, nbytes in zip(stage.inputs, reply.read_bytes, strict=False):
                 self.counts.read(edge, rank, nbytes)

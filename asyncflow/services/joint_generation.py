@@ -51,7 +51,7 @@ class JointGeneration:
         host = self._host
         await self._going.wait()
         async with host.lease(stage.name):
-            host.wait(stage.name)
+            host.reports.wait(stage.name)
             await self._to_generation()
             try:
                 fired = await host.fire(stage, samples, inputs, sampling=sampling)
@@ -63,7 +63,7 @@ class JointGeneration:
         drawn = [sample for part in fired.parts for sample in part.shard.sample_ids]
         host.exporter.inc("tokens_generated_total", fired.drawn)
         if drawn:
-            host.notify(Generated(drawn, fired.drawn))
+            host.reports.notify(Generated(drawn, fired.drawn))
         return fired
 
     async def _to_generation(self) -> None:
@@ -76,7 +76,7 @@ class JointGeneration:
         self._host.exporter.inc("transition_bytes_total", took["received_bytes"])
         self._host.exporter.set("transition_peak_bytes", took["peak_bytes"])
         self._host.exporter.set("transition_copied_bytes", took["copied_bytes"])
-        self._host.measure({f"transition.{name}": value for name, value in took.items()})
+        self._host.reports.measure({f"transition.{name}": value for name, value in took.items()})
 
 
 class JointGeneratingStage(RowStage):

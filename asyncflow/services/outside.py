@@ -156,7 +156,7 @@ class OutsideRank:
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         """Ask for the rows and wait; those that are not answered in time fail with that cause."""
         start = time.time()
-        self._host.wait(call.stage, "answers", "outside workers")
+        self._host.reports.wait(call.stage, "answers", "outside workers")
         cause = f"no answer from outside within {self._seconds:g} s"
         opened = self._asked.ask(call, payloads)
         try:
@@ -165,7 +165,7 @@ class OutsideRank:
                 await self._until(lambda: not opened.free_at, self._seconds)
         finally:
             self._asked.close(opened, cause)
-            self._host.wait(call.stage)
+            self._host.reports.wait(call.stage)
         answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
         batch = _gathered([answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)])
         parts = await self._host.pack(batch) if batch is not None else []

@@ -152,8 +152,8 @@ class ModelService:
             arriving.cancel()
 
     async def notices(self) -> list[Notice]:
-        """See Host.notices."""
-        return await self._host.notices()
+        """See Reports.notices."""
+        return await self._host.reports.notices()
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Do what is asked; an error becomes a Refused reply with its cause."""
@@ -256,12 +256,13 @@ class ModelService:
     def _statistics(self) -> ServiceStatistics:
         depths = {edge: runner.depth() for edge, (runner, _) in self._edges.items()}
         called = {edge: (0, 0, 0) for edge in self._host.counts.edges if edge not in depths}
+        waits = self._host.reports.waits
         return ServiceStatistics(
             service=self.name,
             ranks=self._host.topology.world_size,
             edges=[self._host.counts.statistics(edge, *depth) for edge, depth in {**depths, **called}.items()],
             kept=len(self._host.outbox),
-            waits={who: f"{w.what} on {w.on}" if w.on else w.what for who, w in sorted(self._host.waits.items())},
+            waits={who: f"{w.what} on {w.on}" if w.on else w.what for who, w in sorted(waits.items())},
         )
 
     @property
@@ -299,7 +300,7 @@ class ModelService:
         try:
             await work
         except Exception as error:
-            self._host.notify(ServiceFailed(self.name, stage, causes(error)))
+            self._host.reports.notify(ServiceFailed(self.name, stage, causes(error)))
             traceback.print_exc()
             raise _StageEnded(stage) from error
 

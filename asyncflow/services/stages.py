@@ -66,7 +66,7 @@ class StageRunner(ABC):
 
     def waits(self, what: str, on: str) -> None:
         """Report that this stage waits from now on."""
-        self.host.wait(self.spec.name, what, on)
+        self.host.reports.wait(self.spec.name, what, on)
 
 
 class RowStage(StageRunner):
@@ -94,7 +94,7 @@ class RowStage(StageRunner):
                 fired = await self.fire(joined.samples, joined.inputs)
             if fired.lost:
                 await self._mailbox.take_back(fired.lost)
-                self.host.notify(RowsLost(self.spec.name, fired.lost))
+                self.host.reports.notify(RowsLost(self.spec.name, fired.lost))
             await self.host.send(self.spec, fired.parts, joined.failures + fired.failures, attempt=joined.attempt)
 
     async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
@@ -142,7 +142,7 @@ class ClosingStage(StageRunner):
             arrived.append(self._join.arrive(position, batch, failures, delivery.attempt))
         for settled, _ in arrived:
             for prompt in settled:
-                self.host.notify(prompt)
+                self.host.reports.notify(prompt)
         return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def run(self) -> None:
@@ -203,7 +203,7 @@ class TrainingStage(StageRunner):
                 causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
                 raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
             measured = fired.metrics.values if fired.metrics else {}
-            self.host.notify(StepDone(self.spec.name, step, self.host.take_measured() | measured))
+            self.host.reports.notify(StepDone(self.spec.name, step, self.host.reports.take_measured() | measured))
 
     def depth(self) -> tuple[int, int, int]:
         return self._batches.qsize(), 1, 1
@@ -217,7 +217,7 @@ async def read_or_fail(host: Host, part: Part, kind: type[Batch], edge: str) -> 
         host.counts.damaged(edge, len(part.shard.sample_ids))
         return None, tombstones(part.shard.sample_ids, f"its frame was refused: {error.reason}")
     except PayloadLost:
-        host.notify(RowsLost(edge.rpartition(".")[0], part.shard.sample_ids))
+        host.reports.notify(RowsLost(edge.rpartition(".")[0], part.shard.sample_ids))
         return None, []
 
 

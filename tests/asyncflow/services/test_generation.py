@@ -217,7 +217,7 @@ async def test_what_left_the_engine_is_reported(folders: list[Path]):
     async with bench(folders[0]) as b:
         b.job(prompts("1", "2"))
         await b.all_given(2)
-    reports = [n for n in await b.host.notices() if isinstance(n, Generated)]
+    reports = [n for n in await b.host.reports.notices() if isinstance(n, Generated)]
     assert sorted(s for n in reports for s in n.sample_ids) == prompts("1", "2").sample_ids.tolist()
     assert sum(n.tokens for n in reports) == len(concat(b.rollouts).responses.values)
 
@@ -228,7 +228,7 @@ async def test_where_bits_count_two_jobs_never_share_a_forward(folders: list[Pat
         b.job(prompts("1", "2"), whole=True)
         b.job(prompts("3", first=5), replace(SAMPLING, temperature=0.0), whole=True)
         await b.all_given(3)
-    drawn = [notice.sample_ids for notice in await b.host.notices() if isinstance(notice, Generated)]
+    drawn = [notice.sample_ids for notice in await b.host.reports.notices() if isinstance(notice, Generated)]
     assert drawn == [prompts("1", "2").sample_ids.tolist(), prompts("3", first=5).sample_ids.tolist()]
 
 
@@ -349,14 +349,14 @@ async def test_on_shared_devices_nothing_is_computed_before_the_lease_and_it_is_
         notices: list[Notice] = []
         b.job(prompts("1", "2"))
         while not any(isinstance(n, LeaseAsked) for n in notices):
-            notices += await asyncio.wait_for(b.host.notices(), 20)
+            notices += await asyncio.wait_for(b.host.reports.notices(), 20)
         await asyncio.sleep(0.05)
         assert (b.engine.unfinished, b.given, b.loop.waiting) == (0, 0, 2)
         (asked,) = (n for n in notices if isinstance(n, LeaseAsked))
         b.host.grant(asked.ticket)
         await b.all_given(2)
         while LeaseReturned(asked.ticket) not in notices:
-            notices += await asyncio.wait_for(b.host.notices(), 20)
+            notices += await asyncio.wait_for(b.host.reports.notices(), 20)
     assert sum(isinstance(n, LeaseAsked) for n in notices) == 1, "one firing a grant"
 
 

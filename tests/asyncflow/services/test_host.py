@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from asyncflow.services.endpoint import causes
-from asyncflow.services.host import MOST_NOTICES, Host, check_complete
+from asyncflow.services.host import Host, check_complete
 from asyncflow.services.parts import Part, Place, places
+from asyncflow.services.reports import MOST_NOTICES
 from asyncflow.services.spec import ServiceSpec, StageSpec, Target
 from protocols import codec
 from protocols.ids import sample_id
@@ -75,7 +76,7 @@ async def test_what_each_rank_read_is_counted_and_when_it_worked():
         await host.fire(stage, *firing(part), step=7)
         edge = host.counts.statistics("a.double#1.0", 0, 0, 0)
         assert edge.read_bytes == dict.fromkeys(range(4), part.shard.nbytes), "a small frame is one block"
-        (span,) = [s for notice in await host.notices() if isinstance(notice, Busy) for s in notice.spans]
+        (span,) = [s for notice in await host.reports.notices() if isinstance(notice, Busy) for s in notice.spans]
         assert (span.service, span.activity, span.rows, span.step) == ("a", "a.double#1", 4, 7)
 
 
@@ -175,11 +176,11 @@ async def test_a_send_waits_for_the_slowest_and_says_for_whom():
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not sending.done()
-        assert (host.waits["a.double#1"].what, host.waits["a.double#1"].on) == ("credit", TO_C.edge)
+        assert (host.reports.waits["a.double#1"].what, host.reports.waits["a.double#1"].on) == ("credit", TO_C.edge)
         c.gate.set()
         await asyncio.wait_for(sending, 5)
-        assert host.waits == {}
-        last = [notice for notice in await host.notices() if isinstance(notice, Waiting)][-1]
+        assert host.reports.waits == {}
+        last = [notice for notice in await host.reports.notices() if isinstance(notice, Waiting)][-1]
         assert (last.who, last.what) == ("a.double#1", "")
 
 
@@ -224,7 +225,7 @@ async def test_whoever_waited_for_a_successor_waits_no_longer_when_it_has_the_ro
         await host.redeliver(TO_B.edge)
         consumer.is_gone = False
         await host.redeliver(TO_B.edge)
-        assert host.waits == {}
+        assert host.reports.waits == {}
 
 
 # --- the lease
@@ -238,13 +239,13 @@ async def test_the_lease_is_asked_for_where_others_share_the_pool_and_always_ret
                 raise RuntimeError("in the middle of it")
 
         working = asyncio.create_task(work())
-        (asked,) = await host.notices()
+        (asked,) = await host.reports.notices()
         assert isinstance(asked, LeaseAsked)
         assert not working.done()
         host.grant(asked.ticket)
         with pytest.raises(RuntimeError):
             await working
-        assert await host.notices() == [LeaseReturned(asked.ticket)]
+        assert await host.reports.notices() == [LeaseReturned(asked.ticket)]
 
 
 # --- reporting
@@ -253,6 +254,6 @@ async def test_the_lease_is_asked_for_where_others_share_the_pool_and_always_ret
 async def test_notices_that_nobody_reads_end_the_service_and_not_the_machine():
     async with hosted(SPEC) as host:
         for _ in range(MOST_NOTICES):
-            host.wait("a.double#1", "rows")
+            host.reports.wait("a.double#1", "rows")
         with pytest.raises(RuntimeError, match=f"service a: {MOST_NOTICES} notices"):
-            host.wait("a.double#1", "rows")
+            host.reports.wait("a.double#1", "rows")

@@ -167,9 +167,9 @@ async def test_what_a_switch_took_is_told_with_the_next_step_and_the_tokens_are_
     async with running() as world:
         await world.deliver(2, 4)
         await world.until(2)
-        assert world.host.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
-        assert world.host.take_measured() == {}, "once"
-        notices = await world.host.notices()
+        assert world.host.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+        assert world.host.reports.take_measured() == {}, "once"
+        notices = await world.host.reports.notices()
         assert [notice for notice in notices if isinstance(notice, Generated)] == [Generated([2, 4], 4)]
         spans = [span.activity for notice in notices if isinstance(notice, Busy) for span in notice.spans]
         assert spans == ["to_generation", "policy.generate#1", "to_training"]
@@ -182,7 +182,7 @@ async def test_a_switch_that_had_nothing_to_bring_leaves_what_the_last_one_took(
         world.ranks.took = {}
         await world.deliver(4)
         await world.until(2)
-        assert world.host.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+        assert world.host.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
 
 
 async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():

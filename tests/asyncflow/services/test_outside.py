@@ -295,7 +295,7 @@ async def test_who_waits_for_answers_is_told_to_the_controller(rank: OutsideRank
     call = asking(rank, [1])
     await put(rank, rows.scores([1]), seconds=5.0)
     await call
-    assert [(w.what, w.on) for w in await host.notices() if isinstance(w, Waiting)] == [
+    assert [(w.what, w.on) for w in await host.reports.notices() if isinstance(w, Waiting)] == [
         ("answers", "outside workers"),
         ("", ""),
     ]

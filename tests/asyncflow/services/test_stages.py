@@ -168,8 +168,8 @@ def keep(batch: LogProbs, scale: float = 1.0) -> Measured[LogProbs]:
 
 async def noticed(host: Host) -> list[Notice]:
     """What there is to report now."""
-    host.wait("test")  # so that there is something
-    return await host.notices()
+    host.reports.wait("test")  # so that there is something
+    return await host.reports.notices()
 
 
 async def settled(host: Host) -> list[Settled]:
@@ -282,7 +282,7 @@ async def until_done(host: Host, steps: int) -> list[StepDone]:
     done: list[StepDone] = []
     async with asyncio.timeout(5):
         while len(done) < steps:
-            done += [notice for notice in await host.notices() if isinstance(notice, StepDone)]
+            done += [notice for notice in await host.reports.notices() if isinstance(notice, StepDone)]
     return done
 
 
