@@ -1,10 +1,12 @@
-"""The simulator against real runs: same rules, so the same steps, where injected delays make up most of the time.
+"""The simulator against real runs: same rules, so the same steps, where injected delays are all that takes time.
 
-A real run also computes and hands rows on, so it is a little slower than its simulation, and never faster.
+A real run also computes and hands rows on, so it is slower than its simulation, by as much as the machine is busy, and
+never faster. That the simulation itself is no faster than the rules allow is written out by hand.
 """
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,11 @@ DELAYS = {
     "reward": {"score": 0.1},
     "generator": {"generate": 0.3},
 }
-PLACEMENTS: dict[str, tuple[int, dict[str, str]]] = {
-    "colocated": (0, {"policy": "a", "critic": "a", "reference": "a", "reward": "a"}),
-    "split": (0, {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}),
-    "apart, one version ahead": (
-        1, {"policy": "a", "critic": "b", "reference": "b", "reward": "c", "generator": "d"},
+PLACEMENTS: dict[str, tuple[int, dict[str, str], float]] = {  # staleness, service -> pool, seconds of a step
+    "colocated": (0, {"policy": "a", "critic": "a", "reference": "a", "reward": "a"}, 0.3 + 3 * 0.1 + 0.25 + 0.2),
+    "split": (0, {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}, 0.3 + 2 * 0.1 + 0.25),
+    "apart, one version ahead": (  # the pool with most to do is never idle
+        1, {"policy": "a", "critic": "b", "reference": "b", "reward": "c", "generator": "d"}, 2 * 0.1 + 0.2,
     ),
 }  # fmt: skip
 
@@ -63,7 +65,9 @@ async def both(make_recipe: MakeRecipe, staleness: int, pools: dict[str, str]) -
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-async def test_a_run_takes_the_steps_that_were_predicted(make_recipe: MakeRecipe, name: str):
-    predicted, measured = await both(make_recipe, *PLACEMENTS[name])
-    expected = sum(predicted.steps_s[2:])  # the first wait for models to warm up
-    assert expected <= sum(measured[2:]) * 1.02 and sum(measured[2:]) <= 1.6 * expected
+async def test_a_run_takes_no_less_than_the_steps_that_were_predicted(make_recipe: MakeRecipe, name: str):
+    staleness, pools, step_s = PLACEMENTS[name]
+    predicted, measured = await both(make_recipe, staleness, pools)
+    steady = predicted.steps_s[2:]  # the first wait for models to warm up
+    assert statistics.median(steady) == pytest.approx(step_s, rel=0.02)
+    assert sum(measured[2:]) >= 0.98 * sum(steady)
