@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 3 a broken invariant, 130 int
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from contextlib import AbstractAsyncContextManager
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, load_recipe, recipe_text
+from asyncflow.control.outcome import RunFailed
 from protocols.events import Evaluated, RunEnded
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -36,7 +38,10 @@ Folder = Annotated[Path | None, typer.Option("--folder", help="The run's folder;
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = [], folder: Folder = None) -> None:  # noqa: B006 - typer's way
-    """Start a run. Ctrl-C drains it and writes a checkpoint; twice ends it at once."""
+    """Start a run. Ctrl-C drains it and writes a checkpoint; twice ends it at once.
+
+    SIGUSR1 has all services take the changed files of your own losses, rewards and algorithm between two steps.
+    """
     from asyncflow.launching import launch
 
     raise typer.Exit(_drive(launch(load_recipe(recipe, overrides), folder=folder)).exit_code)
@@ -229,6 +234,7 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None
     stopping: list[asyncio.Task[Any]] = []
+    reloading: set[asyncio.Task[None]] = set()
     current: list[Run] = []
 
     def interrupted() -> None:
@@ -240,8 +246,15 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
         else:
             this.cancel()
 
+    def reload() -> None:
+        if current:
+            task = loop.create_task(_reload(current[0]), name="reload")
+            reloading.add(task)
+            task.add_done_callback(reloading.discard)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
+    loop.add_signal_handler(signal.SIGUSR1, reload)
     try:
         async with context as running:
             current.append(running)
@@ -253,6 +266,12 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
             return await running.wait()
     except asyncio.CancelledError:
         return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=INTERRUPTED)
+
+
+async def _reload(running: Run) -> None:
+    """What comes of it is an event, which the view shows; that the run ends first is one, too."""
+    with contextlib.suppress(BadInput, RunFailed):
+        await running.reload()
 
 
 def main() -> None:

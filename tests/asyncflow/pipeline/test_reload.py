@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,11 @@ import pytest
 
 import asyncflow
 from asyncflow.client.run import Run
-from asyncflow.config import BadInput, Recipe, to_recipe
+from asyncflow.config import BadInput, Recipe, recipe_text, to_recipe
 from asyncflow.control.ledger import Ledger
 from asyncflow.control.outcome import RunFailed
 from asyncflow.control.user_code import UserCode
+from asyncflow.observe.journal import read_lines
 from asyncflow.services.endpoint import ServiceError
 from protocols.events import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
 
@@ -259,3 +264,29 @@ async def test_who_waits_for_a_reload_that_ends_the_run_hears_of_it(
 
 async def _nothing() -> None:
     return None
+
+
+def test_a_signal_reloads_a_run_of_the_command_line(recipe_of: MakeOf, own: Path, tmp_path: Path):
+    own.write_text(RULE.format(1.0))
+    recipe, folder = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(recipe_text(recipe_of(steps=10_000, checkpoints={"every": 0})))
+    command = [sys.executable, "-m", "asyncflow.cli.main", "run", str(recipe), "--folder", str(folder)]
+    paths = os.pathsep.join([str(own.parent), str(Path(asyncflow.__file__).parent.parent)])
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_reward(process, folder, 1.0)
+        own.write_text(RULE.format(2.0))
+        process.send_signal(signal.SIGUSR1)
+        wait_for_reward(process, folder, 2.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+
+
+def wait_for_reward(process: subprocess.Popen[bytes], folder: Path, reward: float) -> None:
+    deadline = time.monotonic() + 60
+    while not any(line["reward_mean"] == reward for line in read_lines(folder / "metrics.jsonl")):
+        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
+        assert time.monotonic() < deadline, f"no step had a mean reward of {reward}"
+        time.sleep(0.05)
