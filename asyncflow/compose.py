@@ -239,8 +239,9 @@ def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 
 def replaceable(recipe: Recipe) -> list[str]:
-    """Services that only answer: one that dies is replaced. What an outside worker was asked dies with its service."""
-    return [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
+    """Services that train nothing: one that dies is replaced. What outside workers were asked dies with its service."""
+    answering = [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
+    return answering + [GENERATOR] * (GENERATOR in recipe.placement)
 
 
 def stateful(dataflow: Dataflow) -> list[str]:

@@ -32,7 +32,7 @@ from asyncflow.control.training import Training
 from asyncflow.control.user_code import UserCode
 from asyncflow.control.watchdog import Watchdog
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.endpoint import Store, ask, causes
+from asyncflow.services.endpoint import Store, causes
 from protocols.delivery import ServiceStatistics
 from protocols.events import (
     CodeReloaded,
@@ -172,7 +172,7 @@ class Controller:
 
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
-            background = self._fleet.follow(group, self._hear, self._replaced)
+            background = self._fleet.follow(group, self._hear, self._replaced, self._equip)
             background.append(group.create_task(self._watch(), name="watchdog"))
             background.append(group.create_task(self._tell_ended(), name="ended prompts"))
             train = group.create_task(self._drive(group, background), name="steps")
@@ -306,7 +306,7 @@ class Controller:
     async def _evaluate(self) -> None:
         if self._evaluator is None or self._record.was_evaluated(self._admission.version):
             return
-        generator = self._fleet[self._generators[0]]
+        generator = self._fleet.lasting(self._generators[0])
         self._evaluating = True
         evaluated = await self._evaluator.run(generator, self._fleet["evaluator"], self._admission.version)
         self._evaluating = False
@@ -316,7 +316,7 @@ class Controller:
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:
-            await ask(self._fleet[name], request)
+            await self._fleet.tell(name, request)
 
     # --- what services report
 
@@ -339,6 +339,13 @@ class Controller:
         self._record.replaced(event.service)
         self._emit(event)
         self._pulse.beat()
+
+    async def _equip(self, name: str) -> None:
+        """Give a service that took a dead one's place what the others have: a generator, weights and work."""
+        if name in self._generators:
+            await self._fleet.tell(name, SetPaused(self._paused))
+            await self._training.catch_up(name)
+            await self._handing_out.draw_again()
 
     async def _hear_settled(self, settled: Settled) -> None:
         self._prompts.settle(settled)

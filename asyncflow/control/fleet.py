@@ -8,20 +8,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from asyncflow.control.events import Pulse
 from asyncflow.control.outcome import RunFailed
 from asyncflow.control.supervision import Resend, Supervisor
 from asyncflow.control.waits import WaitBoard
 from asyncflow.placement.lease import Claim, shared_leases
 from asyncflow.services.ended import EndedPrompts
-from asyncflow.services.endpoint import Endpoint, ServiceGone, all_or_error, ask
-from protocols.delivery import ServiceStatistics
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, all_or_error, ask
+from protocols.delivery import Delivery, ServiceStatistics
 from protocols.events import ServiceReplaced
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, RowsLost, ServiceFailed, Waiting
-from protocols.requests import Done, EndPrompts, GetStatistics, Grant, Redeliver, Request, Statistics, YieldDevices
+from protocols.requests import (
+    Done,
+    EndPrompts,
+    GetStatistics,
+    Grant,
+    Redeliver,
+    Reply,
+    Request,
+    Statistics,
+    YieldDevices,
+)
 
 Hear = Callable[[Notice], Awaitable[None]]
+Replaced = Callable[[ServiceReplaced], None]
+Equip = Callable[[str], Awaitable[None]]
 
 
 class Fleet:
@@ -41,6 +54,8 @@ class Fleet:
         self._resident: dict[str, str] = {}  # pool -> the service that was on its devices last
         self._stays: set[str] = set()  # services that have nothing to move off their devices
         self._replacing: set[str] = set()
+        self._equipped = dict(services)  # of those that were replaced, the successor once it has all it needs
+        self._returns = Pulse()
         self._resending: set[Resend] = set()
         self._once_more: set[Resend] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -53,26 +68,29 @@ class Fleet:
     # --- following
 
     def follow(
-        self, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
+        self, group: asyncio.TaskGroup, hear: Hear, replaced: Replaced, equip: Equip
     ) -> list[asyncio.Task[None]]:
         """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on.
 
         Redeliveries join the list: one to a service that hangs must not outlive the rest.
+
+        Args:
+            replaced: is told of every service that took a dead one's place.
+            equip: gives such a service what the others have, by name; it is followed meanwhile.
         """
         self._tasks += [
-            group.create_task(self._follow(name, group, hear, replaced), name=f"notices of {name}")
+            group.create_task(self._follow(name, group, hear, replaced, equip), name=f"notices of {name}")
             for name in self.services
         ]
         return self._tasks
 
-    async def _follow(
-        self, name: str, group: asyncio.TaskGroup, hear: Hear, replaced: Callable[[ServiceReplaced], None]
-    ) -> None:
+    async def _follow(self, name: str, group: asyncio.TaskGroup, hear: Hear, replaced: Replaced, equip: Equip) -> None:
         while True:
             try:
                 notices = await self.services[name].notices()
             except ServiceGone as gone:
                 replaced(await self._replace(name, gone, group))
+                self._tasks.append(group.create_task(self._equip(name, equip), name=f"equip {name}"))
                 continue
             for notice in notices:
                 await self._note(name, notice, group, hear)
@@ -116,6 +134,13 @@ class Fleet:
         seconds = time.monotonic() - start
         return ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
 
+    async def _equip(self, name: str, equip: Equip) -> None:
+        successor = self.services[name]
+        with contextlib.suppress(ServiceGone):  # then another one is equipped
+            await equip(name)
+            self._equipped[name] = successor
+            self._returns.beat()
+
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
         """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
         for resend in resends:
@@ -154,6 +179,35 @@ class Fleet:
 
     # --- asking
 
+    def lasting(self, name: str) -> Endpoint:
+        """A service that outlives its processes: what one could not answer is asked of its successor again.
+
+        For what may be asked twice. Deliveries and notices are those of the present process.
+        """
+        return _Lasting(name, self)
+
+    async def ask_lasting(
+        self, name: str, request: Request, payloads: Sequence[Payload]
+    ) -> tuple[Reply, list[Payload]]:
+        """See `lasting`."""
+        while True:
+            service = self._equipped[name]
+            try:
+                return await service.request(request, payloads)
+            except ServiceGone:
+                if not self._supervisor.may_die(name):
+                    raise
+                while self._equipped[name] is service:  # who follows it replaces it, or ends the run
+                    await self._returns.changed()
+
+    async def deliver(self, name: str, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        """Hand rows to a service; one that is being replaced is sent them again by whoever equips it."""
+        try:
+            await self.services[name].deliver(delivery, payloads)
+        except ServiceGone:
+            if not self._supervisor.may_die(name):
+                raise
+
     async def tell(self, name: str, request: Request) -> None:
         """Ask for something that a service which is being replaced need not hear: it starts with empty memory."""
         try:
@@ -190,3 +244,20 @@ class Fleet:
         """Who waits for what on whom, a line an edge."""
         holders = {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
         return self.waits.graph(time.time(), holders)
+
+
+class _Lasting:
+    """Implements `Endpoint`."""
+
+    def __init__(self, name: str, fleet: Fleet) -> None:
+        self.name = name
+        self._fleet = fleet
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        await self._fleet.services[self.name].deliver(delivery, payloads)
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        return await self._fleet.ask_lasting(self.name, request, payloads)
+
+    async def notices(self) -> list[Notice]:
+        return await self._fleet.services[self.name].notices()

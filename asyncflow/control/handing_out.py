@@ -1,11 +1,14 @@
 """Prompts on their way into the pipeline: made durable in the ledger, then handed to every stage that generates.
 
-What was live at the checkpoint that a run goes on from is drawn again before anything new.
+What was live at the checkpoint that a run goes on from is drawn again before anything new. So is what a generator had
+drawn whose process is gone, for its rows are gone with it: under a new attempt, which makes void whatever was made of
+the old one and has not reached the join.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 
 from asyncflow.control.fleet import Fleet
@@ -36,6 +39,7 @@ class HandingOut:
         self._dataflow, self._fleet, self._generators, self._store = dataflow, fleet, generators, store
         self._source, self._record, self._book, self._samples = source, record, book, samples_per_prompt
         self._restarted = record.restarted_prompts()
+        self._attempt = 0  # counts the generators that were lost
 
     async def admit(self, room: int, floor: int) -> None:
         """The next `room` prompts, for weights of step `floor` at least."""
@@ -46,6 +50,17 @@ class HandingOut:
         self._book.admit(again + fresh)
         await self._hand_out(again + fresh, floor)
 
+    async def draw_again(self) -> None:
+        """What a generator held is gone. A prompt whose rows are all at the join needs nothing of it."""
+        self._attempt += 1
+        lost = self._book.unsettled
+        await self._record.draw_again([sample_id(prompt, i) for prompt in lost for i in range(self._samples)])
+        by_floor: defaultdict[int, list[int]] = defaultdict(list)
+        for prompt, floor in lost.items():
+            by_floor[floor].append(prompt)
+        for floor, prompts in by_floor.items():
+            await self._hand_out(prompts, floor)
+
     async def _hand_out(self, prompts: list[int], floor: int) -> None:
         for channel in self._dataflow.consumers(SOURCE):
             greedy = self._dataflow.stage(channel.destination).greedy
@@ -54,7 +69,8 @@ class HandingOut:
                 if greedy
                 else self._source.requests(prompts, self._samples, floor)
             )
-            part = await asyncio.to_thread(pack, self._store, rows, self._record.term)
+            attempt = self._attempt
+            part = await asyncio.to_thread(pack, self._store, rows, self._record.term, attempt)
             for generator in self._generators:
-                delivery = Delivery(channel.edge, self._record.term, [part.shard])
-                await self._fleet[generator].deliver(delivery, [part.payload])
+                delivery = Delivery(channel.edge, self._record.term, [part.shard], attempt=attempt)
+                await self._fleet.deliver(generator, delivery, [part.payload])

@@ -131,12 +131,16 @@ class Ledger:
     def restart_live(self, term: int) -> list[int]:
         """Put every live sample back to created with one attempt more, for a new term; their ids."""
         live = self.live()
+        self.draw_again(live, term)
+        return live
+
+    def draw_again(self, samples: Iterable[int], term: int) -> None:
+        """Put live samples, whose rows are gone, back to created with one attempt more."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? WHERE sample_id = ?",
-                [(term, i) for i in live],
+                [(term, sample) for sample in samples],
             )
-        return live
 
     def totals(self) -> Totals:
         """Counts by state."""

@@ -22,6 +22,11 @@ class PromptBook:
         """Prompts that a batch could take."""
         return len(self._settled)
 
+    @property
+    def unsettled(self) -> dict[int, int]:
+        """Live prompts that have not all of their rows at the join -> version at admission."""
+        return {prompt: floor for prompt, floor in self._floors.items() if prompt not in self._settled}
+
     def admit(self, prompts: list[int]) -> None:
         """Prompts go out under the current version. Raises ValueError where there is no room for them."""
         self.admission.admit(len(prompts))
@@ -66,9 +71,8 @@ class PromptBook:
     def choose(self) -> list[Ready] | None:
         """The next batch, or None while it must wait."""
         ready = [Ready(prompt, _oldest(settled)) for prompt, settled in self._settled.items()]
-        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
         admission = self.admission
-        return choose_batch(ready, unsettled, admission.version, admission.prompts_per_step, admission.staleness)
+        return choose_batch(ready, self.unsettled, admission.version, admission.prompts_per_step, admission.staleness)
 
     def settled(self, batch: list[Ready]) -> list[Settled]:
         """What the join knows of a batch's prompts, in its order."""

@@ -126,6 +126,13 @@ class RunRecord:
         await self.flush()
         await self._write(self._ledger.move, samples, "batched")
 
+    async def draw_again(self, samples: list[int]) -> None:
+        """The rows of live samples are gone with the process that made them."""
+        await self.flush()
+        again = [sample for sample in samples if sample in self._live]
+        self._was_scored.difference_update(again)
+        await self._write(self._ledger.draw_again, again, self.term)
+
     @property
     def live(self) -> list[int]:
         """Samples that have not ended, ascending."""

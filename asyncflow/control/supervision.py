@@ -1,7 +1,8 @@
 """What follows from a service's death: who is replaced and has its rows sent again, when the run ends instead. Pure.
 
 A service that only answers has no state that the others don't have: what it was working on is still with those who
-sent it. One that trains, or that joins what a batch is made of, takes the run with it; the run is resumed.
+sent it. A generator is given its weights and its prompts anew, and what it had drawn is drawn again (`handing_out`).
+One that trains, or that joins what a batch is made of, takes the run with it; the run is resumed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from asyncflow.control.fleet import Fleet
 from asyncflow.control.record import RunRecord
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.endpoint import ask
-from asyncflow.services.weight_sync import publish
+from asyncflow.services.weight_sync import Snapshot, install, publish
 from protocols.events import Event, Published
 from protocols.notices import StepDone
 from protocols.requests import CloseBatch, Done
@@ -38,6 +38,7 @@ class Training:
         self._sinks = [name for name in generators if name != "policy"]  # of weights; the policy has its own
         self._deadline, self._emit = deadline_seconds, emit
         self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
+        self._newest: Snapshot | None = None  # that all generators have
 
     def hear(self, done: StepDone) -> None:
         """A trained model has finished its batch."""
@@ -64,9 +65,13 @@ class Training:
         """Have every generator install the policy's weights; None where the policy itself generates."""
         if not self._sinks:
             return None
-        published = await publish(
-            self._fleet["policy"], [self._fleet[name] for name in self._sinks], version, self._deadline
-        )
+        sinks = [self._fleet.lasting(name) for name in self._sinks]
+        published, self._newest = await publish(self._fleet["policy"], sinks, version, self._deadline)
         self._record.published(published)
         self._emit(published)
         return published
+
+    async def catch_up(self, generator: str) -> None:
+        """Give a generator that has taken a dead one's place the weights that the others have."""
+        if self._newest is not None:
+            await install(self._fleet[generator], self._newest)

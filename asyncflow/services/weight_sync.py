@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ask
 from protocols.events import Published
@@ -22,44 +23,56 @@ class PublicationFailed(Exception):
     """Weights did not arrive or were not installed."""
 
 
+class Snapshot(NamedTuple):
+    """Weights as they were published, for whoever needs them later; they stay in the store as long as this is kept."""
+
+    manifest: WeightManifest
+    payloads: list[Payload]
+
+
 async def publish(
     policy: Endpoint, generators: Sequence[Endpoint], version: Version, deadline_seconds: float
-) -> Published:
+) -> tuple[Published, Snapshot]:
     """Publish the policy's current weights as `version`. Raises PublicationFailed naming replica and cause."""
     start = time.monotonic()
     waiting = {f"snapshot of {policy.name}"}
     try:
         async with asyncio.timeout(deadline_seconds):
-            manifest, receipts = await _publish(policy, generators, version, waiting)
+            snapshot, receipts = await _publish(policy, generators, version, waiting)
     except TimeoutError:
         what = ", ".join(sorted(waiting))
         raise PublicationFailed(f"version {version}: no answer within {deadline_seconds:g} s from: {what}") from None
-    return Published(version=version, nbytes=manifest.total_bytes, seconds=time.monotonic() - start, receipts=receipts)
+    nbytes, seconds = snapshot.manifest.total_bytes, time.monotonic() - start
+    return Published(version=version, nbytes=nbytes, seconds=seconds, receipts=receipts), snapshot
+
+
+async def install(generator: Endpoint, snapshot: Snapshot) -> InstallReceipt:
+    """Have a generator take weights and prove it. Raises ServiceError."""
+    reply, _ = await ask(generator, LoadWeights(snapshot.manifest), snapshot.payloads)
+    assert isinstance(reply, Installed)
+    return reply.receipt
 
 
 async def _publish(
     policy: Endpoint, generators: Sequence[Endpoint], version: Version, waiting: set[str]
-) -> tuple[WeightManifest, list[InstallReceipt]]:
+) -> tuple[Snapshot, list[InstallReceipt]]:
     """Snapshot, then load everywhere at once; `waiting` says at any moment who has not answered."""
     receipts: list[InstallReceipt] = []
-    manifest: WeightManifest
-    payloads: list[Payload]
+    snapshot: Snapshot
 
-    async def install(generator: Endpoint) -> None:
+    async def load(generator: Endpoint) -> None:
         waiting.add(f"load on {generator.name}")
-        reply, _ = await ask(generator, LoadWeights(manifest), payloads)
-        assert isinstance(reply, Installed)
-        receipts.append(reply.receipt)
+        receipts.append(await install(generator, snapshot))
         waiting.discard(f"load on {generator.name}")
 
     try:
         reply, payloads = await ask(policy, TakeSnapshot(version))
         assert isinstance(reply, SnapshotTaken)
-        manifest = reply.manifest
+        snapshot = Snapshot(reply.manifest, payloads)
         waiting.clear()
         async with asyncio.TaskGroup() as group:
             for generator in generators:
-                group.create_task(install(generator), name=f"publish {version} to {generator.name}")
+                group.create_task(load(generator), name=f"publish {version} to {generator.name}")
     except* ServiceError as errors:
         raise PublicationFailed(f"version {version}: {'; '.join(map(str, errors.exceptions))}") from None
-    return manifest, receipts
+    return snapshot, receipts

@@ -1,19 +1,21 @@
-"""Who has a pool's devices next gets them when who had them last has made room."""
+"""Devices go to who is next when who had them last has left; who dies has a successor that is given what it needs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+
+import pytest
 
 from asyncflow.control.fleet import Fleet
 from asyncflow.control.supervision import Supervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
-from asyncflow.services.endpoint import Endpoint, Payload
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, ask
 from protocols.delivery import Delivery
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, Waiting
-from protocols.requests import Done, Grant, Reply, Request, YieldDevices
+from protocols.requests import Done, GetStatistics, Grant, Reply, Request, YieldDevices
 
 
 class Sharing:
@@ -63,10 +65,14 @@ async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[st
     services = {name: Sharing(name, book, moves) for name in ("policy", "reference")}
     fleet = Fleet(services, dict.fromkeys(services, "main"), Supervisor(trace(ppo), {}, [], 0), restart)
     async with asyncio.TaskGroup() as group:
-        tasks = fleet.follow(group, hear, lambda event: None)
+        tasks = fleet.follow(group, hear, lambda event: None, nothing)
         yield services, fleet
         for task in tasks:
             task.cancel()
+
+
+async def nothing(name: str) -> None:
+    """A successor needs nothing of the others."""
 
 
 async def have_turns(services: dict[str, Sharing], book: list[str], *names: str) -> None:
@@ -126,3 +132,82 @@ async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
             while "reference works" not in book:
                 await asyncio.sleep(0)
         assert fleet.graph() == []
+
+
+class Mortal(Sharing):
+    """It answers until it dies, and then nobody."""
+
+    def __init__(self, name: str, book: list[str]) -> None:
+        super().__init__(name, book, moves=0.0)
+        self.dies = asyncio.Event()
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        if self.dies.is_set():
+            raise ServiceGone(f"{self.name}: its process is gone")
+        self._book.append(type(request).__name__)
+        return Done(), []
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        if self.dies.is_set():
+            raise ServiceGone(f"{self.name}: its process is gone")
+
+    async def notices(self) -> list[Notice]:
+        await self.dies.wait()
+        raise ServiceGone(f"{self.name}: its process is gone")
+
+
+@asynccontextmanager
+async def mortal(book: list[str], equip: Callable[[str], Awaitable[None]]) -> AsyncIterator[tuple[Mortal, Fleet]]:
+    """A generator that has a successor, and its fleet."""
+    services = {"generator": Mortal("generator", book)}
+
+    async def restart(name: str) -> Endpoint:
+        book.append("restart")
+        return Mortal(name, book)
+
+    async def hear(notice: Notice) -> None:
+        raise NotImplementedError
+
+    fleet = Fleet(services, {}, Supervisor(trace(ppo), {}, ["generator"], 1), restart)
+    async with asyncio.TaskGroup() as group:
+        tasks = fleet.follow(group, hear, lambda event: book.append(f"{event.service} replaced"), equip)
+        yield services["generator"], fleet
+        for task in tasks:
+            task.cancel()
+
+
+async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_once_that_has_what_it_needs():
+    book: list[str] = []
+
+    async def equip(name: str) -> None:
+        book.append(f"{name} is equipped")
+
+    async with mortal(book, equip) as (first, fleet):
+        first.dies.set()
+        async with asyncio.timeout(5):
+            await ask(fleet.lasting("generator"), GetStatistics())
+    assert book == ["restart", "EndPrompts", "generator replaced", "generator is equipped", "GetStatistics"]
+
+
+async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_the_run():
+    book: list[str] = []
+
+    async def equip(name: str) -> None:
+        service = fleet[name]
+        assert isinstance(service, Mortal)
+        service.dies.set()
+        await ask(service, GetStatistics())
+
+    with pytest.raises(ExceptionGroup) as ended:
+        async with mortal(book, equip) as (first, fleet):
+            first.dies.set()
+            async with asyncio.timeout(5):
+                await ask(fleet.lasting("generator"), GetStatistics())
+    assert ended.group_contains(ServiceGone), "it may die once"
+    assert book == ["restart", "EndPrompts", "generator replaced"]
+
+
+async def test_rows_for_a_service_that_is_being_replaced_are_left_to_who_equips_it():
+    async with mortal([], nothing) as (first, fleet):
+        first.dies.set()
+        await fleet.deliver("generator", Delivery("an edge", 0, []), [])

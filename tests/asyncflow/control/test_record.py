@@ -145,3 +145,17 @@ async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(
     assert [families[f"asyncflow_{name}"].samples[0].value for name in names] == [0.25, 1.5, 0.02]
     parts = families["asyncflow_reward_part_mean"].samples
     assert {sample.labels["part"]: sample.value for sample in parts} == {"right": 0.5, "liked": 2.0}
+
+
+async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_path: Path, ledger: Ledger):
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, A + 1, B], 0, 2)
+    record.generated([A, A + 1, B])
+    record.scored([A])
+    await record.end([(B, "failed", "timeout")])
+    await record.draw_again([A, A + 1, B])
+    assert ledger.reasons() == {("created", ""): 2, ("failed", "timeout"): 1}
+    record.generated([A, A + 1])
+    record.scored([A + 1])
+    await record.flush()
+    assert ledger.reasons() == {("generated", ""): 1, ("scored", ""): 1, ("failed", "timeout"): 1}

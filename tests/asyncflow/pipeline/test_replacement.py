@@ -34,18 +34,19 @@ def _writes_to(pid: int, log: Path) -> bool:
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_a_killed_reward_and_a_killed_reference_of_two_ranks_cost_no_sample(make_recipe: MakeRecipe) -> None:
+async def test_a_killed_reward_reference_of_two_ranks_and_generator_cost_no_sample(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        steps=4,
+        steps=5,
         staleness=1,
         runtime="ray",
         deterministic=False,
         data={"eval": ""},
-        pools={"main": {}, "judges": {"devices": 2}},
-        placement={"reference": {"pool": "judges", "parallel": "1-1-2"}},
+        pools={"main": {}, "judges": {"devices": 2}, "rollout": {}},
+        placement={"reference": {"pool": "judges", "parallel": "1-1-2"}, "generator": {"pool": "rollout"}},
         delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
     )
-    killed = {1: "reward", 2: "reference-1"}  # the second is one of two ranks: its front ends with it
+    # The second is one of two ranks: its front ends with it. The third takes weights and rows with it.
+    killed = {1: "reward", 2: "reference-1", 3: "generator"}
     replaced: list[ServiceReplaced] = []
     async with asyncflow.launch(recipe) as run:
         async for event in run.events():
@@ -55,8 +56,8 @@ async def test_a_killed_reward_and_a_killed_reference_of_two_ranks_cost_no_sampl
                 replaced.append(event)
         ended = await run.wait()
     assert ended.outcome == "finished", ended.error
-    assert [(r.service, r.number) for r in replaced] == [("reward", 1), ("reference", 1)]
+    assert [(r.service, r.number) for r in replaced] == [("reward", 1), ("reference", 1), ("generator", 1)]
     ledger = Ledger(run.folder / "ledger.db")
     totals = ledger.totals()
     ledger.close()
-    assert (totals.created, totals.trained, totals.live) == (4 * 4 * 2, 4 * 4 * 2, 0), "each sample was trained once"
+    assert (totals.created, totals.trained, totals.live) == (5 * 4 * 2, 5 * 4 * 2, 0), "each sample was trained once"
