@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 
@@ -21,3 +22,14 @@ def context_of(folder: str | Path) -> int:
     if not isinstance(limit, int):
         raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
     return limit
+
+
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults
+_OF_THE_WEIGHTS = ("training.json", ".index.json")
+
+
+def copy_what_stands_beside(source: str | Path, folder: str | Path) -> None:
+    """The tokenizer and whatever else of a model's folder does not belong to its weights."""
+    for path in Path(source).iterdir():
+        if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(_OF_THE_WEIGHTS):
+            shutil.copyfile(path, Path(folder) / path.name)

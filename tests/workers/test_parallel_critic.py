@@ -115,12 +115,13 @@ def test_a_checkpoint_and_an_export_hold_what_was_trained(worlds, folder: str, t
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     checkpoint.mkdir()
     worlds[4].call(kept, Topology(2, 2, 1), folder, str(checkpoint), str(exported))
-    critic = parallel(Topology(), folder)
+    critic = CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3)
     critic.load(str(checkpoint))
     values, theirs = critic.values(rollouts(experience(ROWS))), alone(folder, ROWS).after
     assert values and theirs
     assert values.versions.tolist() == [1] * ROWS
     np.testing.assert_allclose(values.values.values, theirs.values.values, atol=1e-5)
     loaded: dict[str, Tensor] = dict(load_critic(exported).named_parameters())
-    assert loaded.keys() == critic.model.parameters.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in critic.model.parameters.items())
+    trained = dict(critic.trained.model.named_parameters())
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())

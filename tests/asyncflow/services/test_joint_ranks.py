@@ -146,11 +146,8 @@ def test_all_ranks_do_what_is_asked_and_the_first_has_the_answer(worlds: dict[in
     first, second = worlds[2].call(requests, folder, str(tmp_path))
     assert first == ["SnapshotTaken with 1 payloads", "Done with 0 payloads", "Done with 0 payloads"]
     assert second == ["Done with 0 payloads"] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "shard-0-0.safetensors",
-        "shard-0-1.safetensors",
-        "shards.json",
-    ]
+    shards = [f"shard-{writer:05}-model-00001-of-00001.safetensors" for writer in range(2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*shards, "trainer.json"]
 
 
 def test_a_policy_whose_service_does_not_generate_has_no_layout_to_switch_to(worlds: dict[int, Ranks], folder: str):
