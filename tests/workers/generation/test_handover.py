@@ -20,7 +20,7 @@ from protocols.weights import BadWeights, Probe, Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
 from tests.workers.ranks import Ranks, own_device
-from workers.generation.handover import HandedOver, Handover, modules_of
+from workers.generation.handover import HandedOver, Handover, modules_of, place_of
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
 from workers.models import load_causal
@@ -56,10 +56,10 @@ def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], devic
     assert policy.hybrid
     first = policy.hybrid.tensor_group.index == 0
     if grouping.topology.world_size > 1 and first:
-        with pytest.raises(ValueError, match="one of 2 ranks, which vLLM would take for its own: use workers"):
+        with pytest.raises(ValueError, match="one of 2 ranks, which vLLM takes for its own: give it workers"):
             VllmEngine(folder, GENERATION, SEED)
-    workers = grouping.tp if grouping.topology.world_size > 1 else 0
-    engine = VllmEngine(folder, GENERATION, SEED, workers=workers) if first else None
+    place = place_of(policy.hybrid)
+    engine = VllmEngine(folder, GENERATION, SEED, place=place) if first else None
     handover = Handover(policy.hybrid, engine)
     seen: list[Round] = []
     try:
