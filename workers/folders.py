@@ -16,6 +16,11 @@ def end_of_sequence(folder: str | Path) -> int:
     raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
 
 
+def family_of(folder: str | Path) -> str:
+    """transformers' name for a model's architecture, "" where its config has none."""
+    return str(json.loads((Path(folder) / "config.json").read_text()).get("model_type", ""))
+
+
 def context_of(folder: str | Path) -> int:
     """Most tokens of prompt and response that a model takes. Raises ValueError where its config does not say."""
     limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")

@@ -35,8 +35,8 @@ from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.models import MicroBatch, Sequences
 from workers.parallel import Loss as LossOf
 from workers.parallel import ParallelModel
-from workers.residence import Residence
-from workers.settings import Backend, Loss, Optimizer
+from workers.residence import Copy, relocated
+from workers.settings import Loss, Optimizer
 from workers.sharding.collection import collect_whole
 from workers.sharding.decoder import unflat
 from workers.sharding.plan import Head, Parameter, ShardPlan
@@ -106,11 +106,10 @@ class ParallelTraining(SteppedModel):
             return None
         return data.responses.with_values(torch.cat(kept).numpy() if kept else np.empty(0, np.float32))
 
-    def tensors(self) -> Iterator[Tensor]:
-        """What this rank holds on its device between two calls: weights and moments."""
-        yield from self.model.parameters.values()
-        for state in self._optimizer.state.values():
-            yield from (state[moment] for moment in MOMENTS)
+    def relocate(self, copy: Copy) -> int:
+        """Give weights and moments the storage that `copy` makes of each; their bytes."""
+        moments = (state[moment] for state in self._optimizer.state.values() for moment in MOMENTS)
+        return self.model.relocate(copy) + relocated(moments, copy)
 
     # --- keeping
 
@@ -249,12 +248,6 @@ class ParallelTraining(SteppedModel):
             if self.model.place.dp == 0:
                 found[name] = tensor.cpu()
         return found
-
-
-def residence_of(trained: ParallelTraining, backend: Backend) -> Residence:
-    """How a trained model leaves its device to others. Fully sharded weights stay: FSDP owns their storage."""
-    device = trained.model.device
-    return Residence(device, trained.tensors, moves=False if backend == "fsdp" else None)
 
 
 def replica_mini_batches(batch: B, rows: Sequence[int], replica: int, loss: Loss, seed: int) -> Iterator[B]:

@@ -85,6 +85,25 @@ class Ranks:
         self._folder.cleanup()
 
 
+class Worlds:
+    """Worlds by their size, each forked when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Ranks] = {}
+
+    def __getitem__(self, size: int) -> Ranks:
+        if size not in self._made:
+            self._made[size] = Ranks(size)
+        return self._made[size]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        for ranks in self._made.values():
+            ranks.__exit__(None, None, None)
+
+
 def own_device(kind: str) -> torch.device:
     """This rank's device of a kind."""
     if kind == "cpu":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from protocols.transfer import protocol
 from protocols.weights import Version, WeightManifest
 from tests import tiny
 from tests.workers.batches import experience, rollouts
-from tests.workers.ranks import Ranks
 from tests.workers.test_parallel_policy import (
     GENERATION,
     OPTIMIZER,
@@ -34,6 +34,7 @@ from tests.workers.test_parallel_policy import (
     own_rows,
     together,
 )
+from tests.workers.test_residence import elsewhere
 from workers.parallel_policy import ParallelPolicy
 from workers.policy import PolicyWorker
 from workers.regrouping import generation_grouping
@@ -111,13 +112,25 @@ def loop(backend: Backend, topology: Topology, folder: str, generate: str) -> li
     return drawn
 
 
+def moved_about(backend: Backend, topology: Topology, folder: str, generate: str, moves: bool) -> tuple[Any, ...]:
+    """What this rank draws and publishes, where its state has another storage after each call, or keeps its own."""
+    policy, made, weights = policy_of(backend, topology, folder, RICH, generate), [], 0
+    assert policy.hybrid
+    grouping, rows = policy.hybrid.grouping, tiny.make_prompts(TEXTS)
+    shares = protocol("3D_ALL_MICRO_DP").distribute(len(rows), grouping.topology, generation=grouping)
+    for _ in range(2):
+        answer = policy.generate(take(rows, shares[policy.model.rank]), sampling=SAMPLING)
+        made.append(answer.batch.responses if answer else None)
+        weights = policy.trained.relocate(elsewhere) if moves else 0
+        policy.update(own_rows(policy, ROWS))
+        if moves:
+            policy.trained.relocate(elsewhere)
+        published = policy.snapshot(Version(0, 1))
+        made.append(published[1].tobytes() if published else None)
+    return made, weights, sum(tensor.nbytes for tensor in policy.model.parameters.values())
+
+
 # --- as one process
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.mark.parametrize(("topology", "loss"), [("1-1-2", PLAIN), ("1-2-2", RICH)], ids=["plain", "rich"])
@@ -144,6 +157,27 @@ def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(wor
     expected, whole = worker.snapshot(Version(0, 0))
     assert manifest.tensors == expected.tensors
     assert buffer.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("backend", "topology", "generate"),
+    [("3d", "1-2-2", "1-1"), ("zero1", "1-1-2", "1-1"), ("zero2", "1-2-2", "1-2"), ("fsdp", "1-1-4", "1-2")],
+)
+def test_a_policy_whose_state_moves_between_calls_is_the_one_that_stays(
+    worlds,
+    folders,  # noqa: F811
+    backend: Backend,
+    topology: str,
+    generate: str,
+):
+    at = Topology.parse(topology)
+    stays, moves = (
+        worlds[at.world_size].call(moved_about, backend, at, folders[True], generate, moves) for moves in (False, True)
+    )
+    moments = {"3d": 2.0, "fsdp": 2.0}.get(backend, 2 / at.dp)  # in shares of what a rank has of the weights
+    for (made, _, _), (expected, moved, weights) in zip(stays, moves, strict=True):
+        assert made == expected
+        assert moved == pytest.approx((1 + moments) * weights, rel=0.01)
 
 
 # --- one checkpoint, any holder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from protocols.topology import Topology
 from protocols.transfer import protocol
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from tests.workers.ranks import Ranks
 from workers.critic import CriticWorker
 from workers.models import load_critic
 from workers.parallel_critic import ParallelCritic
@@ -71,12 +69,6 @@ def kept(topology: Topology, folder: str, checkpoint: str, exported: str) -> Non
 
 
 # --- the world
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from protocols.transfer import protocol
 from protocols.weights import Version, WeightManifest
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from tests.workers.ranks import RankFailed, Ranks
+from tests.workers.ranks import RankFailed
 from workers.models import load_causal
 from workers.parallel_policy import ParallelPolicy
 from workers.parallel_training import replica_mini_batches
@@ -118,12 +117,6 @@ def load(topology: Topology, folder: str, checkpoint: str) -> None:
 
 
 # --- the world
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")
