@@ -50,8 +50,13 @@ class Round(NamedTuple):
     drawn: Rollouts | None
 
 
-def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu") -> list[Round]:
-    """Hand over, draw, export; train a step; again. What every rank runs."""
+def rounds(
+    folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu", free: list[int] | None = None
+) -> list[Round]:
+    """Hand over, draw, export; train a step; again. What every rank runs.
+
+    `free` is told what of a CUDA device is free once the engines have drawn.
+    """
     policy = policy_of(folder, grouping, device)
     assert policy.hybrid
     first = policy.hybrid.tensor_group.index == 0
@@ -67,6 +72,9 @@ def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], devic
             handed = handover.run(Version(0, policy.trained.version), policy.probe())
             drawn = draw_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
             seen.append(Round(handed, drawn.batch if drawn else None))
+            if free is not None and device == "cuda":
+                dist.barrier()
+                free.append(torch.cuda.mem_get_info()[0])
             policy.export(folder_after)
             policy.update(experience(5))
         if grouping.topology.world_size == 1:
