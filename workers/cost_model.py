@@ -6,7 +6,7 @@ labels say two things of a pair: which response is safer, and of each whether it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.containers import DataError, records
 from workers.datasets import SafetyPair, read_rows
-from workers.finetune import load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, sequence_scores
 from workers.preference import HELDOUT_ACCURACY, Pairs
@@ -91,9 +91,7 @@ class CostModelResult(msgspec.Struct, frozen=True):
     heldout_sign_accuracy: float | None  # share of labelled responses whose cost is positive where unsafe; None: none
 
 
-def train_cost_model(
-    settings: RewardModelSettings, *, on_step: Callable[[int, float], object] | None = None
-) -> CostModelResult:
+def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = None) -> CostModelResult:
     """Train a cost model on pairs, evaluate it on held-out ones and write it as a folder.
 
     `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
@@ -113,11 +111,7 @@ def train_cost_model(
     def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
         return cost_loss(model, pairs.take(batch), budget)
 
-    losses: list[float] = []
-    for step, loss in optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of):
-        losses.append(loss)
-        if on_step:
-            on_step(step, loss)
+    losses = optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of, on_step)
     accuracy, sign_accuracy = accuracies(model, heldout, budget)
     results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]}
     if sign_accuracy is not None:

@@ -14,7 +14,8 @@ from workers.losses.aggregation import counts_of, reduce_loss, token_weights
 from workers.losses.value import value_loss
 from workers.models import load_critic, micro_batches, per_response, token_values
 from workers.settings import Loss, Model, Optimizer
-from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
+from workers.stepping import StepRefused
+from workers.training import TrainedModel, mini_batches, named_rows
 
 
 class CriticWorker(Critic):

@@ -25,6 +25,8 @@ from workers.settings import Optimizer
 
 RESULTS = "training.json"
 
+OnStep = Callable[[int, float], object]
+
 
 class Texts:
     """N prompts with one response each, as token columns (the `Sequences` of workers.models)."""
@@ -104,8 +106,9 @@ def optimize(
     settings: Optimizer,
     rows: int,
     losses: Callable[[npt.NDArray[np.int64]], Iterator[Tensor]],
-) -> Iterator[tuple[int, float]]:
-    """Train, yielding (step, loss) after each optimizer step.
+    on_step: OnStep | None,
+) -> list[float]:
+    """Train; the loss of each step. `on_step(step, loss)` is called after every one, from 0.
 
     `losses` gives a batch's loss in parts that add up to it, one a micro-batch; each part's graph is freed before the
     next is built. Raises FloatingPointError where a loss or the gradient's norm is not finite; the weights are then
@@ -119,6 +122,7 @@ def optimize(
         weight_decay=settings.weight_decay,
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: rate_factor(n, schedule, settings.warmup_steps))
+    taken: list[float] = []
     for step, batch in enumerate(batches(rows, schedule)):
         loss = 0.0
         for part in losses(batch):
@@ -133,7 +137,10 @@ def optimize(
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        yield step, loss
+        taken.append(loss)
+        if on_step:
+            on_step(step, loss)
+    return taken
 
 
 def refuse_existing(output: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 
@@ -15,9 +16,25 @@ def end_of_sequence(folder: str | Path) -> int:
     raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
 
 
+def family_of(folder: str | Path) -> str:
+    """transformers' name for a model's architecture, "" where its config has none."""
+    return str(json.loads((Path(folder) / "config.json").read_text()).get("model_type", ""))
+
+
 def context_of(folder: str | Path) -> int:
     """Most tokens of prompt and response that a model takes. Raises ValueError where its config does not say."""
     limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
     if not isinstance(limit, int):
         raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
     return limit
+
+
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults
+_OF_THE_WEIGHTS = ("training.json", ".index.json")
+
+
+def copy_what_stands_beside(source: str | Path, folder: str | Path) -> None:
+    """The tokenizer and whatever else of a model's folder does not belong to its weights."""
+    for path in Path(source).iterdir():
+        if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(_OF_THE_WEIGHTS):
+            shutil.copyfile(path, Path(folder) / path.name)

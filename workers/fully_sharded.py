@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from workers.divided import DividedModel
 from workers.models import Sequences
 from workers.parallel import Loss, Read
+from workers.residence import Copy
 from workers.sharding.decoder import unflat
 from workers.sharding.folder import read_shard
 from workers.sharding.plan import Parameter, layer_parameters
@@ -71,6 +72,13 @@ class FullyShardedModel(DividedModel):
         super().release_gradient()
         for sharded in self._sharded.values():
             sharded.grad = None
+
+    def relocate(self, copy: Copy) -> int:
+        """See ParallelModel.relocate. torch moves what it has divided; the parts are views of that."""
+        self.shard._apply(copy)
+        for name, own in self.parameters.items():
+            own.data = _own_part(self._sharded[name])
+        return sum(own.nbytes for own in self.parameters.values())
 
     def _begin_anew(self) -> None:
         """Forget a pass that broke off: torch leaves it half way, but the step is refused, not the model."""

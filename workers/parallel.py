@@ -27,6 +27,7 @@ from transformers import AutoConfig, PretrainedConfig
 from protocols.columns import Jagged
 from protocols.topology import Topology
 from workers.models import MicroBatch, Sequences, micro_batches
+from workers.residence import Copy, relocated
 from workers.sharding.decoder import DecoderShard, unflat
 from workers.sharding.folder import read_shard
 from workers.sharding.groups import PATIENCE, RankGroup, join_groups
@@ -161,6 +162,10 @@ class ParallelModel:
         for gradient in gradients.values():
             gradient.mul_(scale)
         return norm
+
+    def relocate(self, copy: Copy) -> int:
+        """Give the weights the storage that `copy` makes of each; their bytes. Nothing else is held between calls."""
+        return relocated(self.parameters.values(), copy)
 
     def release_gradient(self) -> None:
         """Free the gradient's memory; `backward` takes it anew."""

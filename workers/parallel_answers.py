@@ -38,7 +38,7 @@ class ParallelReference:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = _frozen(model, topology, "tokens", device)
-        self.residence = Residence(self.model.device, self.model.parameters.values)
+        self.residence = Residence(self.model.device, self.model.relocate)
         self._budget = loss.tokens_per_micro_batch
         self._temperature = generation.temperature
 
@@ -68,7 +68,7 @@ class _ParallelJudge:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = _frozen(model, topology, "score", device)
-        self.residence = Residence(self.model.device, self.model.parameters.values)
+        self.residence = Residence(self.model.device, self.model.relocate)
         self._budget = tokens_per_micro_batch
 
     def _numbers(self, rollouts: Rollouts) -> npt.NDArray[np.float32] | None:

@@ -20,7 +20,8 @@ from workers.losses.aggregation import reduce_loss
 from workers.losses.value import value_loss
 from workers.models import DTYPES, MicroBatch
 from workers.parallel import Loss as LossOf
-from workers.parallel_training import ParallelTraining, residence_of
+from workers.parallel_training import ParallelTraining
+from workers.residence import Residence
 from workers.settings import Backend, Loss, Model, Optimizer
 
 
@@ -46,7 +47,7 @@ class ParallelCritic:
             backend, model.path, topology, head="value", dtype=DTYPES[model.dtype], device=device, recompute=recompute
         )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
-        self.residence = residence_of(self.trained, backend)
+        self.residence = Residence(self.model.device, self.trained.relocate)
         self._loss = loss
         self._seed = seed
 

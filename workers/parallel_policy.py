@@ -39,9 +39,10 @@ from workers.losses.tokens import Tokens
 from workers.losses.trial import reloadable_loss
 from workers.models import DTYPES, MicroBatch, log_softmax_of
 from workers.parallel import Loss as LossOf
-from workers.parallel_training import ParallelTraining, residence_of
+from workers.parallel_training import ParallelTraining
 from workers.policy import PROBE_ROWS, pretraining_of, probe_tokens
 from workers.pretraining import PretrainingText, ReplicaText, is_text
+from workers.residence import Residence
 from workers.settings import Backend, Generation, Loss, Model, Optimizer
 
 
@@ -76,7 +77,7 @@ class ParallelPolicy:
             backend, model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute
         )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
-        self.residence = residence_of(self.trained, backend)
+        self.residence = Residence(self.model.device, self.trained.relocate)
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
         self._text = ReplicaText(text, self.model.place.dp, topology.dp) if text is not None else None
         self._loss = loss

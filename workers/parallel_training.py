@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -31,63 +28,35 @@ from transformers import (
 
 from protocols.columns import B, Batch, Jagged, concat, take
 from protocols.messages import Experience
+from workers.checkpoint import MOMENTS, Box, Counters, Saved, write_boxes
+from workers.folders import copy_what_stands_beside
 from workers.losses import measures
 from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.models import MicroBatch, Sequences
 from workers.parallel import Loss as LossOf
 from workers.parallel import ParallelModel
-from workers.residence import Residence
-from workers.settings import Backend, Loss, Optimizer
-from workers.sharding.checkpoint import read_parts, write_shard
+from workers.residence import Copy, relocated
+from workers.settings import Loss, Optimizer
 from workers.sharding.collection import collect_whole
-from workers.sharding.plan import Head, ShardPlan
-from workers.training import StepRefused, mini_batches, named_rows, rate_share
+from workers.sharding.decoder import unflat
+from workers.sharding.plan import Head, Parameter, ShardPlan
+from workers.stepping import SteppedModel, StepRefused
+from workers.training import mini_batches, named_rows
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_MANIFEST = "shards.json"
 _KINDS = {
     "tokens": AutoModelForCausalLM,
     "value": AutoModelForTokenClassification,
     "score": AutoModelForSequenceClassification,
 }
-_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults
-
 Objective = Callable[[Experience, Jagged], LossOf]  # the loss of a mini-batch whose tokens have these global weights
 
 
-class _Manifest(msgspec.Struct, frozen=True):
-    """What stands beside the shards."""
-
-    pp: int  # stages and tensor shards that wrote
-    tp: int
-    version: int
-    updates: int
-    torch_rng: str  # hexadecimal; rank 0's, for all: replicas must not draw apart
-
-
-class ParallelTraining:
-    """One rank's part of a trained model. Version k means: weights after k committed steps.
-
-    `path` is the transformers folder that the model came from. Raises ValueError for a learning rate of 0 or less.
-    """
+class ParallelTraining(SteppedModel):
+    """One rank's part of a trained model."""
 
     def __init__(self, model: ParallelModel, path: str, learning_rate: float, settings: Optimizer) -> None:
-        if learning_rate <= 0:
-            raise ValueError(f"model {path}: a trained model needs a learning_rate above 0, got {learning_rate}")
         self.model = model
-        self.version = 0
-        self._path = path
-        self._learning_rate = learning_rate
-        self._settings = settings
-        self._updates = 0  # optimizer steps taken, for the schedule
-        self._optimizer = torch.optim.AdamW(
-            model.optimized.values(),
-            lr=learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            foreach=False,
-        )
+        super().__init__(model.optimized, path, learning_rate, settings)
 
     # --- learning
 
@@ -110,7 +79,7 @@ class ParallelTraining:
         taken: dict[str, float] = {}
         steps = loss.epochs * loss.mini_batches
         rows, replica = self._rows(experience), self.model.place.dp
-        with self._update(steps):
+        with self.update(steps):
             drawn = replica_mini_batches(experience, rows, replica, loss, seed + self.version)
             for number, batch in enumerate(drawn, self.version * steps):
                 taking = f"{what} of {named_rows(batch)}"
@@ -137,46 +106,47 @@ class ParallelTraining:
             return None
         return data.responses.with_values(torch.cat(kept).numpy() if kept else np.empty(0, np.float32))
 
-    def tensors(self) -> Iterator[Tensor]:
-        """What this rank holds on its device between two calls: weights and moments."""
-        yield from self.model.parameters.values()
-        for state in self._optimizer.state.values():
-            yield from (state[moment] for moment in _MOMENTS)
+    def relocate(self, copy: Copy) -> int:
+        """Give weights and moments the storage that `copy` makes of each; their bytes."""
+        moments = (state[moment] for state in self._optimizer.state.values() for moment in MOMENTS)
+        return self.model.relocate(copy) + relocated(moments, copy)
 
     # --- keeping
 
     def save(self, folder: str) -> None:
-        """Write weights, moments and counters into `folder`, which all ranks see: safetensors shards and JSON.
+        """Write weights, moments and counters into `folder`, which all ranks see.
 
         Returns when all of it is there.
         """
         model, place = self.model, self.model.place
         tensors = {"": self._in_first_replica(model.weight), **(self._moments() if self._updates else {})}
         if place.dp == 0:
-            write_shard(folder, model.plan, place.pp, place.tp, tensors)
+            written = model.plan.written_by(place.pp, place.tp)
+            boxes = {
+                prefix + parameter.name: self._box(parameter, named[parameter.name])
+                for prefix, named in tensors.items()
+                for parameter in written
+            }
+            write_boxes(folder, model.groups.replica.index, boxes)
             model.groups.replica.wait(model.device)
         if model.rank == 0:
-            rng = torch.get_rng_state().numpy().tobytes().hex()
-            manifest = _Manifest(model.plan.pp, model.plan.tp, self.version, self._updates, rng)
-            (Path(folder) / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+            Counters.now(self.version, self._updates).write(folder)
         model.sum_over_world(0.0)
 
     @torch.no_grad()
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote under any topology.
+        """Restore what `save` wrote under any topology and backend, or a `TrainedModel` did.
 
         Raises ValueError, on every rank and changing nothing, where one can't read its part or it is another model's.
         """
         model = self.model
-        manifest, read = self._read(folder)
-        self.version, self._updates = manifest.version, manifest.updates
-        torch.set_rng_state(torch.from_numpy(np.frombuffer(bytes.fromhex(manifest.torch_rng), np.uint8).copy()))
-        self._optimizer.state.clear()  # a model that goes back to its start has no moments
+        counters, read = self._read(folder)
+        self._restore(counters)
         for name, parameter in model.optimized.items():
             parameter.copy_(model.part(name, read[""][name]))
-            if manifest.updates:
-                state = {moment: model.part(name, read[f"{moment}."][name]) for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(manifest.updates)), **state}
+            if counters.updates:
+                moments = {moment: model.part(name, read[f"{moment}."][name]) for moment in MOMENTS}
+                self._restore_moments(parameter, moments, None)
         model.spread()
 
     def collect(self) -> dict[str, Tensor]:
@@ -200,53 +170,55 @@ class ParallelTraining:
             module.load_state_dict(whole, strict=False, assign=True)
             module.tie_weights()
             module.save_pretrained(folder)
-            _copy_what_stands_beside(Path(self._path), Path(folder))
+            copy_what_stands_beside(self._path, folder)
         self.model.sum_over_world(0.0)
 
     # --- one step
-
-    @contextmanager
-    def _update(self, optimizer_steps: int) -> Iterator[None]:
-        """The frame of one committed step; several optimizer steps need a copy to go back to."""
-        before = self._copy() if optimizer_steps > 1 else None
-        try:
-            yield
-        except BaseException:
-            if before is not None:
-                self._go_back(*before)
-            raise
-        finally:
-            self.model.release_gradient()
-        self.version += 1
 
     def _step(self, what: str, batch: Experience, budget: int, loss: LossOf) -> dict[str, float]:
         total = self.model.backward(batch, budget, loss)
         if not math.isfinite(total):
             raise StepRefused(f"{what}: loss is {total}")
-        norm = self.model.clip_gradient(self._settings.gradient_clip or math.inf)
-        if not math.isfinite(norm):
-            raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
-        self._updates += 1
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
-        self._optimizer.step()
+        norm = self.model.clip_gradient(self._clip)
+        self._take_step(what, norm)
         self.model.spread()
         return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
 
-    def _read(self, folder: str) -> tuple[_Manifest, dict[str, dict[str, Tensor]]]:
-        """The manifest, and this rank's tensors by prefix and name; where one rank has none, all raise."""
-        model, place = self.model, self.model.place
+    def _read(self, folder: str) -> tuple[Counters, dict[str, dict[str, Tensor]]]:
+        """The counters, and this rank's tensors by prefix and name; where one rank has none, all raise."""
+        model = self.model
         try:
-            manifest = _manifest(folder)
-            written = ShardPlan(model.plan.decoder, manifest.pp, manifest.tp)
-            prefixes = ("", *(f"{moment}." for moment in _MOMENTS)) if manifest.updates else ("",)
-            read = read_parts(folder, written, model.plan, place.pp, place.tp, prefixes, model.device)
+            saved = Saved(folder)
+            saved.refuse_other({parameter.name for parameter in ShardPlan(model.plan.decoder).parameters(0)})
+            prefixes = ("", *(f"{moment}." for moment in MOMENTS)) if saved.counters.updates else ("",)
+            read = {prefix: {name: self._shard(spec) for name, spec in model.specs.items()} for prefix in prefixes}
+            for prefix, named in read.items():
+                saved.read(
+                    {
+                        prefix + model.plan.source(spec).name: self._box(spec, named[name])
+                        for name, spec in model.specs.items()
+                    }
+                )
         except ValueError:
             model.sum_over_world(1.0)
             raise
         if failed := int(model.sum_over_world(0.0)):
             raise ValueError(f"{folder}: {failed} of {model.topology.world_size} ranks could not read their part")
-        return manifest, read
+        return saved.counters, read
+
+    def _shard(self, spec: Parameter) -> Tensor:
+        """Room for this rank's shard of a parameter, laid out along its cut."""
+        entries = torch.empty(self.model.plan.shard_elements(spec), dtype=self.model.dtype, device=self.model.device)
+        return unflat(entries, spec, self.model.plan.shard_shape(spec))
+
+    def _box(self, spec: Parameter, shard: Tensor) -> Box:
+        return Box(shard, self.model.plan.shard_start(spec, self.model.place.tp), spec.shape)
+
+    def _weights(self) -> Iterable[Tensor]:
+        return self.model.parameters.values()
+
+    def _release_gradient(self) -> None:
+        self.model.release_gradient()
 
     def _rows(self, batch: Batch) -> list[int]:
         """Number of rows of each replica."""
@@ -263,7 +235,7 @@ class ParallelTraining:
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         state, model, found = self._optimizer.state, self.model, {}
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             parts = {name: state[parameter][moment] for name, parameter in model.optimized.items()}
             found[f"{moment}."] = self._in_first_replica(lambda name, parts=parts: model.whole(name, parts[name]))
         return found
@@ -276,23 +248,6 @@ class ParallelTraining:
             if self.model.place.dp == 0:
                 found[name] = tensor.cpu()
         return found
-
-    def _copy(self) -> tuple[list[Tensor], dict[str, object], int]:
-        weights = [p.detach().clone() for p in self.model.parameters.values()]
-        return weights, copy.deepcopy(self._optimizer.state_dict()), self._updates
-
-    @torch.no_grad()
-    def _go_back(self, weights: list[Tensor], optimizer: dict[str, object], updates: int) -> None:
-        for parameter, tensor in zip(self.model.parameters.values(), weights, strict=True):
-            parameter.copy_(tensor)
-        self._optimizer.load_state_dict(optimizer)
-        self._updates = updates
-
-
-def residence_of(trained: ParallelTraining, backend: Backend) -> Residence:
-    """How a trained model leaves its device to others. Fully sharded weights stay: FSDP owns their storage."""
-    device = trained.model.device
-    return Residence(device, trained.tensors, moves=False if backend == "fsdp" else None)
 
 
 def replica_mini_batches(batch: B, rows: Sequence[int], replica: int, loss: Loss, seed: int) -> Iterator[B]:
@@ -313,18 +268,3 @@ def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
         config.num_labels = 1
     with torch.device("meta"):
         return _KINDS[head].from_config(config)
-
-
-def _manifest(folder: str) -> _Manifest:
-    path = Path(folder) / _MANIFEST
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Manifest)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"{path}: no checkpoint in shards: {error}") from error
-
-
-def _copy_what_stands_beside(source: Path, folder: Path) -> None:
-    """The tokenizer and whatever else of a model's folder is neither its weights nor its config."""
-    for path in source.iterdir():
-        if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)

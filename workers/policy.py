@@ -37,7 +37,8 @@ from workers.models import (
 from workers.pretraining import Drawn, PretrainingText
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.sft import response_loss
-from workers.training import StepRefused, TrainedModel, mini_batches, named_rows
+from workers.stepping import StepRefused
+from workers.training import TrainedModel, mini_batches, named_rows
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64  # longer than three KV blocks of 16, where a stale prefix cache would show
 

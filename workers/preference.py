@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.datasets import Preference, read_rows
-from workers.finetune import RESULTS, Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune import RESULTS, OnStep, Texts, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import RewardModelSettings
 from workers.models import MicroBatch, load_untrained_reward, micro_batches, sequence_scores
 
@@ -60,9 +60,7 @@ class RewardModelResult(msgspec.Struct, frozen=True):
     heldout_accuracy: float  # share of held-out pairs whose chosen response has the higher score; a tie counts half
 
 
-def train_reward_model(
-    settings: RewardModelSettings, *, on_step: Callable[[int, float], object] | None = None
-) -> RewardModelResult:
+def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None = None) -> RewardModelResult:
     """Train a reward model on pairs, evaluate it on held-out ones and write it as a folder.
 
     `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
@@ -79,11 +77,7 @@ def train_reward_model(
     def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
         return pair_loss(model, pairs.take(batch), budget, settings.centring)
 
-    losses: list[float] = []
-    for step, loss in optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of):
-        losses.append(loss)
-        if on_step:
-            on_step(step, loss)
+    losses = optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of, on_step)
     accuracy = pair_accuracy(model, heldout, budget)
     save_folder(settings.output, model, tokenizer, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
     return RewardModelResult(settings.output, losses, accuracy)

@@ -13,34 +13,32 @@ from torch import Tensor
 
 HOST = torch.device("cpu")
 
-Copy = Callable[[Tensor, torch.device], Tensor]  # the same values on a device
+Copy = Callable[[Tensor], Tensor]  # the same values in another storage
+Relocate = Callable[[Copy], int]  # give all that a model holds between two calls the storage of such a copy; its bytes
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device)
+def relocated(tensors: Iterable[Tensor], copy: Copy) -> int:
+    """Give each tensor the storage that `copy` makes of it; the bytes of all."""
+    moved = 0
+    for tensor in tensors:
+        tensor.data = copy(tensor.data)
+        moved += tensor.nbytes
+    return moved
 
 
 class Residence:
-    """Where a model's tensors are. `tensors` lists them anew each time: an optimizer gets its moments as it steps."""
+    """Where a model is, which `relocate` moves."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        tensors: Callable[[], Iterable[Tensor]],
-        *,
-        moves: bool | None = None,
-        copy: Copy = _to,
-    ) -> None:
-        """`moves`: whether anything does; by default where the device is not the host."""
-        self._device, self._tensors, self._copy = device, tensors, copy
-        self.moves = device.type != HOST.type if moves is None else moves
+    def __init__(self, device: torch.device, relocate: Relocate) -> None:
+        self._device, self._relocate = device, relocate
+        self.moves = device.type != HOST.type
         self._away = False
 
     def leave(self) -> int:
         """Move all to the host, and free the device's memory; returns the bytes that moved."""
         if not self.moves or self._away:
             return 0
-        moved = self._move(HOST)
+        moved = self._relocate(lambda tensor: tensor.to(HOST))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # or another process could not have what is free
         self._away = True
@@ -50,13 +48,6 @@ class Residence:
         """Move all to the device; returns the bytes that moved, 0 where it is there already."""
         if not self._away:
             return 0
-        moved = self._move(self._device)
+        moved = self._relocate(lambda tensor: tensor.to(self._device))
         self._away = False
-        return moved
-
-    def _move(self, device: torch.device) -> int:
-        moved = 0
-        for tensor in self._tensors():
-            tensor.data = self._copy(tensor.data, device)
-            moved += tensor.nbytes
         return moved

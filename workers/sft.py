@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workers.datasets import Demonstration, read_rows
-from workers.finetune import load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.finetune import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune_settings import SftSettings
 from workers.models import Sequences, load_causal, micro_batches, token_log_probs
 
@@ -23,7 +23,7 @@ class SftResult(msgspec.Struct, frozen=True):
     losses: list[float]  # of each step: mean negative log-likelihood of a response token, nats
 
 
-def train_sft(settings: SftSettings, *, on_step: Callable[[int, float], object] | None = None) -> SftResult:
+def train_sft(settings: SftSettings, *, on_step: OnStep | None = None) -> SftResult:
     """Fine-tune a folder's model on demonstrations and write the result as a folder.
 
     `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
@@ -39,11 +39,7 @@ def train_sft(settings: SftSettings, *, on_step: Callable[[int, float], object] 
     def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
         return response_loss(model, data.take(batch), budget)
 
-    losses: list[float] = []
-    for step, loss in optimize(model, settings.schedule, settings.optimizer, len(data), losses_of):
-        losses.append(loss)
-        if on_step:
-            on_step(step, loss)
+    losses = optimize(model, settings.schedule, settings.optimizer, len(data), losses_of, on_step)
     save_folder(settings.output, model, tokenizer, {"final_loss": losses[-1]})
     return SftResult(settings.output, losses)
 

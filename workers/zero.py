@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from protocols.topology import Topology
 from workers.divided import DividedModel
+from workers.residence import Copy
 from workers.sharding.groups import PATIENCE
 from workers.sharding.plan import Head
 
@@ -96,6 +97,12 @@ class ZeroModel(DividedModel):
         self._sums = []
         for own in self._slices.values():
             own.grad = None
+
+    def relocate(self, copy: Copy) -> int:
+        """See ParallelModel.relocate."""
+        for own in self._slices.values():
+            own.data = own.data.new_empty(0)  # a view would keep the storage; `optimized` makes it anew
+        return super().relocate(copy)
 
     def _flat(self, name: str, tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == 1 else super()._flat(name, tensor)  # a range is flat already

@@ -1,4 +1,4 @@
-"""The workers of ranks that work together: the table from a service's kind to one rank's worker.
+"""Workers of ranks that work together, and of one alone on an accelerator: the table from a kind of service to them.
 
 Those that train take the service's backend, which says how replicas share a model's state (`workers.backends`).
 """
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.services.spec import Kind, ServiceSpec
 from protocols.topology import Topology
+from workers.folders import family_of
+from workers.sharding.plan import FAMILIES
 
 if TYPE_CHECKING:
     from workers.parallel_critic import ParallelCritic
@@ -85,6 +87,22 @@ _BUILDERS: dict[Kind, Builder] = {
     "reward": _reward,
     "cost": _cost,
 }
+
+
+def on_device(spec: ServiceSpec) -> bool:
+    """Whether a rank that works by itself computes on an accelerator, as all of a 1-1-1 model.
+
+    The classes for one process keep to the CPU. What has no other has those: rules, adapters, families that no plan
+    cuts, and a policy that draws row by row with torch's engine.
+    """
+    model = spec.model
+    return (
+        spec.accelerated
+        and spec.kind in _BUILDERS
+        and not (model.rule or model.mix or model.lora.rank)
+        and family_of(model.path) in FAMILIES
+        and not any(stage.fires == "generate" for stage in spec.stages)
+    )
 
 
 def worker_of(spec: ServiceSpec, world: World) -> Any:

@@ -82,7 +82,7 @@ class ModelService:
         self._loop: GenerationLoop | None = None
         # Whether its models can leave their devices: to be assumed until it has turned out, or they would be on
         # devices of which nobody knows that they have them.
-        self._moves = spec.collective and spec.leased
+        self._moves = spec.leased and (spec.collective or spec.accelerated)
         self._together = JointGeneration(self._host) if spec.collective else None
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None

@@ -65,6 +65,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     generation_layout: str = "1-1"  # p-t in which they generate, where they do
     backend: Backend = "3d"  # how ranks that work together share a model
     collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
+    accelerated: bool = False  # its ranks each have a device of their own, or a share of one
     leased: bool  # other services share the pool's devices
     samples_per_prompt: int
     mailbox_rows: int  # capacity of a plain mailbox

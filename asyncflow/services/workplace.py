@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from asyncflow.services.apply_functions import ApplyFunctions
-from asyncflow.services.parallel_workplace import worker_of
+from asyncflow.services.parallel_workplace import on_device, worker_of
 from asyncflow.services.spec import Kind, ServiceSpec
 from protocols.requests import Done
 from protocols.roles import Cost, Critic, Policy, Reference, Reward
@@ -208,13 +208,14 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workp
         torch.set_num_threads(spec.threads)
         if spec.deterministic:
             torch.use_deterministic_algorithms(True)
-    if spec.collective and spec.topology == "1-1-1":
+    if world is None and (spec.collective or on_device(spec)):
         from workers.world import World, own_device
 
-        world = World(0, 1, own_device(0))
+        spec, world = msgspec.structs.replace(spec, topology="1-1-1"), World(0, 1, own_device(0))
     if world is not None:
         worker = worker_of(spec, world)
-        workplace = Workplace(worker, world=world, residence=worker.residence)
+        together = world if spec.collective else None
+        workplace = Workplace(worker, world=together, residence=worker.residence)
         if spec.leased:
             workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
         return workplace

@@ -15,7 +15,13 @@ from protocols.topology import GenerationGrouping, Topology
 from protocols.weights import Version
 from tests import tiny
 from tests.gpu.conftest import Figure, need_cuda
-from tests.workers.generation.test_handover import assert_followed, folder, rounds  # noqa: F401 - folder: a fixture
+from tests.workers.generation.test_handover import (
+    GENERATION,
+    Round,
+    assert_followed,
+    folder,  # noqa: F401 - a fixture
+    rounds,
+)
 from tests.workers.ranks import Ranks
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
@@ -56,15 +62,33 @@ def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figu
         figure(f"hand-over {i}: largest difference of log-probs", one.handed.receipt.probe_difference, "nat")
 
 
-def test_shards_are_handed_to_workers_by_cuda_ipc(ranks: Ranks, folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
-    """1-2-1 -> 1-2: two ranks train, two workers of vLLM on the same two devices generate."""
+def on_each_device(folder: str, generate: str, exported: list[str]) -> tuple[list[Round], int]:  # noqa: F811
+    """What a rank saw, and the bytes of its device that its engine's worker took."""
+    layout = Topology.parse(generate)
+    before, after = torch.cuda.mem_get_info()[0], []
+    seen = rounds(folder, GenerationGrouping(Topology(1, 2, 1), layout.pp, layout.tp), exported, "cuda", after)
+    return seen, before - after[0]
+
+
+@pytest.mark.parametrize("generate", ["1-2", "1-1"])
+def test_shards_reach_the_workers_on_their_ranks_devices_by_cuda_ipc(
+    ranks: Ranks,
+    folder: str,  # noqa: F811
+    tmp_path: Path,
+    generate: str,
+    figure: Figure,
+):
+    """Two ranks train. 1-2: one engine of two workers on their devices. 1-1: two engines, each on its rank's alone."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
-    first, second = ranks.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 2), exported, "cuda")
-    assert_followed(first, exported, ATOL)
-    for one in (*first, *second):
-        assert one.handed.transition.received_bytes == 0
+    (first, taken), (second, also_taken) = ranks.call(on_each_device, folder, generate, exported)
+    for seen in (first, second) if generate == "1-1" else (first,):
+        assert_followed(seen, exported, ATOL)
+    assert min(taken, also_taken) > GENERATION.kv_cache_bytes, "a device has no worker"
+    assert max(taken, also_taken) < 1.5 * min(taken, also_taken), "one device has both"
     assert first[-1].handed.receipt
-    figure("hand-over of two shards to two workers", first[-1].handed.receipt.seconds, "s")
+    figure(f"1-2-1 -> {generate}: hand-over to workers", first[-1].handed.receipt.seconds, "s")
+    for rank, one in enumerate((taken, also_taken)):
+        figure(f"1-2-1 -> {generate}: device {rank} taken by model and engine", one, "bytes")
 
 
 def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):  # noqa: F811

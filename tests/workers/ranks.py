@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import workers.parallel  # noqa: F401 - imported once, by the server, for all that it forks
+from workers.generation.seats import cuda_seat
 
 PATIENCE = timedelta(seconds=60)  # for a collective, and for an answer
 
@@ -33,7 +34,7 @@ class Ranks:
     """`size` processes, alive between calls. Not usable after a call has failed: peers may hang in a collective.
 
     An answer comes within `patience`. Ranks with `children` may start processes of their own. On "cuda" each rank has
-    the device of its number, and NCCL.
+    the device of its number and sees no other, as Ray has it, and NCCL.
     """
 
     def __init__(
@@ -85,11 +86,28 @@ class Ranks:
         self._folder.cleanup()
 
 
+class Worlds:
+    """Worlds by their size, each forked when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Ranks] = {}
+
+    def __getitem__(self, size: int) -> Ranks:
+        if size not in self._made:
+            self._made[size] = Ranks(size)
+        return self._made[size]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        for ranks in self._made.values():
+            ranks.__exit__(None, None, None)
+
+
 def own_device(kind: str) -> torch.device:
-    """This rank's device of a kind."""
-    if kind == "cpu":
-        return torch.device("cpu")
-    return torch.device(kind, dist.get_rank() if dist.is_initialized() else 0)
+    """This rank's device of a kind: of CUDA's it sees one."""
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, 0)
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str, device: str) -> None:
@@ -97,7 +115,8 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, device: str) -> N
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
     backend = "gloo"
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        os.environ["CUDA_VISIBLE_DEVICES"] = cuda_seat("", rank, os.environ.get("CUDA_VISIBLE_DEVICES")).device
+        torch.cuda.set_device(0)
         backend = "nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
     while True:

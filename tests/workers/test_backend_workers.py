@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from protocols.columns import take
-from protocols.messages import Rollouts
+from protocols.messages import Experience, Rollouts
 from protocols.roles import Sampling
 from protocols.topology import Topology
 from protocols.transfer import protocol
 from protocols.weights import Version, WeightManifest
 from tests import tiny
 from tests.workers.batches import experience, rollouts
-from tests.workers.ranks import Ranks
 from tests.workers.test_parallel_policy import (
     GENERATION,
     OPTIMIZER,
@@ -31,6 +34,7 @@ from tests.workers.test_parallel_policy import (
     own_rows,
     together,
 )
+from tests.workers.test_residence import elsewhere
 from workers.parallel_policy import ParallelPolicy
 from workers.policy import PolicyWorker
 from workers.regrouping import generation_grouping
@@ -63,24 +67,21 @@ def published(backend: Backend, topology: Topology, folder: str) -> tuple[Weight
     return policy_of(backend, topology, folder).snapshot(Version(0, 0))
 
 
-def saved(backend: Backend, topology: Topology, folder: str, checkpoint: str) -> Outcome:
-    """Two steps, a checkpoint, and a third step."""
+def carried_on(backend: Backend, topology: Topology, folder: str, came: str, copy: str, goes: str) -> Outcome:
     policy = policy_of(backend, topology, folder)
-    policy.update(own_rows(policy, ROWS))
-    policy.update(own_rows(policy, 3))
-    policy.save(checkpoint)
-    metrics = policy.update(own_rows(policy, ROWS))
-    return Outcome(None, metrics, policy.snapshot(Version(0, 3)))
+    return carry_on(policy, lambda rows: own_rows(policy, rows), came, copy, goes)
 
 
-def resumed(backend: Backend, topology: Topology, folder: str, checkpoint: str) -> Outcome:
-    """The third step, from the checkpoint, after one that it undoes."""
-    policy = policy_of(backend, topology, folder)
-    policy.update(own_rows(policy, 1))
-    policy.load(checkpoint)
-    metrics = policy.update(own_rows(policy, ROWS))
-    assert policy.trained.version == 3
-    return Outcome(None, metrics, policy.snapshot(Version(0, 3)))
+def carry_on(
+    policy: ParallelPolicy | PolicyWorker, deal: Callable[[int], Experience], came: str, copy: str, goes: str
+) -> Outcome:
+    """From a checkpoint, after a step that it undoes: a copy of it, a step, and the next checkpoint."""
+    policy.update(deal(1))
+    policy.load(came)
+    policy.save(copy)
+    metrics = policy.update(deal(ROWS))
+    policy.save(goes)
+    return Outcome(None, metrics, policy.snapshot(Version(0, policy.trained.version)))
 
 
 def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, bool]:
@@ -111,13 +112,25 @@ def loop(backend: Backend, topology: Topology, folder: str, generate: str) -> li
     return drawn
 
 
+def moved_about(backend: Backend, topology: Topology, folder: str, generate: str, moves: bool) -> tuple[Any, ...]:
+    """What this rank draws and publishes, where its state has another storage after each call, or keeps its own."""
+    policy, made, weights = policy_of(backend, topology, folder, RICH, generate), [], 0
+    assert policy.hybrid
+    grouping, rows = policy.hybrid.grouping, tiny.make_prompts(TEXTS)
+    shares = protocol("3D_ALL_MICRO_DP").distribute(len(rows), grouping.topology, generation=grouping)
+    for _ in range(2):
+        answer = policy.generate(take(rows, shares[policy.model.rank]), sampling=SAMPLING)
+        made.append(answer.batch.responses if answer else None)
+        weights = policy.trained.relocate(elsewhere) if moves else 0
+        policy.update(own_rows(policy, ROWS))
+        if moves:
+            policy.trained.relocate(elsewhere)
+        published = policy.snapshot(Version(0, 1))
+        made.append(published[1].tobytes() if published else None)
+    return made, weights, sum(tensor.nbytes for tensor in policy.model.parameters.values())
+
+
 # --- as one process
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.mark.parametrize(("topology", "loss"), [("1-1-2", PLAIN), ("1-2-2", RICH)], ids=["plain", "rich"])
@@ -146,22 +159,73 @@ def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(wor
     assert buffer.tobytes() == whole.tobytes()
 
 
-CHANGES = [
-    (("fsdp", "1-1-4"), ("3d", "1-2-1")),
-    (("zero2", "1-1-4"), ("fsdp", "1-1-2")),
-    (("3d", "1-2-2"), ("zero1", "1-1-2")),
+@pytest.mark.parametrize(
+    ("backend", "topology", "generate"),
+    [("3d", "1-2-2", "1-1"), ("zero1", "1-1-2", "1-1"), ("zero2", "1-2-2", "1-2"), ("fsdp", "1-1-4", "1-2")],
+)
+def test_a_policy_whose_state_moves_between_calls_is_the_one_that_stays(
+    worlds,
+    folders,  # noqa: F811
+    backend: Backend,
+    topology: str,
+    generate: str,
+):
+    at = Topology.parse(topology)
+    stays, moves = (
+        worlds[at.world_size].call(moved_about, backend, at, folders[True], generate, moves) for moves in (False, True)
+    )
+    moments = {"3d": 2.0, "fsdp": 2.0}.get(backend, 2 / at.dp)  # in shares of what a rank has of the weights
+    for (made, _, _), (expected, moved, weights) in zip(stays, moves, strict=True):
+        assert made == expected
+        assert moved == pytest.approx((1 + moments) * weights, rel=0.01)
+
+
+# --- one checkpoint, any holder
+
+JOURNEY: list[tuple[Backend, str]] = [
+    ("3d", "1-2-2"),
+    ("3d", "2-1-1"),
+    ("fsdp", "1-1-4"),
+    ("zero2", "1-1-2"),
+    ("zero1", "1-2-2"),
+    ("fsdp", "1-2-2"),
+    ("3d", "2-2-1"),
 ]
 
 
-@pytest.mark.parametrize(("wrote", "reads"), CHANGES)
-def test_a_checkpoint_goes_on_under_another_backend(worlds, folders, tmp_path: Path, wrote, reads):  # noqa: F811
-    runs = []
-    for (backend, topology), run in ((wrote, saved), (reads, resumed)):
-        at = Topology.parse(topology)
-        outcomes = worlds[at.world_size].call(run, backend, at, folders[True], str(tmp_path))
-        runs.append(together(outcomes, at))
-    straight, again = runs
-    assert_same_step(again, straight)
+def alone_from(folder: str, came: Path, at: Path) -> tuple[Outcome, dict[str, Tensor]]:
+    """The step from a checkpoint as one process takes it, and all tensors of that checkpoint as it reads them."""
+    copy, goes = at / "copy", at / "goes"
+    for new in (copy, goes):
+        new.mkdir(parents=True)
+    worker = PolicyWorker(model_at(folder), PLAIN, OPTIMIZER, GENERATION, seed=3)
+    outcome = carry_on(worker, experience, str(came), str(copy), str(goes))
+    return outcome, load_file(copy / "model.safetensors") | load_file(copy / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(worlds, folders, tmp_path: Path, tied: bool):  # noqa: F811
+    """Wherever it comes, weights and moments are bitwise what they were, and the next step is one process's."""
+    start = tmp_path / "start"
+    start.mkdir()
+    worker = PolicyWorker(model_at(folders[tied]), PLAIN, OPTIMIZER, GENERATION, seed=3)
+    worker.update(experience(3))
+    worker.save(str(start))
+    came = start
+    for number, (backend, topology) in enumerate(JOURNEY):
+        at, here = Topology.parse(topology), tmp_path / str(number)
+        straight, state = alone_from(folders[tied], came, here / "alone")
+        copy, goes = here / "copy", here / "goes"
+        for new in (copy, goes):
+            new.mkdir()
+        arguments = (backend, at, folders[tied], str(came), str(copy), str(goes))
+        again = together(worlds[at.world_size].call(carried_on, *arguments), at)
+        assert_same_step(again, straight)
+        _, copied = alone_from(folders[tied], copy, here / "alone again")
+        assert copied.keys() == state.keys()
+        assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
+        came = goes
+    assert alone_from(folders[tied], came, tmp_path / "end")[0].published
 
 
 @pytest.mark.parametrize(("backend", "topology", "generate"), [("fsdp", "1-1-4", "1-2"), ("zero2", "1-2-2", "1-1")])

@@ -4,7 +4,6 @@ as the theory says."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from protocols.topology import Topology
-from tests.workers.ranks import RankFailed, Ranks
+from tests.workers.ranks import RankFailed, Worlds
 from tests.workers.test_parallel import (
     BUDGET,
     RATE,
@@ -140,13 +139,7 @@ def rehomed_step(topology: Topology, case: Case) -> bool:
 # --- the same numbers
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
-
-
-def run(worlds: dict[int, Ranks], backend: Backend, topology: str, case: Case, number: int, *rest: float) -> Step:
+def run(worlds: Worlds, backend: Backend, topology: str, case: Case, number: int, *rest: float) -> Step:
     """The step on all ranks, put together; they must agree on loss and norm."""
     at = Topology.parse(topology)
     steps = worlds[at.world_size].call(divided_step, backend, at, case, number, *(rest or (math.inf,)))

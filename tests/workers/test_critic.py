@@ -17,7 +17,7 @@ from tests import tiny
 from workers.critic import CostCriticWorker, CriticWorker
 from workers.models import load_critic
 from workers.settings import Aggregation, Loss, Model, Optimizer
-from workers.training import StepRefused
+from workers.stepping import StepRefused
 
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from protocols.columns import Jagged
 from protocols.topology import GenerationGrouping, Style, Topology
-from tests.workers.ranks import Ranks
+from tests.workers.ranks import Worlds
 from workers.hybrid_engine import HybridEngine, Transition
 from workers.models import MicroBatch, load_causal, micro_batches
 from workers.parallel import ParallelModel, plan_of
@@ -163,17 +163,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     return made
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(4) as four, Ranks(8) as eight:
-        yield {4: four, 8: eight}
-
-
 Generate = Callable[[GenerationGrouping, bool], list[Generating]]
 
 
 @pytest.fixture(scope="module")
-def generate(worlds: dict[int, Ranks], folders: dict[bool, str]) -> Generate:
+def generate(worlds: Worlds, folders: dict[bool, str]) -> Generate:
     """Switch all ranks to a layout and generate there, once for all tests that look at it."""
 
     @cache

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from protocols.topology import GenerationGrouping, Topology
-from tests.workers.ranks import Ranks
+from tests.workers.ranks import Ranks, Worlds
 from tests.workers.test_hybrid_engine import BUCKET_BYTES, folders  # noqa: F401 - a fixture
 from workers.backends import parallel_model
 from workers.hybrid_engine import HybridEngine
@@ -66,9 +65,8 @@ def streamed(folder: str, backend: Backend, switch: str) -> Streamed:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Ranks]:
-    with Ranks(4) as four:
-        yield four
+def world(worlds: Worlds) -> Ranks:
+    return worlds[4]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

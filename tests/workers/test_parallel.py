@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from transformers import (
 from protocols.columns import Jagged
 from protocols.topology import Coordinates, Topology
 from tests import tiny
-from tests.workers.ranks import RankFailed, Ranks
+from tests.workers.ranks import RankFailed, Worlds
 from workers.models import MicroBatch, load_causal, load_critic, log_softmax_of, micro_batches
 from workers.parallel import Loss, ParallelModel, plan_of
 from workers.sharding.plan import EMBEDDING, TOKEN_HEAD, Head, ShardPlan
@@ -209,13 +208,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four, Ranks(8) as eight:
-        yield {2: two, 4: four, 8: eight}
-
-
-def run(worlds: dict[int, Ranks], topology: str, case: Case, number: int, limit: float = math.inf) -> Step:
+def run(worlds: Worlds, topology: str, case: Case, number: int, limit: float = math.inf) -> Step:
     """The step on all ranks, put together; they must agree on loss and norm."""
     at = Topology.parse(topology)
     steps = worlds[at.world_size].call(sharded_step, at, case, number, limit)

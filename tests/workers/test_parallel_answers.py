@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from protocols.topology import Topology
 from protocols.transfer import protocol
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from tests.workers.ranks import Ranks
 from workers.cost import ModelCost
 from workers.parallel_answers import ParallelCost, ParallelReference, ParallelReward
 from workers.reference import ReferenceWorker
@@ -57,12 +55,6 @@ def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
 
 
 # --- the world
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from protocols.topology import Topology
 from protocols.transfer import protocol
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from tests.workers.ranks import Ranks
 from workers.critic import CriticWorker
 from workers.models import load_critic
 from workers.parallel_critic import ParallelCritic
@@ -74,12 +72,6 @@ def kept(topology: Topology, folder: str, checkpoint: str, exported: str) -> Non
 
 
 @pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = tiny.config()
     config.vocab_size, config.num_labels = VOCABULARY, 1
@@ -115,12 +107,13 @@ def test_a_checkpoint_and_an_export_hold_what_was_trained(worlds, folder: str, t
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     checkpoint.mkdir()
     worlds[4].call(kept, Topology(2, 2, 1), folder, str(checkpoint), str(exported))
-    critic = parallel(Topology(), folder)
+    critic = CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3)
     critic.load(str(checkpoint))
     values, theirs = critic.values(rollouts(experience(ROWS))), alone(folder, ROWS).after
     assert values and theirs
     assert values.versions.tolist() == [1] * ROWS
     np.testing.assert_allclose(values.values.values, theirs.values.values, atol=1e-5)
     loaded: dict[str, Tensor] = dict(load_critic(exported).named_parameters())
-    assert loaded.keys() == critic.model.parameters.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in critic.model.parameters.items())
+    trained = dict(critic.trained.model.named_parameters())
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())

@@ -18,7 +18,8 @@ from tests import tiny
 from workers.models import load_causal, micro_batches
 from workers.policy import PolicyWorker
 from workers.settings import Aggregation, Generation, Loss, Model, Optimizer
-from workers.training import StepRefused, mini_batches
+from workers.stepping import StepRefused
+from workers.training import mini_batches
 
 TEMPERATURE = 0.8
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]

@@ -4,107 +4,115 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from protocols.topology import Topology
 from tests import tiny
-from tests.workers.batches import VOCABULARY, experience
-from workers.parallel_policy import ParallelPolicy
-from workers.residence import HOST, Residence
+from tests.workers.batches import VOCABULARY, experience, rollouts
+from workers.parallel_answers import ParallelCost, ParallelReference, ParallelReward
+from workers.parallel_critic import ParallelCritic
+from workers.residence import HOST, Copy, Residence, relocated
 from workers.settings import Generation, Loss, Model, Optimizer
 
-DEVICE = torch.device("cuda", 0)  # never touched: copies are told where they are to be
+DEVICE = torch.device("cuda", 0)  # decides whether anything moves; here nothing is on it
 
 
-class Journal:
-    """Copies that note where they were sent; there is no second device here."""
-
-    def __init__(self) -> None:
-        self.sent: list[str] = []
-
-    def copy(self, tensor: Tensor, device: torch.device) -> Tensor:
-        self.sent.append(device.type)
-        return tensor.clone()
+def elsewhere(tensor: Tensor) -> Tensor:
+    """The same values in another storage; the old one is gone for whoever still looks at it."""
+    copy = tensor.clone()
+    getattr(tensor, "_local_tensor", tensor).untyped_storage().resize_(0)
+    return copy
 
 
-def trained() -> tuple[nn.Linear, torch.optim.AdamW]:
+# --- when anything moves
+
+
+def counted() -> tuple[Residence, list[Copy]]:
+    """The residence of a model of 12 bytes, and the copies that were asked of it."""
+    asked: list[Copy] = []
+    return Residence(DEVICE, lambda copy: asked.append(copy) or 12), asked
+
+
+def test_who_is_there_or_gone_already_moves_nothing():
+    residence, asked = counted()
+    assert residence.come_back() == 0
+    assert [residence.leave(), residence.leave()] == [12, 0]
+    assert [residence.come_back(), residence.come_back()] == [12, 0]
+    assert len(asked) == 2
+
+
+def test_on_a_cpu_nothing_moves():
+    def refuse(copy: Copy) -> int:
+        raise AssertionError("it moves")
+
+    residence = Residence(HOST, refuse)
+    assert (residence.moves, residence.leave(), residence.come_back()) == (False, 0, 0)
+
+
+# --- what moves
+
+
+def test_tensors_keep_their_identity_and_change_their_storage():
     torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+    stayed, moved = nn.Linear(3, 2), nn.Linear(3, 2)
+    moved.load_state_dict(stayed.state_dict())
+    before = [parameter.data_ptr() for parameter in moved.parameters()]
+    kept = list(moved.parameters())
+    assert relocated(moved.parameters(), elsewhere) == 4 * (2 * 3 + 2)
+    assert all(now is then for now, then in zip(moved.parameters(), kept, strict=True))
+    assert not {*before} & {parameter.data_ptr() for parameter in moved.parameters()}
+    assert torch.equal(moved(torch.ones(1, 3)), stayed(torch.ones(1, 3)))
 
 
-def step(model: nn.Linear, optimizer: torch.optim.AdamW) -> None:
-    model(torch.ones(1, 3)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward model's."""
+    return saved(Qwen2ForSequenceClassification, tmp_path_factory.mktemp("judge"))
 
 
-def tensors_of(model: nn.Linear, optimizer: torch.optim.AdamW) -> list[Tensor]:
-    moments = [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
-    return [*model.parameters(), *moments]
-
-
-def test_training_goes_on_as_if_the_model_had_stayed():
-    stayed, moved = trained(), trained()
-    residence = Residence(DEVICE, lambda: tensors_of(*moved), moves=True, copy=Journal().copy)
-    for _ in range(3):
-        step(*stayed)
-        residence.come_back()
-        step(*moved)
-        residence.leave()
-    for ours, theirs in zip(tensors_of(*moved), tensors_of(*stayed), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_weights_and_the_moments_of_the_first_step_move_to_the_host_and_back():
-    journal, (model, optimizer) = Journal(), trained()
-    residence = Residence(DEVICE, lambda: tensors_of(model, optimizer), moves=True, copy=journal.copy)
-    weights = 4 * (2 * 3 + 2)
-    assert residence.leave() == weights, "no moments yet"
-    assert residence.come_back() == weights
-    step(model, optimizer)
-    before = [tensor.data_ptr() for tensor in tensors_of(model, optimizer)]
-    assert residence.leave() == 3 * weights
-    assert journal.sent == ["cpu"] * 2 + ["cuda"] * 2 + ["cpu"] * 6
-    assert not {*before} & {tensor.data_ptr() for tensor in tensors_of(model, optimizer)}, "another storage"
-
-
-def test_a_parallel_policy_takes_its_weights_and_moments_along(tmp_path: Path):
+def saved(kind: type[PreTrainedModel], path: Path) -> str:
     config = tiny.config()
-    config.vocab_size = VOCABULARY
-    Qwen2ForCausalLM(config).save_pretrained(str(tmp_path))
+    config.vocab_size, config.num_labels, config.pad_token_id = VOCABULARY, 1, 0
+    torch.manual_seed(0)
+    kind(config).save_pretrained(path)
+    return str(path)
 
-    def policy() -> ParallelPolicy:
-        model = Model(path=str(tmp_path), learning_rate=0.1)
-        return ParallelPolicy(model, Topology(), Loss(), Optimizer(), Generation(), seed=3)
 
-    stayed, moved = policy(), policy()
-    residence = Residence(DEVICE, moved.trained.tensors, moves=True, copy=Journal().copy)
+def test_a_critic_takes_its_weights_and_moments_along(folder: str):
+    loss, optimizer, model = Loss(), Optimizer(), Model(path=folder, learning_rate=0.1)
+    stayed, moved = (ParallelCritic(model, Topology(), loss, optimizer, seed=3) for _ in range(2))
+    weights = sum(tensor.nbytes for tensor in moved.model.parameters.values())
+    assert moved.trained.relocate(elsewhere) == weights, "no moments yet"
     for _ in range(2):
         stayed.update(experience(5))
-        residence.come_back()
         moved.update(experience(5))
-        residence.leave()
-    held = sum(tensor.nbytes for tensor in moved.model.parameters.values())
-    assert residence.come_back() == 3 * held
+        assert moved.trained.relocate(elsewhere) == 3 * weights
     for name, tensor in stayed.model.parameters.items():
         assert torch.equal(tensor, moved.model.parameters[name]), name
 
 
-def test_who_is_there_or_gone_already_moves_nothing():
-    journal, (model, optimizer) = Journal(), trained()
-    residence = Residence(DEVICE, lambda: tensors_of(model, optimizer), moves=True, copy=journal.copy)
-    assert residence.come_back() == 0
-    residence.leave()
-    assert residence.leave() == 0
-    assert journal.sent == ["cpu"] * 2
+@pytest.mark.parametrize("judge", [ParallelReward, ParallelCost])
+def test_a_judge_scores_as_before(folder: str, judge: type[ParallelReward | ParallelCost]):
+    worker, rows = judge(Model(path=folder), Topology(), 200), rollouts(experience(5))
+    before = worker.score(rows)
+    assert before
+    assert worker.model.relocate(elsewhere) == sum(tensor.nbytes for tensor in worker.model.parameters.values())
+    after = worker.score(rows)
+    assert after
+    for column in ("scores", "costs"):
+        np.testing.assert_array_equal(getattr(after.batch, column, 0), getattr(before.batch, column, 0))
 
 
-def test_on_a_cpu_nothing_moves():
-    model, optimizer = trained()
-    residence = Residence(HOST, lambda: tensors_of(model, optimizer))
-    before = [tensor.data_ptr() for tensor in model.parameters()]
-    assert (residence.moves, residence.leave(), residence.come_back()) == (False, 0, 0)
-    assert [tensor.data_ptr() for tensor in model.parameters()] == before
+def test_a_reference_answers_as_before(tmp_path: Path):
+    model = Model(path=saved(Qwen2ForCausalLM, tmp_path))
+    worker = ParallelReference(model, Topology(), Loss(), Generation())
+    rows = rollouts(experience(5))
+    before = worker.log_probs(rows)
+    worker.model.relocate(elsewhere)
+    after = worker.log_probs(rows)
+    assert before and after
+    assert before.log_probs == after.log_probs

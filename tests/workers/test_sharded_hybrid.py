@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protocols.topology import GenerationGrouping, Topology
-from tests.workers.ranks import Ranks
+from tests.workers.ranks import Ranks, Worlds
 from tests.workers.test_hybrid_engine import (
     BUCKET_BYTES,
     BUDGET,
@@ -88,9 +87,8 @@ def stepped(folder: str, switch: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Ranks]:
-    with Ranks(4) as four:
-        yield four
+def world(worlds: Worlds) -> Ranks:
+    return worlds[4]
 
 
 @pytest.fixture(scope="module", params=SWITCHES)

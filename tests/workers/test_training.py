@@ -18,7 +18,8 @@ from protocols.messages import LogProbs
 from tests import tiny
 from workers.models import load_causal
 from workers.settings import Loss, Optimizer
-from workers.training import StepRefused, TrainedModel, mini_batches, named_rows, rate_share
+from workers.stepping import StepRefused, rate_share
+from workers.training import TrainedModel, mini_batches, named_rows
 
 RATE = 1e-3
 SETTINGS = Optimizer(warmup_steps=3, weight_decay=0.01)

@@ -16,7 +16,7 @@ from protocols.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Partial
 from protocols.weights import BadWeights, Probe, Version
-from workers.generation.handover import Handover
+from workers.generation.handover import Handover, place_of
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
 from workers.hybrid_engine import HybridEngine, Transition
@@ -27,19 +27,18 @@ class ColocatedVllm:
     """One rank's side of it. All ranks of a topology construct one and call `wake` and `rest` together.
 
     `sleeps`: on CUDA, whether vLLM gives its memory back between `rest` and `wake`; it costs a copy to the host and
-    back. Raises ValueError for generation in stages, which vLLM is not fed in.
+    back. Raises ValueError for generation in stages, which vLLM is not fed in, and where a replica's devices don't do.
     """
 
     def __init__(
         self, hybrid: HybridEngine, model: Model, settings: Generation, run_seed: int, *, sleeps: bool = False
     ) -> None:
-        ranks, replica = hybrid.grouping.topology.world_size, hybrid.tensor_group
+        replica = hybrid.tensor_group
         if hybrid.grouping.pp != 1:
             raise ValueError(f"generation in {hybrid.grouping.pp} stages: vLLM is fed where p_g is 1")
-        # vLLM would take the ranks' world for its own: among others it computes in processes apart.
-        workers = replica.size if ranks > 1 else 0
+        place = place_of(hybrid)
         self._engine = (
-            VllmEngine(model.path, settings, run_seed, model.dtype, workers=workers, sleeps=sleeps)
+            VllmEngine(model.path, settings, run_seed, model.dtype, place=place, sleeps=sleeps)
             if replica.index == 0
             else None
         )

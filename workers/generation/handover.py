@@ -12,6 +12,8 @@ at full size.
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable, Generator, Mapping
 from typing import TypeVar
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from protocols.weights import BadWeights, InstallReceipt, Probe, Version
+from workers.generation.seats import EnginePlace, Seat, cuda_seat, engine_place
 from workers.generation.vllm import VllmEngine
 from workers.generation.vllm_internals import SharedPart
 from workers.generation.window import OwnWindow, Window
@@ -56,7 +59,8 @@ class Handover:
             size = max(sum(map(self._shard_bytes, module)) for module in modules_of(self._plan))
             self._own = OwnWindow(size, hybrid.device)
             encoded = self._replica.gather_bytes(msgspec.msgpack.encode(self._own.window))
-            self._windows = [msgspec.msgpack.decode(window, type=Window) for window in encoded]
+            windows = [msgspec.msgpack.decode(window, type=Window) for window in encoded]
+            self._windows = [window.on_device(index) for index, window in enumerate(windows)]
 
     def run(self, version: Version, probe: Probe | None) -> HandedOver:
         """Bring the weights as they are trained now to the engine, as `version`, which answers `probe`.
@@ -135,6 +139,18 @@ class Handover:
 
     def _shard_bytes(self, name: str) -> int:
         return self._plan.shard_elements(self._specs[name]) * self._hybrid.dtype.itemsize
+
+
+def place_of(hybrid: HybridEngine) -> EnginePlace:
+    """Where the engine of this rank's generation replica computes. All ranks of the replica call."""
+    device, node = hybrid.device, platform.node()
+    seat = Seat(node)
+    if device.type == "cuda":
+        seat = cuda_seat(node, device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    seats = hybrid.tensor_group.gather_bytes(msgspec.msgpack.encode(seat))
+    return engine_place(
+        hybrid.grouping.topology.world_size, [msgspec.msgpack.decode(seat, type=Seat) for seat in seats]
+    )
 
 
 def modules_of(plan: ShardPlan) -> list[list[str]]:

@@ -24,6 +24,7 @@ from protocols.weights import BadWeights, InstallReceipt, Probe, Version, Weight
 from workers.folders import end_of_sequence
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits, shapes_of
+from workers.generation.seats import IN_PROCESS, EnginePlace
 from workers.generation.vllm_internals import (
     SharedPart,
     finish_reload,
@@ -59,9 +60,9 @@ class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
     Only the shape of the model in the folder `path` counts: it serves nothing until weights are published to it.
-    `eos_token_id` ends a response; by default the folder names it. `workers` are processes of their own that compute,
-    tensor-parallel; with 0 this process computes, which must then be no rank among others. An engine that `sleeps` can
-    be put to sleep, on CUDA. One engine a process.
+    `eos_token_id` ends a response; by default the folder names it. `place` says in which processes it computes; where
+    it is this one, that must be no rank among others. An engine that `sleeps` can be put to sleep, on CUDA. One engine
+    a process.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class VllmEngine(Engine):
         dtype: str = "float32",
         eos_token_id: int | None = None,
         *,
-        workers: int = 0,
+        place: EnginePlace = IN_PROCESS,
         sleeps: bool = False,
     ) -> None:
         self._owns_process_group = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if not (workers or self._owns_process_group) and (ranks := torch.distributed.get_world_size()) > 1:
-            raise ValueError(f"this process is one of {ranks} ranks, which vLLM would take for its own: use workers")
-        self.workers = workers
+        if not (place.workers or self._owns_process_group) and (ranks := torch.distributed.get_world_size()) > 1:
+            raise ValueError(f"this process is one of {ranks} ranks, which vLLM takes for its own: give it workers")
+        self.workers = place.workers
         self._sleeps = sleeps and torch.cuda.is_available()
-        self._vllm: LLMEngine | None = start(path, settings, dtype, workers, self._sleeps)
+        self._vllm: LLMEngine | None = start(path, settings, dtype, place, self._sleeps)
         model = self._vllm.vllm_config.model_config
         self._context = int(model.max_model_len)
         self._vocabulary = int(model.get_vocab_size())

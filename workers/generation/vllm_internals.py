@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.folders import context_of
+from workers.generation.seats import EnginePlace
 from workers.generation.window import Window
 from workers.models import DTYPES
 from workers.settings import Generation
@@ -35,6 +36,7 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
 }
 _CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
 
 
@@ -47,14 +49,14 @@ class SharedPart(msgspec.Struct, frozen=True):
     stop: int
     windows: list[Window]  # in the order of tensor indices
 
-    def whole(self) -> Tensor:
-        """The tensor at full size, a copy; on the device of the windows."""
+    def whole(self, device: torch.device | None) -> Tensor:
+        """The tensor at full size, a copy on a device."""
         windows = self.windows if self.spec.cut is not None else self.windows[:1]
-        entries = torch.cat([window.open()[self.start : self.stop].view(DTYPES[self.dtype]) for window in windows])
-        return unflat(entries, self.spec, self.spec.shape)
+        shards = (window.open()[self.start : self.stop].view(DTYPES[self.dtype]) for window in windows)
+        return unflat(torch.cat([shard.to(device) for shard in shards]), self.spec, self.spec.shape)
 
 
-def start(path: str, settings: Generation, dtype: str, workers: int, sleeps: bool) -> LLMEngine:
+def start(path: str, settings: Generation, dtype: str, place: EnginePlace, sleeps: bool) -> LLMEngine:
     """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
@@ -72,10 +74,13 @@ def start(path: str, settings: Generation, dtype: str, workers: int, sleeps: boo
         limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     if settings.max_model_tokens:
         limits["max_model_len"] = settings.max_model_tokens
-    if workers:
+    else:
+        # kv_cache_bytes says what is taken. vLLM would want nine tenths of the device free, which training has.
+        limits = {"gpu_memory_utilization": 0.01}
+    if place.workers:
         # Forked, they would inherit this process's threads and its part in the training ranks' groups.
         os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
-        limits |= {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
+        limits |= {"tensor_parallel_size": place.workers, "distributed_executor_backend": "mp"}
     arguments = EngineArgs(
         model=path,
         dtype=dtype,  # type: ignore[arg-type]
@@ -93,7 +98,23 @@ def start(path: str, settings: Generation, dtype: str, workers: int, sleeps: boo
         seed=0,
         **limits,
     )
-    return LLMEngine.from_engine_args(arguments)
+    with seen_by_workers(place.visible):
+        return LLMEngine.from_engine_args(arguments)
+
+
+@contextmanager
+def seen_by_workers(devices: str) -> Iterator[None]:
+    """The CUDA devices that processes see which are started inside; this one has found its own already."""
+    own = os.environ.get(_VISIBLE)
+    if devices:
+        os.environ[_VISIBLE] = devices
+    try:
+        yield
+    finally:
+        if devices and own is None:
+            del os.environ[_VISIBLE]
+        elif own is not None:
+            os.environ[_VISIBLE] = own
 
 
 def shut_down(engine: LLMEngine, owns_process_group: bool) -> None:
@@ -139,7 +160,7 @@ def load_tensors(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:
 
 def load_shared(worker: Any, parts: Sequence[SharedPart]) -> None:
     """Join the shards of each tensor; a worker's own loaders keep its part of them."""
-    load_tensors(worker, ((part.spec.name, part.whole()) for part in parts))
+    load_tensors(worker, ((part.spec.name, part.whole(worker.device)) for part in parts))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the windows have been read when this returns
 

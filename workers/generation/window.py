@@ -17,11 +17,15 @@ _MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and a
 
 
 class Window(msgspec.Struct, frozen=True):
-    """How another process opens the memory. It must see the same CUDA devices under the same numbers."""
+    """How another process opens the memory. It must see the CUDA device, under the number that the window says."""
 
     size: int  # bytes
     path: str = ""  # of the file; "" for a CUDA buffer
     handle: tuple[int | bytes | bool, ...] = ()  # CUDA's for the buffer, as torch shares storages between processes
+
+    def on_device(self, number: int) -> Window:
+        """The same memory for a process that sees its CUDA device under another number than the writer does."""
+        return msgspec.structs.replace(self, handle=(number, *self.handle[1:])) if self.handle else self
 
     def open(self) -> Tensor:
         """The memory, uint8 [size]. A process opens a window once and keeps it."""

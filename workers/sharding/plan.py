@@ -139,6 +139,20 @@ class ShardPlan(msgspec.Struct, frozen=True):
             return int(parameter.name.split(".")[2]) // (self.decoder.layers // self.pp)
         return 0 if parameter.name == EMBEDDING else self.pp - 1
 
+    def source(self, parameter: Parameter) -> Parameter:
+        """Under which name a checkpoint has a parameter: a tied head is its embedding."""
+        if parameter.name == TOKEN_HEAD and self.decoder.tied:
+            return self.before_layers(0)[0]
+        return parameter
+
+    def written_by(self, stage: int, tensor_index: int) -> list[Parameter]:
+        """What one place writes to a checkpoint, so that all places write each entry once."""
+        return [
+            parameter
+            for parameter in self.parameters(stage)
+            if (parameter.cut is not None or tensor_index == 0) and self.source(parameter) == parameter
+        ]
+
     @property
     def tied_across_stages(self) -> bool:
         """The first stage's embedding and the last stage's head are two copies of one matrix."""
@@ -147,6 +161,10 @@ class ShardPlan(msgspec.Struct, frozen=True):
     def shard_shape(self, parameter: Parameter) -> tuple[int, ...]:
         """What one tensor-parallel rank holds of a parameter."""
         return tuple(n // self.tp if i == parameter.cut else n for i, n in enumerate(parameter.shape))
+
+    def shard_start(self, parameter: Parameter, tensor_index: int) -> tuple[int, ...]:
+        """Where the shard of a tensor index begins in the whole parameter."""
+        return tuple(n // self.tp * tensor_index if i == parameter.cut else 0 for i, n in enumerate(parameter.shape))
 
     def shard_elements(self, parameter: Parameter) -> int:
         """Number of entries that one tensor-parallel rank holds of a parameter."""

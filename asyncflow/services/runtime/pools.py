@@ -82,6 +82,10 @@ class ReservedPools:
         strategy = PlacementGroupSchedulingStrategy(self._groups[pool], placement_group_bundle_index=bundle)
         return {**NO_DEVICE, **share, "scheduling_strategy": strategy}
 
+    def accelerates(self, spec: ServiceSpec) -> bool:
+        """Whether the devices of a service's pool are accelerators."""
+        return "GPU" in self._bundles.get(spec.pool, {})
+
     def release(self) -> None:
         """Give the devices back. Idempotent."""
         groups, self._groups = self._groups, {}

@@ -96,7 +96,7 @@ class RayRuntime:
             return started[name]
 
     def _create(self, spec: ServiceSpec) -> None:
-        packed = msgspec.msgpack.encode(spec)
+        packed = msgspec.msgpack.encode(msgspec.structs.replace(spec, accelerated=self._pools.accelerates(spec)))
         count = Topology.parse(spec.topology).world_size
         name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
         rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from protocols.weights import Version
 from tests import tiny
 from tests.asyncflow.services import rows, specs
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from tests.workers.ranks import Ranks
+from tests.workers.ranks import Worlds
 from workers.reference import ReferenceWorker
 from workers.settings import Generation, Loss, Model
 from workers.world import World, own_device
@@ -106,12 +105,6 @@ def switched_without_a_layout(folder: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = tiny.config()
     config.vocab_size = VOCABULARY
@@ -121,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def test_what_leaves_the_ranks_is_what_one_process_answers(worlds: dict[int, Ranks], folder: str):
+def test_what_leaves_the_ranks_is_what_one_process_answers(worlds: Worlds, folder: str):
     answers = worlds[4].call(log_probs, folder, "1-2-2", -1)
     assert [len(batches) for _, batches in answers] == [1, 0, 1, 0], "one rank a replica"
     given = concat([batch for _, batches in answers for batch in batches])
@@ -133,7 +126,7 @@ def test_what_leaves_the_ranks_is_what_one_process_answers(worlds: dict[int, Ran
 
 @pytest.mark.parametrize("torn_for", [2, 3], ids=["the rank that answers", "its peer"])
 def test_a_frame_that_one_rank_can_not_read_costs_its_rows_and_no_rank_hangs(
-    worlds: dict[int, Ranks], folder: str, torn_for: int
+    worlds: Worlds, folder: str, torn_for: int
 ):
     (first, _), _, (second, answers), (peer, _) = worlds[4].call(log_probs, folder, "1-2-2", torn_for)
     assert not first.damaged, "another replica reads other rows"
@@ -142,17 +135,14 @@ def test_a_frame_that_one_rank_can_not_read_costs_its_rows_and_no_rank_hangs(
     assert answers == []
 
 
-def test_all_ranks_do_what_is_asked_and_the_first_has_the_answer(worlds: dict[int, Ranks], folder: str, tmp_path: Path):
+def test_all_ranks_do_what_is_asked_and_the_first_has_the_answer(worlds: Worlds, folder: str, tmp_path: Path):
     first, second = worlds[2].call(requests, folder, str(tmp_path))
     assert first == ["SnapshotTaken with 1 payloads", "Done with 0 payloads", "Done with 0 payloads"]
     assert second == ["Done with 0 payloads"] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "shard-0-0.safetensors",
-        "shard-0-1.safetensors",
-        "shards.json",
-    ]
+    shards = [f"shard-{writer:05}-model-00001-of-00001.safetensors" for writer in range(2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*shards, "trainer.json"]
 
 
-def test_a_policy_whose_service_does_not_generate_has_no_layout_to_switch_to(worlds: dict[int, Ranks], folder: str):
+def test_a_policy_whose_service_does_not_generate_has_no_layout_to_switch_to(worlds: Worlds, folder: str):
     said = worlds[2].call(switched_without_a_layout, folder)
     assert all("no generation layout" in text for text in said)

@@ -9,7 +9,7 @@ from asyncflow.services.rank_requests import carry_out
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.workplace import Workplace
 from protocols.requests import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
-from workers.residence import HOST, Residence
+from workers.residence import Residence
 
 BYTES = 8
 
@@ -33,8 +33,7 @@ class Worker:
     ids=lambda value: type(value).__name__,
 )
 def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
-    tensors = [torch.ones(BYTES, dtype=torch.uint8)]
-    residence = Residence(HOST, lambda: tensors, moves=True)
+    residence = Residence(torch.device("cuda"), lambda _: BYTES)
     residence.leave()
     store = LocalStore()
     carry_out(Workplace(Worker(), residence=residence), store, request_)

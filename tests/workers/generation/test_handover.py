@@ -20,7 +20,7 @@ from protocols.weights import BadWeights, Probe, Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
 from tests.workers.ranks import Ranks, own_device
-from workers.generation.handover import HandedOver, Handover, modules_of
+from workers.generation.handover import HandedOver, Handover, modules_of, place_of
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
 from workers.models import load_causal
@@ -50,16 +50,21 @@ class Round(NamedTuple):
     drawn: Rollouts | None
 
 
-def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu") -> list[Round]:
-    """Hand over, draw, export; train a step; again. What every rank runs."""
+def rounds(
+    folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu", free: list[int] | None = None
+) -> list[Round]:
+    """Hand over, draw, export; train a step; again. What every rank runs.
+
+    `free` is told what of a CUDA device is free once the engines have drawn.
+    """
     policy = policy_of(folder, grouping, device)
     assert policy.hybrid
     first = policy.hybrid.tensor_group.index == 0
     if grouping.topology.world_size > 1 and first:
-        with pytest.raises(ValueError, match="one of 2 ranks, which vLLM would take for its own: use workers"):
+        with pytest.raises(ValueError, match="one of 2 ranks, which vLLM takes for its own: give it workers"):
             VllmEngine(folder, GENERATION, SEED)
-    workers = grouping.tp if grouping.topology.world_size > 1 else 0
-    engine = VllmEngine(folder, GENERATION, SEED, workers=workers) if first else None
+    place = place_of(policy.hybrid)
+    engine = VllmEngine(folder, GENERATION, SEED, place=place) if first else None
     handover = Handover(policy.hybrid, engine)
     seen: list[Round] = []
     try:
@@ -67,6 +72,9 @@ def rounds(folder: str, grouping: GenerationGrouping, exported: list[str], devic
             handed = handover.run(Version(0, policy.trained.version), policy.probe())
             drawn = draw_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
             seen.append(Round(handed, drawn.batch if drawn else None))
+            if free is not None and device == "cuda":
+                dist.barrier()
+                free.append(torch.cuda.mem_get_info()[0])
             policy.export(folder_after)
             policy.update(experience(5))
         if grouping.topology.world_size == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from protocols.transfer import protocol
 from protocols.weights import Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
-from tests.workers.ranks import Ranks
 from workers.generation.hybrid import draw_all, hybrid_generator
 from workers.generation.torch import TorchEngine
 from workers.hybrid_engine import HybridEngine
@@ -108,12 +106,6 @@ def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
 
 
 # --- the world
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(4) as four:
-        yield {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,21 @@ def test_shards_tile_what_is_cut(config: PretrainedConfig):
         assert prod(plan.shard_shape(parameter)) * times == parameter.elements
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("stages", "shards"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_a_checkpoint_gets_every_entry_once(config: PretrainedConfig, stages: int, shards: int):
+    decoder = Decoder.of(config.to_dict())
+    plan = ShardPlan(decoder, stages, shards)
+    places = [(stage, index) for stage in range(stages) for index in range(shards)]
+    written = [
+        (parameter.name, plan.shard_start(parameter, index), plan.shard_elements(parameter))
+        for stage, index in places
+        for parameter in plan.written_by(stage, index)
+    ]
+    assert len({box[:2] for box in written}) == len(written)
+    assert sum(elements for *_, elements in written) == sum(p.elements for p in ShardPlan(decoder).parameters(0))
+
+
 def test_stages_hold_neighbouring_layers_and_the_ends_what_stands_there():
     plan = ShardPlan(DECODER, pp=2)
     assert [list(plan.layers(stage)) for stage in range(2)] == [[0, 1], [2, 3]]

@@ -104,6 +104,7 @@ def test_services_stand_in_their_own_pools_bundles():
     specs.append(service("advantage", pool=""))
     reserved = ReservedPools({"train": PoolRequest(1), "rollout": PoolRequest(2)})
     reserved.reserve(specs)
+    assert not any(reserved.accelerates(spec) for spec in specs), "their devices are CPU slots"
     try:
         groups = groups_of(reserved, specs)
     finally:

@@ -1,0 +1,67 @@
+"""A model that yields its device frees it, weights and moments, and comes back to train on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocols.topology import Topology
+from tests.gpu.conftest import Figure
+from tests.gpu.test_transition import make
+from tests.workers.batches import experience, rollouts
+from tests.workers.ranks import own_device
+from workers.parallel_answers import ParallelReference
+from workers.parallel_critic import ParallelCritic
+from workers.parallel_policy import ParallelPolicy
+from workers.settings import Generation, Loss, Model, Optimizer
+
+ROUNDS = 3
+ROLES = ["policy", "critic", "reference"]  # reward and cost are held as a reference is
+
+
+def worker_of(role: str, folder: str, device: torch.device) -> ParallelPolicy | ParallelCritic | ParallelReference:
+    model, at, loss = Model(path=folder, learning_rate=1e-4), Topology(), Loss()
+    match role:
+        case "policy":
+            return ParallelPolicy(model, at, loss, Optimizer(), Generation(engine="torch"), 3, device=device)
+        case "critic":
+            return ParallelCritic(model, at, loss, Optimizer(), 3, device=device)
+        case _:
+            return ParallelReference(model, at, loss, Generation(), device=device)
+
+
+def work(worker: ParallelPolicy | ParallelCritic | ParallelReference) -> None:
+    if isinstance(worker, ParallelReference):
+        worker.log_probs(rollouts(experience(5)))
+    else:
+        worker.update(experience(5))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_frees_its_device_and_works_on(kind: str, role: str, tmp_path: Path, figure: Figure):
+    make(str(tmp_path), kind)
+    device = own_device(kind)
+    worker = worker_of(role, str(tmp_path), device)
+    work(worker)
+    times = 1 if role == "reference" else 3  # weights; and two moments
+    weights = sum(tensor.nbytes for tensor in worker.model.parameters.values())
+    moved, left, started, away, back = 0, 0, 0.0, 0.0, 0.0  # of the last round, when all is warm
+    for _ in range(ROUNDS):
+        held = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
+        started = time.perf_counter()
+        moved = worker.residence.leave()
+        away = time.perf_counter()
+        left = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
+        assert worker.residence.come_back() == moved
+        back = time.perf_counter()
+        work(worker)
+        assert moved == (times * weights if kind == "cuda" else 0)
+        assert held - left >= moved
+    if kind == "cuda":
+        figure(f"{role}: bytes that leave", moved, "bytes")
+        figure(f"{role}: left on the device", left, "bytes")
+        figure(f"{role}: to the host", moved / (away - started) / 1e9, "GB/s")
+        figure(f"{role}: back", moved / (back - away) / 1e9, "GB/s")
