@@ -1,6 +1,6 @@
 """How near the simulator comes to real runs here, and whether `placement = "auto"` finds what a hand would.
 
-    python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--work runs/placement_reality]
+    python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--seconds 300] [--work runs/placement_reality]
 
 Each round runs every recipe once, in turn, so that what disturbs one disturbs its neighbours; a recipe's step time is
 the median over the rounds of a run's mean step. Predictions come from `asyncflow calibrate` on recipes of other
@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Bench:
         if self._known(kind="run", case=name, round=number):
             return
         checked = check(recipe)
-        seconds = asyncio.run(_run(checked.recipe, self.work / "run"))
+        seconds = asyncio.run(_run(checked.recipe, self.work / "run" / name.replace(", ", "_").replace(" ", "_")))
         self._add(kind="run", case=name, round=number, seconds=seconds)
 
     def measured(self, name: str, steady: range) -> list[float]:
@@ -258,9 +259,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two recipes, one round: to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after these; judge later")
     parser.add_argument("--work", type=Path, default=Path("runs/placement_reality"))
     parser.add_argument("--runtime", choices=["local", "ray", "both"], default="both")
     given = parser.parse_args()
+    end = time.monotonic() + given.seconds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     bench = Bench(given.work.absolute(), QUICK_STEPS if given.quick else STEPS,
                   machine.QUICK if given.quick else machine.Sizes())  # fmt: skip
@@ -278,6 +281,8 @@ def main() -> None:
                 print(f"{AUTO[runtime]}: {choice.chosen.name}, of {choice.candidates}", flush=True)
                 autos[AUTO[runtime]] = choice.chosen.recipe
         for name, recipe in (*recipes.items(), *autos.items()):
+            if time.monotonic() > end:
+                raise SystemExit(f"{given.seconds:.0f} s are over before round {number}, {name}: start again to go on")
             bench.run(name, recipe, number)
             print(f"round {number}: {name}", flush=True)
     for line in report(list(judge(bench, recipes)), list(judge(bench, autos))):
