@@ -27,7 +27,7 @@ from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
-from asyncflow.planning import automatic
+from asyncflow.planning import automatic, pinning
 from asyncflow.planning.scenarios import prompt_lengths
 from protocols.topology import Topology
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
@@ -51,7 +51,7 @@ class Checked(msgspec.Struct):
 def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files, and place it where it leaves that to the mapper. Raises BadInput."""
     if recipe.placed_by not in ("", automatic.AUTO):
-        recipe = automatic.pinned(recipe, recipe.placed_by)
+        recipe = pinning.pinned(recipe, recipe.placed_by)
     recipe = automatic.check_devices(recipe)
     try:
         algorithm = algorithm_named(recipe.algorithm)
@@ -79,7 +79,7 @@ def check(recipe: Recipe) -> Checked:
     choice = automatic.place(recipe, dataflow, prompt_lengths(train))
     _check_lora(choice.chosen.recipe)
     _check_shards(choice.chosen.recipe, dataflow)
-    return Checked(choice.chosen.recipe, dataflow, train, heldout, automatic.text_of(choice))
+    return Checked(choice.chosen.recipe, dataflow, train, heldout, pinning.text_of(choice))
 
 
 def _check_samples(recipe: Recipe, declared: Declaration) -> None:

@@ -17,9 +17,9 @@ from asyncflow.bench.report import Row
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
 from asyncflow.placement.devices import CATALOGUE, Cluster
+from asyncflow.placement.kinds import shared_out
 from asyncflow.placement.layouts import SetCosts
 from asyncflow.placement.mapper import placements
-from asyncflow.placement.plan import ranked
 from asyncflow.placement.shapes import LLAMA
 from asyncflow.placement.workload import Lengths, ModelWork, Workload, ppo
 from asyncflow.planning.scenarios import of_placement
@@ -96,7 +96,8 @@ def enumerated(models: int, devices: int) -> int:
 def simulated(devices: int, staleness: int) -> Simulated:
     """Simulate the best placement of PPO's models."""
     cluster, workload, models = Cluster(CATALOGUE[DEVICE], devices), _workload(staleness), _models(4)
-    best = ranked(models, cluster, workload, 1, lambda model, topology: True)[0]
+    best = shared_out(models, [cluster], workload, 1, lambda model, topology: True)[0][0]
+    assert best is not None, "one kind has all models"
     scenario = of_placement(best, models, cluster, workload, trace(algorithm_named("ppo")))
     start = time.process_time()
     found = simulate(scenario)

@@ -163,10 +163,8 @@ class SetCosts:
         """A generator apart and the model whose weights it gets, as a mask: on shared devices they'd be one model."""
         if self._generating < 0 or not (source := self.models[self._generating].receives_from):
             return 0
-        roles = [model.role for model in self.models]
-        if source not in roles:
-            raise Refused(f"{self.models[self._generating].label} gets the weights of {source}, which is not a model")
-        return 1 << self._generating | 1 << roles.index(source)
+        sources = [index for index, model in enumerate(self.models) if model.role == source]  # none: it is elsewhere
+        return 1 << self._generating | 1 << sources[0] if sources else 0
 
     def _row(self, mask: int) -> list[Choice | None]:
         """By number of devices, the fastest choice on at most so many: devices that only slow it stay idle."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from asyncflow.compose import GENERATOR, hosts_of, layout_of, pools_of, topology_of
-from asyncflow.config import Recipe
+from asyncflow.config import Pool, Recipe
 from asyncflow.control.prompts import PromptSource
 from asyncflow.control.settings import Pace
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.placement.devices import GB, Cluster
+from asyncflow.placement.devices import GB, Cluster, Device
 from asyncflow.placement.layouts import Layout
 from asyncflow.placement.plan import PlacedModel, Placement
 from asyncflow.placement.shapes import Shape
@@ -65,8 +65,10 @@ def models_of(recipe: Recipe, dataflow: Dataflow) -> list[ModelWork]:
     return apart(models) if GENERATOR in recipe.placement else models
 
 
-def of_recipe(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration) -> Scenario:
-    """A recipe in its own placement on calibrated devices."""
+def of_recipe(
+    recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration, devices: Mapping[str, Device] = {}
+) -> Scenario:
+    """A recipe in its own placement on calibrated devices; `devices` are those of pools that are of other kinds."""
     device, workload = calibration.device, workload_of(recipe, prompt, calibration.responses)
     pools = {s: p for s, p in pools_of(recipe, dataflow).items() if s in {*dataflow.services, GENERATOR}}
     speeds: dict[str, Speed] = {s: FixedSpeed(row_s=calibration.row_s.get(s, 0.0)) for s in pools}
@@ -74,7 +76,8 @@ def of_recipe(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: 
         grouping = layout_of(recipe, model.role) if model.generates else None
         sizes = (grouping.pp, grouping.tp) if grouping else (0, 0)
         layout = Layout(topology_of(recipe, model.role), False, *sizes)
-        speeds[model.role] = ModelSpeed(model, layout, device, workload)
+        pool = recipe.pools.get(pools[model.role], Pool())
+        speeds[model.role] = ModelSpeed(model, layout, devices.get(pool.device, device), workload)
     return Scenario(
         dataflow=dataflow,
         hosts=hosts_of(recipe, dataflow),
