@@ -18,8 +18,8 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
 from asyncflow.placement.devices import CATALOGUE, Cluster
 from asyncflow.placement.kinds import shared_out
-from asyncflow.placement.layouts import SetCosts
 from asyncflow.placement.mapper import placements
+from asyncflow.placement.set_costs import SetCosts
 from asyncflow.placement.shapes import LLAMA
 from asyncflow.placement.workload import Lengths, ModelWork, Workload, ppo
 from asyncflow.planning.scenarios import of_placement

@@ -42,7 +42,7 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         cluster = Cluster(calibration.device, cluster.count)
         shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
         models = work_of(checked.dataflow, shapes)
-        workload = workload_of(recipe, prompt_lengths(checked.train), calibration.responses)
+        workload = workload_of(recipe, prompt_lengths(checked.train), calibration)
         placed = make_plan(models, cluster, workload)
 
         def simulated(placement: Placement) -> Simulated:

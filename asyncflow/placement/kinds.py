@@ -14,9 +14,9 @@ from operator import itemgetter
 import numpy as np
 
 from asyncflow.placement.devices import Cluster, Refused
-from asyncflow.placement.layouts import Allows
 from asyncflow.placement.mapper import step_s
 from asyncflow.placement.plan import Placement, ranked, ways_to_generate
+from asyncflow.placement.set_costs import Allows
 from asyncflow.placement.workload import ModelWork, Workload
 
 EACH = 2  # placements of each kind's models that are combined

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from asyncflow.placement.devices import GB, Cluster, Refused
-from asyncflow.placement.layouts import Allows, Choice, Layout, SetCosts
+from asyncflow.placement.layouts import Choice, Layout
 from asyncflow.placement.mapper import STAGES, Split
+from asyncflow.placement.set_costs import Allows, SetCosts
 from asyncflow.placement.workload import ModelWork, Workload, apart
 
 VISIBLE = 1e-3  # share of a step below which a difference is not told

@@ -69,7 +69,7 @@ def candidates(
     if kinds[0].cluster.device.name == CPU_SLOT:
         placed = _groupings(recipe, models, kinds[0])
     else:
-        workload = workload_of(recipe, prompt, kinds[0].calibration.responses)
+        workload = workload_of(recipe, prompt, kinds[0].calibration)
         mapped = shared_out(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
                             lambda model, topology: _runs(recipe, model, topology))  # fmt: skip
         placed = (_of_mapper(recipe, shared, kinds) for shared in mapped)

@@ -44,12 +44,13 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
     return shapes
 
 
-def workload_of(recipe: Recipe, prompt: Lengths, response: Lengths | None = None) -> Workload:
+def workload_of(recipe: Recipe, prompt: Lengths, calibration: Calibration) -> Workload:
     """A recipe's step; where nothing is known of the responses they have all the tokens that they may have."""
+    limit = recipe.generation.max_tokens
     return Workload(
         recipe.prompts_per_step,
         prompt=prompt,
-        response=response or Lengths.fixed(recipe.generation.max_tokens),
+        response=calibration.responses_under(limit) or Lengths.fixed(limit),
         samples_per_prompt=recipe.samples_per_prompt,
         mini_batches=recipe.loss.mini_batches,
         epochs=recipe.loss.epochs,
@@ -69,7 +70,7 @@ def of_recipe(
     recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration, devices: Mapping[str, Device] = {}
 ) -> Scenario:
     """A recipe in its own placement on calibrated devices; `devices` are those of pools that are of other kinds."""
-    device, workload = calibration.device, workload_of(recipe, prompt, calibration.responses)
+    device, workload = calibration.device, workload_of(recipe, prompt, calibration)
     pools = {s: p for s, p in pools_of(recipe, dataflow).items() if s in {*dataflow.services, GENERATOR}}
     speeds: dict[str, Speed] = {s: FixedSpeed(row_s=calibration.row_s.get(s, 0.0)) for s in pools}
     for model in models_of(recipe, dataflow):

@@ -17,8 +17,8 @@ import msgspec
 
 from asyncflow.placement import costs, memory
 from asyncflow.placement.devices import Cluster, Device
-from asyncflow.placement.layouts import SetCosts
 from asyncflow.placement.mapper import Split, search
+from asyncflow.placement.set_costs import SetCosts
 from asyncflow.placement.shapes import LLAMA
 from asyncflow.placement.workload import ModelWork, ppo
 from protocols.topology import Topology

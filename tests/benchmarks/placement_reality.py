@@ -29,7 +29,6 @@ import numpy as np
 
 from asyncflow.config import Recipe, to_recipe
 from asyncflow.launching import launch, runtime_of
-from asyncflow.placement.workload import Lengths
 from asyncflow.planning import machine
 from asyncflow.planning.automatic import Choice, place
 from asyncflow.planning.calibration import Calibration
@@ -132,7 +131,8 @@ class Bench:
         checked = check(self.recipe(case))
         alone = runtime_of(msgspec.structs.replace(checked.recipe, pools={}))
         watch = Watch()
-        found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
+        with watch.looking():
+            found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
         known = {"runtime": runtime, "round": number, "others": watch.others()}
         self._add(kind="calibration", **known, calibration=msgspec.to_builtins(found))
         if not self.calibrations(runtime):
@@ -162,8 +162,7 @@ class Bench:
         """What `auto` makes of a recipe one version ahead, on as many slots as a hand may use."""
         checked = check(self.recipe(Case(runtime, TOGETHER, 1)))
         asked = msgspec.structs.replace(checked.recipe, pools={}, placement={})
-        calibration = _at(self.calibrations(runtime)[0], checked.recipe.generation.max_tokens)
-        return place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+        return place(asked, checked.dataflow, prompt_lengths(checked.train), self.calibrations(runtime)[0])
 
     def _known(self, **wanted: Any) -> bool:
         return bool(self._quiet(**wanted))
@@ -199,17 +198,9 @@ async def _run(recipe: Recipe, folder: Path) -> tuple[float, list[float]]:
         return others, [step.seconds for step in run.metrics]
 
 
-def _at(calibration: Calibration, tokens: int) -> Calibration:
-    """The same policy under another limit: what it would have gone on to say is cut."""
-    assert calibration.responses is not None
-    cut = Lengths(tuple(min(float(tokens), length) for length in calibration.responses.tokens))
-    return msgspec.structs.replace(calibration, responses=cut)
-
-
 def scenario_of(checked: Checked, calibration: Calibration) -> Scenario:
     """A judged recipe as the simulator sees it."""
-    cut = _at(calibration, checked.recipe.generation.max_tokens)
-    scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), cut)
+    scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
     pace = msgspec.structs.replace(scenario.pace, steps=checked.recipe.steps)
     return msgspec.structs.replace(scenario, pace=pace)
 

@@ -1,14 +1,17 @@
 """How busy a machine is with somebody else's work: a measurement says so, and one that was disturbed is taken again.
 
-What all processes computed, of `/proc/stat`, less what this process and its descendants did, those that have ended
-and were waited for included.
+What all processes computed, of `/proc/stat`, less what this process and its descendants did. Who ends in between
+counts as far as it was last seen: look, where processes come and go.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -18,16 +21,37 @@ class Watch:
     """From its making on."""
 
     def __init__(self) -> None:
-        self._start = self._now()
+        self._since, self._busy = time.monotonic(), _busy_s()
+        self._first = _own_s()
+        self._own = dict(self._first)  # process -> seconds that it has worked
+
+    def look(self) -> None:
+        """See what one's own processes have done so far."""
+        self._own |= _own_s()
+
+    @contextmanager
+    def looking(self, every_s: float = 0.5) -> Iterator[None]:
+        """Look all the time, in a thread."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(every_s):
+                self.look()
+
+        thread = threading.Thread(target=look, name="watch")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def others(self) -> float:
         """Share of the machine's cores that others have taken since; ask while one's own processes still live."""
-        then, (moment, busy, own) = self._start, self._now()
-        passed = (moment - then[0]) * (os.cpu_count() or 1)
-        return max(0.0, (busy - then[1]) - (own - then[2])) / passed
-
-    def _now(self) -> tuple[float, float, float]:
-        return time.monotonic(), _busy_s(), _own_s()
+        self.look()
+        passed = (time.monotonic() - self._since) * (os.cpu_count() or 1)
+        own = sum(self._own.values()) - sum(self._first.values())
+        return max(0.0, _busy_s() - self._busy - own) / passed
 
 
 def _busy_s() -> float:
@@ -36,8 +60,8 @@ def _busy_s() -> float:
     return (user + nice + system + interrupts + soft) / TICKS
 
 
-def _own_s() -> float:
-    """Seconds that this process and its descendants have worked."""
+def _own_s() -> dict[int, float]:
+    """Seconds that this process and its descendants have worked, each."""
     children, seconds = defaultdict[int, list[int]](list), dict[int, float]()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -47,10 +71,10 @@ def _own_s() -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
         children[int(fields[1])].append(int(folder.name))
-        seconds[int(folder.name)] = sum(map(int, fields[11:15])) / TICKS
-    total, left = 0.0, [os.getpid()]
+        seconds[int(folder.name)] = sum(map(int, fields[11:13])) / TICKS
+    own, left = dict[int, float](), [os.getpid()]
     while left:
         process = left.pop()
-        total += seconds.get(process, 0.0)
+        own[process] = seconds.get(process, 0.0)
         left += children[process]
-    return total
+    return own

@@ -10,7 +10,8 @@ import pytest
 
 from asyncflow.placement import costs, memory
 from asyncflow.placement.devices import CATALOGUE, Cluster, Device, Refused
-from asyncflow.placement.layouts import Choice, SetCosts
+from asyncflow.placement.layouts import Choice
+from asyncflow.placement.set_costs import SetCosts
 from asyncflow.placement.shapes import LLAMA, Shape
 from asyncflow.placement.workload import Lengths, ModelWork, Workload, apart, ppo
 from protocols.topology import Topology
