@@ -16,8 +16,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -30,8 +28,9 @@ from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
 from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE, Device
 from asyncflow.placement.workload import Lengths
 from asyncflow.planning import machine
+from asyncflow.planning.abreast import in_processes, in_threads
 from asyncflow.planning.calibration import Calibration, Figures, Timed, fit_decode, reach_of
-from asyncflow.planning.machine import Sizes, median_s, rate
+from asyncflow.planning.machine import Sizes, median_s
 from asyncflow.planning.scenarios import shapes_of
 from asyncflow.planning.workbench import Workbench, message_of
 from asyncflow.services.runtime import Runtime
@@ -65,7 +64,8 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
             publish_s=_publish_s(bench),
         )
         reach = reach_of(figures)
-        cores = _thread_cores(bench, tokens) if recipe.runtime == "local" else machine.process_cores(sizes)
+        local = recipe.runtime == "local"
+        cores = in_threads(bench, tokens) if local else in_processes(recipe, dataflow, tokens, sizes)
         rows = _without_models(bench, tokens)
         record = machine.record_s(recipe, sizes)
     slots = os.cpu_count() or 1
@@ -166,17 +166,3 @@ def _without_models(bench: Workbench, tokens: int) -> dict[str, float]:
     numbers = bench.specs[ADVANTAGE].numbers
     found[ADVANTAGE] = median_s(partial(function, *inputs, **numbers), bench.sizes.rounds) / rows
     return found
-
-
-def _thread_cores(bench: Workbench, tokens: int) -> float:
-    """Services that share an interpreter: how many times one's work is done by all of them at once."""
-    rollouts = bench.rollouts(max(bench.sizes.trained_rows), tokens)
-    works: list[Callable[[], object]] = []
-    for role, method in (("reference", "log_probs"), ("policy", "log_probs"), ("critic", "values")):
-        if role in bench.places:
-            works.append(partial(bench.places[role].method(method), rollouts))
-    works = works[: os.cpu_count() or 1]
-    alone = [rate(work, bench.sizes.seconds) for work in works]
-    with ThreadPoolExecutor(len(works)) as threads:
-        together = list(threads.map(lambda work: rate(work, bench.sizes.seconds), works))
-    return max(1.0, sum(both / one for both, one in zip(together, alone, strict=True)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -13,6 +15,7 @@ from asyncflow.control.prompts import PromptSource
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planning.machine import Sizes
 from asyncflow.planning.scenarios import shapes_of
+from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import build
 from protocols.columns import Batch, Jagged
 from protocols.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
@@ -23,20 +26,19 @@ from workers.generation.engine import Engine
 class Workbench:
     """From its making until `close`."""
 
-    def __init__(self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes) -> None:
+    def __init__(
+        self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes, only: Collection[str] = ()
+    ) -> None:
+        """`only` these services, and none of them generates; by default all."""
         self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
         self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
-        apart = {
-            name: msgspec.structs.replace(spec, collective=False)
-            for name, spec in self.specs.items()
-            if name != "evaluator"
-        }
-        self.places = {name: build(spec) for name, spec in apart.items()}
-        self.engine = self._engine()
+        names = only or self.specs.keys() - {"evaluator"}
+        self.places = {name: build(_alone(self.specs[name], generates=not only)) for name in names}
         self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
         self._dice = np.random.default_rng(recipe.seed)
 
-    def _engine(self) -> Engine:
+    @cached_property
+    def engine(self) -> Engine:
         """The engine that draws, with the policy's weights in it."""
         policy = self.places["policy"]
         engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
@@ -79,6 +81,12 @@ class Workbench:
             sample_ids=drawn.sample_ids, prompts=drawn.prompts, responses=drawn.responses,
             loss_mask=drawn.loss_mask, log_probs=drawn.log_probs, **columns,
         )  # fmt: skip
+
+
+def _alone(spec: ServiceSpec, generates: bool) -> ServiceSpec:
+    """The service as one that has no other ranks."""
+    stages = [stage for stage in spec.stages if generates or stage.fires != "generate"]
+    return msgspec.structs.replace(spec, collective=False, stages=stages)
 
 
 def message_of(kind: type[Batch], rollouts: Rollouts) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+
 import msgspec
 import numpy as np
 import pytest
