@@ -19,7 +19,7 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
 from asyncflow.model_checks import check_lora, check_models, check_shards, config_of, is_module
-from asyncflow.planning import automatic
+from asyncflow.planning import automatic, pinning
 from asyncflow.planning.scenarios import prompt_lengths
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.datasets import DataError, Problem, read_rows
@@ -40,7 +40,7 @@ class Checked(msgspec.Struct):
 def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files, and place it where it leaves that to the mapper. Raises BadInput."""
     if recipe.placed_by not in ("", automatic.AUTO):
-        recipe = automatic.pinned(recipe, recipe.placed_by)
+        recipe = pinning.pinned(recipe, recipe.placed_by)
     recipe = automatic.check_devices(recipe)
     try:
         algorithm = algorithm_named(recipe.algorithm)
@@ -68,7 +68,7 @@ def check(recipe: Recipe) -> Checked:
     choice = automatic.place(recipe, dataflow, prompt_lengths(train))
     check_lora(choice.chosen.recipe)
     check_shards(choice.chosen.recipe, dataflow)
-    return Checked(choice.chosen.recipe, dataflow, train, heldout, automatic.text_of(choice))
+    return Checked(choice.chosen.recipe, dataflow, train, heldout, pinning.text_of(choice))
 
 
 def _check_samples(recipe: Recipe, declared: Declaration) -> None:

@@ -190,6 +190,19 @@ def transition(
 
 
 @bench.command()
+def planning(
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few devices: to see that it runs.")] = False,
+) -> None:
+    """How long the exact search and the simulator take as devices and models grow. About a minute."""
+    from asyncflow.bench.planning import QUICK, Sizes, lines, measure, rows
+    from asyncflow.bench.report import report
+
+    figures = measure(QUICK if quick else Sizes())
+    _print_lines([report("planning", rows(figures))] if as_json else lines(figures))
+
+
+@bench.command()
 def learning(
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
     algorithms: Annotated[str, typer.Option(help="Recipes to run, e.g. ppo,grpo; by default all.")] = "",

@@ -12,7 +12,7 @@ from asyncflow.config import BadInput, Pool, Recipe
 from asyncflow.placement.devices import Cluster
 from asyncflow.placement.plan import Placement, draw, make_plan
 from asyncflow.placement.workload import work_of
-from asyncflow.planning import advice, automatic
+from asyncflow.planning import advice, automatic, pinning
 from asyncflow.planning.calibration import Calibration, read_calibration
 from asyncflow.planning.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
 from asyncflow.planning.simulator import Simulated, simulate
@@ -42,7 +42,7 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         cluster = Cluster(calibration.device, cluster.count)
         shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
         models = work_of(checked.dataflow, shapes)
-        workload = workload_of(recipe, prompt_lengths(checked.train), calibration.responses)
+        workload = workload_of(recipe, prompt_lengths(checked.train), calibration)
         placed = make_plan(models, cluster, workload)
 
         def simulated(placement: Placement) -> Simulated:
@@ -69,8 +69,8 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
     asked = msgspec.structs.replace(checked.recipe, pools=given)
     calibration = _calibration(device) if device else None
     choice = automatic.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
-    automatic.save(choice, path)
-    lines = [f"{choice.cluster}: {choice.chosen.name}", _told("simulated", choice.chosen.simulated)]
+    pinning.save(choice, path)
+    lines = [f"{choice.devices}: {choice.chosen.name}", _told("simulated", choice.chosen.simulated)]
     if choice.runner_up:
         lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
                      f"{choice.runner_up.simulated.step_s:.3g} s")  # fmt: skip

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from asyncflow.placement.devices import GB, Cluster, Refused
-from asyncflow.placement.layouts import Allows, Choice, Layout, SetCosts
+from asyncflow.placement.layouts import Choice, Layout
 from asyncflow.placement.mapper import STAGES, Split
+from asyncflow.placement.set_costs import Allows, SetCosts
 from asyncflow.placement.workload import ModelWork, Workload, apart
 
 VISIBLE = 1e-3  # share of a step below which a difference is not told
@@ -77,7 +78,7 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
     ranked: list[tuple[Split, SetCosts]] = []
     refusals: list[Refused] = []
     steps: dict[int, list[float]] = {extra: [] for extra in extras}
-    for works in _ways_to_generate(models):
+    for works in ways_to_generate(models):
         try:
             costs = SetCosts(works, cluster, workload, extra=max(extras))
             ranked += [(split, costs) for split in costs.best(cluster.count, KEEP)]
@@ -102,23 +103,11 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
 
 
 def ranked(
-    models: Sequence[ModelWork], cluster: Cluster, workload: Workload, keep: int, allows: Allows
+    works: Sequence[ModelWork], cluster: Cluster, workload: Workload, keep: int, allows: Allows
 ) -> list[Placement]:
-    """The `keep` best placements of each way to generate whose topologies are allowed, best first.
-
-    Raises Refused, with the numbers, where the models do not fit.
-    """
-    found: list[Placement] = []
-    refusals: list[Refused] = []
-    for works in _ways_to_generate(models):
-        try:
-            costs = SetCosts(works, cluster, workload, allows=allows)
-            found += [_placement(split, costs) for split in costs.best(cluster.count, keep)]
-        except Refused as refusal:
-            refusals.append(refusal)
-    if not found:
-        raise refusals[0]
-    return sorted(found, key=lambda placement: placement.step_s)
+    """The `keep` best placements of exactly these models. Raises Refused."""
+    costs = SetCosts(works, cluster, workload, allows=allows)
+    return [_placement(split, costs) for split in costs.best(cluster.count, keep)]
 
 
 def why(chosen: Placement, other: Placement) -> str:
@@ -166,7 +155,7 @@ def _line(model: PlacedModel) -> str:
     return f"{model.role:<10} {model.shape} at {model.parallel}{at}{recompute}: {times}; {held}"
 
 
-def _ways_to_generate(models: Sequence[ModelWork]) -> list[list[ModelWork]]:
+def ways_to_generate(models: Sequence[ModelWork]) -> list[list[ModelWork]]:
     """The models as they are, and with a generator of its own where the policy both trains and generates."""
     together = list(models)
     separate = apart(models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import NormalDist
@@ -43,6 +44,18 @@ class Lengths(msgspec.Struct, frozen=True):
         normal = NormalDist()
         quantiles = (normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES))
         return cls(tuple(min(limit, max(1.0, median * 2.718281828459045 ** (sigma * z))) for z in quantiles))
+
+    def under(self, limit: float, before: float) -> Lengths:
+        """The same source under a limit of so many tokens, where these lengths were seen under the limit `before`.
+
+        Who was cut goes on as all did until then: each further token is the last one with the share that ends had of
+        the tokens that were seen.
+        """
+        ended = [length for length in self.tokens if length < before]
+        hazard, cut = len(ended) / sum(self.tokens), len(self.tokens) - len(ended)
+        middles = ((i + 0.5) / cut for i in range(cut))
+        further = (math.log(1 - share) / math.log(1 - hazard) if hazard else math.inf for share in middles)
+        return Lengths(tuple(min(float(limit), length) for length in (*ended, *(before + f for f in further))))
 
     @property
     def mean(self) -> float:

@@ -23,8 +23,13 @@ class Calibration(msgspec.Struct, frozen=True):
 
     device: Device
     responses: Lengths | None = None  # tokens that the recipe's policy answered with; None: not known
+    limit: int = 0  # tokens that a response could have; 0: not known, none was cut
     row_s: dict[str, float] = {}  # service without a model -> seconds a row
     measured: str = ""  # where and with what recipe
+
+    def responses_under(self, limit: int) -> Lengths | None:
+        """What the policy answers with where it may use up to `limit` tokens."""
+        return self.responses and self.responses.under(limit, self.limit or self.responses.maximum + 1)
 
 
 class Line(msgspec.Struct, frozen=True):

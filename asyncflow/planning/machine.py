@@ -1,11 +1,9 @@
-"""What a machine and a runtime do, whatever the model: products, copies, cores, calls, records. Medians, seconds."""
+"""What a machine and a runtime do, whatever the model: products, copies, calls, records. Medians, seconds."""
 
 from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,15 +32,16 @@ STATES: tuple[State, ...] = ("generated", "scored", "batched")
 class Sizes(msgspec.Struct, frozen=True):
     """How much is measured."""
 
-    rows: tuple[int, ...] = (1, 8, 32, 64)  # of a forward pass
-    trained_rows: tuple[int, ...] = (4, 16, 48)  # of an optimizer step
+    rows: tuple[int, ...] = (1, 8, 32, 96)  # of a forward pass
+    trained_rows: tuple[int, ...] = (4, 16, 48, 96)  # of an optimizer step
+    abreast_rows: int = 48  # of services side by side
     running: tuple[int, ...] = (1, 4, 16, 64)  # sequences that are drawn together
     rounds: int = 5
     calls: int = 40
-    seconds: float = 1.0  # of working two at a time
+    seconds: float = 2.0  # of working alone, and of working beside others
 
 
-QUICK = Sizes(rows=(1, 16), trained_rows=(4, 16), running=(1, 16), rounds=2, calls=8, seconds=0.2)
+QUICK = Sizes(rows=(1, 16), trained_rows=(4, 16), abreast_rows=8, running=(1, 16), rounds=2, calls=8, seconds=0.2)
 
 
 def peak_flops(sizes: Sizes) -> float:
@@ -58,25 +57,6 @@ def bandwidth(sizes: Sizes) -> float:
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
     return 2 * COPIED_BYTES / median_s(lambda: np.copyto(target, source), sizes.rounds)
-
-
-def process_cores(sizes: Sizes) -> float:
-    """How many times one process's work is done by a process a core, of small matrix products."""
-    alone = _processes(1, sizes.seconds)
-    return max(1.0, sum(_processes(os.cpu_count() or 1, sizes.seconds)) / alone[0])
-
-
-def _processes(count: int, seconds: float) -> list[float]:
-    program = (
-        "import sys, time, numpy as np; a = np.ones((96, 96), np.float32); n = 0\n"
-        "end = time.perf_counter() + float(sys.argv[1])\n"
-        "while time.perf_counter() < end: a @ a; n += 1\n"
-        "print(n)"
-    )
-    command = [sys.executable, "-c", program, str(seconds)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) for _ in range(count)]
-    return [float(process.communicate()[0]) for process in running]
 
 
 async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: Sizes) -> float:

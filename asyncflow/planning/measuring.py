@@ -15,94 +15,27 @@ import asyncio
 import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
 import msgspec
-import numpy as np
 
-from asyncflow.compose import GENERATOR, compose
+from asyncflow.compose import GENERATOR
 from asyncflow.config import Recipe
 from asyncflow.control.prompts import PromptSource
 from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
 from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE, Device
 from asyncflow.placement.workload import Lengths
 from asyncflow.planning import machine
+from asyncflow.planning.abreast import in_processes, in_threads
 from asyncflow.planning.calibration import Calibration, Figures, Timed, fit_decode, reach_of
-from asyncflow.planning.machine import Sizes, median_s, rate
+from asyncflow.planning.machine import Sizes, median_s
 from asyncflow.planning.scenarios import shapes_of
+from asyncflow.planning.workbench import Workbench, message_of
 from asyncflow.services.runtime import Runtime
-from asyncflow.services.workplace import build
-from protocols.columns import Batch, Jagged
-from protocols.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
 from protocols.roles import Sampling
 from protocols.weights import Version
-from workers.generation.engine import Engine
-
-
-class Bench:
-    """A recipe's workers in this process, and rows to give them."""
-
-    def __init__(self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes) -> None:
-        self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
-        self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
-        apart = {
-            name: msgspec.structs.replace(spec, collective=False)
-            for name, spec in self.specs.items()
-            if name != "evaluator"
-        }
-        self.places = {name: build(spec) for name, spec in apart.items()}
-        self.engine = self._engine()
-        self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
-        self._dice = np.random.default_rng(recipe.seed)
-
-    def _engine(self) -> Engine:
-        """The engine that draws, with the policy's weights in it."""
-        policy = self.places["policy"]
-        engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
-        assert engine is not None
-        if engine.version is None:
-            engine.load(*policy.worker.snapshot(Version(0, 0)))
-        return engine
-
-    def close(self) -> None:
-        """Free the workers."""
-        for place in self.places.values():
-            place.close()
-
-    def prompts(self, rows: int) -> Prompts:
-        """The recipe's own prompts, one row each."""
-        ids = [self.source.at(position) for position in range(rows)]
-        return self.source.requests(ids, 1, 0)
-
-    def rollouts(self, rows: int, tokens: int) -> Rollouts:
-        """The recipe's own prompts with responses of so many random tokens."""
-        prompts = self.prompts(rows)
-        responses = Jagged.from_rows(list(self._dice.integers(2, self._vocabulary, (rows, tokens)).astype(np.int32)))
-        return Rollouts(
-            sample_ids=prompts.sample_ids,
-            prompts=prompts.prompts,
-            references=prompts.references,
-            responses=responses,
-            log_probs=responses.with_values(np.full(rows * tokens, -3.0, np.float32)),
-            versions=responses.with_values(np.zeros(rows * tokens, np.int32)),
-            loss_mask=responses.with_values(np.ones(rows * tokens, np.uint8)),
-            finishes=np.zeros(rows, np.uint8),
-        )
-
-    def experience(self, rows: int, tokens: int) -> Experience:
-        """Such rows with small random advantages."""
-        drawn = self.rollouts(rows, tokens)
-        noise = drawn.log_probs.with_values(self._dice.normal(0, 0.1, rows * tokens).astype(np.float32))
-        columns = dict.fromkeys(("advantages", "returns", "values", "reference", "cost_returns", "cost_values"), noise)
-        return Experience(
-            sample_ids=drawn.sample_ids, prompts=drawn.prompts, responses=drawn.responses,
-            loss_mask=drawn.loss_mask, log_probs=drawn.log_probs, **columns,
-        )  # fmt: skip
 
 
 async def measure(
@@ -114,7 +47,7 @@ async def measure(
 
 
 def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: Sizes) -> Calibration:
-    with closing(Bench(recipe, dataflow, source, sizes)) as bench:
+    with closing(Workbench(recipe, dataflow, source, sizes)) as bench:
         peak, bandwidth = machine.peak_flops(sizes), machine.bandwidth(sizes)
         drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
         responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
@@ -131,7 +64,8 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
             publish_s=_publish_s(bench),
         )
         reach = reach_of(figures)
-        cores = _thread_cores(bench, tokens) if recipe.runtime == "local" else machine.process_cores(sizes)
+        local = recipe.runtime == "local"
+        cores = in_threads(bench, tokens) if local else in_processes(recipe, dataflow, tokens, sizes)
         rows = _without_models(bench, tokens)
         record = machine.record_s(recipe, sizes)
     slots = os.cpu_count() or 1
@@ -147,7 +81,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         cores=cores,
     )
     where = f"{recipe.name} on {slots} cores of {platform.machine()}, runtime {recipe.runtime}"
-    return Calibration(device, responses, rows, where)
+    return Calibration(device, responses, recipe.generation.max_tokens, rows, where)
 
 
 # --- the recipe's models
@@ -168,7 +102,7 @@ class Draw(msgspec.Struct, frozen=True):
         return sum(self.lengths)
 
 
-def _drawn(bench: Bench, rows: int) -> Draw:
+def _drawn(bench: Workbench, rows: int) -> Draw:
     engine = bench.engine
     sampling = Sampling(max_tokens=bench.recipe.generation.max_tokens, temperature=bench.recipe.generation.temperature)
     start, finished = time.perf_counter(), []
@@ -178,7 +112,7 @@ def _drawn(bench: Bench, rows: int) -> Draw:
     return Draw([len(row.tokens) for row in finished], time.perf_counter() - start)
 
 
-def _forward(bench: Bench, tokens: int) -> list[Timed]:
+def _forward(bench: Workbench, tokens: int) -> list[Timed]:
     """Inference of the policy's shape, over rows that fit one micro-batch."""
     place = bench.places.get("reference") or bench.places["policy"]
     timed = []
@@ -190,7 +124,7 @@ def _forward(bench: Bench, tokens: int) -> list[Timed]:
     return timed
 
 
-def _update(bench: Bench, tokens: int) -> list[Timed]:
+def _update(bench: Workbench, tokens: int) -> list[Timed]:
     """A step of the policy: all of its optimizer steps together."""
     timed = []
     for rows in bench.sizes.trained_rows:
@@ -202,7 +136,7 @@ def _update(bench: Bench, tokens: int) -> list[Timed]:
     return timed
 
 
-def _publish_s(bench: Bench) -> float:
+def _publish_s(bench: Workbench) -> float:
     """A copy of the weights, taken or installed: the mean of the two. 0 where the policy generates itself."""
     if GENERATOR not in bench.places:
         return 0.0
@@ -218,7 +152,7 @@ def _publish_s(bench: Bench) -> float:
     return (statistics.median(taken) + statistics.median(installed)) / 2
 
 
-def _without_models(bench: Bench, tokens: int) -> dict[str, float]:
+def _without_models(bench: Workbench, tokens: int) -> dict[str, float]:
     """Seconds a row of rules, and of the batch function."""
     rows = max(bench.sizes.trained_rows)
     rollouts = bench.rollouts(rows, tokens)
@@ -227,38 +161,8 @@ def _without_models(bench: Bench, tokens: int) -> dict[str, float]:
         if name in bench.places and bench.recipe.models[name].rule:
             found[name] = median_s(partial(bench.places[name].worker.score, rollouts), bench.sizes.rounds) / rows
     closing_stage = bench.dataflow.batch_stage
-    inputs = [_sample_of(channel.message, rollouts) for channel in bench.dataflow.inputs_of(closing_stage.name)]
+    inputs = [message_of(channel.message, rollouts) for channel in bench.dataflow.inputs_of(closing_stage.name)]
     function = bench.places[ADVANTAGE].method(closing_stage.method)
     numbers = bench.specs[ADVANTAGE].numbers
     found[ADVANTAGE] = median_s(partial(function, *inputs, **numbers), bench.sizes.rounds) / rows
     return found
-
-
-def _sample_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
-    """A message of some type about the same rows."""
-    ids, rows = rollouts.sample_ids, len(rollouts)
-    match kind.__name__:
-        case "LogProbs":
-            return LogProbs(sample_ids=ids, log_probs=rollouts.log_probs)
-        case "Values":
-            return Values(sample_ids=ids, values=rollouts.log_probs, versions=np.zeros(rows, np.int64))
-        case "Scores":
-            return Scores(sample_ids=ids, scores=np.arange(rows, dtype=np.float32))
-        case "Costs":
-            return Costs(sample_ids=ids, costs=np.arange(rows, dtype=np.float32))
-        case _:
-            return rollouts
-
-
-def _thread_cores(bench: Bench, tokens: int) -> float:
-    """Services that share an interpreter: how many times one's work is done by all of them at once."""
-    rollouts = bench.rollouts(max(bench.sizes.trained_rows), tokens)
-    works: list[Callable[[], object]] = []
-    for role, method in (("reference", "log_probs"), ("policy", "log_probs"), ("critic", "values")):
-        if role in bench.places:
-            works.append(partial(bench.places[role].method(method), rollouts))
-    works = works[: os.cpu_count() or 1]
-    alone = [rate(work, bench.sizes.seconds) for work in works]
-    with ThreadPoolExecutor(len(works)) as threads:
-        together = list(threads.map(lambda work: rate(work, bench.sizes.seconds), works))
-    return max(1.0, sum(both / one for both, one in zip(together, alone, strict=True)))

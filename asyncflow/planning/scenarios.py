@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from asyncflow.compose import GENERATOR, hosts_of, layout_of, pools_of, topology_of
-from asyncflow.config import Recipe
+from asyncflow.config import Pool, Recipe
 from asyncflow.control.prompts import PromptSource
 from asyncflow.control.settings import Pace
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.placement.devices import GB, Cluster
+from asyncflow.placement.devices import GB, Cluster, Device
 from asyncflow.placement.layouts import Layout
 from asyncflow.placement.plan import PlacedModel, Placement
 from asyncflow.placement.shapes import Shape
@@ -44,12 +44,13 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
     return shapes
 
 
-def workload_of(recipe: Recipe, prompt: Lengths, response: Lengths | None = None) -> Workload:
+def workload_of(recipe: Recipe, prompt: Lengths, calibration: Calibration) -> Workload:
     """A recipe's step; where nothing is known of the responses they have all the tokens that they may have."""
+    limit = recipe.generation.max_tokens
     return Workload(
         recipe.prompts_per_step,
         prompt=prompt,
-        response=response or Lengths.fixed(recipe.generation.max_tokens),
+        response=calibration.responses_under(limit) or Lengths.fixed(limit),
         samples_per_prompt=recipe.samples_per_prompt,
         mini_batches=recipe.loss.mini_batches,
         epochs=recipe.loss.epochs,
@@ -65,16 +66,19 @@ def models_of(recipe: Recipe, dataflow: Dataflow) -> list[ModelWork]:
     return apart(models) if GENERATOR in recipe.placement else models
 
 
-def of_recipe(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration) -> Scenario:
-    """A recipe in its own placement on calibrated devices."""
-    device, workload = calibration.device, workload_of(recipe, prompt, calibration.responses)
+def of_recipe(
+    recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration, devices: Mapping[str, Device] = {}
+) -> Scenario:
+    """A recipe in its own placement on calibrated devices; `devices` are those of pools that are of other kinds."""
+    device, workload = calibration.device, workload_of(recipe, prompt, calibration)
     pools = {s: p for s, p in pools_of(recipe, dataflow).items() if s in {*dataflow.services, GENERATOR}}
     speeds: dict[str, Speed] = {s: FixedSpeed(row_s=calibration.row_s.get(s, 0.0)) for s in pools}
     for model in models_of(recipe, dataflow):
         grouping = layout_of(recipe, model.role) if model.generates else None
         sizes = (grouping.pp, grouping.tp) if grouping else (0, 0)
         layout = Layout(topology_of(recipe, model.role), False, *sizes)
-        speeds[model.role] = ModelSpeed(model, layout, device, workload)
+        pool = recipe.pools.get(pools[model.role], Pool())
+        speeds[model.role] = ModelSpeed(model, layout, devices.get(pool.device, device), workload)
     return Scenario(
         dataflow=dataflow,
         hosts=hosts_of(recipe, dataflow),

@@ -2,29 +2,32 @@
 
     python -m tests.benchmarks.paper_shapes
 
-The paper's figures 12 and 13: which placement is best at which scale. A second line allows two pipeline stages at
-most (four for 34B, which needs them): pipelines across machines spare the exchange of gradients, which is what makes
-everything together slow there.
+The paper's figures 12 and 13: which placement is best at which scale. Batches are cut evenly, as the paper's training
+framework asks: 96 devices then hold no 13B model together, since 3 divides neither its heads, its layers nor the
+batch. Where ours differs, the paper's kind of placement is also timed with links and network for nothing: what it
+takes then, no other account of communication would mend.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from asyncflow.placement import costs, memory
-from asyncflow.placement.devices import Refused
-from asyncflow.placement.layouts import SetCosts
+from asyncflow.placement.devices import Cluster, Device
 from asyncflow.placement.mapper import Split, search
+from asyncflow.placement.set_costs import SetCosts
 from asyncflow.placement.shapes import LLAMA
 from asyncflow.placement.workload import ModelWork, ppo
 from protocols.topology import Topology
-from tests.asyncflow.placement.paper_setting import DEVICE, WORKLOAD, cluster
+from tests.asyncflow.placement.paper_setting import DEVICE, WORKLOAD, even
 
-SCALES = (16, 32, 64, 96, 128)
 KINDS = {1: "together", 4: "standalone"}
 MOST_PLACEMENTS = 15
+CACHES = "here the caches take most of the time, and are read as fast either way"
+NEAR = 10  # points of a share that still count as the same
 
 PAPER: dict[str, Mapping[int, str]] = {
     "7B": {16: "together", 32: "together", 64: "together"},
@@ -46,52 +49,54 @@ class Line(msgspec.Struct, frozen=True):
     what: str
     paper: str
     ours: str
-    shallow: str = ""  # ours with two pipeline stages at most
-
-    @property
-    def agrees(self) -> str:
-        """Whether ours begins with the paper's word."""
-        return "yes" if self.ours.startswith(self.paper) else "shallow" if self.shallow.startswith(self.paper) else "no"
+    agrees: bool
+    why: str  # by how much, or why not
 
 
 def placements() -> Iterator[Line]:
     """The best placement of every size at every scale."""
     for name, by_scale in PAPER.items():
-        deep, shallow = (
-            SetCosts(MODELS[name], cluster(max(by_scale)), WORKLOAD, allows=lambda m, t, most=most: t.pp <= most)
-            for most in (1 << 20, 2 if name != "34B" else 4)
+        real, free = (
+            SetCosts(MODELS[name], Cluster(device, max(by_scale)), WORKLOAD, allows=even)
+            for device in (DEVICE, without_communication(DEVICE))
         )
         for devices, paper in by_scale.items():
-            yield Line(f"{name} on {devices}", paper, told(deep, devices), told(shallow, devices))
+            best = by_kind(real, devices)
+            ours, split = next(iter(best.items()))
+            why = ", ".join(f"{k} +{s.step_s / split.step_s - 1:.0%}" for k, s in best.items() if k != ours)
+            if ours != paper:
+                why += f"; were communication free, {paper} would take {by_kind(free, devices)[paper].step_s:.1f} s"
+            told = f"{ours}, {split.step_s:.1f} s ({sets_of(split, real.models)})"
+            yield Line(f"{name} on {devices}", paper, told, ours == paper, why)
 
 
-def told(found: SetCosts, devices: int) -> str:
-    """The best placement, and how far the best of each other kind is behind it."""
+def without_communication(device: Device) -> Device:
+    """The same device with links and a network that take no time."""
+    reach = msgspec.structs.replace(device.reach, link_latency_s=0.0, network_latency_s=0.0)
+    return msgspec.structs.replace(device, link_bytes_per_s=1e18, network_bytes_per_s=1e18, reach=reach)
+
+
+def by_kind(found: SetCosts, devices: int) -> dict[str, Split]:
+    """The best placement of each kind, the best kind first."""
     table = {mask: rows[: devices + 1] for mask, rows in found.table.items()}
-    try:
-        ranked = search(table, len(found.models), devices, 0, MOST_PLACEMENTS)
-    except Refused:
-        return "does not fit"
-    behind: dict[str, float] = {}
-    for split in ranked:
-        behind.setdefault(kind(split), split.step_s / ranked[0].step_s - 1)
-    best = "/".join(
-        "+".join(model.role[:3] for i, model in enumerate(found.models) if mask >> i & 1) + f" {count}"
-        for mask, count in ranked[0].sets
+    best: dict[str, Split] = {}
+    for split in search(table, len(found.models), devices, keep=MOST_PLACEMENTS):
+        best.setdefault(KINDS.get(len(split.sets), "split"), split)
+    return best
+
+
+def sets_of(split: Split, models: Sequence[ModelWork]) -> str:
+    """Models and their devices: "pol+ref 64/cri 32"."""
+    return "/".join(
+        "+".join(model.role[:3] for i, model in enumerate(models) if mask >> i & 1) + f" {count}"
+        for mask, count in split.sets
     )
-    others = ", ".join(f"{name} {late:+.0%}" for name, late in behind.items() if late)
-    return f"{kind(ranked[0])} ({best}; {others})"
-
-
-def kind(split: Split) -> str:
-    """together, split or standalone."""
-    return KINDS.get(len(split.sets), "split")
 
 
 def generation_layouts() -> Iterator[Line]:
     """The tensor-parallel size to generate with on 16 devices, after training at 1-8-2."""
     topology = Topology(1, 8, 2)
-    for name, paper in (("7B", "2"), ("13B", "4")):
+    for name, paper, cut in (("7B", 2, "60 %"), ("13B", 4, "36 %")):
         shape, seconds = LLAMA[name], {}
         held = memory.footprint(ModelWork("policy", shape, 1, 0, True), topology, WORKLOAD, recompute=True)
         for tp in (1, 2, 4, 8):
@@ -100,27 +105,31 @@ def generation_layouts() -> Iterator[Line]:
             drawn = costs.generation_s(shape, 1, tp, 16 // tp, WORKLOAD.samples, capacity, WORKLOAD, DEVICE)
             seconds[tp] = drawn.latency_s + costs.transition_s(shape, topology, 1, tp, DEVICE)
         best = min(seconds, key=lambda tp: seconds[tp])
-        cut = 1 - seconds[best] / seconds[8]
-        yield Line(f"{name}: t_g on 16", paper, f"{best}, which cuts generation by {cut:.0%} against 8")
+        why = f"against t_g = 8 it cuts {1 - seconds[best] / seconds[8]:.0%} of generation, in the paper {cut}: "
+        yield Line(f"{name}: t_g on 16", str(paper), str(best), best == paper, why + CACHES)
 
 
 def policy_share() -> Iterator[Line]:
-    """Generation and the policy's training as a share of the iteration, everything together on 64 devices."""
+    """Generation and the policy's training as a share of the iteration, everything together."""
+    shares = {}
     for name in ("7B", "13B", "34B"):
-        found = SetCosts(MODELS[name], cluster(64), WORKLOAD)
+        found = SetCosts(MODELS[name], Cluster(DEVICE, 64), WORKLOAD, allows=even)
         choice = found.chosen[(1 << len(found.models)) - 1][64]
         assert choice is not None
         own = next(own for model, _, own in found.parts(choice) if model.role == "policy")
-        yield Line(f"{name}: policy's share", "59 %", f"{100 * own.total_s / choice.total_s:.0f} %")
+        shares[name] = 100 * own.total_s / choice.total_s
+    mean = statistics.fmean(shares.values())
+    why = "together on 64: " + ", ".join(f"{name} {share:.0f} %" for name, share in shares.items())
+    yield Line("policy's share of a step", "58.9 %", f"{mean:.0f} %", abs(mean - 58.9) <= NEAR, why)
 
 
 def main() -> None:
     """Print the table."""
-    for lines in (generation_layouts(), policy_share(), placements()):
-        for line in lines:
-            print(f"{line.what:<34} paper: {line.paper:<11} ours: {line.ours}")
-            if line.shallow:
-                print(f"{'':<34} with shallow pipelines: {line.shallow} [agrees: {line.agrees}]")
+    lines = [*generation_layouts(), *policy_share(), *placements()]
+    print("| | paper | ours | agrees | by how much, or why not |\n|---|---|---|---|---|")
+    for line in lines:
+        print(f"| {line.what} | {line.paper} | {line.ours} | {'yes' if line.agrees else 'no'} | {line.why} |")
+    print(f"\n{sum(line.agrees for line in lines)} of {len(lines)} agree")
 
 
 if __name__ == "__main__":

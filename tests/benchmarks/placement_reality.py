@@ -1,11 +1,12 @@
 """How near the simulator comes to real runs here, and whether `placement = "auto"` finds what a hand would.
 
-    python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--work runs/placement_reality]
+    python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--seconds 300] [--work runs/placement_reality]
 
 Each round runs every recipe once, in turn, so that what disturbs one disturbs its neighbours; a recipe's step time is
 the median over the rounds of a run's mean step. Predictions come from `asyncflow calibrate` on recipes of other
 lengths and batches, one a runtime, which are themselves not judged. Results are kept line by line: started again,
-it goes on where it was. For a machine with nothing else to do; about a quarter of an hour.
+it goes on where it was. For a machine with nothing else to do; about a quarter of an hour. A run in which others
+had more than a few hundredths of the cores is kept, not judged, and taken again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,6 @@ import numpy as np
 
 from asyncflow.config import Recipe, to_recipe
 from asyncflow.launching import launch, runtime_of
-from asyncflow.placement.workload import Lengths
 from asyncflow.planning import machine
 from asyncflow.planning.automatic import Choice, place
 from asyncflow.planning.calibration import Calibration
@@ -36,10 +38,12 @@ from asyncflow.planning.scenarios import of_recipe, prompt_lengths
 from asyncflow.planning.simulator import simulate
 from asyncflow.validate import Checked, check
 from tests import tiny
+from tests.benchmarks.quietness import Watch
 
 STEPS, QUICK_STEPS = 12, 7
 CALIBRATED_ROUNDS = 3  # the first ones
 CALIBRATION_TOKENS, CALIBRATION_PROMPTS = 48, 12  # of no recipe that is judged
+MOST_OTHERS = 0.05  # share of the cores that others may take during a run that counts
 GOAL_ERROR, GOAL_RANK, GOAL_BEHIND = 0.15, 0.9, 0.05
 
 Pools = Mapping[str, str]  # service -> pool
@@ -126,12 +130,19 @@ class Bench:
         case = Case(runtime, DRAWN, tokens=CALIBRATION_TOKENS, prompts=CALIBRATION_PROMPTS)
         checked = check(self.recipe(case))
         alone = runtime_of(msgspec.structs.replace(checked.recipe, pools={}))
-        found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
-        self._add(kind="calibration", runtime=runtime, round=number, calibration=msgspec.to_builtins(found))
+        watch = Watch()
+        with watch.looking():
+            found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
+        known = {"runtime": runtime, "round": number, "others": watch.others()}
+        self._add(kind="calibration", **known, calibration=msgspec.to_builtins(found))
+        if not self.calibrations(runtime):
+            raise SystemExit(
+                f"others had {known['others']:.0%} of the cores while {runtime} was calibrated: start again"
+            )
 
     def calibrations(self, runtime: str) -> list[Calibration]:
         """What was measured of a runtime."""
-        lines = [line for line in self.lines if line["kind"] == "calibration" and line["runtime"] == runtime]
+        lines = self._quiet(kind="calibration", runtime=runtime)
         return [msgspec.convert(line["calibration"], Calibration) for line in lines]
 
     def run(self, name: str, recipe: Recipe, number: int) -> None:
@@ -139,23 +150,27 @@ class Bench:
         if self._known(kind="run", case=name, round=number):
             return
         checked = check(recipe)
-        seconds = asyncio.run(_run(checked.recipe, self.work / "run"))
-        self._add(kind="run", case=name, round=number, seconds=seconds)
+        folder = self.work / "run" / re.sub(r"\W+", "_", name)
+        others, seconds = asyncio.run(_run(checked.recipe, folder))
+        self._add(kind="run", case=name, round=number, others=others, seconds=seconds)
 
-    def measured(self, name: str, steady: range) -> list[float]:
-        """Mean seconds of a step, by round."""
-        lines = [line for line in self.lines if line["kind"] == "run" and line["case"] == name]
-        return [statistics.fmean(line["seconds"][steady.start : steady.stop]) for line in lines]
+    def runs(self, name: str) -> list[list[float]]:
+        """Seconds of the steps, of the runs that count."""
+        return [line["seconds"] for line in self._quiet(kind="run", case=name)]
 
     def choice(self, runtime: str) -> Choice:
         """What `auto` makes of a recipe one version ahead, on as many slots as a hand may use."""
         checked = check(self.recipe(Case(runtime, TOGETHER, 1)))
         asked = msgspec.structs.replace(checked.recipe, pools={}, placement={})
-        calibration = _at(self.calibrations(runtime)[0], checked.recipe.generation.max_tokens)
-        return place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+        return place(asked, checked.dataflow, prompt_lengths(checked.train), self.calibrations(runtime)[0])
 
     def _known(self, **wanted: Any) -> bool:
-        return any(all(line.get(key) == value for key, value in wanted.items()) for line in self.lines)
+        return bool(self._quiet(**wanted))
+
+    def _quiet(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Lines that count."""
+        lines = [line for line in self.lines if all(line.get(key) == value for key, value in wanted.items())]
+        return [line for line in lines if line["others"] <= MOST_OTHERS]
 
     def _add(self, **line: Any) -> None:
         self.lines.append(line)
@@ -171,26 +186,21 @@ class Bench:
         (self.work / "train.jsonl").write_text("\n".join(rows) + "\n")
 
 
-async def _run(recipe: Recipe, folder: Path) -> list[float]:
+async def _run(recipe: Recipe, folder: Path) -> tuple[float, list[float]]:
+    """The share of the cores that others had, and the seconds of the steps."""
     shutil.rmtree(folder, ignore_errors=True)
     async with launch(recipe, folder=folder) as run:
+        watch = Watch()
         ended = await run.wait()
+        others = watch.others()
         if ended.outcome != "finished":
             raise SystemExit(f"{folder}: {ended.outcome}: {ended.error}")
-        return [step.seconds for step in run.metrics]
-
-
-def _at(calibration: Calibration, tokens: int) -> Calibration:
-    """The same policy under another limit: what it would have gone on to say is cut."""
-    assert calibration.responses is not None
-    cut = Lengths(tuple(min(float(tokens), length) for length in calibration.responses.tokens))
-    return msgspec.structs.replace(calibration, responses=cut)
+        return others, [step.seconds for step in run.metrics]
 
 
 def scenario_of(checked: Checked, calibration: Calibration) -> Scenario:
     """A judged recipe as the simulator sees it."""
-    cut = _at(calibration, checked.recipe.generation.max_tokens)
-    scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), cut)
+    scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
     pace = msgspec.structs.replace(scenario.pace, steps=checked.recipe.steps)
     return msgspec.structs.replace(scenario, pace=pace)
 
@@ -223,7 +233,9 @@ def judge(bench: Bench, recipes: Mapping[str, Recipe]) -> Iterator[Judged]:
         checked = check(recipe)
         scenarios = [scenario_of(checked, found) for found in bench.calibrations(recipe.runtime)]
         predicted = [simulate(scenario).step_s for scenario in scenarios]
-        yield Judged(name, bench.measured(name, scenarios[0].steady), statistics.median(predicted))
+        steady = scenarios[0].steady
+        measured = [statistics.fmean(seconds[steady.start : steady.stop]) for seconds in bench.runs(name)]
+        yield Judged(name, measured, statistics.median(predicted))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -258,9 +270,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two recipes, one round: to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after these; judge later")
     parser.add_argument("--work", type=Path, default=Path("runs/placement_reality"))
     parser.add_argument("--runtime", choices=["local", "ray", "both"], default="both")
     given = parser.parse_args()
+    end = time.monotonic() + given.seconds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     bench = Bench(given.work.absolute(), QUICK_STEPS if given.quick else STEPS,
                   machine.QUICK if given.quick else machine.Sizes())  # fmt: skip
@@ -273,15 +287,20 @@ def main() -> None:
         for runtime in runtimes:
             if number < CALIBRATED_ROUNDS:
                 bench.calibrate(runtime, number)
-            if AUTO[runtime] not in autos:
+            if not any(name.startswith(AUTO[runtime]) for name in autos):
                 choice = bench.choice(runtime)
-                print(f"{AUTO[runtime]}: {choice.chosen.name}, of {choice.candidates}", flush=True)
-                autos[AUTO[runtime]] = choice.chosen.recipe
+                autos[f"{AUTO[runtime]}: {choice.chosen.name}"] = choice.chosen.recipe
         for name, recipe in (*recipes.items(), *autos.items()):
+            if time.monotonic() > end:
+                raise SystemExit(f"{given.seconds:.0f} s are over before round {number}, {name}: start again to go on")
             bench.run(name, recipe, number)
             print(f"round {number}: {name}", flush=True)
-    for line in report(list(judge(bench, recipes)), list(judge(bench, autos))):
+    known = [{n: r for n, r in of.items() if bench.runs(n)} for of in (recipes, autos)]
+    lacking = [n for n in (*recipes, *autos) if len(bench.runs(n)) < (1 if given.quick else given.rounds)]
+    for line in report(*(list(judge(bench, of)) for of in known)):
         print(line, flush=True)
+    if lacking:
+        print(f"others disturbed some runs, start again to take them once more: {'; '.join(lacking)}")
 
 
 if __name__ == "__main__":

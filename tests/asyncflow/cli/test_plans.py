@@ -47,7 +47,7 @@ def device(tmp_path: Path) -> Path:
     """A calibration's file."""
     two_cores = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
     path = tmp_path / "here.json"
-    path.write_bytes(msgspec.json.encode(Calibration(two_cores, Lengths.fixed(4), {}, "a test")))
+    path.write_bytes(msgspec.json.encode(Calibration(two_cores, Lengths.fixed(4), 4, {}, "a test")))
     return path
 
 
@@ -86,7 +86,9 @@ def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
 def test_calibrate_measures_the_recipes_own_models(
     paper: Paper, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    quickest = machine.Sizes(rows=(1, 8), trained_rows=(2, 8), running=(1, 8), rounds=1, calls=3, seconds=0.05)
+    quickest = machine.Sizes(
+        rows=(1, 8), trained_rows=(2, 8), abreast_rows=4, running=(1, 8), rounds=1, calls=3, seconds=0.05
+    )
     monkeypatch.setattr(machine, "QUICK", quickest)
     placement = {"policy": {"pool": "a"}, "generator": {"pool": "b"}}
     recipe = make_recipe(

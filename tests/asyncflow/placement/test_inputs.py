@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import msgspec
 import numpy as np
 import pytest
@@ -84,6 +87,19 @@ def test_the_expected_longest_is_that_of_drawn_batches():
     assert lengths.expected_maximum(32) == pytest.approx(drawn.max(axis=1).mean(), rel=0.01)
     assert lengths.expected_maximum(1) == pytest.approx(lengths.mean)
     assert lengths.maximum <= 2048 and Lengths.fixed(7).expected_maximum(99) == 7
+
+
+@pytest.mark.parametrize("limit", [10, 40, 80, 400])
+def test_lengths_that_were_cut_are_those_of_the_larger_limit(limit: int):
+    """A source that ends with each token alike is found again from what it said under another limit."""
+    dice = random.Random(0)
+    whole = [1 + int(math.log(dice.random()) / math.log(1 - 1 / 30)) for _ in range(4000)]
+    cut = Lengths(tuple(sorted(min(40.0, length) for length in whole)))
+    assert cut.under(limit, before=40).mean == pytest.approx(sum(min(limit, one) for one in whole) / 4000, rel=0.05)
+
+
+def test_who_never_ended_uses_whatever_there_is():
+    assert Lengths.fixed(40).under(90, before=40).tokens == (90.0,)
 
 
 def test_measured_lengths_are_sorted_thinned_and_none_is_refused():

@@ -12,8 +12,9 @@ from asyncflow.config import BadInput, Pool, Recipe, load_recipe, recipe_text, t
 from asyncflow.launching import launch
 from asyncflow.placement.devices import CATALOGUE, SLOTS_PER_CORE
 from asyncflow.placement.workload import Lengths
-from asyncflow.planning.automatic import Choice, bound_s, pinned, place, text_of
+from asyncflow.planning.automatic import Choice, bound_s, place
 from asyncflow.planning.calibration import Calibration
+from asyncflow.planning.pinning import pinned, text_of
 from asyncflow.planning.scenarios import of_recipe
 from asyncflow.planning.simulator import simulate
 from asyncflow.validate import check
@@ -26,7 +27,7 @@ TWO_CORES = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
 LONG = Calibration(TWO_CORES, Lengths.long_tailed(20, 0.8, 60))
 
 
-def chosen(recipe: Recipe, calibration: Calibration = LONG) -> Choice:
+def chosen(recipe: Recipe, calibration: Calibration | None = LONG) -> Choice:
     return place(recipe, check(msgspec.structs.replace(recipe, placed_by="", pools={"main": Pool()})).dataflow,
                  Lengths.fixed(8), calibration)  # fmt: skip
 
@@ -62,12 +63,12 @@ def test_no_more_pools_than_there_are_slots(asynchronous: Recipe):
     for slots in (1, 2, 3):
         choice = chosen(msgspec.structs.replace(asynchronous, pools={"main": Pool(slots)}))
         assert sum(pool.devices for pool in choice.chosen.recipe.pools.values()) <= slots
-    assert choice.cluster.count == 3
+    assert choice.devices == "3xcpu-slot"
 
 
 def test_without_pools_the_slots_are_those_of_this_machine(asynchronous: Recipe):
     choice = chosen(msgspec.structs.replace(asynchronous, pools={}))
-    assert choice.cluster.count == SLOTS_PER_CORE * (os.cpu_count() or 1)
+    assert choice.devices == f"{SLOTS_PER_CORE * (os.cpu_count() or 1)}xcpu-slot"
 
 
 def test_a_bound_is_one(asynchronous: Recipe):
@@ -108,10 +109,20 @@ def test_models_that_fit_nowhere_are_refused_with_the_numbers(asynchronous: Reci
         chosen(asynchronous, Calibration(tiny))
 
 
-def test_pools_of_two_kinds_are_for_hands(asynchronous: Recipe):
-    mixed = {"a": Pool(1, "A100-80G"), "b": Pool(1, "H100")}
-    with pytest.raises(BadInput, match="devices of one kind are mapped, the pools have A100-80G, H100"):
-        chosen(msgspec.structs.replace(asynchronous, pools=mixed))
+def test_pools_of_two_kinds_keep_their_devices(asynchronous: Recipe):
+    pools = {"a": Pool(2, "A100-80G"), "b": Pool(3, "H100")}
+    choice = chosen(msgspec.structs.replace(asynchronous, runtime="ray", pools=pools), None)
+    assert choice.devices == "2xA100-80G + 3xH100"
+    taken = {"A100-80G": 0, "H100": 0}
+    for pool in choice.chosen.recipe.pools.values():
+        taken[pool.device] += pool.devices
+    assert taken["A100-80G"] <= 2 and taken["H100"] <= 3
+
+
+def test_cpu_slots_are_mapped_alone(asynchronous: Recipe):
+    mixed = {"a": Pool(1, "cpu-slot"), "b": Pool(1, "H100")}
+    with pytest.raises(BadInput, match=r"CPU slots share their cores and are mapped alone, .* 1xcpu-slot, 1xH100"):
+        chosen(msgspec.structs.replace(asynchronous, pools=mixed), None)
 
 
 def test_on_accelerators_the_mapper_proposes_and_the_checks_dispose(asynchronous: Recipe):

@@ -68,10 +68,23 @@ def test_the_cost_models_give_back_what_was_measured(steps: int):
 
 
 def test_a_calibration_is_a_file(tmp_path: Path):
-    saved = Calibration(CATALOGUE["cpu-slot"], Lengths.fixed(7), {"reward": 0.001}, "here")
+    saved = Calibration(CATALOGUE["cpu-slot"], Lengths.fixed(7), 48, {"reward": 0.001}, "here")
     (tmp_path / "here.json").write_bytes(msgspec.json.encode(saved))
     assert read_calibration(str(tmp_path / "here.json")) == saved
     assert read_calibration("H100").device is CATALOGUE["H100"]
+
+
+def test_responses_that_were_cut_go_on_under_a_larger_limit():
+    seen = Calibration(CATALOGUE["cpu-slot"], Lengths((8.0, 48.0, 48.0, 48.0)), limit=48)
+    here, longer, shorter = (seen.responses_under(limit) for limit in (48, 96, 16))
+    assert here == seen.responses
+    assert longer and longer.tokens[0] == 8 and 48 < longer.tokens[1] <= longer.maximum <= 96
+    assert shorter and shorter.tokens == (8, 16, 16, 16)
+
+
+def test_responses_of_no_known_limit_were_not_cut():
+    seen = Calibration(CATALOGUE["cpu-slot"], Lengths((8.0, 48.0)))
+    assert seen.responses_under(96) == seen.responses
 
 
 def test_what_is_no_calibration_is_refused(tmp_path: Path):

@@ -10,12 +10,13 @@ import pytest
 
 from asyncflow.placement import costs, memory
 from asyncflow.placement.devices import CATALOGUE, Cluster, Device, Refused
-from asyncflow.placement.layouts import Choice, SetCosts
+from asyncflow.placement.layouts import Choice
+from asyncflow.placement.set_costs import SetCosts
 from asyncflow.placement.shapes import LLAMA, Shape
 from asyncflow.placement.workload import Lengths, ModelWork, Workload, apart, ppo
 from protocols.topology import Topology
 from tests.asyncflow.placement import paper_search
-from tests.asyncflow.placement.paper_setting import DEVICE, WORKLOAD, cluster
+from tests.asyncflow.placement.paper_setting import DEVICE, WORKLOAD, cluster, even
 
 A100 = CATALOGUE["A100-80G"]
 SMALL = LLAMA["7B"]
@@ -195,8 +196,8 @@ def test_splitting_34b_is_best_at_large_scale_only():
     assert [len(found.best(devices)[0].sets) for devices in (64, 96, 128)] == [1, 2, 2]
 
 
-def test_pipelines_across_machines_are_what_keeps_13b_together_at_96():
-    """The paper splits 13B at 96. So do we where pipelines have two stages at most, and exchange more gradients."""
-    shallow = SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD, allows=lambda model, topology: topology.pp <= 2)
-    assert [len(shallow.best(devices)[0].sets) for devices in (64, 96)] == [1, 2]
-    assert len(SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD).best(96)[0].sets) == 1
+def test_the_13b_policy_and_critic_part_where_batches_are_cut_evenly_over_96():
+    """3 divides neither the heads nor the layers nor the batch, so that together they have 80 of the 96 at most."""
+    found = SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD, allows=even)
+    assert sorted(count for _, count in found.best(96)[0].sets) == [32, 64]
+    assert [len(found.best(devices)[0].sets) for devices in (32, 64)] == [1, 1]

@@ -1,0 +1,149 @@
+"""How much of a recipe's own work is done at once: its services side by side, in threads or in processes.
+
+What one core does alone is no guide: services share memory and caches, and in one process the interpreter. Each
+service with a model does over and over what it does in a step, first alone, then beside the others.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+
+import msgspec
+
+from asyncflow.config import Recipe, to_recipe
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.planning.machine import Sizes, rate
+from asyncflow.planning.workbench import Workbench
+
+READY, RATE = "ready", "rate "  # what a child says on its standard output, among what libraries may
+PATIENCE_S = 300.0  # with a child, from its start to its end
+
+
+def in_threads(bench: Workbench, tokens: int) -> float:
+    """How many times one service's work is done by as many services as there are cores, in one process."""
+    names = computing(bench.recipe, bench.dataflow)[: os.cpu_count() or 1]
+    works = [work_of(bench, name, tokens) for name in names]
+    alone = [rate(work, bench.sizes.seconds) for work in works]
+    with ThreadPoolExecutor(len(works)) as threads:
+        together = list(threads.map(lambda work: rate(work, bench.sizes.seconds), works))
+    return _times(together, alone)
+
+
+def in_processes(recipe: Recipe, dataflow: Dataflow, tokens: int, sizes: Sizes) -> float:
+    """The same of services in a process each; cores beyond the number of services are taken to be as good."""
+    names, cores = computing(recipe, dataflow), os.cpu_count() or 1
+    children = [_Child(_Task(recipe, name, tokens, sizes)) for name in names[:cores]]
+    try:
+        for child in children:
+            child.wait_until_ready()
+        alone = []
+        for child in children:
+            child.start()
+            alone.append(child.rate())
+        for child in children:
+            child.start()
+        together = [child.rate() for child in children]
+    finally:
+        for child in children:
+            child.close()
+    return max(1.0, _times(together, alone) * cores / len(children))
+
+
+def computing(recipe: Recipe, dataflow: Dataflow) -> list[str]:
+    """Services with a model of their own, those that train first."""
+    trained = {stage.service for stage in dataflow.sinks}
+    own = [service for service in dataflow.services if service in recipe.models and recipe.models[service].path]
+    return sorted(own, key=lambda service: service not in trained)
+
+
+def work_of(bench: Workbench, service: str, tokens: int) -> Callable[[], object]:
+    """A call of a service over rows of so many tokens: an update where it trains."""
+    rows = bench.sizes.abreast_rows
+    stages = [stage for stage in bench.dataflow.stages_of(service) if not stage.generates]
+    stage = next((stage for stage in stages if stage.is_sink), stages[0])
+    work = bench.places[service].method(stage.method)
+    return partial(work, bench.experience(rows, tokens) if stage.is_sink else bench.rollouts(rows, tokens))
+
+
+def _times(together: list[float], alone: list[float]) -> float:
+    return max(1.0, sum(both / one for both, one in zip(together, alone, strict=True)))
+
+
+# --- a service in a process of its own
+
+
+class _Task(msgspec.Struct, frozen=True):
+    """What a child is to do."""
+
+    recipe: Recipe
+    service: str
+    tokens: int
+    sizes: Sizes
+
+
+class _Child:
+    """A process with one service's worker, that works when it is told to."""
+
+    def __init__(self, task: _Task) -> None:
+        command = [sys.executable, "-m", __name__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._deadline = threading.Timer(PATIENCE_S, self._process.kill)
+        self._deadline.start()
+        self._say(msgspec.json.encode(task).decode())
+
+    def wait_until_ready(self) -> None:
+        self._answer(READY)
+
+    def start(self) -> None:
+        self._say("go")
+
+    def rate(self) -> float:
+        return float(self._answer(RATE))
+
+    def close(self) -> None:
+        self._deadline.cancel()
+        self._process.kill()
+        self._process.communicate()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self, prefix: str) -> str:
+        """The rest of the next line that begins so. Raises RuntimeError where the process has ended instead."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(prefix):
+                return line.removeprefix(prefix)
+        raise RuntimeError(f"a calibration's process ended with {self._process.wait()} before it said {prefix!r}")
+
+
+def _work() -> None:
+    """The child: be built, then measure once for every line."""
+    from asyncflow.validate import check
+
+    table = msgspec.json.decode(sys.stdin.readline())
+    service, tokens, sizes = table["service"], table["tokens"], msgspec.convert(table["sizes"], Sizes)
+    checked = check(to_recipe(table["recipe"]))
+    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, sizes, {service})) as bench:
+        work = work_of(bench, service, tokens)
+        _tell(READY)
+        for _ in sys.stdin:
+            _tell(f"{RATE}{rate(work, sizes.seconds)}")
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,51 @@
+"""Side by side a recipe's services do at least what one does alone, in a process of one's own as in a thread."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+
+import pytest
+
+from asyncflow.planning import abreast
+from asyncflow.planning.abreast import computing, in_processes, in_threads, work_of
+from asyncflow.planning.machine import Sizes
+from asyncflow.planning.workbench import Workbench
+from asyncflow.validate import Checked, check
+from protocols.messages import LogProbs
+from tests.asyncflow.conftest import MakeRecipe
+
+QUICKEST = Sizes(abreast_rows=2, seconds=0.05)
+
+
+@pytest.fixture
+def checked(make_recipe: MakeRecipe) -> Checked:
+    return check(make_recipe(deterministic=False, models={"reward": {"rule": "exact_match"}}))
+
+
+def test_who_has_a_model_computes_and_who_trains_comes_first(checked: Checked):
+    assert computing(checked.recipe, checked.dataflow) == ["policy", "critic", "reference"]
+
+
+def test_a_trainer_updates_and_the_others_infer(checked: Checked):
+    with closing(
+        Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"critic", "reference"})
+    ) as bench:
+        assert not isinstance(work_of(bench, "critic", 3)(), LogProbs)
+        assert isinstance(work_of(bench, "reference", 3)(), LogProbs)
+
+
+def test_threads_do_between_one_services_work_and_all_of_theirs(checked: Checked):
+    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST)) as bench:
+        assert 1 <= in_threads(bench, 3) <= 3 * (os.cpu_count() or 1)
+
+
+def test_a_process_is_told_the_recipe_and_ends(checked: Checked, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["critic"])
+    assert in_processes(checked.recipe, checked.dataflow, 3, QUICKEST) >= 1
+
+
+def test_a_process_that_ends_too_early_is_an_error(checked: Checked, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["nobody"])
+    with pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready'"):
+        in_processes(checked.recipe, checked.dataflow, 3, QUICKEST)
