@@ -146,9 +146,20 @@ def _over_the_algorithms_defaults(table: Mapping[str, Any], where: str) -> dict[
         declared = declaration_of(algorithm_named(name))
     except DataflowError as error:
         raise BadInput(f"{where}: {error}") from error
-    defaults = {"loss": msgspec.to_builtins(declared.loss), "advantage": dict(declared.advantage)}
-    given = {key: table.get(key, {}) for key in defaults}
+    given = {key: table.get(key, {}) for key in ("loss", "advantage")}
+    corrected = _for_stale_samples(declared.loss, given["loss"], table.get("staleness", 0))
+    defaults = {"loss": msgspec.to_builtins(declared.loss) | corrected, "advantage": dict(declared.advantage)}
     return {**table, **{k: {**defaults[k], **own} if isinstance(own, Mapping) else own for k, own in given.items()}}
+
+
+def _for_stale_samples(declared: Loss, own: Any, staleness: Any) -> dict[str, str]:
+    """Truncated weights prox / mu where samples may be older than the weights they train.
+
+    Not where the loss divides by mu itself. A recipe that wants another correction, or none, says so.
+    """
+    old = own.get("old", declared.old) if isinstance(own, Mapping) else declared.old
+    stale = isinstance(staleness, int) and staleness > 0
+    return {"correction": "tis"} if stale and old == "prox" and not declared.corrects else {}
 
 
 def _with_fixed_length(recipe: Recipe) -> Recipe:

@@ -89,13 +89,14 @@ class Loss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0  # bound on the loss where the advantage is negative; 0: none
-    correction: Correction = "none"  # a token's weight, from prox / mu; "importance" makes ppo decoupled PPO
+    correction: Correction = "none"  # a token's weight, from prox / mu; "importance" makes ppo decoupled PPO; a recipe
+    # with staleness has "tis" unless it says otherwise
     tis_cap: float = 2.0  # tis: larger weights are cut to it
     icepop_low: float = 0.5  # icepop: tokens outside of low..high weigh nothing
     icepop_high: float = 5.0
     sequence_low: float = 0.0  # sequences whose mean prox / mu is below weigh nothing; 0: no lower bound
     sequence_high: float = 0.0  # and those above; 0: no upper bound
-    kl_coefficient: float = 0.0  # of the KL to the reference inside the loss; 0: none
+    kl_coefficient: float = 0.0  # of the KL to the reference inside the loss, corrected like its policy loss; 0: none
     kl_estimator: KlEstimator = "k3"
     entropy_coefficient: float = 0.0  # of the entropy bonus; 0: none
     ptx_coefficient: float = 0.0  # of the pretraining loss, whose text is a recipe's data.pretrain; 0: none

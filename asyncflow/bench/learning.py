@@ -1,7 +1,8 @@
-"""`asyncflow bench learning`: every recipe, end to end, on a task that a small policy learns in a minute.
+"""`asyncflow bench learning`: every recipe for addition as it is shipped, end to end, less its tests between the steps.
 
-Each case is a run of its own through the public way to launch one, in this process and on one core. A finished case is
-a file; the benchmark goes on after the last one that is there, so it may be interrupted and started again.
+Each case is a run of its own through the public way to launch one, in this process and on one core: half a minute. A
+finished case is a file; the benchmark goes on after the last one that is there, so it may be interrupted and started
+again. Data and models are those that `asyncflow demo deploy/recipes/arithmetic` makes, and are made where they are not.
 
 Staleness is reached, not simulated: prompts are admitted as far ahead as the bound allows and drawn at once, because
 drawing a batch takes less than training one. So from step `bound` on, a batch is `bound` versions old; the table tells
@@ -18,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
+from rich.console import Console
 
-from asyncflow.bench import learning_start
 from asyncflow.bench.learning_table import END, Case, Result, cases
 from asyncflow.client.run import Run
 from asyncflow.config import BadInput, Recipe, load_recipe, nearest, recipe_text
@@ -29,14 +30,13 @@ RECIPES = Path("deploy/recipes/arithmetic")
 
 
 class Effort(msgspec.Struct, frozen=True):
-    """How much is run. A step has 256 samples, as the recipes say."""
+    """How much is run: 0 as the recipes say, 60 steps of 256 samples."""
 
-    start: learning_start.Sizes = learning_start.Sizes()
-    steps: int = 0  # 0: as many as the recipe says
-    prompts_per_step: int = 0  # likewise
+    steps: int = 0
+    prompts_per_step: int = 0
 
 
-QUICK = Effort(learning_start.QUICK, steps=2, prompts_per_step=4)
+QUICK = Effort(steps=2, prompts_per_step=4)
 
 
 async def measure(
@@ -57,11 +57,13 @@ async def measure(
         bounds: staleness in versions, see `learning_table.cases`.
         on_result: called with each result as soon as it is known.
     """
-    start, results = folder / "start", []
+    from asyncflow.demo.prepare import prepare
+
+    results: list[Result] = []
     wanted = cases(_known(recipes, algorithms), seeds, bounds)
-    await asyncio.to_thread(learning_start.prepare, start, effort.start)
+    await asyncio.to_thread(prepare, recipes, Console(stderr=True))
     for case in wanted:
-        results.append(await result_of(case, folder, recipe_of(case, recipes, start, effort)))
+        results.append(await result_of(case, folder, recipe_of(case, recipes, effort)))
         on_result(results[-1])
     return results
 
@@ -76,18 +78,11 @@ def _known(recipes: Path, algorithms: Sequence[str]) -> list[str]:
     return list(algorithms) or there
 
 
-def recipe_of(case: Case, recipes: Path, start: Path, effort: Effort) -> Recipe:
-    """The algorithm's recipe on the benchmark's task, in one process, with a test before and after and none between."""
-    path = recipes / f"{case.algorithm}.toml"
+def recipe_of(case: Case, recipes: Path, effort: Effort) -> Recipe:
+    """The algorithm's recipe with a test before and after and none between."""
     less = [f"{name}={value}" for name in ("steps", "prompts_per_step") if (value := getattr(effort, name))]
     return load_recipe(
-        path,
-        [
-            *learning_start.overrides(load_recipe(path), start, effort.start),
-            *("runtime=local", "generation.engine=torch", "evaluation.every=0", "checkpoints.every=0"),
-            *less,
-            *case.overrides,
-        ],
+        recipes / f"{case.algorithm}.toml", ["evaluation.every=0", "checkpoints.every=0", *less, *case.overrides]
     )
 
 

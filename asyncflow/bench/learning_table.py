@@ -141,7 +141,7 @@ def lines(results: Sequence[Result]) -> list[str]:
     recipes = [one for one in found if one.kind.staleness is None]
     stale = sorted((one for one in found if one.kind.staleness is not None), key=lambda one: one.kind.algorithm)
     failed = [f"did not finish: {result.case.name}: {result.error}" for result in results if result.error]
-    parts = [_table(RECIPE_HEAD, map(_recipe_cells, recipes)), _table(STALENESS_HEAD, map(_stale_cells, stale)), failed]
+    parts = [table(RECIPE_HEAD, map(_recipe_cells, recipes)), table(STALENESS_HEAD, map(_stale_cells, stale)), failed]
     return [line for part in parts if part for line in ("", *part)][1:]
 
 
@@ -159,8 +159,8 @@ def _stale_cells(one: Summary) -> tuple[str, ...]:
     return (one.kind.algorithm, str(one.kind.staleness), one.correction, age, str(one.seeds), str(one.after))
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Nothing where there is no row."""
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table; nothing where there is no row."""
     found = list(body)
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)] if found else []
 

@@ -236,6 +236,28 @@ def learning(
     _print_lines([report("learning", rows(results))] if as_json else lines(results))
 
 
+@bench.command()
+def safety(
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each algorithm.")] = 3,
+    folder: Annotated[Path, typer.Option(help="Of the runs.")] = Path("runs/bench/safety"),
+    quick: Annotated[bool, typer.Option(help="Two steps of each: to see that it runs.")] = False,
+) -> None:
+    """What the answers of PPO and of Safe-RLHF cost, where the highest reward is unsafe: half a minute a run."""
+    from asyncflow.bench.report import report
+    from asyncflow.bench.safety import lines, measure, rows
+
+    results = uvloop.run(
+        measure(
+            seeds,
+            folder=folder / "quick" if quick else folder,
+            steps=2 if quick else 0,
+            on_result=lambda r: err.print(f"{r.algorithm}, seed {r.seed}: cost {r.cost:.2f}, limit {r.limit:g}"),
+        )
+    )
+    _print_lines([report("safety", rows(results))] if as_json else lines(results))
+
+
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
     """Run a run to its end under uvloop, with a live view and signals."""
     return uvloop.run(_follow(context, evaluations if evaluations is not None else []))

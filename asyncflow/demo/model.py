@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from asyncflow.demo.task import CHARACTERS
 
 PAD, EOS = "<pad>", "<eos>"
+HEAD_SIZE = 32  # the smallest that vLLM's CPU attention has a kernel for
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -22,14 +23,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(layers: int = 4, width: int = 128) -> Qwen2Config:
-    """A Qwen2 of 1.06 million parameters; tests ask for a smaller one."""
+    """A Qwen2 of 1.06 million parameters; a small task asks for a smaller one."""
     return Qwen2Config(
         vocab_size=32,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=width // HEAD_SIZE,
+        num_key_value_heads=width // HEAD_SIZE,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         pad_token_id=0,

@@ -31,7 +31,7 @@ def prepare(recipes: Path, console: Console) -> float | None:
     if not (data / "train.jsonl").exists():
         tasks[recipes.name](data, sft.schedule.seed)
     if not (Path(sft.model) / "tokenizer.json").exists():  # what is written last: the folder may be half of one
-        small = model_config(layers=2, width=64) if recipes.name == "safety" else None  # telling again is easy
+        small = None if recipes.name == "sorting" else model_config(layers=2, width=64)  # the others are easier
         write_base_model(Path(sft.model), sft.schedule.seed, small)
     if not Path(sft.output).exists():
         finetune(recipes / "sft.toml", console)

@@ -1,7 +1,8 @@
 """Two small verifiable tasks and their data: sorting six letters, and adding two two-digit numbers.
 
 Sorting is the demonstration: its reward can be *learned* from preference pairs in about a minute. Addition can't be, so
-it is rewarded by a rule. Every problem of a data set is drawn once, so no two of its files share a prompt.
+it is rewarded by a rule. Its demonstrators are careless, so that the rule teaches what they could not. Every problem of
+a data set is drawn once, so no two of its files share a prompt.
 """
 
 from __future__ import annotations
@@ -140,10 +141,20 @@ def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:  # n
 
 def write_addition(folder: Path, seed: int, *, sft: int = 4_000, train: int = 3_000, heldout: int = 500) -> None:
     """Write sft.jsonl, train.jsonl and heldout.jsonl, likewise. An exact match with the reference is the reward."""
-    problems = distinct(addition, seed)
+    problems, rng = distinct(addition, seed), random.Random(seed)
     write_rows(folder / "heldout.jsonl", islice(problems, heldout))
-    write_rows(folder / "sft.jsonl", map(demonstration, islice(problems, sft)))
+    write_rows(folder / "sft.jsonl", (careless(problem, rng) for problem in islice(problems, sft)))
     write_rows(folder / "train.jsonl", islice(problems, train))
+
+
+def careless(problem: Problem, rng: random.Random) -> Demonstration:
+    """A sum as a careless demonstrator tells it: one too many, half of the time."""
+    return Demonstration(problem.prompt, str(int(problem.reference) + rng.randrange(2)))
+
+
+def too_much(prompt: str, response: str, reference: str) -> float:
+    """1 for a response that is a larger number than the reference, else 0: a cost."""
+    return float(response.isdecimal() and int(response) > int(reference))
 
 
 def demonstration(problem: Problem) -> Demonstration:

@@ -71,6 +71,23 @@ def test_an_unknown_key_of_a_part_is_named_with_its_number(path: Path):
     assert said == "unknown key models.reward.mix.0.wight, did you mean 'weight'?"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "correction"),
+    [
+        (["staleness=0"], "none"),
+        (["staleness=2"], "tis"),
+        (["staleness=2", "algorithm=grpo"], "tis"),
+        (["staleness=2", "loss.correction=icepop"], "icepop"),
+        (["staleness=2", "loss.correction=none"], "none"),
+        (["staleness=2", "loss.old=mu"], "none"),  # the ratio itself is to who drew the token
+    ],
+)
+def test_samples_that_may_be_stale_are_weighed_unless_the_recipe_says_otherwise(
+    path: Path, overrides: list[str], correction: str
+):
+    assert load_recipe(path, overrides).loss.correction == correction
+
+
 # --- unknown keys, at every level
 
 

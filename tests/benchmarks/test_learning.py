@@ -112,9 +112,20 @@ def test_a_programs_row_has_the_score_before_as_its_peer():
 # --- real runs
 
 
-async def test_a_finished_case_is_not_run_again_and_an_unfinished_one_is(tmp_path: Path):
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    """The recipes of one algorithm, whose policy has hardly been trained."""
+    folder = tmp_path / "arithmetic"
+    folder.mkdir()
+    for name in ("sft", "rloo"):
+        text = (RECIPES_HERE / f"{name}.toml").read_text().replace("runs/demo", str(tmp_path))
+        (folder / f"{name}.toml").write_text(text.replace("steps = 1000", "steps = 2"))
+    return folder
+
+
+async def test_a_finished_case_is_not_run_again_and_an_unfinished_one_is(recipes: Path, tmp_path: Path):
     async def go() -> list[Result]:
-        return await measure(["rloo"], 1, [], folder=tmp_path, recipes=RECIPES_HERE, effort=QUICK)
+        return await measure(["rloo"], 1, [], folder=tmp_path, recipes=recipes, effort=QUICK)
 
     (first,) = await go()
     assert (first.error, first.steps, first.samples, first.case) == ("", 2, 64, Case("rloo", 0))

@@ -2,7 +2,8 @@
 
 Both take the same model folder, prompts, reward, samples, mini-batches, optimizer and schedule, on one thread each; the
 two take turns, seed by seed, so that what disturbs the machine disturbs both. Both final models are judged by the same
-program. TRL lives in a virtual environment that this program makes; it is no dependency of the project.
+program. With `--losses` both are asked for value and gradient of the same tokens instead. TRL lives in a virtual
+environment that this program makes; it is no dependency of the project.
 """
 
 from __future__ import annotations
@@ -17,13 +18,23 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+import torch
 from rich.console import Console
 
-from asyncflow.bench import learning_start
 from asyncflow.bench.learning import RECIPES, Effort, recipe_of, result_of
 from asyncflow.bench.learning_table import Case, Mean
 from asyncflow.bench.report import Row, report
-from asyncflow.config import Recipe
+from asyncflow.config import Recipe, load_recipe
+from asyncflow.demo.prepare import prepare
+from asyncflow.observe.journal import read_lines
+from protocols.columns import Jagged
+from workers.losses import POLICY_LOSSES
+from workers.losses.aggregation import counts_of, reduce_loss, token_weights
+from workers.losses.objective import policy_objective
+from workers.losses.tokens import Tokens
+from workers.settings import Loss
 
 TRL = ("trl==1.16.0", "transformers==5.19.0", "torch==2.13.0")
 PEER = Path(__file__).with_name("trl_peer.py")
@@ -80,17 +91,25 @@ def settings_of(recipe: Recipe, output: Path) -> dict[str, Any]:
     }
 
 
-def compare(folder: Path, seeds: int, staleness: int) -> list[Row]:
+class Measured(msgspec.Struct):
+    """What one side came to, a number a seed."""
+
+    scores: list[float] = []  # of held-out problems
+    speeds: list[float] = []  # samples/s
+    drawing: list[float] = []  # seconds a step in which answers are drawn
+    training: list[float] = []  # seconds a step of all else
+
+
+def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) -> dict[str, Measured]:
     """Train both, seed by seed, and judge all models. Ours runs ahead by `staleness` versions, TRL's by none."""
-    effort = Effort()
-    python = environment(folder / "environment")
-    learning_start.prepare(folder / "start", effort.start)
-    scores: dict[str, list[float]] = {"asyncflow": [], "trl": []}
-    speeds: dict[str, list[float]] = {"asyncflow": [], "trl": []}
+    prepare(RECIPES, err)
+    found = {"asyncflow": Measured(), "trl": Measured()}
     for seed in range(seeds):
         case = Case("grpo", seed, staleness)
-        recipe = recipe_of(case, RECIPES, folder / "start", effort)
+        recipe = recipe_of(case, RECIPES, Effort(steps=steps))
         ours = asyncio.run(result_of(case, folder, recipe))
+        if ours.error:
+            raise RuntimeError(f"{case.name}: {ours.error}")
         trl = ask(python, "train", settings_of(recipe, folder / "trl" / str(seed)))
         models = {"asyncflow": folder / "runs" / case.name / "policy", "trl": folder / "trl" / str(seed)}
         judged = ask(
@@ -102,51 +121,132 @@ def compare(folder: Path, seeds: int, staleness: int) -> list[Row]:
                 "max_tokens": recipe.generation.max_tokens,
             },
         )
-        speed = {"asyncflow": ours.samples / ours.seconds, "trl": trl["samples"] / trl["seconds"]}
-        for name, found in scores.items():
-            found.append(judged[name])
-            speeds[name].append(speed[name])
-            err.print(f"seed {seed}: {name}: {judged[name]:.3f}, {speed[name]:.0f} samples/s")
-    return rows(scores, speeds)
+        told = read_lines(folder / "runs" / case.name / "metrics.jsonl")
+        drawing = {"asyncflow": sum(step["busy.generator_seconds"] for step in told), "trl": trl["drawing"]}
+        seconds = {"asyncflow": ours.seconds, "trl": trl["seconds"]}
+        for name, measured in found.items():
+            measured.scores.append(judged[name])
+            measured.speeds.append(ours.samples / seconds[name])
+            measured.drawing.append(drawing[name] / recipe.steps)
+            measured.training.append((seconds[name] - drawing[name]) / recipe.steps)
+            err.print(
+                f"seed {seed}: {name}: {judged[name]:.3f}, {measured.speeds[-1]:.0f} samples/s, a step is "
+                f"{measured.drawing[-1]:.3f} s of drawing and {measured.training[-1]:.3f} s of all else"
+            )
+    return found
 
 
-def rows(scores: dict[str, list[float]], speeds: dict[str, list[float]]) -> list[Row]:
+def rows(found: dict[str, Measured]) -> list[Row]:
     """Ours beside TRL's; `peer` is TRL's."""
-    score, speed = ({name: Mean.of(of) for name, of in found.items()} for found in (scores, speeds))
+    ours, trl = found["asyncflow"], found["trl"]
+    score, peer = Mean.of(ours.scores), Mean.of(trl.scores)
+    speed, its = Mean.of(ours.speeds).value, Mean.of(trl.speeds).value
     return [
-        Row(
-            "held-out score",
-            score["asyncflow"].value,
-            "share",
-            score["trl"].value,
-            score["asyncflow"].value / max(score["trl"].value, 1e-9),
-            bound=1.0,
-        ),
-        Row("held-out score: spread over seeds", score["asyncflow"].spread, "share", score["trl"].spread),
-        Row(
-            "speed",
-            speed["asyncflow"].value,
-            "samples/s",
-            speed["trl"].value,
-            speed["asyncflow"].value / speed["trl"].value,
-        ),
+        Row("held-out score", score.value, "share", peer.value, score.value / max(peer.value, 1e-9), bound=1.0),
+        Row("held-out score: spread over seeds", score.spread, "share", peer.spread),
+        Row("speed", speed, "samples/s", its, speed / its),
+        Row("drawing answers", Mean.of(ours.drawing).value, "s a step", Mean.of(trl.drawing).value),
+        Row("all else", Mean.of(ours.training).value, "s a step", Mean.of(trl.training).value),
     ]
 
 
+# --- the losses
+
+
+LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {  # ours, and how TRL is told the same
+    "grpo": (
+        Loss(dual_clip=0.0, kl_coefficient=0.04, aggregation="sequence-mean-token-mean"),
+        {"loss_type": "grpo", "beta": 0.04},
+    ),
+    "dr_grpo": (
+        Loss(dual_clip=0.0, aggregation="sequence-mean-fixed-length", fixed_length=9),
+        {"loss_type": "dr_grpo", "max_completion_length": 9},
+    ),
+    "dapo": (Loss(dual_clip=0.0, clip_high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "ppo, dual clip": (Loss(dual_clip=1.5), {"loss_type": "bnpo", "delta": 1.5}),
+    "gspo": (
+        Loss(policy="gspo", clip_low=3e-2, clip_high=4e-2, dual_clip=0.0, aggregation="sequence-mean-token-mean"),
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-2, "epsilon_high": 4e-2},
+    ),
+    "cispo": (Loss(policy="cispo", clip_low=1.0, clip_high=0.5), {"loss_type": "cispo", "epsilon_high": 1.5}),
+}
+LENGTHS = (3, 1, 9, 5, 7, 2)
+MOST_DIFFERENCE = 1e-6
+
+
+def compare_losses(python: Path, folder: Path) -> list[Row]:
+    """The largest difference in value or in gradient by a log-prob, over six rows of float64 tokens."""
+    prepare(RECIPES, err)
+    rng = np.random.default_rng(0)
+    own = [rng.normal(-1.0, 0.5, length) for length in LENGTHS]
+    columns = {
+        "log_probs": own,
+        "old": [row + rng.normal(0, 0.3, len(row)) for row in own],
+        "reference": [row + rng.normal(0, 0.3, len(row)) for row in own],
+    }
+    advantages = rng.normal(size=len(LENGTHS))
+    theirs: Any = ask(
+        python,
+        "losses",
+        {name: [row.tolist() for row in rows] for name, rows in columns.items()}
+        | {
+            "advantages": advantages.tolist(),
+            "model": load_recipe(RECIPES / "grpo.toml").models["policy"].path,
+            "output": str(folder / "losses"),
+            "losses": {name: told for name, (_, told) in LOSSES.items()},
+        },
+    )
+    found = []
+    for name, (loss, _) in LOSSES.items():
+        value, gradient = loss_of(loss, columns, advantages)
+        differences = [value - theirs[name]["value"], *(gradient - theirs[name]["gradient"])]
+        found.append(Row(f"{name}: largest difference", max(map(abs, differences)), "nats", bound=MOST_DIFFERENCE))
+    return found
+
+
+def loss_of(loss: Loss, columns: dict[str, list[Any]], advantages: Any) -> tuple[float, Any]:
+    """Our value, and its gradient by each token's log-prob."""
+    flat = {name: torch.from_numpy(np.concatenate(rows)) for name, rows in columns.items()}
+    log_probs = flat["log_probs"].requires_grad_()
+    mask = Jagged.from_rows([[1] * length for length in LENGTHS], np.uint8)
+    tokens = Tokens(
+        log_probs=log_probs,
+        proximal=flat["old"],
+        behaviour=flat["old"],
+        advantages=torch.from_numpy(np.repeat(advantages, LENGTHS)),
+        mask=torch.ones(sum(LENGTHS), dtype=torch.bool),
+        lengths=torch.tensor(LENGTHS),
+        reference=flat["reference"],
+    )
+    weights = torch.from_numpy(token_weights(mask, counts_of(mask), loss).values.copy())
+    value = reduce_loss(policy_objective(POLICY_LOSSES[loss.policy], tokens, loss).loss, weights)
+    value.backward()
+    assert log_probs.grad is not None
+    return value.item(), log_probs.grad.numpy()
+
+
 def main() -> int:
-    """Exit code 0: done, 1: the environment could not be made or the peer failed."""
+    """Exit code 0: done, 1: the environment could not be made, the peer failed, or losses differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/trl"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--staleness", type=int, default=0, help="of ours, in versions; TRL is synchronous")
+    parser.add_argument("--steps", type=int, default=0, help="0: the recipe's; fewer, where only the speed is asked")
+    parser.add_argument("--losses", action="store_true", help="compare the losses and their gradients instead")
     given = parser.parse_args()
+    folder = given.folder.absolute()
     try:
-        told = compare(given.folder.absolute(), given.seeds, given.staleness)
+        python = environment(folder / "environment")
+        if given.losses:
+            told = compare_losses(python, folder)
+        else:
+            runs = folder / f"{given.steps}_steps" if given.steps else folder
+            told = rows(compare(python, runs, given.seeds, given.staleness, given.steps))
     except subprocess.CalledProcessError as error:
         err.print(f"error: {error.cmd[0]} {' '.join(map(str, error.cmd[1:4]))}: exit code {error.returncode}")
         return 1
     out.print(report("trl_grpo", told), markup=False)
-    return 0
+    return int(given.losses and any(row.value > MOST_DIFFERENCE for row in told))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """GRPO by TRL's GRPOTrainer, for `trl_grpo`: runs in an environment of its own, where asyncflow is not.
 
 `python trl_peer.py train SETTINGS` trains and prints what it took; `python trl_peer.py score SETTINGS` judges model
-folders by greedy answers. SETTINGS is a JSON object, and so is the last line that is printed.
+folders by greedy answers; `python trl_peer.py losses SETTINGS` tells values and gradients of its losses. SETTINGS is a
+JSON object, and so is the last line that is printed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ def rows(path: str) -> list[dict[str, str]]:
 
 def exact_match(completions: list[str], reference: list[str], **_: Any) -> list[float]:
     return [float(given.strip() == wanted.strip()) for given, wanted in zip(completions, reference, strict=True)]
+
+
+class TimedTrainer(GRPOTrainer):
+    """Counts the seconds in which answers are drawn."""
+
+    drawing = 0.0
+
+    def _generate(self, *given: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return super()._generate(*given, **named)
+        finally:
+            self.drawing += time.perf_counter() - started
 
 
 def train(settings: dict[str, Any]) -> dict[str, float]:
@@ -46,7 +61,7 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
         warm, decay = settings["warmup_steps"], settings["decay_steps"]
         return min(1.0, (done + 1) / warm if warm else 1.0) * (max(0.0, 1.0 - done / decay) if decay else 1.0)
 
-    trainer = GRPOTrainer(
+    trainer = TimedTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=exact_match,
@@ -80,7 +95,55 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
     seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model(settings["output"])
     tokenizer.save_pretrained(settings["output"])
-    return {"seconds": seconds, "samples": float(settings["steps"] * samples)}
+    return {"seconds": seconds, "drawing": trainer.drawing}
+
+
+def losses(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Value and gradient of each of `losses`, whose items are a trainer's arguments, on the given log-probs."""
+    lengths = [len(row) for row in settings["log_probs"]]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+    def padded(rows: list[list[float]]) -> torch.Tensor:
+        return torch.tensor([row + [0.0] * (max(lengths) - len(row)) for row in rows], dtype=torch.float64)
+
+    columns = {name: padded(settings[name]) for name in ("log_probs", "old", "reference")}
+    told = {}
+    for name, arguments in settings["losses"].items():
+        trainer = GRPOTrainer(
+            model=settings["model"],
+            reward_funcs=exact_match,
+            train_dataset=Dataset.from_list([{"prompt": "A:1+1=", "reference": "2"}]),
+            args=GRPOConfig(
+                output_dir=settings["output"],
+                per_device_train_batch_size=2,
+                num_generations=2,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                use_bias_correction_kl=False,
+                **arguments,
+            ),
+        )
+        trainer.model.eval()
+        log_probs = columns["log_probs"].clone().requires_grad_()
+        given = (log_probs, torch.zeros_like(log_probs), None)  # in the place of a model's forward
+        trainer._get_per_token_logps_and_entropies = lambda *_, given=given, **__: given
+        value = trainer._compute_loss(
+            None,
+            {
+                "prompt_ids": torch.zeros(len(lengths), 1, dtype=torch.int64),
+                "prompt_mask": torch.ones(len(lengths), 1, dtype=torch.int64),
+                "completion_ids": torch.zeros(mask.shape, dtype=torch.int64),
+                "completion_mask": mask.long(),
+                "advantages": torch.tensor(settings["advantages"], dtype=torch.float64),
+                "old_per_token_logps": columns["old"],
+                "ref_per_token_logps": columns["reference"],
+                "num_items_in_batch": mask.sum(),
+            },
+        )
+        value.backward()
+        told[name] = {"value": value.item(), "gradient": log_probs.grad[mask].tolist()}
+    return told
 
 
 @torch.no_grad()
@@ -105,4 +168,4 @@ def score(settings: dict[str, Any]) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"train": train, "score": score}[sys.argv[1]](json.loads(sys.argv[2]))))
+    print(json.dumps({"train": train, "score": score, "losses": losses}[sys.argv[1]](json.loads(sys.argv[2]))))

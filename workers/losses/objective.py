@@ -1,6 +1,8 @@
-"""The policy's whole loss of a micro-batch: policy loss x correction + KL term - entropy bonus.
+"""The policy's whole loss of a micro-batch: (policy loss + KL term) x correction - entropy bonus.
 
-A correction weighs the policy loss alone: the other two speak of theta as it is, not of who drew the token.
+A correction weighs what is a mean over the tokens that were drawn, so that it is one over theta's own. The KL term is:
+k3 of a token that theta would hardly draw is exp(ref - theta), without bound, which no token that theta draws has
+but seldom and every stale one may (DeepSeek-V3.2, 2025). An entropy is of the whole distribution, whoever drew.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ def policy_objective(policy_loss: PolicyLoss, tokens: Tokens, loss: Loss) -> Obj
     Raises ValueError where a part lacks its input: the reference's log-probs, or the entropies.
     """
     surrogate, correction = policy_loss(tokens, loss), correct(tokens, loss)
-    total, kl = surrogate.loss * correction.values, None
+    total, kl = surrogate.loss, None
     if loss.kl_coefficient:
         if tokens.reference is None:
             raise ValueError(f"kl_coefficient = {loss.kl_coefficient} needs the reference's log-probs: there are none")
         kl = kl_terms(tokens.log_probs, tokens.reference, loss.kl_estimator)
         total = total + loss.kl_coefficient * kl
+    total = total * correction.values
     if loss.entropy_coefficient:
         if tokens.entropies is None:
             raise ValueError(f"entropy_coefficient = {loss.entropy_coefficient} needs entropies: there are none")

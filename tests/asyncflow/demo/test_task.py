@@ -21,6 +21,7 @@ from asyncflow.demo.task import (
     preference,
     sorting,
     spoil,
+    too_much,
     write_addition,
     write_sorting,
 )
@@ -122,6 +123,21 @@ def test_addition_files_share_no_prompt_either(tmp_path: Path):
     parts = [read_rows(tmp_path / f"{name}.jsonl", Problem) for name in ("sft", "train", "heldout")]
     assert [len(part) for part in parts] == [300, 100, 50]
     assert len({row.prompt for part in parts for row in part}) == 450
+
+
+def test_careless_demonstrators_tell_one_too_many_half_of_the_time(tmp_path: Path):
+    write_addition(tmp_path, 0, sft=400, train=1, heldout=1)
+    off = []
+    for row in read_rows(tmp_path / "sft.jsonl", Demonstration):
+        left, _, right = row.prompt.removeprefix("A:").removesuffix("=").partition("+")
+        off.append(int(row.response) - int(left) - int(right))
+    assert set(off) == {0, 1}
+    assert 160 < sum(off) < 240
+
+
+@pytest.mark.parametrize(("response", "cost"), [("122", 0.0), ("123", 1.0), ("99", 0.0), ("", 0.0), ("12a", 0.0)])
+def test_a_sum_that_is_too_much_costs(response: str, cost: float):
+    assert too_much("A:37+85=", response, "122") == cost
 
 
 def test_a_token_is_a_character():

@@ -91,7 +91,7 @@ def tokens_of(batch: Batch, requires_grad: bool = True) -> Tokens:
 
 
 def objective(batch: Batch, loss: Loss) -> Answer:
-    """The whole loss of a batch: policy loss x correction + KL - entropy, averaged as the aggregation's name says."""
+    """The whole loss of a batch: (policy loss + KL) x correction - entropy, averaged as the aggregation's name says."""
     total, by_log_probs, by_entropies = 0.0, [], []
     for row in range(len(batch.mask)):
         for t, inside in enumerate(batch.mask[row]):
@@ -104,8 +104,8 @@ def objective(batch: Batch, loss: Loss) -> Answer:
             kl, kl_slope = kl_term(batch.reference[row][t] - batch.log_probs[row][t], loss.kl_estimator)
             share = weight(batch, row, loss)
             beta, eta = loss.kl_coefficient, loss.entropy_coefficient
-            total += share * (factor * value + beta * kl - eta * batch.entropies[row][t])
-            by_log_probs.append(share * (factor * slope + beta * kl_slope))
+            total += share * (factor * (value + beta * kl) - eta * batch.entropies[row][t])
+            by_log_probs.append(share * factor * (slope + beta * kl_slope))
             by_entropies.append(-share * eta)
     return Answer(total, by_log_probs, by_entropies)
 
