@@ -28,13 +28,15 @@ for whichever of the two comes first. `test_reduction` checks 1 and 2 in the sta
 
 from __future__ import annotations
 
-from asyncflow.placement.lease import shared_leases
+from collections.abc import Container
+
 from protocols.ids import prompt_of
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rules import joins_never_refuse
 from tests.asyncflow.simulation.service import Service
 from tests.asyncflow.simulation.stages import CallSite, ClosingStage, RowStage, TrainingStage
+from tests.asyncflow.simulation.turns import open_leases
 from tests.asyncflow.simulation.world import World
 
 
@@ -52,27 +54,37 @@ def explores(world: World) -> bool:
         and rules.tombstones
         and not rules.update_keeps_lease
         and rules.loads == "in order"
+        and rules.leases is open_leases
+        and (rules.floor == "before the slot" or not world.leases)
     )
 
 
 def free_action(world: World, actions: list[Action]) -> Action | None:
-    """One that is free, or None where the order counts, or may count."""
+    """One that is free, or None where the order counts, or may count. Who computes finishes first."""
     if not explores(world):
         return None
-    return next((action for action in actions if is_free(world, action)), None)
+    in_order = sorted(actions, key=lambda action: action.verb != "finish")
+    return next((action for action in in_order if is_free(world, action)), None)
 
 
 def free_race(world: World, actions: list[Action]) -> list[Action]:
-    """Two stages of a service of which each would be free to take its rows but for the other; else nothing."""
+    """Two stages of a service of which each would be free to compute but for the other; else nothing."""
     if not explores(world):
         return []
     for service in world.services.values():
-        racing = [a for a in actions if a.verb == "take" and world.stages[a.who].service is service]
-        if len(racing) > 1 and service.thread is None:
-            stages = [world.stages[a.who] for a in racing]
-            if all(_take_is_free(world, stage, stages) for stage in stages):
-                return racing
+        racing = {s: a for a in actions if (s := _next_of(world, a)) is not None and s.service is service}
+        if len(racing) > 1 and all(_turn_is_free(world, stage, racing) for stage in racing):
+            return list(racing.values())
     return []
+
+
+def _next_of(world: World, action: Action) -> CallSite | None:
+    """The stage that computes by an action: on devices that it was granted, or its service's own."""
+    name = action.item if action.verb == "grant" else action.who
+    stage = world.stages.get(name) if action.verb in ("grant", "take") else None
+    if stage is None or (action.verb == "take" and (stage.service.leased or not _takes_all(world, stage))):
+        return None
+    return stage
 
 
 def is_free(world: World, action: Action) -> bool:
@@ -82,18 +94,31 @@ def is_free(world: World, action: Action) -> bool:
     if action.verb == "end":
         return _end_is_free(world, world.services[action.who])
     if action.who == world.controller.name:
-        return (action.verb == "hear" and _hearing_is_free(world, action.item)) or (
-            action.verb == "publish" and _publishing_is_free(world)
-        )
+        match action.verb:
+            case "hear":
+                return _hearing_is_free(world, action.item)
+            case "publish":
+                return _publishing_is_free(world)
+            case "commit":
+                return _commit_is_free(world)
+        return False
+    if action.verb == "grant":
+        stage = world.stages.get(action.item)
+        return stage is not None and _turn_is_free(world, stage)
     stage = world.stages.get(action.who)
     if isinstance(stage, GeneratingStage):
         return _sending_is_free(world, stage)
     if stage is not None:
-        return (action.verb == "finish" and _finish_is_free(world, stage)) or (
-            action.verb == "take" and _take_is_free(world, stage)
-        )
+        if action.verb == "finish":
+            return not _dies(world, stage.service.name)
+        return _takes_all(world, stage) and (stage.service.leased or _turn_is_free(world, stage))
     engine = next(e for e in world.engines if e.name == action.who)
-    return action.verb == "start" and _start_is_free(world, engine, action.item)
+    match action.verb:
+        case "start":
+            return _start_is_free(world, engine, action.item)
+        case "ask":
+            return not _engine_dies(world)
+    return False
 
 
 # --- what stands still
@@ -210,51 +235,34 @@ def _held(part: object) -> list[int]:
 # --- stages
 
 
-def _finish_is_free(world: World, stage: CallSite) -> bool:
-    """What was worked on is done, and the next in line for the thread, or the devices, begins with what it has.
+def _takes_all(world: World, stage: CallSite) -> bool:
+    """What it takes is all that it can get, and can be read."""
+    sources = [world.stages.get(c.source) for c in world.config.dataflow.inputs_of(stage.name)]
+    if any(_dies(world, s.service.name) for s in (stage, *sources) if s is not None):
+        return False
+    return not isinstance(stage, RowStage) or (stage.capacity is not None and len(stage.table) >= stage.capacity)
 
-    A lease is a queue (its own tests show that): who asks meanwhile comes last in either order. Only an engine takes
-    what is there when it begins, so none may be the next while requests can still come.
+
+def _turn_is_free(world: World, stage: CallSite, racing: Container[CallSite] = ()) -> bool:
+    """Nobody trains the weights that it uses, or uses those that it trains, before it has been.
+
+    For what else happens it is of no account when it computes: it has its rows, and what it makes of them is only
+    more for others.
     """
-    lease = stage.service.lease
     if _dies(world, stage.service.name):
         return False
-    if lease is None:
-        return True
-    engines = {engine.name for engine in world.engines if engine.service.lease is lease}
-    if world.rules.leases is not shared_leases or _engine_dies(world):
-        return False
-    stays_next = not any(_dies(world, service) for service, shared in world.leases.items() if shared is lease)
-    if stays_next and (not engines or (lease.waiting and lease.waiting[0].stage not in engines)):
-        return True
-    at_work = {prompt_of(s) for s, _ in stage.taken} if isinstance(stage, RowStage) else set[int]()
-    still = _is_still(world, at_work) or (isinstance(stage, TrainingStage) and _waits_for_trainers(world))
-    requests = any(isinstance(world.inlets[d.edge][0], GeneratingStage) for d in world.network.flights.values())
-    return still and not requests
-
-
-def _take_is_free(world: World, stage: CallSite, racing: list[CallSite] | None = None) -> bool:
-    """What it takes is all that it can get, and nobody else can get the thread first."""
-    if stage.service.lease is not None or _dies(world, stage.service.name):
-        return False
-    sources = [world.stages.get(c.source) for c in world.config.dataflow.inputs_of(stage.name)]
-    if any(s is not None and _dies(world, s.service.name) for s in sources):
-        return False  # its rows may become unreadable
-    prompts: set[int] = set()
-    if isinstance(stage, RowStage):
-        if stage.capacity is None or len(stage.table) < stage.capacity:
-            return False
-        prompts = {prompt_of(s) for s in stage.table._held}
+    prompts = {prompt_of(s) for s in _held(stage)}
     still = _is_still(world, prompts) or (isinstance(stage, TrainingStage) and _waits_for_trainers(world))
-    for other in (part for part in stage.service.parts if part is not stage and part not in (racing or [])):
+    trains = isinstance(stage, TrainingStage)
+    for other in (part for part in stage.service.parts if part is not stage and part not in racing):
         match other:
-            case RowStage():
-                asks = _is_busy(other) or _may_come(world, other, still)
+            case RowStage() | GeneratingStage():
+                asks = trains and (_is_busy(other) or _may_come(world, other, still))
             case TrainingStage():
                 coming = any(d.edge.startswith(f"{other.name}.") for d in world.network.flights.values())
                 asks = other.batch is not None or coming or not _stands_still_without(world, prompts)
             case _:
-                asks = True
+                asks = False  # an engine: its rows are its stages'
         if asks:
             return False
     return True
@@ -274,6 +282,11 @@ def _hearing_is_free(world: World, told: int) -> bool:
     if _dies(world, world.closing.service.name) or not _nothing_ends(world) or world.config.window:
         return False
     return c.training is None and not c.admission.room() and len(c.floors.keys() - {told}) < world.config.prompts
+
+
+def _commit_is_free(world: World) -> bool:
+    """No prompt is admitted before it, and none ends but by it."""
+    return _waits_for_trainers(world) and not world.config.window and not world.config.faults.restarts
 
 
 def _publishing_is_free(world: World) -> bool:
