@@ -32,7 +32,7 @@ class Explored(msgspec.Struct):
     fates: set[tuple[int, str]] = msgspec.field(
         default_factory=set
     )  # that prompts had, each with a version at its time
-    ages: set[tuple[int, int]] = msgspec.field(default_factory=set)  # (step, how old a row of it was)
+    ages: set[tuple[int, int]] = msgspec.field(default_factory=set)  # (step, how old a prompt of it was)
     complete: bool = True
 
 

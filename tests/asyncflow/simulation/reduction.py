@@ -116,6 +116,8 @@ def is_free(world: World, action: Action) -> bool:
     match action.verb:
         case "start":
             return _start_is_free(world, engine, action.item)
+        case "load":
+            return _load_is_free(world, engine)
         case "ask":
             return not _engine_dies(world)
     return False
@@ -152,9 +154,13 @@ def _stands_still_without(world: World, prompts: set[int]) -> bool:
 
 def _is_still(world: World, prompts: set[int]) -> bool:
     """No prompt is admitted before one of these has settled, or ever."""
+    return (_all_admitted(world) and _nothing_ends(world)) or _stands_still_without(world, prompts)
+
+
+def _all_admitted(world: World) -> bool:
+    """No prompt is admitted any more, where none ends but by being trained."""
     a = world.controller.admission
-    all_admitted = a.version * a.prompts_per_step + a.live >= a.steps * a.prompts_per_step
-    return (all_admitted and _nothing_ends(world)) or _stands_still_without(world, prompts)
+    return a.version * a.prompts_per_step + a.live >= a.steps * a.prompts_per_step
 
 
 def _may_come(world: World, stage: CallSite, still: bool) -> bool:
@@ -281,7 +287,9 @@ def _hearing_is_free(world: World, told: int) -> bool:
     c = world.controller
     if _dies(world, world.closing.service.name) or not _nothing_ends(world) or world.config.window:
         return False
-    return c.training is None and not c.admission.room() and len(c.floors.keys() - {told}) < world.config.prompts
+    in_training = {r.prompt_id for r in c.training.batch} if c.training is not None else set[int]()
+    still = _all_admitted(world) or (c.training is None and not c.admission.room())
+    return still and len(c.floors.keys() - in_training - {told}) < world.config.prompts
 
 
 def _commit_is_free(world: World) -> bool:
@@ -308,6 +316,14 @@ def _start_is_free(world: World, engine: Engine, sample: int) -> bool:
         if waiting > room or any(_may_come(world, s, still) for s in world.generating):
             return False
     return any(next(iter(s.table._settled), None) == sample for s in world.generating)
+
+
+def _load_is_free(world: World, engine: Engine) -> bool:
+    """There is nothing to be drawn any more, with old weights or new."""
+    if engine.service.leased or _engine_dies(world):
+        return False
+    still = _all_admitted(world) and _nothing_ends(world)
+    return not any(len(s.table) or s.running or _may_come(world, s, still) for s in world.generating)
 
 
 def _sending_is_free(world: World, stage: GeneratingStage) -> bool:

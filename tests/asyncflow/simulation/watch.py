@@ -36,7 +36,7 @@ class Watch:
         self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the highest share of a limit: (value, limit)
         self._trained: defaultdict[int, dict[str, list[Any]]] = defaultdict(dict)  # step -> sink -> rows
         self.fates: set[tuple[int, str]] = set()  # (version, how a prompt ended then)
-        self.ages: set[tuple[int, int]] = set()  # (step, in versions how old a row of it was)
+        self.ages: set[tuple[int, int]] = set()  # (step, in versions how old a prompt of it was)
         self.seeds: dict[int, int] = {}  # by sample
         self.firings: defaultdict[str, list[str]] = defaultdict(list)  # by stage: the rows of each, in order
         self._grants: Counter[str] = Counter()  # by pool
@@ -130,7 +130,6 @@ class Watch:
         """One row of a closed batch: all of it from one drawing, none of it too old."""
         self.one_drawing(f"batch {step}", sample, drawings)
         oldest = min(v for v in versions if v >= 0)
-        self.ages.add((step, step - oldest))
         self.bound("staleness", f"sample {sample} of step {step}", step - oldest, self._world.config.staleness)
 
     def trained(self, sink: str, step: int, rows: list[Any]) -> None:
