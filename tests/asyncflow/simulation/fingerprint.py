@@ -4,10 +4,11 @@ A state is a bag of facts about rows and prompts, beside what is true of no row.
 (deliveries, tickets) are left out, and so are names themselves: prompts and samples that play the same part are
 renamed by the part they play, so that two states that differ by who is who are one state.
 
-That loses nothing, because nothing that happens looks at a name but in one place: of prompts that are equally old
-the batcher takes the lowest. `like_enough` says whether those between which it chooses are otherwise alike, in
-which case the choice is one between two names of the same state; the exploration checks it at every batch. Where
-rows may come again after their prompt has settled, prompts keep the order of their ids.
+Nor does it count in which order rows stand that leave for a firing together. That loses nothing, because nothing
+that happens looks at a name but in one place: of prompts that are equally old the batcher takes the lowest.
+`like_enough` says whether those between which it chooses are otherwise alike, in which case the choice is one between
+two names of the same state; the exploration checks it at every batch. Where rows may come again after their prompt
+has settled, prompts keep the order of their ids, and rows their places.
 """
 
 from __future__ import annotations
@@ -168,7 +169,10 @@ def like_enough(world: World, state: State) -> bool:
 def _table(
     facts: Facts, where: Print, table: RowTable[Any], closed: Container[int] | None = None, apart: int = 1
 ) -> None:
-    """So many rows are taken together; of a join `closed` are the prompts that are whole: they leave it together, as old as their oldest row."""
+    """So many rows are taken together; of a join `closed` are the prompts that are whole.
+
+    Those leave it together, as old as their oldest row.
+    """
     for place, sample in enumerate(table._settled):
         facts.row((*where, "settled", place // apart if closed is None else -1), sample)
     for sample, held in table._held.items():

@@ -11,6 +11,16 @@ an end of the run, a deadlock or not, has `a` in it, and by 2, exchanged with th
 comes first. A way to a breach has `a` in it, as before with 3, or not: then `a` put before it brings the breach no
 further away. A way without end stays one likewise: circles are kept.
 
+**A firing is one step.** To finish is free, and is taken first; so where anything is tried nobody computes but an
+engine, and a stage that begins has finished before anything else happens. What is said of `a` and `b` is said of
+whole firings, where they are some: of two stages for one thread the second waits, and the end is the same.
+
+**Shared devices.** Their lease leaves open who is next (see `turns`): that is more than the real one lets happen. To
+ask is free then. A firing is not kept from being free by one that takes the devices first, `b`, though it can't
+happen while those have them: who holds devices waits for nobody and gives them back (`explores` asks for that), so a
+run does not end before, and 1 and 2 hold with all that the holder does in the place of `b`. So who is next counts
+only where one trains the weights that another uses, and for engines, which begin with what is there.
+
 The reasons beside each kind of action rest on this. Where nothing is lost or doubled and no process dies, a row goes
 over each edge once, and reaches the join before its prompt settles: of a prompt that has settled nothing is anywhere
 else, and only its own rows can settle it. `explores` asks for that. Of faults there may be drops; a failure, of a row
@@ -19,11 +29,10 @@ is not free, neither before its death nor after it. Where the one that draws may
 anew then. Rows and processes are taken in turn by `exhaustive.starts`, by which nothing is lost, for when a row
 fails is nobody's business before it leaves its stage.
 
-Two things are taken as they are: the lease is a queue, and its bound on grants before one's own is for its own tests
-and the random runs. And `explores` asks for the rules that the reasons name: without one all orders are tried.
+`explores` asks for the rules that the reasons name: without one all orders are tried.
 
-Two stages that race for one thread are tried in both orders, and nothing else is: `free_race`, by the same argument
-for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
+Two stages that race for one thread, or one lease, are tried in both orders, and nothing else is: `free_race`, by the
+same argument for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
 """
 
 from __future__ import annotations
@@ -34,7 +43,7 @@ from protocols.ids import prompt_of
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rules import joins_never_refuse
-from tests.asyncflow.simulation.service import Service
+from tests.asyncflow.simulation.service import Part, Service
 from tests.asyncflow.simulation.stages import CallSite, ClosingStage, RowStage, TrainingStage
 from tests.asyncflow.simulation.turns import open_leases
 from tests.asyncflow.simulation.world import World
@@ -249,7 +258,7 @@ def _takes_all(world: World, stage: CallSite) -> bool:
     return not isinstance(stage, RowStage) or (stage.capacity is not None and len(stage.table) >= stage.capacity)
 
 
-def _turn_is_free(world: World, stage: CallSite, racing: Container[CallSite] = ()) -> bool:
+def _turn_is_free(world: World, stage: CallSite, racing: Container[Part] = ()) -> bool:
     """Nobody trains the weights that it uses, or uses those that it trains, before it has been.
 
     For what else happens it is of no account when it computes: it has its rows, and what it makes of them is only

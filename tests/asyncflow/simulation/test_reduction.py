@@ -102,6 +102,7 @@ def every_state(config: Config, most: int) -> Iterator[World]:
     [
         (Config("grpo", steps=1), 1000),
         (Config("grpo", "colocated", steps=1), 1000),
+        (Config("ppo", "colocated", staleness=1, samples=2), 50),
         (Config("grpo", "colocated", steps=1, faults=RESTART), 60),
         (Config("grpo", "split", steps=1, faults=FAILURE), 30),
         (Config("grpo", "split", steps=1, faults=DROP), 60),
@@ -143,6 +144,8 @@ def test_so_it_is_along_the_ways_through_larger_spaces(config: Config, seed: int
     [
         Config("ppo", "split", steps=1),
         Config("ppo", "colocated", steps=1),
+        Config("grpo", "colocated", staleness=1),
+        Config("ppo", "shared", steps=1),
         Config("remax", "split", steps=1),
         Config("grpo", "colocated", steps=1, faults=FAILURE),
         Config("grpo", "colocated", steps=1, faults=RESTART),

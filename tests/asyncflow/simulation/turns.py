@@ -6,7 +6,6 @@ wrong in no order of grants does not go wrong in the order of asking; and orders
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
