@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--exhaustive", action="store_true", help="all orders of small configurations instead")
-    parser.add_argument("--states", type=int, default=30_000, help="most states of one configuration")
+    parser.add_argument("--states", type=int, default=1_000_000, help="most states of one configuration")
     given = parser.parse_args()
     start = time.monotonic()
     with ProcessPoolExecutor(given.processes) as pool:

@@ -214,7 +214,8 @@ class Controller:
     def _close(self) -> None:
         batch = self.choice()
         assert batch is not None
-        check_age(batch, self.version, self._world.config.staleness)
+        ages = check_age(batch, self.version, self._world.config.staleness)
+        self._world.watch.ages |= {(self.version, age) for age in ages}
         self.training = Training(self.version, batch)
         self._world.closing.close(self.version, [s for p in self.book.settled(batch) for s in p.alive])
 

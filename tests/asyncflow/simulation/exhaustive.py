@@ -10,14 +10,16 @@ from collections.abc import Iterator
 
 import msgspec
 
+from asyncflow.placement.lease import shared_leases
 from protocols.ids import prompt_id, prompt_of, sample_id
 from tests.asyncflow.simulation.configuration import Config
 from tests.asyncflow.simulation.fingerprint import fingerprint, like_enough
 from tests.asyncflow.simulation.fork import fork
 from tests.asyncflow.simulation.network import Action
-from tests.asyncflow.simulation.reduction import free_action, free_race
+from tests.asyncflow.simulation.reduction import explores, free_action, free_race
 from tests.asyncflow.simulation.rules import Rules
 from tests.asyncflow.simulation.schedulers import Livelock, most_actions
+from tests.asyncflow.simulation.turns import open_leases
 from tests.asyncflow.simulation.world import THE_REAL_RULES, World
 
 
@@ -30,7 +32,14 @@ class Explored(msgspec.Struct):
     fates: set[tuple[int, str]] = msgspec.field(
         default_factory=set
     )  # that prompts had, each with a version at its time
+    ages: set[tuple[int, int]] = msgspec.field(default_factory=set)  # (step, how old a prompt of it was)
     complete: bool = True
+
+
+def in_any_turn(config: Config, rules: Rules) -> Rules:
+    """The rules with leases that leave open who is next, where the reduction can do with that."""
+    opened = msgspec.structs.replace(rules, leases=open_leases)
+    return opened if rules.leases is shared_leases and explores(next(starts(config, opened))) else rules
 
 
 class Asymmetry(Exception):
@@ -49,7 +58,7 @@ class Explorer:
     """Depth first over one configuration."""
 
     def __init__(self, config: Config, rules: Rules = THE_REAL_RULES, *, reduced: bool = True) -> None:
-        self._config, self._rules, self._reduced = config, rules, reduced
+        self._config, self._rules, self._reduced = config, in_any_turn(config, rules) if reduced else rules, reduced
         self._seen: set[int] = set()
         self._way: list[_Place] = []
         self._on_way: set[int] = set()  # their names
@@ -59,11 +68,14 @@ class Explorer:
         """Look at every state, or at so many. Raises what the world raises; a circle of states is a Livelock."""
         for world in starts(self._config, self._rules) if self._reduced else [World(self._config, self._rules)]:
             self._arrive(world)
-            while self._way and self.result.complete:
-                self._go_on(most_states)
+            while self._way:
+                self._go_on()
+                if self.result.states >= most_states:
+                    self.result.complete = False
+                    return self.result
         return self.result
 
-    def _go_on(self, most_states: int) -> None:
+    def _go_on(self) -> None:
         place = self._way[-1]
         if not place.choices:
             self._on_way.remove(self._way.pop().name)
@@ -73,7 +85,6 @@ class Explorer:
         world.apply(action)
         self.result.transitions += 1
         self._arrive(world)
-        self.result.complete = self.result.states < most_states
 
     def _arrive(self, world: World) -> None:
         """Go on to the next state that has a choice, and take it in where it is new."""
@@ -87,6 +98,7 @@ class Explorer:
             if not alone:
                 raise Livelock(f"livelock: {free} and the like go on for ever")
         self.result.fates |= world.watch.fates
+        self.result.ages |= world.watch.ages
         state = fingerprint(world)
         if state.name in self._on_way:
             raise Livelock("livelock: the run comes back to where it was")

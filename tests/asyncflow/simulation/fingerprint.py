@@ -4,10 +4,11 @@ A state is a bag of facts about rows and prompts, beside what is true of no row.
 (deliveries, tickets) are left out, and so are names themselves: prompts and samples that play the same part are
 renamed by the part they play, so that two states that differ by who is who are one state.
 
-That loses nothing, because nothing that happens looks at a name but in one place: of prompts that are equally old
-the batcher takes the lowest. `like_enough` says whether those between which it chooses are otherwise alike, in
-which case the choice is one between two names of the same state; the exploration checks it at every batch. Where
-rows may come again after their prompt has settled, prompts keep the order of their ids.
+Nor does it count in which order rows stand that leave for a firing together. That loses nothing, because nothing
+that happens looks at a name but in one place: of prompts that are equally old the batcher takes the lowest.
+`like_enough` says whether those between which it chooses are otherwise alike, in which case the choice is one between
+two names of the same state; the exploration checks it at every batch. Where rows may come again after their prompt
+has settled, prompts keep the order of their ids, and rows their places.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from asyncflow.placement.lease import PoolLease, shared_leases
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.row_table import RowTable
 from protocols.columns import Batch
-from protocols.ids import BASELINE_INDEX, index_of, prompt_of
+from protocols.ids import BASELINE_INDEX, index_of, place_of, prompt_of
 from protocols.stage import Failure
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Delivery
 from tests.asyncflow.simulation.rows import Request, Row
 from tests.asyncflow.simulation.service import Service
 from tests.asyncflow.simulation.stages import ClosingStage, RowStage, TrainingStage
+from tests.asyncflow.simulation.turns import OpenLease
 from tests.asyncflow.simulation.world import World
 
 Print = tuple[Any, ...]
@@ -53,6 +55,8 @@ class Facts:
         faults = world.config.faults
         self.sends_again = bool(faults.losses or faults.restarts)
         self.comes_again = self.sends_again or bool(faults.duplicates)
+        # A firing takes as many rows as it can from the first: in which order they stand among them is one.
+        self.firing = 1 if self.comes_again else world.config.firing_rows
 
     def row(self, what: Print, sample: int, value: Any = None) -> None:
         """Something about one row."""
@@ -90,7 +94,7 @@ class Facts:
         signatures: defaultdict[int, int] = defaultdict(int)
         for what, rows in self.rows:
             for place, (sample, value) in enumerate(rows):
-                signatures[sample] += hash((what, len(rows), place, value))
+                signatures[sample] += hash((what, len(rows), place // self.firing, value))
         of_prompt: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for sample, signature in signatures.items():
             of_prompt[prompt_of(sample)].append((signature & MASK, sample))
@@ -107,7 +111,10 @@ class Facts:
             for prompt, samples in of_prompt.items()
             for place, (_, sample) in enumerate(samples)
         }
-        total = sum(hash((what, tuple([(names[s], v) for s, v in rows]))) for what, rows in self.rows)
+        total = sum(
+            hash((what, frozenset([(place // self.firing, names[s], v) for place, (s, v) in enumerate(rows)])))
+            for what, rows in self.rows
+        )
         total += sum(hash((what, prompts[prompt])) for what, prompt in self.prompts)
         return State(hash((rest, total)), dict(parts))
 
@@ -132,10 +139,19 @@ def fingerprint(world: World) -> State:
         [_lease(world, lease) for lease in {lease.pool: lease for lease in world.leases.values()}.values()],
         list(world.faults_left.values()),
     )
-    for where, sample in world.doomed:
-        facts.row(("doomed", where), sample)
+    doomed = _doomed(facts)
     _ended(facts)
-    return facts.state((repr(rest), world.victim if world.faults_left["restarts"] else ""))
+    return facts.state((repr(rest), doomed, world.victim if world.faults_left["restarts"] else ""))
+
+
+def _doomed(facts: Facts) -> Print:
+    """Of a prompt that is not yet admitted it counts how many come before it."""
+    fates = facts.world.controller.fates
+    for where, sample in facts.world.doomed:
+        if prompt_of(sample) in fates:
+            facts.row(("doomed", where), sample)
+    to_come = [(where, sample) for where, sample in facts.world.doomed if prompt_of(sample) not in fates]
+    return tuple((where, place_of(prompt_of(s))[1] - len(fates), index_of(s)) for where, s in to_come)
 
 
 def like_enough(world: World, state: State) -> bool:
@@ -150,10 +166,15 @@ def like_enough(world: World, state: State) -> bool:
     return taken >= set(tied) or len({state.parts[p] for p in tied}) == 1
 
 
-def _table(facts: Facts, where: Print, table: RowTable[Any], closed: Container[int] | None = None) -> None:
-    """Of a join `closed` are the prompts that are whole: they leave it together, as old as their oldest row."""
+def _table(
+    facts: Facts, where: Print, table: RowTable[Any], closed: Container[int] | None = None, apart: int = 1
+) -> None:
+    """So many rows are taken together; of a join `closed` are the prompts that are whole.
+
+    Those leave it together, as old as their oldest row.
+    """
     for place, sample in enumerate(table._settled):
-        facts.row((*where, "settled", place if closed is None else -1), sample)
+        facts.row((*where, "settled", place // apart if closed is None else -1), sample)
     for sample, held in table._held.items():
         whole = closed is not None and not facts.comes_again and prompt_of(sample) in closed
         for position, value in held.slots.items():
@@ -203,6 +224,8 @@ def _outbox(facts: Facts, name: str, outbox: Outbox[Any]) -> None:
 def _lease(world: World, lease: PoolLease) -> Print:
     """In a line nobody passes those who came before: how long one waited counts where there is none."""
     holder = lease.holder.stage if lease.holder is not None else ""
+    if isinstance(lease, OpenLease):
+        return lease.pool, holder, sorted(claim.stage for claim in lease.waiting)
     in_line = world.rules.leases is shared_leases
     passed = [(c.stage, 0 if in_line else world.watch.passed_by(lease, c.ticket)) for c in lease.waiting]
     return lease.pool, holder, passed
@@ -221,7 +244,7 @@ def _stage(facts: Facts, stage: Any) -> Print:
     name = stage.name
     match stage:
         case RowStage():
-            _table(facts, (name,), stage.table)
+            _table(facts, (name,), stage.table, apart=facts.firing)
             facts.together((name, "taken"), stage.taken)
             facts.together((name, "dead"), [(f.sample_id, f) for f in stage.dead])
             for sample in stage.failing:
@@ -237,7 +260,7 @@ def _stage(facts: Facts, stage: Any) -> Print:
             for sample in stage.running:
                 facts.row((name, "running"), sample)
             for place, (sample, attempt, row) in enumerate(stage.out):
-                facts.row((name, "out", place, attempt), sample, row)
+                facts.row((name, "out", place // facts.firing, attempt), sample, row)
         case TrainingStage():
             if stage.batch is not None:
                 facts.delivery((name, "batch"), stage.batch)

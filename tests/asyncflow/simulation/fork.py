@@ -19,10 +19,11 @@ from tests.asyncflow.simulation.generation import Engine, Running
 from tests.asyncflow.simulation.network import Network
 from tests.asyncflow.simulation.service import Service
 from tests.asyncflow.simulation.stages import CallSite
+from tests.asyncflow.simulation.turns import Turns
 from tests.asyncflow.simulation.watch import Watch
 from tests.asyncflow.simulation.world import World
 
-OURS = (World, Service, CallSite, Engine, Network, Controller, Watch)
+OURS = (World, Service, CallSite, Engine, Network, Controller, Watch, Turns)
 REAL = (RowTable, PromptJoin, Outbox, EndedPrompts, Admission, PromptBook, PoolLease)
 FIXED = ("_sources", "channels", "_by_prompt", "_place")  # set once
 

@@ -11,6 +11,16 @@ an end of the run, a deadlock or not, has `a` in it, and by 2, exchanged with th
 comes first. A way to a breach has `a` in it, as before with 3, or not: then `a` put before it brings the breach no
 further away. A way without end stays one likewise: circles are kept.
 
+**A firing is one step.** To finish is free, and is taken first; so where anything is tried nobody computes but an
+engine, and a stage that begins has finished before anything else happens. What is said of `a` and `b` is said of
+whole firings, where they are some: of two stages for one thread the second waits, and the end is the same.
+
+**Shared devices.** Their lease leaves open who is next (see `turns`): that is more than the real one lets happen. To
+ask is free then. A firing is not kept from being free by one that takes the devices first, `b`, though it can't
+happen while those have them: who holds devices waits for nobody and gives them back (`explores` asks for that), so a
+run does not end before, and 1 and 2 hold with all that the holder does in the place of `b`. So who is next counts
+only where one trains the weights that another uses, and for engines, which begin with what is there.
+
 The reasons beside each kind of action rest on this. Where nothing is lost or doubled and no process dies, a row goes
 over each edge once, and reaches the join before its prompt settles: of a prompt that has settled nothing is anywhere
 else, and only its own rows can settle it. `explores` asks for that. Of faults there may be drops; a failure, of a row
@@ -19,22 +29,23 @@ is not free, neither before its death nor after it. Where the one that draws may
 anew then. Rows and processes are taken in turn by `exhaustive.starts`, by which nothing is lost, for when a row
 fails is nobody's business before it leaves its stage.
 
-Two things are taken as they are: the lease is a queue, and its bound on grants before one's own is for its own tests
-and the random runs. And `explores` asks for the rules that the reasons name: without one all orders are tried.
+`explores` asks for the rules that the reasons name: without one all orders are tried.
 
-Two stages that race for one thread are tried in both orders, and nothing else is: `free_race`, by the same argument
-for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
+Two stages that race for one thread, or one lease, are tried in both orders, and nothing else is: `free_race`, by the
+same argument for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
 """
 
 from __future__ import annotations
 
-from asyncflow.placement.lease import shared_leases
+from collections.abc import Container
+
 from protocols.ids import prompt_of
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rules import joins_never_refuse
-from tests.asyncflow.simulation.service import Service
+from tests.asyncflow.simulation.service import Part, Service
 from tests.asyncflow.simulation.stages import CallSite, ClosingStage, RowStage, TrainingStage
+from tests.asyncflow.simulation.turns import open_leases
 from tests.asyncflow.simulation.world import World
 
 
@@ -52,27 +63,37 @@ def explores(world: World) -> bool:
         and rules.tombstones
         and not rules.update_keeps_lease
         and rules.loads == "in order"
+        and rules.leases is open_leases
+        and (rules.floor == "before the slot" or not world.leases)
     )
 
 
 def free_action(world: World, actions: list[Action]) -> Action | None:
-    """One that is free, or None where the order counts, or may count."""
+    """One that is free, or None where the order counts, or may count. Who computes finishes first."""
     if not explores(world):
         return None
-    return next((action for action in actions if is_free(world, action)), None)
+    in_order = sorted(actions, key=lambda action: action.verb != "finish")
+    return next((action for action in in_order if is_free(world, action)), None)
 
 
 def free_race(world: World, actions: list[Action]) -> list[Action]:
-    """Two stages of a service of which each would be free to take its rows but for the other; else nothing."""
+    """Two stages of a service of which each would be free to compute but for the other; else nothing."""
     if not explores(world):
         return []
     for service in world.services.values():
-        racing = [a for a in actions if a.verb == "take" and world.stages[a.who].service is service]
-        if len(racing) > 1 and service.thread is None:
-            stages = [world.stages[a.who] for a in racing]
-            if all(_take_is_free(world, stage, stages) for stage in stages):
-                return racing
+        racing = {s: a for a in actions if (s := _next_of(world, a)) is not None and s.service is service}
+        if len(racing) > 1 and all(_turn_is_free(world, stage, racing) for stage in racing):
+            return list(racing.values())
     return []
+
+
+def _next_of(world: World, action: Action) -> CallSite | None:
+    """The stage that computes by an action: on devices that it was granted, or its service's own."""
+    name = action.item if action.verb == "grant" else action.who
+    stage = world.stages.get(name) if action.verb in ("grant", "take") else None
+    if stage is None or (action.verb == "take" and (stage.service.leased or not _takes_all(world, stage))):
+        return None
+    return stage
 
 
 def is_free(world: World, action: Action) -> bool:
@@ -82,18 +103,33 @@ def is_free(world: World, action: Action) -> bool:
     if action.verb == "end":
         return _end_is_free(world, world.services[action.who])
     if action.who == world.controller.name:
-        return (action.verb == "hear" and _hearing_is_free(world, action.item)) or (
-            action.verb == "publish" and _publishing_is_free(world)
-        )
+        match action.verb:
+            case "hear":
+                return _hearing_is_free(world, action.item)
+            case "publish":
+                return _publishing_is_free(world)
+            case "commit":
+                return _commit_is_free(world)
+        return False
+    if action.verb == "grant":
+        stage = world.stages.get(action.item)
+        return stage is not None and _turn_is_free(world, stage)
     stage = world.stages.get(action.who)
     if isinstance(stage, GeneratingStage):
         return _sending_is_free(world, stage)
     if stage is not None:
-        return (action.verb == "finish" and _finish_is_free(world, stage)) or (
-            action.verb == "take" and _take_is_free(world, stage)
-        )
+        if action.verb == "finish":
+            return not _dies(world, stage.service.name)
+        return _takes_all(world, stage) and (stage.service.leased or _turn_is_free(world, stage))
     engine = next(e for e in world.engines if e.name == action.who)
-    return action.verb == "start" and _start_is_free(world, engine, action.item)
+    match action.verb:
+        case "start":
+            return _start_is_free(world, engine, action.item)
+        case "load":
+            return _load_is_free(world, engine)
+        case "ask":
+            return not _engine_dies(world)
+    return False
 
 
 # --- what stands still
@@ -127,9 +163,13 @@ def _stands_still_without(world: World, prompts: set[int]) -> bool:
 
 def _is_still(world: World, prompts: set[int]) -> bool:
     """No prompt is admitted before one of these has settled, or ever."""
+    return (_all_admitted(world) and _nothing_ends(world)) or _stands_still_without(world, prompts)
+
+
+def _all_admitted(world: World) -> bool:
+    """No prompt is admitted any more, where none ends but by being trained."""
     a = world.controller.admission
-    all_admitted = a.version * a.prompts_per_step + a.live >= a.steps * a.prompts_per_step
-    return (all_admitted and _nothing_ends(world)) or _stands_still_without(world, prompts)
+    return a.version * a.prompts_per_step + a.live >= a.steps * a.prompts_per_step
 
 
 def _may_come(world: World, stage: CallSite, still: bool) -> bool:
@@ -210,51 +250,34 @@ def _held(part: object) -> list[int]:
 # --- stages
 
 
-def _finish_is_free(world: World, stage: CallSite) -> bool:
-    """What was worked on is done, and the next in line for the thread, or the devices, begins with what it has.
+def _takes_all(world: World, stage: CallSite) -> bool:
+    """What it takes is all that it can get, and can be read."""
+    sources = [world.stages.get(c.source) for c in world.config.dataflow.inputs_of(stage.name)]
+    if any(_dies(world, s.service.name) for s in (stage, *sources) if s is not None):
+        return False
+    return not isinstance(stage, RowStage) or (stage.capacity is not None and len(stage.table) >= stage.capacity)
 
-    A lease is a queue (its own tests show that): who asks meanwhile comes last in either order. Only an engine takes
-    what is there when it begins, so none may be the next while requests can still come.
+
+def _turn_is_free(world: World, stage: CallSite, racing: Container[Part] = ()) -> bool:
+    """Nobody trains the weights that it uses, or uses those that it trains, before it has been.
+
+    For what else happens it is of no account when it computes: it has its rows, and what it makes of them is only
+    more for others.
     """
-    lease = stage.service.lease
     if _dies(world, stage.service.name):
         return False
-    if lease is None:
-        return True
-    engines = {engine.name for engine in world.engines if engine.service.lease is lease}
-    if world.rules.leases is not shared_leases or _engine_dies(world):
-        return False
-    stays_next = not any(_dies(world, service) for service, shared in world.leases.items() if shared is lease)
-    if stays_next and (not engines or (lease.waiting and lease.waiting[0].stage not in engines)):
-        return True
-    at_work = {prompt_of(s) for s, _ in stage.taken} if isinstance(stage, RowStage) else set[int]()
-    still = _is_still(world, at_work) or (isinstance(stage, TrainingStage) and _waits_for_trainers(world))
-    requests = any(isinstance(world.inlets[d.edge][0], GeneratingStage) for d in world.network.flights.values())
-    return still and not requests
-
-
-def _take_is_free(world: World, stage: CallSite, racing: list[CallSite] | None = None) -> bool:
-    """What it takes is all that it can get, and nobody else can get the thread first."""
-    if stage.service.lease is not None or _dies(world, stage.service.name):
-        return False
-    sources = [world.stages.get(c.source) for c in world.config.dataflow.inputs_of(stage.name)]
-    if any(s is not None and _dies(world, s.service.name) for s in sources):
-        return False  # its rows may become unreadable
-    prompts: set[int] = set()
-    if isinstance(stage, RowStage):
-        if stage.capacity is None or len(stage.table) < stage.capacity:
-            return False
-        prompts = {prompt_of(s) for s in stage.table._held}
+    prompts = {prompt_of(s) for s in _held(stage)}
     still = _is_still(world, prompts) or (isinstance(stage, TrainingStage) and _waits_for_trainers(world))
-    for other in (part for part in stage.service.parts if part is not stage and part not in (racing or [])):
+    trains = isinstance(stage, TrainingStage)
+    for other in (part for part in stage.service.parts if part is not stage and part not in racing):
         match other:
-            case RowStage():
-                asks = _is_busy(other) or _may_come(world, other, still)
+            case RowStage() | GeneratingStage():
+                asks = trains and (_is_busy(other) or _may_come(world, other, still))
             case TrainingStage():
                 coming = any(d.edge.startswith(f"{other.name}.") for d in world.network.flights.values())
                 asks = other.batch is not None or coming or not _stands_still_without(world, prompts)
             case _:
-                asks = True
+                asks = False  # an engine: its rows are its stages'
         if asks:
             return False
     return True
@@ -273,7 +296,14 @@ def _hearing_is_free(world: World, told: int) -> bool:
     c = world.controller
     if _dies(world, world.closing.service.name) or not _nothing_ends(world) or world.config.window:
         return False
-    return c.training is None and not c.admission.room() and len(c.floors.keys() - {told}) < world.config.prompts
+    in_training = {r.prompt_id for r in c.training.batch} if c.training is not None else set[int]()
+    still = _all_admitted(world) or (c.training is None and not c.admission.room())
+    return still and len(c.floors.keys() - in_training - {told}) < world.config.prompts
+
+
+def _commit_is_free(world: World) -> bool:
+    """No prompt is admitted before it, and none ends but by it."""
+    return _waits_for_trainers(world) and not world.config.window and not world.config.faults.restarts
 
 
 def _publishing_is_free(world: World) -> bool:
@@ -295,6 +325,14 @@ def _start_is_free(world: World, engine: Engine, sample: int) -> bool:
         if waiting > room or any(_may_come(world, s, still) for s in world.generating):
             return False
     return any(next(iter(s.table._settled), None) == sample for s in world.generating)
+
+
+def _load_is_free(world: World, engine: Engine) -> bool:
+    """There is nothing to be drawn any more, with old weights or new."""
+    if engine.service.leased or _engine_dies(world):
+        return False
+    still = _all_admitted(world) and _nothing_ends(world)
+    return not any(len(s.table) or s.running or _may_come(world, s, still) for s in world.generating)
 
 
 def _sending_is_free(world: World, stage: GeneratingStage) -> bool:

@@ -1,6 +1,6 @@
 """Small runs in all orders: no state of them is a deadlock, none is on a circle, and none breaks a bound.
 
-Larger ones: `python -m tests.asyncflow.simulation --exhaustive`.
+All of them: `python -m tests.asyncflow.simulation --exhaustive`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from tests.asyncflow.simulation.rules import Rules
 from tests.asyncflow.simulation.watch import Deadlock, Violation
 
 FAILURE, RESTART = Faults(failures=1), Faults(restarts=1)
+EVERYTHING = Faults(failures=1, drops=1, restarts=1)
 
 
 @pytest.mark.parametrize(
     ("config", "states"),
     [
-        (Config("ppo", "split", steps=2), 10),
-        (Config("ppo", "colocated", steps=2), 20),
-        (Config("ppo", "split", steps=2, staleness=1), 25),
-        (Config("ppo", "split", steps=2, staleness=1, samples=2), 120),
-        (Config("ppo", "split", steps=2, staleness=1, prompts=2), 120),
-        (Config("ppo", "colocated", steps=2, staleness=1), 100),
-        (Config("remax", "split", steps=1), 5),
-        (Config("remax", "split", steps=2, staleness=1), 100),
-        (Config("remax", "split", steps=1, faults=FAILURE), 100),
-        (Config("ppo", "colocated", steps=1, faults=RESTART), 300),
+        (Config("ppo", "split", steps=2), 8),
+        (Config("ppo", "split", staleness=1, samples=2), 90),
+        (Config("ppo", "colocated", staleness=1, prompts=2, samples=2), 1_800),
+        (Config("grpo", "split", staleness=1, prompts=2, samples=2), 250),
+        (Config("remax", "split", staleness=1, samples=2), 170),
+        (Config("safe_rlhf", "colocated", staleness=1, prompts=2), 90),
+        (Config("grpo", "split", faults=FAILURE), 100),
+        (Config("remax", "split", steps=1, faults=FAILURE), 300),
+        (Config("ppo", "colocated", steps=1, faults=RESTART), 350),
     ],
     ids=str,
 )
@@ -38,6 +38,12 @@ def test_every_order(config: Config, states: int):
     assert explored.complete
     assert explored.states >= states
     assert explored.ends >= 1
+
+
+def test_where_it_is_cut_it_says_so():
+    """And goes on in no other start: of the states on the way to the cut it would take some for a circle."""
+    explored = explore(Config("grpo", "colocated", steps=1, faults=EVERYTHING), most_states=150)
+    assert (explored.complete, explored.states) == (False, 150)
 
 
 def test_an_order_that_goes_wrong_is_found():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.control.staleness import Admission
 from asyncflow.placement.lease import PoolLease
+from tests.asyncflow.simulation.turns import OpenLease
 
 if TYPE_CHECKING:
     from tests.asyncflow.simulation.service import Part, Service
@@ -35,6 +36,7 @@ class Watch:
         self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the highest share of a limit: (value, limit)
         self._trained: defaultdict[int, dict[str, list[Any]]] = defaultdict(dict)  # step -> sink -> rows
         self.fates: set[tuple[int, str]] = set()  # (version, how a prompt ended then)
+        self.ages: set[tuple[int, int]] = set()  # (step, in versions how old a prompt of it was)
         self.seeds: dict[int, int] = {}  # by sample
         self.firings: defaultdict[str, list[str]] = defaultdict(list)  # by stage: the rows of each, in order
         self._grants: Counter[str] = Counter()  # by pool
@@ -63,6 +65,8 @@ class Watch:
         self._grants[lease.pool] += 1
         between = self.passed_by(lease, ticket) - 1
         del self._asked[ticket]
+        if isinstance(lease, OpenLease):
+            return
         sharers = sum(len(s.parts) for s in self._world.services.values() if s.lease is lease)
         self.bound("grants before one's own", lease.pool, between, sharers)
 

@@ -27,6 +27,7 @@ from tests.asyncflow.simulation.rows import Owner
 from tests.asyncflow.simulation.rules import Rules
 from tests.asyncflow.simulation.service import Service
 from tests.asyncflow.simulation.stages import CallSite, ClosingStage, RowStage, TrainingStage
+from tests.asyncflow.simulation.turns import OpenLease, Turns
 from tests.asyncflow.simulation.watch import Deadlock, Watch
 
 CHANCE = "chance"
@@ -59,7 +60,7 @@ class World:
         self.victim = ""  # the only one that may die; "": any of the mortal
         self._drawings: Counter[int] = Counter()
         self._parts = {p.name: p for s in self.services.values() for p in [s, *s.parts]} | {
-            p.name: p for p in (self.network, self.controller)
+            p.name: p for p in (self.network, self.controller, *self._turns())
         }
 
     # --- the state machine
@@ -276,6 +277,10 @@ class World:
             stage = RowStage(self, service, call)
         service.parts.append(stage)
         return stage
+
+    def _turns(self) -> list[Turns]:
+        pools = {lease.pool: lease for lease in self.leases.values()}
+        return [Turns(self, lease) for lease in pools.values() if isinstance(lease, OpenLease)]
 
     def _add_engines(self) -> list[Engine]:
         service = self.services["policy" if self.hybrid else GENERATOR]
