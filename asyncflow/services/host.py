@@ -23,6 +23,7 @@ from asyncflow.services.channel_counts import ChannelCounts
 from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store
 from asyncflow.services.joint_work import JointWork
+from asyncflow.services.losses import Losses
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, parts_of, plan_calls, unpack
 from asyncflow.services.quarantine import Quarantine
@@ -32,8 +33,9 @@ from asyncflow.services.spec import ServiceSpec, StageSpec
 from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
-from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, RankRequest, Reply, Span, Waiting
+from protocols.control import Busy, LeaseAsked, LeaseReturned, Notice, RankRequest, Reply, RowsLost, Span, Waiting
 from protocols.delivery import Delivery, RankReply
+from protocols.ids import prompt_of
 from protocols.messages import Metrics
 from protocols.roles import Sampling
 from protocols.stage import Failure
@@ -81,6 +83,7 @@ class Host:
         self.counts = ChannelCounts(exporter)
         self.ended = EndedPrompts()
         self.outbox: Outbox[Kept] = Outbox(self.ended)
+        self.losses = Losses()
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
@@ -311,6 +314,13 @@ class Host:
         """What was measured since this was last asked."""
         taken, self._measured = self._measured, {}
         return taken
+
+    def ask_again(self, stage: str, samples: Sequence[int]) -> tuple[list[int], list[Failure]]:
+        """Rows whose bytes are gone: those that are sent again, and tombstones of those that were gone too often."""
+        again, failures = self.losses.note(stage, [s for s in samples if prompt_of(s) not in self.ended])
+        if again:
+            self.notify(RowsLost(stage, again))
+        return again, failures
 
     def notify(self, notice: Notice) -> None:
         """Queue something for the controller."""
