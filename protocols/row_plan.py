@@ -1,14 +1,12 @@
 """Row plans: what each rank reads of a message that lies in shards, whatever the two topologies are.
 
 A producing service puts one shard a collecting rank; `Located` says in which shard each row lies. A consuming
-service cuts the same rows by its own transfer protocol. Where the two meet, `reading_plan` gives every
-destination rank the segments of its rows and nothing else. Neither side knows the other's topology, and only
-row numbers are touched.
+service cuts the same rows by its own transfer protocol. Where the two meet, `Located.segments` gives a destination
+rank the segments of its rows and nothing else. Neither side knows the other's topology, and only row numbers are
+touched.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -47,19 +45,6 @@ class Located(msgspec.Struct, frozen=True, eq=False):  # noqa: PLW1641 - rows ha
         if len(self.sources) != len(self.rows):
             raise ValueError(f"located: {len(self.sources)} sources for {len(self.rows)} rows, want one each")
 
-    @classmethod
-    def from_shards(cls, sizes: Sequence[int]) -> Located:
-        """The rows of all shards one after the other, as `collect` orders them; a shard may be empty.
-
-        Raises ValueError naming a shard of negative size.
-        """
-        counts = np.asarray(sizes, dtype=np.int64)
-        if len(counts) and int(counts.min()) < 0:
-            raise ValueError(f"shard {int(counts.argmin())} has {int(counts.min())} rows, want 0 or more")
-        starts = np.cumsum(counts) - counts
-        rows = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
-        return cls(np.repeat(np.arange(len(counts), dtype=np.int64), counts), rows)
-
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.rows)
@@ -86,11 +71,3 @@ class Located(msgspec.Struct, frozen=True, eq=False):  # noqa: PLW1641 - rows ha
         breaks = np.flatnonzero((sources[1:] != sources[:-1]) | (rows[1:] != rows[:-1] + 1))
         firsts, lasts = np.append(0, breaks + 1), np.append(breaks, len(rows) - 1)
         return list(map(Segment, sources[firsts].tolist(), rows[firsts].tolist(), (rows[lasts] + 1).tolist()))
-
-
-def reading_plan(located: Located, plan: Sequence[Rows]) -> list[list[Segment]]:
-    """The segments that each destination rank reads, for `plan`: one index array a rank, as `distribute` gives it.
-
-    A rank without rows reads nothing. Raises as `Located.segments` does.
-    """
-    return [located.segments(rows) for rows in plan]

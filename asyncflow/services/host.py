@@ -22,6 +22,7 @@ from asyncflow.services.channel_counts import ChannelCounts
 from asyncflow.services.ended import EndedPrompts
 from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store
 from asyncflow.services.joint_work import JointWork
+from asyncflow.services.losses import Losses
 from asyncflow.services.outbox import Outbox
 from asyncflow.services.parts import Cut, Part, Place, PlannedCall, pack_apart, parts_of, plan_calls, unpack
 from asyncflow.services.quarantine import Quarantine
@@ -33,8 +34,9 @@ from asyncflow.services.subscriptions import Subscriptions
 from protocols import codec
 from protocols.columns import Batch
 from protocols.delivery import Delivery, RankReply
+from protocols.ids import prompt_of
 from protocols.messages import Metrics
-from protocols.notices import LeaseAsked, LeaseReturned
+from protocols.notices import LeaseAsked, LeaseReturned, RowsLost
 from protocols.requests import RankRequest, Reply
 from protocols.roles import Sampling
 from protocols.stage import Failure
@@ -81,6 +83,7 @@ class Host:
         self.counts = ChannelCounts(exporter)
         self.ended = EndedPrompts()
         self.outbox: Outbox[Kept] = Outbox(self.ended)
+        self.losses = Losses()
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
@@ -283,6 +286,15 @@ class Host:
         waiting.discard(kept.delivery.edge)
         if waiting and who in self.reports.waits:
             self.reports.wait(who, "credit", ", ".join(sorted(waiting)), since=self.reports.waits[who].since)
+
+    # --- losses
+
+    def ask_again(self, stage: str, samples: Sequence[int]) -> tuple[list[int], list[Failure]]:
+        """Rows whose bytes are gone: those that are sent again, and tombstones of those that were gone too often."""
+        again, failures = self.losses.note(stage, [s for s in samples if prompt_of(s) not in self.ended])
+        if again:
+            self.reports.notify(RowsLost(stage, again))
+        return again, failures
 
     # --- the end
 

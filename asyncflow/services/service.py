@@ -210,6 +210,7 @@ class ModelService:
                 for run in request.runs:
                     self._host.ended.add_run(*run)
                 self._host.outbox.end(request.prompts)
+                self._host.losses.end(request.prompts)
                 for runner in self._runners.values():
                     await runner.end(request.prompts)
                 if self._outside is not None:

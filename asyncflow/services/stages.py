@@ -29,7 +29,7 @@ from protocols.columns import Batch
 from protocols.delivery import Delivery
 from protocols.ids import prompt_of
 from protocols.messages import SCHEMAS
-from protocols.notices import RowsLost, StepDone
+from protocols.notices import StepDone
 from protocols.requests import CloseBatch, Done
 from protocols.stage import Failure
 
@@ -92,10 +92,11 @@ class RowStage(StageRunner):
             if joined.samples:
                 self.waits("lease", self.host.spec.pool)
                 fired = await self.fire(joined.samples, joined.inputs)
-            if fired.lost:
-                await self._mailbox.take_back(fired.lost)
-                self.host.reports.notify(RowsLost(self.spec.name, fired.lost))
-            await self.host.send(self.spec, fired.parts, joined.failures + fired.failures, attempt=joined.attempt)
+            again, gone = self.host.ask_again(self.spec.name, fired.lost)
+            if again:
+                await self._mailbox.take_back(again)
+            failures = joined.failures + fired.failures + gone
+            await self.host.send(self.spec, fired.parts, failures, attempt=joined.attempt)
 
     async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
         """Take the lease, and let the ranks work on rows that were joined."""
@@ -210,15 +211,15 @@ class TrainingStage(StageRunner):
 
 
 async def read_or_fail(host: Host, part: Part, kind: type[Batch], edge: str) -> tuple[Batch | None, list[Failure]]:
-    """A shard's rows, or a tombstone for each where its frame is refused; neither where it is gone."""
+    """A shard's rows, or a tombstone for each where its frame is refused, or gone time and again; else neither."""
     try:
         return await host.read([part], kind, edge), []
     except codec.BadFrame as error:
         host.counts.damaged(edge, len(part.shard.sample_ids))
         return None, tombstones(part.shard.sample_ids, f"its frame was refused: {error.reason}")
     except PayloadLost:
-        host.reports.notify(RowsLost(edge.rpartition(".")[0], part.shard.sample_ids))
-        return None, []
+        _, failures = host.ask_again(edge.rpartition(".")[0], part.shard.sample_ids)
+        return None, failures
 
 
 def tombstones(samples: Sequence[int], cause: str) -> list[Failure]:

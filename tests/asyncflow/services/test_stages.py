@@ -12,13 +12,14 @@ from msgspec.structs import replace
 
 from asyncflow.services.endpoint import causes
 from asyncflow.services.host import Host
+from asyncflow.services.losses import MOST_TIMES
 from asyncflow.services.parts import Part
 from asyncflow.services.spec import StageSpec, Target
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
 from protocols.delivery import Delivery
-from protocols.ids import sample_id
+from protocols.ids import prompt_of, sample_id
 from protocols.messages import LogProbs, Metrics
-from protocols.notices import Notice, Settled, StepDone
+from protocols.notices import Notice, RowsLost, Settled, StepDone
 from protocols.requests import CloseBatch, Done
 from protocols.stage import Measured
 from tests.asyncflow.services import rows, specs
@@ -119,6 +120,22 @@ async def test_a_refused_frame_leaves_as_tombstones_and_the_stage_goes_on():
         assert all("its frame was refused" in f.cause for f in dead)
         await deliver(stage, sent(4))
         assert await until_sent(consumer, 2) == [[1, 2, 3], [4]]
+
+
+async def test_a_row_whose_bytes_are_gone_again_and_again_leaves_as_a_tombstone():
+    """Its sender lives, and sends a reference to what is no more: the prompt fails instead of the run."""
+    async with row_stage() as (stage, consumer):
+        for _ in range(MOST_TIMES):
+            assert consumer.arrived == []
+            await deliver(stage, lost(2))
+            await asyncio.sleep(0.01)
+        assert await until_sent(consumer) == [[2]]
+        assert "bytes were gone" in consumer.arrived[0][0].failures[0].cause
+        asked = [notice for notice in await stage.host.reports.notices() if isinstance(notice, RowsLost)]
+        assert len(asked) == MOST_TIMES - 1
+        assert len(stage.host.losses) == 1
+        stage.host.losses.end([prompt_of(2)])
+        assert len(stage.host.losses) == 0
 
 
 async def test_rows_whose_bytes_are_gone_leave_nothing_and_can_be_sent_again():

@@ -26,7 +26,7 @@ def next_states(world: World) -> dict[int, World]:
     [
         (Config("ppo", "split", prompts=2, samples=2, staleness=1), 80),
         (Config("ppo", "colocated", prompts=2, samples=2, staleness=1), 80),
-        (Config("remax", "colocated", prompts=2, samples=2, staleness=1, firing_rows=2), 80),
+        (Config("remax", "colocated", prompts=2, samples=2, staleness=1, firing_rows=2), 200),
         (Config("grpo", "mixed", prompts=2, samples=2, steps=1, firing_rows=2, faults=Faults(drops=1)), 80),
         (Config("grpo", "split", samples=2, steps=1, faults=Faults(failures=1)), 60),
         (Config("grpo", "colocated", samples=2, steps=1, faults=Faults(restarts=1)), 60),
