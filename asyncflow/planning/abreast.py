@@ -18,14 +18,18 @@ from functools import partial
 
 import msgspec
 
-from asyncflow.config import Recipe, to_recipe
+from asyncflow.config import Recipe
+from asyncflow.control.prompts import DataRow, PromptSource
 from asyncflow.dataflow.graph import Dataflow
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.trace import trace
 from asyncflow.planning.calibration import Timed
 from asyncflow.planning.calls import forward_calls, update_calls
 from asyncflow.planning.machine import Sizes, rate
 from asyncflow.planning.workbench import Workbench
 
 READY, RATE, CALLS = "ready:", "rate:", "calls:"  # what a child is asked; its answer's line, among others, begins so
+MOST_ROWS = 256  # of the data that a child is given
 PATIENCE_S = 300.0  # with a child, from its start to its end
 
 
@@ -48,10 +52,11 @@ def in_threads(bench: Workbench, tokens: int) -> Own:
     return Own(_times(together, alone), forward, update)
 
 
-def in_processes(recipe: Recipe, dataflow: Dataflow, tokens: int, sizes: Sizes) -> Own:
+def in_processes(bench: Workbench, tokens: int) -> Own:
     """Of services in a process each; cores beyond the number of services are taken to be as good."""
-    names, cores = computing(recipe, dataflow), os.cpu_count() or 1
-    children = [_Child(_Task(recipe, name, tokens, sizes)) for name in names[:cores]]
+    names, cores = computing(bench.recipe, bench.dataflow), os.cpu_count() or 1
+    rows = bench.source.rows[:MOST_ROWS]
+    children = [_Child(_Task(bench.recipe, rows, name, tokens, bench.sizes)) for name in names[:cores]]
     try:
         for child in children:
             child.wait_for(READY)
@@ -93,6 +98,7 @@ class _Task(msgspec.Struct, frozen=True):
     """What a child is to do."""
 
     recipe: Recipe
+    rows: list[DataRow]  # of its data
     service: str
     tokens: int
     sizes: Sizes
@@ -133,17 +139,16 @@ class _Child:
 
 def _work() -> None:
     """The child: be built, then measure once for every line."""
-    from asyncflow.validate import check
-
-    table = msgspec.json.decode(sys.stdin.readline())
-    service, tokens, sizes = table["service"], table["tokens"], msgspec.convert(table["sizes"], Sizes)
-    checked = check(to_recipe(table["recipe"]))
-    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, sizes, {service})) as bench:
-        work = work_of(bench, service, tokens)
+    task = msgspec.json.decode(sys.stdin.readline(), type=_Task)
+    recipe, tokens = task.recipe, task.tokens
+    source = PromptSource(task.rows, recipe.models["policy"].path, recipe.seed)
+    dataflow = trace(algorithm_named(recipe.algorithm))
+    with closing(Workbench(recipe, dataflow, source, task.sizes, {task.service})) as bench:
+        work = work_of(bench, task.service, tokens)
         _tell(READY, "")
         for line in sys.stdin:
             if line.strip() == RATE:
-                _tell(RATE, str(rate(work, sizes.seconds)))
+                _tell(RATE, str(rate(work, task.sizes.seconds)))
             else:
                 calls = forward_calls(bench, tokens), update_calls(bench, tokens)
                 _tell(CALLS, msgspec.json.encode(calls).decode())

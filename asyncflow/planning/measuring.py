@@ -52,8 +52,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
         responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
         tokens = round(responses.mean)
-        local = recipe.runtime == "local"
-        own = in_threads(bench, tokens) if local else in_processes(recipe, dataflow, tokens, sizes)
+        own = in_threads(bench, tokens) if recipe.runtime == "local" else in_processes(bench, tokens)
         figures = Figures(
             shape=shapes_of(recipe)["policy"],
             sample_tokens=float(bench.rollouts(max(sizes.rows), tokens).token_counts.mean()),

@@ -44,12 +44,16 @@ def test_threads_do_between_one_services_work_and_all_of_theirs(checked: Checked
 
 def test_a_process_is_told_the_recipe_and_ends(checked: Checked, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["policy"])
-    own = in_processes(checked.recipe, checked.dataflow, 3, QUICKEST)
+    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench:
+        own = in_processes(bench, 3)
     assert own.cores >= 1
     assert [timed.seconds > 0 for timed in (*own.forward, *own.update)] == [True] * 4
 
 
 def test_a_process_that_ends_too_early_is_an_error(checked: Checked, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["nobody"])
-    with pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready:'"):
-        in_processes(checked.recipe, checked.dataflow, 3, QUICKEST)
+    with (
+        closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench,
+        pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready:'"),
+    ):
+        in_processes(bench, 3)
