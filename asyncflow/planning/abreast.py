@@ -37,6 +37,7 @@ class Own(msgspec.Struct, frozen=True):
     """A recipe's own work."""
 
     cores: float  # how many times one service's work is done by as many services as there are cores
+    crowded: float  # and by all of them
     forward: list[Timed]  # the policy's, alone
     update: list[Timed]
 
@@ -44,31 +45,36 @@ class Own(msgspec.Struct, frozen=True):
 def in_threads(bench: Workbench, tokens: int) -> Own:
     """Of services in one process."""
     forward, update = forward_calls(bench, tokens), update_calls(bench, tokens)
-    names = computing(bench.recipe, bench.dataflow)[: os.cpu_count() or 1]
-    works = [work_of(bench, name, tokens) for name in names]
+    works = [work_of(bench, name, tokens) for name in computing(bench.recipe, bench.dataflow)]
     alone = [rate(work, bench.sizes.seconds) for work in works]
-    with ThreadPoolExecutor(len(works)) as threads:
-        together = list(threads.map(lambda work: rate(work, bench.sizes.seconds), works))
-    return Own(_times(together, alone), forward, update)
+
+    def together(count: int) -> list[float]:
+        with ThreadPoolExecutor(count) as threads:
+            return list(threads.map(lambda work: rate(work, bench.sizes.seconds), works[:count]))
+
+    return Own(*_at_once(alone, together), forward, update)
 
 
 def in_processes(bench: Workbench, tokens: int) -> Own:
     """Of services in a process each; cores beyond the number of services are taken to be as good."""
     names, cores = computing(bench.recipe, bench.dataflow), os.cpu_count() or 1
     rows = bench.source.rows[:MOST_ROWS]
-    children = [_Child(_Task(bench.recipe, rows, name, tokens, bench.sizes)) for name in names[:cores]]
+    children = [_Child(_Task(bench.recipe, rows, name, tokens, bench.sizes)) for name in names]
+
+    def together(count: int) -> list[float]:
+        for child in children[:count]:
+            child.say(RATE)
+        return [float(child.wait_for(RATE)) for child in children[:count]]
+
     try:
         for child in children:
             child.wait_for(READY)
         forward, update = msgspec.json.decode(children[0].ask(CALLS), type=tuple[list[Timed], list[Timed]])
-        alone = [float(child.ask(RATE)) for child in children]
-        for child in children:
-            child.say(RATE)
-        together = [float(child.wait_for(RATE)) for child in children]
+        at_once, crowded = _at_once([float(child.ask(RATE)) for child in children], together)
     finally:
         for child in children:
             child.close()
-    return Own(_times(together, alone) * cores / len(children), forward, update)
+    return Own(max(at_once, at_once * cores / len(children)), crowded, forward, update)
 
 
 def computing(recipe: Recipe, dataflow: Dataflow) -> list[str]:
@@ -87,8 +93,14 @@ def work_of(bench: Workbench, service: str, tokens: int) -> Callable[[], object]
     return partial(work, bench.experience(rows, tokens) if stage.is_sink else bench.rollouts(rows, tokens))
 
 
-def _times(together: list[float], alone: list[float]) -> float:
-    return max(1.0, sum(both / one for both, one in zip(together, alone, strict=True)))
+def _at_once(alone: list[float], together: Callable[[int], list[float]]) -> tuple[float, float]:
+    """How much is done at once by as many as there are cores, and by all, where those are more (else 0)."""
+    cores = min(len(alone), os.cpu_count() or 1)
+    at_once, crowded = (
+        max(1.0, sum(both / one for both, one in zip(together(count), alone, strict=False)))
+        for count in (cores, len(alone))
+    )
+    return at_once, min(at_once, crowded) if len(alone) > cores else 0.0
 
 
 # --- a service in a process of its own

@@ -78,6 +78,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         devices_per_node=slots * SLOTS_PER_CORE,
         reach=msgspec.structs.replace(reach, call_s=call_s, record_s=record),
         cores=own.cores,
+        crowded=own.crowded,
     )
     where = f"{recipe.name} on {slots} cores of {platform.machine()}, runtime {recipe.runtime}"
     return Calibration(device, responses, recipe.generation.max_tokens, rows, where)
