@@ -33,7 +33,7 @@ class PromptSource:
 
     def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int) -> None:
         tokenizer = _tokenizer(Path(tokenizer_folder) / "tokenizer.json")
-        self._rows = rows
+        self.rows = rows
         encoded = tokenizer.encode_batch([r.prompt for r in rows], add_special_tokens=False)
         self._tokens = [np.array(e.ids, np.int32) for e in encoded]
         if empty := [number for number, tokens in enumerate(self._tokens, 1) if not len(tokens)]:
@@ -42,7 +42,7 @@ class PromptSource:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def longest(self) -> int:
@@ -54,11 +54,11 @@ class PromptSource:
 
         Raises ValueError behind the last epoch that ids of training rows have.
         """
-        epoch, position = divmod(cursor, len(self._rows))
+        epoch, position = divmod(cursor, len(self.rows))
         if epoch >= EVALUATION_EPOCH:
             raise ValueError(f"prompt {cursor} is in epoch {epoch} of {len(self)} rows; ids end at {EVALUATION_EPOCH}")
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows)))
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.rows)))
         return prompt_id(epoch, int(self._order[1][position]))
 
     def requests(self, prompts: list[int], samples_per_prompt: int, floor: int) -> Prompts:
@@ -79,7 +79,7 @@ class PromptSource:
         return Prompts(
             sample_ids=np.array(samples, np.int64),
             prompts=Jagged.from_rows([self._tokens[r] for r in rows], np.int32),
-            references=Jagged.from_texts([self._rows[r].reference for r in rows]),
+            references=Jagged.from_texts([self.rows[r].reference for r in rows]),
             floors=np.full(len(samples), floor, np.int64),
         )
 

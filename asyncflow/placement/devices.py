@@ -52,6 +52,7 @@ class Device(msgspec.Struct, frozen=True):
     devices_per_node: int
     reach: Reach = Reach()
     cores: float = 0.0  # devices' worth of work that a node does at once, where its devices share it; 0: all of them
+    crowded: float = 0.0  # the same, while more want to work than there are cores; 0: as much
 
     @property
     def flops(self) -> float:

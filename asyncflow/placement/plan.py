@@ -66,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True):
     chosen: Placement
     runner_up: Placement | None
     reason: str  # why the runner-up lost
+    bound_s: float  # seconds a step that no placement beats
     with_more: dict[int, float]  # further devices -> seconds a step
 
 
@@ -77,11 +78,13 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
     extras = (1, cluster.device.devices_per_node)
     ranked: list[tuple[Split, SetCosts]] = []
     refusals: list[Refused] = []
+    bounds: list[float] = []
     steps: dict[int, list[float]] = {extra: [] for extra in extras}
     for works in ways_to_generate(models):
         try:
             costs = SetCosts(works, cluster, workload, extra=max(extras))
             ranked += [(split, costs) for split in costs.best(cluster.count, KEEP)]
+            bounds.append(costs.bound_s(cluster.count))
             for extra, found in steps.items():
                 found.append(costs.best(cluster.count + extra)[0].step_s)
         except Refused as refusal:
@@ -98,6 +101,7 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
         chosen=chosen,
         runner_up=runner_up,
         reason=why(chosen, runner_up) if runner_up else "",
+        bound_s=min(bounds),
         with_more={extra: min(found) for extra, found in steps.items()},
     )
 
@@ -136,6 +140,7 @@ def draw(plan: Plan) -> str:
     if other := plan.runner_up:
         slower = 100 * (other.step_s / best.step_s - 1)
         lines.append(f"runner-up: {other.name}: {_s(other.step_s)}, {slower:.1f} % slower: {plan.reason}")
+    lines.append(f"bound: no placement takes less than {_s(plan.bound_s)}, were each stage at its own best at once")
     for extra, seconds in plan.with_more.items():
         saved = best.step_s - seconds
         gain = f"{_s(saved)} a step" if saved >= VISIBLE * best.step_s else "nothing"

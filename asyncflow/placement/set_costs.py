@@ -14,7 +14,7 @@ from itertools import product
 from asyncflow.placement import costs, memory
 from asyncflow.placement.devices import GB, Cluster, Refused
 from asyncflow.placement.layouts import NOTHING, Choice, Layout, divisors, front, topologies
-from asyncflow.placement.mapper import Floats, Split, search, vectors_of
+from asyncflow.placement.mapper import Floats, Split, bounds, search, step_s, vectors_of
 from asyncflow.placement.workload import ModelWork, Workload
 from protocols.topology import Topology
 
@@ -70,6 +70,12 @@ class SetCosts:
                 f"{len(self.models)} models do not fit together on {devices} {self.cluster.device.name} of "
                 f"{usable:.1f} GB usable each; alone they run on: {alone} devices"
             ) from None
+
+    def bound_s(self, devices: int) -> float:
+        """Seconds a step that no placement on so many devices beats: each stage, and the load, at its own best."""
+        table = {mask: rows[: devices + 1] for mask, rows in self.table.items()}
+        least = bounds(table, len(self.models), devices)[(1 << len(self.models)) - 1][devices]
+        return float(step_s(least, self.workload.staleness))
 
     def parts(self, choice: Choice) -> list[tuple[ModelWork, Layout, Choice]]:
         """A choice taken apart: each model with its layout, its own seconds and its own bytes."""

@@ -10,6 +10,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from heapq import heappop, heappush
+from math import ceil
 from typing import Any
 
 Work = Coroutine[Any, Any, None]
@@ -137,11 +138,12 @@ class Lock:
 class Cores:
     """Processor sharing: n pieces of work on c cores each advance at min(1, c/n) of full speed.
 
-    `count` 0 stands for as many cores as there is work.
+    `count` 0 stands for as many cores as there is work. Who takes turns finds caches cold: `crowded` is how much is
+    done at once while there is more work than cores, 0 where that is no less.
     """
 
-    def __init__(self, clock: Clock, count: float) -> None:
-        self._clock, self._count = clock, count
+    def __init__(self, clock: Clock, count: float, crowded: float = 0.0) -> None:
+        self._clock, self._count, self._crowded = clock, count, crowded or count
         self._progress = 0.0  # seconds that a piece of work present from the start has advanced
         self._since = 0.0
         self._running: list[tuple[float, int, Signal]] = []  # by the progress at which they end
@@ -162,7 +164,8 @@ class Cores:
 
     @property
     def _rate(self) -> float:
-        return min(1.0, self._count / len(self._running)) if self._running else 1.0
+        running = len(self._running)
+        return min(1.0, (self._count if running <= ceil(self._count) else self._crowded) / running) if running else 1.0
 
     def _advance(self) -> None:
         self._progress += (self._clock.now - self._since) * self._rate

@@ -32,8 +32,8 @@ STATES: tuple[State, ...] = ("generated", "scored", "batched")
 class Sizes(msgspec.Struct, frozen=True):
     """How much is measured."""
 
-    rows: tuple[int, ...] = (1, 8, 32, 96)  # of a forward pass
-    trained_rows: tuple[int, ...] = (4, 16, 48, 96)  # of an optimizer step
+    rows: tuple[int, ...] = (1, 8, 32, 128)  # of a forward pass
+    trained_rows: tuple[int, ...] = (4, 16, 48, 128)  # of an optimizer step
     abreast_rows: int = 48  # of services side by side
     running: tuple[int, ...] = (1, 4, 16, 64)  # sequences that are drawn together
     rounds: int = 5

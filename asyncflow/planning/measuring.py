@@ -29,7 +29,7 @@ from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE, Device
 from asyncflow.placement.workload import Lengths
 from asyncflow.planning import machine
 from asyncflow.planning.abreast import in_processes, in_threads
-from asyncflow.planning.calibration import Calibration, Figures, Timed, fit_decode, reach_of
+from asyncflow.planning.calibration import Calibration, Figures, fit_decode, reach_of
 from asyncflow.planning.machine import Sizes, median_s
 from asyncflow.planning.scenarios import shapes_of
 from asyncflow.planning.workbench import Workbench, message_of
@@ -52,20 +52,19 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
         responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
         tokens = round(responses.mean)
+        own = in_threads(bench, tokens) if recipe.runtime == "local" else in_processes(bench, tokens)
         figures = Figures(
             shape=shapes_of(recipe)["policy"],
             sample_tokens=float(bench.rollouts(max(sizes.rows), tokens).token_counts.mean()),
             steps=recipe.loss.epochs * recipe.loss.mini_batches,
             peak_flops=peak,
             bandwidth=bandwidth,
-            forward=_forward(bench, tokens),
-            update=_update(bench, tokens),
+            forward=own.forward,
+            update=own.update,
             decode=fit_decode([(draw.tokens / draw.steps, draw.seconds / draw.steps) for draw in drawn]),
             publish_s=_publish_s(bench),
         )
         reach = reach_of(figures)
-        local = recipe.runtime == "local"
-        cores = in_threads(bench, tokens) if local else in_processes(recipe, dataflow, tokens, sizes)
         rows = _without_models(bench, tokens)
         record = machine.record_s(recipe, sizes)
     slots = os.cpu_count() or 1
@@ -78,7 +77,8 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         network_bytes_per_s=bandwidth,
         devices_per_node=slots * SLOTS_PER_CORE,
         reach=msgspec.structs.replace(reach, call_s=call_s, record_s=record),
-        cores=cores,
+        cores=own.cores,
+        crowded=own.crowded,
     )
     where = f"{recipe.name} on {slots} cores of {platform.machine()}, runtime {recipe.runtime}"
     return Calibration(device, responses, recipe.generation.max_tokens, rows, where)
@@ -110,30 +110,6 @@ def _drawn(bench: Workbench, rows: int) -> Draw:
     while engine.unfinished:
         finished += engine.step()
     return Draw([len(row.tokens) for row in finished], time.perf_counter() - start)
-
-
-def _forward(bench: Workbench, tokens: int) -> list[Timed]:
-    """Inference of the policy's shape, over rows that fit one micro-batch."""
-    place = bench.places.get("reference") or bench.places["policy"]
-    timed = []
-    for rows in bench.sizes.rows:
-        rollouts = bench.rollouts(rows, tokens)
-        if rollouts.token_counts.max() * rows <= bench.recipe.loss.tokens_per_micro_batch:
-            seconds = median_s(partial(place.worker.log_probs, rollouts), bench.sizes.rounds)
-            timed.append(Timed(int(rollouts.token_counts.sum()), seconds))
-    return timed
-
-
-def _update(bench: Workbench, tokens: int) -> list[Timed]:
-    """A step of the policy: all of its optimizer steps together."""
-    timed = []
-    for rows in bench.sizes.trained_rows:
-        experience = bench.experience(rows * bench.recipe.loss.mini_batches, tokens)
-        if rows * experience.token_counts.max() <= bench.recipe.loss.tokens_per_micro_batch:
-            work = partial(bench.places["policy"].worker.update, experience)
-            seconds = median_s(work, bench.sizes.rounds)
-            timed.append(Timed(int(experience.token_counts.sum()), seconds))
-    return timed
 
 
 def _publish_s(bench: Workbench) -> float:

@@ -31,6 +31,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     call_s: float = 0.0  # handing rows to a service, and firing it
     record_s: float = 0.0  # writing a step down
     cores: float = 0.0  # devices' worth of work that is done at once; 0: all of it
+    crowded: float = 0.0  # the same, while more want to work than there are cores; 0: as much
     delays: Mapping[str, Mapping[str, float]] = {}  # service -> stage method -> seconds of waiting in each call
     turn_tokens: int = 16  # that an engine draws before it looks for new weights and rows
     dropped: float = 0.0  # share of prompts that are not worth training

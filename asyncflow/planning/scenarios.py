@@ -94,6 +94,7 @@ def of_recipe(
         call_s=device.reach.call_s,
         record_s=device.reach.record_s,
         cores=device.cores,
+        crowded=device.crowded,
         delays=recipe.delays,
         seed=recipe.seed,
     )
@@ -121,6 +122,7 @@ def of_placement(
         firing_rows=workload.samples,
         call_s=cluster.device.reach.call_s,
         cores=cluster.device.cores,
+        crowded=cluster.device.crowded,
         turn_tokens=max(FINEST_TURN, int(workload.response.mean / TURNS_PER_RESPONSE)),
     )
 

@@ -40,7 +40,7 @@ class World:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.clock = Clock()
-        self.cores = Cores(self.clock, scenario.cores)
+        self.cores = Cores(self.clock, scenario.cores, scenario.crowded)
         self.rows: dict[int, Row] = {}
         self.busy = Busy(self.clock, scenario.pools)
         self._threads: dict[tuple[str, int], Lock] = {}

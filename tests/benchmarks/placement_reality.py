@@ -79,6 +79,7 @@ CASES: dict[str, Case] = {
     "ray, together": Case("ray", TOGETHER),
     "ray, split": Case("ray", SPLIT),
     "ray, generator apart, 1 ahead": Case("ray", DRAWN, 1),
+    "ray, split, 1 ahead": Case("ray", SPLIT, 1),
     "ray, all apart, 1 ahead, long": Case("ray", APART, 1, tokens=64),
 }
 AUTO = {"local": "local, auto, 1 ahead", "ray": "ray, auto, 1 ahead"}  # beside those of its runtime that are 1 ahead

@@ -47,13 +47,17 @@ def test_further_devices_never_cost_time(plan: Plan):
     assert plan.with_more[8] == pytest.approx(alone.chosen.step_s)
 
 
+def test_the_bound_is_beaten_by_nobody_and_is_no_empty_promise(plan: Plan):
+    assert plan.chosen.step_s / 2 <= plan.bound_s <= plan.chosen.step_s
+
+
 def test_the_plan_is_drawn_with_its_numbers(plan: Plan):
     text = draw(plan)
     assert text.startswith("16xA100-80G, synchronous: ")
     for role in ("policy", "critic", "reference", "reward"):
         assert f"|  {role}" in text
     assert "runner-up: " in text and "% slower: " in text
-    assert "8 more devices would buy" in text
+    assert "8 more devices would buy" in text and "bound: no placement takes less than" in text
 
 
 def test_the_plan_travels_as_json(plan: Plan):

@@ -15,7 +15,7 @@ from asyncflow.validate import Checked, check
 from protocols.messages import LogProbs
 from tests.asyncflow.conftest import MakeRecipe
 
-QUICKEST = Sizes(abreast_rows=2, seconds=0.05)
+QUICKEST = Sizes(rows=(1, 4), trained_rows=(1, 4), abreast_rows=2, rounds=1, seconds=0.05)
 
 
 @pytest.fixture
@@ -37,15 +37,23 @@ def test_a_trainer_updates_and_the_others_infer(checked: Checked):
 
 def test_threads_do_between_one_services_work_and_all_of_theirs(checked: Checked):
     with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST)) as bench:
-        assert 1 <= in_threads(bench, 3) <= 3 * (os.cpu_count() or 1)
+        own = in_threads(bench, 3)
+    assert 1 <= own.cores <= 3 * (os.cpu_count() or 1)
+    assert len(own.forward) == len(own.update) == 2
 
 
 def test_a_process_is_told_the_recipe_and_ends(checked: Checked, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["critic"])
-    assert in_processes(checked.recipe, checked.dataflow, 3, QUICKEST) >= 1
+    monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["policy"])
+    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench:
+        own = in_processes(bench, 3)
+    assert own.cores >= 1
+    assert [timed.seconds > 0 for timed in (*own.forward, *own.update)] == [True] * 4
 
 
 def test_a_process_that_ends_too_early_is_an_error(checked: Checked, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(abreast, "computing", lambda recipe, dataflow: ["nobody"])
-    with pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready'"):
-        in_processes(checked.recipe, checked.dataflow, 3, QUICKEST)
+    with (
+        closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench,
+        pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready:'"),
+    ):
+        in_processes(bench, 3)

@@ -71,22 +71,25 @@ def test_a_lock_is_handed_on_in_calling_order():
 
 
 @pytest.mark.parametrize(
-    ("cores", "works", "ends"),
+    ("cores", "crowded", "works", "ends"),
     [
-        (0.0, [(0, 3), (0, 3), (0, 3)], [3, 3, 3]),  # everybody has a core
-        (1.0, [(0, 3), (0, 3)], [6, 6]),
-        (2.0, [(0, 3), (0, 3)], [3, 3]),
-        (1.0, [(0, 1), (0, 3)], [2, 4]),  # the second is alone from 2 on
-        (1.0, [(0, 2), (1, 2)], [3, 4]),  # alone for 1, shared for 2, alone for 1
-        (1.5, [(0, 3), (0, 3)], [4, 4]),  # threads of one interpreter get less than two cores
-        (2.0, [(0, 2), (0, 2), (0, 2), (5, 1)], [3, 3, 3, 6]),
+        (0.0, 0.0, [(0, 3), (0, 3), (0, 3)], [3, 3, 3]),  # everybody has a core
+        (1.0, 0.0, [(0, 3), (0, 3)], [6, 6]),
+        (2.0, 0.0, [(0, 3), (0, 3)], [3, 3]),
+        (1.0, 0.0, [(0, 1), (0, 3)], [2, 4]),  # the second is alone from 2 on
+        (1.0, 0.0, [(0, 2), (1, 2)], [3, 4]),  # alone for 1, shared for 2, alone for 1
+        (1.5, 0.0, [(0, 3), (0, 3)], [4, 4]),  # threads of one interpreter get less than two cores
+        (2.0, 0.0, [(0, 2), (0, 2), (0, 2), (5, 1)], [3, 3, 3, 6]),
+        (2.0, 1.5, [(0, 3), (0, 3)], [3, 3]),  # as many as cores
+        (2.0, 1.5, [(0, 2), (0, 2), (0, 2)], [4, 4, 4]),  # they take turns, and find their caches cold
+        (2.0, 1.5, [(0, 1), (0, 2), (0, 2)], [2, 3, 3]),  # until the first is done
     ],
 )
 def test_work_that_shares_cores_is_as_slow_as_its_share(
-    cores: float, works: list[tuple[float, float]], ends: list[float]
+    cores: float, crowded: float, works: list[tuple[float, float]], ends: list[float]
 ):
     clock, ended = Clock(), dict[int, float]()
-    shared = Cores(clock, cores)
+    shared = Cores(clock, cores, crowded)
 
     async def worker(number: int, at: float, seconds: float) -> None:
         await clock.sleep(at)
