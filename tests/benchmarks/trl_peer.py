@@ -141,8 +141,8 @@ def losses(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "num_items_in_batch": mask.sum(),
             },
         )
-        value.backward()
-        told[name] = {"value": value.item(), "gradient": log_probs.grad[mask].tolist()}
+        (gradient,) = torch.autograd.grad(value, [log_probs])
+        told[name] = {"value": value.item(), "gradient": gradient[mask].tolist()}
     return told
 
 

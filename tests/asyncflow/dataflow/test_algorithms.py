@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 import tomllib
 from typing import Any
 
@@ -44,6 +47,16 @@ def test_an_algorithm_is_named_as_its_function_and_traces(name: str):
     assert isinstance(dataflow, Dataflow)
     assert dataflow.name == name
     assert ("reference.log_probs#1" in stages_of(name)) == (name in WITH_REFERENCE)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_fifteen_lines_of_dataflow_at_most(name: str):
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(ALGORITHMS[name]))).body
+    assert isinstance(function, ast.FunctionDef)
+    first, *rest = function.body
+    assert ast.get_docstring(function), "the first statement is its docstring"
+    assert rest[-1].end_lineno is not None
+    assert rest[-1].end_lineno - (first.end_lineno or 0) <= 15
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"ppo", "safe_rlhf"}))
