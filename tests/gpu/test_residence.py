@@ -48,7 +48,8 @@ def test_a_role_frees_its_device_and_works_on(kind: str, role: str, tmp_path: Pa
     work(worker)
     times = 1 if role == "reference" else 3  # weights; and two moments
     weights = sum(tensor.nbytes for tensor in worker.model.parameters.values())
-    moved, left, started, away, back = 0, 0, 0.0, 0.0, 0.0  # of the last round, when all is warm
+    moved = left = 0
+    started = away = back = 0.0
     for _ in range(ROUNDS):
         held = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
         started = time.perf_counter()

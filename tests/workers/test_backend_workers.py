@@ -203,8 +203,14 @@ def alone_from(folder: str, came: Path, at: Path) -> tuple[Outcome, dict[str, Te
     return outcome, load_file(copy / "model.safetensors") | load_file(copy / "optimizer.safetensors")
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(worlds, folders, tmp_path: Path, tied: bool):  # noqa: F811
+@pytest.mark.parametrize(("tied", "journey"), [(True, JOURNEY), (False, JOURNEY[1:3])], ids=["tied", "untied"])
+def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(
+    worlds,
+    folders,  # noqa: F811
+    tmp_path: Path,
+    tied: bool,
+    journey: list[tuple[Backend, str]],
+):
     """Wherever it comes, weights and moments are bitwise what they were, and the next step is one process's."""
     start = tmp_path / "start"
     start.mkdir()
@@ -212,7 +218,7 @@ def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(world
     worker.update(experience(3))
     worker.save(str(start))
     came = start
-    for number, (backend, topology) in enumerate(JOURNEY):
+    for number, (backend, topology) in enumerate(journey):
         at, here = Topology.parse(topology), tmp_path / str(number)
         straight, state = alone_from(folders[tied], came, here / "alone")
         copy, goes = here / "copy", here / "goes"

@@ -169,7 +169,8 @@ def together(topology: Topology, plan: ShardPlan, steps: list[dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """qwen2: tied, grouped queries, biases; qwen3: tied, grouped queries, head norms; llama: neither, all biases.
+    """qwen2: tied, grouped queries, biases; qwen3: tied, grouped queries, head norms; llama: neither, all biases;
+    grouped: untied, grouped queries.
 
     The critic is qwen2's body with a head that isn't zero, so that the body has gradients.
     """
@@ -193,6 +194,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "qwen3": lambda: Qwen3ForCausalLM(
             Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
         ),
+        "grouped": lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=False)),
         "llama": lambda: LlamaForCausalLM(
             LlamaConfig(**sizes, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
         ),
@@ -229,7 +231,7 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "grouped"])
 def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, topology: str, name: str):
     ours, theirs = run(worlds, topology, Case(folders[name]), ROWS), whole(Case(folders[name]), ROWS)
     assert largest_difference(ours.gradients, theirs.gradients) < 1e-6

@@ -167,7 +167,7 @@ def assert_same_step(ours: Outcome, theirs: Outcome) -> None:
 # --- the same step
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, "2-2-1", "2-2-2"])
 def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, topology: str):
     at = Topology.parse(topology)
     ours = together(worlds[at.world_size].call(step, at, folders[True], ROWS, PLAIN), at)
