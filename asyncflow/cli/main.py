@@ -52,7 +52,7 @@ def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a stopped or killed run.", show_default=False)],
     allow_fresh: Annotated[bool, typer.Option(help="Start anew where no checkpoint is valid.")] = False,
 ) -> None:
-    """Go on with a run from its newest valid checkpoint."""
+    """Go on with a run from its newest valid checkpoint. Signals do what they do to `run`."""
     from asyncflow.launching import resume as resume_run
 
     raise typer.Exit(_drive(resume_run(folder, allow_fresh=allow_fresh)).exit_code)
@@ -286,6 +286,8 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
             task = loop.create_task(_reload(current[0]), name="reload")
             reloading.add(task)
             task.add_done_callback(reloading.discard)
+        else:
+            err.print("the run is not up yet: nothing is reloaded")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)

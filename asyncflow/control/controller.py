@@ -32,10 +32,11 @@ from asyncflow.control.training import Training
 from asyncflow.control.user_code import UserCode
 from asyncflow.control.watchdog import Watchdog
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.endpoint import Store, causes
+from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask, causes
 from protocols.delivery import ServiceStatistics
 from protocols.events import (
     CodeReloaded,
+    Evaluated,
     Event,
     RunEnded,
     SamplesEnded,
@@ -296,6 +297,7 @@ class Controller:
 
     async def _end_leftovers(self) -> None:
         """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
+        self._prompts.close()
         await self._end_samples([(sample, "dropped", "run_ended") for sample in self._record.live])
 
     # --- versions, evaluation
@@ -306,13 +308,25 @@ class Controller:
     async def _evaluate(self) -> None:
         if self._evaluator is None or self._record.was_evaluated(self._admission.version):
             return
-        generator = self._fleet.lasting(self._generators[0])
         self._evaluating = True
-        evaluated = await self._evaluator.run(generator, self._fleet["evaluator"], self._admission.version)
+        evaluated = await self._evaluated(self._evaluator, self._generators[0])
         self._evaluating = False
         self._pulse.beat()
         self._record.evaluated(evaluated)
         self._emit(evaluated)
+
+    async def _evaluated(self, evaluator: Evaluator, generator: str) -> Evaluated:
+        """Once more where the generator's rows died with it: the answers are greedy, and the same."""
+        while True:
+            deaths = self._fleet.deaths(generator)
+            try:
+                return await evaluator.run(
+                    self._fleet.lasting(generator), self._fleet["evaluator"], self._admission.version
+                )
+            except ServiceError:
+                if self._fleet.deaths(generator) == deaths:
+                    raise
+                await self._fleet.whole()
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:
@@ -336,19 +350,22 @@ class Controller:
         self._pulse.beat()
 
     def _replaced(self, event: ServiceReplaced) -> None:
+        if event.service in self._generators:  # before it is handed anything
+            self._handing_out.begin_anew()
         self._record.replaced(event.service)
         self._emit(event)
         self._pulse.beat()
 
-    async def _equip(self, name: str) -> None:
+    async def _equip(self, successor: Endpoint) -> None:
         """Give a service that took a dead one's place what the others have: a generator, weights and work."""
-        if name in self._generators:
-            await self._fleet.tell(name, SetPaused(self._paused))
-            await self._training.catch_up(name)
+        if successor.name in self._generators:
+            await ask(successor, SetPaused(self._paused and not self._stopping))
+            await self._training.catch_up(successor)
             await self._handing_out.draw_again()
 
     async def _hear_settled(self, settled: Settled) -> None:
-        self._prompts.settle(settled)
+        if not self._prompts.settle(settled):
+            return
         if settled.worth and not settled.dead:
             self._record.scored(settled.alive)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from asyncflow.control.prompts import PromptSource
-from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask
+from asyncflow.services.endpoint import Answering, ServiceError, Store, ask
 from asyncflow.services.parts import Part, pack, parts_of, unpack
 from protocols.events import Evaluated
 from protocols.messages import Scores
@@ -24,7 +24,7 @@ class Evaluator:
         self._sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
         self._limit = limit
 
-    async def run(self, generator: Endpoint, judge: Endpoint, version: int) -> Evaluated:
+    async def run(self, generator: Answering, judge: Answering, version: int) -> Evaluated:
         """Mean of the metric over the held-out prompts, under weights at least as new as `version`."""
         prompts = self._source.evaluation(version, self._limit)
         asked = await asyncio.to_thread(pack, self._store, prompts, 0)
@@ -34,7 +34,7 @@ class Evaluator:
         return Evaluated(step=version, metric=self._metric, value=float(scores.scores.mean()), samples=len(scores))
 
     async def _invoke(
-        self, endpoint: Endpoint, method: str, parts: list[Part], sampling: Sampling | None = None
+        self, endpoint: Answering, method: str, parts: list[Part], sampling: Sampling | None = None
     ) -> list[Part]:
         request = Invoke(method, [part.shard for part in parts], sampling)
         reply, payloads = await ask(endpoint, request, [part.payload for part in parts])

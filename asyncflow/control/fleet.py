@@ -16,7 +16,7 @@ from asyncflow.control.supervision import Resend, Supervisor
 from asyncflow.control.waits import WaitBoard
 from asyncflow.placement.lease import Claim, shared_leases
 from asyncflow.services.ended import EndedPrompts
-from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, all_or_error, ask
+from asyncflow.services.endpoint import Answering, Endpoint, Payload, ServiceError, ServiceGone, all_or_error, ask
 from protocols.delivery import Delivery, ServiceStatistics
 from protocols.events import ServiceReplaced
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, RowsLost, ServiceFailed, Waiting
@@ -34,7 +34,7 @@ from protocols.requests import (
 
 Hear = Callable[[Notice], Awaitable[None]]
 Replaced = Callable[[ServiceReplaced], None]
-Equip = Callable[[str], Awaitable[None]]
+Equip = Callable[[Endpoint], Awaitable[None]]
 
 
 class Fleet:
@@ -76,7 +76,7 @@ class Fleet:
 
         Args:
             replaced: is told of every service that took a dead one's place.
-            equip: gives such a service what the others have, by name; it is followed meanwhile.
+            equip: gives such a service what the others have; it is followed meanwhile.
         """
         self._tasks += [
             group.create_task(self._follow(name, group, hear, replaced, equip), name=f"notices of {name}")
@@ -125,8 +125,14 @@ class Fleet:
             await self._grant(self._leases[name].forget(name))
         self.waits.note(Waiting(name, "a successor", "", time.time()))
         self._replacing.add(name)
-        self.services[name] = await self._restart(name)
-        await self.tell(name, EndPrompts([], runs=self._ended.runs))  # or old rows would sit in it for ever
+        while True:
+            try:
+                self.services[name] = await self._successor(name)
+                break
+            except ServiceError:  # it died as well, or could not start
+                replacement = self._supervisor.replace(name)
+                if replacement is None:
+                    raise
         self._replacing.discard(name)
         self.waits.note(Waiting(name))
         self._send_again(replacement.resend, group)
@@ -134,12 +140,24 @@ class Fleet:
         seconds = time.monotonic() - start
         return ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
 
+    async def _successor(self, name: str) -> Endpoint:
+        """A new process in a service's place, which knows what has ended: old rows would sit in it for ever."""
+        successor = await self._restart(name)
+        told: list[tuple[int, int]] | None = None
+        while told != self._ended.runs:  # prompts may end meanwhile
+            told = self._ended.runs
+            await ask(successor, EndPrompts([], runs=told))
+        return successor
+
     async def _equip(self, name: str, equip: Equip) -> None:
         successor = self.services[name]
+        self.waits.note(Waiting(name, "what the others have", "", time.time()))
         with contextlib.suppress(ServiceGone):  # then another one is equipped
-            await equip(name)
-            self._equipped[name] = successor
-            self._returns.beat()
+            await equip(successor)
+            if self.services[name] is successor:
+                self._equipped[name] = successor
+                self._returns.beat()
+        self.waits.note(Waiting(name))
 
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
         """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
@@ -179,12 +197,21 @@ class Fleet:
 
     # --- asking
 
-    def lasting(self, name: str) -> Endpoint:
+    def lasting(self, name: str) -> Answering:
         """A service that outlives its processes: what one could not answer is asked of its successor again.
 
-        For what may be asked twice. Deliveries and notices are those of the present process.
+        For what may be asked twice.
         """
         return _Lasting(name, self)
+
+    async def whole(self) -> None:
+        """Wait until no service is being replaced, as far as deaths are known."""
+        while self._replacing or self._equipped != self.services:
+            await self._returns.changed()
+
+    def deaths(self, name: str) -> int:
+        """How often a service's process has died."""
+        return self._supervisor.deaths(name)
 
     async def ask_lasting(
         self, name: str, request: Request, payloads: Sequence[Payload]
@@ -247,17 +274,11 @@ class Fleet:
 
 
 class _Lasting:
-    """Implements `Endpoint`."""
+    """Implements `Answering`."""
 
     def __init__(self, name: str, fleet: Fleet) -> None:
         self.name = name
         self._fleet = fleet
 
-    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        await self._fleet.services[self.name].deliver(delivery, payloads)
-
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         return await self._fleet.ask_lasting(self.name, request, payloads)
-
-    async def notices(self) -> list[Notice]:
-        return await self._fleet.services[self.name].notices()

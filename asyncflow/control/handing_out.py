@@ -39,7 +39,7 @@ class HandingOut:
         self._dataflow, self._fleet, self._generators, self._store = dataflow, fleet, generators, store
         self._source, self._record, self._book, self._samples = source, record, book, samples_per_prompt
         self._restarted = record.restarted_prompts()
-        self._attempt = 0  # counts the generators that were lost
+        self._attempt = 0
 
     async def admit(self, room: int, floor: int) -> None:
         """The next `room` prompts, for weights of step `floor` at least."""
@@ -50,9 +50,15 @@ class HandingOut:
         self._book.admit(again + fresh)
         await self._hand_out(again + fresh, floor)
 
-    async def draw_again(self) -> None:
-        """What a generator held is gone. A prompt whose rows are all at the join needs nothing of it."""
+    def begin_anew(self) -> None:
+        """A generator is gone, and what it held: from now on prompts go out under a new attempt."""
         self._attempt += 1
+
+    async def draw_again(self) -> None:
+        """Hand out what a lost generator had. A prompt whose rows are all at the join needs nothing of it.
+
+        Prompts that its successor was handed before are refused there, being of the same attempt.
+        """
         lost = self._book.unsettled
         await self._record.draw_again([sample_id(prompt, i) for prompt in lost for i in range(self._samples)])
         by_floor: defaultdict[int, list[int]] = defaultdict(list)
@@ -71,6 +77,8 @@ class HandingOut:
             )
             attempt = self._attempt
             part = await asyncio.to_thread(pack, self._store, rows, self._record.term, attempt)
+            if attempt != self._attempt:
+                return  # they are in the book, from which they go out under the new one
             for generator in self._generators:
                 delivery = Delivery(channel.edge, self._record.term, [part.shard], attempt=attempt)
                 await self._fleet.deliver(generator, delivery, [part.payload])

@@ -135,12 +135,16 @@ class Ledger:
         return live
 
     def draw_again(self, samples: Iterable[int], term: int) -> None:
-        """Put live samples, whose rows are gone, back to created with one attempt more."""
+        """Put live samples, whose rows are gone, back to created with one attempt more. LedgerError for any other."""
+        marks = ", ".join("?" * len(LIVE))
+        again = (
+            "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? "
+            f"WHERE sample_id = ? AND state IN ({marks})"
+        )
         with self._transaction():
-            self._db.executemany(
-                "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? WHERE sample_id = ?",
-                [(term, sample) for sample in samples],
-            )
+            for sample in samples:
+                if self._db.execute(again, (term, sample, *LIVE)).rowcount != 1:
+                    raise LedgerError(f"sample {sample} can't be drawn again: it has ended, or never began")
 
     def totals(self) -> Totals:
         """Counts by state."""

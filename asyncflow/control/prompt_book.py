@@ -32,19 +32,25 @@ class PromptBook:
         self.admission.admit(len(prompts))
         self._floors |= dict.fromkeys(prompts, self.admission.version)
 
-    def settle(self, settled: Settled) -> None:
+    def settle(self, settled: Settled) -> bool:
         """All rows of a prompt are at the join; one that is dead, or not worth training, makes room for another.
 
-        Told again it changes nothing; told otherwise (rows were made anew) the last word counts.
+        Told again it changes nothing; told otherwise (rows were made anew) the last word counts. False: it is over.
         """
         prompt = settled.prompt_id
         if prompt not in self._floors:
-            return  # it is over
+            return False
         if prompt not in self._settled:
             self.admission.settle()
         self._settled[prompt] = settled
         if settled.dead or not settled.worth:
             self.drop(prompt)
+        return True
+
+    def close(self) -> None:
+        """No further batch is formed: whatever is still told of a prompt comes too late."""
+        self._floors.clear()
+        self._settled.clear()
 
     def drop(self, prompt: int) -> None:
         """A settled prompt ends untrained, which makes room for another. Raises KeyError where it is not settled."""

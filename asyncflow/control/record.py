@@ -127,11 +127,15 @@ class RunRecord:
         await self._write(self._ledger.move, samples, "batched")
 
     async def draw_again(self, samples: list[int]) -> None:
-        """The rows of live samples are gone with the process that made them."""
-        await self.flush()
-        again = [sample for sample in samples if sample in self._live]
-        self._was_scored.difference_update(again)
-        await self._write(self._ledger.draw_again, again, self.term)
+        """The rows of live samples are gone with the process that made them, and what was heard of them is void.
+
+        What is heard from now on is recorded behind it: nothing is awaited before the write is in its queue.
+        """
+        again = set(samples) & self._live
+        self._generated = [sample for sample in self._generated if sample not in again]
+        self._scored = [sample for sample in self._scored if sample not in again]
+        self._was_scored -= again
+        await self._write(self._ledger.draw_again, sorted(again), self.term)
 
     @property
     def live(self) -> list[int]:

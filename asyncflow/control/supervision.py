@@ -44,6 +44,10 @@ class Supervisor:
         """Whether the run goes on without this service for a while."""
         return service in self._replaceable
 
+    def deaths(self, service: str) -> int:
+        """How often it has died."""
+        return self._deaths[service]
+
     def replace(self, service: str) -> Replacement | None:
         """What to do about a death; None where the run can't go on."""
         self._deaths[service] += 1

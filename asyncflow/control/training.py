@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from asyncflow.control.fleet import Fleet
 from asyncflow.control.record import RunRecord
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.endpoint import ask
-from asyncflow.services.weight_sync import Snapshot, install, publish
+from asyncflow.services.endpoint import Endpoint, ask
+from asyncflow.services.weight_sync import PublicationFailed, Snapshot, install, publish
 from protocols.events import Event, Published
 from protocols.notices import StepDone
 from protocols.requests import CloseBatch, Done
@@ -65,13 +65,25 @@ class Training:
         """Have every generator install the policy's weights; None where the policy itself generates."""
         if not self._sinks:
             return None
+        await self._fleet.whole()  # a successor that is starting has a deadline of its own
         sinks = [self._fleet.lasting(name) for name in self._sinks]
         published, self._newest = await publish(self._fleet["policy"], sinks, version, self._deadline)
         self._record.published(published)
         self._emit(published)
         return published
 
-    async def catch_up(self, generator: str) -> None:
-        """Give a generator that has taken a dead one's place the weights that the others have."""
-        if self._newest is not None:
-            await install(self._fleet[generator], self._newest)
+    async def catch_up(self, generator: Endpoint) -> None:
+        """Give a generator that has taken a dead one's place the weights that the others have.
+
+        Raises PublicationFailed where it does not take them in time.
+        """
+        if self._newest is None:
+            return
+        try:
+            async with asyncio.timeout(self._deadline):
+                await install(generator, self._newest)
+        except TimeoutError:
+            raise PublicationFailed(
+                f"version {self._newest.manifest.version}: {generator.name}, which was replaced, has not loaded it "
+                f"within {self._deadline:g} s"
+            ) from None

@@ -41,18 +41,22 @@ class Store(Protocol):
         ...
 
 
-class Endpoint(Protocol):
-    """A service as others see it."""
+class Answering(Protocol):
+    """A service as those see it who only ask."""
 
     @property
     def name(self) -> str: ...
 
-    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        """Hand rows to a mailbox, a payload a shard; returns when there was room. Raises ServiceGone."""
-        ...
-
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Ask for something and wait for the reply."""
+        ...
+
+
+class Endpoint(Answering, Protocol):
+    """A service as others see it."""
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        """Hand rows to a mailbox, a payload a shard; returns when there was room. Raises ServiceGone."""
         ...
 
     async def notices(self) -> list[Notice]:
@@ -72,7 +76,7 @@ class PayloadLost(Exception):
     """A frame can't be read any more: the process that owned it is gone."""
 
 
-async def ask(endpoint: Endpoint, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+async def ask(endpoint: Answering, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
     """`request` that raises ServiceError where the service refuses."""
     reply, answers = await endpoint.request(request, payloads)
     if isinstance(reply, Refused):

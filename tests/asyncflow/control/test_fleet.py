@@ -12,7 +12,7 @@ from asyncflow.control.fleet import Fleet
 from asyncflow.control.supervision import Supervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
-from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, ask
+from asyncflow.services.endpoint import Endpoint, Payload, ServiceError, ServiceGone, ask
 from protocols.delivery import Delivery
 from protocols.notices import LeaseAsked, LeaseReturned, Notice, Waiting
 from protocols.requests import Done, GetStatistics, Grant, Reply, Request, YieldDevices
@@ -71,7 +71,7 @@ async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[st
             task.cancel()
 
 
-async def nothing(name: str) -> None:
+async def nothing(successor: Endpoint) -> None:
     """A successor needs nothing of the others."""
 
 
@@ -157,18 +157,22 @@ class Mortal(Sharing):
 
 
 @asynccontextmanager
-async def mortal(book: list[str], equip: Callable[[str], Awaitable[None]]) -> AsyncIterator[tuple[Mortal, Fleet]]:
-    """A generator that has a successor, and its fleet."""
+async def mortal(
+    book: list[str], equip: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
+) -> AsyncIterator[tuple[Mortal, Fleet]]:
+    """A generator that may die so often, and its fleet; so many of its successors die while they start."""
     services = {"generator": Mortal("generator", book)}
 
     async def restart(name: str) -> Endpoint:
         book.append("restart")
+        if book.count("restart") <= stillborn:
+            raise ServiceError(f"{name}: died while starting")
         return Mortal(name, book)
 
     async def hear(notice: Notice) -> None:
         raise NotImplementedError
 
-    fleet = Fleet(services, {}, Supervisor(trace(ppo), {}, ["generator"], 1), restart)
+    fleet = Fleet(services, {}, Supervisor(trace(ppo), {}, ["generator"], limit), restart)
     async with asyncio.TaskGroup() as group:
         tasks = fleet.follow(group, hear, lambda event: book.append(f"{event.service} replaced"), equip)
         yield services["generator"], fleet
@@ -179,8 +183,8 @@ async def mortal(book: list[str], equip: Callable[[str], Awaitable[None]]) -> As
 async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_once_that_has_what_it_needs():
     book: list[str] = []
 
-    async def equip(name: str) -> None:
-        book.append(f"{name} is equipped")
+    async def equip(successor: Endpoint) -> None:
+        book.append(f"{successor.name} is equipped")
 
     async with mortal(book, equip) as (first, fleet):
         first.dies.set()
@@ -192,11 +196,10 @@ async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_on
 async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_the_run():
     book: list[str] = []
 
-    async def equip(name: str) -> None:
-        service = fleet[name]
-        assert isinstance(service, Mortal)
-        service.dies.set()
-        await ask(service, GetStatistics())
+    async def equip(successor: Endpoint) -> None:
+        assert isinstance(successor, Mortal)
+        successor.dies.set()
+        await ask(successor, GetStatistics())
 
     with pytest.raises(ExceptionGroup) as ended:
         async with mortal(book, equip) as (first, fleet):
@@ -205,6 +208,22 @@ async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_th
                 await ask(fleet.lasting("generator"), GetStatistics())
     assert ended.group_contains(ServiceGone), "it may die once"
     assert book == ["restart", "EndPrompts", "generator replaced"]
+
+
+async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
+    book: list[str] = []
+    async with mortal(book, nothing, limit=3, stillborn=2) as (first, fleet):
+        first.dies.set()
+        async with asyncio.timeout(5):
+            await ask(fleet.lasting("generator"), GetStatistics())
+            await fleet.whole()
+    assert book == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
+    assert fleet.deaths("generator") == 3
+    with pytest.raises(ExceptionGroup, match="1 sub-exception"):
+        async with mortal([], nothing, limit=1, stillborn=1) as (first, fleet):
+            first.dies.set()
+            async with asyncio.timeout(5):
+                await ask(fleet.lasting("generator"), GetStatistics())
 
 
 async def test_rows_for_a_service_that_is_being_replaced_are_left_to_who_equips_it():

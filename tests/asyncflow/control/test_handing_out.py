@@ -81,8 +81,10 @@ async def test_what_a_lost_generator_had_drawn_is_drawn_again_but_for_what_is_at
     first, second, third = (source.at(i) for i in range(3))
     assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
     book.settle(Settled(second, [], []))
-    await handing_out.draw_again()
-    assert generator.take() == {(greedy, 1): [first, third] for greedy in (False, True)}
+    handing_out.begin_anew()
     await handing_out.admit(1, floor=0)
-    assert generator.take() == {(greedy, 1): [source.at(3)] for greedy in (False, True)}, "nothing new is out of date"
+    fourth = source.at(3)
+    assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"
+    await handing_out.draw_again()
+    assert generator.take() == {(greedy, 1): [first, third, fourth] for greedy in (False, True)}, "of one attempt all"
     await record.abandon()

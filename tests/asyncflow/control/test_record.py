@@ -153,9 +153,25 @@ async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_
     record.generated([A, A + 1, B])
     record.scored([A])
     await record.end([(B, "failed", "timeout")])
+    record.generated([A])  # told by the one that is gone
     await record.draw_again([A, A + 1, B])
+    await record.flush()
     assert ledger.reasons() == {("created", ""): 2, ("failed", "timeout"): 1}
     record.generated([A, A + 1])
     record.scored([A + 1])
     await record.flush()
     assert ledger.reasons() == {("generated", ""): 1, ("scored", ""): 1, ("failed", "timeout"): 1}
+
+
+async def test_a_batch_that_is_formed_while_other_rows_are_drawn_again_finds_its_samples_scored(
+    tmp_path: Path, ledger: Ledger
+):
+    record = open_record(tmp_path, ledger)
+    await record.admit([A, B], 0, 2)
+
+    async def settle() -> None:
+        record.scored([A])  # it came of the rows that were believed lost
+        await record.batched([A])
+
+    await asyncio.gather(record.draw_again([A, B]), settle())
+    assert ledger.reasons() == {("batched", ""): 1, ("created", ""): 1}

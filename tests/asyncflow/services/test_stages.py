@@ -125,10 +125,10 @@ async def test_a_refused_frame_leaves_as_tombstones_and_the_stage_goes_on():
 async def test_a_row_whose_bytes_are_gone_again_and_again_leaves_as_a_tombstone():
     """Its sender lives, and sends a reference to what is no more: the prompt fails instead of the run."""
     async with row_stage() as (stage, consumer):
-        for _ in range(MOST_TIMES):
-            assert consumer.arrived == []
-            await deliver(stage, lost(2))
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while not consumer.arrived:  # one that comes before the last is given back is a double, and no loss
+                await deliver(stage, lost(2))
+                await asyncio.sleep(0.01)
         assert await until_sent(consumer) == [[2]]
         assert "bytes were gone" in consumer.arrived[0][0].failures[0].cause
         asked = [notice for notice in await stage.host.reports.notices() if isinstance(notice, RowsLost)]
