@@ -67,16 +67,14 @@ def start(path: str, settings: Generation, dtype: str, place: EnginePlace, sleep
 
     from vllm import EngineArgs, LLMEngine
 
-    limits: dict[str, Any] = {}
+    # kv_cache_bytes says what is taken. On CUDA vLLM would want nine tenths of the device free, which training has.
+    limits: dict[str, Any] = {"gpu_memory_utilization": 0.01}
     if on_cpu:
         # A prompt cut into chunks takes back a seeded draw, which generators on the CPU can't: prompts run whole.
         whole = max(_CPU_BATCHED_TOKENS, settings.max_model_tokens or context_of(path))
         limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     if settings.max_model_tokens:
         limits["max_model_len"] = settings.max_model_tokens
-    else:
-        # kv_cache_bytes says what is taken. vLLM would want nine tenths of the device free, which training has.
-        limits = {"gpu_memory_utilization": 0.01}
     if place.workers:
         # Forked, they would inherit this process's threads and its part in the training ranks' groups.
         os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
