@@ -72,6 +72,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     firing_rows: int  # most rows of one firing
     inline_bytes: int = 8192  # larger frames travel by reference
     object_bytes: int = 0  # of one object of a larger shard, where readers are on other nodes; 0: one object a shard
+    shared_bytes: int = 0  # of the memory that processes of one node share, what each of them may hold at most
     threads: int = 1  # of torch
     model: Model = Model()
     tokenizer_path: str = ""

@@ -19,8 +19,9 @@ from ray.exceptions import RayError, RayTaskError
 from asyncflow.services.endpoint import ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.runtime import Started, wire
 from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
-from asyncflow.services.runtime.ray_actors import RankActor, RayStore, ServiceActor
+from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
+from asyncflow.services.runtime.ray_store import RayStore
 from asyncflow.services.spec import ServiceSpec
 from protocols.topology import Topology
 
@@ -44,6 +45,8 @@ class RayRuntime:
         wired: bool = wire.AVAILABLE,
     ) -> None:
         """`store_bytes`: memory of the object store of a Ray of our own, 0 for Ray's choice; what exceeds it spills.
+
+        Where all is on one node, memory that its processes share takes up to half as much beside it.
 
         `pools`: devices that services of these names stand on; the others need none. `wired`: processes of one node
         also call each other over the wire, else by Ray alone.
@@ -71,6 +74,9 @@ class RayRuntime:
         await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
             specs = [msgspec.structs.replace(spec, object_bytes=OBJECT_BYTES) for spec in specs]
+        elif self._wired:
+            self.store.shared_bytes = _shared_bytes(len(specs))
+            specs = [msgspec.structs.replace(spec, shared_bytes=self.store.shared_bytes) for spec in specs]
         for spec in specs:
             self._create(spec)
         started: dict[str, Started] = {}
@@ -114,7 +120,7 @@ class RayRuntime:
             max_concurrency=CONCURRENT_CALLS,
             **(NO_DEVICE if ranks else self._pools.options(spec)),
         ).remote(packed, name, ranks, rank_names)
-        self._endpoints[spec.name] = RayEndpoint(spec.name, self._actors[spec.name], name)
+        self._endpoints[spec.name] = RayEndpoint(spec.name, self._actors[spec.name], name, self.store)
 
     async def _connect(self) -> None:
         async with all_or_error() as group:
@@ -178,6 +184,11 @@ class RayRuntime:
                 }
             },
         )
+
+
+def _shared_bytes(services: int) -> int:
+    """Of half of what Ray's store has, an equal part for each front and for the controller: ranks keep nothing."""
+    return int(ray.cluster_resources().get("object_store_memory", 0)) // 2 // (1 + services)
 
 
 async def _end(actor: Any) -> None:

@@ -1,8 +1,8 @@
-"""The Ray actors, a service's front and its ranks, and the store that they share. Bytes in, bytes out.
+"""The Ray actors: a service's front, and its ranks. Bytes in, bytes out.
 
-A frame is put once by the rank that made it; messages carry its reference inside a list, so that Ray hands the
-reference on and only the rank that reads it maps the bytes. Ray's own envelope carries bytes and references,
-nothing else. Each actor also listens on the wire (wire.py), for what is bytes alone; ray_peers.py calls either way.
+A frame is put once by the rank that made it (ray_store.py); messages carry a payload that stands for it, and only the
+rank that reads it maps the bytes. Ray's own envelope carries bytes and references, nothing else. Each actor also
+listens on the wire (wire.py), for all but references; ray_peers.py calls either way.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import numpy as np
 import ray
-from ray.exceptions import ObjectLostError
 
-from asyncflow.services.endpoint import Frame, Payload, PayloadLost
+from asyncflow.services.endpoint import Frame, Payload
 from asyncflow.services.rank import Rank
 from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
-from asyncflow.services.runtime.wire import Server, ServerThread
+from asyncflow.services.runtime.ray_store import RankStore, RayStore, referenced
+from asyncflow.services.runtime.wire import Carried, Server, ServerThread
 from asyncflow.services.service import ModelService
 from asyncflow.services.spec import ServiceSpec
 from asyncflow.services.workplace import Workplace, build
@@ -34,60 +33,10 @@ from protocols.topology import Topology
 if TYPE_CHECKING:
     from workers.world import Meeting, World
 
-RETURNED_INLINE_BYTES = 128 << 10  # above Ray's own limit of 100 KiB for values that travel inside an answer
-DIRECT_BYTES = 1 << 16  # up to here a copy in the message is quicker than Ray's store and its bookkeeping
-
 T = TypeVar("T")
 
 _deliveries, _requests = msgspec.msgpack.Decoder(Delivery), msgspec.msgpack.Decoder(Request)
 _rank_calls, _rank_requests = msgspec.msgpack.Decoder(RankCall), msgspec.msgpack.Decoder(RankRequest)
-
-
-class RayStore:
-    """Small frames inline as bytes, larger ones as a reference in a list. Ray spills what exceeds its memory."""
-
-    def __init__(self, inline_bytes: int) -> None:
-        self._inline_bytes = inline_bytes
-
-    def put(self, frame: Frame, direct: bool = False) -> Payload:
-        inline = frame.nbytes <= (max(self._inline_bytes, DIRECT_BYTES) if direct else self._inline_bytes)
-        return frame.tobytes() if inline else [ray.put(frame)]
-
-    def piece_bytes(self, nbytes: int, direct: bool) -> int:
-        """A front of several ranks may pass small frames on: a few of them, each to who needs it, need no store."""
-        return self._inline_bytes if not direct and self._inline_bytes < nbytes <= DIRECT_BYTES else 0
-
-    async def get(self, payload: Payload) -> Frame:
-        if isinstance(payload, bytes):
-            return np.frombuffer(payload, np.uint8)
-        try:
-            return await payload[0]
-        except ObjectLostError as error:
-            raise PayloadLost(str(error)) from error
-
-    def inline_bytes(self, payload: Payload) -> int:
-        return len(payload) if isinstance(payload, bytes) else 0
-
-
-class AnsweringStore(RayStore):
-    """A rank's: the first large frame of a large call leaves as a value of it, which spares Ray an owner to ask.
-
-    Only frames that Ray puts into its store by itself: smaller values would travel through the front.
-    """
-
-    answers = False  # while a large call is worked on
-    answer: Frame | None = None
-
-    def put(self, frame: Frame, direct: bool = False) -> Payload:
-        if self.answers and self.answer is None and frame.nbytes > RETURNED_INLINE_BYTES:
-            self.answer = frame
-            return None
-        return super().put(frame, direct)
-
-    def take_answer(self) -> Frame | None:
-        """The frame for which `put` gave None since the last call."""
-        answer, self.answer = self.answer, None
-        return answer
 
 
 class ServiceActor:
@@ -97,8 +46,10 @@ class ServiceActor:
         """`wire`: the name under which it is to listen, "" for not at all; `ranks` listen under theirs."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
-        several = RayRanks(self._spec.name, ranks, rank_wires, meet=self._spec.collective) if ranks else None
-        self._service = ModelService(self._spec, RayStore(self._spec.inline_bytes), several)
+        name, meet = self._spec.name, self._spec.collective
+        self._store = RayStore(self._spec.inline_bytes, self._spec.shared_bytes)
+        several = RayRanks(name, ranks, rank_wires, self._store, meet=meet) if ranks else None
+        self._service = ModelService(self._spec, self._store, several)
         self._server = Server(wire, self._answer) if wire else None
         self._peers: dict[str, RayEndpoint] = {}
 
@@ -114,7 +65,8 @@ class ServiceActor:
         """Say where the others are; again when one of them was restarted."""
         known = {peer.wire: peer for peer in self._peers.values() if peer.wire}
         self._peers = {
-            name: known.get(wires[name]) or RayEndpoint(name, actor, wires[name]) for name, actor in actors.items()
+            name: known.get(wires[name]) or RayEndpoint(name, actor, wires[name], self._store)
+            for name, actor in actors.items()
         }
         self._service.connect({**self._peers, self._spec.name: self._service})
 
@@ -123,26 +75,31 @@ class ServiceActor:
         return b"", []
 
     async def request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        reply, answers = await self._service.request(_requests.decode(request), payloads)
-        return msgspec.msgpack.encode(reply), answers
+        reply, answers = await self._request(request, payloads)
+        return reply, await self._store.by_reference(answers)
 
-    async def _answer(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Payload]]:
-        match what:
-            case "deliver":
-                return await self.deliver(body, payloads)
-            case "request":
-                return await self.request(body, payloads)
-            case "notices":
-                return await self.notices(body, payloads)
-        raise ValueError(f"{self._spec.name} can't be asked {what!r} over the wire")
+    async def notices(self, _body: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        return msgspec.msgpack.encode(await self._service.notices()), []
 
     async def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
         assert self._server is not None, "nothing is kept where nobody listens"
-        return self._server.collect(kept)
+        return await self._store.by_reference(self._server.collect(kept))
 
-    async def notices(self, _body: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        return msgspec.msgpack.encode(await self._service.notices()), []
+    async def _request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        reply, answers = await self._service.request(_requests.decode(request), payloads)
+        return msgspec.msgpack.encode(reply), answers
+
+    async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
+        payloads[:] = await self._store.admit(payloads)  # in place, or its caller would hold what is to be let go
+        match what:
+            case "deliver":
+                return await self.deliver(body, payloads)
+            case "request":
+                return await self._request(body, payloads)
+            case "notices":
+                return await self.notices(body, payloads)
+        raise ValueError(f"{self._spec.name} can't be asked {what!r} over the wire")
 
     async def stop(self) -> None:
         await self._service.stop()
@@ -183,20 +140,20 @@ class RankActor:
 
     def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         """One part of a firing: the reply with its payloads."""
-        return self._in_thread(self._call, call, payloads)
+        return self._in_thread(self._by_ray, self._call, call, payloads)
 
     def call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
         """The same, and beside it the frame that stands as None among the payloads."""
-        return self._in_thread(self._call_large, call, payloads)
+        return self._in_thread(self._by_ray, self._call_large, call, payloads)
 
     def ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         """What the front asks of all ranks besides rows: the answer with its payloads."""
-        return self._in_thread(self._ask, request, [])
+        return self._in_thread(self._by_ray, self._ask, request, [])
 
     def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
         assert self._server is not None, "nothing is kept where nobody listens"
-        return self._server.collect(kept)
+        return [referenced(payload) for payload in self._server.collect(kept)]
 
     def stop(self) -> None:
         """Free the model, if it was loaded."""
@@ -209,13 +166,20 @@ class RankActor:
     def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return self._thread.submit(work, *arguments).result()
 
-    async def _answer(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Payload]]:
+    def _by_ray(self, work: Callable[..., T], *arguments: Any) -> T:
+        self._store.by_ray = True
+        try:
+            return work(*arguments)
+        finally:
+            self._store.by_ray = False
+
+    async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
         work = {"call": self._call, "ask": self._ask}[what]
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, body, payloads)
 
     def _start(self, meeting: str) -> None:
         self._workplace = build(self._spec, self._number, self._join(meeting) if meeting else None)
-        self._store = AnsweringStore(self._spec.inline_bytes)
+        self._store = RankStore(self._spec.inline_bytes, self._spec.shared_bytes)
         self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
 
     def _join(self, meeting: str) -> World:
@@ -225,30 +189,20 @@ class RankActor:
         return join_world(self._hosted or visit_meeting(meeting), self._number, size)
 
     def _call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        frames = [_frame_of(payload) for payload in payloads]
+        frames = [self._store.read(payload) for payload in payloads]
         reply, answers = self._rank.work(_rank_calls.decode(call), frames)
         return msgspec.msgpack.encode(reply), answers
 
     def _call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
-        self._store.answers = True
+        self._store.answers_apart = True
         try:
-            return self._call(call, payloads), self._store.take_answer()
+            return self._call(call, payloads), self._store.answer
         finally:
-            self._store.answers, self._store.answer = False, None  # the frame of a call that failed goes with it
+            self._store.answers_apart, self._store.answer = False, None  # the frame of a call that failed, too
 
     def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         answer, payloads = self._rank.answer(_rank_requests.decode(request))
         return msgspec.msgpack.encode(answer), payloads
-
-
-def _frame_of(payload: Payload) -> Frame | None:
-    """A frame, mapped; None where it is gone."""
-    if isinstance(payload, bytes):
-        return np.frombuffer(payload, np.uint8)
-    try:
-        return ray.get(payload[0])
-    except ObjectLostError:
-        return None
 
 
 def log_to(path: str) -> None:

@@ -1,7 +1,7 @@
 """A Ray actor as others call it: a service, the ranks of one, and what becomes of each error on the way.
 
-What is bytes alone goes past Ray where both processes are on one node: over the wire (wire.py), whose caller falls back
-on Ray only where nothing was sent. So whatever is asked is asked once.
+All but references goes past Ray where both processes are on one node: over the wire (wire.py), whose caller falls
+back on Ray only where nothing was sent. So whatever is asked is asked once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import msgspec
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from asyncflow.services.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
-from asyncflow.services.runtime.wire import Broken, NotHere, Wire, travels
+from asyncflow.services.runtime.ray_store import RayStore
+from asyncflow.services.runtime.wire import Answered, Broken, NotHere, Wire, travels
 from protocols.delivery import Delivery, RankCall, RankReply
 from protocols.notices import Notice
 from protocols.requests import RankAnswer, RankRequest, Reply, Request
@@ -28,22 +29,32 @@ _rank_replies, _rank_answers = msgspec.msgpack.Decoder(RankReply), msgspec.msgpa
 
 
 class Peer:
-    """An actor in another process: over the wire where it is on this node and all that travels is bytes, or by Ray."""
+    """An actor in another process: over the wire where it is on this node and no reference travels, or by Ray."""
 
-    def __init__(self, name: str, actor: Any, wire: str) -> None:
+    def __init__(self, name: str, actor: Any, wire: str, store: RayStore) -> None:
         """`wire`: the name under which the actor listens; "": nowhere, all goes by Ray."""
         self.name, self.actor = name, actor
         self._wire = Wire(wire) if wire else None
+        self._store = store
 
     async def call(
-        self, method: str, body: bytes, payloads: Sequence[Payload], what: str = ""
+        self, method: str, body: bytes, payloads: Sequence[Payload], what: str = "", *, large: bool = False
     ) -> tuple[bytes, list[Payload]]:
-        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call."""
+        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call.
+
+        `large`: the answer is, so that by Ray its method of that name serves better, see `RankActor.call_large`.
+        """
         what = what or method
         if self._wire is not None and travels(payloads, body):
             with contextlib.suppress(NotHere):
-                return await self._over(self._wire, method, body, payloads, what)
-        return await called(self.name, what, getattr(self.actor, method), body, list(payloads))
+                reply, answers = await self._over(self._wire, method, body, payloads, what)
+                return reply, await self._store.admit(answers)
+        references = await self._store.by_reference(payloads)
+        if not large:
+            return await called(self.name, what, getattr(self.actor, method), body, references)
+        answer, value = getattr(self.actor, f"{method}_large").options(num_returns=2).remote(body, references)
+        reply, answers = await answered(self.name, what, answer)
+        return reply, [[value] if a is None else a for a in answers]
 
     def close(self) -> None:
         """End the connection to it."""
@@ -51,10 +62,10 @@ class Peer:
             self._wire.close()
 
     async def _over(
-        self, wire: Wire, method: str, body: bytes, payloads: Sequence[bytes], what: str
+        self, wire: Wire, method: str, body: bytes, payloads: Sequence[Payload], what: str
     ) -> tuple[bytes, list[Payload]]:
         try:
-            answer = await wire.call(method, body, payloads)
+            answer: Answered = await wire.call(method, body, payloads)
         except Broken as error:
             await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
             raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
@@ -62,16 +73,16 @@ class Peer:
             raise ServiceError(f"{self.name}: {what}: {answer.error}")
         if answer.kept:
             return answer.body, await called(self.name, what, self.actor.collect, answer.kept)
-        return answer.body, answer.payloads
+        return answer.body, list(answer.payloads)
 
 
 class RayEndpoint:
     """A service in another process."""
 
-    def __init__(self, name: str, actor: Any, wire: str) -> None:
-        """`wire`: where it listens, another one after a restart; "": nowhere."""
+    def __init__(self, name: str, actor: Any, wire: str, store: RayStore) -> None:
+        """`wire`: where it listens, another one after a restart; "": nowhere. `store`: of the process that calls."""
         self.name, self.wire = name, wire
-        self._peer = Peer(name, actor, wire)
+        self._peer = Peer(name, actor, wire, store)
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
         await self._peer.call("deliver", msgspec.msgpack.encode(delivery), payloads)
@@ -95,11 +106,13 @@ class RayRanks:
     They fail together: where one is gone the front ends its own process, which is what the controller sees.
     """
 
-    def __init__(self, name: str, actors: Sequence[Any], wires: Sequence[str], *, meet: bool = False) -> None:
+    def __init__(
+        self, name: str, actors: Sequence[Any], wires: Sequence[str], store: RayStore, *, meet: bool = False
+    ) -> None:
         """`wires`: where they listen, see `Peer`; `meet`: they work together, so they have to find each other."""
         self._name, self._actors, self._meet = name, actors, meet
         self._peers = [
-            Peer(f"{name} rank {rank}", actor, wire)
+            Peer(f"{name} rank {rank}", actor, wire, store)
             for rank, (actor, wire) in enumerate(zip(actors, wires, strict=True))
         ]
 
@@ -112,16 +125,12 @@ class RayRanks:
                 group.create_task(starting, name=f"start rank {rank}")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        peer, packed = self._peers[rank], msgspec.msgpack.encode(call)
+        packed, large = msgspec.msgpack.encode(call), call.nbytes >= LARGE_CALL_BYTES
         try:
-            if call.nbytes < LARGE_CALL_BYTES:
-                reply, answers = await peer.call("call", packed, payloads, call.stage)
-                return _rank_replies.decode(reply), answers
-            answer, large = peer.actor.call_large.options(num_returns=2).remote(packed, payloads)
-            reply, answers = await answered(peer.name, call.stage, answer)
+            reply, answers = await self._peers[rank].call("call", packed, payloads, call.stage, large=large)
         except ServiceGone as gone:
             _end_with(gone)
-        return _rank_replies.decode(reply), [[large] if a is None else a for a in answers]
+        return _rank_replies.decode(reply), answers
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
         packed, what = msgspec.msgpack.encode(request), type(request).__name__

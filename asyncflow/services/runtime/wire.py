@@ -1,40 +1,39 @@
-"""The short way between two processes of one node: a socket beside Ray's calls, for what is bytes and nothing else.
+"""The short way between two processes of one node: a socket beside Ray's calls, for all but references.
 
     caller ── Call(number, what, body, payloads) ──> a task a call ── Answer(number, body, payloads) ──> the caller
 
-Each message stands behind its length. A call waits for its own answer and for no other's, so one that waits for
-credit holds up none. Sockets have abstract names: they need no file, vanish with their process, and can't be reached
-from another node. Both ends refuse a peer of another user. An answer that is not all bytes, because a rank put a large
-frame, is kept where it was made until whoever can carry references has fetched it, the caller gives up, or is gone.
+A payload is bytes, or a frame in shared memory that travels beside the message. A call waits for its own answer and
+for no other's, so one that waits for credit holds up none. Sockets have abstract names: they need no file, vanish with
+their process, and can't be reached from another node. Both ends refuse a peer of another user. An answer with a
+reference, because Ray's store holds a frame, is kept where it was made until whoever can carry references has fetched
+it, the caller gives up, or is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import os
 import socket
-import struct
 import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import uvloop
 
 from asyncflow.services.endpoint import causes
+from asyncflow.services.runtime import shared
+from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage, opened
+from asyncflow.services.runtime.shared import SharedFrame
 
-AVAILABLE = sys.platform == "linux"  # no other system has abstract names, and tells the user behind a socket this way
-MOST_BYTES = 64 << 20  # of a message; a longer one is garbage
+AVAILABLE = shared.AVAILABLE  # no other system has abstract names, and tells the user behind a socket this way
 MOST_CALLS = 1000  # of one connection that wait for their answers
-_LENGTH = struct.Struct("<I")
-_USER = struct.Struct("3i")  # pid, uid, gid of the process behind a socket
-_READ_AHEAD = 1 << 20
+ACCEPT_AGAIN_SECONDS = 1.0  # after no connection could be accepted, for want of descriptors
 
-Work = Callable[[str, bytes, list[bytes]], Awaitable[tuple[bytes, list[Any]]]]  # (what, body, payloads) -> the same
+Carried = bytes | SharedFrame
+Work = Callable[[str, bytes, list[Carried]], Awaitable[tuple[bytes, list[Any]]]]  # (what, body, payloads) -> the same
 
 
 class Call(msgspec.Struct, array_like=True, tag=0):
@@ -43,7 +42,7 @@ class Call(msgspec.Struct, array_like=True, tag=0):
     number: int
     what: str
     body: bytes
-    payloads: list[bytes]
+    payloads: list[bytes | None]  # None: the next of the frames beside the message
 
 
 class GivenUp(msgspec.Struct, array_like=True, tag=1):
@@ -57,9 +56,9 @@ class Answer(msgspec.Struct, array_like=True):
 
     number: int
     body: bytes = b""
-    payloads: list[bytes] = []
+    payloads: list[bytes | None] = []
     error: str | None = None  # why it was not done
-    kept: int = 0  # under which number `Server.collect` gives the payloads, where they are not bytes
+    kept: int = 0  # under which number `Server.collect` gives the payloads, where they do not travel
 
 
 _calls = msgspec.msgpack.Decoder(Call | GivenUp)
@@ -75,27 +74,28 @@ class Broken(Exception):
     """The connection ended before the answer came: whether the call was done is not known."""
 
 
-class Garbage(Exception):
-    """What came is no message of ours, or not from us."""
-
-
 class Server:
     """Answers calls of other processes, each in a task of its own."""
 
     def __init__(self, name: str, work: Work) -> None:
         """`work` does what is asked; what it raises is the caller's."""
         self._name, self._work = name, work
-        self._listening: asyncio.Server | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[None]] = set()
-        self._kept: dict[int, tuple[asyncio.StreamWriter, list[Any]]] = {}
+        self._kept: dict[int, tuple[Connection, list[Any]]] = {}
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
         """Listen. Raises OSError where the name is taken."""
-        listener = _socket()
-        listener.bind(_address(self._name))
-        self._listening = await asyncio.start_unix_server(self._serve, sock=listener, limit=_READ_AHEAD)
+        listener = opened()
+        try:
+            listener.bind(_address(self._name))
+            listener.listen(MOST_CALLS)
+        except OSError:
+            listener.close()
+            raise
+        self._accepting = asyncio.create_task(self._accept(listener), name=f"{self._name} listens")
 
     def collect(self, kept: int) -> list[Any]:
         """The payloads of an answer that was kept. Raises KeyError where they were collected, or given up."""
@@ -103,64 +103,81 @@ class Server:
 
     async def close(self) -> None:
         """Listen no longer, and end the connections and what is under way."""
-        if self._listening is not None:
-            self._listening.close()
-        for tasks in (self._connections, self._calls):  # in this order: a connection would begin further calls
+        # In this order: who listens begins connections, and a connection begins calls.
+        for tasks in ([self._accepting] if self._accepting else [], self._connections, self._calls):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = asyncio.current_task()
-        assert connection is not None
-        self._connections.add(connection)
+    async def _accept(self, listener: socket.socket) -> None:
+        with listener:
+            while True:
+                try:
+                    accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+                    connection = Connection(accepted)
+                except Garbage as error:
+                    sys.stderr.write(f"{self._name}: a connection is refused: {error}\n")
+                except OSError as error:
+                    sys.stderr.write(f"{self._name}: accepts no connection: {error}\n")
+                    await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+                else:
+                    task = asyncio.create_task(self._serve(connection), name=f"{self._name} serves")
+                    self._connections.add(task)
+                    task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, connection: Connection) -> None:
         room = asyncio.Semaphore(MOST_CALLS)
         try:
-            _check_user(writer.get_extra_info("socket"))
-            while (packed := await _receive(reader)) is not None:
-                match _calls.decode(packed):
-                    case GivenUp(kept):
-                        self._kept.pop(kept, None)
-                    case Call() as call:
-                        await room.acquire()
-                        self._begin(call, writer, room)
+            while await self._take(connection, room):
+                pass  # with nothing of the last message in hand, or its frames would live until the next one
         except (Garbage, msgspec.MsgspecError, OSError) as error:
             sys.stderr.write(f"{self._name}: a connection is closed: {error}\n")
-        except asyncio.CancelledError:
-            pass  # `close`; asyncio's streams would report a handler that ends by it as a fault
         finally:
-            writer.close()  # calls under way are done all the same, as Ray's are
-            for number in [number for number, (caller, _) in list(self._kept.items()) if caller is writer]:
+            connection.close()  # calls under way are done all the same, as Ray's are
+            for number in [number for number, (caller, _) in list(self._kept.items()) if caller is connection]:
                 self._kept.pop(number, None)
-            self._connections.discard(connection)
 
-    def _begin(self, call: Call, writer: asyncio.StreamWriter, room: asyncio.Semaphore) -> None:
+    async def _take(self, connection: Connection, room: asyncio.Semaphore) -> bool:
+        """Receive one message and begin what it asks; whether there was one."""
+        if (received := await connection.receive()) is None:
+            return False
+        packed, frames = received
+        match _calls.decode(packed):
+            case GivenUp(kept):
+                self._kept.pop(kept, None)
+            case Call() as call:
+                payloads = _joined(call.payloads, frames)
+                await room.acquire()
+                self._begin(call, payloads, connection, room)
+        return True
+
+    def _begin(self, call: Call, payloads: list[Carried], connection: Connection, room: asyncio.Semaphore) -> None:
         def done(task: asyncio.Task[None]) -> None:
             self._calls.discard(task)
             room.release()
 
-        task = asyncio.create_task(self._answer(call, writer), name=f"{call.what} over the wire")
+        task = asyncio.create_task(self._answer(call, payloads, connection), name=f"{call.what} over the wire")
         self._calls.add(task)
         task.add_done_callback(done)
 
-    async def _answer(self, call: Call, writer: asyncio.StreamWriter) -> None:
-        answer, payloads = Answer(call.number), []
+    async def _answer(self, call: Call, payloads: list[Carried], connection: Connection) -> None:
+        answer, answers = Answer(call.number), []
         try:
-            answer.body, payloads = await self._work(call.what, call.body, call.payloads)
+            answer.body, answers = await self._work(call.what, call.body, payloads)
             _check_size(answer.body)
         except Exception as error:  # noqa: BLE001 - it is not swallowed: the caller gets it, this process's log the rest
             traceback.print_exc()
-            answer.body, answer.error, payloads = b"", causes(error), []
-        if writer.is_closing():  # nobody waits
+            answer.body, answer.error, answers = b"", causes(error), []
+        if connection.closed:  # nobody waits
             return
-        if travels(payloads, answer.body):
-            answer.payloads = payloads
+        frames: list[SharedFrame] = []
+        if travels(answers, answer.body):
+            answer.payloads, frames = _parted(answers)
         else:
             answer.kept = next(self._numbers)
-            self._kept[answer.kept] = writer, payloads
-        _send(writer, answer)
-        with contextlib.suppress(OSError):  # the caller is gone
-            await writer.drain()
+            self._kept[answer.kept] = connection, answers
+        _send(connection, answer, frames)
+        await connection.drain()
 
 
 class ServerThread:
@@ -193,79 +210,113 @@ class Wire:
     def __init__(self, name: str) -> None:
         self.name = name
         self._connecting = asyncio.Lock()
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: Connection | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._waiting: dict[int, asyncio.Future[Answered]] = {}
         self._numbers = itertools.count()
 
-    async def call(self, what: str, body: bytes, payloads: Sequence[bytes] = ()) -> Answer:
+    async def call(self, what: str, body: bytes, payloads: Sequence[Carried] = ()) -> Answered:
         """Ask, and wait for the answer. Raises NotHere where nothing was sent, Broken where nothing came back."""
-        if self._writer is None:
+        if self._connection is None:
             await self._connect()
-        writer = self._writer
-        if writer is None or writer.is_closing():
+        connection = self._connection
+        if connection is None or connection.closed:
             raise NotHere(f"{self.name}: the connection is about to end")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            _send(writer, Call(number, what, body, list(payloads)))
-            with contextlib.suppress(OSError):  # the listener learns of it, too, and breaks what waits
-                await writer.drain()
+            packed, frames = _parted(payloads)
+            _send(connection, Call(number, what, body, packed), frames)
+            await connection.drain()
             return await answer
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
-                self._let_go(answer.result())
+                self._let_go(answer.result().kept)
             raise
         finally:
             del self._waiting[number]
 
     def close(self) -> None:
         """End the connection; calls that wait for answers raise Broken."""
-        if self._writer is not None:
-            self._writer.transport.abort()
+        if self._connection is not None:
+            self._connection.close()
 
-    def _let_go(self, answer: Answer) -> None:
+    def _let_go(self, kept: int) -> None:
         """Nobody waits for it any more."""
-        if answer.kept and self._writer is not None and not self._writer.is_closing():
-            _send(self._writer, GivenUp(answer.kept))
+        if kept and self._connection is not None:
+            _send(self._connection, GivenUp(kept))
 
     async def _connect(self) -> None:
         async with self._connecting:
-            if self._writer is not None:
+            if self._connection is not None:
                 return
-            calling = _socket()
+            calling = opened()
             try:
                 await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
-                _check_user(calling)
-                reader, writer = await asyncio.open_unix_connection(sock=calling, limit=_READ_AHEAD)
+                connection = Connection(calling)
             except (OSError, Garbage) as error:
                 calling.close()
                 raise NotHere(f"{self.name}: {error}") from error
-            self._writer = writer
-            self._listening = asyncio.create_task(self._listen(reader, writer), name=f"answers of {self.name}")
+            self._connection = connection
+            self._listening = asyncio.create_task(self._listen(connection), name=f"answers of {self.name}")
 
-    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _listen(self, connection: Connection) -> None:
         try:
-            while (packed := await _receive(reader)) is not None:
-                answer = _answers.decode(packed)
-                future = self._waiting.get(answer.number)
-                if future is None or future.done():
-                    self._let_go(answer)
-                else:
-                    future.set_result(answer)
+            while await self._take(connection):
+                pass  # with nothing of the last message in hand, as in `Server`
         except (Garbage, msgspec.MsgspecError, OSError) as error:
             sys.stderr.write(f"{self.name}: the connection is closed: {error}\n")
         finally:
-            self._writer = None  # whoever calls next connects anew, if anybody is there
-            writer.close()
+            self._connection = None  # whoever calls next connects anew, if anybody is there
+            connection.close()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(Broken(f"{self.name}: the connection ended"))
 
+    async def _take(self, connection: Connection) -> bool:
+        """Receive one answer and give it to who waits for it; whether there was one."""
+        if (received := await connection.receive()) is None:
+            return False
+        packed, frames = received
+        answer = _answers.decode(packed)
+        payloads = _joined(answer.payloads, frames)
+        future = self._waiting.get(answer.number)
+        if future is None or future.done():
+            self._let_go(answer.kept)
+        else:
+            future.set_result(Answered(answer.body, payloads, answer.error, answer.kept))
+        return True
+
+
+class Answered(NamedTuple):
+    """What came of a call, as its caller has it; see `Answer`."""
+
+    body: bytes
+    payloads: list[Carried]
+    error: str | None
+    kept: int
+
 
 def travels(payloads: Sequence[Any], body: bytes = b"") -> bool:
-    """Whether a message can hold them all: they are bytes, and not too many."""
-    return all(isinstance(p, bytes) for p in payloads) and len(body) + sum(map(len, payloads)) < MOST_BYTES // 2
+    """Whether a message can take them all along: none is a reference, and they are not too many."""
+    if not all(isinstance(payload, bytes | SharedFrame) for payload in payloads):
+        return False
+    inside = len(body) + sum(len(payload) for payload in payloads if isinstance(payload, bytes))
+    return inside < MOST_BYTES // 2 and len(payloads) <= MOST_FRAMES
+
+
+def _parted(payloads: Sequence[Carried]) -> tuple[list[bytes | None], list[SharedFrame]]:
+    """What stands in the message, and the frames beside it."""
+    inside = [payload if isinstance(payload, bytes) else None for payload in payloads]
+    return inside, [payload for payload in payloads if isinstance(payload, SharedFrame)]
+
+
+def _joined(inside: Sequence[bytes | None], frames: Sequence[SharedFrame]) -> list[Carried]:
+    """What was parted. Raises Garbage."""
+    if inside.count(None) != len(frames):
+        raise Garbage(f"a message names {inside.count(None)} frames, {len(frames)} came with it")
+    following = iter(frames)
+    return [next(following) if payload is None else payload for payload in inside]
 
 
 def _check_size(body: bytes) -> None:
@@ -273,36 +324,11 @@ def _check_size(body: bytes) -> None:
         raise ValueError(f"an answer of {len(body)} bytes beside its payloads, fewer than {MOST_BYTES // 2} can travel")
 
 
-def _send(writer: asyncio.StreamWriter, message: Call | GivenUp | Answer) -> None:
-    packed = bytearray(_LENGTH.size)
-    _encoder.encode_into(message, packed, _LENGTH.size)
-    _LENGTH.pack_into(packed, 0, len(packed) - _LENGTH.size)
-    writer.write(packed)
-
-
-async def _receive(reader: asyncio.StreamReader) -> bytes | None:
-    """One message; None where the connection ends. Raises Garbage."""
-    try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > MOST_BYTES:
-            raise Garbage(f"a message of {length} bytes, at most {MOST_BYTES} are accepted")
-        return await reader.readexactly(length)
-    except asyncio.IncompleteReadError:
-        return None
-
-
-def _socket() -> socket.socket:
-    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    opened.setblocking(False)
-    return opened
+def _send(connection: Connection, message: Call | GivenUp | Answer, frames: Sequence[SharedFrame] = ()) -> None:
+    packed = bytearray(PROLOGUE)
+    _encoder.encode_into(message, packed, PROLOGUE)
+    connection.send(packed, frames)
 
 
 def _address(name: str) -> str:
     return f"\0asyncflow/{name}"
-
-
-def _check_user(connected: socket.socket) -> None:
-    peer = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
-    _, user, _ = _USER.unpack(peer)
-    if user != os.getuid():
-        raise Garbage(f"the other end runs as user {user}, this process as {os.getuid()}")

@@ -14,6 +14,7 @@ import pytest
 
 from asyncflow.services.parts import pack_apart
 from asyncflow.services.runtime.ray import RayRuntime
+from asyncflow.services.runtime.shared import SharedFrame
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
 from tests.asyncflow.services.workers import process_of
@@ -69,10 +70,13 @@ async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none(
 
 @pytest.mark.usefixtures("ray_started")
 @pytest.mark.parametrize("wired", [True, False])
-async def test_services_call_each_other_by_ray_alone_where_there_is_no_wire(wired: bool):
+@pytest.mark.parametrize("tokens", [4, LONG])
+async def test_services_call_each_other_by_ray_alone_where_there_is_no_wire(wired: bool, tokens: int):
     samples = samples_of(*range(8))
     async with chain(wired=wired) as c:
-        await c.send(c.put(rows.log_probs(samples, 4)))
+        sent = c.put(rows.log_probs(samples, tokens))
+        assert type(sent.payload) is (bytes if tokens == 4 else SharedFrame if wired else list)
+        await c.send(sent)
         await c.until_settled(8)
         assert alive(c) == Counter(samples)
         assert ("@asyncflow/b-" in Path("/proc/net/unix").read_text()) == wired
@@ -95,7 +99,7 @@ async def test_a_small_batch_passes_a_front_in_pieces_of_which_a_rank_gets_its_o
 
 
 @pytest.mark.usefixtures("ray_started")
-@pytest.mark.parametrize("tokens", [pytest.param(LONG, id="by reference"), pytest.param(3, id="over the wire")])
+@pytest.mark.parametrize("tokens", [pytest.param(LONG, id="in shared memory"), pytest.param(3, id="inside")])
 async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_again(tmp_path: Path, tokens: int):
     samples = samples_of(*range(24))
     slowly = {
@@ -118,10 +122,27 @@ async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_rows_whose_producer_died_before_they_were_read_are_taken_from_its_successor(tmp_path: Path):
+async def test_rows_in_shared_memory_outlive_their_producer(tmp_path: Path):
+    held_up, unread = samples_of(*range(4)), samples_of(*range(4, 12))
+    gate = {"numbers": {"folder": str(tmp_path), "gate": "open"}}
+    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=gate) as c:
+        await c.send(c.put(rows.log_probs(held_up, LONG)))
+        await c.until("b", "", depth=0)
+        await c.send(c.put(rows.log_probs(unread, LONG)))
+        await c.until("b", "", depth=8)
+        kill(*(process_of(tmp_path, "a", rank) for rank in range(4)))
+        await c.restart("a")
+        (tmp_path / "open").touch()
+        await c.until_settled(12)
+        assert alive(c) == Counter(held_up + unread)
+        assert await c.values(unread) == {sample: -4.0 * sample for sample in unread}
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_rows_in_rays_store_whose_producer_died_unread_are_taken_from_its_successor(tmp_path: Path):
     read, unread = samples_of(*range(4)), samples_of(*range(4, 12))
     held = {"numbers": {"folder": str(tmp_path), "gate": "open"}}
-    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=held) as c:
+    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=held, wired=False) as c:
         await c.send(c.put(rows.log_probs(read, LONG)))
         await c.until("b", "", depth=0)
         again = c.put(rows.log_probs(unread, LONG))

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES
+from asyncflow.services.runtime.shared import SharedFrame, holdings
 from asyncflow.services.runtime.wire import (
-    MOST_BYTES,
     Broken,
     Call,
     GivenUp,
@@ -40,12 +42,12 @@ class Answering:
     def __init__(self) -> None:
         self.go = asyncio.Event()
 
-    async def __call__(self, what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+    async def __call__(self, what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
         await self.go.wait()
         return body, [object()]
 
 
-async def answer(what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+async def answer(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
     match what:
         case "echo":
             return body, payloads
@@ -125,11 +127,37 @@ async def test_a_call_comes_back_with_what_was_asked(other: tuple[str, int]):
     assert (back.body, back.payloads, back.error, back.kept) == (b"body", [b"one", b"", b"x" * 3_000_000], None, 0)
 
 
+async def test_frames_in_shared_memory_travel_with_a_call_and_with_its_answer(other: tuple[str, int]):
+    frames = [SharedFrame.of(np.full(3_000_000, number, np.uint8)) for number in (1, 2)]
+    async with wired(other[0]) as to:
+        back = await to.call("echo", b"body", [frames[0], b"between", frames[1]])
+    assert back.payloads[1] == b"between"
+    for sent, came in zip(frames, back.payloads[::2], strict=True):
+        assert isinstance(came, SharedFrame)
+        assert (came.map() == sent.map()).all()
+
+
+async def test_no_frame_is_held_once_its_call_is_over():
+    """Neither by a connection that waits for the next message, nor by a call that is done."""
+
+    async def take(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
+        return b"", [SharedFrame.of(payloads[0].map())]
+
+    before, name = holdings().frames, named()
+    async with served(name, take), wired(name) as to:
+        for _ in range(3):
+            back = await to.call("", b"", [SharedFrame.of(np.ones(100_000, np.uint8))])
+            assert list(map(type, back.payloads)) == [SharedFrame]
+            del back
+            await asyncio.sleep(0)  # the server's task of the call ends behind its answer
+        assert holdings().frames == before
+
+
 async def test_many_calls_at_once_each_get_their_own_answer(other: tuple[str, int]):
     async with wired(other[0]) as to:
         answers = await asyncio.gather(*(to.call("echo", str(n).encode(), [b"p" * n]) for n in range(500)))
     assert [a.body for a in answers] == [str(n).encode() for n in range(500)]
-    assert [len(a.payloads[0]) for a in answers] == list(range(500))
+    assert [a.payloads for a in answers] == [[b"p" * n] for n in range(500)]
 
 
 async def test_a_call_that_waits_holds_up_no_other(other: tuple[str, int]):
@@ -149,7 +177,7 @@ async def test_what_the_work_raises_is_the_callers(other: tuple[str, int]):
 
 
 async def test_an_answer_that_is_too_long_to_travel_is_the_callers_error_and_ends_no_connection():
-    async def long(what: str, body: bytes, payloads: list[bytes]) -> tuple[bytes, list[Any]]:
+    async def long(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
         return bytes(MOST_BYTES // 2 if what == "long" else 1), []
 
     name = named()
@@ -211,9 +239,12 @@ async def test_nothing_is_kept_for_a_caller_that_is_gone():
         assert not server._kept, "what was done after it had gone"
 
 
-def test_only_bytes_travel_and_not_too_many():
+def test_bytes_and_frames_travel_and_not_too_many():
+    frame = SharedFrame.of(np.ones(MOST_BYTES, np.uint8))
     assert travels([])
-    assert travels([b"a", b"b"])
+    assert travels([b"a", frame, b"b"])
+    assert travels([frame] * MOST_FRAMES)
+    assert not travels([frame] * (MOST_FRAMES + 1))
     assert not travels([b"a", ["reference"]])
     assert not travels([bytes(MOST_BYTES // 2)])
     assert not travels([], bytes(MOST_BYTES // 2))
@@ -256,10 +287,11 @@ async def test_a_connection_that_ended_is_made_anew():
 @pytest.mark.parametrize(
     "sent",
     [
-        pytest.param(struct.pack("<I", MOST_BYTES + 1), id="too long"),
-        pytest.param(struct.pack("<I", 4) + b"\xc1\xc1\xc1\xc1", id="no msgpack"),
-        pytest.param(struct.pack("<I", 1) + msgspec.msgpack.encode(7), id="no call"),
-        pytest.param(struct.pack("<I", 100) + b"cut", id="cut short"),
+        pytest.param(struct.pack("<II", MOST_BYTES + 1, 0), id="too long"),
+        pytest.param(struct.pack("<II", 4, 0) + b"\xc1\xc1\xc1\xc1", id="no msgpack"),
+        pytest.param(struct.pack("<II", 1, 0) + msgspec.msgpack.encode(7), id="no call"),
+        pytest.param(struct.pack("<II", 6, 0) + msgspec.msgpack.encode(Call(1, "", b"", [None])), id="no frame"),
+        pytest.param(struct.pack("<II", 100, 0) + b"cut", id="cut short"),
     ],
 )
 async def test_garbage_ends_the_connection_that_sent_it_and_no_other(sent: bytes):
@@ -282,7 +314,7 @@ async def test_an_answer_that_is_garbage_breaks_the_calls_that_wait():
 
         async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readexactly(4)
-            writer.write(struct.pack("<I", 3) + b"\xc1\xc1\xc1")
+            writer.write(struct.pack("<II", 3, 0) + b"\xc1\xc1\xc1")
 
         async with await asyncio.start_unix_server(babble, sock=listener), wired(name) as to:
             with pytest.raises(Broken):

@@ -1,0 +1,224 @@
+"""A connection between two processes of one node: messages, and the shared frames that travel with them.
+
+    u32 length | u32 number of frames | message
+
+A frame travels as its descriptor (SCM_RIGHTS), which asyncio's streams can't send. Descriptors keep the order of the
+messages that they belong to, and none overtakes its message. Sending never waits; `drain` does.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+from asyncflow.services.runtime.shared import SharedFrame
+
+MOST_BYTES = 64 << 20  # of a message; a longer one is garbage
+MOST_FRAMES = 4096  # beside one message
+_PROLOGUE = struct.Struct("<II")
+_USER = struct.Struct("3i")  # pid, uid, gid of the process behind a socket
+_AT_ONCE = 1 << 18  # bytes of one reading
+_AHEAD = 1 << 20  # bytes that are read before anybody has asked for them
+_UNSENT = 1 << 16  # bytes from which on `drain` waits
+_TOGETHER = 253  # descriptors that the kernel takes at once
+_DESCRIPTOR = array.array("i").itemsize
+
+
+class Garbage(Exception):
+    """What came is no message of ours, or not from us."""
+
+
+class Connection:
+    """One end, of the event loop that it was made in. Ends when the other end does, or one of them is closed."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        """Takes the socket over, which does not block. Raises Garbage where another user is at its other end."""
+        try:
+            _check_user(connected)
+        except Garbage:
+            connected.close()
+            raise
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
+        self._chunk = memoryview(bytearray(_AT_ONCE))
+        self._room_for_descriptors = socket.CMSG_SPACE(_TOGETHER * _DESCRIPTOR)
+        self._read = bytearray()
+        self._descriptors: deque[int] = deque()
+        self._reading = False
+        self._something_read = asyncio.Event()
+        self._unsent: deque[tuple[memoryview, Sequence[SharedFrame]]] = deque()
+        self._unsent_bytes = 0
+        self._writing = False
+        self._little_unsent = asyncio.Event()
+        self._little_unsent.set()
+        self._over = False  # nothing more will be read
+        self._broken: Exception | None = None
+        self.closed = False
+        self._read_on()
+
+    async def receive(self) -> tuple[bytes, list[SharedFrame]] | None:
+        """One message and its frames; None where the connection has ended. Raises Garbage, OSError."""
+        while (message := self._take()) is None:
+            if self._over:
+                if self._broken is not None:
+                    raise self._broken
+                return None
+            self._something_read.clear()
+            self._read_on()
+            await self._something_read.wait()
+        return message
+
+    def send(self, packed: bytearray, frames: Sequence[SharedFrame] = ()) -> None:
+        """Send a message that stands behind `PROLOGUE` free bytes. What can't be sent any more is dropped."""
+        if self.closed:
+            return
+        _PROLOGUE.pack_into(packed, 0, len(packed) - _PROLOGUE.size, len(frames))
+        message, first = memoryview(packed), 0
+        while len(frames) - first > _TOGETHER:  # each lot of descriptors needs a byte to stand beside
+            self._unsent.append((message[:1], frames[first : first + _TOGETHER]))
+            message, first = message[1:], first + _TOGETHER
+        self._unsent.append((message, frames[first:]))
+        self._unsent_bytes += len(packed)
+        if not self._writing:
+            self._write()
+        self._note_unsent()
+
+    async def drain(self) -> None:
+        """Wait until little is left to be sent, or nothing can be any more."""
+        await self._little_unsent.wait()
+
+    def close(self) -> None:
+        """End it at once; what was not sent is dropped. Idempotent."""
+        if self.closed:
+            return
+        self.closed = self._over = True
+        if self._reading:
+            self._loop.remove_reader(self._socket)
+        if self._writing:
+            self._loop.remove_writer(self._socket)
+        self._reading = self._writing = False
+        self._socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        self._read.clear()
+        self._unsent.clear()
+        self._little_unsent.set()
+        self._something_read.set()
+
+    # --- reading
+
+    def _read_on(self) -> None:
+        if not self._reading and not self._over:
+            self._reading = True
+            self._loop.add_reader(self._socket, self._readable)
+
+    def _readable(self) -> None:
+        try:
+            count, beside, flags, _ = self._socket.recvmsg_into(
+                [self._chunk], self._room_for_descriptors, socket.MSG_CMSG_CLOEXEC
+            )
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(error)
+            return
+        for level, kind, content in beside:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._descriptors.extend(array.array("i", content[: len(content) - len(content) % _DESCRIPTOR]))
+        if flags & socket.MSG_CTRUNC:  # this process has no descriptors left
+            self._end(Garbage("descriptors of frames were lost on the way: is the limit of open files too low?"))
+            return
+        if not count:
+            self._end(Garbage("the other end closed in the middle of a message") if self._read else None)
+            return
+        self._read += self._chunk[:count]
+        if len(self._read) > _AHEAD + self._wanted():
+            self._reading = False
+            self._loop.remove_reader(self._socket)
+        self._something_read.set()
+
+    def _end(self, error: Exception | None) -> None:
+        """Read no more."""
+        self._over, self._broken, self._reading = True, error, False
+        self._loop.remove_reader(self._socket)
+        self._something_read.set()
+
+    def _wanted(self) -> int:
+        """Bytes of the message that is being read."""
+        return _PROLOGUE.unpack_from(self._read)[0] if len(self._read) >= _PROLOGUE.size else 0
+
+    def _take(self) -> tuple[bytes, list[SharedFrame]] | None:
+        if len(self._read) < _PROLOGUE.size:
+            return None
+        length, frames = _PROLOGUE.unpack_from(self._read)
+        if length > MOST_BYTES or frames > MOST_FRAMES:
+            raise Garbage(
+                f"a message of {length} bytes with {frames} frames, at most {MOST_BYTES} and {MOST_FRAMES} are accepted"
+            )
+        end = _PROLOGUE.size + length
+        if len(self._read) < end:
+            return None
+        if len(self._descriptors) < frames:
+            raise Garbage(f"a message came with {len(self._descriptors)} frames of {frames}")
+        with memoryview(self._read) as read:
+            message = bytes(read[_PROLOGUE.size : end])
+        del self._read[:end]
+        try:
+            return message, [SharedFrame.received(self._descriptors.popleft()) for _ in range(frames)]
+        except ValueError as error:
+            raise Garbage(str(error)) from error
+
+    # --- writing
+
+    def _write(self) -> None:
+        """Send what the socket takes now, and the rest when it takes more."""
+        try:
+            while self._unsent:
+                message, frames = self._unsent[0]
+                rights = array.array("i", [frame.fd for frame in frames])
+                beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if frames else []
+                sent = self._socket.sendmsg([message], beside)
+                self._unsent_bytes -= sent
+                if sent < len(message):  # the descriptors went with the first byte
+                    self._unsent[0] = message[sent:], ()
+                else:
+                    self._unsent.popleft()
+        except (BlockingIOError, InterruptedError):
+            if not self._writing:
+                self._writing = True
+                self._loop.add_writer(self._socket, self._write)
+        except OSError:  # the other end is gone, which its reader will learn, too: what is unsent has no addressee
+            self._unsent.clear()
+            self._unsent_bytes = 0
+        if not self._unsent and self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._socket)
+        self._note_unsent()
+
+    def _note_unsent(self) -> None:
+        if self._unsent_bytes > _UNSENT:
+            self._little_unsent.clear()
+        else:
+            self._little_unsent.set()
+
+
+PROLOGUE = _PROLOGUE.size  # free bytes before a message that is to be sent
+
+
+def opened() -> socket.socket:
+    """A socket that does not block, to listen or to connect with."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setblocking(False)
+    return made
+
+
+def _check_user(connected: socket.socket) -> None:
+    peer = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
+    _, user, _ = _USER.unpack(peer)
+    if user != os.getuid():
+        raise Garbage(f"the other end runs as user {user}, this process as {os.getuid()}")
