@@ -236,20 +236,19 @@ class GeneratingStage(StageRunner):
         self._out.append((rollouts, failures, attempt))
         self._finished.set()
 
-    async def run(self) -> None:
+    async def turn(self) -> None:
         """Send finished rows on, as many at once as have gathered while the last send waited."""
-        while True:
-            self.waits("rows", ", ".join(self.spec.sources))
-            await self._finished.wait()
-            self._finished.clear()
-            self.waits("", "")
-            gathered = list(self._out)
-            self._out.clear()
-            for attempt in dict.fromkeys(a for _, _, a in gathered):
-                rows = [r for r, _, a in gathered if r is not None and a == attempt]
-                failures = [f for _, fs, a in gathered for f in fs if a == attempt]
-                parts = await self.host.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
-                await self.host.send(self.spec, parts, failures, attempt=attempt)
+        self.waits("rows", ", ".join(self.spec.sources))
+        await self._finished.wait()
+        self._finished.clear()
+        self.waits("", "")
+        gathered = list(self._out)
+        self._out.clear()
+        for attempt in dict.fromkeys(a for _, _, a in gathered):
+            rows = [r for r, _, a in gathered if r is not None and a == attempt]
+            failures = [f for _, fs, a in gathered for f in fs if a == attempt]
+            parts = await self.host.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
+            await self.host.send(self.spec, parts, failures, attempt=attempt)
 
     def depth(self) -> tuple[int, int, int]:
         return self._loop.waiting + len(self._out), 0, 0

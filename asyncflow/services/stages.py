@@ -53,9 +53,14 @@ class StageRunner(ABC):
     async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
         """Take rows of one input in; how many were refused because they were here before, or come too late."""
 
-    @abstractmethod
     async def run(self) -> None:
         """Fire for ever."""
+        while True:
+            await self.turn()  # which leaves nothing in hand: while a stage waits, its last rows' memory is free
+
+    @abstractmethod
+    async def turn(self) -> None:
+        """Wait until there is something to do, and do it."""
 
     @abstractmethod
     def depth(self) -> tuple[int, int, int]:
@@ -84,19 +89,18 @@ class RowStage(StageRunner):
         rows = arrivals(parts, delivery.failures)
         return len((await self._mailbox.put(position, rows, delivery.attempt)).refused)
 
-    async def run(self) -> None:
-        while True:
-            self.waits("rows", ", ".join(self.spec.sources))
-            joined = await self._mailbox.take(self._most)
-            fired = Fired()
-            if joined.samples:
-                self.waits("lease", self.host.spec.pool)
-                fired = await self.fire(joined.samples, joined.inputs)
-            again, gone = self.host.ask_again(self.spec.name, fired.lost)
-            if again:
-                await self._mailbox.take_back(again)
-            failures = joined.failures + fired.failures + gone
-            await self.host.send(self.spec, fired.parts, failures, attempt=joined.attempt)
+    async def turn(self) -> None:
+        self.waits("rows", ", ".join(self.spec.sources))
+        joined = await self._mailbox.take(self._most)
+        fired = Fired()
+        if joined.samples:
+            self.waits("lease", self.host.spec.pool)
+            fired = await self.fire(joined.samples, joined.inputs)
+        again, gone = self.host.ask_again(self.spec.name, fired.lost)
+        if again:
+            await self._mailbox.take_back(again)
+        failures = joined.failures + fired.failures + gone
+        await self.host.send(self.spec, fired.parts, failures, attempt=joined.attempt)
 
     async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
         """Take the lease, and let the ranks work on rows that were joined."""
@@ -146,8 +150,9 @@ class ClosingStage(StageRunner):
                 self.host.reports.notify(prompt)
         return sum(len(arrival.refused) for _, arrival in arrived)
 
-    async def run(self) -> None:
+    async def turn(self) -> None:
         """Nothing fires here by itself: the one batcher decides (`close`)."""
+        await asyncio.Event().wait()
 
     async def close(self, request: CloseBatch) -> Done:
         """Fire on a closed batch and send its experience to the trainers."""
@@ -189,22 +194,21 @@ class TrainingStage(StageRunner):
         await self._batches.put((delivery.step, parts))
         return 0
 
-    async def run(self) -> None:
-        while True:
-            self.waits("batch", ", ".join(self.spec.sources))
-            step, parts = await self._batches.get()
-            rows = places(parts)
-            self.waits("lease", self.host.spec.pool)
-            async with self.host.lease(self.spec.name):
-                self.waits("", "")
-                fired = await self.host.fire(
-                    self.spec, [sample for sample, _ in rows], [[place for _, place in rows]], step=step
-                )
-            if fired.failures or fired.lost:
-                causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
-                raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
-            measured = fired.metrics.values if fired.metrics else {}
-            self.host.reports.notify(StepDone(self.spec.name, step, self.host.reports.take_measured() | measured))
+    async def turn(self) -> None:
+        self.waits("batch", ", ".join(self.spec.sources))
+        step, parts = await self._batches.get()
+        rows = places(parts)
+        self.waits("lease", self.host.spec.pool)
+        async with self.host.lease(self.spec.name):
+            self.waits("", "")
+            fired = await self.host.fire(
+                self.spec, [sample for sample, _ in rows], [[place for _, place in rows]], step=step
+            )
+        if fired.failures or fired.lost:
+            causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
+            raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
+        measured = fired.metrics.values if fired.metrics else {}
+        self.host.reports.notify(StepDone(self.spec.name, step, self.host.reports.take_measured() | measured))
 
     def depth(self) -> tuple[int, int, int]:
         return self._batches.qsize(), 1, 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -27,6 +28,7 @@ _AHEAD = 1 << 20  # bytes that are read before anybody has asked for them
 _UNSENT = 1 << 16  # bytes from which on `drain` waits
 _TOGETHER = 253  # descriptors that the kernel takes at once
 _DESCRIPTOR = array.array("i").itemsize
+_AGAIN_SECONDS = 0.01  # after the kernel has taken no descriptors, for too many of this user's are on their way
 
 
 class Garbage(Exception):
@@ -144,8 +146,9 @@ class Connection:
 
     def _end(self, error: Exception | None) -> None:
         """Read no more."""
+        if self._reading:
+            self._loop.remove_reader(self._socket)
         self._over, self._broken, self._reading = True, error, False
-        self._loop.remove_reader(self._socket)
         self._something_read.set()
 
     def _wanted(self) -> int:
@@ -177,6 +180,8 @@ class Connection:
 
     def _write(self) -> None:
         """Send what the socket takes now, and the rest when it takes more."""
+        if self.closed:
+            return
         try:
             while self._unsent:
                 message, frames = self._unsent[0]
@@ -192,13 +197,22 @@ class Connection:
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._socket, self._write)
-        except OSError:  # the other end is gone, which its reader will learn, too: what is unsent has no addressee
-            self._unsent.clear()
-            self._unsent_bytes = 0
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                self._loop.call_later(_AGAIN_SECONDS, self._write)
+            else:
+                self._give_up(error)
         if not self._unsent and self._writing:
             self._writing = False
             self._loop.remove_writer(self._socket)
         self._note_unsent()
+
+    def _give_up(self, error: OSError) -> None:
+        """Send no more. Where the other end is gone, reading goes on: up to its last word."""
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):
+            self._end(error)
 
     def _note_unsent(self) -> None:
         if self._unsent_bytes > _UNSENT:

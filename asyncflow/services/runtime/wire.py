@@ -257,6 +257,9 @@ class Wire:
             except (OSError, Garbage) as error:
                 calling.close()
                 raise NotHere(f"{self.name}: {error}") from error
+            except asyncio.CancelledError:
+                calling.close()
+                raise
             self._connection = connection
             self._listening = asyncio.create_task(self._listen(connection), name=f"answers of {self.name}")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from asyncflow.services.parts import pack_apart
 from asyncflow.services.runtime.ray import RayRuntime
 from asyncflow.services.runtime.shared import SharedFrame
 from tests.asyncflow.services import rows
-from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
+from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, PATIENCE_SECONDS, Chain, chain_specs, samples_of
 from tests.asyncflow.services.workers import process_of
 
 pytestmark = pytest.mark.ray
@@ -41,6 +42,16 @@ async def chain(
 def alive(chain: Chain) -> Counter[int]:
     """How often each row settled with a value."""
     return Counter(sample for settled in chain.settled for sample in settled.alive)
+
+
+def shared_frames() -> set[tuple[int, str]]:
+    """Process and descriptor of every shared frame of this user that is held now."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # a process that ends meanwhile
+            if "asyncflow frame" in str(entry.readlink()):
+                found.add((int(entry.parts[2]), entry.name))
+    return found
 
 
 def kill(*processes: int) -> None:
@@ -119,6 +130,22 @@ async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_
         assert alive(c) == Counter(samples)
         assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
         assert (await c.edge(C_EDGE)).refused >= 6, "the successor did again what its predecessor had done"
+
+
+@pytest.mark.usefixtures("ray_started")
+async def test_shared_memory_is_free_when_its_prompts_are_over():
+    """Held by nobody, the kernel would say: neither a mailbox, an outbox, a rank nor a connection has a frame left."""
+    samples, before = samples_of(*range(24)), shared_frames()
+    async with chain() as c:
+        for some in (samples[:12], samples[12:]):
+            await c.send(c.put(rows.log_probs(some, LONG)))
+        await c.until_settled(24)
+        assert shared_frames() - before
+        await c.values(samples)
+        await c.end(*range(24))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while shared_frames() - before:
+                await asyncio.sleep(0.01)
 
 
 @pytest.mark.usefixtures("ray_started")

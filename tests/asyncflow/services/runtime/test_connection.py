@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +188,42 @@ async def test_a_process_without_descriptors_left_says_so(monkeypatch: pytest.Mo
         here.send(message(b"x"), [frame(1), frame(2), frame(3)])
         with pytest.raises(Garbage, match="limit of open files"):
             await there.receive()
+
+
+class Refusing:
+    """A socket whose kernel refuses to send, so many times."""
+
+    def __init__(self, real: socket.socket, error: int, times: int) -> None:
+        self._real, self._error, self.times = real, error, times
+
+    def sendmsg(self, *arguments: Any) -> int:
+        if self.times:
+            self.times -= 1
+            raise OSError(self._error, os.strerror(self._error))
+        return self._real.sendmsg(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+async def test_while_too_many_descriptors_are_on_their_way_a_message_waits(monkeypatch: pytest.MonkeyPatch):
+    async with connected() as (here, there):
+        refusing = Refusing(here._socket, errno.ETOOMANYREFS, 3)
+        monkeypatch.setattr(here, "_socket", refusing)
+        for number in (1, 2):
+            here.send(message(b"late"), [frame(number)])
+        got = [await there.receive() for _ in range(2)]
+        assert [(m[0], [number_of(f) for f in m[1]]) for m in got if m] == [(b"late", [1]), (b"late", [2])]
+        assert not refusing.times
+        monkeypatch.undo()
+
+
+async def test_what_can_not_be_sent_ends_the_connection_with_its_cause(monkeypatch: pytest.MonkeyPatch):
+    """Or whoever waits for an answer would wait for ever."""
+    async with connected() as (here, _):
+        monkeypatch.setattr(here, "_socket", Refusing(here._socket, errno.ENOBUFS, 1))
+        here.send(message(bytes(100_000)), [frame(1)])
+        await here.drain()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOBUFS)):
+            await here.receive()
+        monkeypatch.undo()
