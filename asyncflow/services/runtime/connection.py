@@ -56,6 +56,7 @@ class Connection:
         self._unsent: deque[tuple[memoryview, Sequence[SharedFrame]]] = deque()
         self._unsent_bytes = 0
         self._writing = False
+        self._again: asyncio.TimerHandle | None = None  # while the kernel takes no descriptors
         self._little_unsent = asyncio.Event()
         self._little_unsent.set()
         self._over = False  # nothing more will be read
@@ -69,6 +70,8 @@ class Connection:
             if self._over:
                 if self._broken is not None:
                     raise self._broken
+                if self._read:
+                    raise Garbage("the other end closed in the middle of a message")
                 return None
             self._something_read.clear()
             self._read_on()
@@ -86,7 +89,7 @@ class Connection:
             message, first = message[1:], first + _TOGETHER
         self._unsent.append((message, frames[first:]))
         self._unsent_bytes += len(packed)
-        if not self._writing:
+        if not self._writing and self._again is None:
             self._write()
         self._note_unsent()
 
@@ -101,9 +104,10 @@ class Connection:
         self.closed = self._over = True
         if self._reading:
             self._loop.remove_reader(self._socket)
-        if self._writing:
-            self._loop.remove_writer(self._socket)
-        self._reading = self._writing = False
+        self._write_no_more()
+        self._reading = False
+        if self._again is not None:
+            self._again.cancel()
         self._socket.close()
         while self._descriptors:
             os.close(self._descriptors.popleft())
@@ -120,29 +124,36 @@ class Connection:
             self._loop.add_reader(self._socket, self._readable)
 
     def _readable(self) -> None:
+        # To the last byte, and so to the error behind it: uvloop looks no more at a socket that has one.
+        while self._reading and self._read_some():
+            pass
+
+    def _read_some(self) -> bool:
+        """Whether there may be more."""
         try:
             count, beside, flags, _ = self._socket.recvmsg_into(
                 [self._chunk], self._room_for_descriptors, socket.MSG_CMSG_CLOEXEC
             )
-        except (BlockingIOError, InterruptedError):
-            return
+        except BlockingIOError:
+            return False
         except OSError as error:
             self._end(error)
-            return
+            return False
         for level, kind, content in beside:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._descriptors.extend(array.array("i", content[: len(content) - len(content) % _DESCRIPTOR]))
         if flags & socket.MSG_CTRUNC:  # this process has no descriptors left
             self._end(Garbage("descriptors of frames were lost on the way: is the limit of open files too low?"))
-            return
+            return False
         if not count:
-            self._end(Garbage("the other end closed in the middle of a message") if self._read else None)
-            return
+            self._end(None)
+            return False
         self._read += self._chunk[:count]
         if len(self._read) > _AHEAD + self._wanted():
             self._reading = False
             self._loop.remove_reader(self._socket)
         self._something_read.set()
+        return True
 
     def _end(self, error: Exception | None) -> None:
         """Read no more."""
@@ -180,8 +191,7 @@ class Connection:
 
     def _write(self) -> None:
         """Send what the socket takes now, and the rest when it takes more."""
-        if self.closed:
-            return
+        self._again = None
         try:
             while self._unsent:
                 message, frames = self._unsent[0]
@@ -193,19 +203,24 @@ class Connection:
                     self._unsent[0] = message[sent:], ()
                 else:
                     self._unsent.popleft()
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._socket, self._write)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                self._loop.call_later(_AGAIN_SECONDS, self._write)
+                self._write_no_more()
+                self._again = self._loop.call_later(_AGAIN_SECONDS, self._write)
             else:
                 self._give_up(error)
-        if not self._unsent and self._writing:
+        if not self._unsent:
+            self._write_no_more()
+        self._note_unsent()
+
+    def _write_no_more(self) -> None:
+        if self._writing:
             self._writing = False
             self._loop.remove_writer(self._socket)
-        self._note_unsent()
 
     def _give_up(self, error: OSError) -> None:
         """Send no more. Where the other end is gone, reading goes on: up to its last word."""

@@ -91,9 +91,9 @@ class ServiceActor:
         return msgspec.msgpack.encode(reply), answers
 
     async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
-        payloads[:] = await self._store.admit(payloads)  # in place, or its caller would hold what is to be let go
         match what:
-            case "deliver":
+            case "deliver":  # to a mailbox, which keeps it; what a request brings is read at once
+                payloads[:] = await self._store.admit(payloads)  # in place, or the caller would hold what is let go
                 return await self.deliver(body, payloads)
             case "request":
                 return await self._request(body, payloads)

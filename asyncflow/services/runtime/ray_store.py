@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import ray
@@ -105,6 +106,14 @@ def _mapped(payload: bytes | SharedFrame) -> Frame:
     return np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload.map()
 
 
+# What went to Ray's store, for as long as the frame lives: it may have several readers.
+_references: WeakKeyDictionary[SharedFrame, Payload] = WeakKeyDictionary()
+
+
 def referenced(payload: Payload) -> Payload:
     """As Ray can carry it. May block: for threads."""
-    return [ray.put(payload.map())] if isinstance(payload, SharedFrame) else payload
+    if not isinstance(payload, SharedFrame):
+        return payload
+    if payload not in _references:
+        _references[payload] = [ray.put(payload.map())]
+    return _references[payload]

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import threading
+import weakref
 
 import numpy as np
 
@@ -68,13 +69,16 @@ class SharedFrame:
     def map(self) -> Frame:
         """Its bytes, without a copy, for as long as the array lives. Read-only."""
         # What nevertheless writes through it, as a tensor made of the array can, writes a copy of its own.
-        frame = np.frombuffer(mmap.mmap(self.fd, self.nbytes, access=mmap.ACCESS_COPY), np.uint8)
+        mapping = mmap.mmap(self.fd, self.nbytes, access=mmap.ACCESS_COPY)
+        _holdings.add(1, self.nbytes)  # it has a descriptor of its own, and outlives this object
+        weakref.finalize(mapping, _holdings.add, -1, -self.nbytes).atexit = False
+        frame = np.frombuffer(mapping, np.uint8)
         frame.flags.writeable = False
         return frame
 
 
 class Holdings:
-    """How much of the shared memory this process holds."""
+    """How much of the shared memory this process holds; a frame and each of its mappings count alike."""
 
     def __init__(self) -> None:
         # Reentrant: a frame may be let go by a collection that begins while another is counted.

@@ -124,6 +124,7 @@ class Server:
                     task = asyncio.create_task(self._serve(connection), name=f"{self._name} serves")
                     self._connections.add(task)
                     task.add_done_callback(self._connections.discard)
+                    task.add_done_callback(lambda _, ended=connection: ended.close())  # also one that never began
 
     async def _serve(self, connection: Connection) -> None:
         room = asyncio.Semaphore(MOST_CALLS)
@@ -167,7 +168,8 @@ class Server:
             _check_size(answer.body)
         except Exception as error:  # noqa: BLE001 - it is not swallowed: the caller gets it, this process's log the rest
             traceback.print_exc()
-            answer.body, answer.error, answers = b"", causes(error), []
+            # A file's name in it may be no text, which no message can hold.
+            answer.body, answer.error, answers = b"", causes(error).encode(errors="backslashreplace").decode(), []
         if connection.closed:  # nobody waits
             return
         frames: list[SharedFrame] = []
@@ -250,7 +252,10 @@ class Wire:
         async with self._connecting:
             if self._connection is not None:
                 return
-            calling = opened()
+            try:
+                calling = opened()
+            except OSError as error:  # no descriptor is left
+                raise NotHere(f"{self.name}: {error}") from error
             try:
                 await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
                 connection = Connection(calling)

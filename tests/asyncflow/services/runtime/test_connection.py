@@ -8,13 +8,14 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,6 +217,43 @@ async def test_while_too_many_descriptors_are_on_their_way_a_message_waits(monke
         assert [(m[0], [number_of(f) for f in m[1]]) for m in got if m] == [(b"late", [1]), (b"late", [2])]
         assert not refusing.times
         monkeypatch.undo()
+
+
+async def test_while_it_waits_for_descriptors_it_asks_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    """Also where the socket was full before: a writable socket is no reason to ask again."""
+    async with connected() as (here, there):
+        here.send(message(bytes(2_000_000)), [frame(1)])  # more than the socket takes
+        here.send(message(b"late"), [frame(2)])
+        refusing = Refusing(here._socket, errno.ETOOMANYREFS, 10**9)
+        monkeypatch.setattr(here, "_socket", refusing)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await there.receive()
+        assert 0 < 10**9 - refusing.times < 60
+        refusing.times = 0
+        got = [await there.receive() for _ in range(2)]
+        assert [number_of(m[1][0]) for m in got if m] == [1, 2]
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_peer_that_dies_with_something_unread_ends_the_connection(loop: Callable[[], asyncio.AbstractEventLoop]):
+    """Whose last words come first. uvloop gives up a socket with an error after one more look at it."""
+
+    async def run() -> None:
+        async with half_connected() as (raw, there):
+            there.send(message(b"never read"))
+            raw.send(struct.pack("<II", 4, 0) + b"last" + struct.pack("<II", 400_000, 0))
+            raw.send(bytes(100_000))
+            raw.close()  # with a message in its queue: the other end has an error, and not only an end
+            received = await there.receive()
+            assert received is not None
+            assert received[0] == b"last"
+            with pytest.raises((Garbage, OSError)):
+                await there.receive()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(run())
 
 
 async def test_what_can_not_be_sent_ends_the_connection_with_its_cause(monkeypatch: pytest.MonkeyPatch):

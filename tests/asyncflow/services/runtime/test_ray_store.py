@@ -74,6 +74,7 @@ async def test_what_ray_is_to_carry_is_put_into_its_store():
     assert kinds(references) == [bytes, list, list]
     assert references[2] is payloads[2]
     assert await values(store, references) == [0, 1, 2]
+    assert (await store.by_reference(payloads))[1] is references[1], "once, however many read it"
 
 
 @pytest.mark.usefixtures("ray_started")

@@ -100,6 +100,16 @@ def test_what_is_held_is_counted():
     assert (holdings().frames, holdings().nbytes) == (frames, nbytes)
 
 
+def test_a_mapping_that_outlives_its_frame_is_counted_too():
+    frames, nbytes = holdings().frames, holdings().nbytes
+    mapped = SharedFrame.of(FRAME).map()
+    part = mapped[10:20]
+    del mapped
+    assert (holdings().frames, holdings().nbytes) == (frames + 1, nbytes + FRAME.nbytes)
+    del part
+    assert (holdings().frames, holdings().nbytes) == (frames, nbytes)
+
+
 def test_no_process_fills_its_descriptors_with_frames():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = [SharedFrame.of(FRAME) for _ in range(8)]

@@ -176,6 +176,15 @@ async def test_what_the_work_raises_is_the_callers(other: tuple[str, int]):
         assert (await to.call("nothing", b"")).error == "ValueError: no nothing here"
 
 
+async def test_an_error_that_is_no_text_is_told_all_the_same():
+    async def fail(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
+        raise ValueError("caf\udce9")
+
+    name = named()
+    async with served(name, fail), wired(name) as to:
+        assert (await to.call("", b"")).error == "ValueError: caf\\udce9"
+
+
 async def test_an_answer_that_is_too_long_to_travel_is_the_callers_error_and_ends_no_connection():
     async def long(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
         return bytes(MOST_BYTES // 2 if what == "long" else 1), []
