@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncflow.client.run import Run
-    from asyncflow.config import BadInput, Recipe, load_recipe
     from asyncflow.dataflow.graph import Dataflow, DataflowError
     from asyncflow.dataflow.trace import Flow, algorithm, trace
-    from asyncflow.launching import launch, resume
+    from asyncflow.recipe.config import BadInput, Recipe, load_recipe
+    from asyncflow.run.launch import launch, resume
 
 __all__ = [
     "BadInput",

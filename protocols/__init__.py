@@ -1,1 +1,4 @@
-"""What is said between services: values and contracts. Depends on the standard library, msgspec and numpy only."""
+"""What services and the controller exchange: messages, layouts of ranks, requests, and the contracts of the roles.
+
+No computation and no I/O belong here. The package needs the standard library, msgspec and numpy only.
+"""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import msgspec
 
-from protocols.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from protocols.data.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
 from protocols.stage import Partial, stage
 
 

@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 
 import msgspec
 
-from protocols.columns import Batch
-from protocols.messages import Metrics
+from protocols.data.columns import Batch
+from protocols.data.messages import Metrics
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Batch)

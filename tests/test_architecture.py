@@ -1,7 +1,7 @@
 """The house stands: dependencies point one way, modules form no cycle, light modules stay light.
 
-`protocols <- workers <- asyncflow <- deploy`, and inside asyncflow dataflow, placement, observe <- services <-
-control <- planning <- launch <- server, cli. Read from the sources, so an import inside a function counts as well.
+`protocols <- workers <- asyncflow <- deploy`, and inside asyncflow the floors below. Read from the sources, so that an
+import inside a function, or for a type checker, counts as well.
 """
 
 from __future__ import annotations
@@ -19,34 +19,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("protocols", "workers", "asyncflow", "deploy")  # lowest first
 
-# What each part of asyncflow may import of the others. `asyncflow` itself is the front door, which re-exports.
-GROUND = {"dataflow", "placement", "observe"}  # side by side: the cycle test keeps them apart
-COMPOSING = {"compose", "model_checks", "validate", "run_folder", "launching", "local_link"}  # the composition root
-BELOW_CLI = GROUND | COMPOSING | {"config", "services", "control", "client", "planning"}
-MAY_IMPORT: dict[str, set[str]] = {
-    **dict.fromkeys(GROUND, GROUND),
-    "services": GROUND,
-    "control": GROUND | {"services"},
-    "config": {"dataflow"},  # the recipe, made of the parts' settings: for those who compose, unknown to those who act
-    # What a run will do before it runs: it drives the rules of time, and composes what it simulates.
-    "planning": GROUND | {"config", "services", "control", "compose"},
-    "client": {"config"},  # speaks protocols to a server, and the recipe it submits
-    "finetuning": {"config"},
-    "bench": BELOW_CLI | {"demo"},  # it measures whole runs, too, on tasks of its own
-    "demo": {"config", "control", "finetuning"},
-    **dict.fromkeys(COMPOSING, BELOW_CLI),
-    "server": BELOW_CLI,
-    "cli": BELOW_CLI | {"server", "bench", "demo", "finetuning"},
-}
+# The floors of asyncflow, lowest first: a part imports from lower floors only, for types as well. Parts of one floor do
+# not know each other. `asyncflow` itself is the front door, which re-exports.
+FLOORS: tuple[set[str], ...] = (
+    {"dataflow", "observe"},
+    {"services"},
+    {"control"},
+    {"recipe"},
+    {"planner", "client"},
+    {"run"},
+    {"demo"},
+    {"bench"},
+    {"cli"},
+)
 
 # Third parties that a package does without.
 FORBIDDEN = {
     "workers": {"ray"},
     "asyncflow.dataflow": {"torch", "ray", "vllm", "transformers"},
-    "asyncflow.config": {"torch", "ray", "vllm", "transformers"},
+    "asyncflow.recipe": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.client": {"torch", "ray", "vllm", "transformers"},
-    "asyncflow.placement": {"torch", "ray", "vllm", "transformers"},
-    "asyncflow.planning": {"ray", "vllm", "transformers"},
+    "asyncflow.planner": {"ray", "vllm", "transformers"},
     "asyncflow.observe": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.control": {"torch", "ray", "vllm", "transformers"},
 }
@@ -168,20 +161,21 @@ def test_light_packages_do_without_heavy_libraries(package: str):
     assert offences(heavy) == []
 
 
-def test_every_part_of_asyncflow_has_its_place():
-    assert {part_of(module) for module in MODULES if top(module) == "asyncflow"} - {""} <= MAY_IMPORT.keys()
+def test_every_part_of_asyncflow_has_its_floor():
+    assert {part_of(module) for module in MODULES if top(module) == "asyncflow"} - {""} == set().union(*FLOORS)
 
 
-def test_parts_of_asyncflow_depend_on_lower_ones_only():
-    sideways = (
+def test_parts_of_asyncflow_depend_on_lower_floors_only():
+    floor = {part: height for height, parts in enumerate(FLOORS) for part in parts}
+    upward = (
         found
         for found in IMPORTS
         if (importer := part_of(found.importer))
         and (imported := part_of(found.imported))
-        and imported not in MAY_IMPORT.get(importer, set()) | {importer}
-        and not (importer == "config" and is_settings(found.imported))
+        and imported != importer
+        and floor[imported] >= floor[importer]
     )
-    assert offences(sideways) == []
+    assert offences(upward) == []
 
 
 def test_settings_are_leaves():
@@ -189,7 +183,10 @@ def test_settings_are_leaves():
     entangled = (
         found
         for found in IMPORTS
-        if is_settings(found.importer) and top(found.imported) in PACKAGES and not is_settings(found.imported)
+        if is_settings(found.importer)
+        and top(found.imported) in PACKAGES
+        and top(found.imported) != "protocols"
+        and not is_settings(found.imported)
     )
     assert offences(entangled) == []
 
@@ -207,7 +204,9 @@ def test_modules_form_no_cycle():
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", ["asyncflow", "asyncflow.dataflow.trace", "asyncflow.config", "asyncflow.validate"])
+@pytest.mark.parametrize(
+    "module", ["asyncflow", "asyncflow.dataflow.trace", "asyncflow.recipe.config", "asyncflow.recipe.checks"]
+)
 def test_what_checks_a_recipe_starts_without_the_heavy_libraries(module: str):
     """In a process of its own: what this one has imported already does not count."""
     program = f"import sys, {module}; print(*{{'torch', 'ray', 'vllm', 'transformers'}} & sys.modules.keys())"
@@ -221,7 +220,7 @@ def test_what_checks_a_recipe_starts_without_the_heavy_libraries(module: str):
 # --- the reader of imports itself: a check that sees nothing would pass for ever
 
 
-def read(source: str, module: str = "asyncflow.services.host", file: str = "host.py") -> list[tuple[str, bool]]:
+def read(source: str, module: str = "asyncflow.services.stages", file: str = "stages.py") -> list[tuple[str, bool]]:
     return [(found.imported, found.loads) for found in imports_of(module, source, ROOT / file)]
 
 
@@ -239,7 +238,7 @@ def test_relative_imports_are_resolved():
     assert read("from . import spec") == [("asyncflow.services.spec", True)]
     assert read("from .spec import Spec") == [("asyncflow.services.spec.Spec", True)]
     assert read("from ..control import ledger") == [("asyncflow.control.ledger", True)]
-    assert read("from . import host", "asyncflow.services", "__init__.py") == [("asyncflow.services.host", True)]
+    assert read("from . import stages", "asyncflow.services", "__init__.py") == [("asyncflow.services.stages", True)]
 
 
 def test_a_cycle_is_seen_and_a_late_import_is_none():

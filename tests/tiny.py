@@ -21,11 +21,12 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from protocols import ids, weights
-from protocols.columns import Jagged
-from protocols.messages import Prompts
+from protocols import weights
+from protocols.data import ids
+from protocols.data.columns import Jagged
+from protocols.data.messages import Prompts
 from protocols.weights import Version, WeightManifest
-from workers.models import canonical_tensors
+from workers.training.models import canonical_tensors
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1

@@ -14,7 +14,6 @@ Dtype = Literal["float32", "bfloat16"]
 Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean", "sequence-mean-fixed-length"]
 Correction = Literal["none", "importance", "tis", "icepop"]
 KlEstimator = Literal["k1", "k2", "k3"]
-Backend = Literal["3d", "fsdp", "zero1", "zero2"]  # how the ranks of a model share it
 
 
 class RewardPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

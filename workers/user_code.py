@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from protocols.code import CodeSource
+from protocols.control.requests import CodeSource
 
 _MAKING = threading.Lock()  # services that share a process share its modules
 

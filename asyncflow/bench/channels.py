@@ -20,15 +20,15 @@ import numpy as np
 from asyncflow.bench import scale
 from asyncflow.bench.report import Row
 from asyncflow.bench.rival import Floor, Rival, nbytes, padded
-from asyncflow.services.endpoint import Endpoint, Store, ask
-from asyncflow.services.parts import pack_apart, parts_of, unpack
+from asyncflow.services.channels.endpoint import Endpoint, Store, ask
+from asyncflow.services.channels.shard_refs import pack_apart, parts_of, unpack
+from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime.ray import RayRuntime
-from asyncflow.services.spec import ServiceSpec
-from protocols import codec
-from protocols.columns import Jagged
-from protocols.delivery import EdgeStatistics
-from protocols.messages import LogProbs, Rollouts
-from protocols.requests import GetStatistics, Invoke, Invoked, Statistics
+from protocols.control.delivery import EdgeStatistics
+from protocols.control.requests import GetStatistics, Invoke, Invoked, Statistics
+from protocols.data import codec
+from protocols.data.columns import Jagged
+from protocols.data.messages import LogProbs, Rollouts
 
 RANKS = 4
 INLINE_BYTES = 8192

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from asyncflow.bench.learning_table import END, Case, Result, cases
 from asyncflow.client.run import Run
-from asyncflow.config import BadInput, Recipe, load_recipe, nearest, recipe_text
-from asyncflow.launching import launch
+from asyncflow.recipe.config import BadInput, Recipe, load_recipe, nearest, recipe_text
+from asyncflow.run.launch import launch
 
 RECIPES = Path("deploy/recipes/arithmetic")
 

@@ -16,14 +16,14 @@ import msgspec
 from asyncflow.bench.report import Row
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
-from asyncflow.placement.devices import CATALOGUE, Cluster
-from asyncflow.placement.kinds import shared_out
-from asyncflow.placement.mapper import placements
-from asyncflow.placement.set_costs import SetCosts
-from asyncflow.placement.shapes import LLAMA
-from asyncflow.placement.workload import Lengths, ModelWork, Workload, ppo
-from asyncflow.planning.scenarios import of_placement
-from asyncflow.planning.simulator import simulate
+from asyncflow.planner.costs.devices import CATALOGUE, Cluster
+from asyncflow.planner.costs.set_costs import SetCosts
+from asyncflow.planner.costs.shapes import LLAMA
+from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo
+from asyncflow.planner.search.heterogeneous import shared_out
+from asyncflow.planner.search.mapper import placements
+from asyncflow.planner.simulation.scenarios import of_placement
+from asyncflow.planner.simulation.simulator import simulate
 
 DEVICE = "A100-80G"
 BOUNDS = {(128, 4): 1.0, (1024, 6): 10.0}  # seconds that a search may take

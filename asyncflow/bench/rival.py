@@ -15,8 +15,8 @@ import numpy as np
 import ray
 import torch
 
-from asyncflow.services.endpoint import Frame
-from protocols.messages import Rollouts
+from asyncflow.services.channels.endpoint import Frame
+from protocols.data.messages import Rollouts
 
 Tensors = dict[str, torch.Tensor]
 

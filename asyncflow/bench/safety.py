@@ -17,11 +17,11 @@ from rich.console import Console
 
 from asyncflow.bench.learning_table import END, Mean, table
 from asyncflow.bench.report import Row
-from asyncflow.config import Recipe, load_recipe
-from asyncflow.control.prompts import DataRow, PromptSource
-from asyncflow.launching import launch
+from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.observe.journal import read_lines
-from protocols.ids import EVALUATION_EPOCH, prompt_id
+from asyncflow.recipe.config import Recipe, load_recipe
+from asyncflow.run.launch import launch
+from protocols.data.ids import EVALUATION_EPOCH, prompt_id
 
 RECIPES = Path("deploy/recipes/safety")
 ANSWERS = 4  # of a held-out prompt
@@ -87,9 +87,9 @@ async def measure(
 def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     """What a cost model says of ANSWERS answers of a policy's folder to each of a recipe's held-out prompts."""
     from protocols.roles import Sampling
-    from workers.cost import ModelCost
-    from workers.datasets import Problem, read_rows
-    from workers.policy import PolicyWorker
+    from workers.data.datasets import Problem, read_rows
+    from workers.roles.cost import ModelCost
+    from workers.roles.policy import PolicyWorker
     from workers.settings import Loss, Model, Optimizer
 
     rows = [DataRow(row.prompt, row.reference) for row in read_rows(recipe.data.eval, Problem)]

@@ -15,14 +15,14 @@ from itertools import product
 import msgspec
 import numpy as np
 
-from asyncflow.services.endpoint import Endpoint, ask
-from asyncflow.services.parts import pack
+from asyncflow.services.channels.endpoint import Endpoint, ask
+from asyncflow.services.channels.shard_refs import pack
+from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local import LocalRuntime
-from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols.delivery import Delivery
-from protocols.ids import prompt_of, sample_id
-from protocols.messages import Scores
-from protocols.requests import EndPrompts, GetStatistics, Statistics
+from protocols.control.delivery import Delivery
+from protocols.control.requests import EndPrompts, GetStatistics, Statistics
+from protocols.data.ids import prompt_of, sample_id
+from protocols.data.messages import Scores
 
 WAVE = 512  # rows sent together; a wave's prompts end before the next one starts
 SAMPLES = 8  # a prompt

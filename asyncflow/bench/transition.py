@@ -27,11 +27,11 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncflow.bench.report import Row
-from protocols.topology import GenerationGrouping, Style, Topology
-from workers.hybrid_engine import HybridEngine, Transition
-from workers.parallel import ParallelModel, plan_of
-from workers.sharding.plan import Parameter, ShardPlan
-from workers.sharding.transition import transition
+from protocols.layout.topology import GenerationGrouping, Style, Topology
+from workers.parallel.model import ParallelModel, plan_of
+from workers.parallel.plan import Parameter, ShardPlan
+from workers.resharding.hybrid_engine import HybridEngine, Transition
+from workers.resharding.plan import transition
 
 STYLES: tuple[Style, ...] = ("deepspeed", "vanilla", "hybridflow")
 NAMES: dict[Style, str] = {"deepspeed": "full gather", "vanilla": "vanilla", "hybridflow": "hybridflow"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asyncflow.services.spec import ServiceSpec
-from protocols.messages import LogProbs, Rollouts, Scores
+from asyncflow.services.ranks.spec import ServiceSpec
+from protocols.data.messages import LogProbs, Rollouts, Scores
 from protocols.stage import stage
 
 

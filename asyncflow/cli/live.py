@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from protocols.events import (
+from protocols.control.events import (
     CheckpointWritten,
     CodeRefused,
     CodeReloaded,

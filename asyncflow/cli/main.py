@@ -18,9 +18,9 @@ import uvloop
 from rich.console import Console
 
 from asyncflow.client.run import Run
-from asyncflow.config import BadInput, load_recipe, recipe_text
-from asyncflow.control.outcome import RunFailed
-from protocols.events import Evaluated, RunEnded
+from asyncflow.control.supervision.outcome import RunFailed
+from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
+from protocols.control.events import Evaluated, RunEnded
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -42,7 +42,7 @@ def run(recipe: RecipePath, overrides: Overrides = [], folder: Folder = None) ->
 
     SIGUSR1 has all services take the changed files of your own losses, rewards and algorithm between two steps.
     """
-    from asyncflow.launching import launch
+    from asyncflow.run.launch import launch
 
     raise typer.Exit(_drive(launch(load_recipe(recipe, overrides), folder=folder)).exit_code)
 
@@ -53,7 +53,7 @@ def resume(
     allow_fresh: Annotated[bool, typer.Option(help="Start anew where no checkpoint is valid.")] = False,
 ) -> None:
     """Go on with a run from its newest valid checkpoint. Signals do what they do to `run`."""
-    from asyncflow.launching import resume as resume_run
+    from asyncflow.run.launch import resume as resume_run
 
     raise typer.Exit(_drive(resume_run(folder, allow_fresh=allow_fresh)).exit_code)
 
@@ -61,9 +61,9 @@ def resume(
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a recipe, its data and its models without starting anything, and print it resolved."""
-    from asyncflow.validate import check
+    from asyncflow.run.prepare import prepare
 
-    out.print(recipe_text(check(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
+    out.print(recipe_text(prepare(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -80,7 +80,7 @@ def plan(
 ) -> None:
     """Draw the dataflow that a recipe's algorithm is, and say who runs where: as it says, or best on some devices."""
     from asyncflow.cli import plans
-    from asyncflow.validate import check
+    from asyncflow.run.prepare import prepare
 
     if run is not None:
         return plans.print_advice(out, run, as_json)
@@ -90,7 +90,7 @@ def plan(
         raise BadInput("--json prints the placement on devices: give them too, e.g. --devices 128xA100-80G")
     if save is not None:
         return plans.save_plan(out, load_recipe(recipe, overrides), device, save)
-    checked = check(load_recipe(recipe, overrides))
+    checked = prepare(load_recipe(recipe, overrides))
     if devices:
         return plans.print_placement(out, checked, devices, device, as_json)
     return plans.print_dataflow(out, checked, device)
@@ -113,7 +113,7 @@ def calibrate(
 @app.command()
 def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
     """Step 1 of RLHF: fine-tune a policy on demonstrations."""
-    from asyncflow.finetuning import finetune
+    from asyncflow.run.finetuning import finetune
 
     finetune(settings, out)
 
@@ -121,7 +121,7 @@ def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", 
 @app.command("reward-model")
 def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
     """Step 2 of RLHF: train a reward model on preference pairs, or a cost model on pairs with their safety."""
-    from asyncflow.finetuning import train_reward
+    from asyncflow.run.finetuning import train_reward
 
     train_reward(settings, out)
 
@@ -137,7 +137,7 @@ def demo(
     from asyncflow.demo.prepare import prepare
 
     accuracy = prepare(recipes, out)
-    from asyncflow.launching import launch
+    from asyncflow.run.launch import launch
 
     recipe = load_recipe(recipes / "ppo.toml", overrides)
     evaluations: list[Evaluated] = []
@@ -313,7 +313,7 @@ async def _reload(running: Run) -> None:
 
 def main() -> None:
     """The `asyncflow` command."""
-    from asyncflow.services.endpoint import ServiceError
+    from asyncflow.services.channels.endpoint import ServiceError
 
     try:
         app()

@@ -8,20 +8,21 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from asyncflow.config import BadInput, Pool, Recipe
-from asyncflow.placement.devices import Cluster
-from asyncflow.placement.plan import Placement, draw, make_plan
-from asyncflow.placement.workload import work_of
-from asyncflow.planning import advice, automatic, pinning
-from asyncflow.planning.calibration import Calibration, read_calibration
-from asyncflow.planning.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
-from asyncflow.planning.simulator import Simulated, simulate
-from asyncflow.validate import Checked, check
+from asyncflow.planner import advice, auto, plan_file
+from asyncflow.planner.calibration.calibration import Calibration, read_calibration
+from asyncflow.planner.costs.devices import Cluster
+from asyncflow.planner.costs.workload import work_of
+from asyncflow.planner.search.plan import Placement, draw, make_plan
+from asyncflow.planner.simulation.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
+from asyncflow.planner.simulation.simulator import Simulated, simulate
+from asyncflow.recipe.checks import Checked
+from asyncflow.recipe.config import BadInput, Pool, Recipe
+from asyncflow.run.prepare import prepare
 
 
 def print_dataflow(out: Console, checked: Checked, device: str) -> None:
     """The algorithm's graph, who runs where, and on a known device what a step will take."""
-    from asyncflow.compose import compose
+    from asyncflow.recipe.service_specs import compose
 
     recipe = checked.recipe
     out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
@@ -64,12 +65,12 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
 
 def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
     """Choose a placement on what is here and write it down, to be edited and pinned."""
-    checked = check(recipe)
+    checked = prepare(recipe)
     given = {} if recipe.pools == {"main": Pool()} else recipe.pools  # one device is what a recipe without pools has
     asked = msgspec.structs.replace(checked.recipe, pools=given)
     calibration = _calibration(device) if device else None
-    choice = automatic.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
-    pinning.save(choice, path)
+    choice = auto.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+    plan_file.save(choice, path)
     lines = [f"{choice.devices}: {choice.chosen.name}", _told("simulated", choice.chosen.simulated)]
     if choice.runner_up:
         lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
@@ -88,11 +89,11 @@ def print_advice(out: Console, run: Path, as_json: bool) -> None:
 
 def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, quick: bool) -> None:
     """Measure what is here with a recipe's models."""
-    from asyncflow.launching import runtime_of
-    from asyncflow.planning import machine
-    from asyncflow.planning.measuring import measure
+    from asyncflow.planner.calibration import machine
+    from asyncflow.planner.calibration.measuring import measure
+    from asyncflow.run.launch import runtime_of
 
-    checked = check(recipe)
+    checked = prepare(recipe)
     alone = msgspec.structs.replace(checked.recipe, pools={})  # one service is measured: it needs no pool
     runtime = runtime_of(alone)
     sizes = machine.QUICK if quick else machine.Sizes()

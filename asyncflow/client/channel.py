@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
-from protocols.columns import Batch
+from protocols.data.columns import Batch
 
 
 class ChannelLink(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from protocols.columns import Batch
-from protocols.messages import Rollouts
-from protocols.requests import RowsPut
+from protocols.control.requests import RowsPut
+from protocols.data.columns import Batch
+from protocols.data.messages import Rollouts
 from protocols.stage import Failure
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from asyncflow.client.channel import Channel, ChannelLink
 from asyncflow.client.outside import Outside, OutsideLink
-from protocols.delivery import ServiceStatistics
-from protocols.events import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
+from protocols.control.delivery import ServiceStatistics
+from protocols.control.events import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
 
 
 class Link(ChannelLink, OutsideLink, Protocol):

@@ -16,25 +16,25 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
-from asyncflow.control.between_steps import BetweenSteps
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.prompts import PromptSource
+from asyncflow.control.admission.staleness import Admission, Ready, check_age
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Pulse
-from asyncflow.control.fleet import Fleet
-from asyncflow.control.handing_out import HandingOut
-from asyncflow.control.ledger import LedgerError, State
-from asyncflow.control.outcome import RunFailed, outcome_of
-from asyncflow.control.prompt_book import PromptBook
-from asyncflow.control.prompts import PromptSource
-from asyncflow.control.record import RunRecord
+from asyncflow.control.prompt_dispatcher import HandingOut
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
-from asyncflow.control.staleness import Admission, Ready, check_age
-from asyncflow.control.training import Training
+from asyncflow.control.step_boundary import BetweenSteps
+from asyncflow.control.store.ledger import LedgerError, State
+from asyncflow.control.store.run_store import RunRecord
+from asyncflow.control.supervision.outcome import RunFailed, outcome_of
+from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.watchdog import Watchdog
+from asyncflow.control.train_step import Training
 from asyncflow.control.user_code import UserCode
-from asyncflow.control.watchdog import Watchdog
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.endpoint import Endpoint, ServiceError, Store, ask, causes
-from protocols.delivery import ServiceStatistics
-from protocols.events import (
+from asyncflow.services.channels.endpoint import Endpoint, ServiceError, Store, ask, causes
+from protocols.control.delivery import ServiceStatistics
+from protocols.control.events import (
     CodeReloaded,
     Evaluated,
     Event,
@@ -44,9 +44,9 @@ from protocols.events import (
     StateChanged,
     StepCommitted,
 )
-from protocols.ids import purpose_of
-from protocols.notices import Busy, Generated, Notice, Settled, StepDone
-from protocols.requests import SetPaused
+from protocols.control.notices import Busy, Generated, Notice, Settled, StepDone
+from protocols.control.requests import SetPaused
+from protocols.data.ids import purpose_of
 from protocols.weights import Version
 
 TICK_SECONDS = 0.5

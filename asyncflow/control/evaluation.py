@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 
-from asyncflow.control.prompts import PromptSource
-from asyncflow.services.endpoint import Answering, ServiceError, Store, ask
-from asyncflow.services.parts import Part, pack, parts_of, unpack
-from protocols.events import Evaluated
-from protocols.messages import Scores
-from protocols.requests import Invoke, Invoked
+from asyncflow.control.admission.prompts import PromptSource
+from asyncflow.services.channels.endpoint import Answering, ServiceError, Store, ask
+from asyncflow.services.channels.shard_refs import Part, pack, parts_of, unpack
+from protocols.control.events import Evaluated
+from protocols.control.requests import Invoke, Invoked
+from protocols.data.messages import Scores
 from protocols.roles import Sampling
 
 

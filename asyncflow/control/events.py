@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from protocols.events import Event, RunEnded
+from protocols.control.events import Event, RunEnded
 
 KEPT = 20_000
 

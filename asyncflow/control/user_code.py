@@ -12,9 +12,8 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 
-from asyncflow.services.endpoint import Endpoint, ServiceError, ServiceGone, ask
-from protocols.code import CodeSource
-from protocols.requests import PrepareCode, SwitchCode
+from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone, ask
+from protocols.control.requests import CodeSource, PrepareCode, SwitchCode
 from workers.user_code import BadCode, source_of
 
 

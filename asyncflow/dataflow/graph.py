@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from protocols.columns import Batch
-from protocols.messages import Metrics
+from protocols.data.columns import Batch
+from protocols.data.messages import Metrics
 from protocols.stage import Grain
 
 SOURCE = "prompts"  # the one source: the controller's admitted prompts

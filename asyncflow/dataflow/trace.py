@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, 
 import msgspec
 
 from asyncflow.dataflow.graph import ADVANTAGE, SOURCE, Dataflow, DataflowError, Filter, Stage, check
-from protocols.columns import Batch
-from protocols.messages import Experience, Prompts
+from protocols.data.columns import Batch
+from protocols.data.messages import Experience, Prompts
 from protocols.roles import ROLES, Greedy
 from protocols.stage import Grain, StageContract, Stateful, contract_of, signature_of
 from workers.settings import Loss

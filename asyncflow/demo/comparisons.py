@@ -13,18 +13,18 @@ from pathlib import Path
 import msgspec
 from tokenizers import Tokenizer
 
-from asyncflow.control.prompts import DataRow, PromptSource
+from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.demo.task import MAX_TOKENS, preference, write_rows
-from protocols.ids import place_of, prompt_id, prompt_of
-from protocols.messages import Finish
+from protocols.data.ids import place_of, prompt_id, prompt_of
+from protocols.data.messages import Finish
 from protocols.roles import Sampling
 from protocols.weights import Version
-from workers.datasets import Preference, Problem, read_rows
-from workers.folders import end_of_sequence
+from workers.data.datasets import Preference, Problem, read_rows
+from workers.data.hf_folder import end_of_sequence
 from workers.generation.engine import FinishedRow
 from workers.generation.torch import TorchEngine
-from workers.models import load_causal
 from workers.settings import Generation
+from workers.training.models import load_causal
 
 GRADED, IMAGINED = 0.2, 0.4  # shares of problems; the rest sets the policy's answer beside the right one
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from asyncflow.config import BadInput, nearest
-from asyncflow.finetuning import finetune, read_settings, train_reward
-from workers.finetune_settings import RewardModelSettings, SftSettings
+from asyncflow.recipe.config import BadInput, nearest
+from asyncflow.run.finetuning import finetune, read_settings, train_reward
+from workers.finetune.settings import RewardModelSettings, SftSettings
 
 
 def prepare(recipes: Path, console: Console) -> float | None:
@@ -21,7 +21,7 @@ def prepare(recipes: Path, console: Console) -> float | None:
     from asyncflow.demo.model import model_config, write_base_model
     from asyncflow.demo.retelling import write_retelling
     from asyncflow.demo.task import TASKS
-    from workers.preference import heldout_accuracy_of
+    from workers.finetune.reward_model import heldout_accuracy_of
 
     tasks = {**TASKS, "safety": write_retelling}
     if recipes.name not in tasks:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from asyncflow.demo.task import LENGTH, LETTERS, MAX_TOKENS, distinct, write_rows
-from workers.datasets import Demonstration, Problem, SafetyPair
+from workers.data.datasets import Demonstration, Problem, SafetyPair
 
 DIGITS = "0123456789"
 SECRETS = 2  # digits of a problem

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from workers.datasets import Demonstration, Preference, Problem
+from workers.data.datasets import Demonstration, Preference, Problem
 
 LETTERS = "abcdefgh"
 LENGTH = 6

@@ -12,7 +12,7 @@ import msgspec
 
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.timeline import lanes_of, method_of
-from protocols.notices import Span
+from protocols.control.notices import Span
 
 Point = tuple[float, float]  # (step, value)
 

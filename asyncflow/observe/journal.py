@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from protocols.events import Evaluated, StepCommitted
+from protocols.control.events import Evaluated, StepCommitted
 
 
 class MetricsJournal:

@@ -18,7 +18,7 @@ from asyncflow.observe.journal import read_lines
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.style import STYLE
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
-from protocols.notices import Span
+from protocols.control.notices import Span
 
 Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
 Row = Mapping[str, Any]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from asyncflow.observe.journal import whole_lines
-from protocols.notices import Span
+from protocols.control.notices import Span
 
 Interval = tuple[float, float]
 

@@ -13,16 +13,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from asyncflow.services.endpoint import Frame
-from asyncflow.services.host import Host
-from asyncflow.services.parts import Part
-from asyncflow.services.row_table import RowTable
-from asyncflow.services.spec import StageSpec
+from asyncflow.services.channels.endpoint import Frame
+from asyncflow.services.channels.row_table import RowTable
+from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.ranks.spec import StageSpec
+from asyncflow.services.stage_context import Host
 from asyncflow.services.stages import StageRunner, read_or_fail
-from protocols.columns import concat, take
-from protocols.delivery import Delivery
-from protocols.messages import Prompts, Rollouts
-from protocols.notices import Generated
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Generated
+from protocols.data.columns import concat, take
+from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, InstallReceipt, WeightManifest

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from asyncflow.observe.exporter import Exporter
-from protocols.notices import Busy, Notice, Span, Waiting
+from protocols.control.notices import Busy, Notice, Span, Waiting
 
 MOST_NOTICES = 10_000  # a controller that reads nothing for this long has gone
 

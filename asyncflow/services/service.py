@@ -18,21 +18,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Endpoint, Payload, ServiceGone, Store, causes
+from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store, causes
+from asyncflow.services.channels.shard_refs import Part, parts_of, places
+from asyncflow.services.colocated_generation import JointGeneratingStage, JointGeneration
+from asyncflow.services.external_workers import OutsideRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
-from asyncflow.services.host import Host
-from asyncflow.services.joint_generation import JointGeneratingStage, JointGeneration
-from asyncflow.services.outside import OutsideRank
-from asyncflow.services.parts import Part, parts_of, places
-from asyncflow.services.rank import OwnRank, Rank, Ranks
-from asyncflow.services.rank_requests import BESIDE_THE_MODEL, activity_of
-from asyncflow.services.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
+from asyncflow.services.ranks.rank import OwnRank, Rank, Ranks
+from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
+from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
+from asyncflow.services.ranks.worker_factory import Workplace, build, contract_for
+from asyncflow.services.stage_context import Host
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
-from asyncflow.services.workplace import Workplace, build, contract_for
-from protocols.delivery import Delivery, ServiceStatistics
-from protocols.messages import Prompts
-from protocols.notices import Notice, ServiceFailed
-from protocols.requests import (
+from protocols.control.delivery import Delivery, ServiceStatistics
+from protocols.control.notices import Notice, ServiceFailed
+from protocols.control.requests import (
     CloseBatch,
     Done,
     EndPrompts,
@@ -62,7 +61,8 @@ from protocols.requests import (
     Unsubscribe,
     YieldDevices,
 )
-from protocols.topology import Topology
+from protocols.data.messages import Prompts
+from protocols.layout.topology import Topology
 
 LAG_EVERY_SECONDS = 0.5
 

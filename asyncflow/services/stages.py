@@ -16,21 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from asyncflow.services.breakdown import breakdown
-from asyncflow.services.endpoint import PayloadLost
-from asyncflow.services.host import Fired, Host
-from asyncflow.services.mailbox import Mailbox
-from asyncflow.services.parts import Part, Place, arrivals, places
-from asyncflow.services.prompt_join import PromptJoin
-from asyncflow.services.rank import unwrap
-from asyncflow.services.spec import StageSpec
-from protocols import codec
-from protocols.columns import Batch
-from protocols.delivery import Delivery
-from protocols.ids import prompt_of
-from protocols.messages import SCHEMAS
-from protocols.notices import StepDone
-from protocols.requests import CloseBatch, Done
+from asyncflow.services.channels.endpoint import PayloadLost
+from asyncflow.services.channels.mailbox import Mailbox
+from asyncflow.services.channels.prompt_join import PromptJoin
+from asyncflow.services.channels.shard_refs import Part, Place, arrivals, places
+from asyncflow.services.ranks.rank import unwrap
+from asyncflow.services.ranks.spec import StageSpec
+from asyncflow.services.stage_context import Fired, Host
+from protocols.control.delivery import Delivery
+from protocols.control.notices import StepDone
+from protocols.control.requests import CloseBatch, Done
+from protocols.data import codec
+from protocols.data.columns import Batch
+from protocols.data.ids import prompt_of
+from protocols.data.messages import SCHEMAS, Scores
 from protocols.stage import Failure
 
 
@@ -229,3 +228,16 @@ async def read_or_fail(host: Host, part: Part, kind: type[Batch], edge: str) -> 
 def tombstones(samples: Sequence[int], cause: str) -> list[Failure]:
     """One a sample."""
     return [Failure(sample, cause) for sample in samples]
+
+
+def breakdown(inputs: Sequence[Batch], names: Sequence[str]) -> dict[str, float]:
+    """Mean of each part over the batch's samples, before its weight: "reward.<name>".
+
+    Of several inputs with scores the first is the samples' own: the others are baselines. Nothing where no scores
+    have as many parts as there are names, as those of an outside reward.
+    """
+    scores = next((batch for batch in inputs if isinstance(batch, Scores)), None)
+    if scores is None or not names or not len(scores) or (scores.parts.lengths != len(names)).any():
+        return {}
+    means = scores.parts.values.reshape(len(scores), len(names)).mean(axis=0, dtype=np.float64)
+    return {f"reward.{name}": float(mean) for name, mean in zip(names, means, strict=True)}

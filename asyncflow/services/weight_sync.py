@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from asyncflow.services.endpoint import Answering, Payload, ServiceError, ask
-from protocols.events import Published
-from protocols.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
+from asyncflow.services.channels.endpoint import Answering, Payload, ServiceError, ask
+from protocols.control.events import Published
+from protocols.control.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
 from protocols.weights import InstallReceipt, Version, WeightManifest
 
 

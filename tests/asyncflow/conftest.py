@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncflow.config import Recipe, to_recipe
+from asyncflow.recipe.config import Recipe, to_recipe
 from tests import tiny
 
 MakeRecipe = Callable[..., Recipe]

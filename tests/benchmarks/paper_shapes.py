@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from asyncflow.placement import costs, memory
-from asyncflow.placement.devices import Cluster, Device
-from asyncflow.placement.mapper import Split, search
-from asyncflow.placement.set_costs import SetCosts
-from asyncflow.placement.shapes import LLAMA
-from asyncflow.placement.workload import ModelWork, ppo
-from protocols.topology import Topology
-from tests.asyncflow.placement.paper_setting import DEVICE, WORKLOAD, even
+from asyncflow.planner.costs import costs, memory
+from asyncflow.planner.costs.devices import Cluster, Device
+from asyncflow.planner.costs.set_costs import SetCosts
+from asyncflow.planner.costs.shapes import LLAMA
+from asyncflow.planner.costs.workload import ModelWork, ppo
+from asyncflow.planner.search.mapper import Split, search
+from protocols.layout.topology import Topology
+from tests.asyncflow.planner.search.paper_setting import DEVICE, WORKLOAD, even
 
 KINDS = {1: "together", 4: "standalone"}
 MOST_PLACEMENTS = 15

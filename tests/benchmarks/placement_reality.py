@@ -27,16 +27,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from asyncflow.config import Recipe, to_recipe
-from asyncflow.launching import launch, runtime_of
-from asyncflow.planning import machine
-from asyncflow.planning.automatic import Choice, place
-from asyncflow.planning.calibration import Calibration
-from asyncflow.planning.measuring import measure
-from asyncflow.planning.scenario import Scenario
-from asyncflow.planning.scenarios import of_recipe, prompt_lengths
-from asyncflow.planning.simulator import simulate
-from asyncflow.validate import Checked, check
+from asyncflow.planner.auto import Choice, place
+from asyncflow.planner.calibration import machine
+from asyncflow.planner.calibration.calibration import Calibration
+from asyncflow.planner.calibration.measuring import measure
+from asyncflow.planner.simulation.scenario import Scenario
+from asyncflow.planner.simulation.scenarios import of_recipe, prompt_lengths
+from asyncflow.planner.simulation.simulator import simulate
+from asyncflow.recipe.checks import Checked, check
+from asyncflow.recipe.config import Recipe, to_recipe
+from asyncflow.run.launch import launch, runtime_of
 from tests import tiny
 from tests.benchmarks.quietness import Watch
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from asyncflow.bench.learning import QUICK, RECIPES, measure
 from asyncflow.bench.learning_table import Case, Mean, Result, cases, lines, rows
 from asyncflow.cli.main import app
-from asyncflow.config import BadInput
 from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.recipe.config import BadInput
 
 RECIPES_HERE = Path(__file__).parents[2] / RECIPES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncflow.bench.planning import QUICK, Figures, Searched, enumerated, lines, measure, rows
-from tests.asyncflow.placement import paper_search
+from tests.asyncflow.planner.search import paper_search
 
 
 def searches(*seconds: tuple[int, float]) -> Figures:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from asyncflow.bench.transition import QUICK, STYLES, Figures, StyleFigures, lines, measure
-from protocols.topology import Style
+from protocols.layout.topology import Style
 
 
 @cache

@@ -26,10 +26,10 @@ from rich.console import Console
 from asyncflow.bench.learning import RECIPES, Effort, recipe_of, result_of
 from asyncflow.bench.learning_table import Case, Mean
 from asyncflow.bench.report import Row, report
-from asyncflow.config import Recipe, load_recipe
 from asyncflow.demo.prepare import prepare
 from asyncflow.observe.journal import read_lines
-from protocols.columns import Jagged
+from asyncflow.recipe.config import Recipe, load_recipe
+from protocols.data.columns import Jagged
 from workers.losses import POLICY_LOSSES
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
 from workers.losses.objective import policy_objective

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from protocols.topology import Topology
+from protocols.layout.topology import Topology
 from tests.gpu.conftest import Figure
 from tests.gpu.test_transition import make
 from tests.workers.batches import experience, rollouts
 from tests.workers.ranks import own_device
-from workers.parallel_answers import ParallelReference
-from workers.parallel_critic import ParallelCritic
-from workers.parallel_policy import ParallelPolicy
+from workers.roles.parallel_answers import ParallelReference
+from workers.roles.parallel_critic import ParallelCritic
+from workers.roles.parallel_policy import ParallelPolicy
 from workers.settings import Generation, Loss, Model, Optimizer
 
 ROUNDS = 3

@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from protocols.messages import Experience, Rollouts, Scores
+from protocols.data.messages import Experience, Rollouts, Scores
+from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.roles import Sampling
-from protocols.topology import GenerationGrouping, Topology
 from tests import tiny
 from tests.gpu.conftest import Figure
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from workers.advantages.gae import gae
-from workers.parallel_answers import ParallelReference
-from workers.parallel_critic import ParallelCritic
-from workers.parallel_policy import ParallelPolicy
+from workers.roles.parallel_answers import ParallelReference
+from workers.roles.parallel_critic import ParallelCritic
+from workers.roles.parallel_policy import ParallelPolicy
 from workers.settings import Dtype, Generation, Loss, Model, Optimizer
 
 STEPS = 3

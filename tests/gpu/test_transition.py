@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from protocols.columns import Jagged
-from protocols.topology import Topology
+from protocols.data.columns import Jagged
+from protocols.layout.topology import Backend, Topology, generation_grouping
 from tests.gpu.conftest import Figure, need_cuda
 from tests.workers.ranks import Ranks, own_device
-from workers.backends import parallel_model
-from workers.hybrid_engine import HybridEngine
-from workers.models import MicroBatch
-from workers.regrouping import generation_grouping
-from workers.settings import Backend
+from workers.parallel.backends import parallel_model
+from workers.resharding.hybrid_engine import HybridEngine
+from workers.training.models import MicroBatch
 
 ROUNDS = 5
 RANKS = 2

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from protocols import codec
-from protocols.columns import Array, Batch, Jagged, columns_of
+from protocols.data import codec
+from protocols.data.columns import Array, Batch, Jagged, columns_of
 
 Cuts = Sequence[int]  # the first row of each block, and N
 

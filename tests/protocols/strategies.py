@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protocols.columns import Array, B, Batch, ColumnSpec, Jagged, columns_of
-from protocols.messages import SCHEMAS, Finish
-from protocols.topology import Topology
+from protocols.data.columns import Array, B, Batch, ColumnSpec, Jagged, columns_of
+from protocols.data.messages import SCHEMAS, Finish
+from protocols.layout.topology import Topology
 
 _HIGHEST = {"loss_mask": 1, "finishes": max(Finish)}
 

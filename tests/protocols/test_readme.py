@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protocols.columns import columns_of
-from protocols.draw import BUILT_IN, draw, drawings
-from protocols.messages import SCHEMAS
-from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import protocols, register
+from protocols.data.columns import columns_of
+from protocols.data.messages import SCHEMAS
+from protocols.layout.draw import BUILT_IN, draw, drawings
+from protocols.layout.topology import GenerationGrouping, Topology
+from protocols.layout.transfer import protocols, register
 
 IN_THE_REGISTRY = {name for name in protocols() if not name.startswith("test:")}  # before the page adds its own
 PAGE = (Path(__file__).parents[2] / "protocols" / "README.md").read_text()
@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_drawings_on_the_page_are_those_that_the_code_draws():
-    """Where this fails, `python -m protocols.draw` prints what belongs there."""
+    """Where this fails, `python -m protocols.layout.draw` prints what belongs there."""
     assert blocks("text") == list(drawings().values())
 
 

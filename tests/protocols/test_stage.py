@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from protocols.columns import Batch
-from protocols.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from protocols.data.columns import Batch
+from protocols.data.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from protocols.layout.transfer import protocols
 from protocols.roles import ROLES, Policy, Sampling
 from protocols.stage import Measured, Partial, contract_of, signature_of, stage, stages_of
-from protocols.transfer import protocols
 
 
 class Judge:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocols.columns import Jagged
-from protocols.messages import Experience, Rollouts
+from protocols.data.columns import Jagged
+from protocols.data.messages import Experience, Rollouts
 
 VOCABULARY = 48  # of the models that take these rows; up to four ranks can share it
 

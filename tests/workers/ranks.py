@@ -20,8 +20,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-import workers.parallel  # noqa: F401 - imported once, by the server, for all that it forks
-from workers.generation.seats import cuda_seat
+import workers.parallel.model  # noqa: F401 - imported once, by the server, for all that it forks
+from workers.generation.engine_devices import cuda_seat
 
 PATIENCE = timedelta(seconds=60)  # for a collective, and for an answer
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocols.code import CodeSource
+from protocols.control.requests import CodeSource
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate
 from workers.losses.trial import try_loss

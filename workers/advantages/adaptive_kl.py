@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from protocols.messages import Experience, Metrics
+from protocols.data.messages import Experience, Metrics
 from protocols.stage import Measured, Stateful
 from workers.advantages.kl import AdaptiveKl
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocols.messages import Experience, Rollouts, Scores
+from protocols.data.messages import Experience, Rollouts, Scores
 from protocols.stage import Measured
 from workers.advantages.experience import on_tokens, spread, without_critic
 from workers.advantages.groups import flat_share, group_means, groups_of

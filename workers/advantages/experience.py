@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocols.columns import Jagged
-from protocols.messages import Experience, LogProbs, Metrics, Rollouts
+from protocols.data.columns import Jagged
+from protocols.data.messages import Experience, LogProbs, Metrics, Rollouts
 from protocols.stage import Measured
 from workers.advantages.kl import Float64
 from workers.advantages.rewards import last_trained

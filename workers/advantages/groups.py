@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protocols.ids import prompts_of
+from protocols.data.ids import prompts_of
 from workers.advantages.kl import Float64
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from protocols.messages import Experience, LogProbs, Rollouts, Scores
+from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
 from workers.advantages.experience import on_tokens, spread, without_critic
 from workers.advantages.groups import Groups, flat_share, group_deviations, group_means, groups_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocols.messages import Experience, LogProbs, Rollouts, Scores
+from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
 from workers.advantages.experience import on_tokens, spread, without_critic
 from workers.advantages.rewards import rewards_to_go, token_rewards

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.messages import Costs, Experience, LogProbs, Metrics, Rollouts, Scores, Values
+from protocols.data.messages import Costs, Experience, LogProbs, Metrics, Rollouts, Scores, Values
 from protocols.stage import Stateful
 from workers.advantages.experience import experience_of, spread
 from workers.advantages.gae import advantages_and_returns

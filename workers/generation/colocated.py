@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import msgspec
 
-from protocols.messages import Prompts, Rollouts
+from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Partial
 from protocols.weights import BadWeights, Probe, Version
-from workers.generation.handover import Handover, place_of
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
-from workers.hybrid_engine import HybridEngine, Transition
+from workers.generation.weight_transfer import Handover, place_of
+from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Model
 
 

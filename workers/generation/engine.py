@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.columns import Jagged, empty, select, take
-from protocols.messages import Finish, Prompts, Rollouts
+from protocols.data.columns import Jagged, empty, select, take
+from protocols.data.messages import Finish, Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import InstallReceipt, Version, WeightManifest
@@ -47,7 +47,7 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
-        """Queue rows. Row i draws with `protocols.ids.sampling_seed(run_seed, sample_ids[i], retry)`.
+        """Queue rows. Row i draws with `protocols.data.ids.sampling_seed(run_seed, sample_ids[i], retry)`.
 
         Raises ValueError naming the sample where prompt and max_tokens do not fit the model's context;
         then none of the rows is queued.

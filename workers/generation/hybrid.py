@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from protocols.messages import Prompts, Rollouts
+from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Partial
 from protocols.weights import Version
 from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
 from workers.generation.torch import TorchEngine
-from workers.hybrid_engine import HybridEngine
+from workers.resharding.hybrid_engine import HybridEngine
 from workers.settings import Generation
 
 

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protocols.messages import Prompts
+from protocols.data.messages import Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest, pack
 from workers.generation.engine import Engine, FinishedRow
 from workers.generation.publication import check_publication, packable, read_tensors
-from workers.lora import merge
-from workers.models import canonical_tensors, load_causal
+from workers.training.lora import merge
+from workers.training.models import canonical_tensors, load_causal
 
 
 class MergingEngine(Engine):

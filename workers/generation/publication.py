@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protocols.weights import BadWeights, Probe, TensorEntry, Version, WeightManifest, verify
-from workers.models import DTYPES
+from workers.training.models import DTYPES
 
 # An IEEE number is NaN or infinite where all bits of its exponent are set; numpy has no bfloat16 to ask.
 _EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}

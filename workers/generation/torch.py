@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from protocols.ids import sampling_seed
-from protocols.messages import Finish, Prompts
+from protocols.data.ids import sampling_seed
+from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits
-from workers.models import canonical_tensors, log_softmax_of
 from workers.settings import Generation
+from workers.training.models import canonical_tensors, log_softmax_of
 
 
 class _Row(msgspec.Struct, frozen=True):

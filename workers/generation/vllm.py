@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protocols.ids import sampling_seed
-from protocols.messages import Finish, Prompts
+from protocols.data.ids import sampling_seed
+from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Probe, Version, WeightManifest
-from workers.folders import end_of_sequence
+from workers.data.hf_folder import end_of_sequence
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
+from workers.generation.engine_devices import IN_PROCESS, EnginePlace
 from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits, shapes_of
-from workers.generation.seats import IN_PROCESS, EnginePlace
 from workers.generation.vllm_internals import (
     SharedPart,
     finish_reload,

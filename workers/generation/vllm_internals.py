@@ -15,13 +15,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from workers.folders import context_of
-from workers.generation.seats import EnginePlace
-from workers.generation.window import Window
-from workers.models import DTYPES
+from workers.data.hf_folder import context_of
+from workers.generation.engine_devices import EnginePlace
+from workers.generation.shared_buffer import Window
+from workers.parallel.decoder import unflat
+from workers.parallel.plan import Parameter
 from workers.settings import Generation
-from workers.sharding.decoder import unflat
-from workers.sharding.plan import Parameter
+from workers.training.models import DTYPES
 
 if TYPE_CHECKING:
     from vllm import LLMEngine

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from protocols.code import CodeSource
+from protocols.control.requests import CodeSource
 from workers.user_code import BadCode, function_in, install, made_anew
 
 START_SECONDS = 60.0  # for the interpreter and the imports of the user's module

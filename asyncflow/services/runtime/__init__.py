@@ -6,8 +6,11 @@ from typing import Protocol
 
 import msgspec
 
-from asyncflow.services.endpoint import Endpoint, Store
-from asyncflow.services.spec import ServiceSpec
+from asyncflow.services.channels.endpoint import Endpoint, Store
+from asyncflow.services.ranks.spec import ServiceSpec
+
+CPU_SLOT = "cpu-slot"  # the device of machines without an accelerator
+SLOTS_PER_CORE = 4  # slots share the cores by time, so there may be more of them
 
 
 class Started(msgspec.Struct):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from asyncflow.services.endpoint import Payload, ServiceError
-from asyncflow.services.rank import Rank
+from asyncflow.services.channels.endpoint import Payload, ServiceError
+from asyncflow.services.ranks.rank import Rank
+from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.worker_factory import Workplace, build
 from asyncflow.services.runtime import Started
 from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
-from asyncflow.services.spec import ServiceSpec
-from asyncflow.services.workplace import Workplace, build
-from protocols.delivery import RankCall, RankReply
-from protocols.requests import RankAnswer, RankRequest
-from protocols.topology import Topology
+from protocols.control.delivery import RankCall, RankReply
+from protocols.control.requests import RankAnswer, RankRequest
+from protocols.layout.topology import Topology
 
 
 class LocalRanks:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncflow.services.endpoint import Frame, Payload
+from asyncflow.services.channels.endpoint import Frame, Payload
 
 DEFAULT_BUDGET = 1 << 30  # bytes
 

@@ -17,10 +17,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from asyncflow.placement.devices import CPU_SLOT, SLOTS_PER_CORE
-from asyncflow.services.endpoint import ServiceError
-from asyncflow.services.spec import ServiceSpec
-from protocols.topology import Topology
+from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
+from protocols.layout.topology import Topology
 
 NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor that needs none
 RESERVE_SECONDS = 120.0  # for devices that another run is about to give back

@@ -16,14 +16,14 @@ import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from asyncflow.services.endpoint import ServiceError, ServiceGone, all_or_error, causes
+from asyncflow.services.channels.endpoint import ServiceError, ServiceGone, all_or_error, causes
+from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime import Started, wire
 from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.runtime.ray_store import RayStore
-from asyncflow.services.spec import ServiceSpec
-from protocols.topology import Topology
+from protocols.layout.topology import Topology
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0

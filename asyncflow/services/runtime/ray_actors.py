@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import ray
 
-from asyncflow.services.endpoint import Frame, Payload
-from asyncflow.services.rank import Rank
+from asyncflow.services.channels.endpoint import Frame, Payload
+from asyncflow.services.ranks.rank import Rank
+from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.worker_factory import Workplace, build
 from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
 from asyncflow.services.runtime.ray_store import RankStore, RayStore, referenced
 from asyncflow.services.runtime.wire import Carried, Server, ServerThread
 from asyncflow.services.service import ModelService
-from asyncflow.services.spec import ServiceSpec
-from asyncflow.services.workplace import Workplace, build
-from protocols.delivery import Delivery, RankCall
-from protocols.requests import RankRequest, Request
-from protocols.topology import Topology
+from protocols.control.delivery import Delivery, RankCall
+from protocols.control.requests import RankRequest, Request
+from protocols.layout.topology import Topology
 
 if TYPE_CHECKING:
-    from workers.world import Meeting, World
+    from workers.parallel.process_group import Meeting, World
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class RankActor:
 
     def host_meeting(self) -> str:
         """The address of a place for all ranks to meet, which this one keeps open."""
-        from workers.world import host_meeting
+        from workers.parallel.process_group import host_meeting
 
         self._hosted, address = host_meeting(ray.util.get_node_ip_address())
         return address
@@ -183,7 +183,7 @@ class RankActor:
         self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
 
     def _join(self, meeting: str) -> World:
-        from workers.world import join_world, visit_meeting
+        from workers.parallel.process_group import join_world, visit_meeting
 
         size = Topology.parse(self._spec.topology).world_size
         return join_world(self._hosted or visit_meeting(meeting), self._number, size)

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import msgspec
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from asyncflow.services.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
+from asyncflow.services.channels.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.runtime.ray_store import RayStore
 from asyncflow.services.runtime.wire import Answered, Broken, NotHere, Wire, travels
-from protocols.delivery import Delivery, RankCall, RankReply
-from protocols.notices import Notice
-from protocols.requests import RankAnswer, RankRequest, Reply, Request
+from protocols.control.delivery import Delivery, RankCall, RankReply
+from protocols.control.notices import Notice
+from protocols.control.requests import RankAnswer, RankRequest, Reply, Request
 
 LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
 

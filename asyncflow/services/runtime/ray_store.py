@@ -19,7 +19,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
-from asyncflow.services.endpoint import Frame, Payload, PayloadLost
+from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost
 from asyncflow.services.runtime.shared import SharedFrame, holdings
 
 RETURNED_INLINE_BYTES = 128 << 10  # above Ray's own limit of 100 KiB for values that travel inside an answer

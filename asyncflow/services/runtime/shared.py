@@ -18,7 +18,7 @@ import weakref
 
 import numpy as np
 
-from asyncflow.services.endpoint import Frame
+from asyncflow.services.channels.endpoint import Frame
 
 AVAILABLE = sys.platform == "linux"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if AVAILABLE else 0

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 import uvloop
 
-from asyncflow.services.endpoint import causes
+from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.runtime import shared
 from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage, opened
 from asyncflow.services.runtime.shared import SharedFrame

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from asyncflow.cli.live import HISTORY, Board, LiveView, panel, sparkline
-from protocols.events import (
+from protocols.control.events import (
     CheckpointWritten,
     CodeRefused,
     CodeReloaded,

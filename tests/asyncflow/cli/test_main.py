@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncflow.config import recipe_text
+from asyncflow.recipe.config import recipe_text
 from tests.asyncflow.conftest import MakeRecipe
 
 ROOT = Path(__file__).parents[3]

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from asyncflow.cli import plans
-from asyncflow.config import BadInput, Recipe
-from asyncflow.placement.devices import CATALOGUE
-from asyncflow.placement.workload import Lengths
-from asyncflow.planning import machine
-from asyncflow.planning.calibration import Calibration
-from asyncflow.validate import check
+from asyncflow.planner.calibration import machine
+from asyncflow.planner.calibration.calibration import Calibration
+from asyncflow.planner.costs.devices import CATALOGUE
+from asyncflow.planner.costs.workload import Lengths
+from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.run.prepare import prepare
 from tests.asyncflow.conftest import MakeRecipe
 
 
@@ -52,20 +52,20 @@ def device(tmp_path: Path) -> Path:
 
 
 def test_a_recipes_own_placement_is_simulated_on_a_calibrated_device(paper: Paper, recipe: Recipe, device: Path):
-    plans.print_dataflow(paper.out, check(recipe), str(device))
+    plans.print_dataflow(paper.out, prepare(recipe), str(device))
     last = paper.text.splitlines()[-1]
     assert last.startswith("simulated: ") and "s a step; idle: main " in last and "versions old: 100% at 0" in last
     again = Paper()
-    plans.print_dataflow(again.out, check(recipe), "")
+    plans.print_dataflow(again.out, prepare(recipe), "")
     assert "simulated" not in again.text, "nothing is known of the devices"
 
 
 def test_the_simulated_step_stands_beside_the_analytic_one(paper: Paper, recipe: Recipe):
-    plans.print_placement(paper.out, check(recipe), "4xA100-80G", "", as_json=False)
+    plans.print_placement(paper.out, prepare(recipe), "4xA100-80G", "", as_json=False)
     assert paper.text.startswith("4xA100-80G, synchronous: ")
     assert "\nsimulated: " in paper.text and "\nthe runner-up, simulated: " in paper.text
     machine_read = Paper()
-    plans.print_placement(machine_read.out, check(recipe), "4xA100-80G", "", as_json=True)
+    plans.print_placement(machine_read.out, prepare(recipe), "4xA100-80G", "", as_json=True)
     told = json.loads(machine_read.text)
     assert told["simulated"]["step_s"] == pytest.approx(told["chosen"]["step_s"], rel=0.25)
 
@@ -74,13 +74,13 @@ def test_a_plan_is_saved_and_pinned(paper: Paper, recipe: Recipe, device: Path, 
     file = tmp_path / "plan.toml"
     plans.save_plan(paper.out, recipe, str(device), file)
     assert f"pin it with: placement = '{file}'" in paper.text and "runner-up of " in paper.text
-    placed = check(msgspec.structs.replace(recipe, placed_by=str(file), pools={}, placement={})).recipe
+    placed = prepare(msgspec.structs.replace(recipe, placed_by=str(file), pools={}, placement={})).recipe
     assert set(placed.placement) >= {"policy", "critic"}
 
 
 def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
     with pytest.raises(BadInput, match=r"device .nowhere\.json.: no file"):
-        plans.print_dataflow(paper.out, check(recipe), "nowhere.json")
+        plans.print_dataflow(paper.out, prepare(recipe), "nowhere.json")
 
 
 def test_calibrate_measures_the_recipes_own_models(
@@ -103,5 +103,5 @@ def test_calibrate_measures_the_recipes_own_models(
     assert found.device.cores >= 1 and set(found.row_s) == {"reward", "advantage"}
     assert "GFLOP/s" in paper.text and "a row of reward" in paper.text
     again = Paper()
-    plans.print_dataflow(again.out, check(recipe), str(file))
+    plans.print_dataflow(again.out, prepare(recipe), str(file))
     assert "simulated: " in again.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from asyncflow.client.channel import Channel
-from protocols.columns import Batch
+from protocols.data.columns import Batch
 from tests.asyncflow.services import rows
 
 

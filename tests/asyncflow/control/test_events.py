@@ -8,7 +8,7 @@ import pytest
 
 from asyncflow.control import events
 from asyncflow.control.events import EventLog, Pulse
-from protocols.events import Event, RunEnded, StateChanged
+from protocols.control.events import Event, RunEnded, StateChanged
 
 ENDED = RunEnded(outcome="finished", step=1)
 PAUSED, RUNNING = StateChanged(state="paused"), StateChanged(state="running")

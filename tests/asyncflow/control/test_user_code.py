@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from asyncflow.control.user_code import UserCode
-from asyncflow.services.endpoint import Payload, ServiceGone
-from protocols.code import CodeSource
-from protocols.delivery import Delivery
-from protocols.notices import Notice
-from protocols.requests import Done, PrepareCode, Refused, Reply, Request, SwitchCode
+from asyncflow.services.channels.endpoint import Payload, ServiceGone
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Notice
+from protocols.control.requests import CodeSource, Done, PrepareCode, Refused, Reply, Request, SwitchCode
 from workers.user_code import BadCode
 
 NAME = "a_users_own"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from asyncflow.config import BadInput, recipe_text, to_recipe
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.graph import Dataflow, DataflowError, Filter
 from asyncflow.dataflow.trace import Declaration, Flow, algorithm, declaration_of, trace
+from asyncflow.recipe.config import BadInput, recipe_text, to_recipe
 from workers.advantages.dapo import worth_training
 from workers.advantages.gae import gae
 from workers.advantages.safe_rlhf import Multiplier

@@ -19,7 +19,7 @@ from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.graph import SOURCE, Dataflow, DataflowError, Filter
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import Algorithm, Flow, Join, Symbol, algorithm, numbers_of, trace
-from protocols.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
+from protocols.data.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
 from protocols.roles import GREEDY, ROLES, Policy, Reward
 from protocols.stage import Stateful, stage
 from workers.advantages.gae import gae

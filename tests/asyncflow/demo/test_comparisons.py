@@ -7,7 +7,7 @@ from pathlib import Path
 from asyncflow.demo.comparisons import Answer, write_comparisons
 from asyncflow.demo.model import model_config, write_base_model
 from asyncflow.demo.task import Sizes, write_sorting
-from workers.datasets import Preference, Problem, read_rows
+from workers.data.datasets import Preference, Problem, read_rows
 
 SIZES = Sizes(sft=1, comparisons=120, heldout_comparisons=1, train=1, heldout=1)
 

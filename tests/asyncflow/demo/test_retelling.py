@@ -18,8 +18,8 @@ from asyncflow.demo.retelling import (
     write_retelling,
 )
 from asyncflow.demo.task import CHARACTERS, LENGTH, MAX_TOKENS
-from workers.cost_model import SafetyPair, read_pairs
-from workers.datasets import Demonstration, Problem, read_rows
+from workers.data.datasets import Demonstration, Problem, read_rows
+from workers.finetune.cost_model import SafetyPair, read_pairs
 
 FILES = {"heldout": 256, "heldout_pairs": 500, "sft": 4_000, "pairs": 4_000, "train": 4_000}
 

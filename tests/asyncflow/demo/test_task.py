@@ -25,8 +25,8 @@ from asyncflow.demo.task import (
     write_addition,
     write_sorting,
 )
-from workers.datasets import Demonstration, Problem, read_rows
-from workers.models import load_causal
+from workers.data.datasets import Demonstration, Problem, read_rows
+from workers.training.models import load_causal
 
 SIZES = Sizes(sft=50, comparisons=400, train=100, heldout=40, heldout_comparisons=60)
 

@@ -21,7 +21,7 @@ from asyncflow.observe.charts import (
     thinned,
 )
 from asyncflow.observe.markup import Markup, tag
-from protocols.notices import Span
+from protocols.control.notices import Span
 
 reals = st.floats(-1e30, 1e30)
 points = st.lists(st.tuples(st.integers(0, 10_000).map(float), reals), min_size=1, max_size=30)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncflow.observe.journal import MetricsJournal, read_lines
-from protocols.events import Evaluated, StepCommitted
+from protocols.control.events import Evaluated, StepCommitted
 
 
 def committed(step: int, **metrics: float) -> StepCommitted:

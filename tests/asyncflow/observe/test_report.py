@@ -13,8 +13,8 @@ import pytest
 from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import gantt_window, ledger_totals, write_report
 from asyncflow.observe.timeline import Timeline
-from protocols.events import Evaluated, StepCommitted
-from protocols.notices import Span
+from protocols.control.events import Evaluated, StepCommitted
+from protocols.control.notices import Span
 
 STEPS = 30
 

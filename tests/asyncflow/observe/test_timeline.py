@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncflow.observe.timeline import Timeline, idle_ratios, lanes_of, method_of, read_spans, trace_of, union_seconds
-from protocols.notices import Span
+from protocols.control.notices import Span
 
 ticks = st.integers(0, 40)
 intervals = st.lists(st.tuples(ticks, st.integers(0, 12)).map(lambda t: (float(t[0]), float(t[0] + t[1]))), max_size=12)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from asyncflow.config import Recipe
-from protocols.messages import Prompts
+from asyncflow.recipe.config import Recipe
+from protocols.data.messages import Prompts
 from tests.asyncflow.pipeline.plain_loop import (
     Batch,
     State,

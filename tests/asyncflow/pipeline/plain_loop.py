@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from asyncflow.config import Recipe
-from asyncflow.control.prompts import DataRow, PromptSource
-from protocols.messages import Prompts
+from asyncflow.control.admission.prompts import DataRow, PromptSource
+from asyncflow.recipe.config import Recipe
+from protocols.data.messages import Prompts
 from protocols.roles import Sampling
 from protocols.weights import Version
 from tests import tiny

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import asyncflow
-from asyncflow.config import Recipe, to_recipe
-from asyncflow.control.ledger import Ledger
+from asyncflow.control.store.ledger import Ledger
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import Flow, trace
-from asyncflow.launching import resume
-from protocols.events import StepCommitted
-from protocols.messages import Experience, LogProbs, Rollouts, Scores
+from asyncflow.recipe.config import Recipe, to_recipe
+from asyncflow.run.launch import resume
+from protocols.control.events import StepCommitted
+from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.roles import GREEDY
 from protocols.stage import Measured
 from tests.asyncflow.pipeline import plain_critic_free

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import asyncflow
-from asyncflow.launching import resume
-from protocols.events import Evaluated, Published, RunEnded, SamplesEnded, Stalled, StateChanged, StepCommitted
+from asyncflow.run.launch import resume
+from protocols.control.events import Evaluated, Published, RunEnded, SamplesEnded, Stalled, StateChanged, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 GENERATOR = {

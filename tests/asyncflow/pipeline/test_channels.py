@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 import asyncflow
 from asyncflow.client.outside import NotAsked, Outside
 from asyncflow.client.run import Run
-from asyncflow.config import BadInput, Recipe
-from asyncflow.control.ledger import Ledger
-from asyncflow.control.outcome import RunFailed
-from asyncflow.validate import check
-from protocols.delivery import ServiceStatistics
-from protocols.events import StepCommitted
-from protocols.messages import Experience, Rollouts, Scores, Values
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.outcome import RunFailed
+from asyncflow.recipe.checks import check
+from asyncflow.recipe.config import BadInput, Recipe
+from protocols.control.delivery import ServiceStatistics
+from protocols.control.events import StepCommitted
+from protocols.data.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
 

@@ -9,15 +9,15 @@ import pytest
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import Recipe
 from asyncflow.observe.timeline import Span, read_spans
-from protocols.events import Evaluated, StepCommitted
-from protocols.topology import Topology
+from asyncflow.recipe.config import Recipe
+from protocols.control.events import Evaluated, StepCommitted
+from protocols.layout.topology import Topology
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
-from workers.models import load_causal
-from workers.parallel import ParallelModel
-from workers.sharding.plan import ShardPlan
+from workers.parallel.model import ParallelModel
+from workers.parallel.plan import ShardPlan
+from workers.training.models import load_causal
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from asyncflow.config import recipe_text
 from asyncflow.observe.journal import read_lines
+from asyncflow.recipe.config import recipe_text
 from tests.asyncflow.conftest import MakeRecipe
 
 STEPS, KILL_AFTER = 14, 10

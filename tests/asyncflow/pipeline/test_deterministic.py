@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.control.ledger import Ledger
-from asyncflow.launching import resume
-from protocols.events import StepCommitted
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.run.launch import resume
+from protocols.control.events import StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline import plain_loop
 

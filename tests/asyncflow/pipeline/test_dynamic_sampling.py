@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import Recipe, to_recipe
-from asyncflow.control.ledger import Ledger
-from asyncflow.control.prompts import PromptSource
-from asyncflow.launching import resume
-from asyncflow.validate import check
-from protocols.events import RunEnded, SamplesEnded, StepCommitted
-from protocols.ids import prompt_of
+from asyncflow.control.admission.prompts import PromptSource
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.recipe.checks import check
+from asyncflow.recipe.config import Recipe, to_recipe
+from asyncflow.run.launch import resume
+from protocols.control.events import RunEnded, SamplesEnded, StepCommitted
+from protocols.data.ids import prompt_of
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text, to_recipe
-from asyncflow.launching import resume
-from asyncflow.validate import check
-from protocols.events import Published, StepCommitted
+from asyncflow.recipe.checks import check
+from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text, to_recipe
+from asyncflow.run.launch import resume
+from protocols.control.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
-from workers.models import load_causal
+from workers.training.models import load_causal
 
 LORA = {"rank": 8, "alpha": 16.0}
 APART = {

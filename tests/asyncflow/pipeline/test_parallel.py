@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import asyncflow
-from asyncflow.config import Recipe, recipe_text
-from asyncflow.launching import resume
 from asyncflow.observe.timeline import read_spans
-from protocols.events import CheckpointWritten, Evaluated, RunEnded, StepCommitted
+from asyncflow.recipe.config import Recipe, recipe_text
+from asyncflow.run.launch import resume
+from protocols.control.events import CheckpointWritten, Evaluated, RunEnded, StepCommitted
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.test_replacement import process_of
-from workers.models import canonical_tensors, load_causal
+from workers.training.models import canonical_tensors, load_causal
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a dozen processes that import torch, on two cores
 

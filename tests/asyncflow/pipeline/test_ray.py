@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import Recipe, recipe_text
 from asyncflow.observe.journal import read_lines
-from protocols.events import Published, StepCommitted
+from asyncflow.recipe.config import Recipe, recipe_text
+from protocols.control.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray

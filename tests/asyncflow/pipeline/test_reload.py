@@ -17,18 +17,18 @@ import pytest
 
 import asyncflow
 from asyncflow.client.run import Run
-from asyncflow.config import BadInput, Recipe, recipe_text, to_recipe
-from asyncflow.control.ledger import Ledger
-from asyncflow.control.outcome import RunFailed
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.user_code import UserCode
 from asyncflow.observe.journal import read_lines
-from asyncflow.services.endpoint import ServiceError
-from protocols.events import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
+from asyncflow.recipe.config import BadInput, Recipe, recipe_text, to_recipe
+from asyncflow.services.channels.endpoint import ServiceError
+from protocols.control.events import CodeRefused, CodeReloaded, Event, RunEnded, StepCommitted
 
 RULE = "def score(prompt, response, reference):\n    return {}\n"
 OWN = '''
 from asyncflow.dataflow.trace import Flow, algorithm
-from protocols.messages import Experience, LogProbs, Rollouts, Scores
+from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
 from workers.advantages.rloo import rloo as advantages
 from workers.losses import policy_loss_named

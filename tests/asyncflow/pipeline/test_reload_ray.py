@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import asyncflow
-from asyncflow.config import BadInput
-from asyncflow.control.ledger import Ledger
-from protocols.events import CodeReloaded, ServiceReplaced, StepCommitted
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.recipe.config import BadInput
+from protocols.control.events import CodeReloaded, ServiceReplaced, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.test_replacement import process_of
 

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 import asyncflow
-from asyncflow.control.ledger import Ledger
-from protocols.events import ServiceReplaced, StepCommitted
+from asyncflow.control.store.ledger import Ledger
+from protocols.control.events import ServiceReplaced, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray

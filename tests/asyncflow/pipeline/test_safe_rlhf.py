@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import Recipe, to_recipe
-from asyncflow.launching import resume
 from asyncflow.observe.journal import read_lines
-from protocols.events import StepCommitted
+from asyncflow.recipe.config import Recipe, to_recipe
+from asyncflow.run.launch import resume
+from protocols.control.events import StepCommitted
 
 STEPS = 4
 RULES = "tests.asyncflow.pipeline.rules"

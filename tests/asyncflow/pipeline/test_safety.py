@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import asyncflow
-from asyncflow.config import Recipe, load_recipe, recipe_text, to_recipe
-from asyncflow.launching import resume
 from asyncflow.observe.journal import read_lines
+from asyncflow.recipe.config import Recipe, load_recipe, recipe_text, to_recipe
+from asyncflow.run.launch import resume
 
 ASYNCFLOW = [sys.executable, "-m", "asyncflow.cli.main"]
 RULES = "tests.asyncflow.pipeline.rules"

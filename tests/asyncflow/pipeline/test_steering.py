@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import asyncflow
-from asyncflow.config import BadInput, Recipe, load_recipe, recipe_text
-from asyncflow.control.ledger import Ledger
-from asyncflow.control.outcome import RunFailed
-from asyncflow.launching import resume
-from protocols.events import RunEnded, RunStarted, StepCommitted
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.outcome import RunFailed
+from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
+from asyncflow.run.launch import resume
+from protocols.control.events import RunEnded, RunStarted, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 

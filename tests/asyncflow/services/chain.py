@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from asyncflow.services.endpoint import Endpoint, ask
-from asyncflow.services.parts import Part, pack
+from asyncflow.services.channels.endpoint import Endpoint, ask
+from asyncflow.services.channels.shard_refs import Part, pack
+from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
-from asyncflow.services.spec import ServiceSpec, Target
-from protocols.columns import Batch
-from protocols.delivery import Delivery, EdgeStatistics, ServiceStatistics
-from protocols.ids import sample_id
-from protocols.notices import Settled
-from protocols.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
+from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
+from protocols.control.notices import Settled
+from protocols.control.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
+from protocols.data.columns import Batch
+from protocols.data.ids import sample_id
 from tests.asyncflow.services import specs
 
 A_EDGE, B_EDGE, C_EDGE = "a.double#1.0", "b.double#1.0", "c.keep#1.0"

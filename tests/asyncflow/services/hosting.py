@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.endpoint import Frame, Payload, PayloadLost, ServiceGone
-from asyncflow.services.host import Host
+from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, ServiceGone
+from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime.local import LocalRanks
 from asyncflow.services.runtime.local_store import LocalStore
-from asyncflow.services.spec import ServiceSpec
-from protocols import codec
-from protocols.columns import Batch
-from protocols.delivery import Delivery
-from protocols.notices import Notice
-from protocols.requests import Reply, Request
+from asyncflow.services.stage_context import Host
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Notice
+from protocols.control.requests import Reply, Request
+from protocols.data import codec
+from protocols.data.columns import Batch
 
 
 class Consumer:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncflow.services.endpoint import Frame
-from asyncflow.services.parts import Part, pack
+from asyncflow.services.channels.endpoint import Frame
+from asyncflow.services.channels.shard_refs import Part, pack
 from asyncflow.services.runtime.local_store import LocalStore
-from protocols.columns import Batch, Jagged
-from protocols.messages import Finish, LogProbs, Rollouts, Scores, Values
+from protocols.data.columns import Batch, Jagged
+from protocols.data.messages import Finish, LogProbs, Rollouts, Scores, Values
 from protocols.stage import Failure
 
 

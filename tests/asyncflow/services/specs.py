@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols.messages import LogProbs
+from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
+from protocols.data.messages import LogProbs
 
 WORKERS = "tests.asyncflow.services.workers"
 

@@ -13,16 +13,16 @@ from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncflow.observe.exporter import Exporter
+from asyncflow.services.channels.shard_refs import Part
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
-from asyncflow.services.host import Host
-from asyncflow.services.parts import Part
+from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
-from asyncflow.services.spec import ServiceSpec, StageSpec, Target
-from protocols.columns import concat
-from protocols.delivery import Delivery
-from protocols.ids import prompt_of
-from protocols.messages import Prompts, Rollouts, Scores
-from protocols.notices import Generated, LeaseAsked, LeaseReturned, Notice
+from asyncflow.services.stage_context import Host
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Generated, LeaseAsked, LeaseReturned, Notice
+from protocols.data.columns import concat
+from protocols.data.ids import prompt_of
+from protocols.data.messages import Prompts, Rollouts, Scores
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, Version
@@ -30,8 +30,8 @@ from tests import tiny
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.hosting import Consumer
 from workers.generation.torch import TorchEngine
-from workers.models import load_causal
 from workers.settings import Generation
+from workers.training.models import load_causal
 
 SAMPLING = Sampling(max_tokens=4)
 CONTEXT = 32

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from asyncflow.services.parts import Part
+from asyncflow.services.channels.shard_refs import Part
 from asyncflow.services.runtime.local import LocalRuntime
-from protocols.columns import Batch
-from protocols.ids import prompt_of
+from protocols.data.columns import Batch
+from protocols.data.ids import prompt_of
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
 

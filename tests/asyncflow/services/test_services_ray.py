@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asyncflow.services.parts import pack_apart
+from asyncflow.services.channels.shard_refs import pack_apart
 from asyncflow.services.runtime.ray import RayRuntime
 from asyncflow.services.runtime.shared import SharedFrame
 from tests.asyncflow.services import rows

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from asyncflow.services.endpoint import causes
-from asyncflow.services.host import Host
-from asyncflow.services.losses import MOST_TIMES
-from asyncflow.services.parts import Part
-from asyncflow.services.spec import StageSpec, Target
+from asyncflow.services.channels.endpoint import causes
+from asyncflow.services.channels.lost_rows import MOST_TIMES
+from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.ranks.spec import StageSpec, Target
+from asyncflow.services.stage_context import Host
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
-from protocols.delivery import Delivery
-from protocols.ids import prompt_of, sample_id
-from protocols.messages import LogProbs, Metrics
-from protocols.notices import Notice, RowsLost, Settled, StepDone
-from protocols.requests import CloseBatch, Done
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Notice, RowsLost, Settled, StepDone
+from protocols.control.requests import CloseBatch, Done
+from protocols.data.ids import prompt_of, sample_id
+from protocols.data.messages import LogProbs, Metrics
 from protocols.stage import Measured
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer, SomeAreGone, hosted

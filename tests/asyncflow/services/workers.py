@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from asyncflow.services.spec import ServiceSpec
-from protocols.columns import take
-from protocols.messages import LogProbs, Metrics
+from asyncflow.services.ranks.spec import ServiceSpec
+from protocols.data.columns import take
+from protocols.data.messages import LogProbs, Metrics
 from protocols.stage import Failure, Measured, Partial, stage
 
 PATIENCE_SECONDS = 30.0

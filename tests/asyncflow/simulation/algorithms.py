@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.trace import Flow, trace
-from protocols.messages import Costs, Experience, LogProbs, Rollouts, Scores, Values
+from protocols.data.messages import Costs, Experience, LogProbs, Rollouts, Scores, Values
 from protocols.roles import GREEDY, ROLES, Reward
 from protocols.stage import stage
 

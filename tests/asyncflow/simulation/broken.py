@@ -7,15 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from asyncflow.control.prompt_book import PromptBook
-from asyncflow.control.staleness import Admission, Ready, choose_batch
-from asyncflow.placement.lease import Claim, PoolLease, shared_leases
-from asyncflow.services.outbox import Outbox
-from asyncflow.services.prompt_join import PromptJoin
-from asyncflow.services.row_table import Arrival, Joined, RowTable
-from protocols.columns import Batch
-from protocols.ids import prompt_of
-from protocols.notices import Settled
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.staleness import Admission, Ready, choose_batch
+from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
+from asyncflow.services.channels.outbox import Outbox
+from asyncflow.services.channels.prompt_join import PromptJoin
+from asyncflow.services.channels.row_table import Arrival, Joined, RowTable
+from protocols.control.notices import Settled
+from protocols.data.columns import Batch
+from protocols.data.ids import prompt_of
 from protocols.stage import Failure, Grain
 
 # --- joins

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from asyncflow.control.staleness import Ready, check_age
+from asyncflow.control.admission.staleness import Ready, check_age
 from asyncflow.dataflow.graph import SOURCE
-from protocols.ids import BASELINE_INDEX, prompt_id, sample_id
-from protocols.notices import Settled
+from protocols.control.notices import Settled
+from protocols.data.ids import BASELINE_INDEX, prompt_id, sample_id
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rows import Owner, Request
 from tests.asyncflow.simulation.stages import TrainingStage

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from asyncflow.placement.lease import shared_leases
-from protocols.ids import prompt_id, prompt_of, sample_id
+from asyncflow.control.device_lease import shared_leases
+from protocols.data.ids import prompt_id, prompt_of, sample_id
 from tests.asyncflow.simulation.configuration import Config
 from tests.asyncflow.simulation.fingerprint import fingerprint, like_enough
 from tests.asyncflow.simulation.fork import fork

@@ -19,12 +19,12 @@ from typing import Any
 
 import msgspec
 
-from asyncflow.control.prompt_book import _oldest as oldest_of
-from asyncflow.placement.lease import PoolLease, shared_leases
-from asyncflow.services.outbox import Outbox
-from asyncflow.services.row_table import RowTable
-from protocols.columns import Batch
-from protocols.ids import BASELINE_INDEX, index_of, place_of, prompt_of
+from asyncflow.control.admission.inflight_prompts import _oldest as oldest_of
+from asyncflow.control.device_lease import PoolLease, shared_leases
+from asyncflow.services.channels.outbox import Outbox
+from asyncflow.services.channels.row_table import RowTable
+from protocols.data.columns import Batch
+from protocols.data.ids import BASELINE_INDEX, index_of, place_of, prompt_of
 from protocols.stage import Failure
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Delivery

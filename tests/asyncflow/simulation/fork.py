@@ -7,13 +7,13 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from asyncflow.control.prompt_book import PromptBook
-from asyncflow.control.staleness import Admission
-from asyncflow.placement.lease import PoolLease
-from asyncflow.services.ended import EndedPrompts
-from asyncflow.services.outbox import Outbox
-from asyncflow.services.prompt_join import PromptJoin
-from asyncflow.services.row_table import RowTable, _Row
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.staleness import Admission
+from asyncflow.control.device_lease import PoolLease
+from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.outbox import Outbox
+from asyncflow.services.channels.prompt_join import PromptJoin
+from asyncflow.services.channels.row_table import RowTable, _Row
 from tests.asyncflow.simulation.controller import Controller, Training
 from tests.asyncflow.simulation.generation import Engine, Running
 from tests.asyncflow.simulation.network import Network

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from asyncflow.dataflow.graph import Stage as Call
-from protocols.ids import prompt_of
+from protocols.data.ids import prompt_of
 from protocols.stage import Failure
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rows import Request, Row

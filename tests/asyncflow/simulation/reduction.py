@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from protocols.ids import prompt_of
+from protocols.data.ids import prompt_of
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rules import joins_never_refuse

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protocols.columns import Batch, Jagged
-from protocols.messages import Costs, LogProbs, Rollouts, Scores, Values
+from protocols.data.columns import Batch, Jagged
+from protocols.data.messages import Costs, LogProbs, Rollouts, Scores, Values
 
 Owner = tuple[str, int]  # a service, and how often it had been restarted
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from asyncflow.control.prompt_book import PromptBook
-from asyncflow.control.staleness import Admission
-from asyncflow.placement.lease import PoolLease, shared_leases
-from asyncflow.services.mailbox import has_room
-from asyncflow.services.outbox import Outbox
-from asyncflow.services.prompt_join import PromptJoin
-from asyncflow.services.row_table import RowTable
-from protocols.ids import sampling_seed
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.staleness import Admission
+from asyncflow.control.device_lease import PoolLease, shared_leases
+from asyncflow.services.channels.mailbox import has_room
+from asyncflow.services.channels.outbox import Outbox
+from asyncflow.services.channels.prompt_join import PromptJoin
+from asyncflow.services.channels.row_table import RowTable
+from protocols.data.ids import sampling_seed
 
 
 def joins_never_refuse(join: PromptJoin, position: int, samples: list[int]) -> bool:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from asyncflow.placement.lease import Claim, PoolLease
+from asyncflow.control.device_lease import Claim, PoolLease
 from tests.asyncflow.simulation.network import Action
 from tests.asyncflow.simulation.rows import Owner
 

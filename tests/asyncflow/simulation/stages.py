@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from asyncflow.dataflow.graph import Stage as Call
-from protocols.columns import Batch
-from protocols.ids import prompt_of
-from protocols.messages import Values
+from protocols.data.columns import Batch
+from protocols.data.ids import prompt_of
+from protocols.data.messages import Values
 from protocols.stage import Failure
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rows import Request, Row, contents, message

@@ -7,10 +7,10 @@ from itertools import permutations
 
 import pytest
 
-from asyncflow.services.prompt_join import PromptJoin
-from protocols.ids import BASELINE_INDEX, sample_id
-from protocols.messages import LogProbs, Rollouts, Scores
-from protocols.notices import Settled
+from asyncflow.services.channels.prompt_join import PromptJoin
+from protocols.control.notices import Settled
+from protocols.data.ids import BASELINE_INDEX, sample_id
+from protocols.data.messages import LogProbs, Rollouts, Scores
 from protocols.stage import Failure, Grain
 from tests.asyncflow.simulation.rows import Row, contents, message
 

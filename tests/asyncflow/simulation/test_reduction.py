@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from asyncflow.control.staleness import StalenessExceeded
-from asyncflow.placement.lease import Claim
+from asyncflow.control.admission.staleness import StalenessExceeded
+from asyncflow.control.device_lease import Claim
 from tests.asyncflow.simulation import broken
 from tests.asyncflow.simulation.configuration import Config, Faults
 from tests.asyncflow.simulation.exhaustive import explore, in_any_turn, starts

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from protocols.ids import prompt_of
+from protocols.data.ids import prompt_of
 from tests.asyncflow.simulation import broken
 from tests.asyncflow.simulation.configuration import Config, Faults
 from tests.asyncflow.simulation.network import Action

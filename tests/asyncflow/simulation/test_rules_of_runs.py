@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncflow.control.ledger import Ledger, LedgerError
-from asyncflow.control.waits import WaitBoard
-from asyncflow.services.prompt_join import PromptJoin
-from protocols.ids import sample_id, sampling_seed
-from protocols.messages import Rollouts, Scores
-from protocols.notices import Waiting
+from asyncflow.control.store.ledger import Ledger, LedgerError
+from asyncflow.control.supervision.wait_graph import WaitBoard
+from asyncflow.services.channels.prompt_join import PromptJoin
+from protocols.control.notices import Waiting
+from protocols.data.ids import sample_id, sampling_seed
+from protocols.data.messages import Rollouts, Scores
 from protocols.weights import BadWeights, Version, WeightManifest
 from tests.asyncflow.simulation import broken
 from tests.asyncflow.simulation.configuration import Config, Faults

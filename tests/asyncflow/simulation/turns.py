@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from asyncflow.placement.lease import Claim, PoolLease, shared_leases
+from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
 from tests.asyncflow.simulation.network import Action
 
 if TYPE_CHECKING:

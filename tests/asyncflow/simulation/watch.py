@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from asyncflow.control.staleness import Admission
-from asyncflow.placement.lease import PoolLease
+from asyncflow.control.admission.staleness import Admission
+from asyncflow.control.device_lease import PoolLease
 from tests.asyncflow.simulation.turns import OpenLease
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 
+from asyncflow.control.device_lease import Claim
 from asyncflow.dataflow.graph import ADVANTAGE
 from asyncflow.dataflow.graph import Stage as Call
-from asyncflow.placement.lease import Claim
-from protocols.ids import prompt_of
-from protocols.notices import Waiting
+from protocols.control.notices import Waiting
+from protocols.data.ids import prompt_of
 from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
 from tests.asyncflow.simulation.controller import Controller
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from protocols.messages import Costs, Metrics
+from protocols.data.messages import Costs, Metrics
 from protocols.stage import Measured, Stateful
 from tests.workers.advantages import batches
 from workers.advantages.adaptive_kl import KlSteering, steered, steered_state, steering_of, without_steering

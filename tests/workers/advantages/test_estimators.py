@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.columns import Jagged
-from protocols.messages import Experience, Rollouts
+from protocols.data.columns import Jagged
+from protocols.data.messages import Experience, Rollouts
 from protocols.stage import Measured
 from tests.workers.advantages.batches import MASK, reference, rollouts, scores, values
 from workers.advantages.dapo import dapo

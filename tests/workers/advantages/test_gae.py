@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.columns import Jagged, take
-from protocols.messages import LogProbs, Rollouts, Scores, Values
+from protocols.data.columns import Jagged, take
+from protocols.data.messages import LogProbs, Rollouts, Scores, Values
 from tests.workers.advantages import batches
 from tests.workers.advantages.batches import GROUPS, MASK, column
 from workers.advantages.gae import advantages_and_returns, gae

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from protocols.columns import Jagged, take
-from protocols.messages import Experience, Scores
+from protocols.data.columns import Jagged, take
+from protocols.data.messages import Experience, Scores
 from protocols.stage import Measured
 from tests.workers.advantages.batches import GROUPS, MASK, reference, rollouts, scores
 from workers.advantages.dapo import dapo, overlong_penalty, worth_training

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.messages import Costs, Experience, Scores
+from protocols.data.messages import Costs, Experience, Scores
 from protocols.stage import Stateful
 from tests.workers.advantages.batches import MASK, reference, rollouts, scores, values
 from workers.advantages.gae import gae

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from protocols.messages import Rollouts
+from protocols.data.messages import Rollouts
+from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.roles import Sampling
-from protocols.topology import GenerationGrouping, Topology
 from protocols.weights import BadWeights, Probe
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
-from workers.parallel_policy import ParallelPolicy
+from workers.roles.parallel_policy import ParallelPolicy
 from workers.settings import Generation, Loss, Model, Optimizer
 
 pytestmark = pytest.mark.vllm

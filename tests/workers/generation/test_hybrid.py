@@ -11,23 +11,23 @@ import torch
 from msgspec.structs import replace
 from transformers import Qwen2ForCausalLM
 
-from protocols.columns import take
-from protocols.messages import Prompts, Rollouts
+from protocols.data.columns import take
+from protocols.data.messages import Prompts, Rollouts
+from protocols.layout.topology import GenerationGrouping, Topology
+from protocols.layout.transfer import protocol
 from protocols.roles import Sampling
 from protocols.stage import Failure
-from protocols.topology import GenerationGrouping, Topology
-from protocols.transfer import protocol
 from protocols.weights import Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
 from workers.generation.hybrid import draw_all, hybrid_generator
 from workers.generation.torch import TorchEngine
-from workers.hybrid_engine import HybridEngine
-from workers.models import load_causal
-from workers.parallel import ParallelModel
-from workers.parallel_policy import ParallelPolicy
-from workers.policy import PolicyWorker
+from workers.parallel.model import ParallelModel
+from workers.resharding.hybrid_engine import HybridEngine
+from workers.roles.parallel_policy import ParallelPolicy
+from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
+from workers.training.models import load_causal
 
 SWITCHES = ["1-2-1 -> 1-1", "2-1-1 -> 1-1", "2-1-1 -> 2-1", "1-2-2 -> 1-1", "2-2-1 -> 2-2", "2-2-1 -> 1-2"]
 SAMPLED, GREEDY = Sampling(max_tokens=12, temperature=0.8), Sampling(max_tokens=12, temperature=0.0)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from protocols.messages import Finish, Prompts
+from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from workers.generation.engine import FinishedRow, to_rollouts
 from workers.generation.torch import TorchEngine, draw
-from workers.models import canonical_tensors, load_causal
 from workers.settings import Generation
+from workers.training.models import canonical_tensors, load_causal
 
 RUN_SEED = 7
 PROBE = "12+34=46"

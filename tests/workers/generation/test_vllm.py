@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from protocols import weights
-from protocols.messages import Finish, Prompts
+from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version
 from tests import tiny
 from workers.generation.engine import FinishedRow
 from workers.generation.vllm import VllmEngine
-from workers.models import canonical_tensors, load_causal
 from workers.settings import Generation
+from workers.training.models import canonical_tensors, load_causal
 
 pytestmark = pytest.mark.vllm
 

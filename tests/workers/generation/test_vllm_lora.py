@@ -13,7 +13,7 @@ from tests import tiny
 from tests.workers.batches import experience
 from workers.generation.merging import MergingEngine
 from workers.generation.vllm import VllmEngine
-from workers.policy import PolicyWorker
+from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
 
 pytestmark = pytest.mark.vllm

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.columns import Array, Jagged
-from protocols.messages import Experience
+from protocols.data.columns import Array, Jagged
+from protocols.data.messages import Experience
 from tests import tiny
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate, Tokens
-from workers.models import load_causal
-from workers.policy import PolicyWorker
+from workers.roles.policy import PolicyWorker
 from workers.settings import Correction, Generation, Loss, Model, Optimizer
+from workers.training.models import load_causal
 
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import ray
 
-from asyncflow.placement.devices import CATALOGUE
-from asyncflow.services.endpoint import ServiceError
+from asyncflow.planner.costs.devices import CATALOGUE
+from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime import pools
 from asyncflow.services.runtime.pools import PoolRequest, ReservedPools, bundle_of, refuse_shortage, shares_of
-from asyncflow.services.spec import ServiceSpec
 from tests.asyncflow.services.specs import service
 
 CPUS = {"CPU": 2.0}

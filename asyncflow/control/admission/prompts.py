@@ -1,0 +1,91 @@
+"""Where prompts come from: a data file in an order of its own, each prompt with a deterministic id.
+
+The order of an epoch is a permutation drawn from (run seed, epoch) alone, so the cursor is one number and no
+other generator's state decides it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from tokenizers import Tokenizer
+
+from protocols.data.columns import Jagged
+from protocols.data.ids import BASELINE_INDEX, EVALUATION_EPOCH, prompt_id, prompt_of, sample_id
+from protocols.data.ids import place_of as place_of_prompt
+from protocols.data.messages import Prompts
+
+
+class DataRow(msgspec.Struct, frozen=True):
+    """One row of the data file."""
+
+    prompt: str
+    reference: str
+
+
+class PromptSource:
+    """Tokenized prompts by place, and the order in which they are admitted.
+
+    Raises ValueError for a tokenizer that can't be read and for a row whose prompt has no token.
+    """
+
+    def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int) -> None:
+        tokenizer = _tokenizer(Path(tokenizer_folder) / "tokenizer.json")
+        self.rows = rows
+        encoded = tokenizer.encode_batch([r.prompt for r in rows], add_special_tokens=False)
+        self._tokens = [np.array(e.ids, np.int32) for e in encoded]
+        if empty := [number for number, tokens in enumerate(self._tokens, 1) if not len(tokens)]:
+            raise ValueError(f"row {empty[0]} has an empty prompt")
+        self._seed = seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(t) for t in self._tokens)
+
+    def at(self, cursor: int) -> int:
+        """The id of the prompt at a cursor that counts admitted prompts from 0 over all epochs.
+
+        Raises ValueError behind the last epoch that ids of training rows have.
+        """
+        epoch, position = divmod(cursor, len(self.rows))
+        if epoch >= EVALUATION_EPOCH:
+            raise ValueError(f"prompt {cursor} is in epoch {epoch} of {len(self)} rows; ids end at {EVALUATION_EPOCH}")
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.rows)))
+        return prompt_id(epoch, int(self._order[1][position]))
+
+    def requests(self, prompts: list[int], samples_per_prompt: int, floor: int) -> Prompts:
+        """One row a sample of the given prompts, admitted at version `floor`."""
+        return self._rows_of([sample_id(p, i) for p in prompts for i in range(samples_per_prompt)], floor)
+
+    def baselines(self, prompts: list[int], floor: int) -> Prompts:
+        """One greedy row a prompt."""
+        return self._rows_of([sample_id(p, BASELINE_INDEX) for p in prompts], floor)
+
+    def evaluation(self, floor: int, limit: int) -> Prompts:
+        """One row for each of the first `limit` rows of the file (0: all), for evaluation."""
+        count = min(limit or len(self), len(self))
+        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, i), 0) for i in range(count)], floor)
+
+    def _rows_of(self, samples: list[int], floor: int) -> Prompts:
+        rows = [place_of_prompt(prompt_of(s))[1] for s in samples]
+        return Prompts(
+            sample_ids=np.array(samples, np.int64),
+            prompts=Jagged.from_rows([self._tokens[r] for r in rows], np.int32),
+            references=Jagged.from_texts([self.rows[r].reference for r in rows]),
+            floors=np.full(len(samples), floor, np.int64),
+        )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer {path} can't be read: {error}") from error

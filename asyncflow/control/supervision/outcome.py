@@ -1,0 +1,45 @@
+"""How a run ends: all that went wrong as one outcome, with one exit code. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from asyncflow.control.admission.staleness import StalenessExceeded
+from asyncflow.control.store.ledger import LedgerError
+from asyncflow.services.channels.endpoint import ServiceError, causes
+from asyncflow.services.weight_sync import PublicationFailed
+
+
+class RunFailed(Exception):
+    """The run can't go on: the message says what happened, where, and what to try."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a run's errors mean for its end."""
+
+    exit_code: int
+    text: str
+    unexpected: bool
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """One outcome for all errors of a run: every cause is told, and a broken invariant decides the exit code."""
+    leaves = list(_leaves(error))
+    broken = any(isinstance(e, LedgerError | StalenessExceeded) for e in leaves)
+    unexpected = any(not isinstance(e, _FORESEEN) for e in leaves)
+    prefix = "an invariant is broken: " if broken else "unexpected, see logs/controller.log: " if unexpected else ""
+    told = dict.fromkeys(str(e) if isinstance(e, _FORESEEN) else causes(e) for e in leaves)
+    return Outcome(3 if broken else 1, prefix + "; ".join(told), unexpected)
+
+
+_FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

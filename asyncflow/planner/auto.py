@@ -1,0 +1,136 @@
+"""`placement = "auto"`: the placements that this build can run on some devices, simulated, and the best of them taken.
+
+A bound passes over those that can't win.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.planner.calibration.calibration import Calibration, read_calibration
+from asyncflow.planner.candidates import candidates, kinds_of
+from asyncflow.planner.costs.devices import CATALOGUE, Refused
+from asyncflow.planner.costs.workload import Lengths, work_of
+from asyncflow.planner.simulation.scenario import Scenario
+from asyncflow.planner.simulation.scenarios import of_recipe, shapes_of
+from asyncflow.planner.simulation.simulator import Simulated, simulate
+from asyncflow.recipe.config import BadInput, Recipe
+
+AUTO = "auto"
+SHORT_STEPS = 4  # that look alike, of each candidate's simulation
+SAME = 1.02  # steps that are this near count as equal: then fewer pools win
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A placement that can be run, and how it did."""
+
+    recipe: Recipe  # with its pools and its placement
+    simulated: Simulated
+
+    @property
+    def name(self) -> str:
+        """Pools with their services: "policy+critic on 1, generator on 1"."""
+        services: dict[str, list[str]] = {pool: [] for pool in self.recipe.pools}
+        for service, placed in self.recipe.placement.items():
+            services[placed.pool].append(service)
+        return ", ".join(f"{'+'.join(own)} on {self.recipe.pools[pool].devices}" for pool, own in services.items())
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The best placement, the next one, and how many were looked at."""
+
+    chosen: Found
+    runner_up: Found | None
+    candidates: int
+    devices: str  # "8xA100-80G + 4xH100"
+
+
+def place(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration | None = None) -> Choice:
+    """Choose pools and placement for a recipe. Raises BadInput, with the numbers, where nothing fits.
+
+    `calibration` describes the devices; without it the recipe's pools do, or what is here.
+    """
+    kinds = kinds_of(recipe, calibration)
+    told = " + ".join(str(kind.cluster) for kind in kinds)
+    try:
+        models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
+        hopeful = list(candidates(recipe, dataflow, models, kinds, prompt))
+    except ValueError as error:
+        raise BadInput(f"placement = 'auto': {error}") from None
+    if not hopeful:
+        names = ", ".join(model.label for model in models)
+        raise BadInput(f"placement = 'auto': this version runs no placement of {names} on {told}")
+    devices = {kind.device: kind.calibration.device for kind in kinds}
+    found = _simulated([(of_recipe(one, dataflow, prompt, kinds[0].calibration, devices), one) for one in hopeful])
+    fastest = min(one.simulated.step_s for one in found)
+    found.sort(key=lambda one: (one.simulated.step_s > SAME * fastest, len(one.recipe.pools), one.simulated.step_s))
+    others = sorted(found[1:], key=lambda one: one.simulated.step_s)
+    return Choice(found[0], others[0] if others else None, len(hopeful), told)
+
+
+def check_devices(recipe: Recipe) -> Recipe:
+    """The recipe with its calibrations' files by full path. Raises BadInput for a device that nobody knows."""
+    pools = {}
+    for name, pool in recipe.pools.items():
+        known = not pool.device or pool.device in CATALOGUE
+        device = pool.device if known else str(Path(pool.device).absolute())
+        try:
+            if not known:
+                read_calibration(device)
+        except Refused as refused:
+            raise BadInput(f"pools.{name}: {refused}") from None
+        pools[name] = msgspec.structs.replace(pool, device=device)
+    return msgspec.structs.replace(recipe, pools=pools)
+
+
+def _simulated(scenarios: list[tuple[Scenario, Recipe]]) -> list[Found]:
+    """Those that could win, simulated; the most hopeful first, so that the bound passes over the others."""
+    hopeful = sorted(((bound_s(s), i) for i, (s, _) in enumerate(scenarios)), key=lambda pair: pair[0])
+    found: list[Found] = []
+    for bound, number in hopeful:
+        if len(found) > 1 and bound > sorted(one.simulated.step_s for one in found)[1]:
+            break  # neither the best nor the runner-up
+        scenario, candidate = scenarios[number]
+        steps = min(scenario.pace.steps, scenario.steady.start + SHORT_STEPS + scenario.pace.staleness)
+        pace = msgspec.structs.replace(scenario.pace, steps=steps)
+        found.append(Found(candidate, simulate(msgspec.structs.replace(scenario, pace=pace))))
+    return found
+
+
+def bound_s(scenario: Scenario) -> float:
+    """Seconds a step that no schedule beats: the busiest pool's work, and all work on the cores; at staleness 0 also
+    drawing and training one after the other.
+    """
+    work = {service: sum(seconds) for service in scenario.pools if (seconds := _work_s(scenario, service))}
+    pools: dict[str, float] = {}
+    for service, seconds in work.items():
+        if pool := scenario.pools[service]:
+            pools[pool] = pools.get(pool, 0.0) + seconds
+    bounds = [*pools.values(), sum(work.values()) / scenario.cores if scenario.cores else 0.0]
+    if not scenario.pace.staleness:
+        drawing = next(host for stage, host in scenario.hosts.items() if scenario.dataflow.stage(stage).generates)
+        bounds.append(_work_s(scenario, drawing)[0] + _work_s(scenario, "policy")[2])
+    return max(bounds)
+
+
+def _work_s(scenario: Scenario, service: str) -> tuple[float, float, float]:
+    """Seconds a step of drawing, inference and training, in calls as large as they can be."""
+    speed, rows = scenario.speeds[service], scenario.samples_per_step
+    prompt, response = scenario.prompt.mean, scenario.response.mean
+    drawing = inference = training = 0.0
+    for stage in scenario.dataflow.stages:
+        if scenario.hosts[stage.name] != service:
+            continue
+        delay = scenario.delays.get(service, {}).get(stage.method, 0.0)
+        if stage.generates:
+            running = min(rows / speed.engines, speed.slots)
+            rounds = rows / speed.engines / running
+            drawing += delay + rounds * response * speed.decode_s(running, prompt + response / 2)
+        elif stage.is_sink:
+            training += delay + speed.update_s([round(prompt + response)] * rows)
+        else:
+            inference += delay + speed.forward_s([round(prompt + response)] * rows)
+    return drawing, inference, training

@@ -1,0 +1,130 @@
+"""A recipe's workers in this process, as its services would build them, and rows to give them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from functools import cached_property, partial
+
+import msgspec
+import numpy as np
+
+from asyncflow.control.admission.prompts import PromptSource
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.planner.calibration.calibration import Timed
+from asyncflow.planner.calibration.machine import Sizes, median_s
+from asyncflow.planner.simulation.scenarios import shapes_of
+from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.service_specs import GENERATOR, compose
+from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.worker_factory import build
+from protocols.data.columns import Batch, Jagged
+from protocols.data.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
+from protocols.weights import Version
+from workers.generation.engine import Engine
+
+
+class Workbench:
+    """From its making until `close`."""
+
+    def __init__(
+        self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes, only: Collection[str] = ()
+    ) -> None:
+        """`only` these services, and none of them generates; by default all."""
+        self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
+        self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
+        names = only or self.specs.keys() - {"evaluator"}
+        self.places = {name: build(_alone(self.specs[name], generates=not only)) for name in names}
+        self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
+        self._dice = np.random.default_rng(recipe.seed)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that draws, with the policy's weights in it."""
+        policy = self.places["policy"]
+        engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
+        assert engine is not None
+        if engine.version is None:
+            engine.load(*policy.worker.snapshot(Version(0, 0)))
+        return engine
+
+    def close(self) -> None:
+        """Free the workers."""
+        for place in self.places.values():
+            place.close()
+
+    def prompts(self, rows: int) -> Prompts:
+        """The recipe's own prompts, one row each."""
+        ids = [self.source.at(position) for position in range(rows)]
+        return self.source.requests(ids, 1, 0)
+
+    def rollouts(self, rows: int, tokens: int) -> Rollouts:
+        """The recipe's own prompts with responses of so many random tokens."""
+        prompts = self.prompts(rows)
+        responses = Jagged.from_rows(list(self._dice.integers(2, self._vocabulary, (rows, tokens)).astype(np.int32)))
+        return Rollouts(
+            sample_ids=prompts.sample_ids,
+            prompts=prompts.prompts,
+            references=prompts.references,
+            responses=responses,
+            log_probs=responses.with_values(np.full(rows * tokens, -3.0, np.float32)),
+            versions=responses.with_values(np.zeros(rows * tokens, np.int32)),
+            loss_mask=responses.with_values(np.ones(rows * tokens, np.uint8)),
+            finishes=np.zeros(rows, np.uint8),
+        )
+
+    def experience(self, rows: int, tokens: int) -> Experience:
+        """Such rows with small random advantages."""
+        drawn = self.rollouts(rows, tokens)
+        noise = drawn.log_probs.with_values(self._dice.normal(0, 0.1, rows * tokens).astype(np.float32))
+        columns = dict.fromkeys(("advantages", "returns", "values", "reference", "cost_returns", "cost_values"), noise)
+        return Experience(
+            sample_ids=drawn.sample_ids, prompts=drawn.prompts, responses=drawn.responses,
+            loss_mask=drawn.loss_mask, log_probs=drawn.log_probs, **columns,
+        )  # fmt: skip
+
+
+def _alone(spec: ServiceSpec, generates: bool) -> ServiceSpec:
+    """The service as one that has no other ranks."""
+    stages = [stage for stage in spec.stages if generates or stage.fires != "generate"]
+    return msgspec.structs.replace(spec, collective=False, stages=stages)
+
+
+def message_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
+    """A message of some type about the same rows."""
+    ids, rows = rollouts.sample_ids, len(rollouts)
+    match kind.__name__:
+        case "LogProbs":
+            return LogProbs(sample_ids=ids, log_probs=rollouts.log_probs)
+        case "Values":
+            return Values(sample_ids=ids, values=rollouts.log_probs, versions=np.zeros(rows, np.int64))
+        case "Scores":
+            return Scores(sample_ids=ids, scores=np.arange(rows, dtype=np.float32))
+        case "Costs":
+            return Costs(sample_ids=ids, costs=np.arange(rows, dtype=np.float32))
+        case _:
+            return rollouts
+
+
+def forward_calls(bench: Workbench, tokens: int) -> list[Timed]:
+    """Inference of the policy's shape, over rows that fit one micro-batch."""
+    place = bench.places.get("reference") or bench.places["policy"]
+    timed = []
+    for rows in bench.sizes.rows:
+        rollouts = bench.rollouts(rows, tokens)
+        if rollouts.token_counts.max() * rows <= bench.recipe.loss.tokens_per_micro_batch:
+            seconds = median_s(partial(place.worker.log_probs, rollouts), bench.sizes.rounds)
+            timed.append(Timed(int(rollouts.token_counts.sum()), seconds))
+    return timed
+
+
+def update_calls(bench: Workbench, tokens: int) -> list[Timed]:
+    """A step of the policy: all of its optimizer steps together."""
+    timed = []
+    for rows in bench.sizes.trained_rows:
+        experience = bench.experience(rows * bench.recipe.loss.mini_batches, tokens)
+        if rows * experience.token_counts.max() <= bench.recipe.loss.tokens_per_micro_batch:
+            work = partial(bench.places["policy"].worker.update, experience)
+            seconds = median_s(work, bench.sizes.rounds)
+            timed.append(Timed(int(experience.token_counts.sum()), seconds))
+    return timed

@@ -1,0 +1,124 @@
+"""The placements of a recipe that are worth simulating: on accelerators the mapper's, on CPU slots every grouping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.planner.calibration.calibration import Calibration, read_calibration
+from asyncflow.planner.costs.devices import Cluster, Refused
+from asyncflow.planner.costs.workload import Lengths, ModelWork
+from asyncflow.planner.search.heterogeneous import Shared, shared_out
+from asyncflow.planner.search.mapper import placements
+from asyncflow.planner.simulation.scenarios import workload_of
+from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
+from asyncflow.recipe.service_specs import GENERATOR, REPLICATED, check_placement
+from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
+from protocols.layout.topology import Topology
+
+HOPEFUL = 8  # of the mapper's placements of each way to generate
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """Devices of one kind, and what a recipe's pools call it; "" is what there is."""
+
+    device: str
+    count: int
+    calibration: Calibration
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(self.calibration.device, self.count)
+
+
+def kinds_of(recipe: Recipe, calibration: Calibration | None) -> list[Kind]:
+    """The devices of a recipe's pools, or what is here. Raises BadInput.
+
+    `calibration` describes them, where it is given: then they are of one kind.
+    """
+    counts: dict[str, int] = {}
+    for pool in recipe.pools.values():
+        counts[pool.device] = counts.get(pool.device, 0) + pool.devices
+    kinds = [_kind(device, count, calibration) for device, count in counts.items()]
+    kinds = kinds or [_kind("", (os.cpu_count() or 1) * SLOTS_PER_CORE, calibration)]
+    told = ", ".join(str(kind.cluster) for kind in kinds)
+    if len({kind.device for kind in kinds}) < len(kinds):
+        raise BadInput(f"placement = 'auto': the pools have {told}: one calibration a kind of device")
+    if len(kinds) > 1 and any(kind.cluster.device.name == CPU_SLOT for kind in kinds):
+        raise BadInput(f"placement = 'auto': CPU slots share their cores and are mapped alone, the pools have {told}")
+    return kinds
+
+
+def _kind(device: str, count: int, calibration: Calibration | None) -> Kind:
+    try:
+        calibration = calibration or read_calibration(device or CPU_SLOT)
+    except Refused as refused:
+        raise BadInput(f"pools: {refused}") from None
+    if calibration.device.name == CPU_SLOT and not calibration.device.cores:
+        shared = msgspec.structs.replace(calibration.device, cores=float(os.cpu_count() or 1))
+        calibration = msgspec.structs.replace(calibration, device=shared)
+    return Kind(device and calibration.device.name, count, calibration)
+
+
+def candidates(
+    recipe: Recipe, dataflow: Dataflow, models: list[ModelWork], kinds: Sequence[Kind], prompt: Lengths
+) -> Iterator[Recipe]:
+    """The recipe in every placement worth simulating that passes the checks of a run."""
+    if kinds[0].cluster.device.name == CPU_SLOT:
+        placed = _groupings(recipe, models, kinds[0])
+    else:
+        workload = workload_of(recipe, prompt, kinds[0].calibration)
+        mapped = shared_out(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
+                            lambda model, topology: _runs(recipe, model, topology))  # fmt: skip
+        placed = (_of_mapper(recipe, shared, kinds) for shared in mapped)
+    for candidate in placed:
+        try:
+            check_placement(candidate, dataflow)
+        except BadInput:
+            continue  # e.g. vLLM without a generator of its own
+        yield candidate
+
+
+def _groupings(recipe: Recipe, models: list[ModelWork], kind: Kind) -> Iterator[Recipe]:
+    """Whole models on one slot each, in every grouping, with and without a generator of its own."""
+    roles = [model.role for model in models]
+    for services in (roles, [*roles, GENERATOR]):
+        for sets in placements((1 << len(services)) - 1):
+            grouped = [[s for i, s in enumerate(services) if mask >> i & 1] for mask in sets]
+            if len(grouped) <= kind.count and not any({"policy", GENERATOR} <= set(group) for group in grouped):
+                groups = {"_".join(group): dict.fromkeys(group, Placed("")) for group in grouped}
+                yield _with_pools(recipe, groups, dict.fromkeys(groups, Pool(1, kind.device)))
+
+
+def _of_mapper(recipe: Recipe, shared: Shared, kinds: Sequence[Kind]) -> Recipe:
+    groups, pools = {}, {}
+    for kind, placement in zip(kinds, shared, strict=True):
+        for pool in placement.pools if placement else ():
+            name = pool.name.replace("+", "_")
+            pools[name] = Pool(pool.devices, kind.device)
+            groups[name] = {
+                m.role: Placed("", parallel=m.parallel, generation=m.generation if m.role == "policy" else "")
+                for m in pool.models
+            }
+    return _with_pools(recipe, groups, pools)
+
+
+def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pools: dict[str, Pool]) -> Recipe:
+    placement = {
+        service: msgspec.structs.replace(placed, pool=pool)
+        for pool, services in groups.items()
+        for service, placed in services.items()
+    }
+    return msgspec.structs.replace(recipe, pools=pools, placement=placement, placed_by="")
+
+
+def _runs(recipe: Recipe, model: ModelWork, topology: Topology) -> bool:
+    """Whether this build runs a model at a topology: see compose.check_placement, which has the last word."""
+    if model.receives_from or recipe.models[model.role].lora.rank:
+        return topology.world_size == 1
+    return recipe.runtime != "local" or topology.world_size == 1 or (
+        topology.replica_size == 1 and model.role in REPLICATED
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""What a model's ranks hold: always, while its own stage runs, and what is left for keys and values. Bytes a device."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from asyncflow.planner.costs.costs import GRADIENT_BYTES, OPTIMIZER_BYTES, micro_rows
+from asyncflow.planner.costs.devices import GB
+from asyncflow.planner.costs.shapes import WEIGHT_BYTES, Shape
+from asyncflow.planner.costs.workload import ModelWork, Workload
+from protocols.layout.topology import Topology
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """Bytes of the heaviest rank of a layout, generation aside."""
+
+    weights: float  # always
+    optimizer: float  # always: master weights and moments, sharded over every rank
+    gradients: float  # while it trains
+    activations: float  # while it trains or infers
+
+    @property
+    def resident(self) -> float:
+        """Held through the whole step, whoever runs."""
+        return self.weights + self.optimizer
+
+    @property
+    def transient(self) -> float:
+        """Held only while one of the model's own stages runs."""
+        return self.gradients + self.activations
+
+    def __str__(self) -> str:
+        parts = {name: getattr(self, name) / GB for name in self.__struct_fields__}
+        return ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size)
+
+
+def footprint(model: ModelWork, topology: Topology, workload: Workload, recompute: bool) -> Footprint:
+    """What training and inference hold."""
+    own = model.shape.stage_parameters(topology.pp) / topology.tp
+    rows = math.ceil(workload.samples / (workload.mini_batches if model.trains else 1) / topology.dp)
+    tokens = max(micro_rows(rows, topology.pp, workload) * workload.sample_tokens, workload.longest_sample)
+    runs = model.trains or model.forwards
+    return Footprint(
+        weights=own * WEIGHT_BYTES,
+        optimizer=own * OPTIMIZER_BYTES / topology.dp if model.trains else 0.0,
+        gradients=own * GRADIENT_BYTES if model.trains else 0.0,
+        activations=_activations(model, topology, tokens, recompute) if runs else 0.0,
+    )
+
+
+def generation_bytes(shape: Shape, topology: Topology, pp: int, tp: int) -> float:
+    """Weights that generation adds to the training shard it contains."""
+    return max(0.0, shape.parameters * WEIGHT_BYTES * (1 / (pp * tp) - 1 / topology.replica_size))
+
+
+def kv_capacity(shape: Shape, pp: int, tp: int, free: float, workload: Workload) -> float:
+    """Sequences of mean length whose keys and values fit in `free` bytes a rank; 0 where the longest one does not."""
+    token = shape.kv_bytes(pp, tp)
+    if free < workload.longest_sample * token:
+        return 0.0
+    return free // (workload.sample_tokens * token)
+
+
+def _activations(model: ModelWork, topology: Topology, tokens: float, recompute: bool) -> float:
+    """Activations of the micro-batches in flight on the first stage, and the head's outputs in float32.
+
+    A layer keeps tokens x hidden x (10 + 24/t) bytes, attention's square not stored (Korthikanti et al., 2022);
+    with recomputation its input alone, and one layer at a time in full.
+    """
+    shape, pp, tp = model.shape, topology.pp, topology.tp
+    layer = tokens * shape.hidden * (10 + 24 / tp)
+    head = tokens * (shape.outputs or shape.vocabulary) / tp * 4
+    if not model.trains:
+        return layer + head
+    kept = tokens * shape.hidden * WEIGHT_BYTES if recompute else layer
+    return pp * shape.layers / pp * kept + layer + 2 * head

@@ -1,0 +1,164 @@
+"""What one step asks of the models: how many samples of what lengths, and which model does what with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import NormalDist
+
+import msgspec
+
+from asyncflow.dataflow.graph import Dataflow
+from asyncflow.planner.costs.devices import Refused
+from asyncflow.planner.costs.shapes import Shape
+
+QUANTILES = 64  # points that stand for a continuous distribution
+
+
+class Lengths(msgspec.Struct, frozen=True):
+    """A distribution of lengths in tokens: equally likely values, rising."""
+
+    tokens: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tokens or self.tokens[0] < 1 or any(a > b for a, b in pairwise(self.tokens)):
+            raise ValueError("lengths are one value or more, rising from at least 1 token")
+
+    @classmethod
+    def fixed(cls, tokens: float) -> Lengths:
+        """Every length the same."""
+        return cls((float(tokens),))
+
+    @classmethod
+    def measured(cls, lengths: Sequence[float]) -> Lengths:
+        """The lengths that were seen; of many, some evenly spaced in rank, the longest among them."""
+        tokens = sorted(map(float, lengths))
+        if len(tokens) > QUANTILES:
+            tokens = [tokens[i * (len(tokens) - 1) // (QUANTILES - 1)] for i in range(QUANTILES)]
+        return cls(tuple(tokens))
+
+    @classmethod
+    def long_tailed(cls, median: float, sigma: float, limit: float) -> Lengths:
+        """Log-normal with this median and spread, cut at the token limit, at the middles of equal shares."""
+        normal = NormalDist()
+        quantiles = (normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES))
+        return cls(tuple(min(limit, max(1.0, median * 2.718281828459045 ** (sigma * z))) for z in quantiles))
+
+    def under(self, limit: float, before: float) -> Lengths:
+        """The same source under a limit of so many tokens, where these lengths were seen under the limit `before`.
+
+        Who was cut goes on as all did until then: each further token is the last one with the share that ends had of
+        the tokens that were seen.
+        """
+        ended = [length for length in self.tokens if length < before]
+        hazard, cut = len(ended) / sum(self.tokens), len(self.tokens) - len(ended)
+        middles = ((i + 0.5) / cut for i in range(cut))
+        further = (math.log(1 - share) / math.log(1 - hazard) if hazard else math.inf for share in middles)
+        return Lengths(tuple(min(float(limit), length) for length in (*ended, *(before + f for f in further))))
+
+    @property
+    def mean(self) -> float:
+        return sum(self.tokens) / len(self.tokens)
+
+    @property
+    def maximum(self) -> float:
+        return self.tokens[-1]
+
+    def expected_maximum(self, draws: float) -> float:
+        """The expected longest of so many independent draws: the straggler that a batch waits for."""
+        count = len(self.tokens)
+        return sum(value * (((i + 1) / count) ** draws - (i / count) ** draws) for i, value in enumerate(self.tokens))
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """One step's data, and how training and generation cut it."""
+
+    prompts_per_step: int
+    prompt: Lengths
+    response: Lengths
+    samples_per_prompt: int = 1
+    mini_batches: int = 1  # optimizer steps a pass over the batch
+    epochs: int = 1
+    staleness: int = 0  # versions that a sample may be old; 0 is synchronous
+    micro_batch_tokens: int = 8192
+    running_sequences: int = 256  # that one engine decodes together, memory allowing
+
+    def __post_init__(self) -> None:
+        for field in ("prompts_per_step", "samples_per_prompt", "mini_batches", "epochs", "running_sequences"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"workload.{field} is {value}, and is at least 1")
+        if self.staleness < 0:
+            raise ValueError(f"workload.staleness is {self.staleness} versions, and is at least 0")
+
+    @property
+    def samples(self) -> int:
+        """Samples of a step."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def sample_tokens(self) -> float:
+        """Mean tokens of a sample, prompt and response."""
+        return self.prompt.mean + self.response.mean
+
+    @property
+    def longest_sample(self) -> float:
+        """Tokens of the longest sample that can occur."""
+        return self.prompt.maximum + self.response.maximum
+
+
+class ModelWork(msgspec.Struct, frozen=True):
+    """A model, and how often a step calls it over the whole batch."""
+
+    role: str
+    shape: Shape
+    generates: int = 0
+    forwards: int = 0
+    trains: bool = False
+    receives_from: str = ""  # the role whose weights it is sent each version: a generator apart from the policy
+    rereads: bool = False  # reads the batch once more before it trains on it in several optimizer steps
+
+    @property
+    def label(self) -> str:
+        return f"{self.role} ({self.shape.name})"
+
+
+def work_of(dataflow: Dataflow, shapes: Mapping[str, Shape]) -> list[ModelWork]:
+    """The models of an algorithm and their calls; services without a shape run no model (rules, advantages).
+
+    Raises Refused where the policy has no shape.
+    """
+    if "policy" not in shapes:
+        raise Refused(f"no shape for the policy; shapes are given for {', '.join(shapes) or 'no role'}")
+    works = []
+    for role in (service for service in dataflow.services if service in shapes):
+        stages = dataflow.stages_of(role)
+        generates, trains = sum(s.generates for s in stages), sum(s.is_sink for s in stages)
+        forwards = len(stages) - generates - trains
+        works.append(ModelWork(role, shapes[role], generates, forwards, trains > 0, rereads=role == "policy"))
+    return works
+
+
+def apart(models: Sequence[ModelWork]) -> list[ModelWork]:
+    """The same work with generation in a model of its own, which is sent the policy's weights."""
+    split = []
+    for model in models:
+        if model.generates and model.trains:
+            split.append(ModelWork("generator", model.shape, generates=model.generates, receives_from=model.role))
+            model = msgspec.structs.replace(model, generates=0)  # noqa: PLW2901
+        split.append(model)
+    return split
+
+
+def ppo(policy: Shape, critic: Shape | None = None) -> list[ModelWork]:
+    """PPO's four models, policy and reference of one shape, critic and reward model of another, as the paper has them.
+
+    The generator's own log-probs are the loss's: the policy does not read the batch once more.
+    """
+    scorer = (critic or policy).scoring()
+    return [
+        ModelWork("policy", policy, generates=1, trains=True),
+        ModelWork("critic", scorer, forwards=1, trains=True),
+        ModelWork("reference", policy, forwards=1),
+        ModelWork("reward", scorer, forwards=1),
+    ]

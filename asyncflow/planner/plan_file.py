@@ -1,0 +1,52 @@
+"""A plan's file: the pools and the placement that were chosen, as TOML that a recipe's `placement` may name.
+
+It may be edited in between: what is pinned passes the same checks as what a hand has written.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+import tomli_w
+
+from asyncflow.planner.auto import Choice
+from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
+
+
+class SavedPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A plan's file: what a recipe takes as its pools and its placement."""
+
+    pools: dict[str, Pool]
+    placement: dict[str, Placed]
+    predicted_step_seconds: float = 0.0
+    chosen_on: str = ""
+
+
+def save(choice: Choice, path: Path) -> None:
+    """Write a choice as a file that `placement` of a recipe may name."""
+    path.write_text(text_of(choice))
+
+
+def text_of(choice: Choice) -> str:
+    """A choice as TOML, to be read, edited and pinned."""
+    recipe = choice.chosen.recipe
+    saved = SavedPlan(
+        pools=recipe.pools,
+        placement=recipe.placement,
+        predicted_step_seconds=round(choice.chosen.simulated.step_s, 6),
+        chosen_on=choice.devices,
+    )
+    return tomli_w.dumps(msgspec.to_builtins(saved))
+
+
+def pinned(recipe: Recipe, path: str) -> Recipe:
+    """A recipe with the pools and the placement of a plan's file. Raises BadInput."""
+    try:
+        saved = msgspec.convert(tomllib.loads(Path(path).read_text("utf-8")), SavedPlan)
+    except OSError as error:
+        raise BadInput(f"placement = {path!r}: neither 'auto' nor a plan's file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise BadInput(f"placement = {path!r}: {error}") from error
+    return msgspec.structs.replace(recipe, pools=saved.pools, placement=saved.placement, placed_by="")

@@ -1,0 +1,281 @@
+"""A run in virtual time: what its steps, its idle devices and its staleness will be.
+
+    admit --> generate --> ... --> join --> batcher --> advantages --> updates --> publish --> commit
+
+Admission, age, order and waiting are decided by the run's own PromptBook; services take turns by the run's own
+lease. Lengths are drawn, so long tails show as stragglers and idle engines. Only time is made up.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
+
+import msgspec
+
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.staleness import Admission, Ready, check_age
+from asyncflow.dataflow.graph import SOURCE, Stage
+from asyncflow.planner.costs.devices import Refused
+from asyncflow.planner.simulation.engines import Drawn, Generator
+from asyncflow.planner.simulation.scenario import Scenario
+from asyncflow.planner.simulation.simulated import Row, RowStage, World
+from asyncflow.planner.simulation.virtual_clock import Signal
+from protocols.control.notices import Settled
+from protocols.data.ids import BASELINE_INDEX, prompt_of, sample_id
+from protocols.data.messages import Values
+
+
+class Simulated(msgspec.Struct, frozen=True):
+    """What a simulation found. Shares and means are over the steps that look alike."""
+
+    step_s: float  # mean
+    steps_s: tuple[float, ...]  # of every step, the others too
+    pool_idle: dict[str, float]  # share of the time in which none of the pool's services worked
+    busy_s: dict[str, float]  # service -> seconds a step in which it worked
+    batch_wait_s: float  # seconds a step in which no batch could be formed
+    staleness: dict[int, float]  # versions -> share of the trained prompts
+    events: int
+    wall_s: float  # real seconds that the simulation took
+
+    @property
+    def mean_staleness(self) -> float:
+        """Versions."""
+        return sum(age * share for age, share in self.staleness.items())
+
+
+def simulate(scenario: Scenario) -> Simulated:
+    """Run all steps of a scenario's pace.
+
+    Raises Refused where it comes to a stop before the last step, as a run would that can't go on.
+    """
+    started = time.perf_counter()
+    run = _Run(scenario)
+    run.world.clock.run(lambda: len(run.commits) == scenario.pace.steps)
+    run.world.clock.close()
+    if len(run.commits) < scenario.pace.steps:
+        raise Refused(f"nothing moves any more after {len(run.commits)} of {scenario.pace.steps} steps")
+    return run.outcome(scenario.steady, time.perf_counter() - started)
+
+
+class _Commit(msgspec.Struct, frozen=True):
+    """The end of a step."""
+
+    at: float
+    busy: dict[str, float]
+    waited: float
+    ages: list[int]
+
+
+class _Run:
+    """One simulated run: the controller and its services."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario, self.world = scenario, World(scenario)
+        self.commits: list[_Commit] = []
+        pace, flow, clock = scenario.pace, scenario.dataflow, self.world.clock
+        self._dice = random.Random(scenario.seed)
+        self._book = PromptBook(Admission(pace.prompts_per_step, pace.staleness, pace.steps), pace.max_refills)
+        self._pulse = Signal(clock)
+        self._cursor = 0
+        sources = [stage for stage in flow.stages if stage.generates]
+        self._drawing = scenario.hosts[sources[0].name]
+        self._apart = self._drawing != "policy"
+        self._outgoing: dict[str, list[int]] = {stage.name: [] for stage in sources}
+        self._outgoing_told = {stage.name: Signal(clock) for stage in sources}
+        self._generator = Generator(self.world, self._drawing, self._apart, self._generated)
+        rows = [s for s in flow.stages if not (s.generates or s.closes or s.is_sink)]
+        self._rows = {s.name: RowStage(self.world, s, scenario.hosts[s.name], self._send) for s in rows}
+        self._awaited: dict[int, int] = {}  # prompt -> rows that have not reached the join
+        self._per_prompt = sum(
+            1 if channel.grain == "prompt" else pace.samples_per_prompt
+            for channel in flow.inputs_of(flow.batch_stage.name)
+        )
+        self._floors: dict[int, int] = {}  # live prompt -> version at its admission
+        self._unsettled: Counter[int] = Counter()  # such a version -> prompts whose rows have not all reached the join
+        self._oldest: dict[int, int] = {}  # prompt -> version of the oldest weights that drew a row of it
+        self._updates: Counter[str] = Counter()  # service -> steps that it has trained
+        for stage in sources:
+            clock.start(self._forward(stage))
+        for row_stage in self._rows.values():
+            clock.start(row_stage.run())
+        clock.start(self._generator.run())
+        clock.start(self._drive())
+
+    # --- the controller
+
+    async def _drive(self) -> None:
+        await self._publish(0)
+        self.world.clock.start(self._admit())
+        for step in range(self.scenario.pace.steps):
+            began = self.world.clock.now
+            batch = await self._form()
+            waited = self.world.clock.now - began
+            ages = check_age(batch, step, self.scenario.pace.staleness)
+            await self._train(batch, step)
+            await self.world.clock.sleep(self.scenario.record_s)
+            self._book.commit(batch)
+            for prompt in self._book.take_ended():
+                self._forget(prompt)
+            self.commits.append(_Commit(self.world.clock.now, self.world.busy.until_now(), waited, ages))
+            self._pulse.send()
+
+    async def _admit(self) -> None:
+        admission = self._book.admission
+        while True:
+            while not (room := admission.room()):
+                await self._pulse.wait()
+            prompts = list(range(self._cursor, self._cursor + room))
+            self._cursor += room
+            self._book.admit(prompts)
+            self._awaited |= dict.fromkeys(prompts, self._per_prompt)
+            self._floors |= dict.fromkeys(prompts, admission.version)
+            self._unsettled[admission.version] += room
+            await self._hand_out(prompts, admission.version)
+
+    async def _hand_out(self, prompts: Sequence[int], floor: int) -> None:
+        for channel in self.scenario.dataflow.consumers(SOURCE):
+            greedy = self.scenario.dataflow.stage(channel.destination).greedy
+            indices = [BASELINE_INDEX] if greedy else range(self.scenario.pace.samples_per_prompt)
+            samples = [sample_id(prompt, index) for prompt in prompts for index in indices]
+            for sample in samples:
+                self.world.rows[sample] = self._drawn()
+            await self.world.call()
+            self._generator.submit(samples, floor)
+
+    def _drawn(self) -> Row:
+        scenario, dice = self.scenario, self._dice
+        return Row(round(dice.choice(scenario.prompt.tokens)), round(dice.choice(scenario.response.tokens)))
+
+    async def _form(self) -> list[Ready]:
+        while True:
+            if self._may_form() and (batch := self._book.choose()) is not None:
+                return batch
+            await self._pulse.wait()
+
+    def _may_form(self) -> bool:
+        """Whether it is worth asking the book, which looks at every prompt: false only where it would refuse."""
+        pace, step = self.scenario.pace, len(self.commits)
+        due = [sum(n for floor, n in self._unsettled.items() if floor <= step + j - pace.staleness) for j in range(2)]
+        return self._book.ready >= pace.prompts_per_step and not due[0] and due[1] <= pace.prompts_per_step
+
+    async def _train(self, batch: list[Ready], step: int) -> None:
+        """Advantages, then every trainer; weights may go out before the critics are done."""
+        world, closing = self.world, self.scenario.dataflow.batch_stage
+        samples = [s for prompt in self._book.settled(batch) for s in prompt.alive]
+        lengths = [world.rows[sample].length for sample in samples]
+        await world.call()
+        await world.compute(closing.service, closing.method, world.speed(closing.service).forward_s(lengths))
+        sinks = self.scenario.dataflow.sinks
+        policy = [self._update(s, lengths) for s in sinks if s.service == "policy"]
+        others = [self._update(s, lengths) for s in sinks if s.service != "policy"]
+
+        async def policy_then_publish() -> None:
+            await world.clock.all(policy)
+            await self._publish(step + 1)
+
+        await world.clock.all([policy_then_publish(), *others])
+
+    async def _update(self, stage: Stage, lengths: Sequence[int]) -> None:
+        world = self.world
+        await world.call()
+        async with world.lease(stage.service, stage.name):
+            await world.compute(stage.service, stage.method, world.speed(stage.service).update_s(lengths))
+        self._updates[stage.service] += 1
+
+    async def _publish(self, version: int) -> None:
+        if not self._apart:
+            self._generator.follow(version)
+            return
+        await self.world.call()
+        await self.world.compute("policy", "publish", self.world.speed("policy").publish_s)
+        await self.world.call()
+        await self._generator.load(version).wait()
+
+    # --- rows on their way
+
+    def _generated(self, drawn: Sequence[Drawn]) -> None:
+        for sample, version in drawn:
+            self._note(sample, version)
+        for stage in (s for s in self.scenario.dataflow.stages if s.generates):
+            mine = [d.sample for d in drawn if (d.sample & BASELINE_INDEX == BASELINE_INDEX) == stage.greedy]
+            if mine:
+                self._outgoing[stage.name] += mine
+                self._outgoing_told[stage.name].send()
+
+    def _note(self, sample: int, version: int) -> None:
+        """What drew a row, or valued it: its prompt is as old as the oldest of them."""
+        prompt = prompt_of(sample)
+        self._oldest[prompt] = min(self._oldest.get(prompt, version), version)
+
+    async def _forward(self, stage: Stage) -> None:
+        """Send finished rows on, as many at once as have gathered while the last send waited."""
+        while True:
+            while not self._outgoing[stage.name]:
+                await self._outgoing_told[stage.name].wait()
+            gathered, self._outgoing[stage.name] = self._outgoing[stage.name], []
+            await self._send(stage, gathered)
+
+    async def _send(self, stage: Stage, samples: Sequence[int]) -> None:
+        if stage.produces is Values:
+            for sample in samples:
+                self._note(sample, self._updates[stage.service])
+        await self.world.call()
+        for channel in self.scenario.dataflow.consumers(stage.name):
+            if channel.destination in self._rows:
+                await self._rows[channel.destination].inbox.put(channel.position, samples)
+            else:
+                self._join(samples)
+
+    def _join(self, samples: Sequence[int]) -> None:
+        """Rows at the join before the batch; a prompt settles with its last one."""
+        for sample in samples:
+            prompt = prompt_of(sample)
+            self._awaited[prompt] -= 1
+            if not self._awaited[prompt]:
+                self._settle(prompt)
+        self._pulse.send()
+
+    def _settle(self, prompt: int) -> None:
+        self._unsettled[self._floors[prompt]] -= 1
+        samples = [sample_id(prompt, index) for index in range(self.scenario.pace.samples_per_prompt)]
+        worth = self._dice.random() >= self.scenario.dropped
+        self._book.settle(Settled(prompt, samples, [], oldest_version=self._oldest[prompt], worth=worth))
+        if not worth:
+            for ended in self._book.take_ended():
+                self._forget(ended)
+
+    def _forget(self, prompt: int) -> None:
+        """A prompt is over: nobody needs its rows."""
+        for index in (*range(self.scenario.pace.samples_per_prompt), BASELINE_INDEX):
+            self.world.rows.pop(sample_id(prompt, index), None)
+        del self._awaited[prompt], self._floors[prompt], self._oldest[prompt]
+        for row_stage in self._rows.values():
+            row_stage.inbox.end([prompt])
+
+    # --- what came of it
+
+    def outcome(self, steady: range, wall_s: float) -> Simulated:
+        """Over the steps that look alike."""
+        times = [0.0, *(commit.at for commit in self.commits)]
+        nothing = _Commit(0.0, {}, 0.0, [])
+        first, last = ([nothing, *self.commits][moment] for moment in (steady.start, steady.stop))
+        counted = self.commits[steady.start : steady.stop]
+        seconds, steps = last.at - first.at, len(counted)
+        busy = {name: spent - first.busy.get(name, 0.0) for name, spent in last.busy.items()}
+        ages = Counter(age for commit in counted for age in commit.ages)
+        prompts = sum(ages.values())
+        return Simulated(
+            step_s=seconds / steps,
+            steps_s=tuple(after - before for before, after in pairwise(times)),
+            pool_idle={pool: 1 - busy.get(f"pool {pool}", 0.0) / seconds for pool in self.scenario.devices},
+            busy_s={name: spent / steps for name, spent in busy.items() if not name.startswith("pool ")},
+            batch_wait_s=fmean(commit.waited for commit in counted),
+            staleness={age: count / prompts for age, count in sorted(ages.items())},
+            events=self.world.clock.events,
+            wall_s=wall_s,
+        )

@@ -1,0 +1,206 @@
+"""Everything that can be wrong with a recipe, found before a model loads, each with one clear error."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from asyncflow.control.admission.prompts import DataRow, PromptSource
+from asyncflow.dataflow.graph import Dataflow, DataflowError
+from asyncflow.dataflow.registry import algorithm_named
+from asyncflow.dataflow.steering import with_steering
+from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
+from asyncflow.recipe.config import BadInput, Recipe, nearest
+from asyncflow.recipe.model_checks import check_lora, check_models, check_shards, config_of, is_module
+from asyncflow.recipe.service_specs import check_placement, check_roles
+from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
+from workers.data.datasets import DataError, Problem, read_rows
+from workers.data.pretraining import text_of
+from workers.settings import Loss, Model
+
+
+class Checked(msgspec.Struct):
+    """A recipe that can run: paths absolute, data read, graph traced."""
+
+    recipe: Recipe
+    dataflow: Dataflow
+    train: PromptSource
+    heldout: PromptSource | None
+    plan: str = ""  # of a recipe that leaves its placement to the mapper: what it chose, as a plan's file
+
+
+def check(recipe: Recipe) -> Checked:
+    """Check a recipe against its files. Raises BadInput.
+
+    Where the placement is still to be found (`placed_by`), everything else is checked: `asyncflow.run.prepare` finds
+    one and then calls `check_placed`.
+    """
+    try:
+        algorithm = algorithm_named(recipe.algorithm)
+        dataflow = trace(algorithm)
+    except DataflowError as error:
+        raise BadInput(f"algorithm: {error}") from error
+    check_roles(recipe, dataflow)
+    if not recipe.placed_by:
+        check_placement(recipe, dataflow)
+    _check_samples(recipe, declaration_of(algorithm))
+    _check_numbers(recipe, dataflow)
+    dataflow = _steered(recipe, dataflow)
+    _check_mode(recipe)
+    _check_loss(recipe.loss)
+    _check_reference(recipe, dataflow)
+    recipe = _absolute(recipe)
+    check_models(recipe, dataflow)
+    check_placed(recipe, dataflow)
+    _check_pretraining(recipe)
+    train, heldout = _sources(recipe)
+    _check_context(recipe, train, heldout)
+    return Checked(recipe, dataflow, train, heldout)
+
+
+def check_placed(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Check that each model can be built where it is placed. Raises BadInput."""
+    check_lora(recipe)
+    check_shards(recipe, dataflow)
+
+
+def _check_samples(recipe: Recipe, declared: Declaration) -> None:
+    if recipe.samples_per_prompt < declared.least_samples:
+        raise BadInput(
+            f"samples_per_prompt = {recipe.samples_per_prompt}: algorithm {recipe.algorithm!r} compares the samples "
+            f"of a prompt, want {declared.least_samples} or more"
+        )
+
+
+def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
+    function = dataflow.batch_stage.function
+    assert function is not None
+    known = numbers_of(function)
+    kinds = get_type_hints(function)
+    if KL_COEFFICIENT in known:
+        known |= msgspec.structs.asdict(KlSteering())
+        kinds |= get_type_hints(KlSteering)
+    for name, value in recipe.advantage.items():
+        if name not in known:
+            raise BadInput(f"advantage.{name}: {function.__name__} has no such number{nearest(name, known)}")
+        kind = kinds.get(name, type(known[name]))
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise BadInput(f"advantage.{name} = {value!r}: want a value like {known[name]!r}: {error}") from error
+
+
+def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
+    """The dataflow with the KL coefficient that the recipe wants, whose numbers must be able to steer it."""
+    function = dataflow.batch_stage.function
+    assert function is not None
+    idle = sorted(recipe.advantage.keys() & {"kl_target", "kl_horizon"})
+    try:
+        steering = steering_of(recipe.advantage)
+        if steering.kl == "fixed" and idle:
+            raise BadInput(f"advantage.{idle[0]}: a fixed coefficient has none; add kl = 'adaptive', or leave it out")
+        if steering.kl == "adaptive":
+            start: Any = {**numbers_of(function), **recipe.advantage}[KL_COEFFICIENT]
+            steering.from_coefficient(float(start)).after(0.0, recipe.samples_per_step)
+    except ValueError as error:
+        raise BadInput(f"advantage.kl = 'adaptive': {error}") from error
+    return with_steering(dataflow, recipe.advantage)
+
+
+def _check_mode(recipe: Recipe) -> None:
+    if recipe.deterministic and (recipe.staleness or recipe.runtime != "local" or recipe.threads != 1):
+        raise BadInput(
+            f"deterministic = true needs staleness = 0, runtime = 'local' and threads = 1; "
+            f"got {recipe.staleness}, {recipe.runtime!r}, {recipe.threads}"
+        )
+    if not 0 < recipe.generation.temperature < math.inf:
+        raise BadInput(
+            f"generation.temperature = {recipe.generation.temperature}: rollouts are drawn at a temperature above 0"
+        )
+
+
+LOSSES = ("ppo", "gspo", "cispo", "reinforce")  # those of workers.losses, which a test compares: it imports torch
+
+
+def _check_loss(loss: Loss) -> None:
+    module, colon, function = loss.policy.partition(":")
+    if loss.policy not in LOSSES and not (colon and module and function):
+        raise BadInput(f"loss.policy = {loss.policy!r}{nearest(loss.policy, LOSSES)}")
+    if colon and not is_module(module):
+        raise BadInput(f"loss.policy = {loss.policy!r}: there is no module {module!r} on the path")
+
+
+def _check_reference(recipe: Recipe, dataflow: Dataflow) -> None:
+    """A KL in the loss needs the reference's log-probs in the experience, which come by way of the batch function."""
+    if recipe.loss.kl_coefficient and not any(i.startswith("reference.") for i in dataflow.batch_stage.inputs):
+        raise BadInput(
+            f"loss.kl_coefficient = {recipe.loss.kl_coefficient}: algorithm {recipe.algorithm!r} asks no reference "
+            "for log-probs; want 0, or an algorithm that does, as 'grpo'"
+        )
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    def full(path: str) -> str:
+        return str(Path(path).absolute()) if path else ""
+
+    def absolute(model: Model) -> Model:
+        mix = [msgspec.structs.replace(part, path=full(part.path)) for part in model.mix]
+        return msgspec.structs.replace(model, path=full(model.path), mix=mix)
+
+    models = {role: absolute(model) for role, model in recipe.models.items()}
+    paths = {name: full(getattr(recipe.data, name)) for name in ("train", "eval", "pretrain")}
+    data = msgspec.structs.replace(recipe.data, **paths)
+    return msgspec.structs.replace(recipe, models=models, data=data, folder=full(recipe.folder))
+
+
+def _sources(recipe: Recipe) -> tuple[PromptSource, PromptSource | None]:
+    train = _source(recipe, recipe.data.train)
+    return train, _source(recipe, recipe.data.eval) if recipe.data.eval else None
+
+
+def _source(recipe: Recipe, path: str) -> PromptSource:
+    rows = _rows(recipe, path)
+    try:
+        return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
+    except ValueError as error:
+        raise BadInput(f"data: {path}: {error}") from error
+
+
+def _rows(recipe: Recipe, path: str) -> list[DataRow]:
+    columns = {"prompt": recipe.data.prompt}
+    if recipe.data.reference:
+        columns["reference"] = recipe.data.reference
+    needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
+    try:
+        rows = read_rows(path, DataRow if needs_reference else Problem, columns, recipe.models["policy"].path)
+    except DataError as error:
+        raise BadInput(f"data: {error}") from error
+    return [DataRow(r.prompt, r.reference) for r in rows]
+
+
+def _check_pretraining(recipe: Recipe) -> None:
+    path, loss = recipe.data.pretrain, recipe.loss
+    if bool(path) != bool(loss.ptx_coefficient):
+        raise BadInput(
+            f"data.pretrain = {path!r}, loss.ptx_coefficient = {loss.ptx_coefficient}: the pretraining loss wants "
+            "both, a text and a coefficient above 0, or neither"
+        )
+    if path:
+        try:
+            text_of(loss, path, recipe.models["policy"].path, recipe.seed)
+        except (DataError, ValueError) as error:
+            raise BadInput(f"data.pretrain: {error}") from error
+
+
+def _check_context(recipe: Recipe, *sources: PromptSource | None) -> None:
+    config = config_of("policy", recipe.models["policy"].path)
+    limit = recipe.generation.max_model_tokens or config.get("max_position_embeddings")
+    for source in sources:
+        if source is not None and limit and source.longest + recipe.generation.max_tokens > limit:
+            raise BadInput(
+                f"generation.max_tokens = {recipe.generation.max_tokens}: the longest prompt has "
+                f"{source.longest} tokens and the policy's context is {limit}"
+            )

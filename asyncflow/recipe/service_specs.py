@@ -1,0 +1,311 @@
+"""From a recipe to services: which roles the algorithm needs, who runs where, who sends to whom. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
+from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
+from asyncflow.services.ranks.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target, dealt_by
+from protocols.layout.topology import GenerationGrouping, Topology, generation_grouping
+from protocols.roles import ROLES, Sampling
+from protocols.stage import contract_of
+from workers.advantages.adaptive_kl import without_steering
+from workers.settings import Model
+from workers.user_code import module_of
+
+GENERATOR = "generator"
+EVALUATOR = "evaluator"
+NO_DEVICE = ""  # the pool of services that need no device of their own
+REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not work together
+
+_KINDS: dict[str, Kind] = {
+    "policy": "policy",
+    "critic": "critic",
+    "cost_critic": "cost_critic",
+    "reference": "reference",
+    "reward": "reward",
+    "cost": "cost",
+}
+
+
+def roles_of(dataflow: Dataflow) -> list[str]:
+    """The models that the algorithm calls."""
+    return [s for s in dataflow.services if s != ADVANTAGE]
+
+
+def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
+    """service -> pool. A role without a placement goes to the first pool; what needs no device has none."""
+    first = next(iter(recipe.pools))
+    services = [*roles_of(dataflow), *([GENERATOR] if GENERATOR in recipe.placement else [])]
+    pools = {s: recipe.placement[s].pool if s in recipe.placement else first for s in services}
+    pools |= {s: NO_DEVICE for s in services if s in recipe.models and _needs_no_device(recipe.models[s])}
+    return {**pools, ADVANTAGE: NO_DEVICE, **({EVALUATOR: NO_DEVICE} if recipe.data.eval else {})}
+
+
+def _needs_no_device(model: Model) -> bool:
+    return (bool(model.rules) and not model.folders) or model.outside
+
+
+def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Refuse pools and placements that this build does not run. Raises BadInput."""
+    if not recipe.pools:
+        raise BadInput("pools: at least one pool is needed")
+    for service in recipe.delays:
+        if service not in pools_of(recipe, dataflow):
+            raise BadInput(f"delays.{service}: no such service{nearest(service, pools_of(recipe, dataflow))}")
+    known = {*roles_of(dataflow), GENERATOR}
+    for service, placed in recipe.placement.items():
+        if service not in known:
+            raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
+        if service in recipe.models and recipe.models[service].outside:
+            raise BadInput(f"placement.{service}: its model is outside, it takes no place here; leave it out")
+        if placed.pool not in recipe.pools:
+            raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
+        _check_parallel(recipe, service, placed)
+    if colocates_vllm(recipe) and (layout := layout_of(recipe, "policy")).pp > 1:
+        raise BadInput(
+            f"placement.policy: parallel = {recipe.placement['policy'].parallel!r} generates in {layout.pp} stages, "
+            f"and vLLM is fed in one: generation = '1-{layout.tp}', or generation.engine = 'torch', "
+            f"or a [placement] of {GENERATOR}"
+        )
+
+
+def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
+    """Refuse ranks that this build can't run, or that the pool has no devices for. Raises BadInput."""
+    where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
+    try:
+        topology, _ = Topology.parse(placed.parallel), layout_of(recipe, service)
+    except ValueError as error:
+        raise BadInput(f"placement.{service}: {error}") from None
+    devices = recipe.pools[placed.pool].devices
+    if placed.replicas != 1:
+        raise BadInput(f"{where}: this version runs one replica of a service: replicas = 1")
+    if service == GENERATOR and topology.world_size > 1:
+        raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
+    model = recipe.models.get(service, Model())
+    if topology.replica_size > 1 and (model.rule or model.mix):
+        raise BadInput(f"{where}: a rule or a mix can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
+    if topology.world_size > devices:
+        raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
+    _check_joint(recipe, service, placed)
+
+
+def _check_joint(recipe: Recipe, service: str, placed: Placed) -> None:
+    """Refuse what ranks that work together can't do, or what only they could. Raises BadInput."""
+    if placed.generation and (service != "policy" or GENERATOR in recipe.placement):
+        raise BadInput(
+            f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
+            f"where no {GENERATOR} is placed; leave it out"
+        )
+    several = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
+    if placed.backend != "3d" and not (several and service not in REPLICATED):
+        raise BadInput(
+            f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
+            f"{service} on {placed.parallel} has none such; leave it out"
+        )
+    if several and recipe.runtime == "local":
+        raise BadInput(
+            f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "
+            "runtime = 'local' has one; take runtime = 'ray'"
+        )
+
+
+def topology_of(recipe: Recipe, service: str) -> Topology:
+    """The ranks of a service."""
+    return Topology.parse(recipe.placement[service].parallel) if service in recipe.placement else Topology()
+
+
+def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
+    """How a service's ranks stand when they generate. Raises ValueError where that does not divide the topology."""
+    topology, placed = topology_of(recipe, service), recipe.placement.get(service)
+    if placed is None:
+        return GenerationGrouping(topology)
+    layout = Topology.parse(placed.generation or f"{topology.pp}-{topology.tp}")
+    if layout.dp != 1:
+        raise ValueError(f"generation = {placed.generation!r}: write p-t, the number of replicas follows from parallel")
+    return generation_grouping(placed.backend, topology, layout)
+
+
+def is_collective(recipe: Recipe, service: str) -> bool:
+    """Whether a service has ranks that work together: those that share one model, or train replicas of one.
+
+    A policy that generates with vLLM works as such ranks do, alone too: it draws in turn with what it trains.
+    """
+    topology = topology_of(recipe, service)
+    if service == "policy" and colocates_vllm(recipe):
+        return True
+    return topology.replica_size > 1 or (topology.dp > 1 and service not in REPLICATED)
+
+
+def colocates_vllm(recipe: Recipe) -> bool:
+    """Whether the policy's own ranks generate, each replica of them with a vLLM beside the model that trains."""
+    return recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement
+
+
+def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder: str) -> list[ServiceSpec]:
+    """The services of a run, in the order of the algorithm."""
+    pools = pools_of(recipe, dataflow)
+    counts = Counter(p for p in pools.values() if p != NO_DEVICE)
+
+    def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
+        layout = layout_of(recipe, name)
+        return ServiceSpec(
+            name=name,
+            kind=kind,
+            run=run,
+            term=term,
+            seed=recipe.seed,
+            deterministic=recipe.deterministic,
+            stages=_stages_of(recipe, dataflow, name),
+            pool=pools[name],
+            topology=str(topology_of(recipe, name)),
+            generation_layout=f"{layout.pp}-{layout.tp}",
+            backend=recipe.placement[name].backend if name in recipe.placement else "3d",
+            collective=is_collective(recipe, name),
+            leased=counts[pools[name]] > 1,
+            samples_per_prompt=recipe.samples_per_prompt,
+            mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
+            firing_rows=recipe.firing_rows,
+            inline_bytes=recipe.inline_bytes,
+            threads=recipe.threads,
+            model=model,
+            tokenizer_path=recipe.models["policy"].path,
+            loss=recipe.loss,
+            pretrain=recipe.data.pretrain,
+            optimizer=recipe.optimizer,
+            generation=recipe.generation,
+            failures=recipe.failures,
+            algorithm=recipe.algorithm,
+            numbers=_numbers(recipe),
+            reward_parts=[part.name for part in recipe.models.get("reward", Model()).mix],
+            log_path=f"{log_folder}/{name}.log",
+            metrics_host=recipe.metrics_host,
+            delay_seconds=recipe.delays.get(name, {}),
+        )
+
+    specs = [spec(role, _kind_of(recipe, role), recipe.models[role]) for role in roles_of(dataflow)]
+    if GENERATOR in recipe.placement:
+        specs.insert(1, spec(GENERATOR, "generator", recipe.models["policy"]))
+    specs.append(spec(ADVANTAGE, "advantage", Model()))
+    if recipe.data.eval:
+        specs.append(spec(EVALUATOR, "reward", Model(rule=recipe.evaluation.metric)))
+    return specs
+
+
+def _numbers(recipe: Recipe) -> dict[str, float | bool | str]:
+    """What the batch function is called with."""
+    fixed = recipe.advantage.get("kl", "fixed") == "fixed"
+    return without_steering(recipe.advantage) if fixed else dict(recipe.advantage)
+
+
+def _kind_of(recipe: Recipe, role: str) -> Kind:
+    return OUTSIDE if recipe.models[role].outside else _KINDS[role]
+
+
+def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, Stage]:
+    """Who sends what a reader calls by a stage's name ("policy.generate#1") or by a message's ("rollouts").
+
+    Returns the service that runs the stage, and the stage. Raises BadInput with the known names.
+    """
+    sending = [stage for stage in dataflow.stages if not stage.is_sink]
+    found = [stage for stage in sending if name in (stage.name, _snake(stage.produces.__name__))]
+    if not found:
+        known = {stage.name for stage in sending} | {_snake(stage.produces.__name__) for stage in sending}
+        raise BadInput(f"channel {name!r}: no stage and no message of this run{nearest(name, known)}")
+    if len(found) > 1:
+        raise BadInput(f"channel {name!r}: sent by {', '.join(s.name for s in found)}; take one of these names")
+    return _host_of(recipe, found[0]), found[0]
+
+
+def _snake(message: str) -> str:
+    """LogProbs -> log_probs"""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", message).lower()
+
+
+def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
+    """The modules of the user's own that a run's services call: those in "package.module:function"."""
+    rules = [rule for role in roles_of(dataflow) for rule in recipe.models[role].rules]
+    metric = [recipe.evaluation.metric] if recipe.data.eval else []
+    named = [recipe.algorithm, recipe.loss.policy, *rules, *metric]
+    return sorted({module for name in named if (module := module_of(name))})
+
+
+def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
+    """stage -> the service that answers it."""
+    return {stage.name: _host_of(recipe, stage) for stage in dataflow.stages}
+
+
+def replaceable(recipe: Recipe) -> list[str]:
+    """Services that train nothing: one that dies is replaced. What outside workers were asked dies with its service."""
+    answering = [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
+    return answering + [GENERATOR] * (GENERATOR in recipe.placement)
+
+
+def stateful(dataflow: Dataflow) -> list[str]:
+    """Services whose state a checkpoint holds: those that train, and a batch function that carries one."""
+    carries = [ADVANTAGE] if dataflow.batch_stage.state is not None else []
+    return list(dict.fromkeys([s.service for s in dataflow.sinks] + carries))
+
+
+def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Refuse a recipe whose models are not those that the algorithm calls. Raises BadInput."""
+    for role in recipe.models:
+        if role not in ROLES:
+            raise BadInput(f"models.{role}: no such role{nearest(role, ROLES)}")
+    for role in roles_of(dataflow):
+        if role not in _KINDS:
+            raise BadInput(f"algorithm {recipe.algorithm!r} calls the role {role!r}, which this version does not run")
+        if role not in recipe.models:
+            raise BadInput(
+                f"algorithm {recipe.algorithm!r} needs models.{role}, the recipe has {', '.join(recipe.models)}"
+            )
+
+
+def _stages_of(recipe: Recipe, dataflow: Dataflow, service: str) -> list[StageSpec]:
+    """The call sites that a service answers: its own, and the generating ones where it is the one that generates."""
+    return [_stage_spec(recipe, dataflow, s) for s in dataflow.stages if _host_of(recipe, s) == service]
+
+
+def _host_of(recipe: Recipe, stage: Stage) -> str:
+    return GENERATOR if stage.generates and GENERATOR in recipe.placement else stage.service
+
+
+def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
+    inputs = dataflow.inputs_of(stage.name)
+    contract = contract_of(ROLES[stage.service], stage.method) if stage.service in ROLES else None
+    return StageSpec(
+        name=stage.name,
+        method=stage.method,
+        fires=_fires(stage),
+        inputs=[c.edge for c in inputs],
+        schemas=[c.message.schema_id for c in inputs],
+        sources=list(stage.inputs),
+        outputs=[_target(recipe, dataflow, c) for c in dataflow.consumers(stage.name)],
+        protocol=dealt_by(stage.protocol, topology_of(recipe, _host_of(recipe, stage))),
+        grains=[c.grain for c in inputs],
+        whole_groups=contract.whole_groups if contract else False,
+        balance=contract.balance if contract else "rows",
+        sampling=_sampling(recipe, stage) if stage.generates else None,
+        filter=stage.filter.name if stage.filter is not None else "",
+        filter_inputs=list(stage.filter.inputs) if stage.filter is not None else [],
+    )
+
+
+def _target(recipe: Recipe, dataflow: Dataflow, channel: Channel) -> Target:
+    host = _host_of(recipe, dataflow.stage(channel.destination))
+    return Target(host, channel.edge, topology_of(recipe, host).world_size)
+
+
+def _fires(stage: Stage) -> Fires:
+    if stage.generates:
+        return "generate"
+    if stage.closes:
+        return "closed"
+    return "batch" if stage.is_sink else "rows"
+
+
+def _sampling(recipe: Recipe, stage: Stage) -> Sampling:
+    temperature = 0.0 if stage.greedy else recipe.generation.temperature
+    return Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature)

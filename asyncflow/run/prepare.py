@@ -1,0 +1,22 @@
+"""From a recipe as written to one that can run: checked, and placed where it leaves that to the planner."""
+
+from __future__ import annotations
+
+import msgspec
+
+from asyncflow.planner import auto, plan_file
+from asyncflow.planner.simulation.scenarios import prompt_lengths
+from asyncflow.recipe.checks import Checked, check, check_placed
+from asyncflow.recipe.config import Recipe
+
+
+def prepare(recipe: Recipe) -> Checked:
+    """Resolve `placement = "auto"` or a plan's file, and check the recipe against its files. Raises BadInput."""
+    if recipe.placed_by not in ("", auto.AUTO):
+        recipe = plan_file.pinned(recipe, recipe.placed_by)
+    checked = check(auto.check_devices(recipe))
+    if not checked.recipe.placed_by:
+        return checked
+    choice = auto.place(checked.recipe, checked.dataflow, prompt_lengths(checked.train))
+    check_placed(choice.chosen.recipe, checked.dataflow)
+    return msgspec.structs.replace(checked, recipe=choice.chosen.recipe, plan=plan_file.text_of(choice))

@@ -1,0 +1,67 @@
+"""What passed through a service's channels, counted where it passed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from asyncflow.observe.exporter import Exporter
+from protocols.control.delivery import EdgeStatistics
+
+
+class _Edge:
+    def __init__(self) -> None:
+        self.rows = self.refused = self.damaged = self.inline_bytes = 0
+        self.wait_seconds = 0.0
+        self.read_bytes: defaultdict[int, int] = defaultdict(int)
+
+
+class ChannelCounts:
+    """Counts by edge: for the metrics endpoint, and for whoever asks."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+        self._edges: defaultdict[str, _Edge] = defaultdict(_Edge)
+
+    @property
+    def edges(self) -> list[str]:
+        """Edges on which something was counted: channels, and direct calls."""
+        return list(self._edges)
+
+    def arrived(self, edge: str, rows: int, refused: int, inline_bytes: int, wait_seconds: float) -> None:
+        """A delivery was let in."""
+        counts = self._edges[edge]
+        counts.rows += rows - refused
+        counts.refused += refused
+        counts.inline_bytes += inline_bytes
+        counts.wait_seconds += wait_seconds
+        self._exporter.observe("channel_wait_seconds", wait_seconds, channel=edge, side="receive")
+        if refused:
+            self._exporter.inc("duplicates_rejected_total", refused, channel=edge)
+        if inline_bytes:
+            self._exporter.inc("channel_inline_bytes_total", inline_bytes, channel=edge)
+
+    def read(self, edge: str, rank: int, nbytes: int) -> None:
+        """A rank read bytes of frames that came over the edge."""
+        self._edges[edge].read_bytes[rank] += nbytes
+        self._exporter.inc("channel_bytes_total", nbytes, channel=edge)
+
+    def damaged(self, edge: str, rows: int) -> None:
+        """Rows whose frame was refused."""
+        self._edges[edge].damaged += rows
+        self._exporter.inc("rows_quarantined_total", rows, channel=edge)
+
+    def statistics(self, edge: str, depth: int, capacity: int, peak: int) -> EdgeStatistics:
+        """One edge as it stands."""
+        counts = self._edges[edge]
+        return EdgeStatistics(
+            edge=edge,
+            depth=depth,
+            capacity=capacity,
+            peak=peak,
+            rows=counts.rows,
+            refused=counts.refused,
+            damaged=counts.damaged,
+            inline_bytes=counts.inline_bytes,
+            read_bytes=dict(counts.read_bytes),
+            wait_seconds=counts.wait_seconds,
+        )

@@ -1,0 +1,146 @@
+"""Rows by id until every edge has brought theirs: each row of each edge counts once, whatever is sent again.
+
+Pure bookkeeping, no waiting. Deliveries may come in any order, twice, or late from an attempt that was given up:
+what counts is a row's name (sample id, attempt, edge). A row is *settled* when each edge brought a value or a
+tombstone, and dead if any was a tombstone. A row that left is remembered until its prompt has ended, and an ended
+prompt for ever, so memory is bounded by the prompts in flight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Generic, TypeVar
+
+import msgspec
+
+from asyncflow.services.channels.finished_prompts import EndedPrompts
+from protocols.data.ids import prompt_of
+from protocols.stage import Failure
+
+V = TypeVar("V")
+
+
+class Joined(msgspec.Struct, Generic[V]):
+    """Rows that leave together: `inputs[position][i]` belongs to `samples[i]`; dead rows are one tombstone each."""
+
+    samples: list[int]
+    inputs: tuple[list[V], ...]
+    failures: list[Failure]
+    attempt: int = 0
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """What a delivery changed."""
+
+    settled: list[int]
+    refused: list[int]  # rows that were here before, or are of an attempt or a prompt that is over
+
+
+class _Row(Generic[V]):
+    __slots__ = ("attempt", "slots")
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.slots: dict[int, V | Failure] = {}
+
+
+class RowTable(Generic[V]):
+    """The rows of one stage's `edges` inputs."""
+
+    def __init__(self, edges: int, ended: EndedPrompts | None = None) -> None:
+        """`ended`: the prompts that are over, where several tables share the knowledge."""
+        self._edges = edges
+        self._held: dict[int, _Row[V]] = {}
+        self._settled: dict[int, None] = {}  # in the order in which they settled
+        self._left: dict[int, int] = {}  # sample -> the attempt that left
+        self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # every sample that is remembered
+        self._ended = ended if ended is not None else EndedPrompts()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def settled(self) -> int:
+        """Rows that could leave."""
+        return len(self._settled)
+
+    @property
+    def remembered(self) -> int:
+        """Rows that left and whose prompt has not ended."""
+        return len(self._left)
+
+    def fresh(self, position: int, samples: Iterable[int], attempt: int = 0) -> list[int]:
+        """Those of `samples` that `arrive` would take."""
+        return [s for s in samples if self._wants(position, s, attempt)]
+
+    def arrive(self, position: int, rows: Iterable[tuple[int, V | Failure]], attempt: int = 0) -> Arrival:
+        """Take (sample, value or tombstone) rows of one edge; a newer attempt discards what an older one brought."""
+        settled, refused = [], []
+        for sample, value in rows:
+            if not self._wants(position, sample, attempt):
+                refused.append(sample)
+                continue
+            row = self._held.get(sample)
+            if row is None or row.attempt < attempt:
+                row = self._held[sample] = _Row(attempt)
+                self._settled.pop(sample, None)
+                self._of_prompt[prompt_of(sample)].add(sample)
+            row.slots[position] = value
+            if len(row.slots) == self._edges:
+                self._settled[sample] = None
+                settled.append(sample)
+        return Arrival(settled, refused)
+
+    def next_settled(self, most: int, in_id_order: bool = False) -> list[int]:
+        """Up to `most` settled rows of one attempt, oldest arrival first; in id order where asked. They stay."""
+        ids = list(islice(self._settled, most))
+        ids = [s for s in ids if self._held[s].attempt == self._held[ids[0]].attempt]
+        return sorted(ids) if in_id_order else ids
+
+    def is_settled(self, sample: int) -> bool:
+        """Whether a row could leave."""
+        return sample in self._settled
+
+    def failure_of(self, sample: int) -> Failure | None:
+        """Why a held row is dead, or None."""
+        return next((v for v in self._held[sample].slots.values() if isinstance(v, Failure)), None)
+
+    def column(self, position: int, samples: Sequence[int]) -> list[V]:
+        """What one edge brought for live rows, in their order; they stay."""
+        values = [self._held[s].slots[position] for s in samples]
+        return [v for v in values if not isinstance(v, Failure)]
+
+    def take(self, samples: Sequence[int]) -> Joined[V]:
+        """Let settled rows leave, in the order given. Raises KeyError for a row that is not settled."""
+        if missing := [s for s in samples if s not in self._settled]:
+            raise KeyError(f"sample {missing[0]} is not settled here")
+        dead = {s: f for s in samples if (f := self.failure_of(s)) is not None}
+        alive = [s for s in samples if s not in dead]
+        inputs = tuple(self.column(p, alive) for p in range(self._edges))
+        attempt = max((self._held[s].attempt for s in samples), default=0)
+        for sample in samples:
+            self._left[sample] = self._held.pop(sample).attempt
+            del self._settled[sample]
+        return Joined(alive, inputs, list(dead.values()), attempt)
+
+    def take_back(self, samples: Iterable[int]) -> None:
+        """Rows that left could not be read: forget that they were here, so that they can be sent again."""
+        for sample in samples:
+            self._left.pop(sample, None)
+
+    def end(self, prompts: Iterable[int]) -> None:
+        """These prompts are trained, dropped or failed: let go of their rows, and refuse what still comes."""
+        for prompt in prompts:
+            for sample in self._of_prompt.pop(prompt, ()):
+                self._held.pop(sample, None)
+                self._settled.pop(sample, None)
+                self._left.pop(sample, None)
+            self._ended.add(prompt)
+
+    def _wants(self, position: int, sample: int, attempt: int) -> bool:
+        if self._left.get(sample, -1) >= attempt or prompt_of(sample) in self._ended:
+            return False
+        row = self._held.get(sample)
+        return row is None or row.attempt < attempt or (row.attempt == attempt and position not in row.slots)

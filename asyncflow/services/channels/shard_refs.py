@@ -1,0 +1,177 @@
+"""A part is a shard and where its bytes are: what mailboxes hold, and what is cut into calls of ranks.
+
+Whoever plans with parts needs their names and lengths alone; reading is for those who work on the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from asyncflow.services.channels.endpoint import Frame, Payload, Store
+from protocols.control.delivery import RankCall, Reading, Shard
+from protocols.data import codec
+from protocols.data.columns import Batch, concat, take
+from protocols.data.ids import INDEX_BITS
+from protocols.data.partition import Rows, cut
+from protocols.layout.row_plan import Located, Segment
+from protocols.layout.topology import GenerationGrouping, Topology
+from protocols.layout.transfer import protocol
+from protocols.roles import Sampling
+from protocols.stage import Failure
+
+B = TypeVar("B", bound=Batch)
+
+
+class Part(msgspec.Struct, frozen=True, eq=False):
+    """Rows of one message and where they are. Compared by identity: it stands for one frame."""
+
+    shard: Shard
+    payload: Payload
+
+
+Place = tuple[Part, int]  # a row of a part
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """How a stage's rows are dealt out to its ranks."""
+
+    protocol: str
+    whole_groups: bool = False  # a prompt's samples stay together
+    by_tokens: bool = False  # shares of equal tokens instead of equal rows
+
+
+class PlannedCall(msgspec.Struct, frozen=True):
+    """What one rank is asked."""
+
+    rank: int
+    call: RankCall
+    payloads: list[Payload]
+
+
+def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False) -> Part:
+    """Encode a batch once and put it, see `Store.put`. May block: for compute threads."""
+    frame = codec.encode(batch, term=term, attempt=attempt)
+    shard = Shard(batch.sample_ids.tolist(), frame.nbytes, batch.token_counts.tolist() if batch.tokens else [])
+    return Part(shard, store.put(frame, direct))
+
+
+def pack_apart(
+    store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False, object_bytes: int = 0
+) -> list[Part]:
+    """Like `pack`, as small frames that travel inside the message where the store says so, and otherwise as objects.
+
+    Objects have about `object_bytes` each; 0: there is a single one. Where a reader shares the producer's memory, it
+    maps its rows of one object; another node fetches objects whole.
+    """
+    cuts: list[Rows] = []
+    if within := store.piece_bytes(batch.nbytes, direct):
+        cuts = codec.cut_within(batch, within)
+    elif object_bytes and len(batch):
+        parts = min(len(batch), -(-batch.nbytes // object_bytes))
+        cuts = cut(np.arange(len(batch)), parts, lengths=batch.token_counts)
+    if len(cuts) < 2:
+        return [pack(store, batch, term, attempt, direct=direct)]
+    return [pack(store, take(batch, rows), term, attempt, direct=direct) for rows in cuts if len(rows)]
+
+
+def unpack(frames: Sequence[Frame], kind: type[B]) -> B:
+    """All rows of some frames as one batch. Raises codec.BadFrame."""
+    batches = [codec.decode(frame, schemas={kind.schema_id: kind}) for frame in frames]
+    return concat([batch for batch in batches if isinstance(batch, kind)])
+
+
+def parts_of(shards: Sequence[Shard], payloads: Sequence[Payload]) -> list[Part]:
+    """Shards with their payloads. Raises ValueError where the counts differ."""
+    if len(shards) != len(payloads):
+        raise ValueError(f"{len(shards)} shards came with {len(payloads)} payloads, want one each")
+    return [Part(shard, payload) for shard, payload in zip(shards, payloads, strict=True)]
+
+
+def places(parts: Iterable[Part]) -> list[tuple[int, Place]]:
+    """Sample id and place of every row, in order."""
+    return [(sample, (part, row)) for part in parts for row, sample in enumerate(part.shard.sample_ids)]
+
+
+def arrivals(parts: Iterable[Part], failures: Iterable[Failure]) -> list[tuple[int, Place | Failure]]:
+    """Rows as a mailbox takes them: values and tombstones by id."""
+    return [*places(parts), *((f.sample_id, f) for f in failures)]
+
+
+def plan_calls(
+    stage: str,
+    method: str,
+    cut: Cut,
+    samples: Sequence[int],
+    inputs: Sequence[Sequence[Place]],
+    schemas: Sequence[int],
+    topology: Topology,
+    *,
+    generation: GenerationGrouping | None = None,
+    step: int = -1,
+    sampling: Sampling | None = None,
+    all_ranks: bool = False,
+) -> list[PlannedCall]:
+    """Deal the rows of a firing out: each rank reads, of every input, its own rows and nothing else.
+
+    Args:
+        samples: ids of the N rows.
+        inputs: per input, where its N rows are, in the order of `samples`.
+        schemas: per input, the message type that its ranks accept.
+        sampling: of a method that generates.
+        all_ranks: those without rows are called as well, for they work together with the others.
+
+    Returns a call for every rank that has rows, or for all.
+    """
+    shares = protocol(cut.protocol).distribute(
+        rows=len(samples),
+        topology=topology,
+        generation=generation,
+        groups=np.asarray(samples, np.int64) >> INDEX_BITS if cut.whole_groups else None,
+        lengths=_tokens(inputs) if cut.by_tokens else None,
+    )
+    sources, located = _locate(inputs)
+    calls = []
+    for rank, share in enumerate(shares):
+        if not len(share) and not all_ranks:
+            continue
+        wanted = [where.segments(share) for where in located]
+        used = sorted({segment.source for segments in wanted for segment in segments})
+        renumbered = {source: number for number, source in enumerate(used)}
+        readings = [
+            Reading(schema, [Segment(renumbered[s.source], s.start, s.stop) for s in segments])
+            for schema, segments in zip(schemas, wanted, strict=True)
+        ]
+        payloads = [sources[source].payload for source in used]
+        nbytes = sum(sources[source].shard.nbytes for source in used)
+        ids = [samples[row] for row in share.tolist()]
+        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step, nbytes, sampling), payloads))
+    return calls
+
+
+def _locate(inputs: Sequence[Sequence[Place]]) -> tuple[list[Part], list[Located]]:
+    """The distinct parts of all inputs, and per input where its rows lie among them."""
+    numbers: dict[int, int] = {}
+    parts: list[Part] = []
+    located = []
+    for rows in inputs:
+        sources = np.empty(len(rows), np.int64)
+        for i, (part, _) in enumerate(rows):
+            number = numbers.get(id(part))
+            if number is None:
+                number = numbers[id(part)] = len(parts)
+                parts.append(part)
+            sources[i] = number
+        located.append(Located(sources, np.fromiter((row for _, row in rows), np.int64, len(rows))))
+    return parts, located
+
+
+def _tokens(inputs: Sequence[Sequence[Place]]) -> list[int] | None:
+    """Tokens of each row, from the first input whose shards tell them."""
+    for rows in inputs:
+        if rows and all(part.shard.lengths for part, _ in rows):
+            return [part.shard.lengths[row] for part, row in rows]
+    return None

@@ -1,0 +1,192 @@
+"""Subscriptions: outside readers of what a stage sends, whom the flow neither waits for nor notices.
+
+    Host.send ──offer──> one bounded queue a reader <──NextRows── the reader, which reads the bytes itself
+
+A queue holds names and references of the newest deliveries. A reader that is slower than the flow loses the oldest
+and is told how many rows it missed; one that stays away is forgotten. Both ends stand here: `Subscriptions` in the
+service, `follow` with the reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
+
+from asyncflow.services.channels.endpoint import Endpoint, Payload, PayloadLost, ServiceError, Store, ask
+from asyncflow.services.channels.shard_refs import Part, parts_of, unpack
+from protocols.control.requests import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
+from protocols.data import codec
+from protocols.data.columns import Batch
+
+B = TypeVar("B", bound=Batch)
+
+MOST_DELIVERIES = 64  # that wait for one reader
+MOST_READERS = 64  # of one service
+FORGET_SECONDS = 60.0  # without a poll
+LONGEST_POLL_SECONDS = 30.0
+POLL_SECONDS = 1.0  # of a reader here: how long it may take to see that the run is over
+
+
+class _Reader:
+    """One subscriber's queue."""
+
+    def __init__(self, stage: str, now: float) -> None:
+        self.stage = stage
+        self.seen_at = now
+        self.polls = 0  # that wait at the moment
+        self.missed = 0  # rows, since its last reply
+        self.queue: deque[list[Part]] = deque()
+        self.offered = asyncio.Event()
+
+    def offer(self, parts: list[Part]) -> None:
+        if len(self.queue) == MOST_DELIVERIES:
+            self.missed += sum(len(part.shard.sample_ids) for part in self.queue.popleft())
+        self.queue.append(parts)
+        self.offered.set()
+
+    def take(self) -> tuple[list[Part], int]:
+        parts = [part for delivery in self.queue for part in delivery]
+        missed, self.missed = self.missed, 0
+        self.queue.clear()
+        self.offered.clear()
+        return parts, missed
+
+
+class Subscriptions:
+    """The outside readers of one service. Memory: `MOST_READERS` times `MOST_DELIVERIES` references at most."""
+
+    def __init__(self, stages: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        """`stages`: those of the service that send rows; `clock` in seconds."""
+        self._stages, self._clock = list(stages), clock
+        self._readers: dict[int, _Reader] = {}
+
+    def __len__(self) -> int:
+        """Readers that are not forgotten."""
+        return len(self._readers)
+
+    async def answer(self, request: Subscribe | NextRows | Unsubscribe) -> tuple[Reply, list[Payload]]:
+        """What a reader asks of the service."""
+        match request:
+            case Subscribe():
+                return Subscribed(self.open(request.stage)), []
+            case NextRows():
+                parts, missed = await self.next(request.number, request.seconds)
+                return Rows([part.shard for part in parts], missed), [part.payload for part in parts]
+            case Unsubscribe():
+                self.close(request.number)
+                return Done(), []
+
+    def open(self, stage: str) -> int:
+        """Begin to keep what a stage sends; the subscription's number.
+
+        Raises LookupError for a stage that sends nothing here, RuntimeError where there are too many readers.
+        """
+        if stage not in self._stages:
+            raise LookupError(f"no stage {stage!r} sends rows here; there is {', '.join(self._stages) or 'none'}")
+        self._forget()
+        if len(self._readers) >= MOST_READERS:
+            raise RuntimeError(f"{MOST_READERS} subscriptions are open, no more are taken; end one of them first")
+        number = secrets.randbits(53)  # a reader of this service's predecessor must not hit on another's queue
+        self._readers[number] = _Reader(stage, self._clock())
+        return number
+
+    def close(self, number: int) -> None:
+        """End a subscription; one that is not there is ended already."""
+        self._readers.pop(number, None)
+
+    def offer(self, stage: str, parts: Sequence[Part]) -> None:
+        """Show a delivery to the readers of its stage. Never waits."""
+        if not self._readers or not parts:
+            return
+        self._forget()
+        for reader in self._readers.values():
+            if reader.stage == stage:
+                reader.offer(list(parts))
+
+    async def next(self, number: int, seconds: float) -> tuple[list[Part], int]:
+        """What waits for a reader and how many rows it missed; nothing where nothing came within `seconds`.
+
+        Raises LookupError for a subscription that is not there (any more).
+        """
+        reader = self._readers.get(number)
+        if reader is None:
+            raise LookupError(
+                f"no subscription {number}: it was ended, or not read for {FORGET_SECONDS:g} s, "
+                "or made with this service's predecessor; subscribe again"
+            )
+        reader.polls += 1
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(seconds, LONGEST_POLL_SECONDS)):
+                    await reader.offered.wait()
+        finally:
+            reader.polls -= 1
+            reader.seen_at = self._clock()
+        return reader.take()
+
+    def _forget(self) -> None:
+        """Let go of the readers that stay away."""
+        oldest = self._clock() - FORGET_SECONDS
+        for number in [n for n, reader in self._readers.items() if not reader.polls and reader.seen_at < oldest]:
+            del self._readers[number]
+
+
+async def follow(
+    endpoint: Endpoint, store: Store, stage: str, kind: type[B], over: Callable[[], bool]
+) -> AsyncGenerator[tuple[B | None, int]]:
+    """What a stage sends from now on, until the run is over: each shard's rows, and how many were missed before them.
+
+    Rows that can't be read (refused, or their sender died) are missed too. (None, n) tells of rows that were missed
+    with nothing behind them. Leaving the iteration unsubscribes.
+
+    Args:
+        over: whether the run has ended; what it sent until then is still read.
+
+    Raises ServiceError where the service is gone while the run goes on.
+    """
+    reply, _ = await ask(endpoint, Subscribe(stage))
+    assert isinstance(reply, Subscribed)
+    try:
+        while True:
+            last = over()
+            rows, payloads = await _next(endpoint, reply.number, 0.0 if last else POLL_SECONDS, over)
+            missed = rows.missed
+            for part in parts_of(rows.shards, payloads):
+                batch = await _read(store, part, kind)
+                if batch is None:
+                    missed += len(part.shard.sample_ids)
+                    continue
+                yield batch, missed
+                missed = 0
+            if missed:
+                yield None, missed
+            if last and not rows.shards:
+                return
+    finally:
+        with contextlib.suppress(ServiceError):  # a service that is gone has forgotten its readers
+            await ask(endpoint, Unsubscribe(reply.number))
+
+
+async def _next(
+    endpoint: Endpoint, number: int, seconds: float, over: Callable[[], bool]
+) -> tuple[Rows, list[Payload]]:
+    try:
+        reply, payloads = await ask(endpoint, NextRows(number, seconds))
+    except ServiceError:
+        if over():  # it was ended with its run
+            return Rows(), []
+        raise
+    assert isinstance(reply, Rows)
+    return reply, payloads
+
+
+async def _read(store: Store, part: Part, kind: type[B]) -> B | None:
+    try:
+        return await asyncio.to_thread(unpack, [await store.get(part.payload)], kind)
+    except (codec.BadFrame, PayloadLost):
+        return None

@@ -1,0 +1,308 @@
+"""Outside workers: a stage's rank that lives outside of the run, in a program or in a person's hands.
+
+    RowStage ──call──> rows that are asked <──TakeRows── workers, each of which reads what it took
+                                           <──PutRows─── answers, in several puts and any order
+
+Each row is given to one worker; one that is not answered for a while is given to another, and the first answer
+counts. `AskedRows` decides, told the time; `OutsideRank` waits and checks what was put; `take_rows` is the worker's
+end. Answers are read here and put again as the service's own, so none is lost with the process that sent it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from itertools import accumulate
+
+from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceGone, Store, ask
+from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.shard_refs import Cut, Part, Place, PlannedCall, parts_of, plan_calls
+from asyncflow.services.ranks.rank import Reader
+from asyncflow.services.stage_context import Host
+from protocols.control.delivery import RankCall, RankReply, Shard
+from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
+from protocols.data import codec
+from protocols.data.columns import Batch, concat, take
+from protocols.data.ids import prompt_of
+from protocols.data.messages import SCHEMAS
+from protocols.layout.topology import Topology
+from protocols.roles import ROLES
+from protocols.stage import Failure, contract_of
+
+LONGEST_WAIT_SECONDS = 600.0  # of one request
+POLL_SECONDS = 1.0  # of a worker here: how long it may take to see that the run is over
+MOST_REMEMBERED = 100_000  # rows that were answered; what is put for an older one waits in vain and is named
+ANSWERED = "it was answered already"
+OVER = "its prompt is over"
+
+Answer = tuple[Batch, int] | Failure | None  # a row of a batch, a tombstone, or None: its bytes were gone
+
+
+class OpenCall:
+    """The rows of one firing: which may be given to a worker when, and what was answered."""
+
+    def __init__(self, call: RankCall, payloads: Sequence[Payload]) -> None:
+        self.call = call
+        self.free_at = dict.fromkeys(call.sample_ids, 0.0)  # rows without an answer -> seconds of the clock
+        self.answers: dict[int, Answer] = {}
+        self._position = {sample: i for i, sample in enumerate(call.sample_ids)}
+        sources = [Part(Shard([], 0), payload) for payload in payloads]
+        self._inputs: list[list[Place]] = [
+            [(sources[s.source], row) for s in reading.segments for row in range(s.start, s.stop)]
+            for reading in call.readings
+        ]
+
+    def cut(self, samples: Sequence[int]) -> PlannedCall:
+        """Some of its rows as a call of their own, which names only the payloads that they lie in."""
+        call = self.call
+        inputs = [[places[self._position[s]] for s in samples] for places in self._inputs]
+        schemas = [reading.schema for reading in call.readings]
+        (planned,) = plan_calls(
+            call.stage, call.method, Cut("DP_PROTO"), samples, inputs, schemas, Topology(), step=call.step
+        )
+        return planned
+
+
+class AskedRows:
+    """What is asked of outside workers. Pure: it is told the time, in seconds of any steady clock."""
+
+    def __init__(self, retake_seconds: float) -> None:
+        """`retake_seconds`: after which a row that was taken and not answered is given to another worker."""
+        self._retake = retake_seconds
+        self._open: list[OpenCall] = []  # oldest first
+        self._past: dict[int, str] = {}  # row -> what became of it
+        self._ended = EndedPrompts()
+
+    def ask(self, call: RankCall, payloads: Sequence[Payload]) -> OpenCall:
+        """Rows wait for an answer from now on, also those that were answered before."""
+        opened = OpenCall(call, payloads)
+        self._open.append(opened)
+        return opened
+
+    def close(self, opened: OpenCall, cause: str) -> None:
+        """The asker has gone on: rows without an answer failed with a cause."""
+        self._open.remove(opened)
+        answered = [sample for sample, answer in opened.answers.items() if answer is not None]  # others come again
+        self._past |= dict.fromkeys(answered, ANSWERED) | dict.fromkeys(opened.free_at, cause)
+        while len(self._past) > MOST_REMEMBERED:
+            del self._past[next(iter(self._past))]
+
+    def take(self, most: int, now: float) -> PlannedCall | None:
+        """Give up to `most` rows of the oldest call that has free ones to a worker; None where there are none."""
+        for opened in self._open:
+            free = [sample for sample, at in opened.free_at.items() if at <= now][:most]
+            if free:
+                opened.free_at |= dict.fromkeys(free, now + self._retake)
+                return opened.cut(free)
+        return None
+
+    def next_free(self) -> float | None:
+        """When the next row without an answer may be given away; None where all are answered."""
+        return min((at for opened in self._open for at in opened.free_at.values()), default=None)
+
+    def answer(self, answers: dict[int, Answer]) -> dict[int, str]:
+        """Take answers in and out of `answers`; what stays there is not asked yet. The refused rows, and why."""
+        refused = {}
+        for sample in list(answers):
+            opened = next((opened for opened in self._open if sample in opened.free_at), None)
+            if opened is not None:
+                del opened.free_at[sample]
+                opened.answers[sample] = answers.pop(sample)
+            elif why := self._why_late(sample):
+                refused[sample] = why
+                del answers[sample]
+        return refused
+
+    def end(self, prompts: Iterable[int]) -> None:
+        """These prompts are over: what is put for their rows is refused."""
+        for prompt in prompts:
+            self._ended.add(prompt)
+
+    def _why_late(self, sample: int) -> str:
+        if any(sample in opened.answers for opened in self._open):
+            return ANSWERED
+        return self._past.get(sample) or (OVER if prompt_of(sample) in self._ended else "")
+
+
+class OutsideRank:
+    """The single rank of a service whose model is outside. Implements `Ranks`."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        failures = host.spec.failures
+        self._seconds = failures.outside_timeout_seconds
+        self._asked = AskedRows(failures.outside_retake_seconds)
+        self._changed = asyncio.Condition()
+        self._stopped = False
+        role = ROLES[host.spec.name]
+        (self._kind,) = {contract_of(role, stage.method).produces for stage in host.spec.stages}
+
+    async def start(self) -> None:
+        """Nothing is loaded here."""
+
+    async def stop(self) -> None:
+        """Let everybody go who waits."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+        """An outside model has no state that this run could keep. Raises ValueError."""
+        raise ValueError(f"{type(request).__name__}: the model of this service is outside of the run")
+
+    async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
+        """Ask for the rows and wait; those that are not answered in time fail with that cause."""
+        start = time.time()
+        self._host.reports.wait(call.stage, "answers", "outside workers")
+        cause = f"no answer from outside within {self._seconds:g} s"
+        opened = self._asked.ask(call, payloads)
+        try:
+            async with self._changed:
+                self._changed.notify_all()
+                await self._until(lambda: not opened.free_at, self._seconds)
+        finally:
+            self._asked.close(opened, cause)
+            self._host.reports.wait(call.stage)
+        answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
+        batch = _gathered([answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)])
+        parts = await self._host.pack(batch) if batch is not None else []
+        reply = RankReply(
+            start=start,
+            end=time.time(),
+            read_bytes=[],  # the workers read, and they are not ours to account for
+            shards=[part.shard for part in parts],
+            failures=[answer for answer in answers.values() if isinstance(answer, Failure)],
+            lost=[i for i, sample in enumerate(call.sample_ids) if answers[sample] is None],
+        )
+        return reply, [part.payload for part in parts]
+
+    async def answer(self, request: TakeRows | PutRows, payloads: Sequence[Payload]) -> tuple[Reply, list[Payload]]:
+        """What a worker asks of the service."""
+        match request:
+            case TakeRows():
+                taken = await self.take(request.most, request.seconds)
+                return RowsTaken(taken.call if taken else None), taken.payloads if taken else []
+            case PutRows():
+                return await self.put(request, parts_of(request.shards, payloads)), []
+
+    async def take(self, most: int, seconds: float) -> PlannedCall | None:
+        """Rows for a worker, as soon as there are some; None where there were none for `seconds`.
+
+        Raises ValueError for less than one row.
+        """
+        if most < 1:
+            raise ValueError(f"most = {most}: a worker takes 1 row or more")
+        deadline = time.monotonic() + min(seconds, LONGEST_WAIT_SECONDS)
+        async with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                if taken := self._asked.take(most, now):
+                    return taken
+                if now >= deadline:
+                    break
+                free_at = self._asked.next_free()
+                await self._wait(min(deadline, free_at) - now if free_at is not None else deadline - now)
+        return None
+
+    async def put(self, request: PutRows, parts: Sequence[Part]) -> RowsPut:
+        """Take answers in; rows that are not asked yet wait until they are.
+
+        Raises ValueError, and takes nothing, for a message of another type, a bad frame, or a row that comes twice;
+        PayloadLost for a frame that is gone.
+        """
+        answers = await self._answers(request, parts)
+        refused: dict[int, str] = {}
+
+        def all_placed() -> bool:
+            before = len(answers)
+            refused.update(self._asked.answer(answers))
+            if len(answers) < before:
+                self._changed.notify_all()
+            return not answers
+
+        async with self._changed:
+            await self._until(all_placed, min(request.seconds, LONGEST_WAIT_SECONDS))
+        return RowsPut(refused, list(answers))
+
+    async def end(self, prompts: Iterable[int]) -> None:
+        """These prompts are over; whoever waits to put their rows is told."""
+        async with self._changed:
+            self._asked.end(prompts)
+            self._changed.notify_all()
+
+    async def _answers(self, request: PutRows, parts: Sequence[Part]) -> dict[int, Answer]:
+        answers: list[tuple[int, Answer]] = [(f.sample_id, f) for f in request.failures]
+        answers += [(sample, None) for sample in request.lost]
+        for part in parts:
+            batch = await asyncio.to_thread(self._decode, await self._host.store.get(part.payload))
+            answers += [(sample, (batch, row)) for row, sample in enumerate(batch.sample_ids.tolist())]
+        found = dict(answers)
+        if len(found) < len(answers):
+            twice = sorted(s for s, count in Counter(s for s, _ in answers).items() if count > 1)
+            raise ValueError(f"samples {twice[:8]} are put twice at once; nothing was taken")
+        return found
+
+    def _decode(self, frame: Frame) -> Batch:
+        wanted = self._kind.__name__
+        try:
+            batch = codec.decode(frame, schemas=SCHEMAS)
+        except codec.BadFrame as error:
+            raise ValueError(f"{wanted} that can't be read, nothing was taken: {error.reason}") from error
+        if type(batch) is not self._kind:
+            raise ValueError(f"wants {wanted}, got {type(batch).__name__}; nothing was taken")
+        return batch
+
+    async def _until(self, reached: Callable[[], bool], seconds: float) -> None:
+        """Wait, inside the condition, until something is reached, the rank is stopped, or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait_for(lambda: reached() or self._stopped)
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+
+def _gathered(rows: Sequence[tuple[Batch, int]]) -> Batch | None:
+    """Rows of several batches as one, in their order; None of none."""
+    if not rows:
+        return None
+    batches = {id(batch): batch for batch, _ in rows}
+    ends = accumulate(len(batch) for batch in batches.values())
+    first = {number: end - len(batches[number]) for number, end in zip(batches, ends, strict=True)}
+    return take(concat(list(batches.values())), [first[id(batch)] + row for batch, row in rows])
+
+
+async def take_rows(endpoint: Endpoint, store: Store, most: int, over: Callable[[], bool]) -> AsyncGenerator[Batch]:
+    """Rows that are asked of this worker, until the run is over; those that it can't read are answered here.
+
+    A service that is gone is asked again until it has a successor, or the run ends. Raises ServiceError where the
+    service refuses.
+    """
+    while not over():
+        try:
+            reply, payloads = await ask(endpoint, TakeRows(most, POLL_SECONDS))
+        except ServiceGone:
+            await asyncio.sleep(POLL_SECONDS)  # the controller sees the same, and replaces it or ends the run
+            continue
+        assert isinstance(reply, RowsTaken)
+        if reply.call is None:
+            continue
+        read = await asyncio.to_thread(Reader, reply.call, [await _frame(store, payload) for payload in payloads])
+        samples = reply.call.sample_ids
+        if read.damaged or read.lost:
+            damaged = [Failure(samples[row], d.cause) for d in read.damaged for row in d.rows]
+            await ask(endpoint, PutRows(failures=damaged, lost=[samples[row] for row in read.lost]))
+        if read.rows:
+            yield read.inputs[0]
+
+
+async def _frame(store: Store, payload: Payload) -> Frame | None:
+    try:
+        return await store.get(payload)
+    except PayloadLost:
+        return None

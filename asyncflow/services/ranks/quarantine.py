@@ -1,0 +1,29 @@
+"""Frames that were refused, kept beside the run's logs with the reason: somebody will want to look at them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from asyncflow.services.channels.endpoint import Frame
+
+MOST_KEPT = 16  # of one process; later ones are counted alone
+
+
+class Quarantine:
+    """The refused frames of one process of a service."""
+
+    def __init__(self, log_path: str, name: str) -> None:
+        self._folder = Path(log_path).parent / "quarantine" if log_path else None
+        self._name = name
+        self._kept = 0
+
+    def keep(self, frame: Frame, reason: str) -> None:
+        """Write a frame and why it was refused. Blocking, and short: a process keeps a few."""
+        self._kept += 1
+        if self._folder is None or self._kept > MOST_KEPT:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stem = self._folder / f"{self._name}-{os.getpid()}-{self._kept}"
+        stem.with_suffix(".frame").write_bytes(frame.tobytes())
+        stem.with_suffix(".txt").write_text(f"{reason}\n")

@@ -1,0 +1,222 @@
+"""What a service works with, built inside its own process: the one table from a service's kind to its worker.
+
+Heavy imports stand inside the constructors, so that a process imports only what its own kind needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from asyncflow.services.ranks.apply_functions import ApplyFunctions
+from asyncflow.services.ranks.parallel_workplace import on_device, worker_of
+from asyncflow.services.ranks.spec import Kind, ServiceSpec
+from protocols.control.requests import Done
+from protocols.roles import Cost, Critic, Policy, Reference, Reward
+from protocols.stage import StageContract, contract_of
+from protocols.weights import Version
+from workers.data.hf_folder import end_of_sequence
+from workers.generation.engine import Engine
+from workers.user_code import module_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from asyncflow.dataflow.graph import Stage
+    from workers.parallel.process_group import World
+    from workers.training.offload import Residence
+
+
+class Workplace(msgspec.Struct):
+    """A worker, and the engine where its service generates."""
+
+    worker: Any
+    engine: Engine | None = None
+    follow: Callable[[], None] | None = None  # brings the engine to the version of the model that it shares
+    world: World | None = None  # the other ranks, where they work together
+    residence: Residence | None = None  # of a model that can leave its device to others
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """A stage method of the worker. Raises AttributeError."""
+        return getattr(self.worker, name)
+
+    def come_back(self) -> None:
+        """Have the model on its device, for work."""
+        if self.residence is not None:
+            self.residence.come_back()
+
+    def leave(self) -> Done:
+        """Free the device's memory, where the model can leave it."""
+        moves = self.residence is not None and self.residence.moves
+        return Done({"moves": float(moves), "bytes": float(self.residence.leave() if self.residence else 0)})
+
+    def close(self) -> None:
+        """Free what the worker and the engine hold."""
+        if self.engine is not None:
+            self.engine.close()
+        if close := getattr(self.worker, "close", None):
+            close()
+        if self.world is not None:
+            self.world.leave()
+
+
+def _policy(spec: ServiceSpec) -> Workplace:
+    from workers.data.pretraining import text_of
+    from workers.roles.policy import PolicyWorker
+
+    text = text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed)
+    worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed, text)
+    if not any(s.fires == "generate" for s in spec.stages):
+        return Workplace(worker)
+    engine = worker.engine(spec.term)
+
+    def follow() -> None:
+        version = Version(spec.term, worker.trained.version)
+        if engine.version is None or version > engine.version:
+            engine.advance(version)
+
+    return Workplace(worker, engine, follow)
+
+
+def _generator(spec: ServiceSpec) -> Workplace:
+    engine = _engine(spec)
+    if spec.model.lora.publish == "adapters":
+        from workers.generation.merging import MergingEngine
+
+        engine = MergingEngine(engine, spec.model.path, spec.model.dtype)
+    return Workplace(None, engine)
+
+
+def _engine(spec: ServiceSpec) -> Engine:
+    if spec.generation.engine == "vllm":
+        from workers.generation.vllm import VllmEngine
+
+        end = end_of_sequence(spec.tokenizer_path)
+        return VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype, end)
+    from workers.generation.torch import TorchEngine
+    from workers.training.models import load_causal
+
+    model = load_causal(spec.model.path, spec.model.dtype)
+    return TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path))
+
+
+def _critic(spec: ServiceSpec) -> Workplace:
+    from workers.roles.critic import CriticWorker
+
+    return Workplace(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+
+
+def _cost_critic(spec: ServiceSpec) -> Workplace:
+    from workers.roles.critic import CostCriticWorker
+
+    return Workplace(CostCriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+
+
+def _reference(spec: ServiceSpec) -> Workplace:
+    from workers.roles.reference import ReferenceWorker
+
+    return Workplace(ReferenceWorker(spec.model, spec.loss, spec.generation))
+
+
+def _reward(spec: ServiceSpec) -> Workplace:
+    from workers.roles.reward import MixedReward, ModelReward, RuleReward
+
+    if spec.model.mix:
+        return Workplace(MixedReward(spec.model, spec.tokenizer_path, spec.loss.tokens_per_micro_batch, spec.failures))
+    if spec.model.rule:
+        return Workplace(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
+    return Workplace(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
+
+
+def _cost(spec: ServiceSpec) -> Workplace:
+    from workers.roles.cost import ModelCost, RuleCost
+
+    if spec.model.rule:
+        return Workplace(RuleCost(spec.model, spec.tokenizer_path, spec.failures))
+    return Workplace(ModelCost(spec.model, spec.loss.tokens_per_micro_batch))
+
+
+def _advantage(spec: ServiceSpec) -> Workplace:
+    from asyncflow.dataflow.registry import algorithm_named
+    from asyncflow.dataflow.retrace import retraced
+    from asyncflow.dataflow.steering import with_steering
+    from asyncflow.dataflow.trace import declaration_of, trace
+
+    algorithm = algorithm_named(spec.algorithm)
+    dataflow, declared = with_steering(trace(algorithm), spec.numbers), declaration_of(algorithm)
+
+    def remake(module: ModuleType) -> Stage:
+        return retraced(module, spec.algorithm, spec.numbers, dataflow, declared).batch_stage
+
+    return Workplace(ApplyFunctions(dataflow.batch_stage, module_of(spec.algorithm), remake))
+
+
+_BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
+    "policy": _policy,
+    "generator": _generator,
+    "critic": _critic,
+    "cost_critic": _cost_critic,
+    "reference": _reference,
+    "reward": _reward,
+    "cost": _cost,
+    "advantage": _advantage,
+}
+
+
+_ROLES: dict[str, type] = {
+    "policy": Policy,
+    "generator": Policy,
+    "critic": Critic,
+    "cost_critic": Critic,
+    "reference": Reference,
+    "reward": Reward,
+    "cost": Cost,
+}
+
+
+@functools.cache
+def contract_for(kind: Kind, method: str) -> StageContract:
+    """What a stage of such a service takes and gives. Raises LookupError naming the stages that it has."""
+    return contract_of(_ROLES.get(kind) or _own(kind), method)
+
+
+def _own(kind: Kind) -> type:
+    """A worker class of the user's own, "package.module:Class". Raises LookupError where there is none."""
+    module, _, name = kind.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LookupError(
+            f"no service kind {kind!r}: {error}; want one of {', '.join(_BUILDERS)}, or module:Class"
+        ) from None
+
+
+_WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
+
+
+def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workplace:
+    """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
+    if spec.kind not in _BUILDERS:
+        return Workplace(_own(spec.kind)(spec, rank), world=world)
+    if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.folders):
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        if spec.deterministic:
+            torch.use_deterministic_algorithms(True)
+    if world is None and (spec.collective or on_device(spec)):
+        from workers.parallel.process_group import World, own_device
+
+        spec, world = msgspec.structs.replace(spec, topology="1-1-1"), World(0, 1, own_device(0))
+    if world is not None:
+        worker = worker_of(spec, world)
+        together = world if spec.collective else None
+        workplace = Workplace(worker, world=together, residence=worker.residence)
+        if spec.leased:
+            workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
+        return workplace
+    return _BUILDERS[spec.kind](spec)

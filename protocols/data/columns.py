@@ -1,0 +1,309 @@
+"""A batch is a set of columns over the same N rows, and every operation on rows is generic over them.
+
+Ragged stays ragged: a `Jagged` column holds N rows of different length in one flat array, and nothing
+here pads. Workers pad or pack for their device; messages never do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_LONG_ROW = 128  # values; from here on a copy per row beats an index per value, measured for 1 to 4 bytes a value
+
+
+def _frozen(array: Array) -> Array:
+    """A read-only view: a decoded column may be memory that other readers share."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class Jagged:
+    """N rows of different length: `values` [total], `offsets` int64 [N + 1] with offsets[0] = 0.
+
+    Row i is `values[offsets[i]:offsets[i + 1]]`. Both arrays are read-only.
+    """
+
+    __slots__ = ("offsets", "values")
+
+    def __init__(self, values: Array, offsets: Array) -> None:
+        if values.ndim != 1 or offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
+            raise ValueError(
+                "jagged column needs flat values and int64 offsets [N + 1], got "
+                f"values {values.dtype}{list(values.shape)}, offsets {offsets.dtype}{list(offsets.shape)}"
+            )
+        if offsets[0] != 0 or offsets[-1] != len(values) or bool((offsets[1:] < offsets[:-1]).any()):
+            raise ValueError(f"jagged offsets must rise from 0 to {len(values)}, got {offsets[0]} to {offsets[-1]}")
+        self.values = _frozen(values)
+        self.offsets = _frozen(offsets)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[npt.ArrayLike], dtype: npt.DTypeLike | None = None) -> Jagged:
+        """Build from one array per row. With no rows, `dtype` (default float32) decides the type."""
+        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        lengths = np.fromiter((len(a) for a in arrays), dtype=np.int64, count=len(arrays))
+        values = np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype or np.float32)
+        return cls.from_lengths(values, lengths)
+
+    @classmethod
+    def from_lengths(cls, values: Array, lengths: npt.ArrayLike) -> Jagged:
+        """Build from flat values and the length of each row."""
+        counts = np.asarray(lengths, dtype=np.int64)
+        offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        return cls(values, offsets)
+
+    @classmethod
+    def gather(cls, values: Array, starts: npt.NDArray[np.int64], lengths: npt.NDArray[Any]) -> Jagged:
+        """Copy rows out of flat values: `lengths[i]` of them from `starts[i]`, in any order, overlapping or not."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        if total > _LONG_ROW * len(lengths):
+            slices = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+            return cls.from_lengths(np.concatenate([values[start:stop] for start, stop in slices]), lengths)
+        index = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
+        return cls.from_lengths(values[index], lengths)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> Jagged:
+        """One UTF-8 row per text."""
+        return cls.from_rows([np.frombuffer(t.encode(), dtype=np.uint8) for t in texts], dtype=np.uint8)
+
+    def text(self, row: int) -> str:
+        """Row `row` of a UTF-8 column as text."""
+        return bytes(self[row]).decode()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Length of each row, int64 [N]."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Array:
+        rows = len(self.offsets) - 1
+        if not -rows <= row < rows:
+            raise IndexError(f"row {row} of a jagged column of {rows} rows")
+        row %= rows
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Jagged)
+            and self.dtype == other.dtype
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Jagged({self.dtype}, {len(self)} rows, {len(self.values)} values)"
+
+    def take(self, rows: npt.ArrayLike) -> Jagged:
+        """The given rows in the given order. A contiguous rising range shares memory."""
+        index = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[index]
+        if len(index) and index[0] >= 0 and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            start, stop = self.offsets[index[0]], self.offsets[index[-1] + 1]
+            return Jagged.from_lengths(self.values[start:stop], lengths)
+        return Jagged.gather(self.values, self.offsets[:-1][index], lengths)
+
+    @staticmethod
+    def concat(columns: Sequence[Jagged]) -> Jagged:
+        """All rows of all columns, in order."""
+        return Jagged.from_lengths(
+            np.concatenate([c.values for c in columns]), np.concatenate([c.lengths for c in columns])
+        )
+
+    def with_values(self, values: Array) -> Jagged:
+        """The same rows with other values, e.g. an advantage per token of a response."""
+        return Jagged(values, self.offsets)
+
+
+class ColumnSpec(msgspec.Struct, frozen=True):
+    """What a message declares about one of its columns."""
+
+    name: str
+    dtype: str  # numpy's name, little endian
+    jagged: bool
+
+
+class _Type(msgspec.Struct, frozen=True):
+    dtype: str
+
+
+Int64 = Annotated[Array, _Type("int64")]
+Float32 = Annotated[Array, _Type("float32")]
+UInt8 = Annotated[Array, _Type("uint8")]
+JaggedInt32 = Annotated[Jagged, _Type("int32")]
+JaggedFloat32 = Annotated[Jagged, _Type("float32")]
+JaggedUInt8 = Annotated[Jagged, _Type("uint8")]
+Text = Annotated[Jagged, _Type("uint8")]  # UTF-8, one text a row
+
+_NO_SUCH_COLUMN = "{} is no column type: annotate the field with a type of protocols.data.columns"
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW1641 - rows have no hash
+    """N rows of one type. Subclasses declare columns; `sample_ids` names the rows and is never repeated.
+
+    A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows
+    have equal lengths.
+
+    A schema grows by adding columns: raise `schema_version` and give the new column a default, which stands
+    in where a frame of an older version lacks it. A plain column's default is its value in every row; a
+    jagged column's is the value of every token where it is aligned with an older column, and otherwise one
+    row's values, `()` for empty rows. Any other change is a new message with a new `schema_id`.
+    """
+
+    schema_id: ClassVar[int] = 0
+    schema_version: ClassVar[int] = 1
+    aligned: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    tokens: ClassVar[tuple[str, ...]] = ()  # columns whose lengths add up to a row's tokens
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {}
+
+    sample_ids: Int64  # [N] deterministic ids, see protocols.data.ids
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(
+            a == b if isinstance(a, Jagged) else np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+            for a, b in ((getattr(self, c.name), getattr(other, c.name)) for c in columns_of(type(self)))
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its columns."""
+        columns = [getattr(self, spec.name) for spec in columns_of(type(self))]
+        return sum(c.values.nbytes + c.offsets.nbytes if isinstance(c, Jagged) else c.nbytes for c in columns)
+
+    @property
+    def token_counts(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, int64 [N]: what a row costs its reader; 1 where a row has none to count."""
+        if not self.tokens:
+            return np.ones(len(self), np.int64)
+        return np.sum([getattr(self, name).lengths for name in self.tokens], axis=0)
+
+    def check(self) -> None:
+        """Refuse a batch that does not mean anything: raises ValueError naming column, row and value."""
+        for spec in columns_of(type(self)):
+            _check_column(self, spec)
+        if len(self) and int(self.sample_ids.min()) < 0:
+            raise ValueError(f"sample_ids: negative id {int(self.sample_ids.min())}")
+        ordered = np.sort(self.sample_ids)
+        if bool(np.any(ordered[1:] == ordered[:-1])):
+            raise ValueError(f"sample_ids: an id occurs twice in {len(self)} rows")
+        for group in self.aligned:
+            first = getattr(self, group[0]).offsets
+            for name in group[1:]:
+                if not np.array_equal(first, getattr(self, name).offsets):
+                    raise ValueError(f"{name}: row lengths differ from those of {group[0]}")
+
+
+B = TypeVar("B", bound=Batch)
+
+
+def _check_column(batch: Batch, spec: ColumnSpec) -> None:
+    column = getattr(batch, spec.name)
+    if isinstance(column, Jagged) != spec.jagged or column.dtype != np.dtype(spec.dtype):
+        raise ValueError(f"{spec.name}: want {'jagged ' if spec.jagged else ''}{spec.dtype}, got {column!r:.80}")
+    if not spec.jagged and column.ndim != 1:
+        raise ValueError(f"{spec.name}: want one value a row, got shape {list(column.shape)}")
+    if len(column) != len(batch.sample_ids):
+        raise ValueError(f"{spec.name}: {len(column)} rows where sample_ids has {len(batch.sample_ids)}")
+    values = column.values if isinstance(column, Jagged) else column
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{spec.name}: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite")
+
+
+@functools.cache
+def columns_of(kind: type[Batch]) -> tuple[ColumnSpec, ...]:
+    """The columns of a message type, in the order of their declaration."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(_spec(name, hints[name]) for name in kind.__struct_fields__)
+
+
+def _spec(name: str, hint: Any) -> ColumnSpec:
+    if get_origin(hint) is not Annotated:
+        raise TypeError(_NO_SUCH_COLUMN.format(name))
+    base, marker = get_args(hint)[:2]
+    if not isinstance(marker, _Type):
+        raise TypeError(_NO_SUCH_COLUMN.format(name))
+    return ColumnSpec(name, marker.dtype, base is Jagged)
+
+
+def take(batch: B, rows: npt.ArrayLike) -> B:
+    """The given rows of a batch, in the given order."""
+    index = np.asarray(rows, dtype=np.int64)
+    columns: dict[str, Any] = {}
+    for spec in columns_of(type(batch)):
+        column = getattr(batch, spec.name)
+        columns[spec.name] = column.take(index) if isinstance(column, Jagged) else _frozen(column[index])
+    return type(batch)(**columns)
+
+
+def concat(batches: Sequence[B]) -> B:
+    """All rows of several batches of one type, in order."""
+    if not batches:
+        raise ValueError("concat needs at least one batch: an empty list has no type")
+    if len(batches) == 1:
+        return batches[0]
+    kind = type(batches[0])
+    if any(type(b) is not kind for b in batches):
+        raise TypeError(f"concat of different messages: {sorted({type(b).__name__ for b in batches})}")
+    columns: dict[str, Any] = {}
+    for spec in columns_of(kind):
+        parts = [getattr(batch, spec.name) for batch in batches]
+        columns[spec.name] = Jagged.concat(parts) if spec.jagged else _frozen(np.concatenate(parts))
+    return kind(**columns)
+
+
+def split(batch: B, parts: int) -> list[B]:
+    """`parts` contiguous cuts whose sizes differ by at most one; some may be empty."""
+    return [take(batch, rows) for rows in np.array_split(np.arange(len(batch)), parts)]
+
+
+def empty(kind: type[B]) -> B:
+    """A batch of no rows."""
+    columns: dict[str, Any] = {
+        c.name: Jagged(np.empty(0, c.dtype), np.zeros(1, np.int64)) if c.jagged else _frozen(np.empty(0, c.dtype))
+        for c in columns_of(kind)
+    }
+    return kind(**columns)
+
+
+def rows_of(batch: Batch, sample_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where the given ids stand in a batch. Raises KeyError naming the first id that is not there."""
+    wanted = np.asarray(sample_ids, dtype=np.int64)
+    order = np.argsort(batch.sample_ids, kind="stable")
+    at = np.searchsorted(batch.sample_ids, wanted, sorter=order)
+    found = order[np.minimum(at, max(len(batch) - 1, 0))] if len(batch) else np.zeros(len(wanted), np.int64)
+    missing = wanted != batch.sample_ids[found] if len(batch) else np.ones(len(wanted), bool)
+    if missing.any():
+        raise KeyError(f"sample {int(wanted[missing][0])} is not among the {len(batch)} rows of {type(batch).__name__}")
+    return found
+
+
+def select(batch: B, sample_ids: npt.ArrayLike) -> B:
+    """The rows with the given ids, in the order of the ids."""
+    return take(batch, rows_of(batch, sample_ids))

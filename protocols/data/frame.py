@@ -1,0 +1,280 @@
+"""A message's bytes: contiguous columns, cut into blocks of rows that are verified one by one.
+
+    magic b"AFLO" | u32 format | u64 header length | u32 CRC of header | header (msgpack) | arrays
+
+All integers are little endian. Arrays stand in the order of the header's columns, each on a multiple of 64
+bytes from the frame's start: a plain column is its N values; a jagged one is its N row lengths, uint32, then
+its values. A column is never interrupted, so any run of rows is a view of it.
+
+Blocks are runs of adjacent rows. The header's table holds, per block, its number of rows, its number of
+values in each jagged column, and the CRC32 of its bytes: a piece of every array, chained in their order. A
+piece reaches to where the next one starts, and the header to the first array, so padding belongs to them:
+every byte is under exactly one checksum. Places follow from the counts alone, so no frame can name
+overlapping or foreign bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from protocols.data.columns import Array
+
+Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+Buffer = bytes | bytearray | memoryview | Bytes
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+LENGTHS = np.dtype("<u4")  # of the rows of a jagged column
+TABLE = np.dtype("<u4")  # what the header's table is made of
+ALIGNMENT = 64  # a cache line; what Ray's object store aligns a buffer to
+_NUMBERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMBERS.split()}
+
+_MAGIC = b"AFLO"
+_FORMAT = 2
+_PROLOGUE = struct.Struct("<4sIQ")
+_CRC = struct.Struct("<I")
+_HEADER_START = _PROLOGUE.size + _CRC.size
+_MAX_COLUMNS = 256  # the one part of a header that takes more memory than its bytes
+_BLOCKS_AT_ONCE = 256  # places of so many blocks are listed at a time, however many a frame has
+_BLOCK_BYTES = (1 << 16, 1 << 20)  # smaller ones cost more calls than bytes; one larger is too much to read for a row
+
+
+class BadFrame(Exception):
+    """Bytes that are no acceptable message; `reason` says why, for the quarantine."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Column(msgspec.Struct, frozen=True):
+    """One column of a frame."""
+
+    name: str
+    dtype: str  # numpy's name
+    jagged: bool
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a frame says about itself."""
+
+    schema: Count  # the message's schema_id
+    version: Count  # its schema_version, where it was written
+    term: Count  # lineage of the weights that the rows come from
+    attempt: Count  # 0 for the first delivery
+    rows: Count
+    columns: Annotated[tuple[Column, ...], msgspec.Meta(max_length=_MAX_COLUMNS)]
+    blocks: bytes  # the table, see `table_of`
+
+
+_header_decoder = msgspec.msgpack.Decoder(Header)
+
+
+# --- where things lie
+
+
+class Place(msgspec.Struct, frozen=True):
+    """An array of `count` values from byte `start` of the frame."""
+
+    start: int
+    count: int
+    dtype: np.dtype[Any]
+    unit: int  # what it counts, and is cut by: 0 rows, 1 + j the values of jagged column j
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.dtype.itemsize
+
+    def view(self, frame: Bytes) -> Array:
+        return frame[self.start : self.stop].view(self.dtype)
+
+
+class Layout:
+    """Where the arrays of a frame lie: `places` in their order, up to byte `end`. In exact integers, for any counts."""
+
+    __slots__ = ("_counts", "end", "places", "start")
+
+    def __init__(self, columns: tuple[Column, ...], counts: Array, start: int) -> None:
+        """From the blocks' counts, [B, 1 + J] rows and values of jagged columns, and the first array's byte."""
+        self._counts = counts
+        totals = counts.sum(axis=0, dtype=np.uint64).tolist()
+        self.places: list[Place] = []
+        self.start = self.end = start
+        units = itertools.count(1)
+        for column in columns:
+            unit = next(units) if column.jagged else 0
+            if column.jagged:
+                self._add(totals[0], LENGTHS, 0)
+            self._add(totals[unit], _DTYPES[column.dtype], unit)
+
+    def _add(self, count: int, dtype: np.dtype[Any], unit: int) -> None:
+        place = Place(_boundary(self.end), count, dtype, unit)
+        self.places.append(place)
+        self.end = place.stop
+
+    def by_column(self, columns: tuple[Column, ...]) -> dict[str, list[Place]]:
+        """The arrays of each column: its values, and before them its lengths where it is jagged."""
+        following = iter(self.places)
+        return {column.name: [next(following) for _ in range(1 + column.jagged)] for column in columns}
+
+    def cut(self) -> Cuts:
+        """How blocks cut the arrays. Only of a layout whose `end` is known to be the frame's, so nothing overflows."""
+        bounds = np.zeros((self._counts.shape[1], len(self._counts) + 1), np.int64)
+        np.cumsum(self._counts.T, axis=1, dtype=np.int64, out=bounds[:, 1:])
+        return Cuts(
+            bounds,
+            units=np.array([place.unit for place in self.places]),
+            sizes=np.array([place.dtype.itemsize for place in self.places]),
+            starts=np.array([*(place.start for place in self.places), self.end]),
+        )
+
+
+class Cuts(msgspec.Struct, frozen=True):
+    """Where blocks begin and the last one ends, in rows and in values, for the A arrays of a frame."""
+
+    bounds: Indices  # [1 + J, B + 1] row, and value of each jagged column
+    units: Indices  # [A] which of the bounds cut an array
+    sizes: Indices  # [A] bytes of one value
+    starts: Indices  # [A + 1] first byte of each array, and the frame's end
+
+    def checksums(self, frame: Bytes, blocks: Indices) -> list[int]:
+        """The CRC32 of each of the given blocks, as the frame's bytes are now."""
+        data, crc32 = frame.data, zlib.crc32  # a frame has thousands of pieces: the inner loop does just this
+        if self.bounds.shape[1] == 2:  # the pieces of a single block are the whole of what they cut
+            return [crc32(data[int(self.starts[0]) : int(self.starts[-1])]) for _ in blocks]
+        checksums = []
+        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            starts, stops = self._pieces(blocks[first : first + _BLOCKS_AT_ONCE])
+            for pieces in map(zip, starts.tolist(), stops.tolist()):
+                checksum = 0
+                for start, stop in pieces:
+                    checksum = crc32(data[start:stop], checksum)
+                checksums.append(checksum)
+        return checksums
+
+    def _pieces(self, blocks: Indices) -> tuple[Indices, Indices]:
+        """Where the pieces of blocks start and stop, [K, A] each, in bytes of the frame."""
+        starts = self.bounds[self.units, blocks[:, None]] * self.sizes + self.starts[:-1]
+        stops = self.bounds[self.units, blocks[:, None] + 1] * self.sizes + self.starts[:-1]
+        stops[blocks == self.bounds.shape[1] - 2] = self.starts[1:]  # the last block takes the padding
+        return starts, stops
+
+    def nbytes(self, blocks: npt.NDArray[np.bool_]) -> int:
+        """Bytes of the marked blocks, padding included."""
+        per_unit = np.bincount(self.units, self.sizes, len(self.bounds)).astype(np.int64)
+        within = per_unit @ np.diff(self.bounds)
+        padding = self.starts[-1] - self.starts[0] - within.sum() if blocks[-1:].any() else 0
+        return int(within[blocks].sum() + padding)
+
+
+def cut_rows(ends: Indices, block_bytes: int | None) -> Indices:
+    """Cut rows into blocks of at most `block_bytes`, but at least one row: the first row of each, and N, int64 [B + 1].
+
+    `ends` [N + 1] are the bytes of the rows before each row. By default a block is a 256th of the frame, within
+    64 KiB and 1 MiB: a reader of few rows reads little else, and a reader of all doesn't notice the blocks.
+    """
+    rows = len(ends) - 1
+    low, high = _BLOCK_BYTES
+    target = min(max(int(ends[-1]) // 256, low), high) if block_bytes is None else block_bytes
+    if ends[-1] <= target:
+        return np.array([0, rows] if rows else [0])
+    cuts = [0]
+    while (row := cuts[-1]) < rows:
+        cuts.append(max(row + 1, int(ends.searchsorted(ends[row] + target, side="right")) - 1))
+    return np.array(cuts)
+
+
+def aligned(nbytes: int) -> Bytes:
+    """Uninitialised memory that starts on a boundary, which numpy alone does not promise."""
+    block = np.empty(nbytes + ALIGNMENT, np.uint8)
+    first = -block.ctypes.data % ALIGNMENT
+    return block[first : first + nbytes]
+
+
+def bytes_of(buffer: Buffer) -> Bytes:
+    """The buffer as read-only bytes, so that every view of it is read-only, too. Raises BadFrame."""
+    try:
+        data = (buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)).view()
+    except (ValueError, BufferError) as error:
+        raise BadFrame(f"a frame lies in one contiguous buffer: {error}") from error
+    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise BadFrame(f"a frame is a contiguous uint8 array, got {data.dtype} {list(data.shape)}")
+    data.flags.writeable = False
+    return data
+
+
+def _boundary(at: int) -> int:
+    return -(-at // ALIGNMENT) * ALIGNMENT
+
+
+# --- the header
+
+
+def pack(header: Header) -> tuple[bytes, int]:
+    """The header's bytes, and where the first array starts after them. Their number depends on no checksum."""
+    packed = msgspec.msgpack.encode(header)
+    return packed, _boundary(_HEADER_START + len(packed))
+
+
+def seal(frame: Bytes, packed: bytes) -> None:
+    """Write what stands before the arrays: the prologue, the header's bytes and its checksum."""
+    head = _PROLOGUE.pack(_MAGIC, _FORMAT, len(packed))
+    padded = packed.ljust(_boundary(_HEADER_START + len(packed)) - _HEADER_START, b"\0")
+    head += _CRC.pack(zlib.crc32(padded, zlib.crc32(head))) + padded
+    frame[: len(head)] = np.frombuffer(head, np.uint8)
+
+
+def unseal(data: Bytes) -> tuple[Header, int]:
+    """The verified header of a frame that may end after it, and where the first array starts. Raises BadFrame."""
+    if len(data) < _HEADER_START:
+        raise BadFrame(f"frame of {len(data)} bytes is shorter than the {_HEADER_START} before a header")
+    view = data.data
+    magic, version, length = _PROLOGUE.unpack_from(view)
+    if magic != _MAGIC:
+        raise BadFrame(f"no frame: it starts with {magic!r}, want {_MAGIC!r}")
+    if version != _FORMAT:
+        raise BadFrame(f"frame format {version}, this reader knows format {_FORMAT}")
+    end = _boundary(_HEADER_START + length)
+    if end > len(data):
+        raise BadFrame(f"header of {length} bytes, padded to byte {end}, in a frame of {len(data)}")
+    if (
+        zlib.crc32(view[_HEADER_START:end], zlib.crc32(view[: _PROLOGUE.size]))
+        != _CRC.unpack_from(view, _PROLOGUE.size)[0]
+    ):
+        raise BadFrame("header of the frame is damaged: its checksum differs")
+    try:
+        header = _header_decoder.decode(view[_HEADER_START : _HEADER_START + length])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadFrame(f"header of the frame: {error}") from error
+    _check_columns(header)
+    return header, end
+
+
+def table_of(header: Header) -> Array:
+    """The header's blocks, uint32 [B, 2 + J]: rows, values of each jagged column, CRC32. Raises BadFrame."""
+    width = 2 + sum(column.jagged for column in header.columns)
+    if len(header.blocks) % (width * TABLE.itemsize):
+        raise BadFrame(f"table of {len(header.blocks)} bytes is not made of blocks of {width} numbers")
+    table = np.frombuffer(header.blocks, TABLE).reshape(-1, width)
+    rows = int(table[:, 0].sum(dtype=np.uint64))
+    if rows != header.rows or not table[:, 0].all():
+        raise BadFrame(f"blocks have {rows} rows, the frame {header.rows}; none may be empty")
+    return table
+
+
+def _check_columns(header: Header) -> None:
+    seen: set[str] = set()
+    for column in header.columns:
+        if column.name in seen:
+            raise BadFrame(f"column {column.name:.40} occurs twice")
+        if column.dtype not in _DTYPES:
+            raise BadFrame(f"column {column.name:.40}: unknown type {column.dtype:.40}")
+        seen.add(column.name)

@@ -1,0 +1,188 @@
+"""One frozen batch type per stage of a sample's life.
+
+The type's name is the stage; no record is half filled. N is the number of rows, T_i the number of
+response tokens of row i, P_i of its prompt. Ids are int64, tokens int32, everything learned float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import ClassVar
+
+import msgspec
+import numpy as np
+
+from protocols.data.columns import Batch, Float32, Int64, Jagged, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
+
+
+class Finish(IntEnum):
+    """Why a response ended."""
+
+    STOP = 0  # end-of-sequence token, which is part of the response
+    LENGTH = 1  # max_tokens reached
+
+
+class Prompts(Batch, frozen=True, kw_only=True, eq=False):
+    """A request for one response per row; a prompt with n samples is n rows."""
+
+    schema_id: ClassVar[int] = 1
+    tokens: ClassVar[tuple[str, ...]] = ("prompts",)
+
+    prompts: JaggedInt32  # [N, P_i] token ids
+    references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
+    floors: Int64  # [N] version at admission: only weights at least this new may generate the row
+
+    def check(self) -> None:
+        super().check()
+        _check_range(self, "prompts")
+        _check_range(self, "floors")
+        _check_text(self, "references")
+
+
+class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
+    """Finished responses."""
+
+    schema_id: ClassVar[int] = 2
+    tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
+    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (("responses", "log_probs", "versions", "loss_mask"),)
+
+    prompts: JaggedInt32  # [N, P_i]
+    references: Text  # [N]
+    responses: JaggedInt32  # [N, T_i], with its end-of-sequence token where finish is STOP
+    log_probs: JaggedFloat32  # [N, T_i] behaviour log-probs, mu, under the weights that drew the token
+    versions: JaggedInt32  # [N, T_i] step of the weights that drew each token; their term is the frame's
+    loss_mask: JaggedUInt8  # [N, T_i] 1 where the policy drew the token and it is trained
+    finishes: UInt8  # [N] Finish
+
+    def check(self) -> None:
+        super().check()
+        for name in ("prompts", "responses", "versions"):
+            _check_range(self, name)
+        _check_range(self, "loss_mask", high=1)
+        _check_range(self, "finishes", high=max(Finish))
+        _check_text(self, "references")
+
+
+class LogProbs(Batch, frozen=True, kw_only=True, eq=False):
+    """Log-probs of the response tokens under one model."""
+
+    schema_id: ClassVar[int] = 3
+    tokens: ClassVar[tuple[str, ...]] = ("log_probs",)
+
+    log_probs: JaggedFloat32  # [N, T_i]
+
+
+class Values(Batch, frozen=True, kw_only=True, eq=False):
+    """A critic's value of the state before each response token."""
+
+    schema_id: ClassVar[int] = 4
+    tokens: ClassVar[tuple[str, ...]] = ("values",)
+
+    values: JaggedFloat32  # [N, T_i]
+    versions: Int64  # [N] step of the critic's weights
+
+
+_LEFT_OUT = Jagged.from_rows([])
+
+
+class Scores(Batch, frozen=True, kw_only=True, eq=False):
+    """A reward per response. Whoever has no parts to tell leaves them out: they become empty rows."""
+
+    schema_id: ClassVar[int] = 5
+    schema_version: ClassVar[int] = 2
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"parts": ()}  # version 2 brought it
+
+    scores: Float32  # [N]
+    parts: JaggedFloat32 = _LEFT_OUT  # [N, K] of a mixed reward: its K parts' own numbers, before their weights
+
+    def __post_init__(self) -> None:
+        if self.parts is _LEFT_OUT:
+            offsets = np.zeros(len(self.sample_ids) + 1, np.int64)
+            msgspec.structs.force_setattr(self, "parts", Jagged(np.empty(0, np.float32), offsets))
+
+
+class Costs(Batch, frozen=True, kw_only=True, eq=False):
+    """A cost per response: positive is unsafe."""
+
+    schema_id: ClassVar[int] = 6
+
+    costs: Float32  # [N]
+
+
+class Experience(Batch, frozen=True, kw_only=True, eq=False):
+    """What a trainer takes: exactly the rows of one batch, in its order."""
+
+    schema_id: ClassVar[int] = 7
+    schema_version: ClassVar[int] = 3
+    tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
+    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (
+        (
+            "responses",
+            "log_probs",
+            "loss_mask",
+            "advantages",
+            "returns",
+            "values",
+            "reference",
+            "cost_returns",
+            "cost_values",
+        ),
+    )
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {
+        "reference": 0.0,  # version 2 brought it
+        "cost_returns": 0.0,  # version 3 brought them
+        "cost_values": 0.0,
+    }
+
+    prompts: JaggedInt32  # [N, P_i]
+    responses: JaggedInt32  # [N, T_i]
+    loss_mask: JaggedUInt8  # [N, T_i]
+    log_probs: JaggedFloat32  # [N, T_i] mu
+    advantages: JaggedFloat32  # [N, T_i] as the estimator leaves them, whitened where it whitens
+    returns: JaggedFloat32  # [N, T_i] the critic's targets; 0 where the algorithm has no critic
+    values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored; 0 where there is none
+    reference: JaggedFloat32  # [N, T_i] log-probs under the reference, for a KL in the loss; 0 where there is none
+    cost_returns: JaggedFloat32  # [N, T_i] the cost critic's targets; 0 where the algorithm has none
+    cost_values: JaggedFloat32  # [N, T_i] its values when the row was scored; 0 where there is none
+
+    def check(self) -> None:
+        super().check()
+        for name in ("prompts", "responses"):
+            _check_range(self, name)
+        _check_range(self, "loss_mask", high=1)
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Measurements of one stage call: each value is a mean over its count, so metrics of replicas reduce."""
+
+    values: dict[str, float] = {}
+    counts: dict[str, float] = {}  # weight of each value; absent: 1
+
+
+SCHEMAS: dict[int, type[Batch]] = {
+    kind.schema_id: kind for kind in (Prompts, Rollouts, LogProbs, Values, Scores, Costs, Experience)
+}
+
+
+def _check_range(batch: Batch, name: str, high: int | None = None) -> None:
+    """Values of an integer column lie in [0, high]: no negative token, no mark that has no meaning."""
+    column = getattr(batch, name)
+    values = column.values if isinstance(column, Jagged) else column
+    if len(values) and int(values.min()) < 0:
+        raise ValueError(f"{name}: negative value {int(values.min())}")
+    if high is not None and len(values) and int(values.max()) > high:
+        raise ValueError(f"{name}: value {int(values.max())}, at most {high} has a meaning")
+
+
+def _check_text(batch: Batch, name: str) -> None:
+    """Every row is UTF-8, so that `Jagged.text` holds for whoever reads it."""
+    column: Jagged = getattr(batch, name)
+    values = column.values
+    if not len(values) or int(values.max()) < 0x80:  # ASCII
+        return
+    for row in range(len(column)):
+        try:
+            column.text(row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: row {row} is no UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -1,0 +1,88 @@
+"""Where prompts come from: an order that cursor and seed decide, ids that say where a row stands in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncflow.control.admission.prompts import DataRow, PromptSource
+from protocols.data.ids import EVALUATION_EPOCH, index_of, place_of, prompt_of, purpose_of
+from tests import tiny
+
+ROWS = [DataRow(f"{i}+{i}=", str(2 * i)) for i in range(7)]
+Make = Callable[[int], PromptSource]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A source of seven rows by seed."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer().save_pretrained(str(folder))
+    made: dict[int, PromptSource] = {}
+    return lambda seed: made.setdefault(seed, PromptSource(ROWS, str(folder), seed))
+
+
+def order(source: PromptSource, epoch: int) -> list[tuple[int, int]]:
+    return [place_of(source.at(epoch * len(source) + i)) for i in range(len(source))]
+
+
+@given(seed=st.integers(0, 5), epoch=st.integers(0, EVALUATION_EPOCH - 1))
+def test_an_epoch_has_every_row_once(source: Make, seed: int, epoch: int):
+    assert sorted(order(source(seed), epoch)) == [(epoch, row) for row in range(len(ROWS))]
+
+
+@given(cursors=st.lists(st.integers(0, 60), min_size=1))
+def test_the_order_depends_on_the_cursor_alone(source: Make, cursors: list[int]):
+    """Asked in any order, as a resumed run asks, the same cursor names the same prompt."""
+    reference = [source(1).at(c) for c in range(61)]
+    assert [source(1).at(c) for c in cursors] == [reference[c] for c in cursors]
+
+
+def test_epochs_and_seeds_differ_in_their_order(source: Make):
+    def rows(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(row for _, row in order(source(seed), epoch))
+
+    assert len({rows(seed, epoch) for seed in range(4) for epoch in range(4)}) > 12
+
+
+def test_training_does_not_run_into_the_ids_of_evaluation(source: Make):
+    assert purpose_of(source(0).at(EVALUATION_EPOCH * len(ROWS) - 1) << 16) == "train"
+    with pytest.raises(ValueError, match=f"epoch {EVALUATION_EPOCH} of 7 rows"):
+        source(0).at(EVALUATION_EPOCH * len(ROWS))
+
+
+def test_requests_have_a_row_a_sample_with_its_prompt_and_reference(source: Make):
+    prompts = [source(0).at(0), source(0).at(1)]
+    rows = source(0).requests(prompts, samples_per_prompt=3, floor=4)
+    rows.check()
+    assert [prompt_of(s) for s in rows.sample_ids.tolist()] == [p for p in prompts for _ in range(3)]
+    assert [index_of(s) for s in rows.sample_ids.tolist()] == [0, 1, 2, 0, 1, 2]
+    assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"train"}
+    assert rows.floors.tolist() == [4] * 6
+    for row, sample in enumerate(rows.sample_ids.tolist()):
+        data = ROWS[place_of(prompt_of(sample))[1]]
+        assert np.array_equal(rows.prompts[row], tiny.encode(data.prompt))
+        assert rows.references.text(row) == data.reference
+
+
+def test_baselines_are_one_row_a_prompt_that_is_not_trained(source: Make):
+    prompts = [source(0).at(i) for i in range(2)]
+    rows = source(0).baselines(prompts, floor=1)
+    assert [prompt_of(s) for s in rows.sample_ids.tolist()] == prompts
+    assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"baseline"}
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0, 7), (3, 3), (100, 7)])
+def test_evaluation_takes_the_first_rows_of_the_file_in_its_order(source: Make, limit: int, count: int):
+    rows = source(0).evaluation(floor=2, limit=limit)
+    assert [place_of(prompt_of(s)) for s in rows.sample_ids.tolist()] == [(EVALUATION_EPOCH, i) for i in range(count)]
+    assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"evaluate"}
+    assert [rows.references.text(i) for i in range(count)] == [r.reference for r in ROWS[:count]]
+
+
+def test_the_longest_prompt_counts_in_tokens(source: Make):
+    assert source(0).longest == len("0+0=")

@@ -1,0 +1,184 @@
+"""A checkpoint counts when it is all there, byte for byte; the newest that counts is used, the rest reported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from asyncflow.control.store import checkpoint
+from asyncflow.control.store.checkpoint import CheckpointError
+
+
+def write(root: Path, step: int, content: str = "weights", term: int = 0) -> Path:
+    """A checkpoint of three files in two folders."""
+    partial = checkpoint.begin(root, step)
+    for role in ("policy", "critic"):
+        (partial / role).mkdir()
+        (partial / role / "model.safetensors").write_text(f"{role} {content} {step}")
+    (partial / "ledger.db").write_bytes(bytes(range(64)))
+    folder, _ = checkpoint.finish(partial, root, step, term=term, cursor=10 * step, recipe_digest="abc")
+    return folder
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_what_was_written_is_read(tmp_path: Path):
+    folder = write(tmp_path, 20, term=3)
+    manifest = checkpoint.read(folder)
+    assert folder == checkpoint.folder_of(tmp_path, 20)
+    assert (manifest.step, manifest.term, manifest.cursor, manifest.recipe_digest) == (20, 3, 200, "abc")
+    assert sorted(manifest.files) == ["critic/model.safetensors", "ledger.db", "policy/model.safetensors"]
+    assert names(tmp_path) == ["step_000020"], "nothing partial is left"
+
+
+def test_the_size_is_that_of_the_files(tmp_path: Path):
+    partial = checkpoint.begin(tmp_path, 1)
+    (partial / "a").write_bytes(bytes(10))
+    (partial / "b").write_bytes(bytes(5))
+    assert checkpoint.finish(partial, tmp_path, 1, 0, 0, "")[1] == 15
+
+
+def test_the_newest_is_found_without_a_pointer(tmp_path: Path):
+    for step in (5, 10, 100):
+        write(tmp_path, step)
+    path, manifest, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, manifest.step, damaged) == ("step_000100", 100, [])
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def flip_first(path: Path) -> None:
+    flip(path, 0)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def put_garbage(path: Path) -> None:
+    path.write_bytes(b"\xff\x00 no such thing")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_first, truncate, append, put_garbage, remove])
+@pytest.mark.parametrize("name", ["ledger.db", "policy/model.safetensors", checkpoint.MANIFEST])
+def test_any_damage_is_reported_and_the_checkpoint_before_is_used(tmp_path: Path, damage: object, name: str):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    assert callable(damage)
+    damage(newest / name)
+    path, manifest, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, manifest.step) == ("step_000001", 1)
+    assert len(damaged) == 1
+    assert "step_000002" in damaged[0]
+    assert name in damaged[0], damaged
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path: Path):
+    """A digit of the cursor is the worst: the files are right, and the data would be read from another place."""
+    folder = write(tmp_path, 7)
+    manifest = folder / checkpoint.MANIFEST
+    sound = manifest.read_bytes()
+    for position in range(len(sound)):
+        flip(manifest, position, bit=position % 7)
+        with pytest.raises(CheckpointError):
+            checkpoint.read(folder)
+        manifest.write_bytes(sound)
+    assert checkpoint.read(folder).step == 7
+
+
+def test_a_file_too_many_is_damage(tmp_path: Path):
+    folder = write(tmp_path, 1)
+    (folder / "policy" / "optimizer.bin").write_text("from elsewhere")
+    with pytest.raises(CheckpointError, match=r"policy/optimizer\.bin"):
+        checkpoint.read(folder)
+
+
+def test_two_files_that_changed_places_are_damage(tmp_path: Path):
+    folder = write(tmp_path, 1)
+    policy, critic = folder / "policy" / "model.safetensors", folder / "critic" / "model.safetensors"
+    policy.rename(folder / "x")
+    critic.rename(policy)
+    (folder / "x").rename(critic)
+    with pytest.raises(CheckpointError, match="sha256"):
+        checkpoint.read(folder)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path: Path):
+    write(tmp_path, 1).rename(tmp_path / "step_000009")
+    with pytest.raises(CheckpointError, match="holds step 1, its name says another"):
+        checkpoint.read(tmp_path / "step_000009")
+
+
+def test_all_that_is_damaged_is_reported_where_nothing_is_valid(tmp_path: Path):
+    for step in (1, 2):
+        truncate(write(tmp_path, step) / "ledger.db")
+    with pytest.raises(CheckpointError, match="no valid checkpoint") as refused:
+        checkpoint.newest(tmp_path)
+    assert "step_000001" in str(refused.value)
+    assert "step_000002" in str(refused.value)
+
+
+@pytest.mark.parametrize("folder", [".", "not there"])
+def test_no_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path: Path, folder: str):
+    with pytest.raises(CheckpointError, match="holds no valid checkpoint: it is empty"):
+        checkpoint.newest(tmp_path / folder)
+
+
+def test_a_partial_checkpoint_does_not_count(tmp_path: Path):
+    """Killed while it was written, or just before its rename: it looks complete and is not published."""
+    write(tmp_path, 1)
+    partial = checkpoint.begin(tmp_path, 2)
+    shutil.copytree(checkpoint.folder_of(tmp_path, 1), partial, dirs_exist_ok=True)
+    path, _, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, damaged) == ("step_000001", [])
+
+
+def test_an_attempt_starts_without_what_an_earlier_one_left(tmp_path: Path):
+    (checkpoint.begin(tmp_path, 2) / "half").write_text("written")
+    assert list(checkpoint.begin(tmp_path, 2).iterdir()) == []
+    checkpoint.begin(tmp_path, 3)
+    assert names(tmp_path) == [".step_000003.partial"]
+
+
+def test_prune_keeps_the_newest(tmp_path: Path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=0)
+    assert len(names(tmp_path)) == 3
+    checkpoint.prune(tmp_path, keep=2)
+    assert names(tmp_path) == ["step_000002", "step_000003"]
+
+
+def test_a_step_that_is_written_again_replaces_the_old_one(tmp_path: Path):
+    write(tmp_path, 4, content="old")
+    folder = write(tmp_path, 4, content="new", term=1)
+    assert checkpoint.read(folder).term == 1
+    assert (folder / "policy" / "model.safetensors").read_text() == "policy new 4"
+    assert names(tmp_path) == ["step_000004"]
+
+
+def test_a_new_lineage_does_not_leave_the_later_steps_of_an_abandoned_one(tmp_path: Path):
+    """A damaged step 30 made the run go on from 10: kept, it would be the one that `prune` keeps instead of 20."""
+    write(tmp_path, 10)
+    truncate(write(tmp_path, 30) / "ledger.db")
+    write(tmp_path, 20, term=1)
+    checkpoint.prune(tmp_path, keep=1)
+    path, manifest, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, manifest.term, damaged) == ("step_000020", 1, [])
+    assert names(tmp_path) == ["step_000020"]

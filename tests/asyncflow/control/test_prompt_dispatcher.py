@@ -1,0 +1,90 @@
+"""A prompt is handed out once, unless the rows that came of it are lost: then all of it is, under a new attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.prompts import DataRow, PromptSource
+from asyncflow.control.admission.staleness import Admission
+from asyncflow.control.prompt_dispatcher import HandingOut
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.supervision import Supervisor
+from asyncflow.dataflow.algorithms.remax import remax
+from asyncflow.dataflow.trace import trace
+from asyncflow.services.channels.endpoint import Endpoint, Payload
+from asyncflow.services.runtime.local_store import LocalStore
+from protocols.control.delivery import Delivery
+from protocols.control.notices import Notice, Settled
+from protocols.control.requests import Reply, Request
+from protocols.data.ids import BASELINE_INDEX, index_of, prompt_of
+from tests import tiny
+from tests.asyncflow.control.store.test_run_store import open_record
+
+REMAX = trace(remax)
+SAMPLES = 2
+
+
+class Generator:
+    """Remembers what it was handed. Implements `Endpoint`."""
+
+    name = "generator"
+
+    def __init__(self) -> None:
+        self.handed: list[Delivery] = []
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        self.handed.append(delivery)
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        raise NotImplementedError
+
+    async def notices(self) -> list[Notice]:
+        raise NotImplementedError
+
+    def take(self) -> dict[tuple[bool, int], list[int]]:
+        """(greedy, attempt) -> the prompts that were handed out so since the last call."""
+        found: dict[tuple[bool, int], list[int]] = {}
+        for delivery in self.handed:
+            samples = [sample for shard in delivery.shards for sample in shard.sample_ids]
+            greedy = index_of(samples[0]) == BASELINE_INDEX
+            assert len(samples) == len(dict.fromkeys(map(prompt_of, samples))) * (1 if greedy else SAMPLES)
+            found.setdefault((greedy, delivery.attempt), []).extend(dict.fromkeys(map(prompt_of, samples)))
+        self.handed.clear()
+        return found
+
+
+async def restart(name: str) -> Endpoint:
+    raise NotImplementedError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> PromptSource:
+    tiny.tokenizer().save_pretrained(str(tmp_path))
+    return PromptSource([DataRow(f"{i}+{i}=", str(2 * i)) for i in range(7)], str(tmp_path), seed=0)
+
+
+async def test_what_a_lost_generator_had_drawn_is_drawn_again_but_for_what_is_at_the_join(
+    tmp_path: Path, source: PromptSource
+):
+    generator, ledger = Generator(), Ledger(tmp_path / "ledger.db")
+    book = PromptBook(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
+    record = open_record(tmp_path, ledger)
+    fleet = Fleet({"generator": generator}, {}, Supervisor(REMAX, {}, [], 0), restart)
+    handing_out = HandingOut(REMAX, fleet, ["generator"], LocalStore(), source, record, book, SAMPLES)
+
+    await handing_out.admit(3, floor=0)
+    first, second, third = (source.at(i) for i in range(3))
+    assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
+    book.settle(Settled(second, [], []))
+    handing_out.begin_anew()
+    await handing_out.admit(1, floor=0)
+    fourth = source.at(3)
+    assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"
+    await handing_out.draw_again()
+    assert generator.take() == {(greedy, 1): [first, third, fourth] for greedy in (False, True)}, "of one attempt all"
+    await record.abandon()

@@ -1,0 +1,56 @@
+"""The recipes that come with the project: each is sound, says what it resolves to, and draws its dataflow."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.recipe.checks import check
+from asyncflow.recipe.config import load_recipe, recipe_text, to_recipe
+from asyncflow.recipe.service_specs import compose, stateful
+
+FOLDER = Path(__file__).parents[3] / "deploy" / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if "algorithm" in tomllib.loads(path.read_text()))
+
+PARALLEL = "_parallel"  # the same algorithm on ranks that work together
+COLOCATED = "_colocated"  # of one whose models share a device
+STATEFUL = {"ppo": ["critic", "policy"], "safe_rlhf": ["critic", "cost_critic", "policy", "advantage"]}
+
+
+def here(path: Path, models: Path, data: Path) -> list[str]:
+    """Overrides that put small files in the place of those that a demonstration makes."""
+    own = [f"data.train='{data}/train.jsonl'", f"data.eval='{data}/heldout.jsonl'"]
+    for role, model in tomllib.loads(path.read_text())["models"].items():
+        if "path" in model:
+            own.append(f"models.{role}.path='{models}/{'reward' if role == 'reward' else 'policy'}'")
+    if path.stem.endswith(PARALLEL):  # the small files' vocabulary is odd: it divides over no tensor shards
+        own.append("placement.policy.parallel='2-1-2'")
+    return own
+
+
+def test_every_algorithm_has_a_recipe_for_the_same_task():
+    assert {path.stem for path in RECIPES if path.parent.name == "arithmetic"} == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_is_sound(path: Path, models: Path, data: Path):
+    recipe = load_recipe(path, here(path, models, data))
+    assert (recipe.algorithm, recipe.samples_per_step) == (
+        path.stem.removesuffix(PARALLEL).removesuffix(COLOCATED),
+        256,
+    )
+    checked = check(recipe)
+    assert set(recipe.models) == {s for s in checked.dataflow.services if s != "advantage"}, "no model but those called"
+    specs = compose(checked.recipe, checked.dataflow, recipe.name, 0, "logs")
+    assert {"policy", "advantage", "evaluator", *recipe.placement} <= {spec.name for spec in specs}
+    assert stateful(checked.dataflow) == STATEFUL.get(recipe.algorithm, ["policy"])
+    assert "policy.update#1" in checked.dataflow.draw()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_resolved_recipe_reads_as_itself(path: Path):
+    recipe = load_recipe(path)
+    assert to_recipe(tomllib.loads(recipe_text(recipe))) == recipe

@@ -1,0 +1,194 @@
+"""The run folder: one controller at a time, a term that only rises, and a resume that starts from what is valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncflow.control.store import checkpoint
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.run import run_folder
+from tests.asyncflow.conftest import MakeRecipe
+
+ROOT = Path(__file__).parents[3]
+
+HOLD = """
+import sys
+from pathlib import Path
+from asyncflow.run import run_folder
+
+with run_folder.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def recipe(make_recipe: MakeRecipe) -> Recipe:
+    return make_recipe()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def begin(folder: Path, recipe: Recipe) -> run_folder.Start:
+    with run_folder.locked(folder):
+        return run_folder.begin_fresh(folder, recipe)
+
+
+def write_checkpoint(folder: Path, step: int, trained: list[int], recipe: Recipe) -> Path:
+    """A checkpoint whose ledger has one committed step for each sample of `trained`."""
+    root = folder / "checkpoints"
+    partial = checkpoint.begin(root, step)
+    ledger = Ledger(folder / "ledger.db")
+    for sample in trained:
+        ledger.admit([sample], 0, 0, sample + 1)
+        ledger.move([sample], "scored")
+        ledger.move([sample], "batched")
+        ledger.commit_step(ledger.version, 0, [sample])
+    ledger.backup(partial / "ledger.db")
+    ledger.close()
+    return checkpoint.finish(partial, root, step, 0, step, run_folder.digest_of(recipe))[0]
+
+
+# --- one controller
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(folder: Path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match=f"run {folder}: another process is running it"), run_folder.locked(folder):
+            pytest.fail("two controllers hold one run")
+        holder.kill()
+        holder.wait()
+        with run_folder.locked(folder):
+            pass
+
+
+def test_the_lock_ends_with_its_block_also_where_it_raises(folder: Path):
+    with pytest.raises(RuntimeError), run_folder.locked(folder):
+        raise RuntimeError
+    with run_folder.locked(folder):
+        pass
+
+
+def test_a_folder_that_can_not_be_is_bad_input(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"file: can't be written: File exists"), run_folder.locked(tmp_path / "file"):
+        pytest.fail("a file is no run folder")
+
+
+# --- a fresh start
+
+
+def test_a_new_run_holds_its_resolved_recipe(folder: Path, recipe: Recipe):
+    start = begin(folder, recipe)
+    assert (start.term, start.restore, start.warnings) == (0, "", [])
+    assert run_folder.recipe_of(folder) == recipe
+    assert (folder / "logs").is_dir()
+
+
+@pytest.mark.parametrize("file", ["recipe.toml", "ledger.db"])
+def test_a_run_is_not_started_over_another(folder: Path, recipe: Recipe, file: str):
+    folder.mkdir()
+    (folder / file).write_text("of another run")
+    with pytest.raises(BadInput, match="already holds a run: resume it, or choose another folder"):
+        begin(folder, recipe)
+    assert (folder / file).read_text() == "of another run"
+
+
+def test_a_new_folder_is_not_there_yet(recipe: Recipe):
+    first = run_folder.new_folder(recipe)
+    first.mkdir(parents=True)
+    second = run_folder.new_folder(recipe)
+    assert second != first
+    assert first.parent == second.parent == Path(recipe.folder)
+    assert first.name.startswith("test-")
+
+
+def test_no_run_folder_no_recipe(tmp_path: Path):
+    with pytest.raises(BadInput, match=r"is no run folder: it has no recipe\.toml"):
+        run_folder.recipe_of(tmp_path)
+
+
+def test_the_digest_tells_recipes_apart(make_recipe: MakeRecipe):
+    assert run_folder.digest_of(make_recipe()) == run_folder.digest_of(make_recipe())
+    assert run_folder.digest_of(make_recipe()) != run_folder.digest_of(make_recipe(seed=8))
+
+
+# --- a resume
+
+
+def test_a_resume_starts_from_the_newest_checkpoint_with_its_ledger(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    newest = write_checkpoint(folder, 2, trained=[1], recipe=recipe)
+    live = Ledger(folder / "ledger.db")
+    live.admit([2], 2, 0, 3)  # after the checkpoint: done again
+    live.close()
+    start = run_folder.begin_resumed(folder, recipe)
+    assert (start.term, start.restore, start.warnings) == (1, str(newest), [])
+    ledger = Ledger(folder / "ledger.db")
+    assert (ledger.version, ledger.totals().created) == (2, 2)
+    ledger.close()
+
+
+def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    live = Ledger(folder / "ledger.db")
+    live.admit([1], 1, 0, 2)
+    live.close()
+    run_folder.begin_resumed(folder, recipe)
+    aside = Ledger(folder / "lineage" / "before_term_1.ledger.db")
+    assert aside.totals().created == 2
+    aside.close()
+
+
+def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    assert [run_folder.begin_resumed(folder, recipe).term for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    sound = write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    damaged = write_checkpoint(folder, 2, trained=[1], recipe=recipe)
+    with (damaged / "ledger.db").open("ab") as file:
+        file.write(b"x")
+    start = run_folder.begin_resumed(folder, recipe)
+    assert start.restore == str(sound)
+    assert len(start.warnings) == 1
+    assert "step_000002" in start.warnings[0]
+
+
+def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    damaged = write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    (damaged / "manifest.json").unlink()
+    with pytest.raises(
+        BadInput, match=r"no valid checkpoint: .*step_000001.*--allow-fresh starts it from the beginning"
+    ):
+        run_folder.begin_resumed(folder, recipe)
+    assert (folder / "ledger.db").exists(), "a refusal changes nothing"
+    start = run_folder.begin_resumed(folder, recipe, allow_fresh=True)
+    assert (start.term, start.restore, len(start.warnings)) == (1, "", 1)
+    assert not (folder / "ledger.db").exists()
+
+
+def test_a_recipe_may_change_but_not_what_the_sample_ids_mean(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
+    assert run_folder.begin_resumed(folder, make_recipe(steps=50)).warnings == []
+    with pytest.raises(BadInput, match=r"samples_per_prompt .* are not those of the checkpoint of step 1"):
+        run_folder.begin_resumed(folder, make_recipe(samples_per_prompt=3))

@@ -1,0 +1,148 @@
+"""A batch function's state: given back with the next batch, saved, restored, and untouched by a call that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from asyncflow.dataflow.graph import Filter, Stage
+from asyncflow.services.ranks.apply_functions import ApplyFunctions
+from protocols.control.requests import CodeSource
+from protocols.data.messages import Experience, Metrics, Scores
+from protocols.stage import Stateful
+from tests.asyncflow.services import rows
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """How many rows were seen."""
+
+    count: int
+
+
+class Other(msgspec.Struct, frozen=True):
+    """Another function's."""
+
+    name: str
+
+
+def add_up(batch: Any, *, state: Seen | None = None, step: int = 1) -> Stateful[Any, Any]:
+    """Refuses batches of one row."""
+    if len(batch) == 1:
+        raise ValueError("one row")
+    before = state.count if state is not None else 0
+    return Stateful(batch, Metrics(), Seen(before + step * len(batch)))
+
+
+def forgets(batch: Any, *, state: Seen | None = None) -> Any:
+    return batch
+
+
+def worker(function: Any = add_up, kind: type[msgspec.Struct] | None = Seen, filter: Filter | None = None) -> Any:
+    return ApplyFunctions(stage_of(function, kind, filter))
+
+
+def stage_of(function: Any, kind: type[msgspec.Struct] | None, filter: Filter | None = None) -> Stage:
+    return Stage(
+        name=f"{function.__name__}#1",
+        service="advantage",
+        method=function.__name__,
+        consumes=(Scores,),
+        produces=Experience,
+        inputs=("reward.score#1",),
+        grain="batch",
+        protocol="RANK_ZERO",
+        function=function,
+        filter=filter,
+        state=kind,
+    )
+
+
+TWO = rows.scores([1, 2])
+
+
+def test_what_a_batch_returned_the_next_one_gets():
+    carrying = worker()
+    assert carrying.add_up(TWO).state == Seen(2)
+    assert carrying.add_up(TWO, step=10).state == Seen(22)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_restored_state_goes_on_where_it_was_saved(tmp_path: Path, batches: int):
+    whole, restored = worker(), worker()
+    for _ in range(batches):
+        whole.add_up(TWO)
+    whole.save(str(tmp_path))
+    restored.add_up(TWO)  # of a lineage that is given up
+    restored.load(str(tmp_path))
+    assert restored.add_up(TWO).state == whole.add_up(TWO).state == Seen(2 * batches + 2)
+
+
+def test_a_call_that_fails_leaves_the_state():
+    carrying = worker()
+    carrying.add_up(TWO)
+    with pytest.raises(ValueError, match="one row"):
+        carrying.add_up(rows.scores([1]))
+    assert carrying.add_up(TWO).state == Seen(4)
+
+
+def test_a_function_that_returns_no_state_is_named():
+    with pytest.raises(TypeError, match=r"forgets#1: returned Scores.*want Stateful with a Seen"):
+        worker(forgets).forgets(TWO)
+
+
+def test_the_state_of_another_function_is_refused(tmp_path: Path):
+    (tmp_path / "state.json").write_bytes(msgspec.json.encode(Other("x")))
+    with pytest.raises(msgspec.ValidationError, match="count"):
+        worker().load(str(tmp_path))
+
+
+def test_without_a_state_the_functions_are_called_as_they_are():
+    plain = worker(forgets, None, Filter(len, (0,)))
+    assert plain.forgets(TWO) is TWO
+    assert plain.len(TWO) == 2
+
+
+ANEW = """
+import msgspec
+from protocols.data.messages import Metrics
+from protocols.stage import Stateful
+
+class Seen(msgspec.Struct, frozen=True):
+    {field}: int
+
+def add_up(batch, *, state: Seen | None = None, step: int = 1):
+    return Stateful(batch, Metrics(), Seen((state.{field} if state else 0) + 100))
+"""
+
+
+def remade(module: ModuleType) -> Stage:
+    return stage_of(module.add_up, module.Seen)
+
+
+def source(field: str = "count") -> CodeSource:
+    return CodeSource("users", "users.py", ANEW.format(field=field))
+
+
+def test_a_new_function_goes_on_with_the_state_from_the_switch_on():
+    carrying: Any = ApplyFunctions(stage_of(add_up, Seen), "users", remade)
+    carrying.add_up(TWO)
+    carrying.prepare_code([source()])
+    assert carrying.add_up(TWO).state == Seen(4)
+    carrying.switch_code(take=False)
+    assert carrying.add_up(TWO).state == Seen(6)
+    carrying.prepare_code([source()])
+    carrying.switch_code(take=True)
+    assert carrying.add_up(TWO).state.count == 106
+
+
+def test_a_new_function_that_cant_read_the_state_is_refused():
+    carrying: Any = ApplyFunctions(stage_of(add_up, Seen), "users", remade)
+    carrying.add_up(TWO)
+    with pytest.raises(msgspec.ValidationError, match="number"):
+        carrying.prepare_code([source(field="number")])
+    carrying.switch_code(take=True)
+    assert carrying.add_up(TWO).state == Seen(4)

@@ -1,0 +1,41 @@
+"""What is asked of a rank besides rows has the model on its device, but for what needs none of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asyncflow.services.ranks.rank_requests import carry_out
+from asyncflow.services.ranks.worker_factory import Workplace
+from asyncflow.services.runtime.local_store import LocalStore
+from protocols.control.requests import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
+from workers.training.offload import Residence
+
+BYTES = 8
+
+
+class Worker:
+    """Has no code of a user's, and state that is nothing."""
+
+    def save(self, folder: str) -> None: ...
+    def export(self, folder: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("request_", "there"),
+    [
+        (SaveState(""), True),
+        (ExportModel(""), True),
+        (PrepareCode([]), False),
+        (SwitchCode(True), False),
+        (YieldDevices(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
+    residence = Residence(torch.device("cuda"), lambda _: BYTES)
+    residence.leave()
+    store = LocalStore()
+    carry_out(Workplace(Worker(), residence=residence), store, request_)
+    store.close()
+    assert residence.come_back() == (0 if there else BYTES)

@@ -1,0 +1,207 @@
+"""Columns: rows can be taken, cut and joined for any message, and ragged rows stay what they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.data.columns import Batch, Jagged, JaggedInt32, columns_of, concat, empty, rows_of, select, split, take
+from protocols.data.messages import SCHEMAS, LogProbs, Rollouts, Scores
+from tests.protocols.strategies import batches, jagged, messages
+
+
+def scores(*ids: int) -> Scores:
+    return Scores(sample_ids=np.array(ids, np.int64), scores=np.array(ids, np.float32) / 2)
+
+
+def rows_in(column: Jagged) -> list[list[float]]:
+    return [row.tolist() for row in column]
+
+
+# --- jagged columns
+
+
+def test_jagged_keeps_rows_of_different_length():
+    column = Jagged.from_rows([[1, 2], [], [3]], dtype=np.int32)
+    assert rows_in(column) == [[1, 2], [], [3]]
+    assert column.offsets.tolist() == [0, 2, 2, 3]
+    assert column.lengths.tolist() == [2, 0, 1]
+    assert column[-1].tolist() == [3]
+
+
+def test_a_column_of_no_rows_still_has_a_type():
+    assert Jagged.from_rows([]).dtype == np.float32
+    assert Jagged.from_rows([], dtype=np.int32).dtype == np.int32
+
+
+@given(st.lists(st.text(max_size=5), max_size=4))
+def test_texts_come_back(texts: list[str]):
+    column = Jagged.from_texts(texts)
+    assert [column.text(row) for row in range(len(column))] == texts
+
+
+def test_columns_are_read_only():
+    column = Jagged.from_rows([[1.0]])
+    with pytest.raises(ValueError, match="read-only"):
+        column[0][0] = 2
+    with pytest.raises(ValueError, match="read-only"):
+        column.offsets[0] = 1
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 2, 1, 3], [1, 3], [0, 2], [0, 4]], ids=["falling", "late start", "short", "long"]
+)
+def test_offsets_that_do_not_cut_the_values_are_refused(offsets: list[int]):
+    with pytest.raises(ValueError, match="offsets must rise from 0 to 3"):
+        Jagged(np.zeros(3), np.array(offsets))
+
+
+def test_offsets_and_values_have_one_form():
+    for values, offsets in [(np.zeros((1, 1)), np.array([0, 1])), (np.zeros(1), np.array([0, 1], np.int32))]:
+        with pytest.raises(ValueError, match="flat values and int64 offsets"):
+            Jagged(values, offsets)
+    with pytest.raises(ValueError, match="flat values and int64 offsets"):
+        Jagged(np.zeros(0), np.zeros(0, np.int64))
+
+
+@given(jagged(), st.data())
+def test_take_is_indexing(column: Jagged, data: st.DataObject):
+    n = len(column)
+    index = data.draw(st.lists(st.integers(-n, n - 1), max_size=8)) if n else []
+    assert rows_in(column.take(index)) == [column[i].tolist() for i in index]
+
+
+def test_taking_a_range_shares_memory():
+    column = Jagged.from_rows([[1, 2], [3], [4, 5]])
+    assert np.shares_memory(column.take([1, 2]).values, column.values)
+    assert not np.shares_memory(column.take([2, 1]).values, column.values)
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    column = Jagged.from_rows([[1]])
+    with pytest.raises(IndexError):
+        column.take([1])
+    with pytest.raises(IndexError, match="row 1 of a jagged column of 1 rows"):
+        column[1]
+
+
+@given(jagged(), jagged())
+def test_concat_is_all_rows_in_order(a: Jagged, b: Jagged):
+    assert rows_in(Jagged.concat([a, b])) == rows_in(a) + rows_in(b)
+
+
+def test_equality_is_of_type_rows_and_values():
+    column = Jagged.from_rows([[1, 2], [3]], dtype=np.int32)
+    assert column == Jagged.from_rows([[1, 2], [3]], dtype=np.int32)
+    assert column != Jagged.from_rows([[1], [2, 3]], dtype=np.int32)
+    assert column != Jagged.from_rows([[1, 2], [4]], dtype=np.int32)
+    assert column != Jagged.from_rows([[1, 2], [3]], dtype=np.int64)
+    assert column.with_values(np.array([5, 6, 7])) == Jagged.from_rows([[5, 6], [7]])
+
+
+# --- batches
+
+
+@given(messages(), st.integers(1, 4))
+def test_the_parts_of_a_batch_make_it_up(message: Batch, parts: int):
+    cuts = split(message, parts)
+    sizes = [len(cut) for cut in cuts]
+    assert len(cuts) == parts
+    assert max(sizes) - min(sizes) <= 1
+    assert concat(cuts) == message
+
+
+@given(messages(min_rows=1), st.randoms(use_true_random=False))
+def test_select_undoes_a_shuffle(message: Batch, random):
+    order = random.sample(range(len(message)), len(message))
+    shuffled = take(message, order)
+    assert shuffled.sample_ids.tolist() == message.sample_ids[order].tolist()
+    assert select(shuffled, message.sample_ids) == message
+
+
+@given(batches(Rollouts, min_rows=1))
+def test_rows_keep_their_columns_together(rollouts: Rollouts):
+    last = take(rollouts, [len(rollouts) - 1])
+    assert last.responses[0].tolist() == rollouts.responses[-1].tolist()
+    assert last.finishes[0] == rollouts.finishes[-1]
+    last.check()
+
+
+@pytest.mark.parametrize("kind", SCHEMAS.values(), ids=lambda kind: kind.__name__)
+def test_an_empty_batch_is_valid_and_neutral(kind: type[Batch]):
+    nothing = empty(kind)
+    nothing.check()
+    assert len(nothing) == 0
+    assert concat([nothing, nothing]) == nothing
+
+
+def test_rows_are_found_by_id():
+    assert rows_of(scores(30, 10, 20), [10, 30, 10]).tolist() == [1, 0, 1]
+    assert rows_of(scores(), []).tolist() == []
+
+
+@pytest.mark.parametrize("ids", [(), (1, 3), (5, 6)])
+def test_an_id_that_is_not_there_is_named(ids: tuple[int, ...]):
+    with pytest.raises(KeyError, match=f"sample 4 is not among the {len(ids)} rows of Scores"):
+        rows_of(scores(*ids), [4])
+
+
+def test_concat_needs_one_type():
+    with pytest.raises(TypeError, match=r"LogProbs.*Scores"):
+        concat([scores(1), empty(LogProbs)])
+    with pytest.raises(ValueError, match="at least one"):
+        concat([])
+
+
+def test_batches_of_different_type_or_values_differ():
+    assert scores(1, 2) == scores(1, 2)
+    assert scores(1, 2) != scores(2, 1)
+    assert empty(Scores) != empty(LogProbs)
+
+
+# --- what check refuses
+
+
+def test_check_names_the_column():
+    ids, good = np.array([1, 2], np.int64), np.zeros(2, np.float32)
+    cases: list[tuple[Scores, str]] = [
+        (Scores(sample_ids=ids, scores=good.astype(np.float64)), "scores: want float32"),
+        (Scores(sample_ids=ids, scores=good[:1]), "scores: 1 rows where sample_ids has 2"),
+        (Scores(sample_ids=ids, scores=good[:, None]), "scores: want one value a row"),
+        (Scores(sample_ids=ids, scores=np.array([0, np.nan], np.float32)), "scores: 1 of 2 values are not finite"),
+        (Scores(sample_ids=-ids, scores=good), "negative id -2"),
+        (Scores(sample_ids=ids * 0, scores=good), "an id occurs twice"),
+    ]
+    for batch, reason in cases:
+        with pytest.raises(ValueError, match=reason):
+            batch.check()
+
+
+class Pair(Batch, frozen=True, kw_only=True, eq=False):
+    aligned = (("left", "right"),)
+
+    left: JaggedInt32
+    right: JaggedInt32
+
+
+class Odd(Batch, frozen=True, kw_only=True, eq=False):
+    note: str
+
+
+def test_check_holds_aligned_columns_together():
+    one, other = (Jagged.from_rows([[0] * n], dtype=np.int32) for n in (1, 2))
+    Pair(sample_ids=np.array([1]), left=one, right=one).check()
+    with pytest.raises(ValueError, match="right: row lengths differ from those of left"):
+        Pair(sample_ids=np.array([1]), left=one, right=other).check()
+
+
+def test_columns_come_in_the_order_of_declaration():
+    assert [column.name for column in columns_of(LogProbs)] == ["sample_ids", "log_probs"]
+    assert [column.jagged for column in columns_of(LogProbs)] == [False, True]
+
+
+def test_a_field_that_is_no_column_is_refused():
+    with pytest.raises(TypeError, match="note is no column type"):
+        columns_of(Odd)

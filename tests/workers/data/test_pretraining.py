@@ -1,0 +1,186 @@
+"""The pretraining loss: which text an optimizer step is given, and what it adds to the step's gradient."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from protocols.data.columns import Jagged
+from protocols.data.messages import Experience
+from tests import tiny
+from tests.workers.batches import experience
+from workers.data.datasets import DataError
+from workers.data.pretraining import PretrainingText
+from workers.finetune.sft import response_loss
+from workers.roles.policy import PolicyWorker
+from workers.settings import Generation, Loss, Model, Optimizer
+
+PTX = 0.7
+NO_CLIP = Optimizer(gradient_clip=0.0)
+
+Write = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.make_policy(tmp_path_factory.mktemp("policy"), context=32))
+
+
+def rows_of(count: int) -> Experience:
+    """Experience whose tokens the policy knows."""
+    rows = experience(count)
+    last = len(tiny.VOCABULARY) - 1
+    prompts, responses = (c.with_values(np.minimum(c.values, last)) for c in (rows.prompts, rows.responses))
+    return replace(rows, prompts=prompts, responses=responses)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def rows(*rows: dict[str, Any]) -> str:
+        path = tmp_path / "pretrain.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return str(path)
+
+    return rows
+
+
+def text_of(count: int, rows: int, seed: int = 3) -> PretrainingText:
+    """Rows whose first token is their number."""
+    draw = np.random.default_rng(1)
+    responses = [draw.integers(2, len(tiny.VOCABULARY), n) for n in draw.integers(1, 9, count)]
+    prompts = Jagged.from_rows([[row] for row in range(count)], np.int32)
+    return PretrainingText(prompts, Jagged.from_rows(responses, np.int32), rows, seed)
+
+
+def worker(folder: str, loss: Loss, text: PretrainingText | None = None) -> PolicyWorker:
+    return PolicyWorker(Model(path=folder, learning_rate=1e-3), loss, NO_CLIP, Generation(), 3, text)
+
+
+# --- which rows
+
+
+def test_every_row_is_drawn_once_in_each_epoch():
+    text = text_of(10, rows=4)
+    drawn = [int(row[0]) for step in range(5) for row in text.drawn(step).prompts]
+    first, second = drawn[:10], drawn[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_a_draw_depends_on_the_seed_and_the_steps_number_alone():
+    again, other = text_of(10, rows=4), text_of(10, rows=4, seed=4)
+    text = text_of(10, rows=4)
+    list(map(text.places, range(7)))
+    assert text.places(7).tolist() == again.places(7).tolist() != other.places(7).tolist()
+
+
+def test_more_rows_than_there_are_are_several_epochs():
+    assert np.bincount(text_of(3, rows=6).places(4)).tolist() == [2, 2, 2]
+
+
+def test_a_text_is_learned_from_its_second_token_and_a_response_from_its_first(folder: str, write: Write):
+    path = write({"text": "abcd"}, {"prompt": "1+1=", "response": "2"})
+    drawn = PretrainingText.read(path, folder, rows=2, seed=0).drawn(0)
+    rows = {tuple(p.tolist()): r.tolist() for p, r in zip(drawn.prompts, drawn.responses, strict=True)}
+    assert rows == {
+        tuple(tiny.encode("a")): [*tiny.encode("bcd"), tiny.EOS_ID],
+        tuple(tiny.encode("1+1=")): [*tiny.encode("2"), tiny.EOS_ID],
+    }
+
+
+def test_a_text_longer_than_the_context_is_several_rows(folder: str, write: Write):
+    text = PretrainingText.read(write({"text": "a" * 70}), folder, rows=3, seed=0)
+    assert len(text) == 3
+    lengths = sorted(len(p) + len(r) for p, r in zip(*text.drawn(0), strict=True))
+    assert lengths == [7, 32, 32]
+
+
+def test_a_response_that_does_not_fit_is_refused(folder: str, write: Write):
+    path = write({"text": "good"}, {"prompt": "a" * 30, "response": "b" * 5})
+    with pytest.raises(DataError, match="row 2: has 36 tokens, the model's context is 32"):
+        PretrainingText.read(path, folder, rows=1, seed=0)
+
+
+def test_a_file_of_empty_texts_is_refused(folder: str, write: Write):
+    with pytest.raises(DataError, match=r"pretrain\.jsonl: all of its 2 texts are empty"):
+        PretrainingText.read(write({"text": ""}, {"text": ""}), folder, rows=1, seed=0)
+
+
+# --- what it adds
+
+
+def gradients(model: torch.nn.Module, act: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """What stood in each parameter's gradient when the last micro-batch had been added."""
+    seen: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
+    act()
+    return seen
+
+
+@pytest.mark.parametrize("budget", [10_000, 40])
+def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget: int):
+    """In float64, to 1e-6, however the text and the rows are cut."""
+    text, rows = text_of(10, rows=6), rows_of(6)
+
+    def policy(loss: Loss, text: PretrainingText | None = None) -> PolicyWorker:
+        made = worker(folder, loss, text)
+        made.trained.model.double()
+        return made
+
+    both = policy(Loss(ptx_coefficient=PTX, tokens_per_micro_batch=budget), text)
+    together = gradients(both.trained.model, lambda: both.update(rows))
+    alone = policy(Loss())
+    reinforced = gradients(alone.trained.model, lambda: alone.update(rows))
+    model = policy(Loss()).trained.model
+    pretrained = gradients(model, lambda: [part.backward() for part in response_loss(model, text.drawn(0), 10_000)])
+    for name, gradient in together.items():
+        expected = reinforced[name] + PTX * pretrained[name]
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
+    text, rows = text_of(10, rows=6), rows_of(6)
+    both, alone = worker(folder, Loss(ptx_coefficient=PTX), text), worker(folder, Loss())
+    with torch.no_grad():
+        expected = float(sum(response_loss(alone.trained.model, text.drawn(0), 10_000)))
+    told, plain = both.update(rows).values, alone.update(rows).values
+    assert told["ptx_loss"] == pytest.approx(expected, rel=1e-5)
+    assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected, rel=1e-5)
+    assert "ptx_loss" not in plain
+
+
+def test_each_optimizer_step_has_rows_of_its_own(folder: str, monkeypatch: pytest.MonkeyPatch):
+    text, asked = text_of(10, rows=6), []
+    drawn = text.drawn
+    spied = worker(folder, Loss(ptx_coefficient=PTX, epochs=2, mini_batches=2), text)
+    monkeypatch.setattr(PretrainingText, "drawn", lambda _, step: asked.append(step) or drawn(step))
+    for _ in range(2):
+        spied.update(rows_of(6))
+    assert asked == list(range(8))
+
+
+def test_a_resumed_policy_draws_on_bit_for_bit(folder: str, tmp_path: Path):
+    loss, rows = Loss(ptx_coefficient=PTX, mini_batches=2), rows_of(6)
+    whole = worker(folder, loss, text_of(10, rows=6))
+    whole.update(rows)
+    whole.save(str(tmp_path))
+    whole.update(rows)
+    resumed = worker(folder, loss, text_of(10, rows=6))
+    resumed.load(str(tmp_path))
+    resumed.update(rows)
+    pairs = itertools.zip_longest(whole.trained.model.parameters(), resumed.trained.model.parameters())
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_coefficient_without_text_is_refused(folder: str):
+    with pytest.raises(ValueError, match=r"ptx_coefficient = 0.7 needs pretraining text"):
+        worker(folder, Loss(ptx_coefficient=PTX))

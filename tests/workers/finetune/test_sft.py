@@ -1,0 +1,134 @@
+"""Supervised fine-tuning lowers the loss of the response tokens, and of nothing else, the same way every time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from workers.data.datasets import DataError
+from workers.finetune.loop import batches, load_tokenizer, rate_factor, tokenized
+from workers.finetune.settings import Schedule, SftSettings
+from workers.finetune.sft import response_loss, train_sft
+from workers.training.models import load_causal
+
+ROWS = [(f"{a}+{b}=", str(a + b), False) for a in range(10) for b in range(10)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_policy(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sft.jsonl"
+    path.write_bytes(msgspec.json.Encoder().encode_lines([{"prompt": p, "response": r} for p, r, _ in ROWS]))
+    return path
+
+
+def settings(base: Path, data: Path, output: Path, steps: int = 30, budget: int = 8192) -> SftSettings:
+    schedule = Schedule(steps, batch_size=32, learning_rate=2e-3, tokens_per_micro_batch=budget)
+    return SftSettings(str(base), str(data), str(output), schedule)
+
+
+def test_the_loss_falls_and_the_output_is_a_transformers_folder(base: Path, data: Path, tmp_path: Path):
+    seen: list[tuple[int, float]] = []
+    result = train_sft(settings(base, data, tmp_path / "sft"), on_step=lambda step, loss: seen.append((step, loss)))
+    assert [loss for _, loss in seen] == result.losses
+    assert [step for step, _ in seen] == list(range(30))
+    assert np.mean(result.losses[-5:]) < 0.5 * result.losses[0]
+    tokens = tokenized(load_tokenizer(result.output), ROWS)
+    with torch.no_grad():
+        after = float(sum(response_loss(load_causal(result.output), tokens, 8192)))
+    assert after < 0.5 * result.losses[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sft"]  # nothing temporary stays
+
+
+def test_the_same_seed_gives_the_same_weights_however_the_batch_is_cut(base: Path, data: Path, tmp_path: Path):
+    torch.manual_seed(1)
+    train_sft(settings(base, data, tmp_path / "a", steps=3))
+    torch.manual_seed(2)  # the process's own state is none of its business
+    train_sft(settings(base, data, tmp_path / "b", steps=3))
+    train_sft(settings(base, data, tmp_path / "cut", steps=3, budget=50))
+    a, b, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.allclose(a[name], cut[name], atol=2e-4) for name in a)
+
+
+def test_the_container_of_the_data_changes_no_bit(base: Path, data: Path, tmp_path: Path):
+    rows = pa.Table.from_pylist([msgspec.json.decode(line) for line in data.read_bytes().splitlines()])
+    pq.write_table(rows.rename_columns({"response": "completion"}), tmp_path / "sft.parquet")
+    train_sft(settings(base, data, tmp_path / "lines", steps=3))
+    train_sft(settings(base, tmp_path / "sft.parquet", tmp_path / "table", steps=3))
+    lines, table = (load_file(tmp_path / name / "model.safetensors") for name in ("lines", "table"))
+    assert all(torch.equal(lines[name], table[name]) for name in lines)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
+    model, tokens = load_causal(base), tokenized(tiny.tokenizer(), [("1+1=", "2", False), ("59+60=", "119", False)])
+    by_hand = [
+        tiny.log_probs(model, tiny.encode(prompt), np.append(tiny.encode(response), np.int32(tiny.EOS_ID)))
+        for prompt, response in (("1+1=", "2"), ("59+60=", "119"))
+    ]
+    want = -float(np.concatenate(by_hand).mean())
+    assert float(sum(response_loss(model, tokens, 8192))) == pytest.approx(want, abs=1e-5)
+    assert float(sum(response_loss(model, tokens, 1))) == pytest.approx(want, abs=1e-5)  # a row at a time
+
+
+def test_a_truncated_response_has_no_end():
+    tokens = tokenized(tiny.tokenizer(), [("1=", "1", False), ("1=", "1", True)])
+    assert tokens.responses[0].tolist() == [*tiny.encode("1"), tiny.EOS_ID]
+    assert tokens.responses[1].tolist() == [*tiny.encode("1")]
+
+
+def test_bad_data_and_an_existing_output_are_refused_before_the_model_is_touched(data: Path, tmp_path: Path):
+    absent = tmp_path / "no model"
+    with pytest.raises(FileExistsError, match="exists already"):
+        train_sft(settings(absent, data, tmp_path))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p"}')
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: no field 'response'"):
+        train_sft(settings(absent, bad, tmp_path / "sft"))
+
+
+def test_a_loss_that_is_not_finite_ends_training_without_an_output(base: Path, data: Path, tmp_path: Path):
+    schedule = Schedule(20, batch_size=8, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .* learning rate of 1e\+30"):
+        train_sft(SftSettings(str(base), str(data), str(tmp_path / "sft"), schedule))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_learning_rate_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="learning_rate must be positive, got nan"):
+        Schedule(steps=1, learning_rate=math.nan)
+
+
+def test_every_epoch_visits_each_row_once_in_a_new_order():
+    rows = np.concatenate(list(batches(10, Schedule(steps=6, batch_size=5))))
+    epochs = rows.reshape(3, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert [len(b) for b in batches(3, Schedule(steps=2, batch_size=8))] == [8, 8]  # fewer rows than a batch
+
+
+def test_the_learning_rate_rises_then_decays():
+    schedule = Schedule(steps=12, decay="cosine")
+    assert [rate_factor(n, schedule, 2) for n in (0, 1, 2, 7)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert rate_factor(7, Schedule(steps=12, decay="linear"), 2) == pytest.approx(0.5)
+    assert rate_factor(11, Schedule(steps=12, decay="constant"), 0) == 1.0
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "tokens_per_micro_batch"])
+def test_a_schedule_of_nothing_is_refused(field: str):
+    with pytest.raises(ValueError, match=f"{field} must be positive, got 0"):
+        msgspec.convert({"steps": 1, field: 0}, Schedule)

@@ -1,0 +1,198 @@
+"""vLLM fed from the ranks that train: it draws with the weights as trained now, and no rank has a model too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+
+from protocols.data.messages import Rollouts
+from protocols.layout.topology import GenerationGrouping, Topology
+from protocols.roles import Sampling
+from protocols.weights import BadWeights, Probe, Version
+from tests import tiny
+from tests.workers.batches import VOCABULARY, experience
+from tests.workers.ranks import Ranks, own_device
+from workers.generation.hybrid import draw_all
+from workers.generation.vllm import VllmEngine
+from workers.generation.weight_transfer import HandedOver, Handover, modules_of, place_of
+from workers.parallel.model import ParallelModel
+from workers.parallel.plan import ShardPlan
+from workers.roles.parallel_policy import ParallelPolicy
+from workers.settings import Generation, Loss, Model, Optimizer
+from workers.training.models import load_causal
+
+GENERATION = Generation(slots=16, kv_cache_bytes=2 * 1024 * 1024)
+SAMPLING = Sampling(max_tokens=12)
+# Several blocks of the prefix cache, the same ones for every version: keys of old weights would be hit.
+TEXTS = ["3+4*5=" * 30, "sort: dcba " * 20, "12+34="]
+SEED = 3
+
+
+def policy_of(folder: str, grouping: GenerationGrouping, device: str = "cpu") -> ParallelPolicy:
+    model, optimizer = Model(path=folder, learning_rate=0.3), Optimizer(epsilon=1.0)
+    return ParallelPolicy(
+        model, grouping.topology, Loss(), optimizer, GENERATION, SEED, grouping=grouping, device=own_device(device)
+    )
+
+
+class Round(NamedTuple):
+    """A hand-over on one rank, and on the engine's what vLLM drew after it."""
+
+    handed: HandedOver
+    drawn: Rollouts | None
+
+
+def rounds(
+    folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu", free: list[int] | None = None
+) -> list[Round]:
+    """Hand over, draw, export; train a step; again. What every rank runs.
+
+    `free` is told what of a CUDA device is free once the engines have drawn.
+    """
+    policy = policy_of(folder, grouping, device)
+    assert policy.hybrid
+    first = policy.hybrid.tensor_group.index == 0
+    if grouping.topology.world_size > 1 and first:
+        with pytest.raises(ValueError, match="one of 2 ranks, which vLLM takes for its own: give it workers"):
+            VllmEngine(folder, GENERATION, SEED)
+    place = place_of(policy.hybrid)
+    engine = VllmEngine(folder, GENERATION, SEED, place=place) if first else None
+    handover = Handover(policy.hybrid, engine)
+    seen: list[Round] = []
+    try:
+        for folder_after in exported:
+            handed = handover.run(Version(0, policy.trained.version), policy.probe())
+            drawn = draw_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
+            seen.append(Round(handed, drawn.batch if drawn else None))
+            if free is not None and device == "cuda":
+                dist.barrier()
+                free.append(torch.cuda.mem_get_info()[0])
+            policy.export(folder_after)
+            policy.update(experience(5))
+        if grouping.topology.world_size == 1:
+            assert engine
+            refused(handover, engine, policy.probe())
+    finally:
+        handover.close()
+        if engine:
+            engine.close()
+    if grouping.topology.world_size > 1:
+        dist.barrier()  # closing an engine leaves the ranks' own world alone
+    return seen
+
+
+def refused(handover: Handover, engine: VllmEngine, probe: Probe) -> None:
+    """What the engine says to an old version, and to weights that answer otherwise than their trainer."""
+    with pytest.raises(BadWeights, match="is not newer than"):
+        handover.run(Version(0, 1), probe)
+    assert engine.version == Version(0, 1)
+    wrong = Probe(probe.tokens, [[value - 1.0 for value in row] for row in probe.log_probs], probe.tolerance)
+    with pytest.raises(BadWeights, match="log-probs differ by 1"):
+        handover.run(Version(0, 2), wrong)
+    assert engine.version is None
+    handover.run(Version(0, 2), probe)
+    assert engine.version == Version(0, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = tiny.config()
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("policy"))
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2, patience=timedelta(minutes=5), children=True) as ranks:
+        yield ranks
+
+
+def assert_drawn_by(model: PreTrainedModel, rows: Rollouts, atol: float) -> None:
+    for prompt, response, log_probs in zip(rows.prompts, rows.responses, rows.log_probs, strict=True):
+        np.testing.assert_allclose(log_probs, tiny.log_probs(model, prompt, response), atol=atol)
+
+
+def assert_followed(seen: list[Round], exported: list[str], atol: float = 1e-4) -> None:
+    """Each round's samples are those of the weights that training had then; the two differ."""
+    drawn = [one.drawn for one in seen]
+    for rows, path in zip(drawn, exported, strict=True):
+        assert rows is not None
+        assert_drawn_by(load_causal(path), rows, atol)
+    assert drawn[0] and drawn[1] and drawn[0].responses != drawn[1].responses
+    for version, one in enumerate(seen):
+        assert one.handed.receipt
+        assert one.handed.receipt.version == Version(0, version)
+        assert one.handed.receipt.probe_difference < atol
+
+
+def model_bytes(folder: str) -> int:
+    return sum(p.numel() * p.itemsize for p in load_causal(folder).parameters())
+
+
+@pytest.mark.vllm
+def test_one_rank_hands_its_weights_over_in_process(folder: str, tmp_path: Path):
+    exported = [str(tmp_path / str(i)) for i in range(2)]
+    seen = rounds(folder, GenerationGrouping(Topology()), exported)
+    assert_followed(seen, exported)
+    for one in seen:
+        assert one.handed.transition.received_bytes == 0
+        assert one.handed.copied_bytes == model_bytes(folder)  # the second copy is vLLM's
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_two_tensor_ranks_hand_their_shards_to_two_workers(two: Ranks, folder: str, tmp_path: Path):
+    """1-2-1 -> 1-2: nothing is received, and the second copy is half a model a rank."""
+    exported = [str(tmp_path / str(i)) for i in range(2)]
+    first, second = two.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 2), exported)
+    assert_followed(first, exported)
+    plan = ShardPlan(ParallelModel(folder, Topology()).plan.decoder, 1, 2)
+    shard = 4 * sum(plan.shard_elements(spec) for spec in plan.parameters(0))
+    for one in (*first, *second):
+        assert one.handed.transition.received_bytes == 0
+        assert one.handed.copied_bytes == shard
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_each_of_two_ranks_feeds_an_engine_of_its_own(two: Ranks, folder: str, tmp_path: Path):
+    """1-2-1 -> 1-1: half a model is received, module by module, and the second copy is a whole one a rank."""
+    exported = [str(tmp_path / str(i)) for i in range(2)]
+    ranks = two.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 1), exported)
+    matrices = sum(4 * p.numel() for n, p in load_causal(folder).named_parameters() if "norm" not in n)
+    for seen in ranks:
+        assert_followed(seen, exported)
+        for one in seen:
+            assert one.handed.transition.received_bytes == matrices // 2
+            assert one.handed.copied_bytes == model_bytes(folder)
+
+
+def test_modules_are_what_vllm_packs_at_once(folder: str):
+    modules = modules_of(ParallelModel(folder, Topology()).plan)
+    ends = [sorted(name.rpartition("model.layers.0.")[2] for name in module) for module in modules[1:6]]
+    assert ends == [
+        ["input_layernorm.weight"],
+        sorted(f"self_attn.{kind}_proj.{what}" for kind in "qkv" for what in ("weight", "bias")),
+        ["self_attn.o_proj.weight"],
+        ["post_attention_layernorm.weight"],
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    ]
+
+
+def test_an_engine_stands_on_the_first_rank_of_its_replica(folder: str):
+    policy = policy_of(folder, GenerationGrouping(Topology()))
+    assert policy.hybrid
+    with pytest.raises(ValueError, match="rank 0 of 1 that generate together: the first has the engine"):
+        Handover(policy.hybrid, None)

@@ -1,0 +1,123 @@
+"""Reference, reward and cost on many ranks answer as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+from protocols.data.columns import take
+from protocols.data.messages import Costs, LogProbs, Rollouts, Scores
+from protocols.layout.topology import Topology
+from protocols.layout.transfer import protocol
+from protocols.stage import Failure, Partial
+from tests import tiny
+from tests.workers.batches import VOCABULARY, experience, rollouts
+from workers.roles.cost import ModelCost
+from workers.roles.parallel_answers import ParallelCost, ParallelReference, ParallelReward
+from workers.roles.reference import ReferenceWorker
+from workers.roles.reward import ModelReward
+from workers.settings import Generation, Loss, Model
+
+ROWS = 7
+LOSS, GENERATION = Loss(tokens_per_micro_batch=40), Generation(temperature=0.8)
+
+
+def drawn(rows: int = ROWS) -> Rollouts:
+    return rollouts(experience(rows))
+
+
+def own_rows(topology: Topology, rank: int, rows: int) -> Rollouts:
+    """The rows that the service deals out to this rank, perhaps none."""
+    return take(drawn(rows), protocol("3D_PROTO").distribute(rows, topology)[rank])
+
+
+# --- what every rank runs
+
+
+def log_probs(topology: Topology, folder: str, rows: int) -> LogProbs | None:
+    worker = ParallelReference(Model(path=folder), topology, LOSS, GENERATION)
+    return worker.log_probs(own_rows(topology, worker.model.rank, rows))
+
+
+def scores(topology: Topology, folder: str, rows: int) -> Partial[Scores] | None:
+    worker = ParallelReward(Model(path=folder), topology, LOSS.tokens_per_micro_batch)
+    return worker.score(own_rows(topology, worker.model.rank, rows))
+
+
+def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
+    worker = ParallelCost(Model(path=folder), topology, LOSS.tokens_per_micro_batch)
+    return worker.score(own_rows(topology, worker.model.rank, rows))
+
+
+# --- the world
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A policy, a reward model, and one whose head is not finite."""
+    root, config = tmp_path_factory.mktemp("answers"), tiny.config()
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(str(root / "policy"))
+    config.num_labels = 1
+    judge = Qwen2ForSequenceClassification(config)
+    judge.save_pretrained(str(root / "judge"))
+    with torch.no_grad():
+        judge.score.weight.fill_(float("nan"))
+    judge.save_pretrained(str(root / "broken"))
+    return {name: str(root / name) for name in ("policy", "judge", "broken")}
+
+
+def collected(answers: list[Any], topology: Topology) -> list[Any]:
+    """The answers that count, in their order; the other ranks have none."""
+    counting = protocol("3D_PROTO").collect(topology)
+    assert [rank for rank, answer in enumerate(answers) if answer is not None] == counting
+    return [answers[rank] for rank in counting]
+
+
+@pytest.mark.parametrize("rows", [ROWS, 1], ids=["uneven", "a replica without rows"])
+@pytest.mark.parametrize("topology", ["1-2-1", "2-1-1", "1-2-2", "2-2-1"])
+def test_a_reference_on_ranks_gives_the_log_probs_of_one_process(worlds, folders, topology: str, rows: int):
+    at = Topology.parse(topology)
+    answers = collected(worlds[at.world_size].call(log_probs, at, folders["policy"], rows), at)
+    alone = ReferenceWorker(Model(path=folders["policy"]), LOSS, GENERATION).log_probs(drawn(rows))
+    np.testing.assert_array_equal(np.concatenate([a.sample_ids for a in answers]), alone.sample_ids)
+    values = np.concatenate([a.log_probs.values for a in answers])
+    np.testing.assert_allclose(values, alone.log_probs.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("topology", ["1-2-1", "2-1-1", "1-2-2"])
+def test_a_reward_and_a_cost_model_on_ranks_judge_as_one_process_does(worlds, folders, topology: str):
+    at, budget = Topology.parse(topology), LOSS.tokens_per_micro_batch
+    given = collected(worlds[at.world_size].call(scores, at, folders["judge"], ROWS), at)
+    alone = ModelReward(Model(path=folders["judge"]), budget).score(drawn())
+    np.testing.assert_array_equal(np.concatenate([g.batch.sample_ids for g in given]), alone.batch.sample_ids)
+    np.testing.assert_allclose(np.concatenate([g.batch.scores for g in given]), alone.batch.scores, atol=1e-5)
+    asked = collected(worlds[at.world_size].call(costs, at, folders["judge"], ROWS), at)
+    dear = ModelCost(Model(path=folders["judge"]), budget).score(drawn())
+    np.testing.assert_allclose(np.concatenate([a.batch.costs for a in asked]), dear.batch.costs, atol=1e-5)
+
+
+def test_a_number_that_is_not_finite_fails_its_row_under_the_roles_name(worlds, folders):
+    at = Topology(1, 2, 1)
+    (given,) = collected(worlds[2].call(scores, at, folders["broken"], ROWS), at)
+    assert len(given.batch) == 0
+    assert given.failures == [Failure(sample, "reward model gave nan") for sample in drawn().sample_ids.tolist()]
+    (asked,) = collected(worlds[2].call(costs, at, folders["broken"], ROWS), at)
+    assert {failure.cause for failure in asked.failures} == {"cost model gave nan"}
+
+
+def test_what_only_answers_has_no_gradient(folders: dict[str, str]):
+    worker = ParallelReference(Model(path=folders["policy"]), Topology(), LOSS, GENERATION)
+    assert not any(parameter.requires_grad for parameter in worker.model.parameters.values())
+
+
+def test_a_model_without_a_score_head_is_refused(folders: dict[str, str]):
+    path = Path(folders["policy"])
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: \['score\.weight'\]"):
+        ParallelReward(Model(path=str(path)), Topology(), 40)

@@ -1,0 +1,189 @@
+"""What a forward says of a row depends on that row alone: not on padding, not on the cut, not on its neighbours."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from protocols.data.columns import Jagged
+from tests import tiny
+from workers.finetune.loop import Texts
+from workers.training.models import (
+    MicroBatch,
+    canonical_tensors,
+    load_causal,
+    load_critic,
+    load_reward,
+    log_softmax_of,
+    micro_batches,
+    per_response,
+    sequence_scores,
+    token_log_probs,
+    token_values,
+)
+
+ROWS = [("12+34=", "46"), ("7*", "7 is the answer"), ("what is this?", ""), ("a", "b"), ("9-9=", "0")]
+TEXTS = Texts(
+    Jagged.from_rows([tiny.encode(prompt) for prompt, _ in ROWS], np.int32),
+    Jagged.from_rows([tiny.encode(response) for _, response in ROWS], np.int32),
+)
+BUDGETS = [1, 20, 40, 10_000]  # a row at a time, then more and more of them together
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_reward(tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="module")
+def policy(policy_folder: Path) -> PreTrainedModel:
+    return load_causal(policy_folder)
+
+
+@pytest.fixture(scope="module")
+def critic(reward_folder: Path) -> PreTrainedModel:
+    return load_critic(reward_folder)
+
+
+# --- the forwards
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_each_row_alone(policy: PreTrainedModel, budget: int, temperature: float):
+    got = per_response(TEXTS, budget, lambda b: token_log_probs(policy, b, temperature))
+    assert got.dtype == np.float32
+    for prompt, response, row in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
+        np.testing.assert_allclose(row, tiny.log_probs(policy, prompt, response, temperature), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_values_are_those_of_each_row_alone(critic: PreTrainedModel, budget: int):
+    got = per_response(TEXTS, budget, lambda b: token_values(critic, b))
+    for prompt, response, row in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
+        tokens = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
+        alone = critic(input_ids=tokens).logits[0, len(prompt) - 1 : -1, 0]
+        np.testing.assert_allclose(row, alone.numpy(), atol=1e-5)
+    assert got.values.std() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path, budget: int):
+    model = load_reward(reward_folder)
+    got = np.concatenate([sequence_scores(model, b).numpy() for b in micro_batches(TEXTS, budget)])
+    for prompt, response, score in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
+        tokens = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
+        assert score == pytest.approx(model(input_ids=tokens).logits.item(), abs=1e-5)
+
+
+def test_a_padding_token_inside_a_row_is_a_token_like_others(policy: PreTrainedModel):
+    odd = Jagged.from_rows([[5, tiny.PAD_ID, 6]], np.int32)
+    texts = Texts(Jagged.from_rows([[tiny.PAD_ID, 4]], np.int32), odd)
+    got = per_response(texts, 100, lambda b: token_log_probs(policy, b))
+    np.testing.assert_allclose(got[0], tiny.log_probs(policy, texts.prompts[0], odd[0]), atol=1e-5)
+
+
+def test_a_half_precision_model_answers_in_float32(policy_folder: Path, policy: PreTrainedModel):
+    half = load_causal(policy_folder, "bfloat16")
+    assert half.dtype == torch.bfloat16
+    got = per_response(TEXTS, 100, lambda b: token_log_probs(half, b))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(
+        got.values, per_response(TEXTS, 100, lambda b: token_log_probs(policy, b)).values, atol=0.3
+    )
+
+
+def test_no_rows_are_no_values(policy: PreTrainedModel):
+    none = TEXTS.take(np.empty(0, np.int64))
+    assert len(per_response(none, 100, lambda b: token_log_probs(policy, b)).values) == 0
+
+
+def test_a_response_to_an_empty_prompt_is_refused(policy: PreTrainedModel):
+    texts = Texts(Jagged.from_rows([[3], []], np.int32), Jagged.from_rows([[4], [5]], np.int32))
+    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+        per_response(texts, 100, lambda b: token_log_probs(policy, b))
+
+
+def test_greedy_log_probs_are_at_temperature_1_and_large_logits_stay_finite():
+    logits, tokens = torch.tensor([[0.0, 1.0], [5e4, -5e4]]), torch.tensor([1, 1])
+    got = log_softmax_of(logits, tokens, temperature=0.0)
+    np.testing.assert_allclose(got.numpy(), [-np.log1p(np.exp(-1.0)), -1e5], rtol=1e-6)
+
+
+# --- the cut
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12), st.integers(1, 60))
+def test_a_cut_keeps_order_and_budget_and_is_as_coarse_as_it_may_be(sizes: list[tuple[int, int]], budget: int):
+    prompts = Jagged.from_rows([np.ones(p) for p, _ in sizes], np.int32)
+    parts = list(micro_batches(Texts(prompts, Jagged.from_rows([np.ones(r) for _, r in sizes], np.int32)), budget))
+    assert [row for part in parts for row in part.rows] == list(range(len(sizes)))
+    assert all(part.tokens.numel() <= budget or len(part.rows) == 1 for part in parts)
+    for part, following in pairwise(parts):
+        longest = max(part.tokens.shape[1], int(following.lengths[0]))
+        assert longest * (len(part.rows) + 1) > budget
+
+
+def test_a_micro_batch_is_right_padded_and_knows_its_tokens():
+    batch = MicroBatch(TEXTS, np.array([3, 0]))
+    width = len("12+34=46")
+    want = [[*tiny.encode("ab"), *[0] * (width - 2)], tiny.encode("12+34=46").tolist()]
+    assert batch.tokens.tolist() == [list(map(int, row)) for row in want]
+    assert batch.mask.tolist() == [[1, 1] + [0] * (width - 2), [1] * width]
+    assert batch.response_tokens().tolist() == tiny.encode("b46").tolist()
+    assert batch.column(TEXTS.responses).tolist() == tiny.encode("b46").tolist()
+
+
+# --- loading
+
+
+def test_a_policys_folder_gives_a_critic_whose_first_values_are_0(policy_folder: Path):
+    critic = load_critic(policy_folder)
+    assert not per_response(TEXTS, 100, lambda b: token_values(critic, b)).values.any()
+    assert not critic.training
+
+
+def test_a_reward_models_folder_gives_a_critic_with_its_head(reward_folder: Path, critic: PreTrainedModel):
+    weight = load_reward(reward_folder).get_parameter("score.weight")
+    assert torch.equal(critic.get_parameter("score.weight"), weight)
+    assert critic.get_parameter("score.bias").item() == 0.0
+
+
+def test_a_critics_forward_is_the_same_twice_in_train_mode(critic: PreTrainedModel):
+    critic.train()
+    first, second = (per_response(TEXTS, 100, lambda b: token_values(critic, b)) for _ in range(2))
+    critic.eval()
+    assert first == second
+
+
+def test_a_folder_that_lacks_tensors_is_refused_not_filled_with_noise(policy_folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: \['score.weight'\]"):
+        load_reward(policy_folder)
+    model = load_causal(policy_folder)
+    tensors = {n: t for n, t in model.state_dict().items() if n != "model.norm.weight"}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    for load in (load_causal, load_critic):
+        with pytest.raises(ValueError, match=r"model\.norm\.weight|'norm\.weight'"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_canonical_tensors_are_the_checkpoints(tmp_path: Path, tied: bool):
+    model = load_causal(tiny.make_policy(tmp_path, tied=tied))
+    names = set(canonical_tensors(model))
+    assert ("lm_head.weight" in names) != tied
+    assert names == set(model.state_dict()) - ({"lm_head.weight"} if tied else set())

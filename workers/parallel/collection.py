@@ -1,0 +1,53 @@
+"""Bringing a sharded model together on one rank, under the names of its checkpoint.
+
+For what leaves the system whole: a publication, an exported folder. Nobody but the first rank holds more than its
+shard, and it holds the whole on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from workers.parallel.decoder import flat, unflat
+from workers.parallel.groups import RankGroup
+from workers.parallel.plan import ShardPlan
+
+
+@torch.no_grad()
+def collect_whole(
+    plan: ShardPlan,
+    replica: RankGroup,
+    shard: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    first: bool,
+) -> dict[str, Tensor]:
+    """The whole tensors on the first rank of the first replica, contiguous in host memory; elsewhere an empty dict.
+
+    All ranks of all replicas call. `shard` gives a parameter's shard, laid out along its cut, on this stage and tensor
+    index; other replicas take part in it where they hold the model together with the first, and bring nothing else.
+    Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding.
+    """
+    found: dict[str, Tensor] = {}
+    replica.wait(device)  # NCCL wants all of them in a group's first operation
+    for spec in ShardPlan(plan.decoder).parameters(0):
+        begin = plan.stage_of(spec) * plan.tp
+        owners = range(begin, begin + (plan.tp if spec.cut is not None else 1))
+        own = flat(shard(spec.name), spec) if replica.index in owners else None
+        if not first:
+            continue
+        if replica.index == 0:
+            entries = torch.empty(spec.elements, dtype=dtype, device=device)
+            for owner, chunk in zip(owners, entries.chunk(len(owners)), strict=True):
+                if owner == 0 and own is not None:
+                    chunk.copy_(own)
+                else:
+                    replica.receive_(chunk, owner)
+            found[spec.name] = unflat(entries, spec, spec.shape).contiguous().cpu()
+        elif own is not None:
+            replica.send(own, 0)
+    return found

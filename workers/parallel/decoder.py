@@ -1,0 +1,223 @@
+"""One rank's shard of a decoder: its stage's layers with its part of their heads and neurons.
+
+The layers are transformers' own, built for a config with 1/t of the heads and neurons; two hooks and a linear class
+add what crosses ranks. torch's DTensor plans were not taken: they untie embeddings, mix badly with plain tensors in
+norms and clipping, cost milliseconds a token when decoding, and hide the storage that the hybrid engine lays out:
+every cut parameter lies in memory along its cut, so that the shards of t ranks one after another are the whole tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Container, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from workers.parallel.groups import RankGroup, copied, joined, summed
+from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
+
+_CLASS_PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+class VocabularyEmbedding(nn.Module):
+    """The rows of the embedding that this rank holds, of tokens [n, L]; the other ranks' are added in."""
+
+    def __init__(self, rows: int, hidden: int, padding_id: int | None, group: RankGroup) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, hidden))
+        self._first = group.index * rows
+        inside = padding_id is not None and self._first <= padding_id < self._first + rows
+        self._padding_row = padding_id - self._first if inside and padding_id is not None else None
+        self._group = group
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self._group.size == 1:
+            return functional.embedding(tokens, self.weight, self._padding_row)
+        rows = tokens - self._first
+        elsewhere = (rows < 0) | (rows >= len(self.weight))
+        found = functional.embedding(rows.masked_fill(elsewhere, 0), self.weight, self._padding_row)
+        return summed(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self._group)
+
+
+class RowLinear(nn.Linear):
+    """A linear whose inputs are divided over the ranks: their results are summed, then the bias is added once."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, group: RankGroup) -> None:
+        super().__init__(inputs, outputs, bias)
+        self._group = group
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._group.size == 1:
+            return functional.linear(input, self.weight, self.bias)
+        output = summed(functional.linear(input, self.weight), self._group)
+        return output if self.bias is None else output + self.bias
+
+
+class DecoderShard(nn.Module):
+    """The stage and tensor index of one rank. Parameters bear the checkpoint's names and are empty until `install`.
+
+    Dropout is never applied: rows must not depend on which rank computes them.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, plan: ShardPlan, stage: int, tensor_group: RankGroup, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.stage = stage
+        self._group = tensor_group
+        self._recompute = recompute
+        self._config = _narrowed(config, plan)
+        modeling = importlib.import_module(f"transformers.models.{plan.decoder.family}.modeling_{plan.decoder.family}")
+        prefix = _CLASS_PREFIX[plan.decoder.family]
+        with torch.device("meta"):
+            layers = {str(i): self._layer(getattr(modeling, f"{prefix}DecoderLayer"), i) for i in plan.layers(stage)}
+            self.model = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
+            if self.is_first:
+                padding = getattr(config, "pad_token_id", None)
+                rows = plan.decoder.vocabulary // plan.tp
+                self.model["embed_tokens"] = VocabularyEmbedding(rows, plan.decoder.hidden, padding, tensor_group)
+            if self.is_last:
+                self.model["norm"] = getattr(modeling, f"{prefix}RMSNorm")(plan.decoder.hidden, config.rms_norm_eps)
+                self._add_head()
+        self._rotary = getattr(modeling, f"{prefix}RotaryEmbedding")(self._config)
+        self.eval()
+
+    @property
+    def is_first(self) -> bool:
+        """It takes tokens, not the activations of the stage before."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """It gives logits or values, not activations."""
+        return self.stage == self.plan.pp - 1
+
+    def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
+        """Take parameters by name, those of `plan.parameters(stage)`; a tied head becomes its stage's embedding.
+
+        With `only` these names, others keep what they are. Raises ValueError where a name is missing or too many, or
+        a shape is not the shard's.
+        """
+        expected = {
+            p.name: self.plan.shard_shape(p) for p in self.plan.parameters(self.stage) if only is None or p.name in only
+        }
+        if parameters.keys() != expected.keys():
+            odd = sorted(parameters.keys() ^ expected.keys())[:5]
+            raise ValueError(f"stage {self.stage}: parameters differ from the plan's in {odd}")
+        for name, parameter in parameters.items():
+            if tuple(parameter.shape) != expected[name]:
+                raise ValueError(
+                    f"stage {self.stage}: {name} has shape {list(parameter.shape)}, its shard {list(expected[name])}"
+                )
+            self._set(name, parameter)
+        if self.is_first and self.is_last and self.plan.decoder.tied:
+            self._set(TOKEN_HEAD, self.get_parameter(EMBEDDING))
+
+    def clear(self) -> None:
+        """Let the parameters go: what is called next fails, and doesn't compute with weights of the past."""
+        for name, parameter in list(self.named_parameters(remove_duplicate=False)):
+            self._set(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        module, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(module), leaf, parameter)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Tokens [n, L], and past the first stage the activations [n, L, H] of the one before.
+
+        `mask` int64 [n, cached + L] is 0 on padding; `positions` int64 [n or 1, L] count from 0 where not given;
+        `cache` is this stage's own and takes the new keys and values. Returns activations [n, L, H]; on the last
+        stage logits [n, L, V], or values or scores [n, L, 1]; with `last_only` those of the last position, [n, 1, ...].
+        All ranks of a tensor group call and get the same.
+        """
+        states = cast(Tensor, self.model["embed_tokens"](tokens) if hidden is None else hidden)
+        if positions is None:
+            positions = torch.arange(mask.shape[1] - tokens.shape[1], mask.shape[1], device=tokens.device).unsqueeze(0)
+        options = {
+            "attention_mask": create_causal_mask(self._config, states, mask, cache, position_ids=positions),
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            "position_embeddings": self._rotary(states, positions),
+        }
+        for layer in self.model["layers"].children():
+            if self._recompute and torch.is_grad_enabled():
+                states = cast(Tensor, checkpoint(layer, states, use_reentrant=False, **options))
+            else:
+                states = layer(states, **options)
+        if not self.is_last:
+            return states
+        return self._read(self.model["norm"](states[:, -1:] if last_only else states))
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        if self.plan.decoder.head != "tokens":
+            return self.get_submodule("score")(hidden)
+        return joined(self.get_submodule("lm_head")(copied(hidden, self._group)), self._group)
+
+    def _layer(self, kind: Any, index: int) -> nn.Module:
+        """A layer of 1/t of the heads and neurons, between a copy of its input and a sum of its outputs."""
+        layer = kind(self._config, index - self.plan.layers(self.stage).start)  # its place in the stage's cache
+        if self._group.size > 1:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.register_forward_hook(lambda module, inputs, output: copied(output, self._group))
+            layer.self_attn.o_proj = self._row_linear(layer.self_attn.o_proj)
+            layer.mlp.down_proj = self._row_linear(layer.mlp.down_proj)
+        return layer
+
+    def _row_linear(self, linear: nn.Linear) -> RowLinear:
+        return RowLinear(linear.in_features, linear.out_features, linear.bias is not None, self._group)
+
+    def _add_head(self) -> None:
+        d = self.plan.decoder
+        if d.head == "tokens":
+            self.lm_head = nn.Linear(d.hidden, d.vocabulary // self.plan.tp, bias=False)
+        else:
+            self.score = nn.Linear(d.hidden, 1, bias=d.head == "value")
+
+
+def _narrowed(config: PretrainedConfig, plan: ShardPlan) -> PretrainedConfig:
+    """The config of a decoder with 1/t of the heads and neurons, of the same head size."""
+    narrow, d = copy.deepcopy(config), plan.decoder
+    narrow.num_attention_heads = d.heads // plan.tp
+    narrow.num_key_value_heads = d.kv_heads // plan.tp
+    narrow.intermediate_size = d.intermediate // plan.tp
+    narrow.head_dim = d.head_size  # else derived from the hidden size and the narrowed number of heads
+    return narrow
+
+
+def laid_out(tensor: Tensor, parameter: Parameter) -> Tensor:
+    """The same values, in memory along the dimension that the parameter is cut by."""
+    if parameter.cut is None:
+        return tensor.contiguous()
+    return tensor.movedim(parameter.cut, 0).contiguous().movedim(0, parameter.cut)
+
+
+def flat(tensor: Tensor, parameter: Parameter) -> Tensor:
+    """All entries in memory order, [elements]: a view of a laid-out tensor. Raises RuntimeError for another."""
+    return tensor.view(-1) if parameter.cut is None else tensor.movedim(parameter.cut, 0).view(-1)
+
+
+def unflat(entries: Tensor, parameter: Parameter, shape: tuple[int, ...]) -> Tensor:
+    """`flat`, undone: a view of entries [elements] as a shard (or the whole) of `shape`."""
+    if parameter.cut is None:
+        return entries.view(shape)
+    moved = (shape[parameter.cut], *(n for i, n in enumerate(shape) if i != parameter.cut))
+    return entries.view(moved).movedim(0, parameter.cut)

@@ -1,0 +1,154 @@
+"""Fully sharded data parallelism (ZeRO-3) by torch's `fully_shard`: weights, gradient and moments divided over d.
+
+Each layer is gathered when it computes and let go after it, in the backward pass again; embedding, final norm and head
+are one group more. A rank holds 1/(p t d) of the model, and one group's weights and gradient besides.
+
+Matrices are divided along the dimension that tensor parallelism cuts, so that a replica's range of a shard is a finer
+tensor shard: this is what lets the hybrid engine gather a generation shard from just the ranks that own a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from workers.parallel.decoder import unflat
+from workers.parallel.model import Loss, Read
+from workers.parallel.plan import Parameter, layer_parameters
+from workers.parallel.shard_reader import read_shard
+from workers.parallel.sharded_state import DividedModel
+from workers.training.models import Sequences
+from workers.training.offload import Copy
+
+
+class FullyShardedModel(DividedModel):
+    """A ParallelModel whose replicas divide all of their state. It needs two replicas or more.
+
+    `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided.
+    """
+
+    @property
+    def shares(self) -> int:
+        """See ParallelModel.shares."""
+        return self.topology.dp
+
+    def weight(self, name: str) -> Tensor:
+        """See ParallelModel.weight."""
+        return self.whole(name, self.parameters[name].detach())
+
+    def part(self, name: str, shard: Tensor) -> Tensor:
+        """See ParallelModel.part."""
+        along = self._along(name)
+        dim = along.cut or 0
+        entries = self._range(name, self._flat(name, shard))
+        rows = len(entries) // (shard.numel() // shard.shape[dim])
+        return unflat(entries.clone(), along, tuple(rows if i == dim else n for i, n in enumerate(shard.shape)))
+
+    def backward(self, data: Sequences, budget: int, loss: Loss) -> float:
+        """See ParallelModel.backward."""
+        try:
+            return super().backward(data, budget, loss)
+        except BaseException:
+            self._begin_anew()
+            raise
+
+    def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
+        """See ParallelModel.forward."""
+        try:
+            return super().forward(data, budget, read)
+        except BaseException:
+            self._begin_anew()
+            raise
+
+    def release_gradient(self) -> None:
+        """See ParallelModel.release_gradient."""
+        super().release_gradient()
+        for sharded in self._sharded.values():
+            sharded.grad = None
+
+    def relocate(self, copy: Copy) -> int:
+        """See ParallelModel.relocate. torch moves what it has divided; the parts are views of that."""
+        self.shard._apply(copy)
+        for name, own in self.parameters.items():
+            own.data = _own_part(self._sharded[name])
+        return sum(own.nbytes for own in self.parameters.values())
+
+    def _begin_anew(self) -> None:
+        """Forget a pass that broke off: torch leaves it half way, but the step is refused, not the model."""
+        if reset := getattr(self.shard, "reset_iter_state", None):  # which older torch has not
+            reset()
+
+    def _along(self, name: str) -> Parameter:
+        spec = self.specs[name]
+        divides = spec.cut is not None and self.plan.shard_shape(spec)[spec.cut] % self.topology.dp == 0
+        return spec if divides else msgspec.structs.replace(spec, cut=0)  # torch divides others unevenly, by rows only
+
+    def _width(self, name: str) -> int:
+        shape, dim = self.plan.shard_shape(self.specs[name]), self._along(name).cut or 0
+        return -(-shape[dim] // self.topology.dp) * (self.plan.shard_elements(self.specs[name]) // shape[dim])
+
+    def _install(self, folder: str | Path) -> dict[str, nn.Parameter]:
+        """Read and divide one group after the other: no more than one is ever whole."""
+        group = self.groups.data.process_group
+        if group is None:
+            raise ValueError(f"topology {self.topology} has one replica: there is nothing to shard the model over")
+        mesh = DeviceMesh.from_group(group, self.device.type)
+        for module, names in self._units():
+            tensors = read_shard(
+                folder, self.plan, self.place.pp, self.place.tp, only=names, dtype=self.dtype, device=self.device
+            )
+            own = {name: nn.Parameter(tensor.contiguous()) for name, tensor in tensors.items()}  # torch takes no other
+            self.shard.install(own, names)
+            dims = {id(parameter): self._along(name).cut or 0 for name, parameter in own.items()}
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=True,
+                shard_placement_fn=lambda parameter, dims=dims: Shard(dims[id(parameter)]),
+            )
+        for module in self.shard.modules():
+            if isinstance(module, FSDPModule):  # gradients are sums over replicas, which gloo has to be told
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._sharded = dict(self.shard.named_parameters())
+        return {name: nn.Parameter(_own_part(self._sharded[name])) for name in self.specs}
+
+    def _units(self) -> Iterator[tuple[nn.Module, set[str]]]:
+        """What is gathered together, from the inside out: each layer; then what stands before and after them."""
+        in_layers: set[str] = set()
+        for index in self.plan.layers(self.place.pp):
+            names = _names(layer_parameters(self.plan.decoder, index))
+            in_layers |= names
+            yield self.shard.get_submodule(f"model.layers.{index}"), names
+        yield self.shard, self.specs.keys() - in_layers
+
+    def _attach_gradient(self) -> None:
+        self.release_gradient()
+
+    @torch.no_grad()
+    def _sum_over_replicas(self) -> None:
+        """`fully_shard` has summed; this only hands it to the parts."""
+        for name, own in self.parameters.items():
+            gradient = self._sharded[name].grad
+            own.grad = torch.zeros_like(own) if gradient is None else _local(gradient)
+
+
+def _names(specs: Iterable[Parameter]) -> set[str]:
+    return {spec.name for spec in specs}
+
+
+def _own_part(sharded: nn.Parameter) -> Tensor:
+    """The storage that a divided parameter has on this rank."""
+    return _local(sharded.detach())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

@@ -1,0 +1,262 @@
+"""A model trained by p-t-d ranks as if by one: losses, gradients and their norm are those of the whole batch.
+
+    rows of a replica --micro-batches--> stage 0 --> ... --> stage p-1 --loss--> backward, 1F1B
+      --> gradients: summed over d, over both ends of a tie, clipped by their global norm --> the caller's optimizer
+
+Each rank of a replica is given the replica's rows; the replicas' rows together are the batch. Nothing is averaged:
+a loss weighs its tokens by global denominators (`share`), so sums over micro-batches and replicas are the batch's.
+
+Here every replica holds its weights, gradient and moments whole. `workers.parallel.zero` and
+`workers.parallel.fully_sharded` divide them over the replicas; what differs is which part of a parameter a rank's
+optimizer steps (`optimized`, `part`, `whole`), how it gets that part's gradient, and what follows a step (`spread`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from protocols.data.columns import Jagged
+from protocols.layout.topology import Topology
+from workers.parallel.decoder import DecoderShard, unflat
+from workers.parallel.groups import PATIENCE, RankGroup, join_groups
+from workers.parallel.pipeline import Pipeline
+from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
+from workers.parallel.shard_reader import read_shard
+from workers.training.models import MicroBatch, Sequences, micro_batches
+from workers.training.offload import Copy, relocated
+
+# Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
+Loss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
+Read = Callable[[Tensor, MicroBatch], Tensor]  # what to keep of them
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
+
+
+class Groups(NamedTuple):
+    """The groups that one rank belongs to."""
+
+    tensor: RankGroup  # shards of its stage
+    pipeline: RankGroup  # stages of its replica, with its tensor index
+    data: RankGroup  # its shard in the other replicas
+    replica: RankGroup  # all of its replica
+    tie: RankGroup  # the first and the last stage, for those two; where embeddings are tied across stages
+
+
+class ParallelModel:
+    """One rank's part of a model, and the collective operations that all ranks of the topology call together.
+
+    The world of torch.distributed (gloo or NCCL) is the topology's; a topology of one rank needs none. `folder` is a
+    transformers folder, of which the rank reads its shard only; `recompute` keeps one activation per layer and
+    computes the others again in the backward pass; `timeout` bounds every collective.
+    Raises ValueError, with the numbers, where model, topology and world don't fit.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        topology: Topology,
+        *,
+        head: Head = "tokens",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        recompute: bool = False,
+        timeout: timedelta = PATIENCE,
+    ) -> None:
+        self.topology = topology
+        self.rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if world != topology.world_size:
+            raise ValueError(f"topology {topology} has {topology.world_size} ranks, torch.distributed has {world}")
+        self.place = topology.coordinates(self.rank)
+        self.dtype, self.device, self.timeout = dtype, torch.device(device), timeout
+        self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
+        self.plan = plan_of(self.config, topology, head)
+        self.groups = _join(topology, self.rank, self.plan.tied_across_stages, timeout)
+        self.shard = DecoderShard(self.config, self.plan, self.place.pp, self.groups.tensor, recompute)
+        self.specs = {spec.name: spec for spec in self.plan.parameters(self.place.pp)}
+        self.parameters = self._install(folder)  # what this rank holds of each, by name
+        self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
+        self._gradient: Tensor | None = None
+
+    @property
+    def shares(self) -> int:
+        """Number of replicas that share each parameter: 1 where each has it whole."""
+        return 1
+
+    @property
+    def optimized(self) -> dict[str, nn.Parameter]:
+        """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that it holds."""
+        return self.parameters
+
+    def spread(self) -> None:
+        """Follow an optimizer step: weights that another replica has stepped arrive."""
+
+    def part(self, name: str, shard: Tensor) -> Tensor:
+        """What this rank's optimizer steps of a tensor that has the parameter's shard's shape."""
+        return shard
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """`part`, undone, laid out along the cut: all replicas call, each with its part."""
+        return part
+
+    def weight(self, name: str) -> Tensor:
+        """This stage's and tensor index's shard of a parameter, laid out along its cut: all replicas call."""
+        return self.parameters[name].detach()
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's outputs are its replica's, as the protocols collect them: last stage, tensor index 0."""
+        return self.shard.is_last and self.place.tp == 0
+
+    def share(self, count: float) -> float:
+        """This replica's part of what all replicas count (0 where that is nothing): a local mean times its share.
+
+        `token_weights` divides by the replica's own tokens or rows; times the share, it divides by the batch's.
+        """
+        total = float(self.groups.data.sum_(torch.tensor(count, dtype=torch.float64, device=self.device)))
+        return count / total if total else 0.0
+
+    def backward(self, data: Sequences, budget: int, loss: Loss) -> float:
+        """Set every parameter's `grad` to the gradient of the batch's loss, and return that loss, on every rank.
+
+        `data` are the rows of this replica, perhaps none; `budget` is in padded tokens a micro-batch. All replicas run
+        as many micro-batches as the longest; those that have no rows left run one token of weight zero.
+        """
+        batches, real = self._agreed(data, budget)
+        self._attach_gradient()
+
+        def weighed(micro: int, outputs: Tensor) -> Tensor:
+            return loss(outputs, batches[micro]) if micro < real else (outputs * 0.0).sum()
+
+        total = self._pipeline.train(batches, weighed)
+        self._reduce_gradient()
+        counted = total if self.shard.is_last and self.place.tp == 0 else 0.0
+        return self.sum_over_world(counted)
+
+    def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
+        """What `read` keeps of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
+        batches, real = self._agreed(data, budget)
+        kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
+        return kept[:real]
+
+    def clip_gradient(self, limit: float) -> float:
+        """Scale the gradient to a global norm of `limit` at most; returns the norm before, on every rank.
+
+        Parameters that several ranks hold count once. `limit` may be infinite.
+        """
+        gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name, gradient in gradients.items():
+            if self._counts(self.specs[name]):
+                squares += gradient.double().square().sum()
+        norm = float(self._over_parts(self.groups.replica.sum_(squares)).sqrt())
+        scale = min(1.0, limit / (norm + 1e-6))
+        for gradient in gradients.values():
+            gradient.mul_(scale)
+        return norm
+
+    def relocate(self, copy: Copy) -> int:
+        """Give the weights the storage that `copy` makes of each; their bytes. Nothing else is held between calls."""
+        return relocated(self.parameters.values(), copy)
+
+    def release_gradient(self) -> None:
+        """Free the gradient's memory; `backward` takes it anew."""
+        self._gradient = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _install(self, folder: str | Path) -> dict[str, nn.Parameter]:
+        """Read this rank's shard into its module."""
+        tensors = read_shard(folder, self.plan, self.place.pp, self.place.tp, dtype=self.dtype, device=self.device)
+        parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+        self.shard.install(parameters)
+        return parameters
+
+    def _agreed(self, data: Sequences, budget: int) -> tuple[list[MicroBatch], int]:
+        """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
+        batches = list(micro_batches(data, budget))
+        real = len(batches)
+        most = int(self.groups.data.max_(torch.tensor(real, device=self.device)))
+        return batches + [_one_token() for _ in range(most - real)], real
+
+    def _attach_gradient(self) -> None:
+        """One flat buffer whose views are the parameters' gradients: replicas sum it in a single collective."""
+        if self._gradient is None:
+            entries = sum(parameter.numel() for parameter in self.parameters.values())
+            self._gradient = torch.zeros(entries, dtype=self.dtype, device=self.device)
+        self._gradient.zero_()
+        start = 0
+        for name, parameter in self.parameters.items():
+            entries = self._gradient[start : start + parameter.numel()]
+            parameter.grad = unflat(entries, self.specs[name], tuple(parameter.shape))
+            start += parameter.numel()
+
+    def _sum_over_replicas(self) -> None:
+        """Give `optimized` the gradients of all replicas' rows."""
+        assert self._gradient is not None
+        self.groups.data.sum_(self._gradient)
+
+    def _reduce_gradient(self) -> None:
+        self._sum_over_replicas()
+        gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
+        if self.groups.tensor.size > 1:
+            self._sum_partial([gradients[name] for name, spec in self.specs.items() if spec.partial])
+        if self.groups.tie.size > 1:
+            self.groups.tie.sum_(gradients[EMBEDDING if self.shard.is_first else TOKEN_HEAD])
+
+    def _sum_partial(self, gradients: list[Tensor]) -> None:
+        """Each rank of a stage has seen its own heads only: the norms that all heads share get the sum, in one go."""
+        if not gradients:
+            return
+        together = self.groups.tensor.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def _over_parts(self, measure: Tensor) -> Tensor:
+        """The sum of a measure over the replicas that divide a gradient: here each has it whole."""
+        return measure
+
+    def _counts(self, spec: Parameter) -> bool:
+        """Whether this rank is the one that counts a parameter in the norm."""
+        if spec.name == TOKEN_HEAD and self.plan.tied_across_stages:
+            return False
+        return spec.cut is not None or self.place.tp == 0
+
+    def sum_over_world(self, value: float) -> float:
+        """The sum of all ranks' values, on each of them. It returns when all have called."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return float(self.groups.data.sum_(self.groups.replica.sum_(total)))
+
+
+def plan_of(config: PretrainedConfig, topology: Topology, head: Head = "tokens") -> ShardPlan:
+    """How a model is cut by p and t of a topology. Raises ValueError, with the numbers, where it can't be."""
+    return ShardPlan(Decoder.of(config.to_dict(), head), topology.pp, topology.tp)
+
+
+def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: timedelta) -> Groups:
+    size = topology.replica_size
+    replicas = [list(range(start, start + size)) for start in range(0, topology.world_size, size)]
+    ends = [[ranks[0], ranks[-1]] for ranks in topology.pipeline_groups] if tied_across_stages else []
+    partitions = (topology.tensor_groups, topology.pipeline_groups, topology.data_groups, replicas, ends)
+    return Groups(*(join_groups(partition, rank, timeout) for partition in partitions))
+
+
+class _OneToken(NamedTuple):
+    """A row that means nothing."""
+
+    prompts: Jagged
+    responses: Jagged
+
+
+def _one_token() -> MicroBatch:
+    nothing = np.zeros(0, np.int32)
+    row = _OneToken(Jagged.from_rows([[0]], np.int32), Jagged.from_rows([nothing], np.int32))
+    return MicroBatch(row, np.arange(1))

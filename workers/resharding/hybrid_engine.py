@@ -1,0 +1,207 @@
+"""One set of weights in two layouts: trained p-t-d, generated with p_g-t_g-d_g-d, switched where it stands.
+
+    to_generation:  each shard moves to its place in the generation weights and its parameter becomes a view of them;
+                    the other ranks' shards arrive around it, bucket by bucket (`sharding.transition` lists them)
+    to_training:    nothing is sent; each shard leaves to a storage of its own and the generation weights are freed
+    stream:         for an engine that has a copy of its own: the same bytes arrive, and are let go as it takes them
+
+No second copy of the weights exists at any time: besides them, one shard is held while it moves, and then one bucket
+while it is filled. Fully sharded ranks keep their 1/S beside: torch's `fully_shard` owns that storage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from functools import partial
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+from protocols.layout.topology import GenerationGrouping, Topology
+from workers.parallel.decoder import DecoderShard
+from workers.parallel.groups import join_groups
+from workers.parallel.model import ParallelModel, Read
+from workers.parallel.pipeline import Pipeline
+from workers.resharding.gather import Gathering, nbytes
+from workers.training.models import Sequences, micro_batches
+
+BUCKET_BYTES = 64 * 1024 * 1024
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """What one switch to generation took on this rank."""
+
+    received_bytes: int
+    seconds: float
+    peak_bytes: int  # parameters in either layout and the bucket, at their highest
+    generation_bytes: int  # the weights to generate with, the training shard among them where it nests
+    redundant_bytes: int  # training shards beside them
+    copied_bytes: int = 0  # of the generation shard, where an engine of another kind has it a second time
+
+
+class HybridEngine:
+    """The generation layout of a model that trains in another one. All ranks call its methods together.
+
+    The grouping's style decides what is gathered: with hybridflow the generation shard; with vanilla and deepspeed the
+    whole model, of which a rank then keeps its part: they are here to be compared with. `keep` leaves the generation
+    weights in place while training, so that no switch but the first allocates or copies; without it, training holds
+    its shards only. The grouping is of the model's topology; fully sharded ranks with p = t = 1 may be regrouped as
+    S tensor ranks (`protocols.layout.topology`). Raises ValueError where grouping and model don't fit.
+    """
+
+    def __init__(
+        self,
+        model: ParallelModel,
+        grouping: GenerationGrouping,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        keep: bool = False,
+    ) -> None:
+        _refuse_misfit(model, grouping)
+        self._nests = grouping.style == "hybridflow" and model.shares == 1
+        if keep and not self._nests:
+            raise ValueError(f"grouping style {grouping.style!r} frees what it gathers: there is nothing to keep")
+        self.grouping, self.place = grouping, grouping.coordinates(model.rank)
+        self.weights: dict[str, nn.Parameter] = {}  # of the generation shard, by checkpoint name; empty while training
+        self._model, self._keep = model, keep
+        self._gathering = Gathering(model, grouping, bucket_bytes)
+        join = partial(join_groups, rank=model.rank, timeout=model.timeout)
+        self.tensor_group = join(grouping.tensor_groups)  # that generate a stage of a replica together
+        self.shard = DecoderShard(model.config, self._gathering.layouts.generate, self.place.pp, self.tensor_group)
+        self._stages = join(grouping.pipeline_groups)
+        self._pipeline = Pipeline(self.shard, self._stages, model.dtype, model.device)
+
+    @torch.no_grad()
+    def to_generation(self) -> Transition:
+        """Fill `weights` and `shard`. Raises RuntimeError while generating.
+
+        The model's gradient is released; the model is trained again after `to_training` only.
+        """
+        if self.weights:
+            raise RuntimeError("the hybrid engine is generating already: switch to training first")
+        started, gathering = time.perf_counter(), self._gathering
+        self._model.release_gradient()
+        gathering.peak = gathering.held
+        if not gathering:
+            gathering.move_in()
+        received = sum(gathering.receive(move) for move in gathering.moves)
+        if self.grouping.style == "hybridflow":
+            tensors = {name: gathering.shard(name) for name in gathering.specs}
+        else:
+            tensors = gathering.cut_down(self.place.pp, self.place.tp)
+        self.weights = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        self.shard.install(self.weights)
+        self._wait()
+        generation = sum(map(nbytes, self.weights.values()))
+        seconds = time.perf_counter() - started
+        return Transition(received, seconds, gathering.peak, generation, gathering.held - generation)
+
+    @torch.no_grad()
+    def to_training(self) -> None:
+        """Give the weights back to training, without communication. Raises RuntimeError while training."""
+        if not self.weights:
+            raise RuntimeError("the hybrid engine is training already: switch to generation first")
+        if self.grouping.style != "hybridflow":  # the others are views of what is gathered
+            for weight in self.weights.values():
+                self._gathering.forget(weight)
+        self.weights = {}
+        self.shard.clear()
+        if not self._keep:
+            self._gathering.move_all_out()
+
+    @torch.no_grad()
+    def stream(self) -> Generator[dict[str, Tensor], None, Transition]:
+        """The weights to generate with, in parts, while the model stays as it trains; returns what it took.
+
+        Each part are whole generation shards by checkpoint name. The engine lets them go with the next part: it holds
+        one bucket and the tensors that it fills. What a rank trains as it generates is its parameter itself. All ranks
+        iterate together, to the end. Raises RuntimeError while generating.
+        """
+        gathering = self._gathering
+        if self.weights or gathering:
+            raise RuntimeError("the hybrid engine holds generation weights: stream from the training layout")
+        if self.grouping.style != "hybridflow":
+            raise RuntimeError(f"grouping style {self.grouping.style!r} gathers the model whole: it is not streamed")
+        started, received, gathering.peak = time.perf_counter(), 0, gathering.held
+        last = {name: number for number, move in enumerate(gathering.moves) for name in move.names}
+        for name in gathering.specs:
+            if name not in last:  # a shard that generates as it trains
+                yield {name: gathering.trained(name)}
+        for number, move in enumerate(gathering.moves):
+            for name in move.names:
+                if name not in gathering:
+                    gathering.copy_in(name)
+            received += gathering.receive(move)
+            complete = [name for name in move.names if last[name] == number]
+            yield {name: gathering.shard(name) for name in complete}
+            for name in complete:
+                gathering.free(name)
+        self._wait()
+        return Transition(received, time.perf_counter() - started, gathering.peak, 0, 0)
+
+    def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
+        """What `read` keeps of each micro-batch's outputs, in order, on the last generation stage; else nothing.
+
+        `data` are the rows of this rank's generation replica, `budget` is in padded tokens.
+        """
+        batches = list(micro_batches(data, budget))
+        return self._pipeline.forward(batches, lambda micro, outputs: read(outputs, batches[micro]))
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The whole model's."""
+        return self._model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._model.device
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's outputs are its generation replica's, as 3D_ALL_MICRO_DP collects them."""
+        return self.shard.is_last and self.place.tp == 0
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits [n, V] after the last of `tokens` [n, L], on every rank of this generation replica.
+
+        All of its ranks call with the same rows; each one's `cache` takes the keys and values of its own layers.
+        Mask and positions as for `DecoderShard.forward`.
+        """
+        stages, hidden = self._stages, None
+        if not self.shard.is_first:
+            hidden = self._activation(*tokens.shape, self._model.plan.decoder.hidden)
+            stages.receive_(hidden, self.place.pp - 1)
+        states = self.shard(tokens, mask, hidden, positions=positions, cache=cache, last_only=True)
+        if self.shard.is_last:
+            logits = states[:, -1].contiguous()
+        else:
+            stages.send(states.contiguous(), self.place.pp + 1)
+            logits = self._activation(len(tokens), self._model.plan.decoder.vocabulary)
+        return stages.broadcast_(logits, stages.ranks[-1])
+
+    def _activation(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+
+    def _wait(self) -> None:
+        """Let the device catch up, so that the seconds are those of the transition."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+
+def _refuse_misfit(model: ParallelModel, grouping: GenerationGrouping) -> None:
+    if model.shares > 1 and grouping.style != "hybridflow":
+        raise ValueError(f"fully sharded ranks gather by style 'hybridflow', not {grouping.style!r}")
+    regrouped = Topology(1, model.topology.dp, 1) if model.shares > 1 and model.topology.replica_size == 1 else None
+    if grouping.topology not in (model.topology, regrouped):
+        raise ValueError(f"the grouping is of topology {grouping.topology}, the model trains on {model.topology}")

@@ -1,0 +1,232 @@
+"""What moves when ranks that trained p-t-d are to generate p_g-t_g-d_g-d: a list of collectives, byte for byte.
+
+A rank *gathers* the shard that its generation needs (hybridflow), or the whole model, of which it keeps its part
+(vanilla, deepspeed). A gathered tensor lies in memory along its cut, the shards of training one after another, the
+own one among them: so a piece is a name and a range of it, which its owners read and all others write.
+
+Matrices that are cut move inside micro-DP groups; norms, which every tensor rank has, move only between the stages of
+one tensor index. So with hybridflow a rank receives, exactly, what it needs less what it owns:
+
+    layers                          (1/(t_g p_g) - 1/(t p)) M, as `GenerationGrouping.received_bytes` says
+    norms of the layers             (1/p_g - 1/p) of them
+    embedding (E bytes)             (1/t_g - 1/t) E on ranks that trained it, E/t_g on others that generate with it
+    final norm, head                the same
+    tied, p_g = 1 < p               one matrix moves, from the first stage: the last one, which owns a copy of its
+                                    shard, receives E/t_g like the stages between, E/t more than it lacks
+
+Fully sharded ranks own 1/d of each shard (S = p t d parts of a cut matrix), and gather from all replicas:
+
+    layers                          (1/(t_g p_g) - 1/S) M
+    norms of the layers             (1/p_g - 1/(p d)) of them, since tensor ranks own the same d parts
+    the ends                        likewise, with 1/d of what a rank's stage and tensor index trains
+
+With p = t = 1 they may also regroup as S tensor ranks, and generate with any t_g that divides S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+
+import msgspec
+
+from protocols.layout.topology import Coordinates, GenerationGrouping, Topology
+from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A range of a gathered tensor's entries, in memory order."""
+
+    name: str
+    start: int
+    elements: int
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One collective: each owner sends its pieces, a row of entries, to all members."""
+
+    members: tuple[int, ...]  # global ranks
+    owners: tuple[int, ...]  # the members that send: all (an all-gather), or some (a broadcast from each)
+    pieces: tuple[tuple[Piece, ...], ...]  # of each owner
+    width: int  # entries in a row; an owner with fewer pads
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that it brings parts of, in its order."""
+        return list(dict.fromkeys(piece.name for row in self.pieces for piece in row))
+
+    def received_elements(self, rank: int) -> int:
+        """Entries that a member receives."""
+        return self.width * sum(owner != rank for owner in self.owners)
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """Who owns what while training: the topology, and the replicas that share each shard (1: each has it whole)."""
+
+    topology: Topology
+    shares: int = 1
+
+
+class Layouts(msgspec.Struct, frozen=True):
+    """The three layouts of a transition."""
+
+    train: ShardPlan
+    gather: ShardPlan  # what the collectives bring about
+    generate: ShardPlan
+
+    @classmethod
+    def of(cls, train: ShardPlan, grouping: GenerationGrouping, trained: Trained | None = None) -> Layouts:
+        """Raises ValueError where the plan is not of the topology that trains, or a matrix's shares don't divide."""
+        topology = trained.topology if trained else grouping.topology
+        if (train.pp, train.tp) != (topology.pp, topology.tp):
+            raise ValueError(f"model is cut {train.pp}-{train.tp}, the grouping's topology is {topology}")
+        generate = ShardPlan(train.decoder, grouping.pp, grouping.tp)
+        if trained and _is_shared(grouping, trained):
+            _refuse_uneven(train, trained.shares)
+        return cls(train, generate if grouping.style == "hybridflow" else ShardPlan(train.decoder), generate)
+
+
+def trained_by(grouping: GenerationGrouping) -> Trained:
+    """Who owns what where the ranks train as the grouping's style says: ZeRO leaves a share to each replica."""
+    return Trained(grouping.topology, grouping.topology.dp if grouping.style == "deepspeed" else 1)
+
+
+def exchange_groups(grouping: GenerationGrouping, trained: Trained | None = None) -> list[list[int]]:
+    """Ranks that gather cut tensors from each other: micro-DP groups; for vanilla a replica, for deepspeed all.
+
+    Where replicas share the shards, all ranks that generate with the same one.
+    """
+    topology = grouping.topology
+    if _is_shared(grouping, trained):
+        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, grouping.coordinates(rank).tp))
+    if grouping.style == "hybridflow":
+        return grouping.micro_dp_groups
+    if grouping.style == "deepspeed":
+        return [list(range(topology.world_size))]
+    return GenerationGrouping(topology).micro_dp_groups
+
+
+def same_index_groups(grouping: GenerationGrouping, trained: Trained | None = None) -> list[list[int]]:
+    """Ranks of an exchange group with the same tensor index: they gather what tensor ranks hold whole.
+
+    Where replicas share that too, all who generate the stage and trained with this index.
+    """
+    topology = grouping.topology
+    if trained and _is_shared(grouping, trained):
+        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, trained.topology.coordinates(rank).tp))
+    return [
+        alike
+        for group in exchange_groups(grouping)
+        for index in range(topology.tp)
+        if (alike := [rank for rank in group if topology.coordinates(rank).tp == index])
+    ]
+
+
+def gathered_stage(grouping: GenerationGrouping, rank: int) -> int:
+    """The stage of the gathered layout that a rank gathers."""
+    return grouping.coordinates(rank).pp if grouping.style == "hybridflow" else 0
+
+
+def home(name: str, gathered: Container[str]) -> str:
+    """Where a trained tensor stands among gathered ones: a tied head's copy is its embedding once stages meet."""
+    return EMBEDDING if name == TOKEN_HEAD and name not in gathered else name
+
+
+def transition(
+    train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket_elements: int, trained: Trained | None = None
+) -> list[Move]:
+    """The collectives of one rank, in the order that all members of each share; a bucket bounds all rows of one.
+
+    `trained` is by default the grouping's topology, each replica with its shards whole. Raises ValueError for a
+    bucket of less than one entry for each owner, and where shares of a matrix don't divide.
+    """
+    trained = trained or trained_by(grouping)
+    layouts, topology = Layouts.of(train, grouping, trained), trained.topology
+    exchange, alike = (_own(groups(grouping, trained), rank) for groups in (exchange_groups, same_index_groups))
+    streams: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[Piece]]] = {}
+    for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
+        members = exchange if parameter.cut is not None else alike
+        holders = tuple(r for r in members if topology.coordinates(r).pp == train.stage_of(parameter))
+        # Stages have equal layers, so theirs travel side by side; what one stage has alone comes from it alone.
+        owners = members if _is_in_layer(parameter) else holders
+        rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
+        for owner in holders:
+            rows[owner].append(owned_piece(parameter, layouts, trained, topology.coordinates(owner)))
+    return [
+        move
+        for (members, owners), rows in streams.items()
+        if len(members) > 1
+        for move in _in_buckets(members, owners, rows, bucket_elements)
+    ]
+
+
+def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> Piece:
+    """What an owner brings of a parameter: its shard, or its replica's share of it."""
+    elements = layouts.train.shard_elements(parameter)
+    width = -(-elements // trained.shares)
+    first = min(width * (owner.dp if trained.shares > 1 else 0), elements)
+    size = min(width, elements - first)
+    if parameter.cut is not None:  # from the whole tensor's start; then from that of the gathered part
+        first = (first + owner.tp * elements) % layouts.gather.shard_elements(parameter)
+    return Piece(parameter.name, first, size)
+
+
+def _in_buckets(
+    members: tuple[int, ...], owners: tuple[int, ...], rows: dict[int, list[Piece]], bucket_elements: int
+) -> Iterator[Move]:
+    width = bucket_elements // len(owners)
+    if width < 1:
+        raise ValueError(f"bucket of {bucket_elements} entries: {len(owners)} ranks send at least one each")
+    lines = [list(_in_rows(rows[owner], width)) for owner in owners]
+    for i in range(max(map(len, lines))):
+        pieces = tuple(tuple(line[i]) if i < len(line) else () for line in lines)
+        yield Move(members, owners, pieces, max(sum(piece.elements for piece in row) for row in pieces))
+
+
+def _in_rows(pieces: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
+    """Cut pieces, in their order, into rows of `width` entries; the last may be shorter."""
+    row: list[Piece] = []
+    room = width
+    for piece in pieces:
+        start, left = piece.start, piece.elements
+        while left:
+            taken = min(room, left)
+            row.append(Piece(piece.name, start, taken))
+            start, left, room = start + taken, left - taken, room - taken
+            if not room:
+                yield row
+                row, room = [], width
+    if row:
+        yield row
+
+
+def _is_shared(grouping: GenerationGrouping, trained: Trained | None) -> bool:
+    """Fully sharded ranks, whose shares a generation shard is gathered from."""
+    return trained is not None and trained.shares > 1 and grouping.style == "hybridflow"
+
+
+def _refuse_uneven(train: ShardPlan, shares: int) -> None:
+    """Uneven shares would not lie inside one generation shard."""
+    for parameter in (p for stage in range(train.pp) for p in train.parameters(stage)):
+        if parameter.cut is None:
+            continue
+        if (size := train.shard_shape(parameter)[parameter.cut]) % shares:
+            raise ValueError(
+                f"{parameter.name}: {size} rows or columns of a tensor shard don't divide over {shares} replicas; "
+                "fully sharded ranks generate only where they do"
+            )
+
+
+def _alike(topology: Topology, key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Ranks with equal keys, each group rising, the groups ordered by their first rank."""
+    groups: dict[Hashable, list[int]] = {}
+    for rank in range(topology.world_size):
+        groups.setdefault(key(rank), []).append(rank)
+    return list(groups.values())
+
+
+def _own(groups: list[list[int]], rank: int) -> tuple[int, ...]:
+    return next(tuple(group) for group in groups if rank in group)
+
+
+def _is_in_layer(parameter: Parameter) -> bool:
+    return parameter.name.startswith("model.layers.")

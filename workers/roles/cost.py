@@ -1,0 +1,51 @@
+"""Costs as a role: a rule on texts, or a trained cost model on tokens; positive is unsafe (Safe-RLHF)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protocols.control.requests import CodeSource
+from protocols.data.messages import Costs, Rollouts
+from protocols.roles import Cost
+from protocols.stage import Partial, stage
+from workers.rewards.scoring import Judge, ModelJudge, RuleJudge
+from workers.settings import Failures, Model
+
+
+class _JudgedCost(Cost):
+    """A judge's numbers are costs."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    @stage(protocol="DP_PROTO", balance="tokens")
+    def score(self, rollouts: Rollouts) -> Partial[Costs]:
+        """A cost a row; see the judges for the rows that fail."""
+        judged = self._judge.judge(rollouts)
+        return Partial(Costs(sample_ids=judged.sample_ids, costs=judged.numbers), judged.failures)
+
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make the judge's rules anew from their files. Raises BadCode."""
+        self._judge.prepare_code(sources)
+
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next row on, or drop it."""
+        self._judge.switch_code(take)
+
+    def close(self) -> None:
+        """Free what the judge holds."""
+        self._judge.close()
+
+
+class RuleCost(_JudgedCost):
+    """The number that a rule gives a text is its cost; deadlines and retries are those of rewards."""
+
+    def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
+        super().__init__(RuleJudge(model, tokenizer_path, failures))
+
+
+class ModelCost(_JudgedCost):
+    """Costs of tokens by a trained cost model, at the last token of prompt + response."""
+
+    def __init__(self, model: Model, tokens_per_micro_batch: int) -> None:
+        super().__init__(ModelJudge(model, tokens_per_micro_batch, "cost"))

@@ -1,0 +1,284 @@
+"""The policy on p-t-d ranks: the stages, the step and the publication of `PolicyWorker`, as one process would do them.
+
+    rows of a replica             --> update     the same loss, norm, measures and next weights on every rank
+                                  --> log_probs  on its last stage
+    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back;
+                                                 by vLLM on its first rank, which the switch brings up to date
+    the weights                   --> snapshot   on rank 0, byte for byte what a single process publishes
+
+Every rank of the topology calls each method together. A rank whose answer is not collected returns None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocols.control.requests import CodeSource
+from protocols.data.columns import Jagged, rows_of
+from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
+from protocols.layout.topology import Backend, GenerationGrouping, Topology
+from protocols.roles import Sampling
+from protocols.stage import Partial
+from protocols.weights import Probe, Version, WeightManifest, pack
+from workers.data.hf_folder import end_of_sequence
+from workers.data.pretraining import PretrainingText, ReplicaText, is_text
+from workers.generation.colocated import ColocatedVllm
+from workers.generation.hybrid import draw_all, hybrid_generator
+from workers.generation.torch import TorchEngine
+from workers.losses import measures
+from workers.losses.aggregation import reduce_loss
+from workers.losses.objective import policy_objective
+from workers.losses.regularizers import token_entropies
+from workers.losses.tokens import Tokens
+from workers.losses.trial import reloadable_loss
+from workers.parallel.backends import parallel_model
+from workers.parallel.model import Loss as LossOf
+from workers.parallel.trainable import ParallelTraining
+from workers.resharding.hybrid_engine import HybridEngine, Transition
+from workers.roles.policy import PROBE_ROWS, pretraining_of, probe_tokens
+from workers.settings import Generation, Loss, Model, Optimizer
+from workers.training.models import DTYPES, MicroBatch, log_softmax_of
+from workers.training.offload import Residence
+
+
+class ParallelPolicy:
+    """One rank of a policy that is shared by the ranks of a topology.
+
+    `grouping` is the layout to generate in; without one the policy only trains and answers.
+    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        topology: Topology,
+        loss: Loss,
+        optimizer: Optimizer,
+        generation: Generation,
+        seed: int,
+        *,
+        grouping: GenerationGrouping | None = None,
+        backend: Backend = "3d",
+        device: torch.device | str = "cpu",
+        recompute: bool = False,
+        pretraining: PretrainingText | None = None,
+        engine: Literal["torch", "vllm"] = "torch",
+        sleeps: bool = False,
+    ) -> None:
+        """`pretraining`: see PolicyWorker. `engine` draws, where there is a grouping; `sleeps`: see ColocatedVllm."""
+        self._policy_loss = reloadable_loss(loss)
+        text = pretraining_of(loss, pretraining)
+        self.model = parallel_model(
+            backend, model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute
+        )
+        self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
+        self.residence = Residence(self.model.device, self.trained.relocate)
+        self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
+        self._text = ReplicaText(text, self.model.place.dp, topology.dp) if text is not None else None
+        self._loss = loss
+        self._generation = generation
+        self._end_of_sequence = end_of_sequence(model.path)
+        self._temperature = generation.temperature
+        self._tolerance = generation.probe_tolerance
+        self._seed = seed
+        self.vllm: ColocatedVllm | None = None
+        if self.hybrid is not None and engine == "vllm":
+            self.vllm = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
+
+    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Partial[Rollouts] | None:
+        """Draw this generation replica's rows, perhaps none, with the current weights; those that don't fit fail.
+
+        A row's tokens are those that one process would draw. The ranks switch for it and back, unless they have
+        switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was
+        admitted at a version newer than the weights.
+        """
+        hybrid = self._generating()
+        if len(prompts) and (floor := int(prompts.floors.max())) > self.trained.version:
+            raise ValueError(f"a prompt of version {floor} can't be drawn by weights of version {self.trained.version}")
+        switched = self.vllm.awake if self.vllm is not None else bool(hybrid.weights)
+        if not switched:
+            self.to_generation()
+        try:
+            if self.vllm is not None:
+                return self.vllm.draw(prompts, sampling)
+            drawn = draw_all(self.engine(term=0), prompts, sampling)
+        finally:
+            if not switched:
+                self.to_training()
+        return drawn if hybrid.answers else None
+
+    def to_generation(self) -> Transition | None:
+        """See HybridEngine.to_generation, ColocatedVllm.wake. Raises RuntimeError without a layout to generate in."""
+        hybrid = self._generating()
+        return self.vllm.wake(self.trained.version, self.probe) if self.vllm is not None else hybrid.to_generation()
+
+    def to_training(self) -> None:
+        """See HybridEngine.to_training, ColocatedVllm.rest."""
+        hybrid = self._generating()
+        if self.vllm is not None:
+            self.vllm.rest()
+        else:
+            hybrid.to_training()
+
+    def engine(self, term: int) -> TorchEngine:
+        """An engine that draws with the ranks' weights, at their current version; `advance` it after an update.
+
+        It steps between `hybrid.to_generation()` and `hybrid.to_training()`. Raises RuntimeError without a layout.
+        """
+        version = Version(term, self.trained.version)
+        return hybrid_generator(self._generating(), self._generation, self._seed, self._end_of_sequence, version)
+
+    def log_probs(self, rollouts: Rollouts) -> LogProbs | None:
+        """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
+        log_probs = self._log_probs(rollouts)
+        if log_probs is None or not self.model.answers:
+            return None
+        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)
+
+    def update(self, experience: Experience) -> Metrics | None:
+        """epochs x mini_batches optimizer steps on all replicas' rows, of which these are the own ones, perhaps none.
+
+        The metrics are those of all rows on every replica, so that their mean is what one process measures.
+        Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
+        """
+        several = self._loss.epochs * self._loss.mini_batches > 1
+        proximal = self._log_probs(experience) if several else None
+        measured: dict[str, float] = {}
+
+        def objective(batch: Experience, weights: Jagged) -> LossOf:
+            start = _start_of(batch, experience, proximal) if proximal is not None else None
+            return self._objective(batch, weights, start, measured)
+
+        beside = self._text.rows if self._text is not None else None
+        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective, beside)
+        whole = self.trained.over_replicas(measured) | taken
+        return Metrics(values=measures.means(whole)) if self.model.answers else None
+
+    def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray] | None:
+        """What `PolicyWorker.snapshot` gives, on rank 0: the canonical tensors and the answer to the probe batch.
+
+        The buffer is a copy: the next optimizer step may start when this returns.
+        """
+        probe = self.probe()
+        whole = self.trained.collect()
+        if self.model.rank != 0:
+            return None
+        entries, buffer = pack({name: (_dtype(t), tuple(t.shape), _bytes_of(t)) for name, t in whole.items()})
+        return WeightManifest(version, entries, len(buffer), probe), buffer
+
+    def save(self, folder: str) -> None:
+        """See ParallelTraining.save."""
+        self.trained.save(folder)
+
+    def load(self, folder: str) -> None:
+        """See ParallelTraining.load."""
+        self.trained.load(folder)
+        if self.vllm is not None:
+            self.vllm.restored()
+
+    def export(self, folder: str) -> None:
+        """See ParallelTraining.export."""
+        self.trained.export(folder)
+
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """Make and try the loss anew where it is a user's and its file is among these. Raises BadCode."""
+        self._policy_loss.prepare(sources)
+
+    def switch_code(self, take: bool) -> None:
+        """Take what was prepared from the next step on, or drop it."""
+        self._policy_loss.switch(take)
+
+    def close(self) -> None:
+        """End the engine that is beside the model, where there is one."""
+        if self.vllm is not None:
+            self.vllm.close()
+
+    def _generating(self) -> HybridEngine:
+        if self.hybrid is None:
+            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
+        return self.hybrid
+
+    def _objective(
+        self, batch: Experience, weights: Jagged, proximal: Jagged | None, measured: dict[str, float]
+    ) -> LossOf:
+        """The loss of a mini-batch's micro-batches; what they measure is added to `measured`."""
+        of_text = self._text.weights(batch) if self._text is not None else None
+
+        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+            tokens = self._tokens(outputs, micro, batch, proximal)
+            objective = policy_objective(self._policy_loss.current, tokens, self._loss)
+            measures.add(measured, measures.measure(tokens, objective, self._loss))
+            reinforced = reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
+            if of_text is None:
+                return reinforced
+            # At temperature 1: the text was written, not drawn.
+            cross_entropy = reduce_loss(-_log_probs_of(outputs, micro, 1.0), micro.column(of_text).to(outputs.device))
+            measures.add(measured, {"ptx_loss": cross_entropy.item()})
+            return reinforced + self._loss.ptx_coefficient * cross_entropy
+
+        return loss
+
+    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
+        def column(values: Jagged) -> Tensor:
+            return micro.column(values).to(outputs.device)
+
+        logits = micro.before_response(outputs)
+        log_probs = log_softmax_of(logits, micro.response_tokens().to(outputs.device), self._temperature)
+        return Tokens(
+            log_probs=log_probs,
+            proximal=column(proximal) if proximal is not None else log_probs.detach(),
+            behaviour=column(batch.log_probs),
+            advantages=column(batch.advantages),
+            mask=column(batch.loss_mask) != 0,
+            lengths=torch.from_numpy(micro.response_lengths).to(outputs.device),
+            reference=column(batch.reference),
+            entropies=token_entropies(logits, self._temperature) if self._loss.entropy_coefficient else None,
+        )
+
+    def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
+        """Log-probs of the response tokens, on every rank of the last stage."""
+        budget = self._loss.tokens_per_micro_batch
+        return self.trained.per_response(rows, budget, lambda o, m: _log_probs_of(o, m, self._temperature))
+
+    def probe(self) -> Probe:
+        """The probe batch and this model's answer to it, on every rank: who installs its weights must answer alike."""
+        tokens = probe_tokens(self.model.plan.decoder.vocabulary, self._seed).numpy().astype(np.int32)
+        batch = _Probe(Jagged.from_rows([row[:1] for row in tokens]), Jagged.from_rows([row[1:] for row in tokens]))
+        kept = self.model.forward(batch, tokens.size, lambda o, m: _log_probs_of(o, m, 1.0))
+        replica, model = self.model.groups.replica, self.model
+        answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
+        replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
+        return Probe(tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist(), self._tolerance)
+
+
+class _Probe(NamedTuple):
+    """The probe batch: its first tokens, and the others, which are answered."""
+
+    prompts: Jagged
+    responses: Jagged
+
+
+def _start_of(batch: Experience, experience: Experience, proximal: Jagged) -> Jagged:
+    """`proximal` of the batch's rows, which are some of the experience's; of text beside them it is never asked."""
+    text = is_text(batch)
+    start = proximal.take(rows_of(experience, batch.sample_ids[~text]))
+    beside = batch.responses.take(np.flatnonzero(text))
+    return Jagged.concat([start, beside.with_values(np.zeros(len(beside.values), np.float32))])
+
+
+def _log_probs_of(outputs: Tensor, micro: MicroBatch, temperature: float) -> Tensor:
+    tokens = micro.response_tokens().to(outputs.device)
+    return log_softmax_of(micro.before_response(outputs), tokens, temperature)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
