@@ -106,7 +106,7 @@ def make_prompts(
         sample_ids=np.array([ids.sample_id(ids.prompt_id(epoch, first + i), index) for i, index in rows], np.int64),
         prompts=Jagged.from_rows([encode(texts[i]) for i, _ in rows], np.int32),
         references=Jagged.from_texts(answers[i] for i, _ in rows),
-        floors=np.zeros(len(rows), np.int64),
+        min_versions=np.zeros(len(rows), np.int64),
     )
 
 

@@ -94,7 +94,7 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
 
     rows = [DataRow(row.prompt, row.reference) for row in read_rows(recipe.data.eval, Problem)]
     asked = [prompt_id(EVALUATION_EPOCH, place) for place in range(len(rows))]
-    prompts = PromptSource(rows, str(policy), recipe.seed).requests(asked, ANSWERS, floor=0)
+    prompts = PromptSource(rows, str(policy), recipe.seed).requests(asked, ANSWERS, min_version=0)
     idle = Model(path=str(policy), learning_rate=1.0)  # a rate is asked for: it trains nothing here
     drawing = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
     sampling = Sampling(max_tokens=recipe.generation.max_tokens, temperature=recipe.generation.temperature)

@@ -36,7 +36,7 @@ from workers.resharding.plan import transition
 STYLES: tuple[Style, ...] = ("deepspeed", "vanilla", "hybridflow")
 NAMES: dict[Style, str] = {"deepspeed": "full gather", "vanilla": "vanilla", "hybridflow": "hybridflow"}
 _ANY_BUCKET = 1 << 40  # elements: how pieces are put into buckets doesn't change what they are
-PATIENCE = timedelta(minutes=5)  # for one collective, and for one round of all ranks
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # for one collective, and for one round of all ranks
 
 
 class Sizes(msgspec.Struct, frozen=True):
@@ -259,7 +259,7 @@ def _run(folder: str, train: str, generate: str, sizes: Sizes) -> list[_Measured
             processes.append(process)
         answers = [_answer(pipe, rank, sizes) for rank, pipe in enumerate(pipes)]
         for process in processes:
-            process.join(PATIENCE.total_seconds())
+            process.join(COLLECTIVE_TIMEOUT.total_seconds())
         return answers
     finally:  # where a rank has failed, the others wait for it
         for process in processes:
@@ -268,7 +268,7 @@ def _run(folder: str, train: str, generate: str, sizes: Sizes) -> list[_Measured
 
 
 def _answer(pipe: Connection, rank: int, sizes: Sizes) -> _Measured:
-    limit = PATIENCE * (sizes.rounds + 1)
+    limit = COLLECTIVE_TIMEOUT * (sizes.rounds + 1)
     if not pipe.poll(limit.total_seconds()):
         raise RuntimeError(f"rank {rank} of the benchmark: no figures within {limit}")
     try:
@@ -284,9 +284,13 @@ def _rank(pipe: Connection, rank: int, folder: str, train: str, generate: str, e
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
     topology = Topology.parse(train)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=topology.world_size, timeout=PATIENCE
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=topology.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
-    model = ParallelModel(folder, topology, timeout=PATIENCE)
+    model = ParallelModel(folder, topology, timeout=COLLECTIVE_TIMEOUT)
     engines = {
         style: HybridEngine(model, grouping_of(train, generate, style), bucket_bytes=sizes.bucket_bytes)
         for style in STYLES

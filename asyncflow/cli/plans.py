@@ -112,7 +112,7 @@ def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, 
 
 def told(found: Calibration) -> list[str]:
     """A calibration for people."""
-    device, reach = found.device, found.device.reach
+    device, reach = found.device, found.device.efficiency
     lines = [
         f"{found.measured}",
         f"matrix products   {device.peak_flops / 1e9:8.1f} GFLOP/s on a slot, of which inference reaches "

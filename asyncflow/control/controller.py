@@ -16,18 +16,18 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.control.admission.staleness import Admission, Ready, check_age
 from asyncflow.control.evaluation import Evaluator
-from asyncflow.control.events import EventLog, Pulse
-from asyncflow.control.prompt_dispatcher import HandingOut
+from asyncflow.control.events import EventLog, Notifier
+from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
-from asyncflow.control.step_boundary import BetweenSteps
+from asyncflow.control.step_boundary import StepBoundary
 from asyncflow.control.store.ledger import LedgerError, State
-from asyncflow.control.store.run_store import RunRecord
+from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed, outcome_of
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.supervision.watchdog import Watchdog
 from asyncflow.control.train_step import Training
 from asyncflow.control.user_code import UserCode
@@ -44,7 +44,7 @@ from protocols.control.events import (
     StateChanged,
     StepCommitted,
 )
-from protocols.control.notices import Busy, Generated, Notice, Settled, StepDone
+from protocols.control.notices import Busy, Generated, Notice, PromptSettled, StepDone
 from protocols.control.requests import SetPaused
 from protocols.data.ids import purpose_of
 from protocols.weights import Version
@@ -61,13 +61,13 @@ class Controller:
         pace: Pace,
         deadlines: Deadlines,
         dataflow: Dataflow,
-        fleet: Fleet,
+        fleet: ServiceSupervisor,
         generators: list[str],
         store: Store,
         source: PromptSource,
         evaluator: Evaluator | None,
         evaluation: Evaluation,
-        record: RunRecord,
+        record: RunStore,
         warnings: list[str],
         code: UserCode | None = None,
     ) -> None:
@@ -77,21 +77,21 @@ class Controller:
         self._fleet, self._generators, self._record = fleet, generators, record
         self._evaluator, self._evaluation = evaluator, evaluation
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
-        self._prompts = PromptBook(self._admission, pace.max_refills)
-        self._pulse = Pulse()
+        self._prompts = InFlightPrompts(self._admission, pace.max_refills)
+        self._pulse = Notifier()
         self._tokens_generated = 0
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._paused = False
         self._evaluating = False
         self._stopping = False
         self._over = False
-        self._handing_out = HandingOut(
+        self._handing_out = PromptDispatcher(
             dataflow, fleet, generators, store, source, record, self._prompts, pace.samples_per_prompt
         )
         self._watchdog = Watchdog(fleet, deadlines, self.events, self._emit)
         self._training = Training(dataflow, fleet, generators, record, deadlines.publish, self._emit)
-        self._between = BetweenSteps(
-            record, fleet, code or UserCode(), deadlines.checkpoint, self._emit, self._pulse.beat
+        self._between = StepBoundary(
+            record, fleet, code or UserCode(), deadlines.checkpoint, self._emit, self._pulse.notify
         )
 
     # --- what a client may ask
@@ -105,10 +105,10 @@ class Controller:
     async def resume(self) -> None:
         """Go on."""
         self._paused = False
-        self._fleet.moves()
+        self._fleet.mark_progress()
         await self._tell_generators(SetPaused(False))
         self._emit(StateChanged(state="running"))
-        self._pulse.beat()
+        self._pulse.notify()
 
     async def checkpoint(self) -> str:
         """Write a checkpoint at the next boundary between steps; its folder. RunFailed where the run ends first."""
@@ -132,7 +132,7 @@ class Controller:
         if not self._stopping and not self._over:
             self._stopping = True
             self._emit(StateChanged(state="draining"))
-            self._pulse.beat()
+            self._pulse.notify()
 
     # --- the run
 
@@ -148,7 +148,7 @@ class Controller:
             await self._record.abandon()
             raise
         try:
-            await self._record.close_books(ended)
+            await self._record.finalize(ended)
         except Exception as error:  # noqa: BLE001 - it becomes the outcome
             code = 3 if isinstance(error, LedgerError) else max(ended.exit_code, 1)
             said = f"{ended.error}; and " if ended.error else ""
@@ -173,7 +173,7 @@ class Controller:
 
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
-            background = self._fleet.follow(group, self._hear, self._replaced, self._equip)
+            background = self._fleet.follow(group, self._on_notice, self._replaced, self._complete_successor)
             background.append(group.create_task(self._watch(), name="watchdog"))
             background.append(group.create_task(self._tell_ended(), name="ended prompts"))
             train = group.create_task(self._drive(group, background), name="steps")
@@ -286,7 +286,7 @@ class Controller:
         )
         self._record.step_committed(event, ages, self._pace.samples_per_prompt)
         self._emit(event)
-        self._pulse.beat()
+        self._pulse.notify()
 
     async def _between_steps(self) -> None:
         version = self._admission.version
@@ -311,7 +311,7 @@ class Controller:
         self._evaluating = True
         evaluated = await self._evaluated(self._evaluator, self._generators[0])
         self._evaluating = False
-        self._pulse.beat()
+        self._pulse.notify()
         self._record.evaluated(evaluated)
         self._emit(evaluated)
 
@@ -321,12 +321,12 @@ class Controller:
             deaths = self._fleet.deaths(generator)
             try:
                 return await evaluator.run(
-                    self._fleet.lasting(generator), self._fleet["evaluator"], self._admission.version
+                    self._fleet.with_retry(generator), self._fleet["evaluator"], self._admission.version
                 )
             except ServiceError:
                 if self._fleet.deaths(generator) == deaths:
                     raise
-                await self._fleet.whole()
+                await self._fleet.wait_healthy()
 
     async def _tell_generators(self, request: SetPaused) -> None:
         for name in self._generators:
@@ -334,39 +334,39 @@ class Controller:
 
     # --- what services report
 
-    async def _hear(self, notice: Notice) -> None:
+    async def _on_notice(self, notice: Notice) -> None:
         match notice:
             case Busy():
                 self._record.spent(notice.spans)
                 for span in notice.spans:
                     self._busy[span.service] += span.end - span.start
-            case Settled():
-                await self._hear_settled(notice)
+            case PromptSettled():
+                await self._on_prompt_settled(notice)
             case Generated():
                 self._tokens_generated += notice.tokens
                 self._record.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
             case StepDone():
-                self._training.hear(notice)
-        self._pulse.beat()
+                self._training.on_notice(notice)
+        self._pulse.notify()
 
     def _replaced(self, event: ServiceReplaced) -> None:
         if event.service in self._generators:  # before it is handed anything
             self._handing_out.begin_anew()
         self._record.replaced(event.service)
         self._emit(event)
-        self._pulse.beat()
+        self._pulse.notify()
 
-    async def _equip(self, successor: Endpoint) -> None:
+    async def _complete_successor(self, successor: Endpoint) -> None:
         """Give a service that took a dead one's place what the others have: a generator, weights and work."""
         if successor.name in self._generators:
             await ask(successor, SetPaused(self._paused and not self._stopping))
             await self._training.catch_up(successor)
-            await self._handing_out.draw_again()
+            await self._handing_out.regenerate()
 
-    async def _hear_settled(self, settled: Settled) -> None:
+    async def _on_prompt_settled(self, settled: PromptSettled) -> None:
         if not self._prompts.settle(settled):
             return
-        if settled.worth and not settled.dead:
+        if settled.trainable and not settled.dead:
             self._record.scored(settled.alive)
             return
         reason, cause = ("group_incomplete", settled.dead[0].cause) if settled.dead else ("no_signal", "no_signal")
@@ -397,7 +397,7 @@ class Controller:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._record.flush()
-            self._watchdog.look(
+            self._watchdog.check(
                 live_prompts=self._admission.live,
                 step_progress=min(1.0, self._prompts.ready / self._pace.prompts_per_step),
                 tokens=self._tokens_generated,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 
 from asyncflow.control.admission.prompts import PromptSource
-from asyncflow.services.channels.endpoint import Answering, ServiceError, Store, ask
-from asyncflow.services.channels.shard_refs import Part, pack, parts_of, unpack
+from asyncflow.services.channels.endpoint import Requestable, ServiceError, Store, ask
+from asyncflow.services.channels.shard_refs import ShardRef, pack, parts_of, unpack
 from protocols.control.events import Evaluated
 from protocols.control.requests import Invoke, Invoked
 from protocols.data.messages import Scores
@@ -24,7 +24,7 @@ class Evaluator:
         self._sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
         self._limit = limit
 
-    async def run(self, generator: Answering, judge: Answering, version: int) -> Evaluated:
+    async def run(self, generator: Requestable, judge: Requestable, version: int) -> Evaluated:
         """Mean of the metric over the held-out prompts, under weights at least as new as `version`."""
         prompts = self._source.evaluation(version, self._limit)
         asked = await asyncio.to_thread(pack, self._store, prompts, 0)
@@ -34,8 +34,8 @@ class Evaluator:
         return Evaluated(step=version, metric=self._metric, value=float(scores.scores.mean()), samples=len(scores))
 
     async def _invoke(
-        self, endpoint: Answering, method: str, parts: list[Part], sampling: Sampling | None = None
-    ) -> list[Part]:
+        self, endpoint: Requestable, method: str, parts: list[ShardRef], sampling: Sampling | None = None
+    ) -> list[ShardRef]:
         request = Invoke(method, [part.shard for part in parts], sampling)
         reply, payloads = await ask(endpoint, request, [part.payload for part in parts])
         assert isinstance(reply, Invoked)

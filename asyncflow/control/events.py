@@ -10,13 +10,13 @@ from protocols.control.events import Event, RunEnded
 KEPT = 20_000
 
 
-class Pulse:
+class Notifier:
     """Wakes everybody who waits for some state to change."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def beat(self) -> None:
+    def notify(self) -> None:
         """Something changed."""
         self._event.set()
         self._event = asyncio.Event()
@@ -32,7 +32,7 @@ class EventLog:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._dropped = 0
-        self._pulse = Pulse()
+        self._pulse = Notifier()
 
     @property
     def end(self) -> int:
@@ -47,7 +47,7 @@ class EventLog:
         if len(self._events) > KEPT:
             del self._events[: len(self._events) - KEPT]
             self._dropped += 1
-        self._pulse.beat()
+        self._pulse.notify()
 
     async def follow(self, cursor: int = 0) -> AsyncIterator[tuple[int, Event]]:
         """(cursor behind it, event), from `cursor` on, until and including RunEnded; behind it there is nothing."""

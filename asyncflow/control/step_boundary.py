@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from asyncflow.control.store.run_store import RunRecord
+from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
 from protocols.control.events import CodeRefused, CodeReloaded, Event
 from workers.user_code import BadCode, digest_of
@@ -20,13 +20,13 @@ from workers.user_code import BadCode, digest_of
 A = TypeVar("A")
 
 
-class BetweenSteps:
+class StepBoundary:
     """One run's boundary between its steps."""
 
     def __init__(
         self,
-        record: RunRecord,
-        fleet: Fleet,
+        record: RunStore,
+        fleet: ServiceSupervisor,
         code: UserCode,
         deadline_seconds: float,  # of a checkpoint
         emit: Callable[[Event], None],

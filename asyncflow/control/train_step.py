@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from asyncflow.control.store.run_store import RunRecord
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.store.run_store import RunStore
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import Endpoint, ask
 from asyncflow.services.weight_sync import PublicationFailed, Snapshot, install, publish
@@ -28,9 +28,9 @@ class Training:
     def __init__(
         self,
         dataflow: Dataflow,
-        fleet: Fleet,
+        fleet: ServiceSupervisor,
         generators: Sequence[str],
-        record: RunRecord,
+        record: RunStore,
         deadline_seconds: float,  # of a publication
         emit: Callable[[Event], None],
     ) -> None:
@@ -40,7 +40,7 @@ class Training:
         self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
         self._newest: Snapshot | None = None  # that all generators have
 
-    def hear(self, done: StepDone) -> None:
+    def on_notice(self, done: StepDone) -> None:
         """A trained model has finished its batch."""
         self._done[done.stage, done.step].set_result(done)
 
@@ -65,8 +65,8 @@ class Training:
         """Have every generator install the policy's weights; None where the policy itself generates."""
         if not self._sinks:
             return None
-        await self._fleet.whole()  # a successor that is starting has a deadline of its own
-        sinks = [self._fleet.lasting(name) for name in self._sinks]
+        await self._fleet.wait_healthy()  # a successor that is starting has a deadline of its own
+        sinks = [self._fleet.with_retry(name) for name in self._sinks]
         published, self._newest = await publish(self._fleet["policy"], sinks, version, self._deadline)
         self._record.published(published)
         self._emit(published)

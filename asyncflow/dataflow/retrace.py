@@ -12,7 +12,7 @@ from typing import Any
 
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.steering import with_steering
-from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
+from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 
 
 def retraced(
@@ -30,9 +30,9 @@ def retraced(
     assert new is not None
     own = running.batch_stage.function
     assert own is not None
-    if lost := sorted(numbers_of(own).keys() - numbers_of(new).keys()):
+    if lost := sorted(defaults_of(own).keys() - defaults_of(new).keys()):
         raise DataflowError(f"algorithm {name!r}: {new.__name__} no longer takes {', '.join(lost)}")
-    without = {number for number, default in numbers_of(new).items() if default is Parameter.empty}
+    without = {number for number, default in defaults_of(new).items() if default is Parameter.empty}
     if asked := sorted(without - numbers.keys()):
         raise DataflowError(f"algorithm {name!r}: {new.__name__} asks for {', '.join(asked)}; give it a default")
     steered = with_steering(traced, numbers)

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from asyncflow.dataflow.graph import Dataflow, DataflowError
-from asyncflow.dataflow.trace import numbers_of
+from asyncflow.dataflow.trace import defaults_of
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, steered, steered_state, steering_of
 
 
@@ -21,7 +21,7 @@ def with_steering(dataflow: Dataflow, numbers: Mapping[str, Any]) -> Dataflow:
         return dataflow
     stage = dataflow.batch_stage
     assert stage.function is not None
-    if KL_COEFFICIENT not in numbers_of(stage.function):
+    if KL_COEFFICIENT not in defaults_of(stage.function):
         raise DataflowError(f"{stage.name} takes no {KL_COEFFICIENT}: advantage.kl = 'adaptive' has nothing to steer")
     state = steered_state(stage.state)
     adaptive = replace(stage, function=steered(stage.function, stage.state, state), state=state)

@@ -219,7 +219,7 @@ def trace(function: Algorithm, roles: Mapping[str, type] | None = None) -> Dataf
     return check(function.__name__, tuple(flow._stages))
 
 
-def numbers_of(function: Callable[..., Any]) -> dict[str, Any]:
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only parameters of a batch function that a recipe sets, and their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != STATE}

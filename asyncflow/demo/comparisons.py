@@ -74,7 +74,7 @@ def _draw(policy: Path, problems: list[Problem], wanted: list[int], seed: int) -
     engine = TorchEngine(load_causal(policy), settings, seed, end_of_sequence(policy), version=Version(0, 0))
     for count in sorted(set(wanted) - {0}):
         ids = [prompt_id(0, row) for row, number in enumerate(wanted) if number == count]
-        engine.submit(source.requests(ids, count, floor=0), Sampling(max_tokens=MAX_TOKENS, temperature=1.0))
+        engine.submit(source.requests(ids, count, min_version=0), Sampling(max_tokens=MAX_TOKENS, temperature=1.0))
     rows: list[FinishedRow] = []
     while engine.unfinished:
         rows += engine.step()

@@ -12,7 +12,7 @@ from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
-from asyncflow.dataflow.trace import Declaration, declaration_of, numbers_of, trace
+from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.recipe.model_checks import check_lora, check_models, check_shards, config_of, is_module
 from asyncflow.recipe.service_specs import check_placement, check_roles
@@ -78,7 +78,7 @@ def _check_samples(recipe: Recipe, declared: Declaration) -> None:
 def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
     function = dataflow.batch_stage.function
     assert function is not None
-    known = numbers_of(function)
+    known = defaults_of(function)
     kinds = get_type_hints(function)
     if KL_COEFFICIENT in known:
         known |= msgspec.structs.asdict(KlSteering())
@@ -103,7 +103,7 @@ def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
         if steering.kl == "fixed" and idle:
             raise BadInput(f"advantage.{idle[0]}: a fixed coefficient has none; add kl = 'adaptive', or leave it out")
         if steering.kl == "adaptive":
-            start: Any = {**numbers_of(function), **recipe.advantage}[KL_COEFFICIENT]
+            start: Any = {**defaults_of(function), **recipe.advantage}[KL_COEFFICIENT]
             steering.from_coefficient(float(start)).after(0.0, recipe.samples_per_step)
     except ValueError as error:
         raise BadInput(f"advantage.kl = 'adaptive': {error}") from error

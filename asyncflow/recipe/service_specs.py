@@ -7,7 +7,7 @@ from collections import Counter
 
 from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
-from asyncflow.services.ranks.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target, dealt_by
+from asyncflow.services.ranks.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target, effective_protocol
 from protocols.layout.topology import GenerationGrouping, Topology, generation_grouping
 from protocols.roles import ROLES, Sampling
 from protocols.stage import contract_of
@@ -283,7 +283,7 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
         schemas=[c.message.schema_id for c in inputs],
         sources=list(stage.inputs),
         outputs=[_target(recipe, dataflow, c) for c in dataflow.consumers(stage.name)],
-        protocol=dealt_by(stage.protocol, topology_of(recipe, _host_of(recipe, stage))),
+        protocol=effective_protocol(stage.protocol, topology_of(recipe, _host_of(recipe, stage))),
         grains=[c.grain for c in inputs],
         whole_groups=contract.whole_groups if contract else False,
         balance=contract.balance if contract else "rows",

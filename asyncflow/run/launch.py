@@ -17,8 +17,8 @@ from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.settings import Pace
 from asyncflow.control.store.ledger import Ledger
-from asyncflow.control.store.run_store import RunRecord
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.store.run_store import RunStore
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.supervision.supervision import Supervisor
 from asyncflow.control.user_code import UserCode
 from asyncflow.observe.exporter import Exporter, Target, write_targets
@@ -136,7 +136,7 @@ def _controller(
         _write_targets(folder, folder.name, services, port)
         return services[name].endpoint
 
-    record = RunRecord(
+    record = RunStore(
         run=folder.name,
         folder=folder,
         term=start.term,
@@ -169,7 +169,7 @@ def _controller(
         pace=pace,
         deadlines=recipe.deadlines,
         dataflow=dataflow,
-        fleet=Fleet(
+        fleet=ServiceSupervisor(
             {n: s.endpoint for n, s in services.items()},
             {s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
             Supervisor(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),

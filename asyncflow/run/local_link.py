@@ -24,7 +24,7 @@ from protocols.stage import Failure
 from workers.user_code import BadCode
 
 
-class Attached:
+class ServiceHandle:
     """A service, or its successor, for as long as the runtime lives; Ray would start anew for one that is asked later.
 
     Implements `Endpoint`.
@@ -67,7 +67,7 @@ class LocalLink:
         store: Store,
     ) -> None:
         self._controller, self._task, self._checked, self._store = controller, task, checked, store
-        self._services = {name: Attached(name, services) for name in services}
+        self._services = {name: ServiceHandle(name, services) for name in services}
 
     def close(self) -> None:
         """The services are about to end: from now on nobody asks them anything."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.shard_refs import Place
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.stage_context import Fired, Host
+from asyncflow.services.stage_context import Fired, StageContext
 from asyncflow.services.stages import RowStage
 from protocols.control.notices import Generated
 from protocols.control.requests import Done, SwitchLayout
@@ -29,10 +29,10 @@ def replicas_of(grouping: GenerationGrouping) -> int:
     return grouping.micro_dp * grouping.topology.dp
 
 
-class JointGeneration:
+class ColocatedGeneration:
     """Owns the switches of a service's ranks, and the pause."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: StageContext) -> None:
         self._host = host
         self._going = asyncio.Event()
         self._going.set()
@@ -47,7 +47,7 @@ class JointGeneration:
     async def draw(
         self, stage: StageSpec, samples: Sequence[int], inputs: Sequence[Sequence[Place]], sampling: Sampling
     ) -> Fired:
-        """Draw these rows, whose prompts are in `inputs`, when no pause is. Raises as `Host.fire` does."""
+        """Draw these rows, whose prompts are in `inputs`, when no pause is. Raises as `StageContext.fire` does."""
         host = self._host
         await self._going.wait()
         async with host.lease(stage.name):
@@ -79,10 +79,10 @@ class JointGeneration:
         self._host.reports.measure({f"transition.{name}": value for name, value in took.items()})
 
 
-class JointGeneratingStage(RowStage):
+class ColocatedGeneratingStage(RowStage):
     """policy.generate of a service of several ranks: its rows are drawn between two switches."""
 
-    def __init__(self, host: Host, spec: StageSpec, generation: JointGeneration) -> None:
+    def __init__(self, host: StageContext, spec: StageSpec, generation: ColocatedGeneration) -> None:
         super().__init__(host, spec)
         assert spec.sampling is not None
         self._sampling = spec.sampling

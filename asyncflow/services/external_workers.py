@@ -4,7 +4,7 @@
                                            <──PutRows─── answers, in several puts and any order
 
 Each row is given to one worker; one that is not answered for a while is given to another, and the first answer
-counts. `AskedRows` decides, told the time; `OutsideRank` waits and checks what was put; `take_rows` is the worker's
+counts. `PendingRows` decides, told the time; `ExternalRank` waits and checks what was put; `take_rows` is the worker's
 end. Answers are read here and put again as the service's own, so none is lost with the process that sent it.
 """
 
@@ -18,10 +18,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from itertools import accumulate
 
 from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceGone, Store, ask
-from asyncflow.services.channels.finished_prompts import EndedPrompts
-from asyncflow.services.channels.shard_refs import Cut, Part, Place, PlannedCall, parts_of, plan_calls
-from asyncflow.services.ranks.rank import Reader
-from asyncflow.services.stage_context import Host
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
+from asyncflow.services.channels.shard_refs import Partitioning, Place, RankCallPlan, ShardRef, parts_of, plan_calls
+from asyncflow.services.ranks.rank import RowReader
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard
 from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.data import codec
@@ -41,7 +41,7 @@ OVER = "its prompt is over"
 Answer = tuple[Batch, int] | Failure | None  # a row of a batch, a tombstone, or None: its bytes were gone
 
 
-class OpenCall:
+class PendingCall:
     """The rows of one firing: which may be given to a worker when, and what was answered."""
 
     def __init__(self, call: RankCall, payloads: Sequence[Payload]) -> None:
@@ -49,40 +49,40 @@ class OpenCall:
         self.free_at = dict.fromkeys(call.sample_ids, 0.0)  # rows without an answer -> seconds of the clock
         self.answers: dict[int, Answer] = {}
         self._position = {sample: i for i, sample in enumerate(call.sample_ids)}
-        sources = [Part(Shard([], 0), payload) for payload in payloads]
+        sources = [ShardRef(Shard([], 0), payload) for payload in payloads]
         self._inputs: list[list[Place]] = [
             [(sources[s.source], row) for s in reading.segments for row in range(s.start, s.stop)]
             for reading in call.readings
         ]
 
-    def cut(self, samples: Sequence[int]) -> PlannedCall:
+    def cut(self, samples: Sequence[int]) -> RankCallPlan:
         """Some of its rows as a call of their own, which names only the payloads that they lie in."""
         call = self.call
         inputs = [[places[self._position[s]] for s in samples] for places in self._inputs]
         schemas = [reading.schema for reading in call.readings]
         (planned,) = plan_calls(
-            call.stage, call.method, Cut("DP_PROTO"), samples, inputs, schemas, Topology(), step=call.step
+            call.stage, call.method, Partitioning("DP_PROTO"), samples, inputs, schemas, Topology(), step=call.step
         )
         return planned
 
 
-class AskedRows:
+class PendingRows:
     """What is asked of outside workers. Pure: it is told the time, in seconds of any steady clock."""
 
     def __init__(self, retake_seconds: float) -> None:
         """`retake_seconds`: after which a row that was taken and not answered is given to another worker."""
         self._retake = retake_seconds
-        self._open: list[OpenCall] = []  # oldest first
+        self._open: list[PendingCall] = []  # oldest first
         self._past: dict[int, str] = {}  # row -> what became of it
-        self._ended = EndedPrompts()
+        self._ended = FinishedPrompts()
 
-    def ask(self, call: RankCall, payloads: Sequence[Payload]) -> OpenCall:
+    def ask(self, call: RankCall, payloads: Sequence[Payload]) -> PendingCall:
         """Rows wait for an answer from now on, also those that were answered before."""
-        opened = OpenCall(call, payloads)
+        opened = PendingCall(call, payloads)
         self._open.append(opened)
         return opened
 
-    def close(self, opened: OpenCall, cause: str) -> None:
+    def close(self, opened: PendingCall, cause: str) -> None:
         """The asker has gone on: rows without an answer failed with a cause."""
         self._open.remove(opened)
         answered = [sample for sample, answer in opened.answers.items() if answer is not None]  # others come again
@@ -90,7 +90,7 @@ class AskedRows:
         while len(self._past) > MOST_REMEMBERED:
             del self._past[next(iter(self._past))]
 
-    def take(self, most: int, now: float) -> PlannedCall | None:
+    def take(self, most: int, now: float) -> RankCallPlan | None:
         """Give up to `most` rows of the oldest call that has free ones to a worker; None where there are none."""
         for opened in self._open:
             free = [sample for sample, at in opened.free_at.items() if at <= now][:most]
@@ -127,14 +127,14 @@ class AskedRows:
         return self._past.get(sample) or (OVER if prompt_of(sample) in self._ended else "")
 
 
-class OutsideRank:
+class ExternalRank:
     """The single rank of a service whose model is outside. Implements `Ranks`."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: StageContext) -> None:
         self._host = host
         failures = host.spec.failures
         self._seconds = failures.outside_timeout_seconds
-        self._asked = AskedRows(failures.outside_retake_seconds)
+        self._asked = PendingRows(failures.outside_retake_seconds)
         self._changed = asyncio.Condition()
         self._stopped = False
         role = ROLES[host.spec.name]
@@ -188,7 +188,7 @@ class OutsideRank:
             case PutRows():
                 return await self.put(request, parts_of(request.shards, payloads)), []
 
-    async def take(self, most: int, seconds: float) -> PlannedCall | None:
+    async def take(self, most: int, seconds: float) -> RankCallPlan | None:
         """Rows for a worker, as soon as there are some; None where there were none for `seconds`.
 
         Raises ValueError for less than one row.
@@ -207,7 +207,7 @@ class OutsideRank:
                 await self._wait(min(deadline, free_at) - now if free_at is not None else deadline - now)
         return None
 
-    async def put(self, request: PutRows, parts: Sequence[Part]) -> RowsPut:
+    async def put(self, request: PutRows, parts: Sequence[ShardRef]) -> RowsPut:
         """Take answers in; rows that are not asked yet wait until they are.
 
         Raises ValueError, and takes nothing, for a message of another type, a bad frame, or a row that comes twice;
@@ -233,7 +233,7 @@ class OutsideRank:
             self._asked.end(prompts)
             self._changed.notify_all()
 
-    async def _answers(self, request: PutRows, parts: Sequence[Part]) -> dict[int, Answer]:
+    async def _answers(self, request: PutRows, parts: Sequence[ShardRef]) -> dict[int, Answer]:
         answers: list[tuple[int, Answer]] = [(f.sample_id, f) for f in request.failures]
         answers += [(sample, None) for sample in request.lost]
         for part in parts:
@@ -292,7 +292,7 @@ async def take_rows(endpoint: Endpoint, store: Store, most: int, over: Callable[
         assert isinstance(reply, RowsTaken)
         if reply.call is None:
             continue
-        read = await asyncio.to_thread(Reader, reply.call, [await _frame(store, payload) for payload in payloads])
+        read = await asyncio.to_thread(RowReader, reply.call, [await _frame(store, payload) for payload in payloads])
         samples = reply.call.sample_ids
         if read.damaged or read.lost:
             damaged = [Failure(samples[row], d.cause) for d in read.damaged for row in d.rows]

@@ -1,6 +1,6 @@
 """Generation: one engine, driven step by step in the compute thread, fed by the generating stages' mailboxes.
 
-A row enters the engine only with weights at least as new as its prompt's admission (its floor), checked
+A row enters the engine only with weights at least as new as its prompt's admission (its `min_version`), checked
 before it takes a slot. Loads stand between two steps and preempt running rows. Finished rows leave through
 each stage's own sender, so a slow consumer never holds an engine slot; what waits there is bounded by admission.
 """
@@ -15,9 +15,9 @@ import numpy as np
 
 from asyncflow.services.channels.endpoint import Frame
 from asyncflow.services.channels.row_table import RowTable
-from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import StageRunner, read_or_fail
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Generated
@@ -62,7 +62,7 @@ class Job:
 class GenerationLoop:
     """Owns an engine and decides, between its steps, what it does next."""
 
-    def __init__(self, host: Host, engine: Engine, follow: Callable[[], None] | None) -> None:
+    def __init__(self, host: StageContext, engine: Engine, follow: Callable[[], None] | None) -> None:
         self._host = host
         self._engine = engine
         self._follow = follow  # lets the engine that shares the trained model follow its version
@@ -118,7 +118,7 @@ class GenerationLoop:
 
     def _ready_rows(self, rows: Prompts) -> np.ndarray:
         version = self._engine.version
-        return rows.floors <= (version.step if version is not None else -1)
+        return rows.min_versions <= (version.step if version is not None else -1)
 
     async def _fire(self) -> None:
         """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
@@ -199,14 +199,14 @@ def advance(engine: Engine, follow: Callable[[], None] | None) -> list[FinishedR
 class GeneratingStage(StageRunner):
     """policy.generate: prompts in, finished rollouts out in the order in which they finish."""
 
-    def __init__(self, host: Host, spec: StageSpec, loop: GenerationLoop) -> None:
+    def __init__(self, host: StageContext, spec: StageSpec, loop: GenerationLoop) -> None:
         super().__init__(host, spec)
         self._loop = loop
         self._asked: RowTable[int] = RowTable(1, host.ended)  # prompts that were submitted, so that none is drawn twice
         self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
 
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+    async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         if self.spec.schemas[position] != Prompts.schema_id:
             raise ValueError(f"{self.spec.name}: takes prompts, its edge carries schema {self.spec.schemas[position]}")
         refused = 0

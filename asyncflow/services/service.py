@@ -19,15 +19,15 @@ from typing import Any
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store, causes
-from asyncflow.services.channels.shard_refs import Part, parts_of, places
-from asyncflow.services.colocated_generation import JointGeneratingStage, JointGeneration
-from asyncflow.services.external_workers import OutsideRank
+from asyncflow.services.channels.shard_refs import ShardRef, parts_of, places
+from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
+from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.ranks.rank import OwnRank, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
-from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec, StageSpec, dealt_by
-from asyncflow.services.ranks.worker_factory import Workplace, build, contract_for
-from asyncflow.services.stage_context import Host
+from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec, StageSpec, effective_protocol
+from asyncflow.services.ranks.worker_factory import LoadedWorker, build, contract_for
+from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.notices import Notice, ServiceFailed
@@ -74,16 +74,16 @@ class ModelService:
         """`ranks`: of a service that has several, each in a place of its own; a single one is this process."""
         self.spec = spec
         self._exporter = Exporter(spec.name)
-        self._host = Host(spec, store, self._exporter)
+        self._host = StageContext(spec, store, self._exporter)
         self._ranks = ranks
-        self._outside: OutsideRank | None = None
-        self._workplace: Workplace | None = None
+        self._outside: ExternalRank | None = None
+        self._workplace: LoadedWorker | None = None
         self._runners: dict[str, StageRunner] = {}
         self._loop: GenerationLoop | None = None
         # Whether its models can leave their devices: to be assumed until it has turned out, or they would be on
         # devices of which nobody knows that they have them.
         self._moves = spec.leased and (spec.collective or spec.accelerated)
-        self._together = JointGeneration(self._host) if spec.collective else None
+        self._together = ColocatedGeneration(self._host) if spec.collective else None
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None  # done where the service has ended: nothing makes room any more
@@ -96,7 +96,7 @@ class ModelService:
         """Load the model and open the metrics endpoint; its port."""
         self._gone = asyncio.get_running_loop().create_future()
         if self.spec.kind == OUTSIDE:
-            self._ranks = self._outside = OutsideRank(self._host)
+            self._ranks = self._outside = ExternalRank(self._host)
         elif self._ranks is None:
             self._workplace = await self._host.compute("start", build, self.spec)
             self._ranks = OwnRank(Rank(self.spec, self._workplace, self._host.store, self._host.thread))
@@ -237,7 +237,7 @@ class ModelService:
         self._moves = isinstance(reply, Done) and bool(reply.values["moves"])
         return reply, []
 
-    async def _invoke(self, request: Invoke, parts: list[Part]) -> tuple[Reply, list[Payload]]:
+    async def _invoke(self, request: Invoke, parts: list[ShardRef]) -> tuple[Reply, list[Payload]]:
         if request.sampling is not None and self._loop is not None:
             prompts = await self._host.read(parts, Prompts, f"{self.name}.{request.method} invoked")
             result, failures = await generate_now(self._loop, prompts, request.sampling)
@@ -273,14 +273,14 @@ class ModelService:
     def _runner(self, stage: StageSpec) -> StageRunner:
         match stage.fires:
             case "generate" if self._together is not None:
-                return JointGeneratingStage(self._host, stage, self._together)
+                return ColocatedGeneratingStage(self._host, stage, self._together)
             case "generate":
                 assert self._loop is not None
                 return GeneratingStage(self._host, stage, self._loop)
             case "closed":
                 assert self._workplace is not None
-                worth = self._workplace.method(stage.filter) if stage.filter else None
-                return ClosingStage(self._host, stage, self._workplace.method(stage.method), worth)
+                trainable = self._workplace.method(stage.filter) if stage.filter else None
+                return ClosingStage(self._host, stage, self._workplace.method(stage.method), trainable)
             case "batch":
                 return TrainingStage(self._host, stage)
             case "rows":
@@ -328,7 +328,7 @@ def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
         schemas=[kind.schema_id for kind in contract.consumes],
         sources=[],
         outputs=[],
-        protocol=dealt_by(contract.protocol, Topology.parse(spec.topology)),
+        protocol=effective_protocol(contract.protocol, Topology.parse(spec.topology)),
     )
 
 

@@ -20,21 +20,21 @@ import msgspec
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.channel_counts import ChannelCounts
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store
-from asyncflow.services.channels.finished_prompts import EndedPrompts
-from asyncflow.services.channels.lost_rows import Losses
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
+from asyncflow.services.channels.lost_rows import LostRows
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.shard_refs import (
-    Cut,
-    Part,
+    Partitioning,
     Place,
-    PlannedCall,
+    RankCallPlan,
+    ShardRef,
     pack_apart,
     parts_of,
     plan_calls,
     unpack,
 )
 from asyncflow.services.channels.subscriptions import Subscriptions
-from asyncflow.services.ranks.collective_calls import JointWork
+from asyncflow.services.ranks.collective_calls import CollectiveCalls
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank import Ranks
 from asyncflow.services.ranks.rank_requests import activity_of
@@ -61,19 +61,19 @@ INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the eve
 class Fired(msgspec.Struct):
     """What came of one firing."""
 
-    parts: list[Part] = []  # outputs of the ranks that count, in the protocol's order
+    parts: list[ShardRef] = []  # outputs of the ranks that count, in the protocol's order
     failures: list[Failure] = []
     metrics: Metrics | None = None
     lost: list[int] = []  # samples whose bytes were gone
     drawn: int = 0  # response tokens, where it generated
 
 
-class Kept(msgspec.Struct, frozen=True):
+class OutboxEntry(msgspec.Struct, frozen=True):
     """A delivery in the outbox."""
 
     service: str
     delivery: Delivery
-    parts: list[Part]
+    parts: list[ShardRef]
 
     @property
     def samples(self) -> list[int]:
@@ -82,7 +82,7 @@ class Kept(msgspec.Struct, frozen=True):
         return alive + [failure.sample_id for failure in self.delivery.failures]
 
 
-class Host:
+class StageContext:
     """The inside of a service, as its stages see it."""
 
     def __init__(self, spec: ServiceSpec, store: Store, exporter: Exporter) -> None:
@@ -90,15 +90,15 @@ class Host:
         self.store = store
         self.exporter = exporter
         self.counts = ChannelCounts(exporter)
-        self.ended = EndedPrompts()
-        self.outbox: Outbox[Kept] = Outbox(self.ended)
-        self.losses = Losses()
+        self.ended = FinishedPrompts()
+        self.outbox: Outbox[OutboxEntry] = Outbox(self.ended)
+        self.losses = LostRows()
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
         self.topology = Topology.parse(spec.topology)
         self.generation = spec.grouping
-        self.joint = JointWork(spec.name, spec.collective)
+        self.joint = CollectiveCalls(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
         self.reports = Reports(spec.name, exporter)
         self._quarantine = Quarantine(spec.log_path, spec.name)
@@ -137,7 +137,7 @@ class Host:
         Raises ValueError where a row did not leave exactly once, and whatever a rank's method raises.
         """
         assert self.ranks is not None, f"service {self.spec.name} is not started"
-        cut = Cut(stage.protocol, stage.whole_groups, stage.balance == "tokens")
+        cut = Partitioning(stage.protocol, stage.whole_groups, stage.balance == "tokens")
         topology, generation = self._layout(generates=sampling is not None)
         calls = plan_calls(
             stage.name,
@@ -178,7 +178,7 @@ class Host:
         topology = self.generation.topology if generates else self.topology
         return topology, self.generation if self.generation.topology == topology else None
 
-    async def _call(self, what: str, calls: Sequence[PlannedCall]) -> dict[int, tuple[RankReply, list[Payload]]]:
+    async def _call(self, what: str, calls: Sequence[RankCallPlan]) -> dict[int, tuple[RankReply, list[Payload]]]:
         assert self.ranks is not None
         ranks = self.ranks
         if self.spec.collective:
@@ -200,7 +200,7 @@ class Host:
         first, payloads = answers[0]
         return first.reply, payloads
 
-    async def read(self, parts: Sequence[Part], kind: type[B], edge: str) -> B:
+    async def read(self, parts: Sequence[ShardRef], kind: type[B], edge: str) -> B:
         """All rows of some parts, read by the service itself. Raises PayloadLost, codec.BadFrame."""
         frames = [await self.store.get(part.payload) for part in parts]
         nbytes = sum(frame.nbytes for frame in frames)
@@ -215,7 +215,7 @@ class Host:
         self.counts.read(edge, 0 if self.topology.world_size == 1 else -1, nbytes)
         return batch
 
-    async def pack(self, batch: Batch, attempt: int = 0, *, direct: bool = False) -> list[Part]:
+    async def pack(self, batch: Batch, attempt: int = 0, *, direct: bool = False) -> list[ShardRef]:
         """Encode and put a batch that the service itself made."""
         spec = self.spec
         return await asyncio.get_running_loop().run_in_executor(
@@ -256,7 +256,7 @@ class Host:
     # --- sending
 
     async def send(
-        self, stage: StageSpec, parts: Sequence[Part], failures: list[Failure], *, attempt: int = 0, step: int = -1
+        self, stage: StageSpec, parts: Sequence[ShardRef], failures: list[Failure], *, attempt: int = 0, step: int = -1
     ) -> None:
         """Hand rows to every consumer of a stage; returns when all had room.
 
@@ -273,7 +273,7 @@ class Host:
                 delivery = Delivery(
                     target.edge, self.spec.term, [part.shard for part in parts], failures, attempt, step
                 )
-                kept = Kept(target.service, delivery, list(parts))
+                kept = OutboxEntry(target.service, delivery, list(parts))
                 self.outbox.keep(target.edge, kept.samples, kept)
                 group.create_task(self._hand_over(stage.name, kept, waiting), name=f"{stage.name} -> {target.edge}")
         self.reports.wait(stage.name)
@@ -288,7 +288,7 @@ class Host:
         self.reports.wait(who)
         return len(again)
 
-    async def _hand_over(self, who: str, kept: Kept, waiting: set[str]) -> None:
+    async def _hand_over(self, who: str, kept: OutboxEntry, waiting: set[str]) -> None:
         # Where the receiver is gone it stays in the outbox: the controller sees the same death and asks for it again.
         with contextlib.suppress(ServiceGone):
             await self.peers[kept.service].deliver(kept.delivery, [part.payload for part in kept.parts])
@@ -325,7 +325,7 @@ class Host:
                 self.counts.read(edge, rank, nbytes)
 
 
-def _collect(fired: Fired, stage: StageSpec, planned: PlannedCall, reply: RankReply) -> None:
+def _collect(fired: Fired, stage: StageSpec, planned: RankCallPlan, reply: RankReply) -> None:
     """Add one counting rank's failures to a firing; each of its rows has to leave exactly once."""
     mine = planned.call.sample_ids
     lost = [mine[position] for position in reply.lost]

@@ -19,10 +19,10 @@ import numpy as np
 from asyncflow.services.channels.endpoint import PayloadLost
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.prompt_join import PromptJoin
-from asyncflow.services.channels.shard_refs import Part, Place, arrivals, places
+from asyncflow.services.channels.shard_refs import Place, ShardRef, arrivals, places
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.stage_context import Fired, Host
+from asyncflow.services.stage_context import Fired, StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
 from protocols.control.requests import CloseBatch, Done
@@ -36,11 +36,11 @@ from protocols.stage import Failure
 class StageRunner(ABC):
     """One call site at work."""
 
-    def __init__(self, host: Host, spec: StageSpec) -> None:
+    def __init__(self, host: StageContext, spec: StageSpec) -> None:
         self.host = host
         self.spec = spec
 
-    async def deliver(self, position: int, delivery: Delivery, parts: list[Part]) -> None:
+    async def deliver(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> None:
         """Take a delivery in, and count it; returns when there was room for it."""
         start = time.time()
         refused = await self.accept(position, delivery, parts)
@@ -49,7 +49,7 @@ class StageRunner(ABC):
         self.host.counts.arrived(delivery.edge, rows, refused, inline, time.time() - start)
 
     @abstractmethod
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+    async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         """Take rows of one input in; how many were refused because they were here before, or come too late."""
 
     async def run(self) -> None:
@@ -76,7 +76,7 @@ class StageRunner(ABC):
 class RowStage(StageRunner):
     """log_probs, values, score: rows in, rows out, tombstones passed on. Its front reads no row."""
 
-    def __init__(self, host: Host, spec: StageSpec) -> None:
+    def __init__(self, host: StageContext, spec: StageSpec) -> None:
         super().__init__(host, spec)
         # "The whole batch" needs no minimum: deterministic generation delivers whole waves.
         self._most = sys.maxsize if host.spec.deterministic else host.spec.firing_rows
@@ -84,7 +84,7 @@ class RowStage(StageRunner):
             len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic, ended=host.ended
         )
 
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+    async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         rows = arrivals(parts, delivery.failures)
         return len((await self._mailbox.put(position, rows, delivery.attempt)).refused)
 
@@ -118,7 +118,11 @@ class ClosingStage(StageRunner):
     """The join whose closed batch becomes experience. One rank reads its rows as they come: their summary is theirs."""
 
     def __init__(
-        self, host: Host, spec: StageSpec, function: Callable[..., Any], filter: Callable[..., Any] | None = None
+        self,
+        host: StageContext,
+        spec: StageSpec,
+        function: Callable[..., Any],
+        filter: Callable[..., Any] | None = None,
     ) -> None:
         """`filter` says of a prompt's rows, of the spec's `filter_inputs`, which are worth training; None: all."""
         super().__init__(host, spec)
@@ -138,7 +142,7 @@ class ClosingStage(StageRunner):
             raised = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.spec.name}: {self.spec.filter} of prompt {prompt} raised {raised}") from error
 
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+    async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""
         arrived = [self._join.arrive(position, None, delivery.failures, delivery.attempt)]
         for part in parts:
@@ -178,13 +182,13 @@ class ClosingStage(StageRunner):
 class TrainingStage(StageRunner):
     """update: one closed batch after the other."""
 
-    def __init__(self, host: Host, spec: StageSpec) -> None:
+    def __init__(self, host: StageContext, spec: StageSpec) -> None:
         super().__init__(host, spec)
         # The controller forms batch k + 1 when k is committed, so one place is enough; a second would hide a fault.
-        self._batches: asyncio.Queue[tuple[int, list[Part]]] = asyncio.Queue(1)
+        self._batches: asyncio.Queue[tuple[int, list[ShardRef]]] = asyncio.Queue(1)
         self._newest = -1
 
-    async def accept(self, position: int, delivery: Delivery, parts: list[Part]) -> int:
+    async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         if not parts or delivery.failures:
             raise ValueError(f"{self.spec.name}: a closed batch has rows and no tombstones")
         if delivery.step <= self._newest:
@@ -213,7 +217,9 @@ class TrainingStage(StageRunner):
         return self._batches.qsize(), 1, 1
 
 
-async def read_or_fail(host: Host, part: Part, kind: type[Batch], edge: str) -> tuple[Batch | None, list[Failure]]:
+async def read_or_fail(
+    host: StageContext, part: ShardRef, kind: type[Batch], edge: str
+) -> tuple[Batch | None, list[Failure]]:
     """A shard's rows, or a tombstone for each where its frame is refused, or gone time and again; else neither."""
     try:
         return await host.read([part], kind, edge), []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from asyncflow.services.channels.endpoint import Answering, Payload, ServiceError, ask
+from asyncflow.services.channels.endpoint import Payload, Requestable, ServiceError, ask
 from protocols.control.events import Published
 from protocols.control.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
 from protocols.weights import InstallReceipt, Version, WeightManifest
@@ -31,7 +31,7 @@ class Snapshot(NamedTuple):
 
 
 async def publish(
-    policy: Answering, generators: Sequence[Answering], version: Version, deadline_seconds: float
+    policy: Requestable, generators: Sequence[Requestable], version: Version, deadline_seconds: float
 ) -> tuple[Published, Snapshot]:
     """Publish the policy's current weights as `version`. Raises PublicationFailed naming replica and cause."""
     start = time.monotonic()
@@ -46,7 +46,7 @@ async def publish(
     return Published(version=version, nbytes=nbytes, seconds=seconds, receipts=receipts), snapshot
 
 
-async def install(generator: Answering, snapshot: Snapshot) -> InstallReceipt:
+async def install(generator: Requestable, snapshot: Snapshot) -> InstallReceipt:
     """Have a generator take weights and prove it. Raises ServiceError."""
     reply, _ = await ask(generator, LoadWeights(snapshot.manifest), snapshot.payloads)
     assert isinstance(reply, Installed)
@@ -54,13 +54,13 @@ async def install(generator: Answering, snapshot: Snapshot) -> InstallReceipt:
 
 
 async def _publish(
-    policy: Answering, generators: Sequence[Answering], version: Version, waiting: set[str]
+    policy: Requestable, generators: Sequence[Requestable], version: Version, waiting: set[str]
 ) -> tuple[Snapshot, list[InstallReceipt]]:
     """Snapshot, then load everywhere at once; `waiting` says at any moment who has not answered."""
     receipts: list[InstallReceipt] = []
     snapshot: Snapshot
 
-    async def load(generator: Answering) -> None:
+    async def load(generator: Requestable) -> None:
         waiting.add(f"load on {generator.name}")
         receipts.append(await install(generator, snapshot))
         waiting.discard(f"load on {generator.name}")

@@ -18,7 +18,7 @@ class Span(msgspec.Struct, frozen=True):
     step: int = -1  # the step it belongs to, -1 where rows of several mix
 
 
-class Settled(msgspec.Struct, frozen=True, tag=True):
+class PromptSettled(msgspec.Struct, frozen=True, tag=True):
     """All rows of a prompt reached the join: alive, or dead with a cause."""
 
     prompt_id: int
@@ -29,7 +29,7 @@ class Settled(msgspec.Struct, frozen=True, tag=True):
     tokens: int = 0  # response tokens of the rows that are alive
     reward_sum: float = 0.0  # sum of their scores
     cost_sum: float | None = None  # sum of their costs; None where the algorithm has none
-    worth: bool = True  # False: alive, and the algorithm's filter has no use for it; the join has let it go
+    trainable: bool = True  # False: alive, and the algorithm's filter has no use for it; the join has let it go
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):
@@ -90,4 +90,4 @@ class ServiceFailed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-Notice = Settled | Generated | RowsLost | StepDone | Busy | LeaseAsked | LeaseReturned | Waiting | ServiceFailed
+Notice = PromptSettled | Generated | RowsLost | StepDone | Busy | LeaseAsked | LeaseReturned | Waiting | ServiceFailed

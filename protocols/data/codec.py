@@ -232,6 +232,8 @@ class Frame:
 def _check_schema(kind: type[Batch], header: Header, specs: tuple[ColumnSpec, ...]) -> None:
     sent = {column.name: ColumnSpec(column.name, column.dtype, column.jagged) for column in header.columns}
     what = f"{kind.__name__} version {header.version}"
+    if header.version < kind.oldest_readable:
+        raise BadFrame(f"{what} is older than {kind.oldest_readable}, the oldest that this program reads")
     for spec in specs:
         if spec.name not in sent:
             if header.version >= kind.schema_version or spec.name not in kind.defaults:

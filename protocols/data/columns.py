@@ -174,6 +174,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW16
 
     schema_id: ClassVar[int] = 0
     schema_version: ClassVar[int] = 1
+    oldest_readable: ClassVar[int] = 1  # version; raised where a column gets another name
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tokens: ClassVar[tuple[str, ...]] = ()  # columns whose lengths add up to a row's tokens
     defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {}

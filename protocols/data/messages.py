@@ -27,16 +27,18 @@ class Prompts(Batch, frozen=True, kw_only=True, eq=False):
     """A request for one response per row; a prompt with n samples is n rows."""
 
     schema_id: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
+    oldest_readable: ClassVar[int] = 2  # version 1 called `min_versions` "floors"
     tokens: ClassVar[tuple[str, ...]] = ("prompts",)
 
     prompts: JaggedInt32  # [N, P_i] token ids
     references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
-    floors: Int64  # [N] version at admission: only weights at least this new may generate the row
+    min_versions: Int64  # [N] version at admission: only weights at least this new may generate the row
 
     def check(self) -> None:
         super().check()
         _check_range(self, "prompts")
-        _check_range(self, "floors")
+        _check_range(self, "min_versions")
         _check_text(self, "references")
 
 

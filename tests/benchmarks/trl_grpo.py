@@ -211,8 +211,8 @@ def loss_of(loss: Loss, columns: dict[str, list[Any]], advantages: Any) -> tuple
     mask = Jagged.from_rows([[1] * length for length in LENGTHS], np.uint8)
     tokens = Tokens(
         log_probs=log_probs,
-        proximal=flat["old"],
-        behaviour=flat["old"],
+        old_log_probs=flat["old"],
+        rollout_log_probs=flat["old"],
         advantages=torch.from_numpy(np.repeat(advantages, LENGTHS)),
         mask=torch.ones(sum(LENGTHS), dtype=torch.bool),
         lengths=torch.tensor(LENGTHS),

@@ -11,7 +11,7 @@ from protocols.roles import ROLES, Policy, Sampling
 from protocols.stage import Measured, Partial, contract_of, signature_of, stage, stages_of
 
 
-class Judge:
+class Scorer:
     """A role of this test: one stage of each form."""
 
     @stage(protocol="DP_PROTO")
@@ -31,14 +31,14 @@ class Judge:
         return "a judge"
 
 
-class Lenient(Judge):
+class Lenient(Scorer):
     """An implementation: it overrides a stage without marking it again."""
 
     def partial(self, rollouts: Rollouts, *, strict: bool = False) -> Scores | Partial[Scores]: ...  # type: ignore
 
 
 def test_a_contract_is_read_from_the_annotations():
-    contract = contract_of(Judge, "join")
+    contract = contract_of(Scorer, "join")
     assert contract.method == "join"
     assert contract.protocol == "DP_PROTO"
     assert contract.consumes == (Rollouts, Scores)
@@ -48,18 +48,18 @@ def test_a_contract_is_read_from_the_annotations():
 
 @pytest.mark.parametrize("method", ["partial", "measured"])
 def test_what_stands_around_a_message_does_not_hide_it(method: str):
-    contract = contract_of(Judge, method)
+    contract = contract_of(Scorer, method)
     assert contract.consumes == (Rollouts,)
     assert contract.produces is Scores
 
 
 def test_a_stage_that_produces_metrics_is_a_sink():
-    assert contract_of(Judge, "learn").is_sink
+    assert contract_of(Scorer, "learn").is_sink
 
 
 def test_a_stage_cuts_plain_rows_unless_it_asks_for_more():
-    assert (contract_of(Judge, "join").whole_groups, contract_of(Judge, "join").balance) == (False, "rows")
-    assert (contract_of(Judge, "learn").whole_groups, contract_of(Judge, "learn").balance) == (True, "tokens")
+    assert (contract_of(Scorer, "join").whole_groups, contract_of(Scorer, "join").balance) == (False, "rows")
+    assert (contract_of(Scorer, "learn").whole_groups, contract_of(Scorer, "learn").balance) == (True, "tokens")
 
 
 def test_a_balance_that_is_none_is_refused_where_it_is_written():
@@ -68,13 +68,13 @@ def test_a_balance_that_is_none_is_refused_where_it_is_written():
 
 
 def test_a_role_lists_its_stages():
-    assert stages_of(Judge) == ["join", "learn", "measured", "partial"]
+    assert stages_of(Scorer) == ["join", "learn", "measured", "partial"]
 
 
 @pytest.mark.parametrize("method", ["describe", "guess"])
 def test_a_stage_that_is_not_there_is_answered_with_those_that_are(method: str):
-    with pytest.raises(LookupError, match=f"Judge has no stage '{method}'; it has join, learn, measured, partial"):
-        contract_of(Judge, method)
+    with pytest.raises(LookupError, match=f"Scorer has no stage '{method}'; it has join, learn, measured, partial"):
+        contract_of(Scorer, method)
 
 
 def test_contracts_belong_to_roles_not_to_implementations():

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 import workers.parallel.model  # noqa: F401 - imported once, by the server, for all that it forks
-from workers.generation.engine_devices import cuda_seat
+from workers.generation.engine_devices import cuda_device_of
 
-PATIENCE = timedelta(seconds=60)  # for a collective, and for an answer
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # for a collective, and for an answer
 
 
 class RankFailed(AssertionError):
@@ -38,7 +38,7 @@ class Ranks:
     """
 
     def __init__(
-        self, size: int, *, patience: timedelta = PATIENCE, children: bool = False, device: str = "cpu"
+        self, size: int, *, patience: timedelta = COLLECTIVE_TIMEOUT, children: bool = False, device: str = "cpu"
     ) -> None:
         self._patience = patience
         context = multiprocessing.get_context("forkserver")
@@ -115,10 +115,12 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, device: str) -> N
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
     backend = "gloo"
     if device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = cuda_seat("", rank, os.environ.get("CUDA_VISIBLE_DEVICES")).device
+        os.environ["CUDA_VISIBLE_DEVICES"] = cuda_device_of("", rank, os.environ.get("CUDA_VISIBLE_DEVICES")).device
         torch.cuda.set_device(0)
         backend = "nccl"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+    )
     while True:
         try:
             function, arguments = pipe.recv()

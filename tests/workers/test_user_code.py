@@ -14,7 +14,7 @@ import torch
 from protocols.control.requests import CodeSource
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate
-from workers.losses.trial import try_loss
+from workers.losses.trial import validate_loss
 from workers.rewards.sandbox import RuleFailed, RuleProcess, RuleRequest
 from workers.settings import Loss
 from workers.user_code import BadCode, UserFunction, digest_of, made_anew, module_of, source_of
@@ -121,7 +121,7 @@ def test_a_function_that_fails_its_trial_is_refused_with_its_error(file: Path):
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_the_losses_that_come_along_pass_the_trial(name: str):
-    try_loss(POLICY_LOSSES[name], Loss(policy=name))
+    validate_loss(POLICY_LOSSES[name], Loss(policy=name))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_losses_that_come_along_pass_the_trial(name: str):
 )
 def test_a_loss_with_a_wrong_answer_fails_the_trial(loss: Any, complaint: str):
     with pytest.raises(ValueError, match=complaint):
-        try_loss(loss, Loss())
+        validate_loss(loss, Loss())
 
 
 def test_a_rules_process_runs_the_text_that_it_was_given_whatever_the_file_says_by_then(file: Path):

@@ -24,7 +24,7 @@ def dapo(
     """GRPO's advantage of scores that pay for overlong responses (Yu et al. 2025); limit and buffer in tokens.
 
     overlong_limit is the recipe's generation.max_tokens; overlong_buffer = 0 shapes nothing. Clip-higher and the
-    token-level mean stand in the loss, dynamic sampling at the batch: `worth_training`.
+    token-level mean stand in the loss, dynamic sampling at the batch: `trainable_groups`.
     """
     mask, groups = rollouts.loss_mask, groups_of(rollouts.sample_ids)
     shaped = scores.scores.astype(np.float64)
@@ -51,7 +51,7 @@ def overlong_penalty(lengths: npt.NDArray[np.int64], limit: float, buffer: float
     return np.minimum(-(lengths - (limit - buffer)) / buffer * factor, 0.0)
 
 
-def worth_training(scores: Scores) -> npt.NDArray[np.bool_]:
+def trainable_groups(scores: Scores) -> npt.NDArray[np.bool_]:
     """[N] rows whose prompt's scores differ: dynamic sampling keeps these and refills the rest.
 
     Scores are those before shaping: a group that is all right or all wrong teaches nothing but its lengths.

@@ -86,7 +86,7 @@ def batches(rows: int, schedule: Schedule) -> Iterator[npt.NDArray[np.int64]]:
         waiting = waiting[schedule.batch_size :]
 
 
-def rate_factor(step: int, schedule: Schedule, warmup_steps: int) -> float:
+def lr_factor(step: int, schedule: Schedule, warmup_steps: int) -> float:
     """The learning rate of a step (from 0) as a fraction of its peak."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -121,7 +121,7 @@ def optimize(
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: rate_factor(n, schedule, settings.warmup_steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, schedule, settings.warmup_steps))
     taken: list[float] = []
     for step, batch in enumerate(batches(rows, schedule)):
         loss = 0.0

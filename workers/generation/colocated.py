@@ -18,7 +18,7 @@ from protocols.stage import Partial
 from protocols.weights import BadWeights, Probe, Version
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
-from workers.generation.weight_transfer import Handover, place_of
+from workers.generation.weight_transfer import WeightTransfer, place_of
 from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Model
 
@@ -42,7 +42,7 @@ class ColocatedVllm:
             if replica.index == 0
             else None
         )
-        self._handover = Handover(hybrid, self._engine)
+        self._handover = WeightTransfer(hybrid, self._engine)
         self._lineage = 0
         self._tried: Version | None = None  # the version that was handed over last, proven or not
         self.awake = True

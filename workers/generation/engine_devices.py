@@ -17,29 +17,29 @@ from collections.abc import Sequence
 import msgspec
 
 
-class Seat(msgspec.Struct, frozen=True):
+class RankDevice(msgspec.Struct, frozen=True):
     """Where one rank computes."""
 
     node: str
     device: str = ""  # CUDA's, as CUDA_VISIBLE_DEVICES names it; "" on a CPU
 
 
-class EnginePlace(msgspec.Struct, frozen=True):
+class EngineDevices(msgspec.Struct, frozen=True):
     """Where the engine of one replica does."""
 
     workers: int = 0  # processes of its own; 0: it computes in the process of its rank
     visible: str = ""  # their CUDA_VISIBLE_DEVICES; "" where there is nothing to say
 
 
-IN_PROCESS = EnginePlace()
+IN_PROCESS = EngineDevices()
 
 
-def cuda_seat(node: str, index: int, visible: str | None) -> Seat:
+def cuda_device_of(node: str, index: int, visible: str | None) -> RankDevice:
     """Of the process that uses CUDA device `index` and has `visible` as its CUDA_VISIBLE_DEVICES."""
-    return Seat(node, visible.split(",")[index].strip() if visible else str(index))
+    return RankDevice(node, visible.split(",")[index].strip() if visible else str(index))
 
 
-def engine_place(ranks: int, replica: Sequence[Seat]) -> EnginePlace:
+def engine_devices_of(ranks: int, replica: Sequence[RankDevice]) -> EngineDevices:
     """Where an engine computes for a replica, whose ranks have these seats by tensor index; `ranks` has the model.
 
     Raises ValueError, with the seats, for a replica on several nodes, and for one with two ranks on a device.
@@ -54,4 +54,4 @@ def engine_place(ranks: int, replica: Sequence[Seat]) -> EnginePlace:
         )
     if any(devices) and len(set(devices)) < len(devices):
         raise ValueError(f"ranks that generate together are on CUDA devices {devices} of one node: want one each")
-    return EnginePlace(len(replica), ",".join(filter(None, devices)))
+    return EngineDevices(len(replica), ",".join(filter(None, devices)))

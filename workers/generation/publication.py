@@ -62,7 +62,7 @@ def read_tensors(manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> Ite
         yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
-def prove(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[float]]]) -> float:
+def verify_installed(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[float]]]) -> float:
     """Largest absolute difference between the trainer's log-probs of the probe and the engine's; NaN without probe.
 
     Raises BadWeights where it exceeds the probe's tolerance: some tensor was not installed as it was sent.

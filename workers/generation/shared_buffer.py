@@ -16,14 +16,14 @@ from torch import Tensor
 _MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and as right
 
 
-class Window(msgspec.Struct, frozen=True):
+class BufferHandle(msgspec.Struct, frozen=True):
     """How another process opens the memory. It must see the CUDA device, under the number that the window says."""
 
     size: int  # bytes
     path: str = ""  # of the file; "" for a CUDA buffer
     handle: tuple[int | bytes | bool, ...] = ()  # CUDA's for the buffer, as torch shares storages between processes
 
-    def on_device(self, number: int) -> Window:
+    def on_device(self, number: int) -> BufferHandle:
         """The same memory for a process that sees its CUDA device under another number than the writer does."""
         return msgspec.structs.replace(self, handle=(number, *self.handle[1:])) if self.handle else self
 
@@ -32,19 +32,19 @@ class Window(msgspec.Struct, frozen=True):
         return _opened(self)
 
 
-class OwnWindow:
+class SharedBuffer:
     """The writer's side: `memory`, and the `window` to tell the readers."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._file: tempfile._TemporaryFileWrapper | None = None
         if device.type == "cuda":
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-            self.window = Window(size, handle=tuple(self.memory.untyped_storage()._share_cuda_()))
+            self.window = BufferHandle(size, handle=tuple(self.memory.untyped_storage()._share_cuda_()))
             return
         # Its name goes when this object is closed or collected; who has mapped it keeps the memory.
         self._file = tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, prefix="weights-")  # noqa: SIM115
         self._file.truncate(size)
-        self.window = Window(size, path=self._file.name)
+        self.window = BufferHandle(size, path=self._file.name)
         self.memory = _mapped(self._file.name, size)
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class OwnWindow:
 
 
 @cache
-def _opened(window: Window) -> Tensor:
+def _opened(window: BufferHandle) -> Tensor:
     if window.path:
         return _mapped(window.path, window.size)
     storage = torch.UntypedStorage._new_shared_cuda(*window.handle)

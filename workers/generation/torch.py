@@ -21,7 +21,7 @@ from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
-from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits
+from workers.generation.publication import check_publication, read_tensors, refuse_misfits, verify_installed
 from workers.settings import Generation
 from workers.training.models import canonical_tensors, log_softmax_of
 
@@ -119,7 +119,7 @@ class TorchEngine(Engine):
         for name, tensor in read_tensors(manifest, buffer):
             own[name].copy_(tensor)
         try:
-            difference = prove(manifest.probe, self._answer)
+            difference = verify_installed(manifest.probe, self._answer)
         except BadWeights:
             for name, tensor in previous.items():
                 own[name].copy_(tensor)

@@ -23,8 +23,8 @@ from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Probe, Version, WeightManifest
 from workers.data.hf_folder import end_of_sequence
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
-from workers.generation.engine_devices import IN_PROCESS, EnginePlace
-from workers.generation.publication import check_publication, prove, read_tensors, refuse_misfits, shapes_of
+from workers.generation.engine_devices import IN_PROCESS, EngineDevices
+from workers.generation.publication import check_publication, read_tensors, refuse_misfits, shapes_of, verify_installed
 from workers.generation.vllm_internals import (
     SharedPart,
     finish_reload,
@@ -73,7 +73,7 @@ class VllmEngine(Engine):
         dtype: str = "float32",
         eos_token_id: int | None = None,
         *,
-        place: EnginePlace = IN_PROCESS,
+        place: EngineDevices = IN_PROCESS,
         sleeps: bool = False,
     ) -> None:
         self._owns_process_group = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -144,7 +144,7 @@ class VllmEngine(Engine):
         self._retire(manifest.version)
         weights = {"weights_iterator": read_tensors(manifest, buffer), "is_checkpoint_format": True}
         self._reload(manifest.version, "reload_weights", kwargs=weights)
-        difference = self._prove(manifest.version, manifest.probe)
+        difference = self._verify_installed(manifest.version, manifest.probe)
         self._shapes = shapes_of(manifest)
         return InstallReceipt(manifest.version, len(manifest.tensors), difference, time.perf_counter() - started)
 
@@ -182,7 +182,7 @@ class VllmEngine(Engine):
             raise RuntimeError(f"version {version} can't be finished: {self._taking} is being taken")
         self._taking = None
         self._reload(version, finish_reload)
-        difference = self._prove(version, probe)
+        difference = self._verify_installed(version, probe)
         return InstallReceipt(version, self._taken, difference, time.perf_counter() - self._started)
 
     def sleep(self) -> None:
@@ -268,7 +268,7 @@ class VllmEngine(Engine):
             self.close()  # a reload that broke off leaves layers without tensors: no later one repairs them
             raise BadWeights(f"version {version} broke vLLM's reload, start a new engine: {error!r}") from error
 
-    def _prove(self, version: Version, probe: Probe | None) -> float:
+    def _verify_installed(self, version: Version, probe: Probe | None) -> float:
         """Serve what was reloaded, if it answers as the trainer does; the largest difference of log-probs."""
         self._engine.collective_rpc(repack_head)
         if not self._engine.reset_prefix_cache():  # it hashes tokens, not weights
@@ -276,7 +276,7 @@ class VllmEngine(Engine):
                 "vLLM kept its prefix cache although no request runs: old keys and values would be reused"
             )
         try:
-            difference = prove(probe, self._answer)
+            difference = verify_installed(probe, self._answer)
         except BadWeights:
             self._engine.collective_rpc(zero_kv_cache)
             raise

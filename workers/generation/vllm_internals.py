@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from workers.data.hf_folder import context_of
-from workers.generation.engine_devices import EnginePlace
-from workers.generation.shared_buffer import Window
+from workers.generation.engine_devices import EngineDevices
+from workers.generation.shared_buffer import BufferHandle
 from workers.parallel.decoder import unflat
 from workers.parallel.plan import Parameter
 from workers.settings import Generation
@@ -47,7 +47,7 @@ class SharedPart(msgspec.Struct, frozen=True):
     dtype: str
     start: int  # bytes, in every window
     stop: int
-    windows: list[Window]  # in the order of tensor indices
+    windows: list[BufferHandle]  # in the order of tensor indices
 
     def whole(self, device: torch.device | None) -> Tensor:
         """The tensor at full size, a copy on a device."""
@@ -56,7 +56,7 @@ class SharedPart(msgspec.Struct, frozen=True):
         return unflat(torch.cat([shard.to(device) for shard in shards]), self.spec, self.spec.shape)
 
 
-def start(path: str, settings: Generation, dtype: str, place: EnginePlace, sleeps: bool) -> LLMEngine:
+def start(path: str, settings: Generation, dtype: str, place: EngineDevices, sleeps: bool) -> LLMEngine:
     """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():

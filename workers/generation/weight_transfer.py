@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from protocols.weights import BadWeights, InstallReceipt, Probe, Version
-from workers.generation.engine_devices import EnginePlace, Seat, cuda_seat, engine_place
-from workers.generation.shared_buffer import OwnWindow, Window
+from workers.generation.engine_devices import EngineDevices, RankDevice, cuda_device_of, engine_devices_of
+from workers.generation.shared_buffer import BufferHandle, SharedBuffer
 from workers.generation.vllm import VllmEngine
 from workers.generation.vllm_internals import SharedPart
 from workers.parallel.decoder import flat, laid_out
@@ -33,7 +33,7 @@ from workers.resharding.hybrid_engine import HybridEngine, Transition
 T = TypeVar("T")
 
 
-class HandedOver(msgspec.Struct, frozen=True):
+class TransferredWeights(msgspec.Struct, frozen=True):
     """What one hand-over took on this rank."""
 
     transition: Transition  # what arrived from other ranks, and the most that was held meanwhile
@@ -41,7 +41,7 @@ class HandedOver(msgspec.Struct, frozen=True):
     receipt: InstallReceipt | None  # the engine's, on the rank that has it
 
 
-class Handover:
+class WeightTransfer:
     """One rank's side of it. All ranks of a topology construct one and call `run` together.
 
     `engine` is the generation replica's, on its first rank; the others have none. Raises ValueError for generation in
@@ -53,16 +53,16 @@ class Handover:
         self._hybrid, self._engine, self._replica = hybrid, engine, hybrid.tensor_group
         self._plan = hybrid.shard.plan
         self._specs = {spec.name: spec for spec in self._plan.parameters(0)}
-        self._own: OwnWindow | None = None
-        self._windows: list[Window] = []  # of the replica's ranks, where the engine's workers are other processes
+        self._own: SharedBuffer | None = None
+        self._windows: list[BufferHandle] = []  # of the replica's ranks, where the engine's workers are other processes
         if self._replica.gather_bytes(b"processes" if engine and engine.workers else b"")[0]:
             size = max(sum(map(self._shard_bytes, module)) for module in modules_of(self._plan))
-            self._own = OwnWindow(size, hybrid.device)
+            self._own = SharedBuffer(size, hybrid.device)
             encoded = self._replica.gather_bytes(msgspec.msgpack.encode(self._own.window))
-            windows = [msgspec.msgpack.decode(window, type=Window) for window in encoded]
+            windows = [msgspec.msgpack.decode(window, type=BufferHandle) for window in encoded]
             self._windows = [window.on_device(index) for index, window in enumerate(windows)]
 
-    def run(self, version: Version, probe: Probe | None) -> HandedOver:
+    def run(self, version: Version, probe: Probe | None) -> TransferredWeights:
         """Bring the weights as they are trained now to the engine, as `version`, which answers `probe`.
 
         Raises BadWeights, on every rank of a replica whose engine refuses: it then serves nothing until it is given
@@ -89,7 +89,7 @@ class Handover:
         receipt = engine_does(lambda engine: engine.finish_taking(version, probe))
         if self._meet(len(refusals)):
             raise refusals[0] if refusals else BadWeights(f"version {version}: this rank's replica's engine refused it")
-        return HandedOver(module, copied, receipt)
+        return TransferredWeights(module, copied, receipt)
 
     def close(self) -> None:
         """Let the shared memory go."""
@@ -141,15 +141,15 @@ class Handover:
         return self._plan.shard_elements(self._specs[name]) * self._hybrid.dtype.itemsize
 
 
-def place_of(hybrid: HybridEngine) -> EnginePlace:
+def place_of(hybrid: HybridEngine) -> EngineDevices:
     """Where the engine of this rank's generation replica computes. All ranks of the replica call."""
     device, node = hybrid.device, platform.node()
-    seat = Seat(node)
+    seat = RankDevice(node)
     if device.type == "cuda":
-        seat = cuda_seat(node, device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        seat = cuda_device_of(node, device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES"))
     seats = hybrid.tensor_group.gather_bytes(msgspec.msgpack.encode(seat))
-    return engine_place(
-        hybrid.grouping.topology.world_size, [msgspec.msgpack.decode(seat, type=Seat) for seat in seats]
+    return engine_devices_of(
+        hybrid.grouping.topology.world_size, [msgspec.msgpack.decode(seat, type=RankDevice) for seat in seats]
     )
 
 

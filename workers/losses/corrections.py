@@ -56,7 +56,7 @@ CORRECTIONS: dict[Correction, Callable[[Tensor, Loss], Weights]] = {
 
 def correct(tokens: Tokens, loss: Loss) -> Weights:
     """The token correction that `loss` names times its sequence mask."""
-    log_ratio = (tokens.proximal - tokens.behaviour).detach()
+    log_ratio = (tokens.old_log_probs - tokens.rollout_log_probs).detach()
     weights = CORRECTIONS[loss.correction](torch.exp(bounded(log_ratio)), loss)
     outside = ~sequences_within(log_ratio, tokens, loss.sequence_low, loss.sequence_high or math.inf)
     return Weights(weights.values.masked_fill(outside, 0.0), weights.truncated | outside)

@@ -19,7 +19,7 @@ PER_STEP = ("loss", "ptx_loss", "gradient_norm")  # the rest is per trained toke
 @torch.no_grad()
 def measure(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float]:
     """The measures of one micro-batch, by the names under which `means` reports them, and the count of its tokens."""
-    drift, moved = tokens.behaviour - tokens.proximal, bounded(tokens.log_probs - tokens.proximal)
+    drift, moved = tokens.rollout_log_probs - tokens.old_log_probs, bounded(tokens.log_probs - tokens.old_log_probs)
     per_token = {
         "clip_fraction": objective.clipped,
         "mismatch_kl": drift,  # k1 of mu against prox: at staleness 0 the error of the engine that drew
@@ -34,7 +34,7 @@ def measure(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float
         per_token["kl_reference"] = objective.kl
     sums = [_inside(values, tokens).sum() for values in per_token.values()]
     largest = [
-        _largest((tokens.log_probs - tokens.behaviour).abs(), tokens),
+        _largest((tokens.log_probs - tokens.rollout_log_probs).abs(), tokens),
         _largest(torch.exp(bounded(log_ratio(tokens, loss))), tokens),
     ]
     numbers = torch.stack([*sums, *largest, tokens.mask.sum().to(sums[0].dtype)]).tolist()  # one wait for the device

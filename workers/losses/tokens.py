@@ -25,8 +25,8 @@ class Tokens:
     """
 
     log_probs: Tensor  # [T] under theta, the weights that are being trained
-    proximal: Tensor  # [T] under prox, the weights at the start of the step
-    behaviour: Tensor  # [T] under mu, the weights that drew the token, as their engine computed it
+    old_log_probs: Tensor  # [T] under prox, the weights at the start of the step
+    rollout_log_probs: Tensor  # [T] under mu, the weights that drew the token, as their engine computed it
     advantages: Tensor  # [T]
     mask: Tensor  # bool [T], the tokens that are trained
     lengths: Tensor  # int64 [n], response tokens of each row
@@ -48,7 +48,7 @@ def bounded(log_ratio: Tensor) -> Tensor:
 
 def log_ratio(tokens: Tokens, loss: Loss) -> Tensor:
     """log pi_theta - log pi_old, [T], unbounded; old is prox or mu as `loss.old` says."""
-    return tokens.log_probs - (tokens.behaviour if loss.old == "mu" else tokens.proximal)
+    return tokens.log_probs - (tokens.rollout_log_probs if loss.old == "mu" else tokens.old_log_probs)
 
 
 def row_means(values: Tensor, tokens: Tokens) -> Tensor:

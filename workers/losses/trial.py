@@ -15,10 +15,10 @@ from workers.user_code import UserFunction
 
 def reloadable_loss(loss: Loss) -> UserFunction[PolicyLoss]:
     """The loss that the settings name, which may be made anew from its file. Raises LookupError for none."""
-    return UserFunction(loss.policy, policy_loss_named(loss.policy), partial(try_loss, loss=loss))
+    return UserFunction(loss.policy, policy_loss_named(loss.policy), partial(validate_loss, loss=loss))
 
 
-def try_loss(function: Any, loss: Loss) -> None:
+def validate_loss(function: Any, loss: Loss) -> None:
     """Call a policy loss on two rows, on policy and off it; raises what it raises. ValueError for a wrong answer."""
     for distance in (0.0, 0.5):
         log_probs = torch.tensor([-0.5, -1.0, -2.0, -0.1, -3.0], requires_grad=True)
@@ -26,8 +26,8 @@ def try_loss(function: Any, loss: Loss) -> None:
         surrogate = function(
             Tokens(
                 log_probs=log_probs,
-                proximal=others,
-                behaviour=others,
+                old_log_probs=others,
+                rollout_log_probs=others,
                 advantages=torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0]),
                 mask=torch.tensor([True, True, False, True, True]),
                 lengths=torch.tensor([3, 2]),

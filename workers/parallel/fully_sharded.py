@@ -23,12 +23,12 @@ from workers.parallel.decoder import unflat
 from workers.parallel.model import Loss, Read
 from workers.parallel.plan import Parameter, layer_parameters
 from workers.parallel.shard_reader import read_shard
-from workers.parallel.sharded_state import DividedModel
+from workers.parallel.sharded_state import ShardedState
 from workers.training.models import Sequences
 from workers.training.offload import Copy
 
 
-class FullyShardedModel(DividedModel):
+class FullyShardedModel(ShardedState):
     """A ParallelModel whose replicas divide all of their state. It needs two replicas or more.
 
     `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided.

@@ -17,7 +17,9 @@ from torch import Tensor
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-PATIENCE = timedelta(minutes=5)  # how long a rank may keep the others waiting: longer than any one computation
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=5
+)  # how long a rank may keep the others waiting: longer than any one computation
 
 
 class RankGroup:
@@ -91,7 +93,7 @@ class RankGroup:
         self.sum_(torch.zeros(1, device=device))
 
 
-def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = PATIENCE) -> RankGroup:
+def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> RankGroup:
     """Create every group of a partition of the ranks and return the own one; who is in none stands alone.
 
     Every process of the world calls this with the same partitions in the same order: torch waits for all of them.

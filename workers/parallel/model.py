@@ -8,7 +8,8 @@ a loss weighs its tokens by global denominators (`share`), so sums over micro-ba
 
 Here every replica holds its weights, gradient and moments whole. `workers.parallel.zero` and
 `workers.parallel.fully_sharded` divide them over the replicas; what differs is which part of a parameter a rank's
-optimizer steps (`optimized`, `part`, `whole`), how it gets that part's gradient, and what follows a step (`spread`).
+optimizer steps (`optimized`, `part`, `whole`), how it gets that part's gradient, and what follows a step
+(`all_gather_updated`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig
 from protocols.data.columns import Jagged
 from protocols.layout.topology import Topology
 from workers.parallel.decoder import DecoderShard, unflat
-from workers.parallel.groups import PATIENCE, RankGroup, join_groups
+from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup, join_groups
 from workers.parallel.pipeline import Pipeline
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
 from workers.parallel.shard_reader import read_shard
@@ -69,7 +70,7 @@ class ParallelModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
-        timeout: timedelta = PATIENCE,
+        timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
         self.topology = topology
         self.rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -96,7 +97,7 @@ class ParallelModel:
         """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that it holds."""
         return self.parameters
 
-    def spread(self) -> None:
+    def all_gather_updated(self) -> None:
         """Follow an optimizer step: weights that another replica has stepped arrive."""
 
     def part(self, name: str, shard: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class ParallelModel:
         return self.parameters[name].detach()
 
     @property
-    def answers(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank's outputs are its replica's, as the protocols collect them: last stage, tensor index 0."""
         return self.shard.is_last and self.place.tp == 0
 

@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from workers.parallel.groups import PATIENCE, RankGroup
+from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup
 
-MEETING = timedelta(minutes=2)  # for a visitor to reach it; rank 0 has opened it by then
+RENDEZVOUS = timedelta(minutes=2)  # for a visitor to reach it; rank 0 has opened it by then
 
-Meeting = TCPStore
+Rendezvous = TCPStore
 
 
-def host_meeting(host: str) -> tuple[Meeting, str]:
+def create_store(host: str) -> tuple[Rendezvous, str]:
     """A place to meet on a free port of this machine, and its address "host:port". For rank 0, which keeps it open."""
-    meeting = Meeting(host, 0, is_master=True, wait_for_workers=False, timeout=MEETING)
+    meeting = Rendezvous(host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
     return meeting, f"{host}:{meeting.port}"
 
 
-def visit_meeting(address: str) -> Meeting:
+def connect_store(address: str) -> Rendezvous:
     """The place that rank 0 hosts. Raises RuntimeError where nobody is there in time."""
     host, _, port = address.rpartition(":")
-    return Meeting(host, int(port), is_master=False, timeout=MEETING)
+    return Rendezvous(host, int(port), is_master=False, timeout=RENDEZVOUS)
 
 
 def own_device(rank: int) -> torch.device:
@@ -54,7 +54,7 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world(meeting: Meeting, rank: int, size: int, *, timeout: timedelta = PATIENCE) -> World:
+def join_world(meeting: Rendezvous, rank: int, size: int, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Become rank `rank` of `size`; returns when all have. `timeout` bounds this, and later every collective.
 
     Raises RuntimeError where a rank does not come.

@@ -16,7 +16,7 @@ from workers.parallel.model import ParallelModel
 from workers.parallel.plan import Parameter
 
 
-class DividedModel(ParallelModel, ABC):
+class ShardedState(ParallelModel, ABC):
     """A model whose replicas divide at least the optimizer's moments. Its constructor is ParallelModel's."""
 
     @abstractmethod

@@ -40,7 +40,7 @@ from workers.settings import Loss, Optimizer
 from workers.training.checkpoint import MOMENTS, Box, Counters, Saved, write_boxes
 from workers.training.models import MicroBatch, Sequences
 from workers.training.offload import Copy, relocated
-from workers.training.optimizer_step import SteppedModel, StepRefused
+from workers.training.optimizer_step import OptimizerSteps, StepRefused
 from workers.training.trainable import mini_batches, named_rows
 
 _KINDS = {
@@ -51,7 +51,7 @@ _KINDS = {
 Objective = Callable[[Experience, Jagged], LossOf]  # the loss of a mini-batch whose tokens have these global weights
 
 
-class ParallelTraining(SteppedModel):
+class ParallelTraining(OptimizerSteps):
     """One rank's part of a trained model."""
 
     def __init__(self, model: ParallelModel, path: str, learning_rate: float, settings: Optimizer) -> None:
@@ -147,7 +147,7 @@ class ParallelTraining(SteppedModel):
             if counters.updates:
                 moments = {moment: model.part(name, read[f"{moment}."][name]) for moment in MOMENTS}
                 self._restore_moments(parameter, moments, None)
-        model.spread()
+        model.all_gather_updated()
 
     def collect(self) -> dict[str, Tensor]:
         """The whole tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none."""
@@ -181,7 +181,7 @@ class ParallelTraining(SteppedModel):
             raise StepRefused(f"{what}: loss is {total}")
         norm = self.model.clip_gradient(self._clip)
         self._take_step(what, norm)
-        self.model.spread()
+        self.model.all_gather_updated()
         return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
 
     def _read(self, folder: str) -> tuple[Counters, dict[str, dict[str, Tensor]]]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from protocols.layout.topology import Topology
-from workers.parallel.groups import PATIENCE
+from workers.parallel.groups import COLLECTIVE_TIMEOUT
 from workers.parallel.plan import Head
-from workers.parallel.sharded_state import DividedModel
+from workers.parallel.sharded_state import ShardedState
 from workers.training.offload import Copy
 
 BUCKET_BYTES = 32 * 1024 * 1024
@@ -42,7 +42,7 @@ class _Bucket(NamedTuple):
     width: int
 
 
-class ZeroModel(DividedModel):
+class ZeroModel(ShardedState):
     """A ParallelModel whose replicas divide the moments (stage 1), and the gradient too (stage 2)."""
 
     def __init__(
@@ -56,7 +56,7 @@ class ZeroModel(DividedModel):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
-        timeout: timedelta = PATIENCE,
+        timeout: timedelta = COLLECTIVE_TIMEOUT,
     ) -> None:
         super().__init__(folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, timeout=timeout)
         self._stage = stage
@@ -75,7 +75,7 @@ class ZeroModel(DividedModel):
         return self._slices
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def all_gather_updated(self) -> None:
         """See ParallelModel.spread."""
         for bucket in self._buckets:
             rows = self._rows(bucket)

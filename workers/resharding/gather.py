@@ -20,12 +20,12 @@ from workers.parallel.groups import join_groups
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import Parameter
 from workers.resharding.plan import (
+    Collective,
     Layouts,
-    Move,
     Trained,
     exchange_groups,
+    gathered_name,
     gathered_stage,
-    home,
     owned_piece,
     same_index_groups,
     trained_by,
@@ -54,7 +54,7 @@ class Gathering:
         join = partial(join_groups, rank=model.rank, timeout=model.timeout)
         partitions = [groups(grouping, trained) for groups in (exchange_groups, same_index_groups)]
         self._groups = {group.ranks: group for group in map(join, partitions)}
-        self._shards = {home(name, self.specs): self._shard(name, trained) for name in model.parameters}
+        self._shards = {gathered_name(name, self.specs): self._shard(name, trained) for name in model.parameters}
         self._entries: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -67,7 +67,7 @@ class Gathering:
         """A parameter that generates as it trains."""
         return self._shards[name].parameter.detach()
 
-    def move_in(self) -> None:
+    def attach(self) -> None:
         """Allocate what is gathered, tensor by tensor; each shard takes its place there and leaves its old storage.
 
         Fully sharded ranks have a copy of their part there.
@@ -92,7 +92,7 @@ class Gathering:
             own = flat(laid_out(shard.parameter.data, shard.spec), shard.spec)
             self._entries[name][shard.start : shard.start + len(own)] = own
 
-    def move_out(self, name: str) -> None:
+    def detach(self, name: str) -> None:
         """Give a gathered tensor's shard, if the rank trains one, a storage of its own, and free the rest."""
         entries, shard = self._entries.pop(name), self._shards.get(name)
         if shard and self._model.shares == 1 and shard.parameter.numel() == entries.numel():
@@ -105,16 +105,16 @@ class Gathering:
         """Let a gathered tensor go that was copied in."""
         self._give(self._entries.pop(name))
 
-    def move_all_out(self) -> None:
-        """`move_out` of every tensor."""
+    def detach_all(self) -> None:
+        """`detach` of every tensor."""
         for name in list(self._entries):
-            self.move_out(name)
+            self.detach(name)
 
     def forget(self, tensor: Tensor) -> None:
-        """Count what `cut_down` gave as gone."""
+        """Count what `keep_local_shard` gave as gone."""
         self._give(tensor)
 
-    def receive(self, move: Move) -> int:
+    def receive(self, move: Collective) -> int:
         """Run one collective and spread what it brought; returns the bytes received."""
         group, rank = self._groups[move.members], self._model.rank
         rows = self._empty(len(move.owners), move.width)
@@ -137,10 +137,10 @@ class Gathering:
         spec = self.specs[name]
         return unflat(self._entries[name], spec, self.layouts.gather.shard_shape(spec))
 
-    def cut_down(self, stage: int, tensor_index: int) -> dict[str, Tensor]:
+    def keep_local_shard(self, stage: int, tensor_index: int) -> dict[str, Tensor]:
         """The generation shard's part of each gathered tensor, a copy by its name there; the rest is freed."""
         plan = self.layouts.generate
-        kept = {home(p.name, self.specs): p for p in plan.parameters(stage)}
+        kept = {gathered_name(p.name, self.specs): p for p in plan.parameters(stage)}
         weights: dict[str, Tensor] = {}
         for name in list(self._entries):
             if spec := kept.get(name):
@@ -149,7 +149,7 @@ class Gathering:
                 part = self._entries[name][start : start + size].clone()
                 self._take(part)
                 weights[spec.name] = unflat(part, spec, plan.shard_shape(spec))
-            self.move_out(name)
+            self.detach(name)
         return weights
 
     def _shard(self, name: str, trained: Trained) -> _Shard:
@@ -164,7 +164,7 @@ class Gathering:
         place.copy_(flat(shard.parameter.data, shard.spec))
         shard.parameter.data = unflat(place, shard.spec, shape)
 
-    def _spread(self, row: Tensor, move: Move, owner: int, *, outward: bool) -> None:
+    def _spread(self, row: Tensor, move: Collective, owner: int, *, outward: bool) -> None:
         """Copy an owner's pieces from the gathered tensors to its row (outward), or back."""
         start = 0
         for piece in move.pieces[owner]:

@@ -87,12 +87,12 @@ class HybridEngine:
         self._model.release_gradient()
         gathering.peak = gathering.held
         if not gathering:
-            gathering.move_in()
+            gathering.attach()
         received = sum(gathering.receive(move) for move in gathering.moves)
         if self.grouping.style == "hybridflow":
             tensors = {name: gathering.shard(name) for name in gathering.specs}
         else:
-            tensors = gathering.cut_down(self.place.pp, self.place.tp)
+            tensors = gathering.keep_local_shard(self.place.pp, self.place.tp)
         self.weights = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         self.shard.install(self.weights)
         self._wait()
@@ -111,7 +111,7 @@ class HybridEngine:
         self.weights = {}
         self.shard.clear()
         if not self._keep:
-            self._gathering.move_all_out()
+            self._gathering.detach_all()
 
     @torch.no_grad()
     def stream(self) -> Generator[dict[str, Tensor], None, Transition]:
@@ -167,7 +167,7 @@ class HybridEngine:
         return self._model.device
 
     @property
-    def answers(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank's outputs are its generation replica's, as 3D_ALL_MICRO_DP collects them."""
         return self.shard.is_last and self.place.tp == 0
 

@@ -33,7 +33,7 @@ from protocols.layout.topology import Coordinates, GenerationGrouping, Topology
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
 
 
-class Piece(msgspec.Struct, frozen=True):
+class TensorSlice(msgspec.Struct, frozen=True):
     """A range of a gathered tensor's entries, in memory order."""
 
     name: str
@@ -41,12 +41,12 @@ class Piece(msgspec.Struct, frozen=True):
     elements: int
 
 
-class Move(msgspec.Struct, frozen=True):
+class Collective(msgspec.Struct, frozen=True):
     """One collective: each owner sends its pieces, a row of entries, to all members."""
 
     members: tuple[int, ...]  # global ranks
     owners: tuple[int, ...]  # the members that send: all (an all-gather), or some (a broadcast from each)
-    pieces: tuple[tuple[Piece, ...], ...]  # of each owner
+    pieces: tuple[tuple[TensorSlice, ...], ...]  # of each owner
     width: int  # entries in a row; an owner with fewer pads
 
     @property
@@ -126,14 +126,14 @@ def gathered_stage(grouping: GenerationGrouping, rank: int) -> int:
     return grouping.coordinates(rank).pp if grouping.style == "hybridflow" else 0
 
 
-def home(name: str, gathered: Container[str]) -> str:
+def gathered_name(name: str, gathered: Container[str]) -> str:
     """Where a trained tensor stands among gathered ones: a tied head's copy is its embedding once stages meet."""
     return EMBEDDING if name == TOKEN_HEAD and name not in gathered else name
 
 
 def transition(
     train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket_elements: int, trained: Trained | None = None
-) -> list[Move]:
+) -> list[Collective]:
     """The collectives of one rank, in the order that all members of each share; a bucket bounds all rows of one.
 
     `trained` is by default the grouping's topology, each replica with its shards whole. Raises ValueError for a
@@ -142,7 +142,7 @@ def transition(
     trained = trained or trained_by(grouping)
     layouts, topology = Layouts.of(train, grouping, trained), trained.topology
     exchange, alike = (_own(groups(grouping, trained), rank) for groups in (exchange_groups, same_index_groups))
-    streams: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[Piece]]] = {}
+    streams: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[TensorSlice]]] = {}
     for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
         members = exchange if parameter.cut is not None else alike
         holders = tuple(r for r in members if topology.coordinates(r).pp == train.stage_of(parameter))
@@ -159,7 +159,7 @@ def transition(
     ]
 
 
-def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> Piece:
+def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> TensorSlice:
     """What an owner brings of a parameter: its shard, or its replica's share of it."""
     elements = layouts.train.shard_elements(parameter)
     width = -(-elements // trained.shares)
@@ -167,30 +167,30 @@ def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner:
     size = min(width, elements - first)
     if parameter.cut is not None:  # from the whole tensor's start; then from that of the gathered part
         first = (first + owner.tp * elements) % layouts.gather.shard_elements(parameter)
-    return Piece(parameter.name, first, size)
+    return TensorSlice(parameter.name, first, size)
 
 
 def _in_buckets(
-    members: tuple[int, ...], owners: tuple[int, ...], rows: dict[int, list[Piece]], bucket_elements: int
-) -> Iterator[Move]:
+    members: tuple[int, ...], owners: tuple[int, ...], rows: dict[int, list[TensorSlice]], bucket_elements: int
+) -> Iterator[Collective]:
     width = bucket_elements // len(owners)
     if width < 1:
         raise ValueError(f"bucket of {bucket_elements} entries: {len(owners)} ranks send at least one each")
     lines = [list(_in_rows(rows[owner], width)) for owner in owners]
     for i in range(max(map(len, lines))):
         pieces = tuple(tuple(line[i]) if i < len(line) else () for line in lines)
-        yield Move(members, owners, pieces, max(sum(piece.elements for piece in row) for row in pieces))
+        yield Collective(members, owners, pieces, max(sum(piece.elements for piece in row) for row in pieces))
 
 
-def _in_rows(pieces: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
+def _in_rows(pieces: Sequence[TensorSlice], width: int) -> Iterator[list[TensorSlice]]:
     """Cut pieces, in their order, into rows of `width` entries; the last may be shorter."""
-    row: list[Piece] = []
+    row: list[TensorSlice] = []
     room = width
     for piece in pieces:
         start, left = piece.start, piece.elements
         while left:
             taken = min(room, left)
-            row.append(Piece(piece.name, start, taken))
+            row.append(TensorSlice(piece.name, start, taken))
             start, left, room = start + taken, left - taken, room - taken
             if not room:
                 yield row

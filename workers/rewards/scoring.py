@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class Judged(NamedTuple):
+class ScoredRows(NamedTuple):
     """The rows that have a number, in their order, and the others."""
 
     sample_ids: npt.NDArray[np.int64]  # [M]
@@ -33,10 +33,10 @@ class Judged(NamedTuple):
     parts: npt.NDArray[np.float32] | None = None  # [M, K] what a mixed judge's parts said, before their weights
 
 
-class Judge(Protocol):
+class Scorer(Protocol):
     """Gives a number a row."""
 
-    def judge(self, rollouts: Rollouts) -> Judged:
+    def judge(self, rollouts: Rollouts) -> ScoredRows:
         """A number for each row that has one, and why the others have none."""
         ...
 
@@ -53,7 +53,7 @@ class Judge(Protocol):
         ...
 
 
-class RuleJudge:
+class RuleScorer:
     """Judges texts by a rule, in a process of its own."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
@@ -66,13 +66,13 @@ class RuleJudge:
         self._last: RuleRequest | None = None  # that got a score: a new rule is tried out on it
         self._retries = failures.reward_retries
 
-    def judge(self, rollouts: Rollouts) -> Judged:
+    def judge(self, rollouts: Rollouts) -> ScoredRows:
         """A number a row; a row whose every attempt fails is failed with the last cause, its siblings are not."""
         results = [self._judge_row(rollouts, row) for row in range(len(rollouts))]
-        judged = [row for row, result in enumerate(results) if not isinstance(result, Failure)]
-        return Judged(
-            rollouts.sample_ids[judged],
-            np.array([results[row] for row in judged], np.float32),
+        scored = [row for row, result in enumerate(results) if not isinstance(result, Failure)]
+        return ScoredRows(
+            rollouts.sample_ids[scored],
+            np.array([results[row] for row in scored], np.float32),
             [result for result in results if isinstance(result, Failure)],
         )
 
@@ -127,7 +127,7 @@ def _source_of(rule: str) -> CodeSource | None:
         return None
 
 
-class ModelJudge:
+class ModelScorer:
     """Judges tokens by a trained model with one label, at the last token of prompt + response."""
 
     def __init__(self, model: Model, tokens_per_micro_batch: int, role: str) -> None:
@@ -138,12 +138,12 @@ class ModelJudge:
         self._budget = tokens_per_micro_batch
         self._role = role
 
-    def judge(self, rollouts: Rollouts) -> Judged:
+    def judge(self, rollouts: Rollouts) -> ScoredRows:
         """A number a row; a row whose number is not finite is failed."""
         from workers.training.models import micro_batches, sequence_scores
 
         parts = [sequence_scores(self._model, b).detach().numpy() for b in micro_batches(rollouts, self._budget)]
-        return judged(rollouts.sample_ids, np.concatenate(parts) if parts else np.empty(0, np.float32), self._role)
+        return scored(rollouts.sample_ids, np.concatenate(parts) if parts else np.empty(0, np.float32), self._role)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
         """It has no code of a user's."""
@@ -155,37 +155,37 @@ class ModelJudge:
         """It holds nothing but memory."""
 
 
-def judged(sample_ids: npt.NDArray[np.int64], numbers: npt.NDArray[np.float32], role: str) -> Judged:
+def scored(sample_ids: npt.NDArray[np.int64], numbers: npt.NDArray[np.float32], role: str) -> ScoredRows:
     """What a model's numbers [N] say of the rows [N]: one that is not finite fails its row, under the role's name."""
     finite = np.isfinite(numbers)
     failures = [
         Failure(int(sample), f"{role} model gave {number}")
         for sample, number in zip(sample_ids[~finite], numbers[~finite], strict=True)
     ]
-    return Judged(sample_ids[finite], numbers[finite], failures)
+    return ScoredRows(sample_ids[finite], numbers[finite], failures)
 
 
-class MixedJudge:
+class MixedScorer:
     """The weighted sum of several judges' numbers, each of which is kept beside it."""
 
-    def __init__(self, parts: Sequence[tuple[RewardPart, Judge]]) -> None:
+    def __init__(self, parts: Sequence[tuple[RewardPart, Scorer]]) -> None:
         """Each part with who judges it, in the recipe's order."""
         self._parts = list(parts)
 
-    def judge(self, rollouts: Rollouts) -> Judged:
+    def judge(self, rollouts: Rollouts) -> ScoredRows:
         """A number a row; a row that one part fails is failed with that part's name, and the next are not asked."""
         failures: list[Failure] = []
-        said: list[Judged] = []
+        said: list[ScoredRows] = []
         left = rollouts
         for part, judge in self._parts:
-            judged = judge.judge(left)
-            failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in judged.failures]
-            said.append(judged)
-            left = select(left, judged.sample_ids)
-        columns = [_numbers_of(judged, left.sample_ids) for judged in said]
+            scored = judge.judge(left)
+            failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in scored.failures]
+            said.append(scored)
+            left = select(left, scored.sample_ids)
+        columns = [_numbers_of(scored, left.sample_ids) for scored in said]
         parts = np.stack(columns, axis=1).astype(np.float32)
         numbers = parts.astype(np.float64) @ np.array([part.weight for part, _ in self._parts])
-        return Judged(left.sample_ids, numbers.astype(np.float32), failures, parts)
+        return ScoredRows(left.sample_ids, numbers.astype(np.float32), failures, parts)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
         """All parts that the files belong to."""
@@ -203,18 +203,18 @@ class MixedJudge:
             judge.close()
 
 
-def mixed_judge(model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> MixedJudge:
+def mixed_scorer(model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> MixedScorer:
     """The judges of a mixed reward's parts."""
 
-    def judge(part: RewardPart) -> Judge:
+    def judge(part: RewardPart) -> Scorer:
         alone = Model(path=part.path, rule=part.rule, dtype=part.dtype)
         if part.rule:
-            return RuleJudge(alone, tokenizer_path, failures)
-        return ModelJudge(alone, tokens_per_micro_batch, "reward")
+            return RuleScorer(alone, tokenizer_path, failures)
+        return ModelScorer(alone, tokens_per_micro_batch, "reward")
 
-    return MixedJudge([(part, judge(part)) for part in model.mix])
+    return MixedScorer([(part, judge(part)) for part in model.mix])
 
 
-def _numbers_of(judged: Judged, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _numbers_of(scored: ScoredRows, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """The numbers of the given rows, which are some of those judged, in their order."""
-    return judged.numbers[np.isin(judged.sample_ids, sample_ids)]
+    return scored.numbers[np.isin(scored.sample_ids, sample_ids)]

@@ -8,21 +8,21 @@ from protocols.control.requests import CodeSource
 from protocols.data.messages import Costs, Rollouts
 from protocols.roles import Cost
 from protocols.stage import Partial, stage
-from workers.rewards.scoring import Judge, ModelJudge, RuleJudge
+from workers.rewards.scoring import ModelScorer, RuleScorer, Scorer
 from workers.settings import Failures, Model
 
 
-class _JudgedCost(Cost):
+class _ScoredCost(Cost):
     """A judge's numbers are costs."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Scorer) -> None:
         self._judge = judge
 
     @stage(protocol="DP_PROTO", balance="tokens")
     def score(self, rollouts: Rollouts) -> Partial[Costs]:
         """A cost a row; see the judges for the rows that fail."""
-        judged = self._judge.judge(rollouts)
-        return Partial(Costs(sample_ids=judged.sample_ids, costs=judged.numbers), judged.failures)
+        scored = self._judge.judge(rollouts)
+        return Partial(Costs(sample_ids=scored.sample_ids, costs=scored.numbers), scored.failures)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
         """Make the judge's rules anew from their files. Raises BadCode."""
@@ -37,15 +37,15 @@ class _JudgedCost(Cost):
         self._judge.close()
 
 
-class RuleCost(_JudgedCost):
+class RuleCost(_ScoredCost):
     """The number that a rule gives a text is its cost; deadlines and retries are those of rewards."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
-        super().__init__(RuleJudge(model, tokenizer_path, failures))
+        super().__init__(RuleScorer(model, tokenizer_path, failures))
 
 
-class ModelCost(_JudgedCost):
+class ModelCost(_ScoredCost):
     """Costs of tokens by a trained cost model, at the last token of prompt + response."""
 
     def __init__(self, model: Model, tokens_per_micro_batch: int) -> None:
-        super().__init__(ModelJudge(model, tokens_per_micro_batch, "cost"))
+        super().__init__(ModelScorer(model, tokens_per_micro_batch, "cost"))

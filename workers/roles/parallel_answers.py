@@ -16,10 +16,10 @@ from protocols.layout.topology import Topology
 from protocols.stage import Partial
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import Head
-from workers.rewards.scoring import judged
+from workers.rewards.scoring import scored
 from workers.settings import Generation, Loss, Model
 from workers.training.models import DTYPES, MicroBatch, log_softmax_of
-from workers.training.offload import Residence
+from workers.training.offload import Offloader
 
 
 class ParallelReference:
@@ -38,7 +38,7 @@ class ParallelReference:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = _frozen(model, topology, "tokens", device)
-        self.residence = Residence(self.model.device, self.model.relocate)
+        self.residence = Offloader(self.model.device, self.model.relocate)
         self._budget = loss.tokens_per_micro_batch
         self._temperature = generation.temperature
 
@@ -50,13 +50,13 @@ class ParallelReference:
             return log_softmax_of(micro.before_response(outputs), tokens, self._temperature)
 
         kept = self.model.forward(rollouts, self._budget, read)
-        if not self.model.answers:
+        if not self.model.is_output_rank:
             return None
         column = rollouts.responses.with_values(_joined(kept))
         return LogProbs(sample_ids=rollouts.sample_ids, log_probs=column)
 
 
-class _ParallelJudge:
+class _ParallelScorer:
     """A model with one label, read at the last token of prompt + response."""
 
     def __init__(
@@ -68,34 +68,34 @@ class _ParallelJudge:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = _frozen(model, topology, "score", device)
-        self.residence = Residence(self.model.device, self.model.relocate)
+        self.residence = Offloader(self.model.device, self.model.relocate)
         self._budget = tokens_per_micro_batch
 
     def _numbers(self, rollouts: Rollouts) -> npt.NDArray[np.float32] | None:
         """A number a row [N], on the rank of its replica that answers."""
         kept = self.model.forward(rollouts, self._budget, _at_the_end)
-        return _joined(kept) if self.model.answers else None
+        return _joined(kept) if self.model.is_output_rank else None
 
 
-class ParallelReward(_ParallelJudge):
+class ParallelReward(_ParallelScorer):
     """One rank of a reward model. Raises as ParallelReference does."""
 
     def score(self, rollouts: Rollouts) -> Partial[Scores] | None:
         """A score a row; a row whose score is not finite is failed."""
         if (numbers := self._numbers(rollouts)) is None:
             return None
-        own = judged(rollouts.sample_ids, numbers, "reward")
+        own = scored(rollouts.sample_ids, numbers, "reward")
         return Partial(Scores(sample_ids=own.sample_ids, scores=own.numbers), own.failures)
 
 
-class ParallelCost(_ParallelJudge):
+class ParallelCost(_ParallelScorer):
     """One rank of a cost model. Raises as ParallelReference does."""
 
     def score(self, rollouts: Rollouts) -> Partial[Costs] | None:
         """A cost a row; a row whose cost is not finite is failed."""
         if (numbers := self._numbers(rollouts)) is None:
             return None
-        own = judged(rollouts.sample_ids, numbers, "cost")
+        own = scored(rollouts.sample_ids, numbers, "cost")
         return Partial(Costs(sample_ids=own.sample_ids, costs=own.numbers), own.failures)
 
 

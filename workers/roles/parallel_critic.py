@@ -22,7 +22,7 @@ from workers.parallel.model import Loss as LossOf
 from workers.parallel.trainable import ParallelTraining
 from workers.settings import Loss, Model, Optimizer
 from workers.training.models import DTYPES, MicroBatch
-from workers.training.offload import Residence
+from workers.training.offload import Offloader
 
 
 class ParallelCritic:
@@ -47,14 +47,14 @@ class ParallelCritic:
             backend, model.path, topology, head="value", dtype=DTYPES[model.dtype], device=device, recompute=recompute
         )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
-        self.residence = Residence(self.model.device, self.trained.relocate)
+        self.residence = Offloader(self.model.device, self.trained.relocate)
         self._loss = loss
         self._seed = seed
 
     def values(self, rollouts: Rollouts) -> Values | None:
         """Values of this replica's rows under the current weights; each row carries their version."""
         values = self.trained.per_response(rollouts, self._loss.tokens_per_micro_batch, _values_of)
-        if values is None or not self.model.answers:
+        if values is None or not self.model.is_output_rank:
             return None
         versions = np.full(len(rollouts), self.trained.version, np.int64)
         return Values(sample_ids=rollouts.sample_ids, values=values, versions=versions)
@@ -66,7 +66,7 @@ class ParallelCritic:
         Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
         """
         taken = self.trained.learn("critic.update", experience, self._loss, self._seed, self._objective)
-        return Metrics(values=measures.means(taken)) if self.model.answers else None
+        return Metrics(values=measures.means(taken)) if self.model.is_output_rank else None
 
     def save(self, folder: str) -> None:
         """See ParallelTraining.save."""

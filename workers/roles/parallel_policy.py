@@ -43,7 +43,7 @@ from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.roles.policy import PROBE_ROWS, pretraining_of, probe_tokens
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.models import DTYPES, MicroBatch, log_softmax_of
-from workers.training.offload import Residence
+from workers.training.offload import Offloader
 
 
 class ParallelPolicy:
@@ -77,7 +77,7 @@ class ParallelPolicy:
             backend, model.path, topology, dtype=DTYPES[model.dtype], device=device, recompute=recompute
         )
         self.trained = ParallelTraining(self.model, model.path, model.learning_rate, optimizer)
-        self.residence = Residence(self.model.device, self.trained.relocate)
+        self.residence = Offloader(self.model.device, self.trained.relocate)
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
         self._text = ReplicaText(text, self.model.place.dp, topology.dp) if text is not None else None
         self._loss = loss
@@ -98,8 +98,10 @@ class ParallelPolicy:
         admitted at a version newer than the weights.
         """
         hybrid = self._generating()
-        if len(prompts) and (floor := int(prompts.floors.max())) > self.trained.version:
-            raise ValueError(f"a prompt of version {floor} can't be drawn by weights of version {self.trained.version}")
+        if len(prompts) and (oldest := int(prompts.min_versions.max())) > self.trained.version:
+            raise ValueError(
+                f"a prompt of version {oldest} can't be drawn by weights of version {self.trained.version}"
+            )
         switched = self.vllm.awake if self.vllm is not None else bool(hybrid.weights)
         if not switched:
             self.to_generation()
@@ -110,7 +112,7 @@ class ParallelPolicy:
         finally:
             if not switched:
                 self.to_training()
-        return drawn if hybrid.answers else None
+        return drawn if hybrid.is_output_rank else None
 
     def to_generation(self) -> Transition | None:
         """See HybridEngine.to_generation, ColocatedVllm.wake. Raises RuntimeError without a layout to generate in."""
@@ -136,7 +138,7 @@ class ParallelPolicy:
     def log_probs(self, rollouts: Rollouts) -> LogProbs | None:
         """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
         log_probs = self._log_probs(rollouts)
-        if log_probs is None or not self.model.answers:
+        if log_probs is None or not self.model.is_output_rank:
             return None
         return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)
 
@@ -147,17 +149,17 @@ class ParallelPolicy:
         Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
         """
         several = self._loss.epochs * self._loss.mini_batches > 1
-        proximal = self._log_probs(experience) if several else None
+        old_log_probs = self._log_probs(experience) if several else None
         measured: dict[str, float] = {}
 
         def objective(batch: Experience, weights: Jagged) -> LossOf:
-            start = _start_of(batch, experience, proximal) if proximal is not None else None
+            start = _start_of(batch, experience, old_log_probs) if old_log_probs is not None else None
             return self._objective(batch, weights, start, measured)
 
         beside = self._text.rows if self._text is not None else None
         taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective, beside)
         whole = self.trained.over_replicas(measured) | taken
-        return Metrics(values=measures.means(whole)) if self.model.answers else None
+        return Metrics(values=measures.means(whole)) if self.model.is_output_rank else None
 
     def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray] | None:
         """What `PolicyWorker.snapshot` gives, on rank 0: the canonical tensors and the answer to the probe batch.
@@ -204,13 +206,13 @@ class ParallelPolicy:
         return self.hybrid
 
     def _objective(
-        self, batch: Experience, weights: Jagged, proximal: Jagged | None, measured: dict[str, float]
+        self, batch: Experience, weights: Jagged, old_log_probs: Jagged | None, measured: dict[str, float]
     ) -> LossOf:
         """The loss of a mini-batch's micro-batches; what they measure is added to `measured`."""
         of_text = self._text.weights(batch) if self._text is not None else None
 
         def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
-            tokens = self._tokens(outputs, micro, batch, proximal)
+            tokens = self._tokens(outputs, micro, batch, old_log_probs)
             objective = policy_objective(self._policy_loss.current, tokens, self._loss)
             measures.add(measured, measures.measure(tokens, objective, self._loss))
             reinforced = reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
@@ -223,7 +225,7 @@ class ParallelPolicy:
 
         return loss
 
-    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
+    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
         def column(values: Jagged) -> Tensor:
             return micro.column(values).to(outputs.device)
 
@@ -231,8 +233,8 @@ class ParallelPolicy:
         log_probs = log_softmax_of(logits, micro.response_tokens().to(outputs.device), self._temperature)
         return Tokens(
             log_probs=log_probs,
-            proximal=column(proximal) if proximal is not None else log_probs.detach(),
-            behaviour=column(batch.log_probs),
+            old_log_probs=column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
+            rollout_log_probs=column(batch.log_probs),
             advantages=column(batch.advantages),
             mask=column(batch.loss_mask) != 0,
             lengths=torch.from_numpy(micro.response_lengths).to(outputs.device),
@@ -263,10 +265,10 @@ class _Probe(NamedTuple):
     responses: Jagged
 
 
-def _start_of(batch: Experience, experience: Experience, proximal: Jagged) -> Jagged:
-    """`proximal` of the batch's rows, which are some of the experience's; of text beside them it is never asked."""
+def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) -> Jagged:
+    """`old_log_probs` of the batch's rows, which are some of the experience's; text beside them has none."""
     text = is_text(batch)
-    start = proximal.take(rows_of(experience, batch.sample_ids[~text]))
+    start = old_log_probs.take(rows_of(experience, batch.sample_ids[~text]))
     beside = batch.responses.take(np.flatnonzero(text))
     return Jagged.concat([start, beside.with_values(np.zeros(len(beside.values), np.float32))])
 

@@ -100,22 +100,22 @@ class PolicyWorker(Policy):
         """
         steps = self._loss.epochs * self._loss.mini_batches
         # With several optimizer steps the trust region stands around the weights at the start of the step.
-        proximal = self._log_probs(experience) if steps > 1 else None
+        old_log_probs = self._log_probs(experience) if steps > 1 else None
         measured: dict[str, float] = {}
         with self.trained.update(steps):
             drawn = mini_batches(experience, self._loss, seed=self._seed + self.trained.version)
             for number, batch in enumerate(drawn, self.trained.version * steps):
-                start = proximal.take(rows_of(experience, batch.sample_ids)) if proximal is not None else None
+                start = old_log_probs.take(rows_of(experience, batch.sample_ids)) if old_log_probs is not None else None
                 measures.add(measured, self._optimizer_step(batch, start, number))
         return Metrics(values=measures.means(measured))
 
-    def _optimizer_step(self, batch: Experience, proximal: Jagged | None, number: int) -> dict[str, float]:
+    def _optimizer_step(self, batch: Experience, old_log_probs: Jagged | None, number: int) -> dict[str, float]:
         """Optimizer step `number` of the run, counted from 0."""
         weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
         measured: dict[str, float] = {}
         total = 0.0
         for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
-            tokens = self._tokens(micro, batch, proximal)
+            tokens = self._tokens(micro, batch, old_log_probs)
             objective = policy_objective(self._policy_loss.current, tokens, self._loss)
             loss = reduce_loss(objective.loss, micro.column(weights))
             loss.backward()
@@ -141,12 +141,12 @@ class PolicyWorker(Policy):
             cross_entropy += part.item()
         return cross_entropy
 
-    def _tokens(self, micro: MicroBatch, batch: Experience, proximal: Jagged | None) -> Tokens:
+    def _tokens(self, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
         log_probs, entropies = self._forward(micro)
         return Tokens(
             log_probs=log_probs,
-            proximal=micro.column(proximal) if proximal is not None else log_probs.detach(),
-            behaviour=micro.column(batch.log_probs),
+            old_log_probs=micro.column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
+            rollout_log_probs=micro.column(batch.log_probs),
             advantages=micro.column(batch.advantages),
             mask=micro.column(batch.loss_mask) != 0,
             lengths=torch.from_numpy(micro.response_lengths),

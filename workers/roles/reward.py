@@ -12,25 +12,25 @@ from protocols.data.columns import Jagged
 from protocols.data.messages import Rollouts, Scores
 from protocols.roles import Reward
 from protocols.stage import Partial, stage
-from workers.rewards.scoring import Judge, ModelJudge, RuleJudge, mixed_judge
+from workers.rewards.scoring import ModelScorer, RuleScorer, Scorer, mixed_scorer
 from workers.settings import Failures, Model
 
 
 class _JudgedReward(Reward):
     """A judge's numbers are scores."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Scorer) -> None:
         self._judge = judge
 
     @stage(protocol="DP_PROTO", balance="tokens")
     def score(self, rollouts: Rollouts) -> Partial[Scores]:
         """A score a row; see the judges for the rows that fail."""
-        judged = self._judge.judge(rollouts)
-        scores = Scores(sample_ids=judged.sample_ids, scores=judged.numbers)
-        if judged.parts is not None:
-            rows, parts = judged.parts.shape
-            scores = replace(scores, parts=Jagged.from_lengths(judged.parts.ravel(), np.full(rows, parts)))
-        return Partial(scores, judged.failures)
+        scored = self._judge.judge(rollouts)
+        scores = Scores(sample_ids=scored.sample_ids, scores=scored.numbers)
+        if scored.parts is not None:
+            rows, parts = scored.parts.shape
+            scores = replace(scores, parts=Jagged.from_lengths(scored.parts.ravel(), np.full(rows, parts)))
+        return Partial(scores, scored.failures)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
         """Make the judge's rules anew from their files. Raises BadCode."""
@@ -49,18 +49,18 @@ class RuleReward(_JudgedReward):
     """Scores texts by a rule, in a process of its own."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
-        super().__init__(RuleJudge(model, tokenizer_path, failures))
+        super().__init__(RuleScorer(model, tokenizer_path, failures))
 
 
 class ModelReward(_JudgedReward):
     """Scores tokens by a trained reward model, at the last token of prompt + response."""
 
     def __init__(self, model: Model, tokens_per_micro_batch: int) -> None:
-        super().__init__(ModelJudge(model, tokens_per_micro_batch, "reward"))
+        super().__init__(ModelScorer(model, tokens_per_micro_batch, "reward"))
 
 
 class MixedReward(_JudgedReward):
     """The weighted sum of rules and models, with what each of them said."""
 
     def __init__(self, model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> None:
-        super().__init__(mixed_judge(model, tokenizer_path, tokens_per_micro_batch, failures))
+        super().__init__(mixed_scorer(model, tokenizer_path, tokens_per_micro_batch, failures))

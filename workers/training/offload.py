@@ -26,7 +26,7 @@ def relocated(tensors: Iterable[Tensor], copy: Copy) -> int:
     return moved
 
 
-class Residence:
+class Offloader:
     """Where a model is, which `relocate` moves."""
 
     def __init__(self, device: torch.device, relocate: Relocate) -> None:
@@ -44,7 +44,7 @@ class Residence:
         self._away = True
         return moved
 
-    def come_back(self) -> int:
+    def reload(self) -> int:
         """Move all to the device; returns the bytes that moved, 0 where it is there already."""
         if not self._away:
             return 0

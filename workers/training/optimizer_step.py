@@ -19,7 +19,7 @@ class StepRefused(Exception):
     """An update with a loss or gradient that is not finite: weights and optimizer are as they were before it."""
 
 
-class SteppedModel(ABC):
+class OptimizerSteps(ABC):
     """An optimizer over named parameters. Version k means: weights after k committed steps.
 
     `path` is the transformers folder that the model came from. Raises ValueError for a learning rate of 0 or less.
@@ -76,7 +76,7 @@ class SteppedModel(ABC):
             raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
         self._updates += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * rate_share(self._updates, self._settings)
+            group["lr"] = self._learning_rate * lr_factor(self._updates, self._settings)
         self._optimizer.step()
 
     @property
@@ -109,7 +109,7 @@ class SteppedModel(ABC):
         self._updates = updates
 
 
-def rate_share(update: int, settings: Optimizer) -> float:
+def lr_factor(update: int, settings: Optimizer) -> float:
     """Share of the learning rate that optimizer step `update`, counted from 1, takes: warm-up, then linear decay."""
     warm = min(1.0, update / settings.warmup_steps) if settings.warmup_steps else 1.0
     left = max(0.0, 1.0 - (update - 1) / settings.decay_steps) if settings.decay_steps else 1.0

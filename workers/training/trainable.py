@@ -18,12 +18,12 @@ from workers.settings import Loss, Optimizer
 from workers.training.checkpoint import MOMENTS, STEP, Box, Counters, Saved
 from workers.training.lora import Adapters
 from workers.training.models import canonical_tensors
-from workers.training.optimizer_step import SteppedModel
+from workers.training.optimizer_step import OptimizerSteps
 
 ADAPTERS = "adapters"  # their folder, in an exported one
 
 
-class TrainedModel(SteppedModel):
+class TrainedModel(OptimizerSteps):
     """A model in one process, its AdamW and its learning-rate schedule."""
 
     def __init__(
@@ -42,7 +42,7 @@ class TrainedModel(SteppedModel):
 
     @contextmanager
     def update(self, optimizer_steps: int) -> Iterator[None]:
-        """See SteppedModel.update; the model is in train mode inside."""
+        """See OptimizerSteps.update; the model is in train mode inside."""
         self.model.train()
         try:
             with super().update(optimizer_steps):

@@ -61,26 +61,26 @@ class PromptSource:
             self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.rows)))
         return prompt_id(epoch, int(self._order[1][position]))
 
-    def requests(self, prompts: list[int], samples_per_prompt: int, floor: int) -> Prompts:
-        """One row a sample of the given prompts, admitted at version `floor`."""
-        return self._rows_of([sample_id(p, i) for p in prompts for i in range(samples_per_prompt)], floor)
+    def requests(self, prompts: list[int], samples_per_prompt: int, min_version: int) -> Prompts:
+        """One row a sample of the given prompts, admitted at version `min_version`."""
+        return self._rows_of([sample_id(p, i) for p in prompts for i in range(samples_per_prompt)], min_version)
 
-    def baselines(self, prompts: list[int], floor: int) -> Prompts:
+    def baselines(self, prompts: list[int], min_version: int) -> Prompts:
         """One greedy row a prompt."""
-        return self._rows_of([sample_id(p, BASELINE_INDEX) for p in prompts], floor)
+        return self._rows_of([sample_id(p, BASELINE_INDEX) for p in prompts], min_version)
 
-    def evaluation(self, floor: int, limit: int) -> Prompts:
+    def evaluation(self, min_version: int, limit: int) -> Prompts:
         """One row for each of the first `limit` rows of the file (0: all), for evaluation."""
         count = min(limit or len(self), len(self))
-        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, i), 0) for i in range(count)], floor)
+        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, i), 0) for i in range(count)], min_version)
 
-    def _rows_of(self, samples: list[int], floor: int) -> Prompts:
+    def _rows_of(self, samples: list[int], min_version: int) -> Prompts:
         rows = [place_of_prompt(prompt_of(s))[1] for s in samples]
         return Prompts(
             sample_ids=np.array(samples, np.int64),
             prompts=Jagged.from_rows([self._tokens[r] for r in rows], np.int32),
             references=Jagged.from_texts([self.rows[r].reference for r in rows]),
-            floors=np.full(len(samples), floor, np.int64),
+            min_versions=np.full(len(samples), min_version, np.int64),
         )
 
 

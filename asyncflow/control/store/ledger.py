@@ -131,10 +131,10 @@ class Ledger:
     def restart_live(self, term: int) -> list[int]:
         """Put every live sample back to created with one attempt more, for a new term; their ids."""
         live = self.live()
-        self.draw_again(live, term)
+        self.regenerate(live, term)
         return live
 
-    def draw_again(self, samples: Iterable[int], term: int) -> None:
+    def regenerate(self, samples: Iterable[int], term: int) -> None:
         """Put live samples, whose rows are gone, back to created with one attempt more. LedgerError for any other."""
         marks = ", ".join("?" * len(LIVE))
         again = (

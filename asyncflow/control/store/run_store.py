@@ -38,7 +38,7 @@ _GAUGES = {  # of the last step, by the journal's names
 }
 
 
-class RunRecord:
+class RunStore:
     """One run's folder while it is open."""
 
     def __init__(
@@ -126,7 +126,7 @@ class RunRecord:
         await self.flush()
         await self._write(self._ledger.move, samples, "batched")
 
-    async def draw_again(self, samples: list[int]) -> None:
+    async def regenerate(self, samples: list[int]) -> None:
         """The rows of live samples are gone with the process that made them, and what was heard of them is void.
 
         What is heard from now on is recorded behind it: nothing is awaited before the write is in its queue.
@@ -135,7 +135,7 @@ class RunRecord:
         self._generated = [sample for sample in self._generated if sample not in again]
         self._scored = [sample for sample in self._scored if sample not in again]
         self._was_scored -= again
-        await self._write(self._ledger.draw_again, sorted(again), self.term)
+        await self._write(self._ledger.regenerate, sorted(again), self.term)
 
     @property
     def live(self) -> list[int]:
@@ -277,7 +277,7 @@ class RunRecord:
         """An error that nobody expected, with its traceback."""
         LOG.error("unexpected", exc_info=error)
 
-    async def close_books(self, ended: RunEnded) -> None:
+    async def finalize(self, ended: RunEnded) -> None:
         """Write timeline and report, close everything. Raises LedgerError where a finished run has samples open."""
         try:
             await self.flush()

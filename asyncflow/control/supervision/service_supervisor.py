@@ -11,20 +11,20 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from asyncflow.control.device_lease import Claim, shared_leases
-from asyncflow.control.events import Pulse
+from asyncflow.control.events import Notifier
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.supervision.supervision import Resend, Supervisor
 from asyncflow.control.supervision.wait_graph import WaitBoard
 from asyncflow.services.channels.endpoint import (
-    Answering,
     Endpoint,
     Payload,
+    Requestable,
     ServiceError,
     ServiceGone,
     all_or_error,
     ask,
 )
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.events import ServiceReplaced
 from protocols.control.notices import LeaseAsked, LeaseReturned, Notice, RowsLost, ServiceFailed, Waiting
@@ -40,12 +40,12 @@ from protocols.control.requests import (
     YieldDevices,
 )
 
-Hear = Callable[[Notice], Awaitable[None]]
+OnNotice = Callable[[Notice], Awaitable[None]]
 Replaced = Callable[[ServiceReplaced], None]
-Equip = Callable[[Endpoint], Awaitable[None]]
+OnReplaced = Callable[[Endpoint], Awaitable[None]]
 
 
-class Fleet:
+class ServiceSupervisor:
     """All services by name. `restart` starts a successor in the place of a service that is gone."""
 
     def __init__(
@@ -63,11 +63,11 @@ class Fleet:
         self._stays: set[str] = set()  # services that have nothing to move off their devices
         self._replacing: set[str] = set()
         self._equipped = dict(services)  # of those that were replaced, the successor once it has all it needs
-        self._returns = Pulse()
+        self._returns = Notifier()
         self._resending: set[Resend] = set()
         self._once_more: set[Resend] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._ended = EndedPrompts()
+        self._ended = FinishedPrompts()
         self._moved = time.monotonic()
 
     def __getitem__(self, name: str) -> Endpoint:
@@ -76,7 +76,7 @@ class Fleet:
     # --- following
 
     def follow(
-        self, group: asyncio.TaskGroup, hear: Hear, replaced: Replaced, equip: Equip
+        self, group: asyncio.TaskGroup, on_notice: OnNotice, replaced: Replaced, on_replaced: OnReplaced
     ) -> list[asyncio.Task[None]]:
         """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on.
 
@@ -87,23 +87,25 @@ class Fleet:
             equip: gives such a service what the others have; it is followed meanwhile.
         """
         self._tasks += [
-            group.create_task(self._follow(name, group, hear, replaced, equip), name=f"notices of {name}")
+            group.create_task(self._follow(name, group, on_notice, replaced, on_replaced), name=f"notices of {name}")
             for name in self.services
         ]
         return self._tasks
 
-    async def _follow(self, name: str, group: asyncio.TaskGroup, hear: Hear, replaced: Replaced, equip: Equip) -> None:
+    async def _follow(
+        self, name: str, group: asyncio.TaskGroup, on_notice: OnNotice, replaced: Replaced, on_replaced: OnReplaced
+    ) -> None:
         while True:
             try:
                 notices = await self.services[name].notices()
             except ServiceGone as gone:
                 replaced(await self._replace(name, gone, group))
-                self._tasks.append(group.create_task(self._equip(name, equip), name=f"equip {name}"))
+                self._tasks.append(group.create_task(self._equip(name, on_replaced), name=f"equip {name}"))
                 continue
             for notice in notices:
-                await self._note(name, notice, group, hear)
+                await self._note(name, notice, group, on_notice)
 
-    async def _note(self, name: str, notice: Notice, group: asyncio.TaskGroup, hear: Hear) -> None:
+    async def _note(self, name: str, notice: Notice, group: asyncio.TaskGroup, on_notice: OnNotice) -> None:
         match notice:
             case Waiting():
                 self.waits.note(notice)
@@ -118,8 +120,8 @@ class Fleet:
             case ServiceFailed():
                 raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
             case _:
-                await hear(notice)
-        self.moves()
+                await on_notice(notice)
+        self.mark_progress()
 
     async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> ServiceReplaced:
         """Put a new service in the place of one whose process is gone, or give the run up."""
@@ -144,7 +146,7 @@ class Fleet:
         self._replacing.discard(name)
         self.waits.note(Waiting(name))
         self._send_again(replacement.resend, group)
-        self.moves()
+        self.mark_progress()
         seconds = time.monotonic() - start
         return ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
 
@@ -157,14 +159,14 @@ class Fleet:
             await ask(successor, EndPrompts([], runs=told))
         return successor
 
-    async def _equip(self, name: str, equip: Equip) -> None:
+    async def _equip(self, name: str, on_replaced: OnReplaced) -> None:
         successor = self.services[name]
         self.waits.note(Waiting(name, "what the others have", "", time.time()))
         with contextlib.suppress(ServiceGone):  # then another one is equipped
-            await equip(successor)
+            await on_replaced(successor)
             if self.services[name] is successor:
                 self._equipped[name] = successor
-                self._returns.beat()
+                self._returns.notify()
         self.waits.note(Waiting(name))
 
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
@@ -205,14 +207,14 @@ class Fleet:
 
     # --- asking
 
-    def lasting(self, name: str) -> Answering:
+    def with_retry(self, name: str) -> Requestable:
         """A service that outlives its processes: what one could not answer is asked of its successor again.
 
         For what may be asked twice.
         """
-        return _Lasting(name, self)
+        return _WithRetry(name, self)
 
-    async def whole(self) -> None:
+    async def wait_healthy(self) -> None:
         """Wait until no service is being replaced, as far as deaths are known."""
         while self._replacing or self._equipped != self.services:
             await self._returns.changed()
@@ -221,10 +223,10 @@ class Fleet:
         """How often a service's process has died."""
         return self._supervisor.deaths(name)
 
-    async def ask_lasting(
+    async def ask_with_retry(
         self, name: str, request: Request, payloads: Sequence[Payload]
     ) -> tuple[Reply, list[Payload]]:
-        """See `lasting`."""
+        """See `with_retry`."""
         while True:
             service = self._equipped[name]
             try:
@@ -266,7 +268,7 @@ class Fleet:
 
     # --- standing still
 
-    def moves(self) -> None:
+    def mark_progress(self) -> None:
         """Something moved."""
         self._moved = time.monotonic()
 
@@ -281,12 +283,12 @@ class Fleet:
         return self.waits.graph(time.time(), holders)
 
 
-class _Lasting:
-    """Implements `Answering`."""
+class _WithRetry:
+    """Implements `Requestable`."""
 
-    def __init__(self, name: str, fleet: Fleet) -> None:
+    def __init__(self, name: str, fleet: ServiceSupervisor) -> None:
         self.name = name
         self._fleet = fleet
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        return await self._fleet.ask_lasting(self.name, request, payloads)
+        return await self._fleet.ask_with_retry(self.name, request, payloads)

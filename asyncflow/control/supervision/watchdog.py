@@ -8,19 +8,21 @@ from collections.abc import Callable
 from asyncflow.control.events import EventLog
 from asyncflow.control.settings import Deadlines
 from asyncflow.control.supervision.outcome import RunFailed
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from protocols.control.events import Event, Stalled, WaitsChanged
 
 
 class Watchdog:
     """What it saw last, and whether it has barked."""
 
-    def __init__(self, fleet: Fleet, deadlines: Deadlines, events: EventLog, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, fleet: ServiceSupervisor, deadlines: Deadlines, events: EventLog, emit: Callable[[Event], None]
+    ) -> None:
         self._fleet, self._deadlines, self._events, self._emit = fleet, deadlines, events, emit
         self._tokens, self._at = 0, time.monotonic()
         self._told = False
 
-    def look(self, *, live_prompts: int, step_progress: float, tokens: int, paused: bool) -> None:
+    def check(self, *, live_prompts: int, step_progress: float, tokens: int, paused: bool) -> None:
         """Tell the followers what goes on; once a stall, its graph. RunFailed where it has lasted too long.
 
         Args:

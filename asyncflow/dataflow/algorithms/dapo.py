@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncflow.dataflow.trace import Flow, algorithm
 from workers.advantages.dapo import dapo as advantages
-from workers.advantages.dapo import worth_training
+from workers.advantages.dapo import trainable_groups
 from workers.settings import Loss
 
 
@@ -16,5 +16,5 @@ def dapo(flow: Flow) -> None:
     another in its place, for `max_refills` rounds of a step.
     """
     rollouts = flow.policy.generate(flow.prompts)
-    joined = flow.join(rollouts, flow.reward.score(rollouts)).keep(worth_training)
+    joined = flow.join(rollouts, flow.reward.score(rollouts)).keep(trainable_groups)
     flow.policy.update(joined.apply(advantages))

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from asyncflow.planner.costs.costs import STATE_BYTES
-from asyncflow.planner.costs.devices import CATALOGUE, Device, Reach, Refused
+from asyncflow.planner.costs.devices import CATALOGUE, Device, Efficiency, Refused
 from asyncflow.planner.costs.shapes import WEIGHT_BYTES, Shape
 from asyncflow.planner.costs.workload import Lengths
 
@@ -86,7 +86,7 @@ def fit_decode(steps: Sequence[tuple[float, float]]) -> Line:
     return fit([running for running, _ in steps], [seconds for _, seconds in steps])
 
 
-def reach_of(figures: Figures) -> Reach:
+def efficiency_of(figures: Figures) -> Efficiency:
     """The reach with which the cost models give back what was measured."""
     shape, steps = figures.shape, figures.steps
     token_flops = shape.forward_flops(figures.sample_tokens / 2)
@@ -99,7 +99,7 @@ def reach_of(figures: Figures) -> Reach:
     compute = _share(token_flops, forward.slope_s, figures.peak_flops)
     read_s = shape.parameters * WEIGHT_BYTES / figures.bandwidth
     product_s = token_flops / (figures.peak_flops * compute)
-    return Reach(
+    return Efficiency(
         compute=compute,
         training=_share(3 * token_flops, update.slope_s, figures.peak_flops),
         bandwidth=1.0,

@@ -24,7 +24,7 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
 from asyncflow.planner.calibration.calibration import Timed
 from asyncflow.planner.calibration.machine import Sizes, rate
-from asyncflow.planner.calibration.worker_harness import Workbench, forward_calls, update_calls
+from asyncflow.planner.calibration.worker_harness import WorkerHarness, forward_calls, update_calls
 from asyncflow.recipe.config import Recipe
 
 READY, RATE, CALLS = "ready:", "rate:", "calls:"  # what a child is asked; its answer's line, among others, begins so
@@ -41,7 +41,7 @@ class Own(msgspec.Struct, frozen=True):
     update: list[Timed]
 
 
-def in_threads(bench: Workbench, tokens: int) -> Own:
+def in_threads(bench: WorkerHarness, tokens: int) -> Own:
     """Of services in one process."""
     forward, update = forward_calls(bench, tokens), update_calls(bench, tokens)
     works = [work_of(bench, name, tokens) for name in computing(bench.recipe, bench.dataflow)]
@@ -54,7 +54,7 @@ def in_threads(bench: Workbench, tokens: int) -> Own:
     return Own(*_at_once(alone, together), forward, update)
 
 
-def in_processes(bench: Workbench, tokens: int) -> Own:
+def in_processes(bench: WorkerHarness, tokens: int) -> Own:
     """Of services in a process each; cores beyond the number of services are taken to be as good."""
     names, cores = computing(bench.recipe, bench.dataflow), os.cpu_count() or 1
     rows = bench.source.rows[:MOST_ROWS]
@@ -83,7 +83,7 @@ def computing(recipe: Recipe, dataflow: Dataflow) -> list[str]:
     return sorted(own, key=lambda service: (service != "policy", service not in trained))
 
 
-def work_of(bench: Workbench, service: str, tokens: int) -> Callable[[], object]:
+def work_of(bench: WorkerHarness, service: str, tokens: int) -> Callable[[], object]:
     """A call of a service over rows of so many tokens: an update where it trains."""
     rows = bench.sizes.abreast_rows
     stages = [stage for stage in bench.dataflow.stages_of(service) if not stage.generates]
@@ -154,7 +154,7 @@ def _work() -> None:
     recipe, tokens = task.recipe, task.tokens
     source = PromptSource(task.rows, recipe.models["policy"].path, recipe.seed)
     dataflow = trace(algorithm_named(recipe.algorithm))
-    with closing(Workbench(recipe, dataflow, source, task.sizes, {task.service})) as bench:
+    with closing(WorkerHarness(recipe, dataflow, source, task.sizes, {task.service})) as bench:
         work = work_of(bench, task.service, tokens)
         _tell(READY, "")
         for line in sys.stdin:

@@ -24,10 +24,10 @@ import msgspec
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
 from asyncflow.planner.calibration import machine
-from asyncflow.planner.calibration.calibration import Calibration, Figures, fit_decode, reach_of
+from asyncflow.planner.calibration.calibration import Calibration, Figures, efficiency_of, fit_decode
 from asyncflow.planner.calibration.contention import in_processes, in_threads
 from asyncflow.planner.calibration.machine import Sizes, median_s
-from asyncflow.planner.calibration.worker_harness import Workbench, message_of
+from asyncflow.planner.calibration.worker_harness import WorkerHarness, message_of
 from asyncflow.planner.costs.devices import Device
 from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenarios import shapes_of
@@ -47,7 +47,7 @@ async def measure(
 
 
 def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: Sizes) -> Calibration:
-    with closing(Workbench(recipe, dataflow, source, sizes)) as bench:
+    with closing(WorkerHarness(recipe, dataflow, source, sizes)) as bench:
         peak, bandwidth = machine.peak_flops(sizes), machine.bandwidth(sizes)
         drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
         responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
@@ -64,7 +64,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
             decode=fit_decode([(draw.tokens / draw.steps, draw.seconds / draw.steps) for draw in drawn]),
             publish_s=_publish_s(bench),
         )
-        reach = reach_of(figures)
+        efficiency = efficiency_of(figures)
         rows = _without_models(bench, tokens)
         record = machine.record_s(recipe, sizes)
     slots = os.cpu_count() or 1
@@ -76,7 +76,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
         link_bytes_per_s=bandwidth,
         network_bytes_per_s=bandwidth,
         devices_per_node=slots * SLOTS_PER_CORE,
-        reach=msgspec.structs.replace(reach, call_s=call_s, record_s=record),
+        efficiency=msgspec.structs.replace(efficiency, call_s=call_s, record_s=record),
         cores=own.cores,
         crowded=own.crowded,
     )
@@ -102,7 +102,7 @@ class Draw(msgspec.Struct, frozen=True):
         return sum(self.lengths)
 
 
-def _drawn(bench: Workbench, rows: int) -> Draw:
+def _drawn(bench: WorkerHarness, rows: int) -> Draw:
     engine = bench.engine
     sampling = Sampling(max_tokens=bench.recipe.generation.max_tokens, temperature=bench.recipe.generation.temperature)
     start, finished = time.perf_counter(), []
@@ -112,7 +112,7 @@ def _drawn(bench: Workbench, rows: int) -> Draw:
     return Draw([len(row.tokens) for row in finished], time.perf_counter() - start)
 
 
-def _publish_s(bench: Workbench) -> float:
+def _publish_s(bench: WorkerHarness) -> float:
     """A copy of the weights, taken or installed: the mean of the two. 0 where the policy generates itself."""
     if GENERATOR not in bench.places:
         return 0.0
@@ -128,7 +128,7 @@ def _publish_s(bench: Workbench) -> float:
     return (statistics.median(taken) + statistics.median(installed)) / 2
 
 
-def _without_models(bench: Workbench, tokens: int) -> dict[str, float]:
+def _without_models(bench: WorkerHarness, tokens: int) -> dict[str, float]:
     """Seconds a row of rules, and of the batch function."""
     rows = max(bench.sizes.trained_rows)
     rollouts = bench.rollouts(rows, tokens)

@@ -24,7 +24,7 @@ from protocols.weights import Version
 from workers.generation.engine import Engine
 
 
-class Workbench:
+class WorkerHarness:
     """From its making until `close`."""
 
     def __init__(
@@ -106,7 +106,7 @@ def message_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
             return rollouts
 
 
-def forward_calls(bench: Workbench, tokens: int) -> list[Timed]:
+def forward_calls(bench: WorkerHarness, tokens: int) -> list[Timed]:
     """Inference of the policy's shape, over rows that fit one micro-batch."""
     place = bench.places.get("reference") or bench.places["policy"]
     timed = []
@@ -118,7 +118,7 @@ def forward_calls(bench: Workbench, tokens: int) -> list[Timed]:
     return timed
 
 
-def update_calls(bench: Workbench, tokens: int) -> list[Timed]:
+def update_calls(bench: WorkerHarness, tokens: int) -> list[Timed]:
     """A step of the policy: all of its optimizer steps together."""
     timed = []
     for rows in bench.sizes.trained_rows:

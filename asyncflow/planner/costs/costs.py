@@ -75,7 +75,7 @@ def optimizer_step_s(shape: Shape, topology: Topology, device: Device) -> float:
     """What an optimizer step adds to its passes: the exchange of gradients and weights, and moving the state."""
     own = shape.stage_parameters(topology.pp) / topology.tp
     state = own / topology.dp * STATE_BYTES / device.bandwidth
-    return _gradients_s(own, topology, device) + state + device.reach.optimizer_s
+    return _gradients_s(own, topology, device) + state + device.efficiency.optimizer_s
 
 
 def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, context: float, over: Pass) -> float:
@@ -87,7 +87,7 @@ def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, cont
     flops = device.training_flops if over.trains else device.flops
     product = tokens * shape.stage_flops(pp, context) / tp / flops
     read = shape.stage_parameters(pp) * WEIGHT_BYTES / tp / device.bandwidth
-    launch = (shape.layers / pp + 1) * device.reach.layer_s
+    launch = (shape.layers / pp + 1) * device.efficiency.layer_s
     between = tokens * shape.hidden * WEIGHT_BYTES
     reduced = 2 * shape.layers / pp * all_reduce_s(between, tp, device)
     handed_on = between / tp / device.rate(pp * tp) + device.latency_s(pp * tp) if pp > 1 else 0.0
@@ -128,7 +128,7 @@ def decode_s(shape: Shape, pp: int, tp: int, running: float, context: float, dev
     product = running * shape.forward_flops(context) / (pp * tp)
     reduced = 2 * shape.layers * all_reduce_s(group * shape.hidden * WEIGHT_BYTES, tp, device)
     hand_on = (pp - 1) * (group * shape.hidden * WEIGHT_BYTES / device.rate(pp * tp) + device.latency_s(pp * tp))
-    host = device.reach.host_step_s + running * device.reach.host_sequence_s
+    host = device.efficiency.host_step_s + running * device.efficiency.host_sequence_s
     return max(read / device.bandwidth, product / device.flops) + reduced + hand_on + host
 
 
@@ -145,7 +145,7 @@ def transition_s(shape: Shape, topology: Topology, pp: int, tp: int, device: Dev
 
 def publication_s(shape: Shape, pp: int, tp: int, device: Device) -> float:
     """A new version's weights to engines in another pool: every rank receives its shard over the network."""
-    return shape.parameters * WEIGHT_BYTES / (pp * tp) / (device.network_bytes_per_s * device.reach.link)
+    return shape.parameters * WEIGHT_BYTES / (pp * tp) / (device.network_bytes_per_s * device.efficiency.link)
 
 
 def _gradients_s(own: float, topology: Topology, device: Device) -> float:

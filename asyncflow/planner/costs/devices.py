@@ -13,7 +13,7 @@ class Refused(ValueError):
     """A request that no placement can meet; the message carries the numbers."""
 
 
-class Reach(msgspec.Struct, frozen=True):
+class Efficiency(msgspec.Struct, frozen=True):
     """What programs get of the data sheet, and what every call costs beside it. A calibration measures these.
 
     The defaults are common experience with large dense models; they are one set for all models, sizes and layouts.
@@ -50,29 +50,29 @@ class Device(msgspec.Struct, frozen=True):
     link_bytes_per_s: float  # to its neighbours in the node
     network_bytes_per_s: float  # its share of the node's network
     devices_per_node: int
-    reach: Reach = Reach()
+    efficiency: Efficiency = Efficiency()
     cores: float = 0.0  # devices' worth of work that a node does at once, where its devices share it; 0: all of them
     crowded: float = 0.0  # the same, while more want to work than there are cores; 0: as much
 
     @property
     def flops(self) -> float:
         """Flops a second that matrix products reach."""
-        return self.peak_flops * self.reach.compute
+        return self.peak_flops * self.efficiency.compute
 
     @property
     def training_flops(self) -> float:
         """Flops a second that matrix products reach in training."""
-        return self.peak_flops * self.reach.training
+        return self.peak_flops * self.efficiency.training
 
     @property
     def bandwidth(self) -> float:
         """Bytes a second that decoding reads."""
-        return self.memory_bytes_per_s * self.reach.bandwidth
+        return self.memory_bytes_per_s * self.efficiency.bandwidth
 
     @property
     def usable_bytes(self) -> float:
         """Memory that tensors may fill."""
-        return self.memory_bytes * self.reach.memory
+        return self.memory_bytes * self.efficiency.memory
 
     def rate(self, ranks: int, sharing: int = 1) -> float:
         """Bytes a second of a collective over `ranks` neighbours, of whom `sharing` in a node use its network together.
@@ -80,12 +80,12 @@ class Device(msgspec.Struct, frozen=True):
         Neighbours stay inside a node only if whole groups of them tile it.
         """
         if self._within_node(ranks):
-            return self.link_bytes_per_s * self.reach.link
-        return min(self.link_bytes_per_s, self.network_bytes_per_s * sharing) * self.reach.link
+            return self.link_bytes_per_s * self.efficiency.link
+        return min(self.link_bytes_per_s, self.network_bytes_per_s * sharing) * self.efficiency.link
 
     def latency_s(self, ranks: int) -> float:
         """Seconds of one hop of a collective over `ranks` neighbours."""
-        return self.reach.link_latency_s if self._within_node(ranks) else self.reach.network_latency_s
+        return self.efficiency.link_latency_s if self._within_node(ranks) else self.efficiency.network_latency_s
 
     def _within_node(self, ranks: int) -> bool:
         return ranks <= self.devices_per_node and self.devices_per_node % ranks == 0

@@ -95,7 +95,7 @@ class ModelSpeed:
         self.switch_s = costs.transition_s(model.shape, layout.topology, self._pp, self._tp, device) if hybrid else 0.0
         sent = costs.publication_s(model.shape, self._pp, self._tp, device) if model.receives_from else 0.0
         copied = model.shape.parameters * WEIGHT_BYTES / layout.topology.replica_size / device.bandwidth
-        self.publish_s = device.reach.publish_s + (sent or copied)
+        self.publish_s = device.efficiency.publish_s + (sent or copied)
 
     def forward_s(self, lengths: Sequence[int]) -> float:
         return self._passes_s(lengths, costs.FORWARD) if lengths else 0.0

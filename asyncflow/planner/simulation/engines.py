@@ -34,13 +34,13 @@ class Generator:
         self._each = self._speed.engines // loops  # engines that draw together
         self._versions = [-1] * loops  # of the installed weights
         self._loads: list[deque[tuple[int, Signal]]] = [deque() for _ in range(loops)]
-        self._waiting: deque[tuple[int, int]] = deque()  # (sample, floor), the floors never falling
+        self._waiting: deque[tuple[int, int]] = deque()  # (sample, min_version), never falling
         self._running = 0
         self._wake = Signal(world.clock)
 
-    def submit(self, samples: Sequence[int], floor: int) -> None:
-        """Queue rows; they are drawn with weights of version `floor` or newer."""
-        self._waiting += [(sample, floor) for sample in samples]
+    def submit(self, samples: Sequence[int], min_version: int) -> None:
+        """Queue rows; they are drawn with weights of version `min_version` or newer."""
+        self._waiting += [(sample, min_version) for sample in samples]
         self._wake.send()
 
     def load(self, version: int) -> Signal:

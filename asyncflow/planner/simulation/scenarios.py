@@ -30,7 +30,7 @@ TURNS_PER_RESPONSE = 16  # where responses are long it looks less often: a simul
 
 def prompt_lengths(source: PromptSource) -> Lengths:
     """Of the first prompts of a recipe's data, in tokens."""
-    return Lengths.measured(source.evaluation(floor=0, limit=MOST_PROMPTS).prompts.lengths.tolist())
+    return Lengths.measured(source.evaluation(min_version=0, limit=MOST_PROMPTS).prompts.lengths.tolist())
 
 
 def shapes_of(recipe: Recipe) -> dict[str, Shape]:
@@ -91,8 +91,8 @@ def of_recipe(
         firing_rows=recipe.firing_rows,
         mailbox_rows=recipe.mailbox_rows,
         whole_batches=recipe.generation.engine == "torch",
-        call_s=device.reach.call_s,
-        record_s=device.reach.record_s,
+        call_s=device.efficiency.call_s,
+        record_s=device.efficiency.record_s,
         cores=device.cores,
         crowded=device.crowded,
         delays=recipe.delays,
@@ -120,7 +120,7 @@ def of_placement(
         prompt=workload.prompt,
         response=workload.response,
         firing_rows=workload.samples,
-        call_s=cluster.device.reach.call_s,
+        call_s=cluster.device.efficiency.call_s,
         cores=cluster.device.cores,
         crowded=cluster.device.crowded,
         turn_tokens=max(FINEST_TURN, int(workload.response.mean / TURNS_PER_RESPONSE)),

@@ -2,7 +2,7 @@
 
     admit --> generate --> ... --> join --> batcher --> advantages --> updates --> publish --> commit
 
-Admission, age, order and waiting are decided by the run's own PromptBook; services take turns by the run's own
+Admission, age, order and waiting are decided by the run's own InFlightPrompts; services take turns by the run's own
 lease. Lengths are drawn, so long tails show as stragglers and idle engines. Only time is made up.
 """
 
@@ -17,7 +17,7 @@ from statistics import fmean
 
 import msgspec
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission, Ready, check_age
 from asyncflow.dataflow.graph import SOURCE, Stage
 from asyncflow.planner.costs.devices import Refused
@@ -25,7 +25,7 @@ from asyncflow.planner.simulation.engines import Drawn, Generator
 from asyncflow.planner.simulation.scenario import Scenario
 from asyncflow.planner.simulation.simulated import Row, RowStage, World
 from asyncflow.planner.simulation.virtual_clock import Signal
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.data.messages import Values
 
@@ -79,7 +79,7 @@ class _Run:
         self.commits: list[_Commit] = []
         pace, flow, clock = scenario.pace, scenario.dataflow, self.world.clock
         self._dice = random.Random(scenario.seed)
-        self._book = PromptBook(Admission(pace.prompts_per_step, pace.staleness, pace.steps), pace.max_refills)
+        self._book = InFlightPrompts(Admission(pace.prompts_per_step, pace.staleness, pace.steps), pace.max_refills)
         self._pulse = Signal(clock)
         self._cursor = 0
         sources = [stage for stage in flow.stages if stage.generates]
@@ -95,7 +95,7 @@ class _Run:
             1 if channel.grain == "prompt" else pace.samples_per_prompt
             for channel in flow.inputs_of(flow.batch_stage.name)
         )
-        self._floors: dict[int, int] = {}  # live prompt -> version at its admission
+        self._min_versions: dict[int, int] = {}  # live prompt -> version at its admission
         self._unsettled: Counter[int] = Counter()  # such a version -> prompts whose rows have not all reached the join
         self._oldest: dict[int, int] = {}  # prompt -> version of the oldest weights that drew a row of it
         self._updates: Counter[str] = Counter()  # service -> steps that it has trained
@@ -133,11 +133,11 @@ class _Run:
             self._cursor += room
             self._book.admit(prompts)
             self._awaited |= dict.fromkeys(prompts, self._per_prompt)
-            self._floors |= dict.fromkeys(prompts, admission.version)
+            self._min_versions |= dict.fromkeys(prompts, admission.version)
             self._unsettled[admission.version] += room
             await self._hand_out(prompts, admission.version)
 
-    async def _hand_out(self, prompts: Sequence[int], floor: int) -> None:
+    async def _hand_out(self, prompts: Sequence[int], min_version: int) -> None:
         for channel in self.scenario.dataflow.consumers(SOURCE):
             greedy = self.scenario.dataflow.stage(channel.destination).greedy
             indices = [BASELINE_INDEX] if greedy else range(self.scenario.pace.samples_per_prompt)
@@ -145,7 +145,7 @@ class _Run:
             for sample in samples:
                 self.world.rows[sample] = self._drawn()
             await self.world.call()
-            self._generator.submit(samples, floor)
+            self._generator.submit(samples, min_version)
 
     def _drawn(self) -> Row:
         scenario, dice = self.scenario, self._dice
@@ -160,7 +160,10 @@ class _Run:
     def _may_form(self) -> bool:
         """Whether it is worth asking the book, which looks at every prompt: false only where it would refuse."""
         pace, step = self.scenario.pace, len(self.commits)
-        due = [sum(n for floor, n in self._unsettled.items() if floor <= step + j - pace.staleness) for j in range(2)]
+        due = [
+            sum(n for min_version, n in self._unsettled.items() if min_version <= step + j - pace.staleness)
+            for j in range(2)
+        ]
         return self._book.ready >= pace.prompts_per_step and not due[0] and due[1] <= pace.prompts_per_step
 
     async def _train(self, batch: list[Ready], step: int) -> None:
@@ -241,11 +244,11 @@ class _Run:
         self._pulse.send()
 
     def _settle(self, prompt: int) -> None:
-        self._unsettled[self._floors[prompt]] -= 1
+        self._unsettled[self._min_versions[prompt]] -= 1
         samples = [sample_id(prompt, index) for index in range(self.scenario.pace.samples_per_prompt)]
-        worth = self._dice.random() >= self.scenario.dropped
-        self._book.settle(Settled(prompt, samples, [], oldest_version=self._oldest[prompt], worth=worth))
-        if not worth:
+        trainable = self._dice.random() >= self.scenario.dropped
+        self._book.settle(PromptSettled(prompt, samples, [], oldest_version=self._oldest[prompt], trainable=trainable))
+        if not trainable:
             for ended in self._book.take_ended():
                 self._forget(ended)
 
@@ -253,7 +256,7 @@ class _Run:
         """A prompt is over: nobody needs its rows."""
         for index in (*range(self.scenario.pace.samples_per_prompt), BASELINE_INDEX):
             self.world.rows.pop(sample_id(prompt, index), None)
-        del self._awaited[prompt], self._floors[prompt], self._oldest[prompt]
+        del self._awaited[prompt], self._min_versions[prompt], self._oldest[prompt]
         for row_stage in self._rows.values():
             row_stage.inbox.end([prompt])
 

@@ -41,7 +41,7 @@ class Store(Protocol):
         ...
 
 
-class Answering(Protocol):
+class Requestable(Protocol):
     """A service as those see it who only ask."""
 
     @property
@@ -52,7 +52,7 @@ class Answering(Protocol):
         ...
 
 
-class Endpoint(Answering, Protocol):
+class Endpoint(Requestable, Protocol):
     """A service as others see it."""
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
@@ -76,7 +76,7 @@ class PayloadLost(Exception):
     """A frame can't be read any more: the process that owned it is gone."""
 
 
-async def ask(endpoint: Answering, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+async def ask(endpoint: Requestable, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
     """`request` that raises ServiceError where the service refuses."""
     reply, answers = await endpoint.request(request, payloads)
     if isinstance(reply, Refused):

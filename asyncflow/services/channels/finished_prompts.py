@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 
 
-class EndedPrompts:
+class FinishedPrompts:
     """A set of prompt ids in as many numbers as it has gaps: prompts end roughly in the order of their ids."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from protocols.stage import Failure
 MOST_TIMES = 5  # more than processes die near a row
 
 
-class Losses:
+class LostRows:
     """How often each stage lost each row; of prompts that are not over."""
 
     def __init__(self) -> None:

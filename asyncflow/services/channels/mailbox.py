@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.row_table import Arrival, Joined, RowTable
 from protocols.stage import Failure
 
@@ -25,7 +25,9 @@ def has_room(held: int, arriving: int, capacity: int) -> bool:
 class Mailbox(Generic[V]):
     """`put` waits for room where there is one edge; `take` waits for rows, never for a minimum."""
 
-    def __init__(self, edges: int, capacity: int, in_id_order: bool = False, ended: EndedPrompts | None = None) -> None:
+    def __init__(
+        self, edges: int, capacity: int, in_id_order: bool = False, ended: FinishedPrompts | None = None
+    ) -> None:
         self._table: RowTable[V] = RowTable(edges, ended)
         self._capacity = capacity if edges == 1 else None
         self._in_id_order = in_id_order

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from protocols.data.ids import prompt_of
 
 S = TypeVar("S")
@@ -20,11 +20,11 @@ S = TypeVar("S")
 class Outbox(Generic[S]):
     """What left, by edge, in the order of sending; the memory of one is bounded by the prompts in flight."""
 
-    def __init__(self, ended: EndedPrompts | None = None) -> None:
+    def __init__(self, ended: FinishedPrompts | None = None) -> None:
         self._kept: defaultdict[str, dict[int, S]] = defaultdict(dict)
         self._open: dict[int, tuple[str, set[int]]] = {}  # number -> its edge and the prompts that need it
         self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)
-        self._ended = ended if ended is not None else EndedPrompts()
+        self._ended = ended if ended is not None else FinishedPrompts()
         self._number = 0
 
     def __len__(self) -> int:

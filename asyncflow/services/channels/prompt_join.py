@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from msgspec.structs import replace
 
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.row_table import Arrival, RowTable
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.columns import Batch, concat, take
 from protocols.data.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.data.messages import Costs, Rollouts, Scores, Values
 from protocols.stage import Failure, Grain
 
 Held = tuple[Batch, int]  # a row inside a batch that arrived
-Worth = Callable[[Mapping[int, Batch]], bool]  # of one prompt's rows, by the position of their sample edge
+IsTrainable = Callable[[Mapping[int, Batch]], bool]  # of one prompt's rows, by the position of their sample edge
 
 
 class PromptJoin:
@@ -31,10 +31,10 @@ class PromptJoin:
         self,
         grains: Sequence[Grain],
         samples_per_prompt: int,
-        ended: EndedPrompts | None = None,
-        worth: Worth | None = None,
+        ended: FinishedPrompts | None = None,
+        trainable: IsTrainable | None = None,
     ) -> None:
-        """`worth` says whether a prompt that settled alive should be trained; None: all are."""
+        """`trainable` says whether a prompt that settled alive should be trained; None: all are."""
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
         self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), ended)
@@ -42,7 +42,7 @@ class PromptJoin:
         self._settled: defaultdict[int, set[int]] = defaultdict(set)
         self._closed: dict[int, list[int]] = {}  # prompts that settled alive -> their samples
         self._per_prompt = samples_per_prompt
-        self._worth = worth
+        self._worth = trainable
         self.peak = 0
 
     @property
@@ -52,7 +52,7 @@ class PromptJoin:
 
     def arrive(
         self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
-    ) -> tuple[list[Settled], Arrival]:
+    ) -> tuple[list[PromptSettled], Arrival]:
         """Take rows of one edge; the prompts that settled by it, and what came of the rows."""
         table = self._baselines if self._by_prompt[position] else self._samples
         rows: list[tuple[int, Held | Failure]] = [(f.sample_id, f) for f in failures]
@@ -97,15 +97,15 @@ class PromptJoin:
             return False
         return not any(self._by_prompt) or self._baselines.is_settled(sample_id(prompt, BASELINE_INDEX))
 
-    def _close(self, prompt: int) -> Settled:
+    def _close(self, prompt: int) -> PromptSettled:
         samples = sorted(self._settled.pop(prompt))
         dead = self._deaths(prompt, samples)
         if dead:
             # A group that lost a member is not trained: its baseline and its count would be another's.
             self.end([prompt])
-            return Settled(prompt, [s for s in samples if s not in {f.sample_id for f in dead}], dead)
+            return PromptSettled(prompt, [s for s in samples if s not in {f.sample_id for f in dead}], dead)
         summary = self._summary(prompt, samples)
-        if summary.worth:
+        if summary.trainable:
             self._closed[prompt] = samples
         else:
             # Its rows leave before its place is told to be free: the prompt that refills it finds room here.
@@ -119,7 +119,7 @@ class PromptJoin:
         baseline = self._baselines.failure_of(sample_id(prompt, BASELINE_INDEX))
         return [Failure(s, f"its prompt's baseline: {baseline.cause}") for s in samples] if baseline else []
 
-    def _summary(self, prompt: int, samples: list[int]) -> Settled:
+    def _summary(self, prompt: int, samples: list[int]) -> PromptSettled:
         oldest, critic, tokens, reward, cost = 0, -1, 0, 0.0, None
         columns = {
             position: gather(self._samples.column(self._place[position], samples))
@@ -136,8 +136,8 @@ class PromptJoin:
                     reward += float(rows.scores.sum())
                 case Costs():
                     cost = (cost or 0.0) + float(rows.costs.sum())
-        worth = self._worth is None or self._worth(columns)
-        return Settled(prompt, samples, [], oldest, critic, tokens, reward, cost, worth)
+        trainable = self._worth is None or self._worth(columns)
+        return PromptSettled(prompt, samples, [], oldest, critic, tokens, reward, cost, trainable)
 
     @staticmethod
     def _baseline_of(sample: int) -> int:

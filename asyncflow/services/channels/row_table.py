@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from protocols.data.ids import prompt_of
 from protocols.stage import Failure
 
@@ -49,14 +49,14 @@ class _Row(Generic[V]):
 class RowTable(Generic[V]):
     """The rows of one stage's `edges` inputs."""
 
-    def __init__(self, edges: int, ended: EndedPrompts | None = None) -> None:
+    def __init__(self, edges: int, ended: FinishedPrompts | None = None) -> None:
         """`ended`: the prompts that are over, where several tables share the knowledge."""
         self._edges = edges
         self._held: dict[int, _Row[V]] = {}
         self._settled: dict[int, None] = {}  # in the order in which they settled
         self._left: dict[int, int] = {}  # sample -> the attempt that left
         self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # every sample that is remembered
-        self._ended = ended if ended is not None else EndedPrompts()
+        self._ended = ended if ended is not None else FinishedPrompts()
 
     def __len__(self) -> int:
         return len(self._held)

@@ -26,17 +26,17 @@ from protocols.stage import Failure
 B = TypeVar("B", bound=Batch)
 
 
-class Part(msgspec.Struct, frozen=True, eq=False):
+class ShardRef(msgspec.Struct, frozen=True, eq=False):
     """Rows of one message and where they are. Compared by identity: it stands for one frame."""
 
     shard: Shard
     payload: Payload
 
 
-Place = tuple[Part, int]  # a row of a part
+Place = tuple[ShardRef, int]  # a row of a part
 
 
-class Cut(msgspec.Struct, frozen=True):
+class Partitioning(msgspec.Struct, frozen=True):
     """How a stage's rows are dealt out to its ranks."""
 
     protocol: str
@@ -44,7 +44,7 @@ class Cut(msgspec.Struct, frozen=True):
     by_tokens: bool = False  # shares of equal tokens instead of equal rows
 
 
-class PlannedCall(msgspec.Struct, frozen=True):
+class RankCallPlan(msgspec.Struct, frozen=True):
     """What one rank is asked."""
 
     rank: int
@@ -52,16 +52,16 @@ class PlannedCall(msgspec.Struct, frozen=True):
     payloads: list[Payload]
 
 
-def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False) -> Part:
+def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False) -> ShardRef:
     """Encode a batch once and put it, see `Store.put`. May block: for compute threads."""
     frame = codec.encode(batch, term=term, attempt=attempt)
     shard = Shard(batch.sample_ids.tolist(), frame.nbytes, batch.token_counts.tolist() if batch.tokens else [])
-    return Part(shard, store.put(frame, direct))
+    return ShardRef(shard, store.put(frame, direct))
 
 
 def pack_apart(
     store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False, object_bytes: int = 0
-) -> list[Part]:
+) -> list[ShardRef]:
     """Like `pack`, as small frames that travel inside the message where the store says so, and otherwise as objects.
 
     Objects have about `object_bytes` each; 0: there is a single one. Where a reader shares the producer's memory, it
@@ -84,19 +84,19 @@ def unpack(frames: Sequence[Frame], kind: type[B]) -> B:
     return concat([batch for batch in batches if isinstance(batch, kind)])
 
 
-def parts_of(shards: Sequence[Shard], payloads: Sequence[Payload]) -> list[Part]:
+def parts_of(shards: Sequence[Shard], payloads: Sequence[Payload]) -> list[ShardRef]:
     """Shards with their payloads. Raises ValueError where the counts differ."""
     if len(shards) != len(payloads):
         raise ValueError(f"{len(shards)} shards came with {len(payloads)} payloads, want one each")
-    return [Part(shard, payload) for shard, payload in zip(shards, payloads, strict=True)]
+    return [ShardRef(shard, payload) for shard, payload in zip(shards, payloads, strict=True)]
 
 
-def places(parts: Iterable[Part]) -> list[tuple[int, Place]]:
+def places(parts: Iterable[ShardRef]) -> list[tuple[int, Place]]:
     """Sample id and place of every row, in order."""
     return [(sample, (part, row)) for part in parts for row, sample in enumerate(part.shard.sample_ids)]
 
 
-def arrivals(parts: Iterable[Part], failures: Iterable[Failure]) -> list[tuple[int, Place | Failure]]:
+def arrivals(parts: Iterable[ShardRef], failures: Iterable[Failure]) -> list[tuple[int, Place | Failure]]:
     """Rows as a mailbox takes them: values and tombstones by id."""
     return [*places(parts), *((f.sample_id, f) for f in failures)]
 
@@ -104,7 +104,7 @@ def arrivals(parts: Iterable[Part], failures: Iterable[Failure]) -> list[tuple[i
 def plan_calls(
     stage: str,
     method: str,
-    cut: Cut,
+    cut: Partitioning,
     samples: Sequence[int],
     inputs: Sequence[Sequence[Place]],
     schemas: Sequence[int],
@@ -114,7 +114,7 @@ def plan_calls(
     step: int = -1,
     sampling: Sampling | None = None,
     all_ranks: bool = False,
-) -> list[PlannedCall]:
+) -> list[RankCallPlan]:
     """Deal the rows of a firing out: each rank reads, of every input, its own rows and nothing else.
 
     Args:
@@ -148,14 +148,14 @@ def plan_calls(
         payloads = [sources[source].payload for source in used]
         nbytes = sum(sources[source].shard.nbytes for source in used)
         ids = [samples[row] for row in share.tolist()]
-        calls.append(PlannedCall(rank, RankCall(stage, method, ids, readings, step, nbytes, sampling), payloads))
+        calls.append(RankCallPlan(rank, RankCall(stage, method, ids, readings, step, nbytes, sampling), payloads))
     return calls
 
 
-def _locate(inputs: Sequence[Sequence[Place]]) -> tuple[list[Part], list[Located]]:
+def _locate(inputs: Sequence[Sequence[Place]]) -> tuple[list[ShardRef], list[Located]]:
     """The distinct parts of all inputs, and per input where its rows lie among them."""
     numbers: dict[int, int] = {}
-    parts: list[Part] = []
+    parts: list[ShardRef] = []
     located = []
     for rows in inputs:
         sources = np.empty(len(rows), np.int64)

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
 from asyncflow.services.channels.endpoint import Endpoint, Payload, PayloadLost, ServiceError, Store, ask
-from asyncflow.services.channels.shard_refs import Part, parts_of, unpack
+from asyncflow.services.channels.shard_refs import ShardRef, parts_of, unpack
 from protocols.control.requests import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
 from protocols.data import codec
 from protocols.data.columns import Batch
@@ -40,16 +40,16 @@ class _Reader:
         self.seen_at = now
         self.polls = 0  # that wait at the moment
         self.missed = 0  # rows, since its last reply
-        self.queue: deque[list[Part]] = deque()
+        self.queue: deque[list[ShardRef]] = deque()
         self.offered = asyncio.Event()
 
-    def offer(self, parts: list[Part]) -> None:
+    def offer(self, parts: list[ShardRef]) -> None:
         if len(self.queue) == MOST_DELIVERIES:
             self.missed += sum(len(part.shard.sample_ids) for part in self.queue.popleft())
         self.queue.append(parts)
         self.offered.set()
 
-    def take(self) -> tuple[list[Part], int]:
+    def take(self) -> tuple[list[ShardRef], int]:
         parts = [part for delivery in self.queue for part in delivery]
         missed, self.missed = self.missed, 0
         self.queue.clear()
@@ -99,7 +99,7 @@ class Subscriptions:
         """End a subscription; one that is not there is ended already."""
         self._readers.pop(number, None)
 
-    def offer(self, stage: str, parts: Sequence[Part]) -> None:
+    def offer(self, stage: str, parts: Sequence[ShardRef]) -> None:
         """Show a delivery to the readers of its stage. Never waits."""
         if not self._readers or not parts:
             return
@@ -108,7 +108,7 @@ class Subscriptions:
             if reader.stage == stage:
                 reader.offer(list(parts))
 
-    async def next(self, number: int, seconds: float) -> tuple[list[Part], int]:
+    async def next(self, number: int, seconds: float) -> tuple[list[ShardRef], int]:
         """What waits for a reader and how many rows it missed; nothing where nothing came within `seconds`.
 
         Raises LookupError for a subscription that is not there (any more).
@@ -185,7 +185,7 @@ async def _next(
     return reply, payloads
 
 
-async def _read(store: Store, part: Part, kind: type[B]) -> B | None:
+async def _read(store: Store, part: ShardRef, kind: type[B]) -> B | None:
     try:
         return await asyncio.to_thread(unpack, [await store.get(part.payload)], kind)
     except (codec.BadFrame, PayloadLost):

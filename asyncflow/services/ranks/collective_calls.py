@@ -20,7 +20,7 @@ T = TypeVar("T")
 GRACE_SECONDS = 5.0  # what two ranks say of the same fault differs by less
 
 
-class JointWork:
+class CollectiveCalls:
     """The ranks of a service that work together, or of one that need not."""
 
     def __init__(self, service: str, collective: bool, grace_seconds: float = GRACE_SECONDS) -> None:

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Store
-from asyncflow.services.channels.shard_refs import Part, pack_apart
+from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank_requests import carry_out
-from asyncflow.services.ranks.row_consensus import agree
+from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import Workplace
+from asyncflow.services.ranks.worker_factory import LoadedWorker
 from protocols.control.delivery import Damaged, RankCall, RankReply, Reading
 from protocols.control.requests import LoadState, RankAnswer, RankRequest
 from protocols.data import codec
@@ -55,7 +55,7 @@ class Rank:
     """One rank's inside."""
 
     def __init__(
-        self, spec: ServiceSpec, workplace: Workplace, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
+        self, spec: ServiceSpec, workplace: LoadedWorker, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
     ) -> None:
         """`thread`: where `call` works; None where the process has nothing else to do and calls `work` itself."""
         self._spec, self._workplace, self._store, self._thread = spec, workplace, store, thread
@@ -80,15 +80,15 @@ class Rank:
         start = time.time()
         if delay := self._spec.delay_seconds.get(call.method, 0.0):
             time.sleep(delay)
-        read = Reader(call, frames)
+        read = RowReader(call, frames)
         for number, reason in read.refused.items():
             if (frame := frames[number]) is not None:
                 self._quarantine.keep(frame, f"{call.stage}: {reason}")
         if self._workplace.world is not None:
-            agree(call, read, self._workplace.world.exchange)
+            exchange_unreadable_rows(call, read, self._workplace.world.exchange)
         result: Any = None
         if read.rows or self._spec.collective:
-            self._workplace.come_back()
+            self._workplace.reload()
             options = {} if call.sampling is None else {"sampling": call.sampling}
             result = self._workplace.method(call.method)(*read.inputs, **options)
         batch, failures, metrics = unwrap(result)
@@ -118,7 +118,7 @@ class Rank:
             self._workplace.leave()  # all services restore at once, when none of them has the devices
         return RankAnswer(start, time.time(), reply), payloads
 
-    def _put(self, stage: str, batch: Batch) -> list[Part]:
+    def _put(self, stage: str, batch: Batch) -> list[ShardRef]:
         direct = self._direct.get(stage, self._alone)
         return pack_apart(self._store, batch, self._spec.term, direct=direct, object_bytes=self._spec.object_bytes)
 
@@ -142,7 +142,7 @@ class OwnRank:
         """The front frees it."""
 
 
-class Reader:
+class RowReader:
     """The rows of one call: what could be read, and what could not. `inputs` hold the readable rows in call order."""
 
     def __init__(self, call: RankCall, frames: Sequence[Frame | None]) -> None:

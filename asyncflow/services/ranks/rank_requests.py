@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from asyncflow.services.channels.endpoint import Payload, Store
-from asyncflow.services.ranks.worker_factory import Workplace
+from asyncflow.services.ranks.worker_factory import LoadedWorker
 from protocols.control.requests import (
     Done,
     ExportModel,
@@ -29,14 +29,14 @@ from protocols.control.requests import (
 BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # a user's code is tried out without it, wherever it is
 
 
-def carry_out(workplace: Workplace, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
+def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
     """Do what is asked of a rank. Blocking; raises what its worker raises."""
     if isinstance(request, YieldDevices):
         return workplace.leave(), []
     if isinstance(request, PrepareCode | SwitchCode):
         _take_code(workplace.worker, request)
         return Done(), []
-    workplace.come_back()
+    workplace.reload()
     worker: Any = workplace.worker
     match request:
         case TakeSnapshot():

@@ -18,7 +18,7 @@ from protocols.data.columns import empty, rows_of, take
 from protocols.data.messages import SCHEMAS
 
 if TYPE_CHECKING:
-    from asyncflow.services.ranks.rank import Reader
+    from asyncflow.services.ranks.rank import RowReader
 
 Exchange = Callable[[bytes], list[bytes]]  # what this rank says -> what all say, in their order
 
@@ -34,21 +34,21 @@ class Unreadable(msgspec.Struct, frozen=True, array_like=True):
 _DECODER = msgspec.msgpack.Decoder(list[Unreadable])
 
 
-def agree(call: RankCall, read: Reader, exchange: Exchange) -> None:
+def exchange_unreadable_rows(call: RankCall, read: RowReader, exchange: Exchange) -> None:
     """Reduce what was read to the rows that all ranks can read; `read.inputs` are there even if no row is left."""
     own = unreadable(call, read)
     said = [row for message in exchange(msgspec.msgpack.encode(own)) for row in _DECODER.decode(message)]
     leave_out(call, read, said)
 
 
-def unreadable(call: RankCall, read: Reader) -> list[Unreadable]:
+def unreadable(call: RankCall, read: RowReader) -> list[Unreadable]:
     """The rows of a call that this rank could not read."""
     ids = call.sample_ids
     refused = [Unreadable(ids[row], damage.input, damage.cause) for damage in read.damaged for row in damage.rows]
     return refused + [Unreadable(ids[row]) for row in read.lost]
 
 
-def leave_out(call: RankCall, read: Reader, said: Sequence[Unreadable]) -> None:
+def leave_out(call: RankCall, read: RowReader, said: Sequence[Unreadable]) -> None:
     """Take rows that other ranks could not read from the inputs, and account for them; rows of others are nothing."""
     readable = set(read.inputs[0].sample_ids.tolist()) if read.inputs else set()
     missing = {row.sample_id: row for row in said if row.sample_id in readable}

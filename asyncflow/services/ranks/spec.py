@@ -93,7 +93,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         return generation_grouping(self.backend, Topology.parse(self.topology), Topology.parse(self.generation_layout))
 
 
-def dealt_by(protocol: str, topology: Topology) -> str:
+def effective_protocol(protocol: str, topology: Topology) -> str:
     """The transfer protocol by which a stage's rows reach the ranks of a topology.
 
     DP_PROTO is for ranks that hold the whole model each: where several share one, its rows go to all of them.

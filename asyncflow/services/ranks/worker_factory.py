@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
     from asyncflow.dataflow.graph import Stage
     from workers.parallel.process_group import World
-    from workers.training.offload import Residence
+    from workers.training.offload import Offloader
 
 
-class Workplace(msgspec.Struct):
+class LoadedWorker(msgspec.Struct):
     """A worker, and the engine where its service generates."""
 
     worker: Any
     engine: Engine | None = None
     follow: Callable[[], None] | None = None  # brings the engine to the version of the model that it shares
     world: World | None = None  # the other ranks, where they work together
-    residence: Residence | None = None  # of a model that can leave its device to others
+    residence: Offloader | None = None  # of a model that can leave its device to others
 
     def method(self, name: str) -> Callable[..., Any]:
         """A stage method of the worker. Raises AttributeError."""
         return getattr(self.worker, name)
 
-    def come_back(self) -> None:
+    def reload(self) -> None:
         """Have the model on its device, for work."""
         if self.residence is not None:
-            self.residence.come_back()
+            self.residence.reload()
 
     def leave(self) -> Done:
         """Free the device's memory, where the model can leave it."""
@@ -64,14 +64,14 @@ class Workplace(msgspec.Struct):
             self.world.leave()
 
 
-def _policy(spec: ServiceSpec) -> Workplace:
+def _policy(spec: ServiceSpec) -> LoadedWorker:
     from workers.data.pretraining import text_of
     from workers.roles.policy import PolicyWorker
 
     text = text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed)
     worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed, text)
     if not any(s.fires == "generate" for s in spec.stages):
-        return Workplace(worker)
+        return LoadedWorker(worker)
     engine = worker.engine(spec.term)
 
     def follow() -> None:
@@ -79,16 +79,16 @@ def _policy(spec: ServiceSpec) -> Workplace:
         if engine.version is None or version > engine.version:
             engine.advance(version)
 
-    return Workplace(worker, engine, follow)
+    return LoadedWorker(worker, engine, follow)
 
 
-def _generator(spec: ServiceSpec) -> Workplace:
+def _generator(spec: ServiceSpec) -> LoadedWorker:
     engine = _engine(spec)
     if spec.model.lora.publish == "adapters":
         from workers.generation.merging import MergingEngine
 
         engine = MergingEngine(engine, spec.model.path, spec.model.dtype)
-    return Workplace(None, engine)
+    return LoadedWorker(None, engine)
 
 
 def _engine(spec: ServiceSpec) -> Engine:
@@ -104,43 +104,45 @@ def _engine(spec: ServiceSpec) -> Engine:
     return TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path))
 
 
-def _critic(spec: ServiceSpec) -> Workplace:
+def _critic(spec: ServiceSpec) -> LoadedWorker:
     from workers.roles.critic import CriticWorker
 
-    return Workplace(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+    return LoadedWorker(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
 
 
-def _cost_critic(spec: ServiceSpec) -> Workplace:
+def _cost_critic(spec: ServiceSpec) -> LoadedWorker:
     from workers.roles.critic import CostCriticWorker
 
-    return Workplace(CostCriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+    return LoadedWorker(CostCriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
 
 
-def _reference(spec: ServiceSpec) -> Workplace:
+def _reference(spec: ServiceSpec) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
-    return Workplace(ReferenceWorker(spec.model, spec.loss, spec.generation))
+    return LoadedWorker(ReferenceWorker(spec.model, spec.loss, spec.generation))
 
 
-def _reward(spec: ServiceSpec) -> Workplace:
+def _reward(spec: ServiceSpec) -> LoadedWorker:
     from workers.roles.reward import MixedReward, ModelReward, RuleReward
 
     if spec.model.mix:
-        return Workplace(MixedReward(spec.model, spec.tokenizer_path, spec.loss.tokens_per_micro_batch, spec.failures))
+        return LoadedWorker(
+            MixedReward(spec.model, spec.tokenizer_path, spec.loss.tokens_per_micro_batch, spec.failures)
+        )
     if spec.model.rule:
-        return Workplace(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
-    return Workplace(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
+        return LoadedWorker(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
+    return LoadedWorker(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
 
 
-def _cost(spec: ServiceSpec) -> Workplace:
+def _cost(spec: ServiceSpec) -> LoadedWorker:
     from workers.roles.cost import ModelCost, RuleCost
 
     if spec.model.rule:
-        return Workplace(RuleCost(spec.model, spec.tokenizer_path, spec.failures))
-    return Workplace(ModelCost(spec.model, spec.loss.tokens_per_micro_batch))
+        return LoadedWorker(RuleCost(spec.model, spec.tokenizer_path, spec.failures))
+    return LoadedWorker(ModelCost(spec.model, spec.loss.tokens_per_micro_batch))
 
 
-def _advantage(spec: ServiceSpec) -> Workplace:
+def _advantage(spec: ServiceSpec) -> LoadedWorker:
     from asyncflow.dataflow.registry import algorithm_named
     from asyncflow.dataflow.retrace import retraced
     from asyncflow.dataflow.steering import with_steering
@@ -152,10 +154,10 @@ def _advantage(spec: ServiceSpec) -> Workplace:
     def remake(module: ModuleType) -> Stage:
         return retraced(module, spec.algorithm, spec.numbers, dataflow, declared).batch_stage
 
-    return Workplace(ApplyFunctions(dataflow.batch_stage, module_of(spec.algorithm), remake))
+    return LoadedWorker(ApplyFunctions(dataflow.batch_stage, module_of(spec.algorithm), remake))
 
 
-_BUILDERS: dict[str, Callable[[ServiceSpec], Workplace]] = {
+_BUILDERS: dict[str, Callable[[ServiceSpec], LoadedWorker]] = {
     "policy": _policy,
     "generator": _generator,
     "critic": _critic,
@@ -198,10 +200,10 @@ def _own(kind: Kind) -> type:
 _WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
 
 
-def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workplace:
+def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:
     """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
     if spec.kind not in _BUILDERS:
-        return Workplace(_own(spec.kind)(spec, rank), world=world)
+        return LoadedWorker(_own(spec.kind)(spec, rank), world=world)
     if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.folders):
         import torch
 
@@ -215,7 +217,7 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Workp
     if world is not None:
         worker = worker_of(spec, world)
         together = world if spec.collective else None
-        workplace = Workplace(worker, world=together, residence=worker.residence)
+        workplace = LoadedWorker(worker, world=together, residence=worker.residence)
         if spec.leased:
             workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
         return workplace

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from asyncflow.services.channels.endpoint import Payload, ServiceError
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import Workplace, build
+from asyncflow.services.ranks.worker_factory import LoadedWorker, build
 from asyncflow.services.runtime import Started
 from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
@@ -26,7 +26,7 @@ class LocalRanks:
     def __init__(self, spec: ServiceSpec, store: LocalStore) -> None:
         self._spec, self._store = spec, store
         self._ranks: list[Rank] = []
-        self._workplaces: list[Workplace] = []
+        self._workplaces: list[LoadedWorker] = []
         self._threads: list[ThreadPoolExecutor] = []
 
     async def start(self) -> None:

@@ -21,7 +21,7 @@ import ray
 from asyncflow.services.channels.endpoint import Frame, Payload
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import Workplace, build
+from asyncflow.services.ranks.worker_factory import LoadedWorker, build
 from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
 from asyncflow.services.runtime.ray_store import RankStore, RayStore, referenced
 from asyncflow.services.runtime.wire import Carried, Server, ServerThread
@@ -31,7 +31,7 @@ from protocols.control.requests import RankRequest, Request
 from protocols.layout.topology import Topology
 
 if TYPE_CHECKING:
-    from workers.parallel.process_group import Meeting, World
+    from workers.parallel.process_group import Rendezvous, World
 
 T = TypeVar("T")
 
@@ -119,17 +119,17 @@ class RankActor:
         self._number = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
         self._server = ServerThread(wire, self._answer) if wire else None
-        self._workplace: Workplace | None = None
-        self._hosted: Meeting | None = None
+        self._workplace: LoadedWorker | None = None
+        self._hosted: Rendezvous | None = None
         if self._spec.log_path:
             path = Path(self._spec.log_path)
             log_to(str(path.with_name(f"{path.stem}-{rank}{path.suffix}")))
 
-    def host_meeting(self) -> str:
+    def create_store(self) -> str:
         """The address of a place for all ranks to meet, which this one keeps open."""
-        from workers.parallel.process_group import host_meeting
+        from workers.parallel.process_group import create_store
 
-        self._hosted, address = host_meeting(ray.util.get_node_ip_address())
+        self._hosted, address = create_store(ray.util.get_node_ip_address())
         return address
 
     def start(self, meeting: str) -> None:
@@ -183,10 +183,10 @@ class RankActor:
         self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
 
     def _join(self, meeting: str) -> World:
-        from workers.parallel.process_group import join_world, visit_meeting
+        from workers.parallel.process_group import connect_store, join_world
 
         size = Topology.parse(self._spec.topology).world_size
-        return join_world(self._hosted or visit_meeting(meeting), self._number, size)
+        return join_world(self._hosted or connect_store(meeting), self._number, size)
 
     def _call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         frames = [self._store.read(payload) for payload in payloads]

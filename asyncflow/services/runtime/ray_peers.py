@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from asyncflow.services.channels.endpoint import Payload, ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.runtime.ray_store import RayStore
-from asyncflow.services.runtime.wire import Answered, Broken, NotHere, Wire, travels
+from asyncflow.services.runtime.wire import Answered, ConnectionLost, NotListening, Wire, travels
 from protocols.control.delivery import Delivery, RankCall, RankReply
 from protocols.control.notices import Notice
 from protocols.control.requests import RankAnswer, RankRequest, Reply, Request
@@ -46,7 +46,7 @@ class Peer:
         """
         what = what or method
         if self._wire is not None and travels(payloads, body):
-            with contextlib.suppress(NotHere):
+            with contextlib.suppress(NotListening):
                 reply, answers = await self._over(self._wire, method, body, payloads, what)
                 return reply, await self._store.admit(answers)
         references = await self._store.by_reference(payloads)
@@ -66,7 +66,7 @@ class Peer:
     ) -> tuple[bytes, list[Payload]]:
         try:
             answer: Answered = await wire.call(method, body, payloads)
-        except Broken as error:
+        except ConnectionLost as error:
             await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
             raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
         if answer.error is not None:
@@ -118,7 +118,7 @@ class RayRanks:
 
     async def start(self) -> None:
         first = self._actors[0]
-        meeting = await called(f"{self._name} rank 0", "host meeting", first.host_meeting) if self._meet else ""
+        meeting = await called(f"{self._name} rank 0", "host meeting", first.create_store) if self._meet else ""
         async with all_or_error() as group:
             for rank, actor in enumerate(self._actors):
                 starting = called(f"{self._name} rank {rank}", "start", actor.start, meeting)

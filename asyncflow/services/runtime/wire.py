@@ -45,7 +45,7 @@ class Call(msgspec.Struct, array_like=True, tag=0):
     payloads: list[bytes | None]  # None: the next of the frames beside the message
 
 
-class GivenUp(msgspec.Struct, array_like=True, tag=1):
+class Cancelled(msgspec.Struct, array_like=True, tag=1):
     """Nobody will collect what was kept under this number."""
 
     kept: int
@@ -61,16 +61,16 @@ class Answer(msgspec.Struct, array_like=True):
     kept: int = 0  # under which number `Server.collect` gives the payloads, where they do not travel
 
 
-_calls = msgspec.msgpack.Decoder(Call | GivenUp)
+_calls = msgspec.msgpack.Decoder(Call | Cancelled)
 _answers = msgspec.msgpack.Decoder(Answer)
 _encoder = msgspec.msgpack.Encoder()
 
 
-class NotHere(Exception):
+class NotListening(Exception):
     """Nobody listens under that name on this node."""
 
 
-class Broken(Exception):
+class ConnectionLost(Exception):
     """The connection ended before the answer came: whether the call was done is not known."""
 
 
@@ -144,7 +144,7 @@ class Server:
             return False
         packed, frames = received
         match _calls.decode(packed):
-            case GivenUp(kept):
+            case Cancelled(kept):
                 self._kept.pop(kept, None)
             case Call() as call:
                 payloads = _joined(call.payloads, frames)
@@ -218,12 +218,12 @@ class Wire:
         self._numbers = itertools.count()
 
     async def call(self, what: str, body: bytes, payloads: Sequence[Carried] = ()) -> Answered:
-        """Ask, and wait for the answer. Raises NotHere where nothing was sent, Broken where nothing came back."""
+        """Ask, and wait for the answer. Raises NotListening where nothing was sent, Broken where nothing came back."""
         if self._connection is None:
             await self._connect()
         connection = self._connection
         if connection is None or connection.closed:
-            raise NotHere(f"{self.name}: the connection is about to end")
+            raise NotListening(f"{self.name}: the connection is about to end")
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
@@ -246,7 +246,7 @@ class Wire:
     def _let_go(self, kept: int) -> None:
         """Nobody waits for it any more."""
         if kept and self._connection is not None:
-            _send(self._connection, GivenUp(kept))
+            _send(self._connection, Cancelled(kept))
 
     async def _connect(self) -> None:
         async with self._connecting:
@@ -255,13 +255,13 @@ class Wire:
             try:
                 calling = opened()
             except OSError as error:  # no descriptor is left
-                raise NotHere(f"{self.name}: {error}") from error
+                raise NotListening(f"{self.name}: {error}") from error
             try:
                 await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
                 connection = Connection(calling)
             except (OSError, Garbage) as error:
                 calling.close()
-                raise NotHere(f"{self.name}: {error}") from error
+                raise NotListening(f"{self.name}: {error}") from error
             except asyncio.CancelledError:
                 calling.close()
                 raise
@@ -279,7 +279,7 @@ class Wire:
             connection.close()
             for future in self._waiting.values():
                 if not future.done():
-                    future.set_exception(Broken(f"{self.name}: the connection ended"))
+                    future.set_exception(ConnectionLost(f"{self.name}: the connection ended"))
 
     async def _take(self, connection: Connection) -> bool:
         """Receive one answer and give it to who waits for it; whether there was one."""
@@ -332,7 +332,7 @@ def _check_size(body: bytes) -> None:
         raise ValueError(f"an answer of {len(body)} bytes beside its payloads, fewer than {MOST_BYTES // 2} can travel")
 
 
-def _send(connection: Connection, message: Call | GivenUp | Answer, frames: Sequence[SharedFrame] = ()) -> None:
+def _send(connection: Connection, message: Call | Cancelled | Answer, frames: Sequence[SharedFrame] = ()) -> None:
     packed = bytearray(PROLOGUE)
     _encoder.encode_into(message, packed, PROLOGUE)
     connection.send(packed, frames)

@@ -97,7 +97,7 @@ def test_calibrate_measures_the_recipes_own_models(
     file = tmp_path / "here.json"
     plans.calibrate(paper.out, recipe, as_json=False, output=file, quick=True)
     found = msgspec.json.decode(file.read_bytes(), type=Calibration)
-    reach = found.device.reach
+    reach = found.device.efficiency
     assert found.responses is not None and 1 <= found.responses.mean <= 6
     assert min(reach.publish_s, reach.call_s, reach.record_s, reach.layer_s + reach.host_step_s) > 0
     assert found.device.cores >= 1 and set(found.row_s) == {"reward", "advantage"}

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from asyncflow.control import events
-from asyncflow.control.events import EventLog, Pulse
+from asyncflow.control.events import EventLog, Notifier
 from protocols.control.events import Event, RunEnded, StateChanged
 
 ENDED = RunEnded(outcome="finished", step=1)
@@ -91,10 +91,10 @@ async def test_the_oldest_events_fall_off_and_cursors_still_hold(monkeypatch: py
 
 
 async def test_a_pulse_wakes_everybody_and_only_once():
-    pulse = Pulse()
+    pulse = Notifier()
     waiting = [asyncio.create_task(pulse.changed()) for _ in range(3)]
     await asyncio.sleep(0)
-    pulse.beat()
+    pulse.notify()
     async with asyncio.timeout(5):  # for the three waiters
         await asyncio.gather(*waiting)
     again = asyncio.create_task(pulse.changed())

@@ -15,7 +15,7 @@ from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.graph import Dataflow, DataflowError, Filter
 from asyncflow.dataflow.trace import Declaration, Flow, algorithm, declaration_of, trace
 from asyncflow.recipe.config import BadInput, recipe_text, to_recipe
-from workers.advantages.dapo import worth_training
+from workers.advantages.dapo import trainable_groups
 from workers.advantages.gae import gae
 from workers.advantages.safe_rlhf import Multiplier
 from workers.settings import Loss
@@ -76,8 +76,8 @@ def test_safe_rlhf_adds_a_cost_its_critic_and_a_state():
 def test_dapo_keeps_prompts_by_their_scores():
     filters = {name: trace(ALGORITHMS[name]).batch_stage.filter for name in ALGORITHMS}
     assert {name for name, kept in filters.items() if kept is not None} == {"dapo"}
-    assert filters["dapo"] == Filter(worth_training, (1,))
-    assert "[batch, RANK_ZERO, where worth_training]" in trace(ALGORITHMS["dapo"]).draw()
+    assert filters["dapo"] == Filter(trainable_groups, (1,))
+    assert "[batch, RANK_ZERO, where trainable_groups]" in trace(ALGORITHMS["dapo"]).draw()
 
 
 def test_remax_adds_a_greedy_response_and_its_score():

@@ -18,7 +18,7 @@ from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.graph import SOURCE, Dataflow, DataflowError, Filter
 from asyncflow.dataflow.registry import algorithm_named
-from asyncflow.dataflow.trace import Algorithm, Flow, Join, Symbol, algorithm, numbers_of, trace
+from asyncflow.dataflow.trace import Algorithm, Flow, Join, Symbol, algorithm, defaults_of, trace
 from protocols.data.messages import Costs, Experience, LogProbs, Metrics, Prompts, Rollouts, Scores, Values
 from protocols.roles import GREEDY, ROLES, Policy, Reward
 from protocols.stage import Stateful, stage
@@ -139,10 +139,10 @@ def test_a_greedy_call_and_what_follows_from_it_have_one_row_a_prompt():
 
 
 def test_the_numbers_of_a_batch_function_are_its_keyword_only_parameters():
-    assert numbers_of(reinforce) == {"scale": 2.0}
+    assert defaults_of(reinforce) == {"scale": 2.0}
 
 
-class Judge(Reward):
+class Scorer(Reward):
     """A user's own role."""
 
     @stage(protocol="DP_PROTO")
@@ -155,7 +155,7 @@ def test_roles_may_be_a_users_own():
         rollouts = flow.policy.generate(flow.prompts)
         flow.policy.update(flow.join(rollouts, flow.judge.judge(rollouts)).apply(reinforce))
 
-    dataflow = asyncflow.trace(judged, roles={"policy": Policy, "judge": Judge})
+    dataflow = asyncflow.trace(judged, roles={"policy": Policy, "judge": Scorer})
     assert dataflow.stage("judge.judge#1").protocol == "DP_PROTO"
     assert error_of(judged) == ("unknown role 'judge'; roles: policy, critic, cost_critic, reference, reward, cost")
 
@@ -422,7 +422,7 @@ def updating(batch_of: Callable[[Join], Symbol]) -> Algorithm:
 def test_a_batch_function_that_carries_a_state_says_its_type():
     dataflow = trace(updating(lambda rows: rows.apply(counts)))
     assert dataflow.batch_stage.state is Seen
-    assert numbers_of(counts) == {"scale": 2.0}, "the state is no number of the recipe"
+    assert defaults_of(counts) == {"scale": 2.0}, "the state is no number of the recipe"
 
 
 def takes_only(rollouts: Rollouts, scores: Scores, *, state: Seen | None = None) -> Experience:

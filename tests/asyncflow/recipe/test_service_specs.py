@@ -211,7 +211,7 @@ def test_a_cost_may_have_several_ranks_and_a_successor(make_recipe: MakeRecipe):
 
 def test_the_stage_that_closes_a_batch_knows_its_filter(make_recipe: MakeRecipe):
     (closing,) = composed(make_recipe(algorithm="dapo"), trace(dapo))[ADVANTAGE].stages
-    assert (closing.filter, closing.filter_inputs) == ("worth_training", [1])
+    assert (closing.filter, closing.filter_inputs) == ("trainable_groups", [1])
     (whole,) = composed(make_recipe())[ADVANTAGE].stages
     assert (whole.filter, whole.filter_inputs) == ("", [])
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from asyncflow.services.channels.endpoint import Endpoint, ask
-from asyncflow.services.channels.shard_refs import Part, pack
+from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
 from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.control.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from protocols.data.columns import Batch
 from protocols.data.ids import sample_id
@@ -51,7 +51,7 @@ class Chain:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.endpoints: dict[str, Endpoint] = {}
-        self.settled: list[Settled] = []
+        self.settled: list[PromptSettled] = []
 
     async def start(self, services: Sequence[ServiceSpec]) -> None:
         """Start the services."""
@@ -61,11 +61,11 @@ class Chain:
         """Start a successor in a service's place."""
         self.endpoints[name] = (await self.runtime.restart(name)).endpoint
 
-    def put(self, batch: Batch) -> Part:
+    def put(self, batch: Batch) -> ShardRef:
         """A shard of the source's own."""
         return pack(self.runtime.store, batch, term=0)
 
-    async def send(self, *parts: Part, attempt: int = 0, to: str = A_EDGE) -> None:
+    async def send(self, *parts: ShardRef, attempt: int = 0, to: str = A_EDGE) -> None:
         """Deliver shards, as their sender would."""
         delivery = Delivery(to, 0, [part.shard for part in parts], attempt=attempt)
         await self.endpoints[to[0]].deliver(delivery, [part.payload for part in parts])
@@ -80,13 +80,13 @@ class Chain:
         for endpoint in self.endpoints.values():
             await ask(endpoint, EndPrompts(list(prompts)))
 
-    async def until_settled(self, rows: int) -> list[Settled]:
+    async def until_settled(self, rows: int) -> list[PromptSettled]:
         """All rows that have settled at the end of the chain, when there are so many."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while len(self.settled) < rows:
                     notices = await self.endpoints["c"].notices()
-                    self.settled += [notice for notice in notices if isinstance(notice, Settled)]
+                    self.settled += [notice for notice in notices if isinstance(notice, PromptSettled)]
         except TimeoutError:
             pytest.fail(f"{len(self.settled)} of {rows} rows settled; {await self.state()}")
         return self.settled

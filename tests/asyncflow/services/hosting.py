@@ -11,7 +11,7 @@ from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Se
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime.local import LocalRanks
 from asyncflow.services.runtime.local_store import LocalStore
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice
 from protocols.control.requests import Reply, Request
@@ -61,10 +61,12 @@ class SomeAreGone(LocalStore):
 
 
 @asynccontextmanager
-async def hosted(spec: ServiceSpec, *consumers: Consumer, store: LocalStore | None = None) -> AsyncIterator[Host]:
+async def hosted(
+    spec: ServiceSpec, *consumers: Consumer, store: LocalStore | None = None
+) -> AsyncIterator[StageContext]:
     """A host with its ranks at work."""
     store = store or LocalStore()
-    host = Host(spec, store, Exporter(spec.name))
+    host = StageContext(spec, store, Exporter(spec.name))
     host.peers = {consumer.name: consumer for consumer in consumers}
     host.ranks = LocalRanks(spec, store)
     await host.ranks.start()

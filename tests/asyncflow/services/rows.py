@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncflow.services.channels.endpoint import Frame
-from asyncflow.services.channels.shard_refs import Part, pack
+from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.data.columns import Batch, Jagged
 from protocols.data.messages import Finish, LogProbs, Rollouts, Scores, Values
@@ -57,7 +57,7 @@ def tombstones(samples: Sequence[int], cause: str = "timeout") -> list[Failure]:
     return [Failure(s, cause) for s in samples]
 
 
-def part(batch: Batch) -> Part:
+def part(batch: Batch) -> ShardRef:
     """A batch as it lies in a mailbox of the local runtime, whose payload is the frame itself."""
     return pack(LocalStore(), batch, term=0)
 

@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Payload
-from asyncflow.services.channels.shard_refs import Part, pack
-from asyncflow.services.colocated_generation import JointGeneratingStage, JointGeneration, replicas_of
+from asyncflow.services.channels.shard_refs import ShardRef, pack
+from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration, replicas_of
 from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery, RankCall, RankReply
 from protocols.control.notices import Busy, Generated
 from protocols.control.requests import Done, RankAnswer, RankRequest, SwitchLayout
@@ -85,17 +85,17 @@ class World:
 
     def __init__(self, **changes: Any) -> None:
         self.store = LocalStore()
-        self.host = Host(spec(**changes), self.store, Exporter("policy"))
+        self.host = StageContext(spec(**changes), self.store, Exporter("policy"))
         self.ranks, self.consumer = Drawing(self.store), Consumer("b")
         self.host.ranks, self.host.peers = self.ranks, {"b": self.consumer}
-        self.generation = JointGeneration(self.host)
-        self.stage = JointGeneratingStage(self.host, STAGE, self.generation)
+        self.generation = ColocatedGeneration(self.host)
+        self.stage = ColocatedGeneratingStage(self.host, STAGE, self.generation)
 
     async def deliver(self, *samples: int) -> int:
         """Hand prompts in; how many were refused."""
         prompts = replace(tiny.make_prompts(["1+1="] * len(samples)), sample_ids=np.array(samples, np.int64))
         part = pack(self.store, prompts, 0)
-        return await self.stage.accept(0, Delivery(EDGE, 0, [part.shard]), [Part(part.shard, part.payload)])
+        return await self.stage.accept(0, Delivery(EDGE, 0, [part.shard]), [ShardRef(part.shard, part.payload)])
 
     async def until(self, delivered: int) -> None:
         """Wait for rows and tombstones at the consumer."""

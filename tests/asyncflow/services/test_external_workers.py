@@ -12,14 +12,22 @@ from msgspec.structs import replace
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, ServiceError, ask
-from asyncflow.services.channels.shard_refs import Cut, Part, PlannedCall, places, plan_calls
-from asyncflow.services.external_workers import ANSWERED, OVER, Answer, AskedRows, OpenCall, OutsideRank, take_rows
-from asyncflow.services.ranks.rank import Reader
+from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, ShardRef, places, plan_calls
+from asyncflow.services.external_workers import (
+    ANSWERED,
+    OVER,
+    Answer,
+    ExternalRank,
+    PendingCall,
+    PendingRows,
+    take_rows,
+)
+from asyncflow.services.ranks.rank import RowReader
 from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.service import ModelService
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankReply
 from protocols.control.notices import Waiting
 from protocols.control.requests import PutRows, RowsPut, TakeRows
@@ -36,14 +44,14 @@ STAGE = "reward.score#1"
 RETAKE = 10.0
 
 
-def asked_for(*shards: Sequence[int]) -> PlannedCall:
+def asked_for(*shards: Sequence[int]) -> RankCallPlan:
     """A call for all rows of some shards."""
     parts = [rows.part(rows.rollouts(shard)) for shard in shards]
     found = places(parts)
     (call,) = plan_calls(
         STAGE,
         "score",
-        Cut("DP_PROTO"),
+        Partitioning("DP_PROTO"),
         [sample for sample, _ in found],
         [[place for _, place in found]],
         [Rollouts.schema_id],
@@ -60,14 +68,14 @@ def tombstones(*samples: int) -> dict[int, Answer]:
 # --- what is asked
 
 
-def opened(asked: AskedRows, *shards: Sequence[int]) -> OpenCall:
+def opened(asked: PendingRows, *shards: Sequence[int]) -> PendingCall:
     """These rows are asked for."""
     planned = asked_for(*shards)
     return asked.ask(planned.call, planned.payloads)
 
 
 def test_each_row_is_given_to_one_worker():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     opened(asked, [1, 2, 3])
     first, second = asked.take(2, 0.0), asked.take(2, 0.0)
     assert first is not None
@@ -77,17 +85,17 @@ def test_each_row_is_given_to_one_worker():
 
 
 def test_a_worker_reads_its_own_rows_and_gets_only_their_frames():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     opened(asked, [1, 2, 3], [4, 5], [6])
     taken = [asked.take(2, 0.0) for _ in range(3)]
     assert [len(call.payloads) for call in taken if call is not None] == [1, 2, 2]
     for call, samples in zip(taken, ([1, 2], [3, 4], [5, 6]), strict=True):
         assert call is not None
-        assert Reader(call.call, call.payloads).inputs == [rows.rollouts(samples)]
+        assert RowReader(call.call, call.payloads).inputs == [rows.rollouts(samples)]
 
 
 def test_rows_without_an_answer_are_given_away_again_after_a_while():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     opened(asked, [1, 2])
     asked.take(1, 0.0)
     asked.take(1, 4.0)
@@ -99,7 +107,7 @@ def test_rows_without_an_answer_are_given_away_again_after_a_while():
 
 
 def test_the_oldest_call_goes_first():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     opened(asked, [5])
     opened(asked, [1])
     first = asked.take(9, 0.0)
@@ -108,7 +116,7 @@ def test_the_oldest_call_goes_first():
 
 
 def test_an_answer_counts_once():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     call = opened(asked, [1, 2])
     assert asked.answer(tombstones(1)) == {}
     assert asked.answer(tombstones(1)) == {1: ANSWERED}
@@ -117,7 +125,7 @@ def test_an_answer_counts_once():
 
 
 def test_what_is_not_asked_stays_with_the_asker():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     opened(asked, [1])
     answers = tombstones(1, 7)
     assert asked.answer(answers) == {}
@@ -125,14 +133,14 @@ def test_what_is_not_asked_stays_with_the_asker():
 
 
 def test_a_row_that_is_asked_again_is_open_again():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     asked.close(opened(asked, [1]), "its bytes are sent again")
     opened(asked, [1])
     assert asked.answer(tombstones(1)) == {}
 
 
 def test_rows_of_prompts_that_are_over_are_refused():
-    asked = AskedRows(RETAKE)
+    asked = PendingRows(RETAKE)
     asked.end([5])
     assert asked.answer(tombstones(5 << INDEX_BITS)) == {5 << INDEX_BITS: OVER}
 
@@ -140,7 +148,7 @@ def test_rows_of_prompts_that_are_over_are_refused():
 @given(st.data())
 def test_however_rows_are_taken_and_put_each_is_answered_once(data: st.DataObject):
     samples = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True))
-    asked, now, accepted = AskedRows(RETAKE), 0.0, list[int]()
+    asked, now, accepted = PendingRows(RETAKE), 0.0, list[int]()
     call = opened(asked, samples)
     while call.free_at:
         now += data.draw(st.sampled_from([0.0, 4.0, RETAKE]), label="time passes")
@@ -163,31 +171,35 @@ def outside_reward(seconds: float = 0.3) -> ServiceSpec:
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    made = Host(outside_reward(), LocalStore(), Exporter("reward"))
+def host() -> Iterator[StageContext]:
+    made = StageContext(outside_reward(), LocalStore(), Exporter("reward"))
     yield made
     made.close()
 
 
 @pytest.fixture
-def rank(host: Host) -> OutsideRank:
-    return OutsideRank(host)
+def rank(host: StageContext) -> ExternalRank:
+    return ExternalRank(host)
 
 
-def asking(rank: OutsideRank, *shards: Sequence[int]) -> asyncio.Task[tuple[RankReply, list[Payload]]]:
+def asking(rank: ExternalRank, *shards: Sequence[int]) -> asyncio.Task[tuple[RankReply, list[Payload]]]:
     """A firing that waits for its answers."""
     planned = asked_for(*shards)
     return asyncio.create_task(rank.call(0, planned.call, planned.payloads))
 
 
 async def put(
-    rank: OutsideRank, *batches: Batch, failures: Sequence[Failure] = (), lost: Sequence[int] = (), seconds: float = 0.0
+    rank: ExternalRank,
+    *batches: Batch,
+    failures: Sequence[Failure] = (),
+    lost: Sequence[int] = (),
+    seconds: float = 0.0,
 ) -> RowsPut:
     parts = [rows.part(batch) for batch in batches]
     return await rank.put(PutRows([part.shard for part in parts], list(failures), list(lost), seconds), parts)
 
 
-async def test_answers_in_any_order_and_number_become_one_reply_in_the_order_of_the_call(rank: OutsideRank):
+async def test_answers_in_any_order_and_number_become_one_reply_in_the_order_of_the_call(rank: ExternalRank):
     call = asking(rank, [4, 1], [3])
     for batch in (rows.scores([3]), rows.scores([1, 4])):
         assert await put(rank, batch, seconds=5.0) == RowsPut()
@@ -197,7 +209,7 @@ async def test_answers_in_any_order_and_number_become_one_reply_in_the_order_of_
     assert (reply.failures, reply.lost) == ([], [])
 
 
-async def test_rows_fail_with_the_workers_cause_and_rows_whose_bytes_were_gone_are_lost(rank: OutsideRank):
+async def test_rows_fail_with_the_workers_cause_and_rows_whose_bytes_were_gone_are_lost(rank: ExternalRank):
     call = asking(rank, [1, 2, 3])
     await put(rank, rows.scores([1]), failures=[Failure(3, "unclear")], lost=[2], seconds=5.0)
     reply, _ = await call
@@ -208,7 +220,7 @@ async def test_rows_fail_with_the_workers_cause_and_rows_whose_bytes_were_gone_a
     assert [shard.sample_ids for shard in (await again)[0].shards] == [[2]]
 
 
-async def test_rows_without_an_answer_in_time_fail_and_what_comes_of_them_is_refused(rank: OutsideRank):
+async def test_rows_without_an_answer_in_time_fail_and_what_comes_of_them_is_refused(rank: ExternalRank):
     call = asking(rank, [1, 2])
     await put(rank, rows.scores([1]), seconds=5.0)
     reply, _ = await call
@@ -217,7 +229,7 @@ async def test_rows_without_an_answer_in_time_fail_and_what_comes_of_them_is_ref
     assert await put(rank, rows.scores([2, 1])) == RowsPut({2: cause, 1: ANSWERED})
 
 
-async def test_a_publisher_waits_until_its_rows_are_asked(rank: OutsideRank):
+async def test_a_publisher_waits_until_its_rows_are_asked(rank: ExternalRank):
     """The first of its rows is taken at once, though the second is asked for only when the first is answered."""
     putting = asyncio.create_task(put(rank, rows.scores([1, 2]), seconds=10.0))
     first, _ = await asking(rank, [1])
@@ -227,11 +239,11 @@ async def test_a_publisher_waits_until_its_rows_are_asked(rank: OutsideRank):
     assert [s.sample_ids for s in first.shards + second.shards] == [[1], [2]]
 
 
-async def test_what_nobody_asks_for_is_named(rank: OutsideRank):
+async def test_what_nobody_asks_for_is_named(rank: ExternalRank):
     assert await put(rank, rows.scores([7, 8]), seconds=0.05) == RowsPut({}, [7, 8])
 
 
-async def test_who_waits_is_let_go_when_the_service_stops(rank: OutsideRank):
+async def test_who_waits_is_let_go_when_the_service_stops(rank: ExternalRank):
     putting = asyncio.create_task(put(rank, rows.scores([7]), seconds=60.0))
     taking = asyncio.create_task(rank.take(1, 60.0))
     await asyncio.sleep(0.05)
@@ -241,7 +253,7 @@ async def test_who_waits_is_let_go_when_the_service_stops(rank: OutsideRank):
         assert await taking is None
 
 
-async def test_a_publisher_hears_that_a_prompt_is_over(rank: OutsideRank):
+async def test_a_publisher_hears_that_a_prompt_is_over(rank: ExternalRank):
     sample = 5 << INDEX_BITS
     putting = asyncio.create_task(put(rank, rows.scores([sample]), seconds=60.0))
     await asyncio.sleep(0)
@@ -249,7 +261,7 @@ async def test_a_publisher_hears_that_a_prompt_is_over(rank: OutsideRank):
     assert await asyncio.wait_for(putting, 5) == RowsPut({sample: OVER})
 
 
-async def test_rows_of_a_silent_worker_go_to_the_next_one_that_waits(rank: OutsideRank):
+async def test_rows_of_a_silent_worker_go_to_the_next_one_that_waits(rank: ExternalRank):
     call = asking(rank, [1])
     silent = await rank.take(1, 5.0)
     prompt = await rank.take(1, 5.0)
@@ -260,9 +272,9 @@ async def test_rows_of_a_silent_worker_go_to_the_next_one_that_waits(rank: Outsi
     await call
 
 
-def damaged(batch: Batch) -> Part:
+def damaged(batch: Batch) -> ShardRef:
     part = rows.part(batch)
-    return Part(part.shard, rows.damaged(part.payload))
+    return ShardRef(part.shard, rows.damaged(part.payload))
 
 
 NOT_ANSWERS = {
@@ -276,7 +288,7 @@ NOT_ANSWERS = {
 
 
 @pytest.mark.parametrize("what", NOT_ANSWERS)
-async def test_what_is_no_answer_is_refused_whole(rank: OutsideRank, what: str):
+async def test_what_is_no_answer_is_refused_whole(rank: ExternalRank, what: str):
     parts, said = NOT_ANSWERS[what]
     call = asking(rank, [1, 2])
     request = PutRows([part.shard for part in parts], [Failure(2, "x")] if what != "a row twice" else [])
@@ -286,12 +298,12 @@ async def test_what_is_no_answer_is_refused_whole(rank: OutsideRank, what: str):
     assert (await call)[0].failures == []
 
 
-async def test_a_worker_takes_at_least_one_row(rank: OutsideRank):
+async def test_a_worker_takes_at_least_one_row(rank: ExternalRank):
     with pytest.raises(ValueError, match="most = 0: a worker takes 1 row or more"):
         await rank.take(0, 1.0)
 
 
-async def test_who_waits_for_answers_is_told_to_the_controller(rank: OutsideRank, host: Host):
+async def test_who_waits_for_answers_is_told_to_the_controller(rank: ExternalRank, host: StageContext):
     call = asking(rank, [1])
     await put(rank, rows.scores([1]), seconds=5.0)
     await call

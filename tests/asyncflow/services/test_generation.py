@@ -13,11 +13,11 @@ from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from asyncflow.observe.exporter import Exporter
-from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
 from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Generated, LeaseAsked, LeaseReturned, Notice
 from protocols.data.columns import concat
@@ -53,7 +53,7 @@ def other(folders: list[Path]) -> PreTrainedModel:
 class Bench:
     """A loop with everything it needs, and what it gave."""
 
-    def __init__(self, host: Host, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
+    def __init__(self, host: StageContext, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
         self.host, self.engine = host, engine
         self.loop = GenerationLoop(host, engine, follow)
         self.rollouts: list[Rollouts] = []
@@ -121,7 +121,7 @@ async def bench(
     )
     model = load_causal(folder)
     engine = TorchEngine(model, settings, 3, tiny.EOS_ID, owns_model=follows is None, version=version)
-    host = Host(spec, LocalStore(), Exporter(spec.name))
+    host = StageContext(spec, LocalStore(), Exporter(spec.name))
     made = Bench(host, engine, (lambda: follows(engine)) if follows is not None else None)
     running = asyncio.create_task(made.loop.run()) if run else None
     try:
@@ -134,13 +134,13 @@ async def bench(
         host.close()
 
 
-def prompts(*texts: str, floor: int = 0, first: int = 0) -> Prompts:
+def prompts(*texts: str, min_version: int = 0, first: int = 0) -> Prompts:
     made = tiny.make_prompts(texts, first=first)
     return Prompts(
         sample_ids=made.sample_ids,
         prompts=made.prompts,
         references=made.references,
-        floors=np.full(len(made), floor, np.int64),
+        min_versions=np.full(len(made), min_version, np.int64),
     )
 
 
@@ -238,8 +238,8 @@ async def test_where_bits_count_two_jobs_never_share_a_forward(folders: list[Pat
 async def test_a_row_waits_for_weights_as_new_as_its_prompt(folders: list[Path], other: PreTrainedModel):
     """The rows that may run do; the one that may not holds no slot."""
     async with bench(folders[0], slots=1) as b:
-        b.job(prompts("1", floor=1, first=0))
-        b.job(prompts("2", "3", floor=0, first=1))
+        b.job(prompts("1", min_version=1, first=0))
+        b.job(prompts("2", "3", min_version=0, first=1))
         await b.all_given(2)
         assert b.loop.waiting == 1
         await b.loop.load(*tiny.publish(other, Version(0, 1)))
@@ -313,7 +313,7 @@ async def test_an_engine_that_shares_the_trained_model_follows_its_version(folde
         b.job(prompts("1"))
         await b.all_given(1)
         trained = 2
-        b.job(prompts("2", floor=2, first=1))
+        b.job(prompts("2", min_version=2, first=1))
         await b.all_given(2)
     assert list(b.versions().values()) == [{0}, {2}]
 
@@ -376,7 +376,7 @@ STAGE = StageSpec(
 )
 
 
-def delivered(*texts: str, first: int = 0, attempt: int = 0) -> tuple[Delivery, list[Part]]:
+def delivered(*texts: str, first: int = 0, attempt: int = 0) -> tuple[Delivery, list[ShardRef]]:
     """Prompts as they come from the controller."""
     part = rows.part(prompts(*texts, first=first))
     return Delivery(STAGE.inputs[0], 0, [part.shard], attempt=attempt), [part]
@@ -450,7 +450,7 @@ async def test_prompts_that_can_not_be_read_are_tombstones_with_the_reason(folde
     consumer = Consumer("reward")
     async with bench(folders[0]) as b, generating(b, consumer) as stage:
         delivery, (part,) = delivered("1", "2")
-        await stage.deliver(0, delivery, [Part(part.shard, rows.damaged(part.payload))])
+        await stage.deliver(0, delivery, [ShardRef(part.shard, rows.damaged(part.payload))])
         await b.until(lambda: len(arrived(consumer)) == 2, "two tombstones")
     ((sent, batches),) = consumer.arrived
     assert batches == []

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.runtime.local import LocalRuntime
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
@@ -78,12 +78,12 @@ class Unknown(Batch, frozen=True, kw_only=True, eq=False):
     schema_id: ClassVar[int] = 99
 
 
-def damaged(c: Chain, samples: Sequence[int]) -> Part:
+def damaged(c: Chain, samples: Sequence[int]) -> ShardRef:
     part = c.put(rows.log_probs(samples))
-    return Part(part.shard, rows.damaged(part.payload))
+    return ShardRef(part.shard, rows.damaged(part.payload))
 
 
-def unknown(c: Chain, samples: Sequence[int]) -> Part:
+def unknown(c: Chain, samples: Sequence[int]) -> ShardRef:
     return c.put(Unknown(sample_ids=rows.log_probs(samples).sample_ids))
 
 
@@ -93,7 +93,7 @@ def unknown(c: Chain, samples: Sequence[int]) -> Part:
 )
 @pytest.mark.parametrize("edge", [A_EDGE, B_EDGE, C_EDGE], ids=["to many ranks", "to one rank", "to a join"])
 async def test_a_frame_that_is_refused_becomes_tombstones_with_the_reason_and_the_service_lives_on(
-    make: Callable[[Chain, Sequence[int]], Part], reason: str, edge: str, tmp_path: Path
+    make: Callable[[Chain, Sequence[int]], ShardRef], reason: str, edge: str, tmp_path: Path
 ):
     good, bad, later = samples_of(1, 2), samples_of(3, 4), samples_of(5)
     logs = {"log_path": str(tmp_path / "logs" / "service.log")}

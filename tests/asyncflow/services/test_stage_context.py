@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from asyncflow.services.channels.endpoint import causes
-from asyncflow.services.channels.shard_refs import Part, Place, places
+from asyncflow.services.channels.shard_refs import Place, ShardRef, places
 from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
 from asyncflow.services.reports import MOST_NOTICES
-from asyncflow.services.stage_context import Host, check_complete
+from asyncflow.services.stage_context import StageContext, check_complete
 from protocols.control.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.data import codec
 from protocols.data.ids import sample_id
@@ -29,7 +29,7 @@ def spec_of(stage: StageSpec, topology: str = "1-1-4") -> ServiceSpec:
     return specs.service("a", stage, topology=topology)
 
 
-def firing(*parts: Part) -> tuple[list[int], list[list[Place]]]:
+def firing(*parts: ShardRef) -> tuple[list[int], list[list[Place]]]:
     """The rows of one input, as `fire` takes them."""
     located = places(parts)
     return [sample for sample, _ in located], [[place for _, place in located]]
@@ -84,7 +84,7 @@ async def test_rows_that_could_not_be_read_are_told_by_their_ids():
     stage = specs.stage("a.double#1")
     async with hosted(spec_of(stage)) as host:
         whole, torn = rows.part(rows.log_probs([1, 2, 3])), rows.part(rows.log_probs([4, 5, 6]))
-        fired = await host.fire(stage, *firing(whole, Part(torn.shard, rows.damaged(torn.payload))))
+        fired = await host.fire(stage, *firing(whole, ShardRef(torn.shard, rows.damaged(torn.payload))))
         assert sorted(s for part in fired.parts for s in part.shard.sample_ids) == [1, 2, 3]
         assert [f.sample_id for f in fired.failures] == [4, 5, 6]
         assert all("its frame was refused" in f.cause for f in fired.failures)
@@ -95,7 +95,7 @@ async def test_a_row_that_replicas_could_not_read_counts_once():
     stage = specs.stage("a.double#1", protocol="3D_PROTO")
     async with hosted(spec_of(stage, topology="1-2-1")) as host:
         torn = rows.part(rows.log_probs([4, 5]))
-        fired = await host.fire(stage, *firing(Part(torn.shard, rows.damaged(torn.payload))))
+        fired = await host.fire(stage, *firing(ShardRef(torn.shard, rows.damaged(torn.payload))))
         assert [f.sample_id for f in fired.failures] == [4, 5]
         assert host.counts.statistics("a.double#1.0", 0, 0, 0).damaged == 2
 
@@ -140,13 +140,13 @@ async def test_a_service_reads_what_a_part_names_and_nothing_else():
         first, second = rows.part(rows.scores([3, 1])), rows.part(rows.scores([2]))
         assert await host.read([first, second], Scores, "edge") == rows.scores([3, 1, 2])
         with pytest.raises(codec.BadFrame, match="other rows than its shard names"):
-            await host.read([Part(second.shard, first.payload)], Scores, "edge")
+            await host.read([ShardRef(second.shard, first.payload)], Scores, "edge")
 
 
 # --- sending
 
 
-async def send(host: Host, *samples: int, dead: tuple[int, ...] = (), stage: StageSpec = SENDING) -> None:
+async def send(host: StageContext, *samples: int, dead: tuple[int, ...] = (), stage: StageSpec = SENDING) -> None:
     await host.send(stage, [rows.part(rows.scores(samples))] if samples else [], rows.tombstones(dead))
 
 

@@ -12,12 +12,12 @@ from msgspec.structs import replace
 
 from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.channels.lost_rows import MOST_TIMES
-from asyncflow.services.channels.shard_refs import Part
+from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.ranks.spec import StageSpec, Target
-from asyncflow.services.stage_context import Host
+from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
 from protocols.control.delivery import Delivery
-from protocols.control.notices import Notice, RowsLost, Settled, StepDone
+from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone
 from protocols.control.requests import CloseBatch, Done
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import LogProbs, Metrics
@@ -33,24 +33,24 @@ CLOSE = specs.stage("a.keep#1", sources=("x.double#1",), outputs=[TO_B], fires="
 
 
 async def deliver(
-    stage: StageRunner, *parts: Part, dead: Sequence[int] = (), position: int = 0, attempt: int = 0, step: int = -1
+    stage: StageRunner, *parts: ShardRef, dead: Sequence[int] = (), position: int = 0, attempt: int = 0, step: int = -1
 ) -> None:
     shards = [part.shard for part in parts]
     edge = stage.spec.inputs[position]
     await stage.deliver(position, Delivery(edge, 0, shards, rows.tombstones(dead), attempt, step), list(parts))
 
 
-def sent(*samples: int) -> Part:
+def sent(*samples: int) -> ShardRef:
     return rows.part(rows.log_probs(samples))
 
 
-def torn(*samples: int) -> Part:
+def torn(*samples: int) -> ShardRef:
     part = sent(*samples)
-    return Part(part.shard, rows.damaged(part.payload))
+    return ShardRef(part.shard, rows.damaged(part.payload))
 
 
-def lost(*samples: int) -> Part:
-    return Part(sent(*samples).shard, None)
+def lost(*samples: int) -> ShardRef:
+    return ShardRef(sent(*samples).shard, None)
 
 
 async def until_sent(consumer: Consumer, deliveries: int = 1) -> list[list[int]]:
@@ -183,14 +183,14 @@ def keep(batch: LogProbs, scale: float = 1.0) -> Measured[LogProbs]:
     return Measured(batch, Metrics(values={"rows": scale * len(batch)}))
 
 
-async def noticed(host: Host) -> list[Notice]:
+async def noticed(host: StageContext) -> list[Notice]:
     """What there is to report now."""
     host.reports.wait("test")  # so that there is something
     return await host.reports.notices()
 
 
-async def settled(host: Host) -> list[Settled]:
-    return [notice for notice in await noticed(host) if isinstance(notice, Settled)]
+async def settled(host: StageContext) -> list[PromptSettled]:
+    return [notice for notice in await noticed(host) if isinstance(notice, PromptSettled)]
 
 
 @asynccontextmanager
@@ -224,7 +224,7 @@ async def test_prompts_that_the_filter_drops_are_reported_and_held_no_longer():
         flat = rows.log_probs(useless)
         flat = replace(flat, log_probs=flat.log_probs.with_values(0 * flat.log_probs.values))
         await deliver(stage, sent(*useful), rows.part(flat))
-        assert {s.prompt_id: (s.alive, s.worth) for s in await settled(host)} == {
+        assert {s.prompt_id: (s.alive, s.trainable) for s in await settled(host)} == {
             1: (useful, True),
             2: (useless, False),
         }
@@ -276,7 +276,7 @@ async def test_a_shard_that_is_not_what_it_is_said_to_be_is_refused():
     async with closing_stage() as (stage, _):
         named, foreign = sent(1, 2), rows.part(rows.scores([1, 2]))
         for payload, reason in ((foreign.payload, "unknown schema 5"), (sent(1).payload, "other rows")):
-            batch, failures = await read_or_fail(stage.host, Part(named.shard, payload), LogProbs, "a.keep#1.0")
+            batch, failures = await read_or_fail(stage.host, ShardRef(named.shard, payload), LogProbs, "a.keep#1.0")
             assert batch is None
             assert [f.sample_id for f in failures] == [1, 2]
             assert all(reason in f.cause for f in failures)
@@ -295,7 +295,7 @@ async def training_stage() -> AsyncIterator[tuple[TrainingStage, asyncio.Task[No
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def until_done(host: Host, steps: int) -> list[StepDone]:
+async def until_done(host: StageContext, steps: int) -> list[StepDone]:
     done: list[StepDone] = []
     async with asyncio.timeout(5):
         while len(done) < steps:
@@ -316,7 +316,7 @@ async def test_a_closed_batch_is_trained_once_by_all_replicas_together():
 
 
 @pytest.mark.parametrize(("bad", "cause"), [(torn, "its frame was refused"), (lost, "their sender is gone")])
-async def test_a_batch_of_which_a_row_can_not_be_read_is_no_batch(bad: Callable[..., Part], cause: str):
+async def test_a_batch_of_which_a_row_can_not_be_read_is_no_batch(bad: Callable[..., ShardRef], cause: str):
     async with training_stage() as (stage, running):
         await deliver(stage, sent(1), bad(2), step=3)
         await asyncio.wait([running], timeout=5)

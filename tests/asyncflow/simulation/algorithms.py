@@ -9,7 +9,7 @@ from protocols.roles import GREEDY, ROLES, Reward
 from protocols.stage import stage
 
 
-class Judge(Reward):
+class Scorer(Reward):
     """Scores responses by what another stage computed of them: a join before the join."""
 
     @stage(protocol="DP_PROTO")
@@ -111,6 +111,6 @@ def judged(flow: Flow) -> None:
 
 
 ALGORITHMS: dict[str, Dataflow] = {
-    f.__name__: trace(f, ROLES | {"judge": Judge, "reviser": Judge})
+    f.__name__: trace(f, ROLES | {"judge": Scorer, "reviser": Scorer})
     for f in (ppo, ppo_prox, grpo, remax, safe_rlhf, judged)
 }

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission, Ready, choose_batch
 from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.prompt_join import PromptJoin
 from asyncflow.services.channels.row_table import Arrival, Joined, RowTable
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
 from protocols.stage import Failure, Grain
@@ -51,12 +51,12 @@ class SettlesAtTheFirstDeath(PromptJoin):
 
     def arrive(
         self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
-    ) -> tuple[list[Settled], Arrival]:
+    ) -> tuple[list[PromptSettled], Arrival]:
         early = {prompt_of(f.sample_id) for f in failures if prompt_of(f.sample_id) not in self._samples._ended}
         settled, arrival = super().arrive(position, batch, failures, attempt)
         early -= {s.prompt_id for s in settled}
         self.end(sorted(early))
-        return settled + [Settled(p, [], failures) for p in sorted(early)], arrival
+        return settled + [PromptSettled(p, [], failures) for p in sorted(early)], arrival
 
 
 # --- admission
@@ -100,13 +100,13 @@ class KeepsTheBudgetOfTheDead(Admission):
 # --- batches
 
 
-class Chooses(PromptBook):
+class Chooses(InFlightPrompts):
     """A book whose batches are chosen otherwise."""
 
     def choose(self) -> list[Ready] | None:
         oldest = {p: min(v for v in (s.oldest_version, s.critic_version) if v >= 0) for p, s in self._settled.items()}
         ready = [Ready(p, version) for p, version in oldest.items()]
-        unsettled = {p: floor for p, floor in self._floors.items() if p not in self._settled}
+        unsettled = {p: min_version for p, min_version in self._min_versions.items() if p not in self._settled}
         return self.choice(ready, unsettled)
 
     def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
@@ -147,7 +147,7 @@ class AgesAgainstYesterday(Chooses):
         return choose_batch(ready, unsettled, a.version - 1, a.prompts_per_step, a.staleness)
 
 
-class DoesNotUnsettle(PromptBook):
+class DoesNotUnsettle(InFlightPrompts):
     """Believes what a join told that has lost its memory since."""
 
     def unsettle(self) -> None:

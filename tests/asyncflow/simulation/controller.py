@@ -10,7 +10,7 @@ import msgspec
 
 from asyncflow.control.admission.staleness import Ready, check_age
 from asyncflow.dataflow.graph import SOURCE
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.ids import BASELINE_INDEX, prompt_id, sample_id
 from tests.asyncflow.simulation.network import Action, Delivery
 from tests.asyncflow.simulation.rows import Owner, Request
@@ -43,10 +43,10 @@ class Controller:
         self.admission = rules.admission(config.prompts, config.staleness, config.steps, window=config.window or None)
         self.book = rules.prompt_book(self.admission, UNLIMITED)
         self.outbox = rules.outbox()  # of prompts: what goes out again is made anew, under the current attempt
-        self.floors: dict[int, int] = {}  # live prompts
+        self.min_versions: dict[int, int] = {}  # live prompts
         self.attempts: dict[int, int] = {}  # live prompts
         self.fates: dict[int, str] = {}  # every prompt
-        self.notices: dict[int, deque[Settled]] = {}  # by prompt: those of two prompts may pass each other
+        self.notices: dict[int, deque[PromptSettled]] = {}  # by prompt: those of two prompts may pass each other
         self.training: Training | None = None
         self.newest_weights = 0  # published
         self.late_weights: deque[int] = deque()  # committed and not yet published, which no rule lets happen
@@ -109,8 +109,8 @@ class Controller:
         self.book.admit(prompts)
         for prompt in prompts:
             self.fates[prompt] = "live"
-            self.floors[prompt], self.attempts[prompt] = self.version, 0
-        self._world.watch.budget(self.admission, len(self.floors))
+            self.min_versions[prompt], self.attempts[prompt] = self.version, 0
+        self._world.watch.budget(self.admission, len(self.min_versions))
         for channel in self._world.config.dataflow.consumers(SOURCE):
             samples = [s for p in prompts for s in self._rows(p, channel.grain == "prompt")]
             self.outbox.keep(channel.edge, samples, tuple(prompts))
@@ -118,12 +118,12 @@ class Controller:
 
     def redelivery(self, edge: str) -> list[Delivery]:
         """What a generating stage may have lost, under the attempt of today."""
-        prompts = dict.fromkeys(p for kept in self.outbox.kept(edge) for p in kept if p in self.floors)
+        prompts = dict.fromkeys(p for kept in self.outbox.kept(edge) for p in kept if p in self.min_versions)
         return self._deliveries(edge, [p for p in prompts if p not in self._in_training()])
 
-    def draw_again(self) -> None:
+    def regenerate(self) -> None:
         """What the generator made is gone: its rows are drawn anew, and what derives from the old ones is void."""
-        for prompt in self.floors.keys() - self._in_training():
+        for prompt in self.min_versions.keys() - self._in_training():
             self.attempts[prompt] += self._world.rules.new_attempts
 
     def _in_training(self) -> set[int]:
@@ -144,7 +144,7 @@ class Controller:
                 self.owner,
                 attempt,
                 tuple(
-                    (s, Request(self.floors[p], self.owner))
+                    (s, Request(self.min_versions[p], self.owner))
                     for p in prompts
                     if self.attempts[p] == attempt
                     for s in self._rows(p, greedy)
@@ -156,17 +156,17 @@ class Controller:
     def _rows(self, prompt: int, greedy: bool) -> list[int]:
         return [sample_id(prompt, i) for i in ([BASELINE_INDEX] if greedy else range(self._world.config.samples))]
 
-    def tell(self, settled: Settled) -> None:
+    def tell(self, settled: PromptSettled) -> None:
         """A notice of the join."""
         self.notices.setdefault(settled.prompt_id, deque()).append(settled)
 
-    def _next_notice(self, prompt: int) -> Settled:
+    def _next_notice(self, prompt: int) -> PromptSettled:
         told = self.notices[prompt].popleft()
         if not self.notices[prompt]:
             del self.notices[prompt]
         return told
 
-    def _hear(self, settled: Settled) -> None:
+    def _hear(self, settled: PromptSettled) -> None:
         self.book.settle(settled)
         if settled.dead:
             self._end(settled.prompt_id, "failed")
@@ -181,7 +181,7 @@ class Controller:
     def droppable(self) -> list[int]:
         """Settled prompts that dynamic sampling could still filter out."""
         busy = self._in_training() | self.notices.keys()
-        return sorted((self._world.closing.settled & self.floors.keys()) - busy)
+        return sorted((self._world.closing.settled & self.min_versions.keys()) - busy)
 
     def drop(self, prompt: int) -> None:
         """All its samples scored alike. The join lets go of them first: another prompt's rows may follow at once."""
@@ -195,7 +195,7 @@ class Controller:
     def _end(self, prompt: int, fate: str) -> None:
         self._world.watch.ends_once(prompt, self.fates.get(prompt), fate)
         self.fates[prompt] = fate
-        del self.floors[prompt], self.attempts[prompt]
+        del self.min_versions[prompt], self.attempts[prompt]
 
     def _tell_ended(self) -> None:
         ended = self.book.take_ended()
@@ -254,4 +254,4 @@ class Controller:
             self._end(prompt.prompt_id, "trained")
         for sink in self._world.sinks if self._world.rules.update_keeps_lease else ():
             sink.release()
-        self._world.watch.budget(self.admission, len(self.floors))
+        self._world.watch.budget(self.admission, len(self.min_versions))

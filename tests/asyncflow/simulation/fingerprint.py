@@ -76,7 +76,7 @@ class Facts:
             case Row():
                 return value.drawing, value.oldest, value.critic, self.world.readable(value.owner)
             case Request():
-                return value.floor
+                return value.min_version
             case Failure():
                 return "dead"
         return value
@@ -195,7 +195,7 @@ def _held(value: Any) -> Any:
 def _ended(facts: Facts) -> None:
     """Who knows of which prompt that it is over, as far as anything of it is still about."""
     known = {prompt_of(s) for _, rows in facts.rows for s, _ in rows} | {p for _, p in facts.prompts}
-    over = [p for p in known if p not in facts.world.controller.floors]
+    over = [p for p in known if p not in facts.world.controller.min_versions]
     if not over:
         return
     holders: list[tuple[str, Any]] = [(s.name, s.outbox._ended) for s in facts.world.services.values()]
@@ -270,16 +270,16 @@ def _stage(facts: Facts, stage: Any) -> Print:
 
 def _engine(facts: Facts, engine: Engine) -> Print:
     for sample, r in engine.running.items():
-        facts.row((engine.name, r.attempt, r.turns, r.oldest, r.failing, r.request.floor), sample)
+        facts.row((engine.name, r.attempt, r.turns, r.oldest, r.failing, r.request.min_version), sample)
     return engine.own_version, list(engine.loads), engine.phase
 
 
 def _controller(facts: Facts) -> Print:
     c = facts.world.controller
-    for prompt, floor in c.floors.items():
+    for prompt, min_version in c.min_versions.items():
         # Of a prompt that is settled for good nobody asks when it was admitted.
         is_open = facts.sends_again or prompt not in c.book._settled
-        facts.prompts.append((("live", floor if is_open else -1, c.attempts[prompt]), prompt))
+        facts.prompts.append((("live", min_version if is_open else -1, c.attempts[prompt]), prompt))
     for prompt, settled in c.book._settled.items():
         facts.prompts.append((("ready", oldest_of(settled)), prompt))
     for prompt, notices in c.notices.items():

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission
 from asyncflow.control.device_lease import PoolLease
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.prompt_join import PromptJoin
 from asyncflow.services.channels.row_table import RowTable, _Row
@@ -24,7 +24,7 @@ from tests.asyncflow.simulation.watch import Watch
 from tests.asyncflow.simulation.world import World
 
 OURS = (World, Service, CallSite, Engine, Network, Controller, Watch, Turns)
-REAL = (RowTable, PromptJoin, Outbox, EndedPrompts, Admission, PromptBook, PoolLease)
+REAL = (RowTable, PromptJoin, Outbox, FinishedPrompts, Admission, InFlightPrompts, PoolLease)
 FIXED = ("_sources", "channels", "_by_prompt", "_place")  # set once
 
 Done = dict[int, Any]  # copies, by the id of what was copied

@@ -57,10 +57,10 @@ class GeneratingStage(CallSite):
 
     def next_request(self, version: int) -> int | None:
         """The oldest request that weights of a version may serve."""
-        check = self.world.rules.floor == "before the slot"
+        check = self.world.rules.min_version == "before the slot"
         for sample in self.table.next_settled(len(self.table)):
             (request,) = self.table.column(0, [sample])
-            if not check or request.floor <= version:
+            if not check or request.min_version <= version:
                 return sample
         return None
 
@@ -72,7 +72,7 @@ class GeneratingStage(CallSite):
             # A successor draws again what had settled, too, and what ends before it was drawn again: it hears of it.
             over = {
                 prompt_of(s) for s in [*self.running, *(s for s, _, _ in self.out)]
-            } - self.world.controller.floors.keys()
+            } - self.world.controller.min_versions.keys()
             prompts = config.most_live + len(over | self.service.over_unheard)
         self.world.watch.bound("generating", self.name, rows, prompts * (1 if self.call.greedy else config.samples))
 
@@ -155,7 +155,7 @@ class Engine:
             for sample in self._requests():
                 yield Action(self.name, "start", sample)
         for sample, running in self.running.items():
-            if self.version >= running.request.floor or self.world.rules.floor == "nowhere":
+            if self.version >= running.request.min_version or self.world.rules.min_version == "nowhere":
                 yield Action(self.name, "draw", sample)
 
     def do(self, action: Action) -> None:

@@ -64,7 +64,7 @@ def explores(world: World) -> bool:
         and not rules.update_keeps_lease
         and rules.loads == "in order"
         and rules.leases is open_leases
-        and (rules.floor == "before the slot" or not world.leases)
+        and (rules.min_version == "before the slot" or not world.leases)
     )
 
 
@@ -158,7 +158,7 @@ def _stands_still_without(world: World, prompts: set[int]) -> bool:
     c = world.controller
     if c.training is not None or c.admission.room() or not _nothing_ends(world) or world.config.window:
         return False
-    return len(c.floors.keys() - prompts) < world.config.prompts
+    return len(c.min_versions.keys() - prompts) < world.config.prompts
 
 
 def _is_still(world: World, prompts: set[int]) -> bool:
@@ -219,7 +219,7 @@ def _request_is_free(world: World, d: Delivery) -> bool:
     if _engine_dies(world) or (len(world.generating) > 1 and world.engines[0].service.leased):
         return False
     idle = all(e.phase == "idle" and not e.loads for e in world.engines if e.service.leased)
-    return idle and world.controller.floors.keys() <= {prompt_of(s) for s in d.samples}
+    return idle and world.controller.min_versions.keys() <= {prompt_of(s) for s in d.samples}
 
 
 def _end_is_free(world: World, service: Service) -> bool:
@@ -298,7 +298,7 @@ def _hearing_is_free(world: World, told: int) -> bool:
         return False
     in_training = {r.prompt_id for r in c.training.batch} if c.training is not None else set[int]()
     still = _all_admitted(world) or (c.training is None and not c.admission.room())
-    return still and len(c.floors.keys() - in_training - {told}) < world.config.prompts
+    return still and len(c.min_versions.keys() - in_training - {told}) < world.config.prompts
 
 
 def _commit_is_free(world: World) -> bool:

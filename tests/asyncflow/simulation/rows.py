@@ -21,7 +21,7 @@ Owner = tuple[str, int]  # a service, and how often it had been restarted
 class Request(NamedTuple):
     """A prompt's row on its way to a generating stage."""
 
-    floor: int  # version at admission
+    min_version: int  # version at admission
     owner: Owner
 
 

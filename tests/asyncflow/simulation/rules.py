@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission
 from asyncflow.control.device_lease import PoolLease, shared_leases
 from asyncflow.services.channels.mailbox import has_room
@@ -37,7 +37,7 @@ class Rules(msgspec.Struct, frozen=True):
     prompt_join: type[PromptJoin] = PromptJoin
     outbox: type[Outbox[Any]] = Outbox
     admission: type[Admission] = Admission
-    prompt_book: type[PromptBook] = PromptBook
+    prompt_book: type[InFlightPrompts] = InFlightPrompts
     leases: Callable[[Mapping[str, str]], dict[str, PoolLease]] = shared_leases
     has_room: Callable[[int, int, int], bool] = has_room
     join_room: Callable[[PromptJoin, int, list[int]], bool] = joins_never_refuse  # [1]
@@ -49,7 +49,7 @@ class Rules(msgspec.Struct, frozen=True):
     one_batch: bool = True  # [11] formed once, for all trainers; else each takes what is best when it begins
     update_keeps_lease: bool = False  # [12] until its weights are loaded
     publishes_first: bool = True  # [12] before the commit
-    floor: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13]
+    min_version: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13]
     loads: Literal["in order", "in any order", "when idle"] = "in order"  # [13]
     prox: Literal["of the update", "of the drawing"] = "of the update"  # [16] whose log-probs the ratio divides by
     seed: Callable[[int, int], int] = seed_of_the_sample  # [17] of a sample's n-th drawing after a crash

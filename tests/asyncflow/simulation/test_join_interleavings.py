@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from asyncflow.services.channels.prompt_join import PromptJoin
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.ids import BASELINE_INDEX, sample_id
 from protocols.data.messages import LogProbs, Rollouts, Scores
 from protocols.stage import Failure, Grain
@@ -22,10 +22,12 @@ THREE: list[Grain] = ["sample", "sample", "sample"]
 KINDS = (Rollouts, LogProbs, Scores)
 
 
-def outcome(grains: Sequence[Grain], samples: int, deliveries: Sequence[Given]) -> tuple[list[Settled], object, int]:
+def outcome(
+    grains: Sequence[Grain], samples: int, deliveries: Sequence[Given]
+) -> tuple[list[PromptSettled], object, int]:
     """What settled, what a batch then finds, and what is left, after all deliveries, each row by itself."""
     join = PromptJoin(grains, samples)
-    settled: list[Settled] = []
+    settled: list[PromptSettled] = []
     for position, sample, attempt, drawing in deliveries:
         if drawing is None:
             told, _ = join.arrive(position, None, [Failure(sample, "failed")], attempt)
@@ -65,7 +67,7 @@ def test_what_comes_twice_counts_once():
     for again in rows[:2]:
         for order in permutations([*rows, again]):
             assert outcome(["sample", "sample"], 2, order) == (
-                [Settled(3, [FIRST, SECOND], [], 0, -1, 2, 0.0)],
+                [PromptSettled(3, [FIRST, SECOND], [], 0, -1, 2, 0.0)],
                 [[1, 1], [1, 1]],
                 0,
             )
@@ -80,7 +82,7 @@ def test_parts_of_two_attempts_never_meet(late: Given):
     second: list[Given] = [(p, s, 1, 2) for p in (0, 1) for s in (FIRST, SECOND)]
     for order in permutations([late, *second]):
         assert outcome(["sample", "sample"], 2, order) == (
-            [Settled(3, [FIRST, SECOND], [], 0, -1, 2, 0.0)],
+            [PromptSettled(3, [FIRST, SECOND], [], 0, -1, 2, 0.0)],
             [[2, 2], [2, 2]],
             0,
         )

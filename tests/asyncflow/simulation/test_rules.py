@@ -198,16 +198,16 @@ def test_12_weights_that_go_out_after_their_commit_are_those_of_a_later_step():
 
 def test_13_without_a_floor_a_slow_replica_draws_with_weights_from_before_the_admission():
     slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
-    shows(Config("grpo", replicas=2), Rules(floor="nowhere"), "is 1 versions old at step 1, bound 0", slow)
+    shows(Config("grpo", replicas=2), Rules(min_version="nowhere"), "is 1 versions old at step 1, bound 0", slow)
 
 
 def test_13_a_row_that_waits_for_its_floor_inside_a_slot_keeps_out_the_load_that_it_waits_for():
     config = Config("grpo", replicas=2)
-    without = Rules(floor="in the slot", loads="when idle")
+    without = Rules(min_version="in the slot", loads="when idle")
     slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
     assert any("Deadlock" in found for found in findings(config, without, slow))
     assert findings(config, Rules(loads="when idle"), slow) == set(), "the floor is checked before the slot"
-    assert findings(config, Rules(floor="in the slot"), slow) == set(), "loads preempt running rows"
+    assert findings(config, Rules(min_version="in the slot"), slow) == set(), "loads preempt running rows"
 
 
 def test_13_loads_in_any_order_take_a_replica_back():

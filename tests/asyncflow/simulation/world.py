@@ -170,7 +170,7 @@ class World:
         if name == ADVANTAGE:
             self.controller.join_died()
         if name == GENERATOR:
-            self.controller.draw_again()
+            self.controller.regenerate()
             for engine in self.engines:
                 engine.load(self.controller.newest_weights)
         for edge in edges:

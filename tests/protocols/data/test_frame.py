@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from protocols.data import codec
 from protocols.data.columns import Array, Batch, Jagged, concat, empty, take
 from protocols.data.frame import cut_rows
-from protocols.data.messages import SCHEMAS, Costs, Experience, LogProbs, Rollouts, Scores
+from protocols.data.messages import SCHEMAS, Costs, Experience, LogProbs, Prompts, Rollouts, Scores
 from tests.protocols.frames import by_hand, cuts_of, framed, owners, refusal, sample
 from tests.protocols.strategies import messages
 
@@ -58,7 +58,7 @@ def test_frames_are_what_the_layout_says(message: Batch, block_bytes: int):
     [
         pytest.param(kind, version, id=f"{kind.__name__} {version}")
         for kind in SCHEMAS.values()
-        for version in range(1, kind.schema_version + 1)
+        for version in range(kind.oldest_readable, kind.schema_version + 1)
     ],
 )
 def test_frames_of_every_released_version_stay_readable(kind: type[Batch], version: int):
@@ -301,6 +301,11 @@ def test_columns_are_known_once_and_by_type():
     assert reason(ids, values | {"jagged": True}) == "Costs version 1: column costs is jagged float32, want float32"
     assert reason(ids) == "Costs version 1 lacks column costs"
     assert reason(ids, values, values | {"name": "extra"}) == "Costs version 1 has no column extra"
+
+
+def test_frames_older_than_the_oldest_that_is_read_are_refused_by_name():
+    old = by_hand(empty(Prompts), [0], version=1)
+    assert refusal(old) == "Prompts version 1 is older than 2, the oldest that this program reads"
 
 
 def write_golden() -> None:

@@ -26,7 +26,7 @@ def prompts(**changes: Any) -> Prompts:
         "sample_ids": np.array([1, 2]),
         "prompts": ragged([5, 6], [7]),
         "references": Jagged.from_texts(["42", ""]),
-        "floors": np.array([0, 3]),
+        "min_versions": np.array([0, 3]),
     }
     return Prompts(**columns | changes)
 
@@ -63,7 +63,7 @@ def test_what_is_declared_of_columns_names_columns(kind: type[Batch]):
     jagged = {column.name for column in columns_of(kind) if column.jagged}
     assert {name for group in kind.aligned for name in group} <= jagged
     assert set(kind.defaults) <= names - {"sample_ids"}
-    assert bool(kind.defaults) == (kind.schema_version > 1)
+    assert bool(kind.defaults) == (kind.schema_version > kind.oldest_readable)
 
 
 @given(messages())
@@ -73,18 +73,18 @@ def test_a_good_message_passes(message: Batch):
 
 def test_messages_do_not_change():
     with pytest.raises(AttributeError, match="immutable"):
-        prompts().floors = np.array([9, 9])  # type: ignore[misc]
+        prompts().min_versions = np.array([9, 9])  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"prompts": ragged([5, -6], [7])}, "prompts: negative value -6"),
-        ({"floors": np.array([0, -1])}, "floors: negative value -1"),
+        ({"min_versions": np.array([0, -1])}, "min_versions: negative value -1"),
         ({"references": ragged([0xC3], [], dtype="uint8")}, "references: row 0 is no UTF-8 text"),
         ({"references": ragged([0xC3], [0xA9], dtype="uint8")}, "references: row 0 is no UTF-8 text"),
     ],
-    ids=["token", "floor", "text", "character cut by rows"],
+    ids=["token", "min_version", "text", "character cut by rows"],
 )
 def test_prompts_refuse(changes: dict[str, Any], reason: str):
     prompts().check()

@@ -11,7 +11,7 @@ from protocols.data.columns import Jagged, take
 from protocols.data.messages import Experience, Scores
 from protocols.stage import Measured
 from tests.workers.advantages.batches import GROUPS, MASK, reference, rollouts, scores
-from workers.advantages.dapo import dapo, overlong_penalty, worth_training
+from workers.advantages.dapo import dapo, overlong_penalty, trainable_groups
 from workers.advantages.dr_grpo import dr_grpo
 from workers.advantages.grpo import group_relative, grpo
 from workers.advantages.reinforce_pp import reinforce_pp_baseline
@@ -159,5 +159,5 @@ def test_dapo_is_grpo_of_the_shaped_scores():
 
 
 def test_dynamic_sampling_keeps_prompts_whose_scores_differ():
-    kept = worth_training(scores(ROWS, [1, 1, 1, 0, 1, 0, 1]))
+    kept = trainable_groups(scores(ROWS, [1, 1, 1, 0, 1, 0, 1]))
     assert kept.tolist() == [False] * 3 + [True] * 3 + [False]

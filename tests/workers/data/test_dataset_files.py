@@ -116,7 +116,7 @@ def test_a_run_has_the_same_samples_and_resumes_from_the_other_container(
     one, two = check(make_recipe()).train, check(other).train
     prompts = [one.at(cursor) for cursor in range(40)]
     assert [two.at(cursor) for cursor in range(40)] == prompts
-    assert two.requests(prompts[:8], 2, floor=0).prompts == one.requests(prompts[:8], 2, floor=0).prompts
+    assert two.requests(prompts[:8], 2, min_version=0).prompts == one.requests(prompts[:8], 2, min_version=0).prompts
 
 
 def test_a_split_is_named_behind_its_folder(tmp_path: Path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from workers.data.datasets import DataError
-from workers.finetune.loop import batches, load_tokenizer, rate_factor, tokenized
+from workers.finetune.loop import batches, load_tokenizer, lr_factor, tokenized
 from workers.finetune.settings import Schedule, SftSettings
 from workers.finetune.sft import response_loss, train_sft
 from workers.training.models import load_causal
@@ -123,9 +123,9 @@ def test_every_epoch_visits_each_row_once_in_a_new_order():
 
 def test_the_learning_rate_rises_then_decays():
     schedule = Schedule(steps=12, decay="cosine")
-    assert [rate_factor(n, schedule, 2) for n in (0, 1, 2, 7)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    assert rate_factor(7, Schedule(steps=12, decay="linear"), 2) == pytest.approx(0.5)
-    assert rate_factor(11, Schedule(steps=12, decay="constant"), 0) == 1.0
+    assert [lr_factor(n, schedule, 2) for n in (0, 1, 2, 7)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert lr_factor(7, Schedule(steps=12, decay="linear"), 2) == pytest.approx(0.5)
+    assert lr_factor(11, Schedule(steps=12, decay="constant"), 0) == 1.0
 
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "tokens_per_micro_batch"])

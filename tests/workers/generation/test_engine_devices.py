@@ -7,27 +7,29 @@ import os
 import pytest
 
 from protocols.layout.topology import GenerationGrouping, Topology
-from workers.generation.engine_devices import EnginePlace, Seat, cuda_seat, engine_place
-from workers.generation.shared_buffer import Window
+from workers.generation.engine_devices import EngineDevices, RankDevice, cuda_device_of, engine_devices_of
+from workers.generation.shared_buffer import BufferHandle
 from workers.generation.vllm_internals import seen_by_workers
 
 SWITCHES = ["1-1-1 -> 1-1", "1-2-1 -> 1-1", "1-2-1 -> 1-2", "1-2-2 -> 1-1", "1-4-1 -> 1-2", "2-4-1 -> 1-4"]
 
 
-def places(switch: str, seats: list[Seat]) -> list[tuple[list[int], EnginePlace]]:
+def places(switch: str, seats: list[RankDevice]) -> list[tuple[list[int], EngineDevices]]:
     """The ranks of each generation replica, by tensor index, and where their engine computes."""
     topology, layout = map(Topology.parse, switch.split(" -> "))
     grouping = GenerationGrouping(topology, layout.pp, layout.tp)
-    return [(ranks, engine_place(topology.world_size, [seats[r] for r in ranks])) for ranks in grouping.tensor_groups]
+    return [
+        (ranks, engine_devices_of(topology.world_size, [seats[r] for r in ranks])) for ranks in grouping.tensor_groups
+    ]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_device_has_one_worker_of_one_engine_and_it_is_its_rank_s(switch: str):
     ranks = Topology.parse(switch.partition(" -> ")[0]).world_size
-    seats = [Seat("here", str(7 - rank)) for rank in range(ranks)]
+    seats = [RankDevice("here", str(7 - rank)) for rank in range(ranks)]
     found = places(switch, seats)
     if ranks == 1:
-        assert found == [([0], EnginePlace())]  # in the rank's own process
+        assert found == [([0], EngineDevices())]  # in the rank's own process
         return
     assert sorted(rank for replica, _ in found for rank in replica) == list(range(ranks))
     for replica, place in found:
@@ -36,30 +38,30 @@ def test_every_device_has_one_worker_of_one_engine_and_it_is_its_rank_s(switch: 
 
 
 def test_without_devices_workers_are_told_of_none():
-    seats = [Seat("here")] * 4
-    assert {place for _, place in places("1-4-1 -> 1-2", seats)} == {EnginePlace(2, "")}
+    seats = [RankDevice("here")] * 4
+    assert {place for _, place in places("1-4-1 -> 1-2", seats)} == {EngineDevices(2, "")}
 
 
 def test_a_device_is_named_as_its_process_was_given_it():
-    assert cuda_seat("here", 0, "5") == Seat("here", "5")  # as Ray gives a rank one
-    assert cuda_seat("here", 1, "5, 6") == Seat("here", "6")
-    assert cuda_seat("here", 3, None) == cuda_seat("here", 3, "") == Seat("here", "3")  # sees them all
+    assert cuda_device_of("here", 0, "5") == RankDevice("here", "5")  # as Ray gives a rank one
+    assert cuda_device_of("here", 1, "5, 6") == RankDevice("here", "6")
+    assert cuda_device_of("here", 3, None) == cuda_device_of("here", 3, "") == RankDevice("here", "3")  # sees them all
 
 
 def test_a_replica_on_two_nodes_is_refused():
     with pytest.raises(ValueError, match="2 ranks that generate together are on nodes a, b"):
-        engine_place(2, [Seat("a", "0"), Seat("b", "0")])
+        engine_devices_of(2, [RankDevice("a", "0"), RankDevice("b", "0")])
 
 
 def test_two_ranks_of_a_replica_on_one_device_are_refused():
     with pytest.raises(ValueError, match=r"on CUDA devices \['3', '3'\] of one node: want one each"):
-        engine_place(4, [Seat("a", "3"), Seat("a", "3")])
+        engine_devices_of(4, [RankDevice("a", "3"), RankDevice("a", "3")])
 
 
 def test_a_worker_opens_a_window_under_the_number_by_which_it_sees_the_device():
-    written = Window(8, handle=(0, b"handle", 8, 0, b"", 0, b"", False))  # its writer sees one device
-    assert written.on_device(1) == Window(8, handle=(1, b"handle", 8, 0, b"", 0, b"", False))
-    assert Window(8, path="file").on_device(1) == Window(8, path="file")
+    written = BufferHandle(8, handle=(0, b"handle", 8, 0, b"", 0, b"", False))  # its writer sees one device
+    assert written.on_device(1) == BufferHandle(8, handle=(1, b"handle", 8, 0, b"", 0, b"", False))
+    assert BufferHandle(8, path="file").on_device(1) == BufferHandle(8, path="file")
 
 
 @pytest.mark.parametrize("own", [None, "5"])

@@ -191,7 +191,7 @@ def test_a_row_that_does_not_fit_fails_alone(folder: str):
 
 
 def test_a_prompt_is_not_drawn_by_weights_older_than_its_admission(folder: str):
-    prompts = replace(tiny.make_prompts(TEXTS[:1]), floors=np.array([3], np.int64))
+    prompts = replace(tiny.make_prompts(TEXTS[:1]), min_versions=np.array([3], np.int64))
     with pytest.raises(ValueError, match="prompt of version 3 can't be drawn by weights of version 0"):
         policy_of(folder, grouping_of("1-1-1 -> 1-1")).generate(prompts, sampling=SAMPLED)
 

@@ -22,7 +22,7 @@ from tests.workers.batches import VOCABULARY, experience
 from tests.workers.ranks import Ranks, own_device
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
-from workers.generation.weight_transfer import HandedOver, Handover, modules_of, place_of
+from workers.generation.weight_transfer import TransferredWeights, WeightTransfer, modules_of, place_of
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import ShardPlan
 from workers.roles.parallel_policy import ParallelPolicy
@@ -46,7 +46,7 @@ def policy_of(folder: str, grouping: GenerationGrouping, device: str = "cpu") ->
 class Round(NamedTuple):
     """A hand-over on one rank, and on the engine's what vLLM drew after it."""
 
-    handed: HandedOver
+    handed: TransferredWeights
     drawn: Rollouts | None
 
 
@@ -65,7 +65,7 @@ def rounds(
             VllmEngine(folder, GENERATION, SEED)
     place = place_of(policy.hybrid)
     engine = VllmEngine(folder, GENERATION, SEED, place=place) if first else None
-    handover = Handover(policy.hybrid, engine)
+    handover = WeightTransfer(policy.hybrid, engine)
     seen: list[Round] = []
     try:
         for folder_after in exported:
@@ -89,7 +89,7 @@ def rounds(
     return seen
 
 
-def refused(handover: Handover, engine: VllmEngine, probe: Probe) -> None:
+def refused(handover: WeightTransfer, engine: VllmEngine, probe: Probe) -> None:
     """What the engine says to an old version, and to weights that answer otherwise than their trainer."""
     with pytest.raises(BadWeights, match="is not newer than"):
         handover.run(Version(0, 1), probe)
@@ -195,4 +195,4 @@ def test_an_engine_stands_on_the_first_rank_of_its_replica(folder: str):
     policy = policy_of(folder, GenerationGrouping(Topology()))
     assert policy.hybrid
     with pytest.raises(ValueError, match="rank 0 of 1 that generate together: the first has the engine"):
-        Handover(policy.hybrid, None)
+        WeightTransfer(policy.hybrid, None)

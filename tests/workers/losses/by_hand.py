@@ -24,8 +24,8 @@ class Batch:
     """Columns as lists of rows; None of them is padded."""
 
     log_probs: Rows
-    proximal: Rows
-    behaviour: Rows
+    old_log_probs: Rows
+    rollout_log_probs: Rows
     reference: Rows
     advantages: Rows
     entropies: Rows
@@ -58,14 +58,14 @@ def drawn(seed: int, lengths: tuple[int, ...] = (3, 0, 5, 1, 4, 2, 6), moved: fl
         centres = around or [[0.0] * n for n in lengths]
         return [[c + rng.normal(0, scale) for c in row] for row in centres]
 
-    proximal = column(1.0)
+    old_log_probs = column(1.0)
     mask = [[int(rng.random() < 0.8) for _ in range(n)] for n in lengths]
     mask = [[0] * len(row) if i == 4 else row for i, row in enumerate(mask)]
     return Batch(
-        log_probs=column(moved, proximal),
-        proximal=proximal,
-        behaviour=column(stale, proximal),
-        reference=column(0.7, proximal),
+        log_probs=column(moved, old_log_probs),
+        old_log_probs=old_log_probs,
+        rollout_log_probs=column(stale, old_log_probs),
+        reference=column(0.7, old_log_probs),
         advantages=column(1.0),
         entropies=[[abs(x) for x in row] for row in column(1.0)],
         mask=mask,
@@ -80,8 +80,8 @@ def tokens_of(batch: Batch, requires_grad: bool = True) -> Tokens:
 
     return Tokens(
         log_probs=flat(batch.log_probs).requires_grad_(requires_grad),
-        proximal=flat(batch.proximal),
-        behaviour=flat(batch.behaviour),
+        old_log_probs=flat(batch.old_log_probs),
+        rollout_log_probs=flat(batch.rollout_log_probs),
         advantages=flat(batch.advantages),
         mask=torch.tensor([bool(x) for row in batch.mask for x in row], dtype=torch.bool),
         lengths=torch.tensor([len(row) for row in batch.mask], dtype=torch.int64),
@@ -112,7 +112,7 @@ def objective(batch: Batch, loss: Loss) -> Answer:
 
 def policy_term(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, float, bool]:
     """One token's policy loss, its derivative, and whether a clip decided them."""
-    old = batch.behaviour if loss.old == "mu" else batch.proximal
+    old = batch.rollout_log_probs if loss.old == "mu" else batch.old_log_probs
     log_prob, advantage = batch.log_probs[row][t], batch.advantages[row][t]
     ratio = math.exp(log_prob - old[row][t])
     match loss.policy:
@@ -141,10 +141,10 @@ def clipped(ratio: float, advantage: float, loss: Loss) -> tuple[float, float, b
 def correction(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, bool]:
     """One token's weight, and whether a bound changed it."""
     inside = [t for t, m in enumerate(batch.mask[row]) if m]
-    mean = sum(batch.proximal[row][t] - batch.behaviour[row][t] for t in inside) / len(inside)
+    mean = sum(batch.old_log_probs[row][t] - batch.rollout_log_probs[row][t] for t in inside) / len(inside)
     if not loss.sequence_low <= math.exp(mean) <= (loss.sequence_high or math.inf):
         return 0.0, True
-    k = math.exp(batch.proximal[row][t] - batch.behaviour[row][t])
+    k = math.exp(batch.old_log_probs[row][t] - batch.rollout_log_probs[row][t])
     match loss.correction:
         case "none":
             return 1.0, False

@@ -77,7 +77,9 @@ def test_weights_are_those_worked_out_by_hand(seed: int, name: Correction, by_se
 
 def test_a_weight_has_no_gradient():
     tokens = tokens_of(drawn(0))
-    theta = Tokens(tokens.log_probs, tokens.log_probs, tokens.behaviour, tokens.advantages, tokens.mask, tokens.lengths)
+    theta = Tokens(
+        tokens.log_probs, tokens.log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
+    )
     assert not correct(theta, Loss(correction="tis", sequence_high=2.0)).values.requires_grad
 
 
@@ -106,4 +108,4 @@ def test_each_bound_of_a_sequence_mask_may_be_left_out():
 
 def test_the_bounds_themselves_are_inside():
     tokens = stale([[1.0, 1.0]])
-    assert sequences_within(tokens.proximal - tokens.behaviour, tokens, 1.0, 1.0).all()
+    assert sequences_within(tokens.old_log_probs - tokens.rollout_log_probs, tokens, 1.0, 1.0).all()

@@ -30,7 +30,7 @@ def test_each_is_what_its_name_says():
     batch, loss = drawn(2), LOSS
     inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
     theta, prox, mu = (
-        [column[r][t] for r, t in inside] for column in (batch.log_probs, batch.proximal, batch.behaviour)
+        [column[r][t] for r, t in inside] for column in (batch.log_probs, batch.old_log_probs, batch.rollout_log_probs)
     )
     moved = [a - b for a, b in zip(theta, prox, strict=True)]
     want = {
@@ -65,7 +65,7 @@ def test_a_part_that_the_loss_lacks_is_not_reported():
     batch = drawn(1)
     tokens = tokens_of(batch)
     bare = type(tokens)(
-        tokens.log_probs, tokens.proximal, tokens.behaviour, tokens.advantages, tokens.mask, tokens.lengths
+        tokens.log_probs, tokens.old_log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
     )
     got = measures.measure(bare, policy_objective(POLICY_LOSSES["ppo"], bare, Loss()), Loss())
     assert not {"entropy", "kl_reference"} & got.keys()
@@ -74,7 +74,7 @@ def test_a_part_that_the_loss_lacks_is_not_reported():
 def test_the_largest_ratio_is_to_what_the_loss_divides_by():
     batch = drawn(4)
     inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
-    want = max(math.exp(batch.log_probs[r][t] - batch.behaviour[r][t]) for r, t in inside)
+    want = max(math.exp(batch.log_probs[r][t] - batch.rollout_log_probs[r][t]) for r, t in inside)
     assert measured(batch, Loss(old="mu", kl_coefficient=0.1))["ratio_max"] == pytest.approx(want)
 
 

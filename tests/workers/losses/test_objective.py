@@ -103,7 +103,7 @@ def test_a_batch_without_a_trained_token_has_loss_0_and_no_gradient(policy: str)
 def test_a_part_without_its_input_is_an_error_that_says_which():
     tokens, ppo = tokens_of(drawn(0)), POLICY_LOSSES["ppo"]
     bare = type(tokens)(
-        tokens.log_probs, tokens.proximal, tokens.behaviour, tokens.advantages, tokens.mask, tokens.lengths
+        tokens.log_probs, tokens.old_log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
     )
     with pytest.raises(ValueError, match=r"kl_coefficient = 0\.1 needs the reference's log-probs"):
         policy_objective(ppo, bare, Loss(kl_coefficient=0.1))

@@ -29,7 +29,7 @@ clips = st.builds(
 def on_policy(seed: int) -> Tokens:
     """theta = prox = mu."""
     tokens = tokens_of(drawn(seed))
-    return replace(tokens, proximal=tokens.log_probs.detach(), behaviour=tokens.log_probs.detach())
+    return replace(tokens, old_log_probs=tokens.log_probs.detach(), rollout_log_probs=tokens.log_probs.detach())
 
 
 def gradient_of(surrogate: torch.Tensor, tokens: Tokens) -> np.ndarray:
@@ -43,8 +43,8 @@ def single(ratio: float, advantage: float) -> Tokens:
     old = torch.zeros(1, dtype=torch.float64)
     return Tokens(
         log_probs=torch.tensor([np.log(ratio)], dtype=torch.float64, requires_grad=True),
-        proximal=old,
-        behaviour=old,
+        old_log_probs=old,
+        rollout_log_probs=old,
         advantages=torch.tensor([advantage], dtype=torch.float64),
         mask=torch.ones(1, dtype=torch.bool),
         lengths=torch.ones(1, dtype=torch.int64),
@@ -67,7 +67,7 @@ def test_on_policy_every_loss_under_every_correction_has_reinforces_gradient(pol
 @given(seeds, clips)
 def test_decoupled_ppo_with_prox_at_mu_is_ppo(seed: int, loss: Loss):
     tokens = tokens_of(drawn(seed))
-    tokens = replace(tokens, behaviour=tokens.proximal)
+    tokens = replace(tokens, rollout_log_probs=tokens.old_log_probs)
     decoupled = policy_objective(ppo, tokens, structs.replace(loss, correction="importance"))
     plain = policy_objective(ppo, tokens, loss)
     assert torch.equal(decoupled.loss, plain.loss)
@@ -95,7 +95,7 @@ def test_gspo_is_the_sequence_objective_where_a_row_has_one_advantage(seed: int)
         kept = part[tokens.mask[part]]
         if not len(kept):
             continue
-        s = torch.exp((tokens.log_probs[kept] - tokens.proximal[kept]).mean())
+        s = torch.exp((tokens.log_probs[kept] - tokens.old_log_probs[kept]).mean())
         value = torch.maximum(-s * advantages[row], -s.clamp(0.95, 1.08) * advantages[row])
         rows.append(len(kept) * value)  # a sum over tokens, as gradient_of takes it
     if not rows:
@@ -162,8 +162,8 @@ def test_log_ratios_of_hundreds_stay_finite(policy: str):
     tokens = replace(
         single(1.0, 1.0),
         log_probs=torch.tensor([-1.0, -900.0], requires_grad=True),
-        proximal=torch.tensor([-900.0, -1.0]),
-        behaviour=torch.tensor([-900.0, -1.0]),
+        old_log_probs=torch.tensor([-900.0, -1.0]),
+        rollout_log_probs=torch.tensor([-900.0, -1.0]),
         advantages=torch.tensor([-1.0, -1.0]),
         mask=torch.ones(2, dtype=torch.bool),
         lengths=torch.tensor([1, 1]),

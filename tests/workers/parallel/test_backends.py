@@ -65,7 +65,7 @@ def divided_step(backend: Backend, topology: Topology, case: Case, number: int, 
         }
         norm = model.clip_gradient(limit)
         optimizer.step()
-        model.spread()
+        model.all_gather_updated()
         model.release_gradient()
     return Step(loss, norm, gradients, {name: model.weight(name).clone() for name in model.specs})
 
@@ -129,7 +129,7 @@ def rehomed_step(topology: Topology, case: Case) -> bool:
     data = part(rows(ROWS), model.place.dp, topology.dp)
     model.backward(data, BUDGET, loss_of(data, case.head, 1.0))
     optimizer.step()
-    model.spread()
+    model.all_gather_updated()
     return all(not torch.equal(before[name], p) for name, p in model.parameters.items())
 
 

@@ -8,19 +8,19 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from workers.parallel.process_group import host_meeting, join_world, visit_meeting
+from workers.parallel.process_group import connect_store, create_store, join_world
 
-PATIENCE = timedelta(seconds=60)
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
 def come(pipe: Connection, rank: int, size: int) -> None:
     """Rank 0 hosts and tells the address; the others are told it. All say their number."""
     if rank == 0:
-        meeting, address = host_meeting("127.0.0.1")
+        meeting, address = create_store("127.0.0.1")
         pipe.send(address)
     else:
-        meeting = visit_meeting(pipe.recv())
-    world = join_world(meeting, rank, size, timeout=PATIENCE)
+        meeting = connect_store(pipe.recv())
+    world = join_world(meeting, rank, size, timeout=COLLECTIVE_TIMEOUT)
     said = world.exchange(b"%d" % rank * rank)
     world.leave()
     pipe.send((world.rank, world.device.type, said))
@@ -38,7 +38,7 @@ def test_ranks_meet_at_the_first_ones_address_and_hear_each_other():
     address = pipes[0].recv()
     for pipe in pipes[1:]:
         pipe.send(address)
-    answers = [pipe.recv() if pipe.poll(PATIENCE.total_seconds()) else None for pipe in pipes]
+    answers = [pipe.recv() if pipe.poll(COLLECTIVE_TIMEOUT.total_seconds()) else None for pipe in pipes]
     for process in processes:
         process.join(10)
     assert answers == [(rank, "cpu", [b"", b"1", b"22"]) for rank in range(3)]
@@ -47,4 +47,4 @@ def test_ranks_meet_at_the_first_ones_address_and_hear_each_other():
 def test_a_place_where_nobody_is_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("workers.parallel.process_group.MEETING", timedelta(seconds=1))
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1"):
-        visit_meeting("127.0.0.1:9")
+        connect_store("127.0.0.1:9")

@@ -12,7 +12,7 @@ import pytest
 
 from protocols.layout.topology import GenerationGrouping, Style, Topology
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Parameter, ShardPlan
-from workers.resharding.plan import Layouts, Move, gathered_stage, home, transition
+from workers.resharding.plan import Collective, Layouts, gathered_name, gathered_stage, transition
 
 Array = npt.NDArray[np.int64]
 
@@ -63,7 +63,7 @@ class Simulation:
         self._play()
 
     def _slice(self, parameter: Parameter, index: int, of: int) -> Array:
-        values = self.values[home(parameter.name, self.values)]
+        values = self.values[gathered_name(parameter.name, self.values)]
         size = len(values) // of
         return values[index * size : (index + 1) * size] if parameter.cut is not None else values
 
@@ -79,7 +79,7 @@ class Simulation:
         found: dict[str, tuple[int, Array]] = {}
         for parameter in self.train.parameters(at.pp):
             entries = self._slice(parameter, at.tp, self.train.tp)
-            name = home(parameter.name, self.needs[rank])
+            name = gathered_name(parameter.name, self.needs[rank])
             start = int(np.searchsorted(self.needs[rank][name], entries[0]))
             found[name] = (start, entries)
         return found
@@ -94,7 +94,7 @@ class Simulation:
             for member in move.members:
                 waiting[member].pop(0)
 
-    def _collective(self, move: Move) -> None:
+    def _collective(self, move: Collective) -> None:
         sent = [
             [self.has[owner][p.name][p.start : p.start + p.elements].copy() for p in pieces]
             for owner, pieces in zip(move.owners, move.pieces, strict=True)

@@ -64,7 +64,7 @@ def step(model: ParallelModel) -> None:
     model.backward(part(rows(), model.place.dp, model.topology.dp), BUDGET, likelihood)
     model.clip_gradient(1.0)
     torch.optim.AdamW(model.optimized.values(), lr=1e-2).step()
-    model.spread()
+    model.all_gather_updated()
     model.release_gradient()
 
 

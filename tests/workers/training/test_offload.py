@@ -16,7 +16,7 @@ from tests.workers.batches import VOCABULARY, experience, rollouts
 from workers.roles.parallel_answers import ParallelCost, ParallelReference, ParallelReward
 from workers.roles.parallel_critic import ParallelCritic
 from workers.settings import Generation, Loss, Model, Optimizer
-from workers.training.offload import HOST, Copy, Residence, relocated
+from workers.training.offload import HOST, Copy, Offloader, relocated
 
 DEVICE = torch.device("cuda", 0)  # decides whether anything moves; here nothing is on it
 
@@ -31,17 +31,17 @@ def elsewhere(tensor: Tensor) -> Tensor:
 # --- when anything moves
 
 
-def counted() -> tuple[Residence, list[Copy]]:
+def counted() -> tuple[Offloader, list[Copy]]:
     """The residence of a model of 12 bytes, and the copies that were asked of it."""
     asked: list[Copy] = []
-    return Residence(DEVICE, lambda copy: asked.append(copy) or 12), asked
+    return Offloader(DEVICE, lambda copy: asked.append(copy) or 12), asked
 
 
 def test_who_is_there_or_gone_already_moves_nothing():
     residence, asked = counted()
-    assert residence.come_back() == 0
+    assert residence.reload() == 0
     assert [residence.leave(), residence.leave()] == [12, 0]
-    assert [residence.come_back(), residence.come_back()] == [12, 0]
+    assert [residence.reload(), residence.reload()] == [12, 0]
     assert len(asked) == 2
 
 
@@ -49,8 +49,8 @@ def test_on_a_cpu_nothing_moves():
     def refuse(copy: Copy) -> int:
         raise AssertionError("it moves")
 
-    residence = Residence(HOST, refuse)
-    assert (residence.moves, residence.leave(), residence.come_back()) == (False, 0, 0)
+    residence = Offloader(HOST, refuse)
+    assert (residence.moves, residence.leave(), residence.reload()) == (False, 0, 0)
 
 
 # --- what moves

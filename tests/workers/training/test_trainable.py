@@ -18,7 +18,7 @@ from protocols.data.messages import LogProbs
 from tests import tiny
 from workers.settings import Loss, Optimizer
 from workers.training.models import load_causal
-from workers.training.optimizer_step import StepRefused, rate_share
+from workers.training.optimizer_step import StepRefused, lr_factor
 from workers.training.trainable import TrainedModel, mini_batches, named_rows
 
 RATE = 1e-3
@@ -247,7 +247,7 @@ def test_an_error_names_a_few_rows_and_counts_them_all():
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_the_decay() -> None:
     settings = Optimizer(warmup_steps=4, decay_steps=10)
-    factors = [rate_share(update, settings) for update in range(1, 13)]
+    factors = [lr_factor(update, settings) for update in range(1, 13)]
     assert factors[:4] == pytest.approx([0.25 * 1.0, 0.5 * 0.9, 0.75 * 0.8, 1.0 * 0.7])
     assert factors[9:] == pytest.approx([0.1, 0.0, 0.0])
-    assert [rate_share(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]
+    assert [lr_factor(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from asyncflow.control.admission.inflight_prompts import PromptBook
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.stage import Failure
 
 
-def book(prompts_per_step: int = 2, staleness: int = 0, max_refills: int = 1) -> PromptBook:
-    return PromptBook(Admission(prompts_per_step, staleness, steps=10), max_refills)
+def book(prompts_per_step: int = 2, staleness: int = 0, max_refills: int = 1) -> InFlightPrompts:
+    return InFlightPrompts(Admission(prompts_per_step, staleness, steps=10), max_refills)
 
 
-def alive(prompt: int, oldest: int = 0, critic: int = -1) -> Settled:
-    return Settled(prompt, [prompt * 10], [], oldest_version=oldest, critic_version=critic)
+def alive(prompt: int, oldest: int = 0, critic: int = -1) -> PromptSettled:
+    return PromptSettled(prompt, [prompt * 10], [], oldest_version=oldest, critic_version=critic)
 
 
-def dead(prompt: int) -> Settled:
-    return Settled(prompt, [], [Failure(prompt * 10, "raised")])
+def dead(prompt: int) -> PromptSettled:
+    return PromptSettled(prompt, [], [Failure(prompt * 10, "raised")])
 
 
 def test_a_batch_waits_for_its_last_prompt_and_leaves_the_book_with_the_commit():
@@ -66,7 +66,7 @@ def test_a_prompt_that_is_not_worth_training_makes_room_and_counts_as_rejected()
         assert prompts.rejects() is None
         prompts.admit([prompt])
         for _ in range(2):
-            prompts.settle(replace(alive(prompt), worth=False))
+            prompts.settle(replace(alive(prompt), trainable=False))
         assert (prompts.ready, prompts.admission.live, prompts.admission.room()) == (0, 0, 1)
     assert prompts.take_ended() == [0, 1]
     assert prompts.rejects() is not None

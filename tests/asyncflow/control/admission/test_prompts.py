@@ -57,12 +57,12 @@ def test_training_does_not_run_into_the_ids_of_evaluation(source: Make):
 
 def test_requests_have_a_row_a_sample_with_its_prompt_and_reference(source: Make):
     prompts = [source(0).at(0), source(0).at(1)]
-    rows = source(0).requests(prompts, samples_per_prompt=3, floor=4)
+    rows = source(0).requests(prompts, samples_per_prompt=3, min_version=4)
     rows.check()
     assert [prompt_of(s) for s in rows.sample_ids.tolist()] == [p for p in prompts for _ in range(3)]
     assert [index_of(s) for s in rows.sample_ids.tolist()] == [0, 1, 2, 0, 1, 2]
     assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"train"}
-    assert rows.floors.tolist() == [4] * 6
+    assert rows.min_versions.tolist() == [4] * 6
     for row, sample in enumerate(rows.sample_ids.tolist()):
         data = ROWS[place_of(prompt_of(sample))[1]]
         assert np.array_equal(rows.prompts[row], tiny.encode(data.prompt))
@@ -71,14 +71,14 @@ def test_requests_have_a_row_a_sample_with_its_prompt_and_reference(source: Make
 
 def test_baselines_are_one_row_a_prompt_that_is_not_trained(source: Make):
     prompts = [source(0).at(i) for i in range(2)]
-    rows = source(0).baselines(prompts, floor=1)
+    rows = source(0).baselines(prompts, min_version=1)
     assert [prompt_of(s) for s in rows.sample_ids.tolist()] == prompts
     assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"baseline"}
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 7), (3, 3), (100, 7)])
 def test_evaluation_takes_the_first_rows_of_the_file_in_its_order(source: Make, limit: int, count: int):
-    rows = source(0).evaluation(floor=2, limit=limit)
+    rows = source(0).evaluation(min_version=2, limit=limit)
     assert [place_of(prompt_of(s)) for s in rows.sample_ids.tolist()] == [(EVALUATION_EPOCH, i) for i in range(count)]
     assert {purpose_of(s) for s in rows.sample_ids.tolist()} == {"evaluate"}
     assert [rows.references.text(i) for i in range(count)] == [r.reference for r in ROWS[:count]]

@@ -167,7 +167,7 @@ class Schedule:
     def __init__(self, prompts_per_step: int, staleness: int, steps: int, chance: random.Random) -> None:
         self.admission = Admission(prompts_per_step, staleness, steps)
         self.chance = chance
-        self.floors: dict[int, int] = {}  # unsettled prompts -> version at admission
+        self.min_versions: dict[int, int] = {}  # unsettled prompts -> version at admission
         self.slow: set[int] = set()  # of these: long responses, which settle when nothing else can move
         self.ready: dict[int, Ready] = {}
         self.training: list[Ready] = []
@@ -179,35 +179,35 @@ class Schedule:
         while self.admission.version < self.admission.steps:
             self.admit(long)
             self.check_bounds()
-            moves = [self.settle] if self.floors.keys() - self.slow else []
+            moves = [self.settle] if self.min_versions.keys() - self.slow else []
             moves += [self.train] if self.training or self.form() else []
             if not moves:
-                assert self.floors, f"deadlock at version {self.admission.version}: {self.ready}"
+                assert self.min_versions, f"deadlock at version {self.admission.version}: {self.ready}"
                 moves = [self.settle]
             self.chance.choice(moves)(failures)
 
     def admit(self, long: float) -> None:
         for _ in range(self.admission.room()):
             self.admission.admit(1)
-            self.floors[self.admitted] = self.admission.version
+            self.min_versions[self.admitted] = self.admission.version
             if self.chance.random() < long:
                 self.slow.add(self.admitted)
             self.admitted += 1
 
     def settle(self, failures: float) -> None:
-        prompt = self.chance.choice(sorted(self.floors.keys() - self.slow) or sorted(self.slow))
-        floor = self.floors.pop(prompt)
+        prompt = self.chance.choice(sorted(self.min_versions.keys() - self.slow) or sorted(self.slow))
+        min_version = self.min_versions.pop(prompt)
         self.slow.discard(prompt)
         self.admission.settle()
         if self.chance.random() < failures:
             self.admission.end()
             self.failed += 1
         else:
-            self.ready[prompt] = Ready(prompt, self.chance.randint(floor, self.admission.version))
+            self.ready[prompt] = Ready(prompt, self.chance.randint(min_version, self.admission.version))
 
     def form(self) -> bool:
         a = self.admission
-        chosen = choose_batch(self.ready.values(), self.floors, a.version, a.prompts_per_step, a.staleness)
+        chosen = choose_batch(self.ready.values(), self.min_versions, a.version, a.prompts_per_step, a.staleness)
         if chosen is not None:
             check_age(chosen, a.version, a.staleness)
             self.training = chosen
@@ -222,8 +222,8 @@ class Schedule:
 
     def check_bounds(self) -> None:
         a = self.admission
-        assert len(self.floors) == a.unsettled <= a.window
-        assert len(self.floors) + len(self.ready) + len(self.training) == a.live
+        assert len(self.min_versions) == a.unsettled <= a.window
+        assert len(self.min_versions) + len(self.ready) + len(self.training) == a.live
         assert a.version * a.prompts_per_step + a.live <= (a.version + a.staleness + 1) * a.prompts_per_step
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from asyncflow.control.settings import Checkpoints
 from asyncflow.control.store.ledger import Ledger
-from asyncflow.control.store.run_store import RunRecord
+from asyncflow.control.store.run_store import RunStore
 from asyncflow.observe.exporter import Exporter
 from protocols.control.events import StepCommitted
 from protocols.data.ids import prompt_id, prompt_of, sample_id
@@ -26,8 +26,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def open_record(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunRecord:
-    return RunRecord(
+def open_record(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunStore:
+    return RunStore(
         run="test",
         folder=folder,
         term=term,
@@ -154,7 +154,7 @@ async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_
     record.scored([A])
     await record.end([(B, "failed", "timeout")])
     record.generated([A])  # told by the one that is gone
-    await record.draw_again([A, A + 1, B])
+    await record.regenerate([A, A + 1, B])
     await record.flush()
     assert ledger.reasons() == {("created", ""): 2, ("failed", "timeout"): 1}
     record.generated([A, A + 1])
@@ -173,5 +173,5 @@ async def test_a_batch_that_is_formed_while_other_rows_are_drawn_again_finds_its
         record.scored([A])  # it came of the rows that were believed lost
         await record.batched([A])
 
-    await asyncio.gather(record.draw_again([A, B]), settle())
+    await asyncio.gather(record.regenerate([A, B]), settle())
     assert ledger.reasons() == {("batched", ""): 1, ("created", ""): 1}

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from asyncflow.control.supervision.service_supervisor import Fleet
+from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.supervision.supervision import Supervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
@@ -53,7 +53,7 @@ async def sharing(book: list[str], moves: float) -> AsyncIterator[dict[str, Shar
 
 
 @asynccontextmanager
-async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], Fleet]]:
+async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], ServiceSupervisor]]:
     """The same, and the fleet."""
 
     async def restart(name: str) -> Endpoint:
@@ -63,7 +63,7 @@ async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[st
         raise NotImplementedError
 
     services = {name: Sharing(name, book, moves) for name in ("policy", "reference")}
-    fleet = Fleet(services, dict.fromkeys(services, "main"), Supervisor(trace(ppo), {}, [], 0), restart)
+    fleet = ServiceSupervisor(services, dict.fromkeys(services, "main"), Supervisor(trace(ppo), {}, [], 0), restart)
     async with asyncio.TaskGroup() as group:
         tasks = fleet.follow(group, hear, lambda event: None, nothing)
         yield services, fleet
@@ -158,8 +158,8 @@ class Mortal(Sharing):
 
 @asynccontextmanager
 async def mortal(
-    book: list[str], equip: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
-) -> AsyncIterator[tuple[Mortal, Fleet]]:
+    book: list[str], on_replaced: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
+) -> AsyncIterator[tuple[Mortal, ServiceSupervisor]]:
     """A generator that may die so often, and its fleet; so many of its successors die while they start."""
     services = {"generator": Mortal("generator", book)}
 
@@ -172,9 +172,9 @@ async def mortal(
     async def hear(notice: Notice) -> None:
         raise NotImplementedError
 
-    fleet = Fleet(services, {}, Supervisor(trace(ppo), {}, ["generator"], limit), restart)
+    fleet = ServiceSupervisor(services, {}, Supervisor(trace(ppo), {}, ["generator"], limit), restart)
     async with asyncio.TaskGroup() as group:
-        tasks = fleet.follow(group, hear, lambda event: book.append(f"{event.service} replaced"), equip)
+        tasks = fleet.follow(group, hear, lambda event: book.append(f"{event.service} replaced"), on_replaced)
         yield services["generator"], fleet
         for task in tasks:
             task.cancel()
@@ -183,29 +183,29 @@ async def mortal(
 async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_once_that_has_what_it_needs():
     book: list[str] = []
 
-    async def equip(successor: Endpoint) -> None:
+    async def on_replaced(successor: Endpoint) -> None:
         book.append(f"{successor.name} is equipped")
 
-    async with mortal(book, equip) as (first, fleet):
+    async with mortal(book, on_replaced) as (first, fleet):
         first.dies.set()
         async with asyncio.timeout(5):
-            await ask(fleet.lasting("generator"), GetStatistics())
+            await ask(fleet.with_retry("generator"), GetStatistics())
     assert book == ["restart", "EndPrompts", "generator replaced", "generator is equipped", "GetStatistics"]
 
 
 async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_the_run():
     book: list[str] = []
 
-    async def equip(successor: Endpoint) -> None:
+    async def on_replaced(successor: Endpoint) -> None:
         assert isinstance(successor, Mortal)
         successor.dies.set()
         await ask(successor, GetStatistics())
 
     with pytest.raises(ExceptionGroup) as ended:
-        async with mortal(book, equip) as (first, fleet):
+        async with mortal(book, on_replaced) as (first, fleet):
             first.dies.set()
             async with asyncio.timeout(5):
-                await ask(fleet.lasting("generator"), GetStatistics())
+                await ask(fleet.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceGone), "it may die once"
     assert book == ["restart", "EndPrompts", "generator replaced"]
 
@@ -215,15 +215,15 @@ async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
     async with mortal(book, nothing, limit=3, stillborn=2) as (first, fleet):
         first.dies.set()
         async with asyncio.timeout(5):
-            await ask(fleet.lasting("generator"), GetStatistics())
-            await fleet.whole()
+            await ask(fleet.with_retry("generator"), GetStatistics())
+            await fleet.wait_healthy()
     assert book == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
     assert fleet.deaths("generator") == 3
     with pytest.raises(ExceptionGroup) as ended:
         async with mortal([], nothing, limit=1, stillborn=1) as (first, fleet):
             first.dies.set()
             async with asyncio.timeout(5):
-                await ask(fleet.lasting("generator"), GetStatistics())
+                await ask(fleet.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceError, match="died while starting")
 
 

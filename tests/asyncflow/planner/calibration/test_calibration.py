@@ -7,7 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asyncflow.planner.calibration.calibration import Calibration, Figures, Line, Timed, fit, reach_of, read_calibration
+from asyncflow.planner.calibration.calibration import (
+    Calibration,
+    Figures,
+    Line,
+    Timed,
+    efficiency_of,
+    fit,
+    read_calibration,
+)
 from asyncflow.planner.costs.devices import CATALOGUE, Refused
 from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.shapes import Shape
@@ -54,7 +62,7 @@ def test_the_cost_models_give_back_what_was_measured(steps: int):
         update=update, decode=Line(0.005, 0.0001), publish_s=0.03,
     )  # fmt: skip
     device = msgspec.structs.replace(
-        CATALOGUE["cpu-slot"], peak_flops=PEAK, memory_bytes_per_s=BANDWIDTH, reach=reach_of(figures)
+        CATALOGUE["cpu-slot"], peak_flops=PEAK, memory_bytes_per_s=BANDWIDTH, efficiency=efficiency_of(figures)
     )
     work = Workload(64, Lengths.fixed(8), Lengths.fixed(32), mini_batches=steps)
     model = ModelWork("policy", SHAPE, generates=1, trains=True, rereads=True)

@@ -10,7 +10,7 @@ import pytest
 from asyncflow.planner.calibration import contention
 from asyncflow.planner.calibration.contention import computing, in_processes, in_threads, work_of
 from asyncflow.planner.calibration.machine import Sizes
-from asyncflow.planner.calibration.worker_harness import Workbench
+from asyncflow.planner.calibration.worker_harness import WorkerHarness
 from asyncflow.recipe.checks import Checked, check
 from protocols.data.messages import LogProbs
 from tests.asyncflow.conftest import MakeRecipe
@@ -29,14 +29,14 @@ def test_who_has_a_model_computes_and_who_trains_comes_first(checked: Checked):
 
 def test_a_trainer_updates_and_the_others_infer(checked: Checked):
     with closing(
-        Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"critic", "reference"})
+        WorkerHarness(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"critic", "reference"})
     ) as bench:
         assert not isinstance(work_of(bench, "critic", 3)(), LogProbs)
         assert isinstance(work_of(bench, "reference", 3)(), LogProbs)
 
 
 def test_threads_do_between_one_services_work_and_all_of_theirs(checked: Checked):
-    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST)) as bench:
+    with closing(WorkerHarness(checked.recipe, checked.dataflow, checked.train, QUICKEST)) as bench:
         own = in_threads(bench, 3)
     assert 1 <= own.cores <= 3 * (os.cpu_count() or 1)
     assert len(own.forward) == len(own.update) == 2
@@ -44,7 +44,7 @@ def test_threads_do_between_one_services_work_and_all_of_theirs(checked: Checked
 
 def test_a_process_is_told_the_recipe_and_ends(checked: Checked, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contention, "computing", lambda recipe, dataflow: ["policy"])
-    with closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench:
+    with closing(WorkerHarness(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench:
         own = in_processes(bench, 3)
     assert own.cores >= 1
     assert [timed.seconds > 0 for timed in (*own.forward, *own.update)] == [True] * 4
@@ -53,7 +53,7 @@ def test_a_process_is_told_the_recipe_and_ends(checked: Checked, monkeypatch: py
 def test_a_process_that_ends_too_early_is_an_error(checked: Checked, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contention, "computing", lambda recipe, dataflow: ["nobody"])
     with (
-        closing(Workbench(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench,
+        closing(WorkerHarness(checked.recipe, checked.dataflow, checked.train, QUICKEST, {"reward"})) as bench,
         pytest.raises(RuntimeError, match="a calibration's process ended with 1 before it said 'ready:'"),
     ):
         in_processes(bench, 3)

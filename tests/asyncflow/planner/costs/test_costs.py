@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncflow.planner.costs import costs
-from asyncflow.planner.costs.devices import CATALOGUE, Device, Reach
+from asyncflow.planner.costs.devices import CATALOGUE, Device, Efficiency
 from asyncflow.planner.costs.memory import footprint, generation_bytes, kv_capacity
 from asyncflow.planner.costs.shapes import LLAMA, Shape
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload
@@ -18,7 +18,8 @@ from protocols.layout.topology import GenerationGrouping, Topology
 
 A100 = CATALOGUE["A100-80G"]
 IDEAL = msgspec.structs.replace(
-    A100, reach=Reach(1.0, 1.0, 1.0, 1.0, link_latency_s=0, network_latency_s=0, host_step_s=0, host_sequence_s=0)
+    A100,
+    efficiency=Efficiency(1.0, 1.0, 1.0, 1.0, link_latency_s=0, network_latency_s=0, host_step_s=0, host_sequence_s=0),
 )
 WORK = Workload(64, Lengths.fixed(1024), Lengths.fixed(1024), mini_batches=2)
 SMALL = LLAMA["7B"]

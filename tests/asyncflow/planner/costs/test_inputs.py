@@ -11,7 +11,7 @@ import pytest
 
 from asyncflow.dataflow.algorithms.ppo import ppo as ppo_algorithm
 from asyncflow.dataflow.trace import trace
-from asyncflow.planner.costs.devices import CATALOGUE, Cluster, Reach, Refused
+from asyncflow.planner.costs.devices import CATALOGUE, Cluster, Efficiency, Refused
 from asyncflow.planner.costs.shapes import LLAMA, Shape
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, apart, ppo, work_of
 
@@ -44,7 +44,7 @@ def test_an_empty_pool_is_refused():
 
 def test_a_share_is_a_share():
     with pytest.raises(ValueError, match=r"reach.link is a share in \(0, 1\], not 1.5"):
-        Reach(link=1.5)
+        Efficiency(link=1.5)
 
 
 def test_a_collective_uses_links_only_where_its_groups_tile_a_node():

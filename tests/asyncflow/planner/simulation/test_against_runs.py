@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from asyncflow.planner.calibration.calibration import Calibration
-from asyncflow.planner.costs.devices import CATALOGUE, Reach
+from asyncflow.planner.costs.devices import CATALOGUE, Efficiency
 from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenarios import of_recipe, prompt_lengths
 from asyncflow.planner.simulation.simulator import Simulated, simulate
@@ -25,7 +25,7 @@ from tests.asyncflow.conftest import MakeRecipe
 TOKENS, STEPS = 3, 7
 INSTANT = msgspec.structs.replace(
     CATALOGUE["cpu-slot"], peak_flops=1e18, memory_bytes_per_s=1e18, network_bytes_per_s=1e18,
-    reach=Reach(host_step_s=0, host_sequence_s=0),
+    efficiency=Efficiency(host_step_s=0, host_sequence_s=0),
 )  # fmt: skip
 DELAYS = {
     "policy": {"generate": 0.3, "update": 0.25},

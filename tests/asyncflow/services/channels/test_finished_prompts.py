@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncflow.services.channels.finished_prompts import EndedPrompts
+from asyncflow.services.channels.finished_prompts import FinishedPrompts
 
 PROMPTS = st.integers(0, 40)
 
 
-def ended(*prompts: int) -> EndedPrompts:
-    made = EndedPrompts()
+def ended(*prompts: int) -> FinishedPrompts:
+    made = FinishedPrompts()
     for prompt in prompts:
         made.add(prompt)
     return made

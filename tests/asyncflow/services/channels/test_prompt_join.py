@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from asyncflow.services.channels.prompt_join import PromptJoin
 from asyncflow.services.channels.row_table import Arrival
-from protocols.control.notices import Settled
+from protocols.control.notices import PromptSettled
 from protocols.data.columns import Batch
 from protocols.data.ids import BASELINE_INDEX, sample_id
 from protocols.data.messages import Costs
@@ -38,7 +38,7 @@ def join(edges: int = 2, samples: int = 2) -> PromptJoin:
 
 def settled_by(
     join: PromptJoin, edge: int, batch: Batch | None, dead: Sequence[Failure] = (), attempt: int = 0
-) -> list[Settled]:
+) -> list[PromptSettled]:
     """Bring rows that are all new."""
     settled, arrival = join.arrive(edge, batch, list(dead), attempt)
     assert arrival.refused == []
@@ -66,7 +66,7 @@ def test_each_prompt_settles_once_with_all_its_rows_or_none(
     case: tuple[int, int, int, list[tuple[int, list[int]]], set[int]],
 ):
     edges, prompts, samples, parts, dead = case
-    joined, settled = join(edges, samples), list[Settled]()
+    joined, settled = join(edges, samples), list[PromptSettled]()
     for edge, part in parts:
         alive = [s for s in part if edge or s not in dead]
         failures = [] if edge else rows.tombstones([s for s in part if s in dead])
@@ -181,14 +181,14 @@ def test_the_summary_adds_costs_up_where_there_are_some():
 # --- prompts of no use
 
 
-def choosy(*worth: int) -> PromptJoin:
+def choosy(*trainable: int) -> PromptJoin:
     """A join that finds these prompts worth training, by what is in their second sample edge."""
 
     def is_worth(rows: Mapping[int, Batch]) -> bool:
         assert list(rows) == [0, 2]
-        return int(rows[2].sample_ids[0]) in {group(prompt)[0] for prompt in worth}
+        return int(rows[2].sample_ids[0]) in {group(prompt)[0] for prompt in trainable}
 
-    return PromptJoin(("sample", "prompt", "sample"), 2, worth=is_worth)
+    return PromptJoin(("sample", "prompt", "sample"), 2, trainable=is_worth)
 
 
 def test_a_prompt_of_no_use_settles_alive_and_has_left_the_join_when_it_is_told():
@@ -197,10 +197,10 @@ def test_a_prompt_of_no_use_settles_alive_and_has_left_the_join_when_it_is_told(
         settled_by(joined, 0, rows.log_probs(group(prompt)))
         settled_by(joined, 1, rows.scores([baseline(prompt)]))
     (useless,) = settled_by(joined, 2, rows.scores(group(1)))
-    assert (useless.prompt_id, useless.alive, useless.dead, useless.worth) == (1, group(1), [], False)
+    assert (useless.prompt_id, useless.alive, useless.dead, useless.trainable) == (1, group(1), [], False)
     assert joined.depth == 3, "rows of the other prompt, whose scores are still to come"
     (useful,) = settled_by(joined, 2, rows.scores(group(2)))
-    assert useful.worth
+    assert useful.trainable
     assert joined.take(group(2))[0] == rows.log_probs(group(2))
 
 
@@ -219,7 +219,7 @@ def test_a_group_that_lost_a_member_is_dead_whatever_its_use():
     settled_by(joined, 0, rows.log_probs([first]), rows.tombstones([second]))
     settled_by(joined, 1, rows.scores([baseline(1)]))
     (settled,) = settled_by(joined, 2, rows.scores([first, second]))
-    assert (settled.dead, settled.worth) == (rows.tombstones([second]), True)
+    assert (settled.dead, settled.trainable) == (rows.tombstones([second]), True)
 
 
 # --- a row a prompt: baselines

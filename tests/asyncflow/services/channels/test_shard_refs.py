@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncflow.services.channels.shard_refs import (
-    Cut,
-    Part,
+    Partitioning,
     Place,
-    PlannedCall,
+    RankCallPlan,
+    ShardRef,
     arrivals,
     pack,
     pack_apart,
@@ -21,7 +21,7 @@ from asyncflow.services.channels.shard_refs import (
     plan_calls,
     unpack,
 )
-from asyncflow.services.ranks.rank import Reader
+from asyncflow.services.ranks.rank import RowReader
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.delivery import Shard
 from protocols.data import codec
@@ -49,22 +49,22 @@ def lying(samples: Sequence[int], schema: int, cuts: Sequence[Sequence[int]]) ->
 def planned(
     samples: Sequence[int],
     inputs: Sequence[Sequence[Place]],
-    cut: Cut,
+    cut: Partitioning,
     topology: Topology,
     generation: GenerationGrouping | None = None,
-) -> list[PlannedCall]:
+) -> list[RankCallPlan]:
     schemas = SCHEMAS[: len(inputs)]
     return plan_calls("reward.score#1", "score", cut, samples, inputs, schemas, topology, generation=generation)
 
 
-def by_rank(calls: Sequence[PlannedCall]) -> dict[int, list[int]]:
+def by_rank(calls: Sequence[RankCallPlan]) -> dict[int, list[int]]:
     """Rank -> the samples that it works on."""
     return {call.rank: call.call.sample_ids for call in calls}
 
 
-def read(call: PlannedCall) -> list[Batch]:
+def read(call: RankCallPlan) -> list[Batch]:
     """What the rank holds when it has read."""
-    reader = Reader(call.call, call.payloads)
+    reader = RowReader(call.call, call.payloads)
     assert (reader.damaged, reader.lost) == ([], [])
     return reader.inputs
 
@@ -84,7 +84,7 @@ def test_each_rank_reads_its_rows_of_every_input_and_nothing_else(data: st.DataO
     cuts = [data.draw(shards(samples), label=f"input {schema}") for schema in SCHEMAS]
     inputs = [lying(samples, schema, cut) for schema, cut in zip(SCHEMAS, cuts, strict=True)]
     generation = GenerationGrouping(topology)
-    calls = planned(samples, inputs, Cut(name), topology, generation)
+    calls = planned(samples, inputs, Partitioning(name), topology, generation)
     shares = protocol(name).distribute(len(samples), topology, generation=generation)
     assert by_rank(calls) == {rank: [samples[row] for row in share] for rank, share in enumerate(shares) if len(share)}
     for call in calls:
@@ -103,7 +103,7 @@ def test_a_group_is_never_cut_where_the_stage_wants_it_whole(
     samples = [sample_id(prompt, index) for prompt, size in enumerate(sizes) for index in range(size)]
     inputs = [lying(samples, LogProbs.schema_id, data.draw(shards(samples), label="shards"))]
     generation = GenerationGrouping(topology)
-    cut = Cut(name, whole_groups=True, by_tokens=by_tokens)
+    cut = Partitioning(name, whole_groups=True, by_tokens=by_tokens)
     calls = planned(samples, inputs, cut, topology, generation)
     worked_on = by_rank(calls)
     for rank in protocol(name).collect(topology, generation=generation):
@@ -116,7 +116,7 @@ def test_a_group_is_never_cut_where_the_stage_wants_it_whole(
 def test_without_whole_groups_a_prompt_is_cut():
     samples = [sample_id(0, index) for index in range(4)]
     inputs = [lying(samples, LogProbs.schema_id, [samples])]
-    assert by_rank(planned(samples, inputs, Cut("DP_PROTO"), Topology(dp=2))) == {
+    assert by_rank(planned(samples, inputs, Partitioning("DP_PROTO"), Topology(dp=2))) == {
         0: samples[:2],
         1: samples[2:],
     }
@@ -124,13 +124,13 @@ def test_without_whole_groups_a_prompt_is_cut():
 
 def four_rows(tokens: list[int]) -> list[Place]:
     """Rows 0 to 3 in a shard that tells their tokens, or none."""
-    part = Part(Shard([0, 1, 2, 3], 0, tokens), None)
+    part = ShardRef(Shard([0, 1, 2, 3], 0, tokens), None)
     return [(part, row) for row in range(4)]
 
 
 @pytest.mark.parametrize(("by_tokens", "shares"), [(True, [[0], [1, 2, 3]]), (False, [[0, 1], [2, 3]])])
 def test_shares_are_of_equal_tokens_where_the_stage_balances_by_them(by_tokens: bool, shares: list[list[int]]):
-    cut = Cut("DP_PROTO", by_tokens=by_tokens)
+    cut = Partitioning("DP_PROTO", by_tokens=by_tokens)
     calls = planned(range(4), [four_rows([30, 10, 10, 10])], cut, Topology(dp=2))
     assert list(by_rank(calls).values()) == shares
 
@@ -138,18 +138,18 @@ def test_shares_are_of_equal_tokens_where_the_stage_balances_by_them(by_tokens: 
 def test_tokens_are_those_of_the_first_input_that_tells_them():
     untold, told = four_rows([]), four_rows([30, 10, 10, 10])
     for inputs, shares in (([untold, told], [[0], [1, 2, 3]]), ([untold], [[0, 1], [2, 3]])):
-        calls = planned(range(4), inputs, Cut("DP_PROTO", by_tokens=True), Topology(dp=2))
+        calls = planned(range(4), inputs, Partitioning("DP_PROTO", by_tokens=True), Topology(dp=2))
         assert list(by_rank(calls).values()) == shares
 
 
 def test_a_rank_without_rows_is_not_called():
-    calls = planned([7], [lying([7], LogProbs.schema_id, [[7]])], Cut("DP_PROTO"), Topology(dp=4))
+    calls = planned([7], [lying([7], LogProbs.schema_id, [[7]])], Partitioning("DP_PROTO"), Topology(dp=4))
     assert [call.rank for call in calls] == [0]
 
 
 def test_the_call_says_what_is_asked_and_which_message_each_input_is():
     inputs = [lying([7], schema, [[7]]) for schema in SCHEMAS]
-    (call,) = plan_calls("reward.score#2", "score", Cut("DP_PROTO"), [7], inputs, SCHEMAS, Topology(), step=3)
+    (call,) = plan_calls("reward.score#2", "score", Partitioning("DP_PROTO"), [7], inputs, SCHEMAS, Topology(), step=3)
     assert (call.call.stage, call.call.method, call.call.step) == ("reward.score#2", "score", 3)
     assert [reading.schema for reading in call.call.readings] == SCHEMAS
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceError, ask
-from asyncflow.services.channels.shard_refs import Part, pack
+from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.channels.subscriptions import (
     FORGET_SECONDS,
     MOST_DELIVERIES,
@@ -47,11 +47,11 @@ def subscriptions(clock: Clock) -> Subscriptions:
     return Subscriptions([STAGE, "a.add#1"], clock)
 
 
-def delivery(*samples: int) -> list[Part]:
+def delivery(*samples: int) -> list[ShardRef]:
     return [rows.part(rows.scores(samples))]
 
 
-def names(parts: Sequence[Part]) -> list[int]:
+def names(parts: Sequence[ShardRef]) -> list[int]:
     return [sample for part in parts for sample in part.shard.sample_ids]
 
 

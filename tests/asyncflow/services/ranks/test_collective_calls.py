@@ -8,11 +8,11 @@ import time
 import pytest
 
 from asyncflow.services.channels.endpoint import ServiceError
-from asyncflow.services.ranks.collective_calls import JointWork
+from asyncflow.services.ranks.collective_calls import CollectiveCalls
 
 
-def joint(collective: bool = True) -> JointWork:
-    return JointWork("policy", collective, grace_seconds=0.05)
+def joint(collective: bool = True) -> CollectiveCalls:
+    return CollectiveCalls("policy", collective, grace_seconds=0.05)
 
 
 async def done(value: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 from transformers import Qwen2ForCausalLM
 
-from asyncflow.services.channels.shard_refs import Cut, pack, places, plan_calls
+from asyncflow.services.channels.shard_refs import Partitioning, pack, places, plan_calls
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
@@ -64,7 +64,7 @@ def log_probs(folder: str, topology: str, torn_for: int) -> tuple[RankReply, lis
     calls = plan_calls(
         STAGE.name,
         "log_probs",
-        Cut("3D_PROTO"),
+        Partitioning("3D_PROTO"),
         [sample for sample, _ in located],
         [[place for _, place in located]],
         [Rollouts.schema_id],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asyncflow.services.channels.endpoint import Frame
 from asyncflow.services.ranks.quarantine import MOST_KEPT
-from asyncflow.services.ranks.rank import Rank, Reader, unwrap
+from asyncflow.services.ranks.rank import Rank, RowReader, unwrap
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, Reading
 from protocols.data import codec
@@ -47,14 +47,14 @@ def broken(frame: Frame | None) -> Frame:
 
 
 def test_rows_come_in_the_order_of_the_call_from_any_number_of_frames():
-    reader = Reader(call([4, 2, 3, 6], reading((1, 0, 1), (0, 1, 3), (1, 2, 3))), frames([1, 2, 3], [4, 5, 6]))
+    reader = RowReader(call([4, 2, 3, 6], reading((1, 0, 1), (0, 1, 3), (1, 2, 3))), frames([1, 2, 3], [4, 5, 6]))
     assert reader.inputs == [rows.log_probs([4, 2, 3, 6])]
     assert (reader.rows, reader.refused, reader.damaged, reader.lost) == (4, {}, [], [])
 
 
 def test_a_damaged_frame_costs_only_its_own_rows():
     whole, torn = frames([1, 2], [3, 4])
-    reader = Reader(call([3, 1, 2, 4], reading((1, 0, 1), (0, 0, 2), (1, 1, 2))), [whole, broken(torn)])
+    reader = RowReader(call([3, 1, 2, 4], reading((1, 0, 1), (0, 0, 2), (1, 1, 2))), [whole, broken(torn)])
     assert reader.inputs == [rows.log_probs([1, 2])]
     assert list(reader.refused) == [1]
     assert sorted(row for damage in reader.damaged for row in damage.rows) == [0, 3]
@@ -65,14 +65,14 @@ def test_a_damaged_frame_costs_only_its_own_rows():
 
 def test_rows_of_a_frame_that_is_gone_are_lost_and_nothing_is_refused():
     kept, _ = frames([1, 2], [3, 4])
-    reader = Reader(call([3, 1, 2, 4], reading((1, 0, 1), (0, 0, 2), (1, 1, 2))), [kept, None])
+    reader = RowReader(call([3, 1, 2, 4], reading((1, 0, 1), (0, 0, 2), (1, 1, 2))), [kept, None])
     assert reader.inputs == [rows.log_probs([1, 2])]
     assert (reader.lost, reader.damaged, reader.refused) == ([0, 3], [], {})
 
 
 def test_where_nothing_can_be_read_there_are_no_inputs():
     torn = broken(*frames([1, 2]))
-    reader = Reader(call([1, 2], reading((0, 0, 1), (1, 0, 1))), [torn, None])
+    reader = RowReader(call([1, 2], reading((0, 0, 1), (1, 0, 1))), [torn, None])
     assert (reader.rows, reader.inputs) == (0, [])
     assert (reader.damaged[0].rows, reader.lost) == ([0], [1])
 
@@ -89,7 +89,7 @@ def test_where_nothing_can_be_read_there_are_no_inputs():
     ids=["another message", "garbage", "nothing", "fewer rows", "other rows"],
 )
 def test_a_frame_that_is_not_what_was_named_is_refused_with_its_reason(frame: Frame, reason: str):
-    reader = Reader(call([7, 1, 2], reading((0, 0, 1), (1, 0, 2))), [*frames([7]), frame])
+    reader = RowReader(call([7, 1, 2], reading((0, 0, 1), (1, 0, 2))), [*frames([7]), frame])
     assert reader.inputs == [rows.log_probs([7])]
     assert [damage.rows for damage in reader.damaged] == [[1, 2]]
     assert reason in reader.damaged[0].cause
@@ -101,7 +101,7 @@ def test_a_row_is_accounted_for_once_whatever_happened_to_its_inputs():
     torn = broken(*frames([1, 2]))
     first = reading((0, 0, 1), (1, 1, 2), (2, 2, 3))
     second = reading((1, 0, 1), (0, 1, 2), (2, 2, 3))
-    reader = Reader(call([1, 2, 3], first, second), [torn, None, *frames([1, 2, 3])])
+    reader = RowReader(call([1, 2, 3], first, second), [torn, None, *frames([1, 2, 3])])
     assert reader.inputs == [rows.log_probs([3])] * 2
     assert ([d.rows for d in reader.damaged if d.rows], reader.lost) == ([[0]], [1])
 
@@ -124,7 +124,7 @@ def test_inputs_stay_aligned_whichever_frames_could_not_be_read(data: st.DataObj
             unreadable |= set(shard) if state != "whole" else set()
             sent.append({"whole": frame, "damaged": rows.damaged(frame), "lost": None}[state])
         readings.append(Reading(schema, [Segment(f, row, row + 1) for f, row in (place[s] for s in samples)]))
-    reader = Reader(call(samples, *readings), sent)
+    reader = RowReader(call(samples, *readings), sent)
     left = [s for s in samples if s not in unreadable]
     assert reader.rows == len(left)
     assert reader.inputs == ([kind(left) for kind in KINDS.values()] if left else [])
@@ -148,7 +148,7 @@ def in_blocks() -> Frame:
 def test_only_the_blocks_of_its_rows_are_read(start: int, stop: int, blocks: int):
     frame = in_blocks()
     before_the_rows = codec.open_frame(frame).bytes_read
-    reader = Reader(call(SAMPLES[start:stop], reading((0, start, stop))), [frame])
+    reader = RowReader(call(SAMPLES[start:stop], reading((0, start, stop))), [frame])
     padding = 2 * 64  # between the three arrays of the message
     assert 0 <= reader.read_bytes[0] - before_the_rows - blocks * BLOCK_BYTES <= padding
     assert reader.inputs == [rows.log_probs(SAMPLES[start:stop], tokens=16)]
@@ -156,15 +156,15 @@ def test_only_the_blocks_of_its_rows_are_read(start: int, stop: int, blocks: int
 
 def test_damage_in_a_block_that_is_not_needed_goes_unnoticed():
     torn = rows.damaged(in_blocks())  # in the last row
-    assert Reader(call(range(60), reading((0, 0, 60))), [torn]).inputs == [rows.log_probs(range(60), tokens=16)]
-    assert Reader(call(range(60, 64), reading((0, 60, 64))), [torn]).rows == 0
+    assert RowReader(call(range(60), reading((0, 0, 60))), [torn]).inputs == [rows.log_probs(range(60), tokens=16)]
+    assert RowReader(call(range(60, 64), reading((0, 60, 64))), [torn]).rows == 0
 
 
 def test_bytes_are_told_by_input():
     both = [codec.encode(rows.log_probs([1])), codec.encode(rows.values([1]))]
     readings = (reading((0, 0, 1)), reading((1, 0, 1), schema=Values.schema_id))
-    assert Reader(call([1], *readings), both).read_bytes == [frame.nbytes for frame in both]
-    assert Reader(call([1], *readings), [None, both[1]]).read_bytes == [0, both[1].nbytes]
+    assert RowReader(call([1], *readings), both).read_bytes == [frame.nbytes for frame in both]
+    assert RowReader(call([1], *readings), [None, both[1]]).read_bytes == [0, both[1].nbytes]
 
 
 # --- working

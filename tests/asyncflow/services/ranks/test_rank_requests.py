@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from asyncflow.services.ranks.rank_requests import carry_out
-from asyncflow.services.ranks.worker_factory import Workplace
+from asyncflow.services.ranks.worker_factory import LoadedWorker
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.requests import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
-from workers.training.offload import Residence
+from workers.training.offload import Offloader
 
 BYTES = 8
 
@@ -33,9 +33,9 @@ class Worker:
     ids=lambda value: type(value).__name__,
 )
 def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
-    residence = Residence(torch.device("cuda"), lambda _: BYTES)
+    residence = Offloader(torch.device("cuda"), lambda _: BYTES)
     residence.leave()
     store = LocalStore()
-    carry_out(Workplace(Worker(), residence=residence), store, request_)
+    carry_out(LoadedWorker(Worker(), residence=residence), store, request_)
     store.close()
-    assert residence.come_back() == (0 if there else BYTES)
+    assert residence.reload() == (0 if there else BYTES)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncflow.services.channels.endpoint import Frame
-from asyncflow.services.ranks.rank import Reader
-from asyncflow.services.ranks.row_consensus import agree
+from asyncflow.services.ranks.rank import RowReader
+from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from protocols.control.delivery import RankCall, Reading
 from protocols.data import codec
 from protocols.data.messages import LogProbs
@@ -56,21 +56,21 @@ def frames(samples: Sequence[int], damaged: Sequence[int] = (), lost: Sequence[i
     return made
 
 
-def agreed(*ranks: tuple[RankCall, list[Frame | None]]) -> list[Reader]:
+def agreed(*ranks: tuple[RankCall, list[Frame | None]]) -> list[RowReader]:
     """What each rank goes on with."""
     table = Table(len(ranks))
 
-    def read(rank: int) -> Reader:
+    def read(rank: int) -> RowReader:
         asked, given = ranks[rank]
-        reader = Reader(asked, given)
-        agree(asked, reader, table.seat(rank))
+        reader = RowReader(asked, given)
+        exchange_unreadable_rows(asked, reader, table.seat(rank))
         return reader
 
     with ThreadPoolExecutor(len(ranks)) as threads:
         return list(threads.map(read, range(len(ranks))))
 
 
-def accounts(reader: Reader) -> tuple[list[int], list[int], list[int]]:
+def accounts(reader: RowReader) -> tuple[list[int], list[int], list[int]]:
     """Samples that are worked on, failed and lost."""
     samples = reader.inputs[0].sample_ids.tolist()
     failed = sorted(SAMPLES[row] for damage in reader.damaged for row in damage.rows)

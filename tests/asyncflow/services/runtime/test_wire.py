@@ -22,10 +22,10 @@ import pytest
 from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES
 from asyncflow.services.runtime.shared import SharedFrame, holdings
 from asyncflow.services.runtime.wire import (
-    Broken,
     Call,
-    GivenUp,
-    NotHere,
+    Cancelled,
+    ConnectionLost,
+    NotListening,
     Server,
     ServerThread,
     Wire,
@@ -36,7 +36,7 @@ from asyncflow.services.runtime.wire import (
 PATIENCE_SECONDS = 10.0
 
 
-class Answering:
+class Requestable:
     """Work that is held back until it is let go."""
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ async def test_an_answer_that_is_not_bytes_is_kept_and_collected_once():
 
 
 async def test_nothing_is_kept_for_a_caller_that_gave_up():
-    name, work = named(), Answering()
+    name, work = named(), Requestable()
     async with served(name, work) as server, wired(name) as to:
         waiting = asyncio.create_task(to.call("", b""))
         while not server._calls:
@@ -231,7 +231,7 @@ async def test_nothing_is_kept_for_a_caller_that_gave_up_as_its_answer_came():
 
 
 async def test_nothing_is_kept_for_a_caller_that_is_gone():
-    name, work = named(), Answering()
+    name, work = named(), Requestable()
     work.go.set()
     async with served(name, work) as server:
         async with wired(name) as to:
@@ -264,7 +264,7 @@ def test_bytes_and_frames_travel_and_not_too_many():
 
 async def test_nobody_listens_under_an_unknown_name():
     async with wired(named()) as to:
-        with pytest.raises(NotHere):
+        with pytest.raises(NotListening):
             await to.call("echo", b"")
 
 
@@ -275,9 +275,9 @@ async def test_calls_to_a_process_that_is_killed_are_broken_and_then_nobody_is_t
             await to.call("echo", b"")
             os.kill(pid, signal.SIGKILL)
             for task in waiting:
-                with pytest.raises(Broken, match=name):
+                with pytest.raises(ConnectionLost, match=name):
                     await task
-            with pytest.raises((NotHere, Broken)):
+            with pytest.raises((NotListening, ConnectionLost)):
                 await to.call("echo", b"")
             assert not listening(name)
 
@@ -326,7 +326,7 @@ async def test_an_answer_that_is_garbage_breaks_the_calls_that_wait():
             writer.write(struct.pack("<II", 3, 0) + b"\xc1\xc1\xc1")
 
         async with await asyncio.start_unix_server(babble, sock=listener), wired(name) as to:
-            with pytest.raises(Broken):
+            with pytest.raises(ConnectionLost):
                 await to.call("echo", b"")
 
 
@@ -334,7 +334,7 @@ async def test_another_user_is_refused_on_either_side(monkeypatch: pytest.Monkey
     name = named()
     async with served(name), wired(name) as to:
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        with pytest.raises(NotHere, match="as user"):
+        with pytest.raises(NotListening, match="as user"):
             await to.call("echo", b"")
         reader, writer = await asyncio.open_unix_connection(f"\0asyncflow/{name}")
         assert await reader.read() == b""
@@ -348,7 +348,7 @@ async def test_a_server_that_closed_leaves_nothing():
         waiting = asyncio.create_task(to.call("wait", b""))
         await to.call("echo", b"")
         await server.close()
-        with pytest.raises(Broken):
+        with pytest.raises(ConnectionLost):
             await waiting
         assert not server._connections
         assert not server._calls
@@ -379,4 +379,4 @@ def test_a_call_is_an_array_of_numbered_parts():
         b"b",
         [b"p"],
     ]
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(GivenUp(7))) == [1, 7]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(Cancelled(7))) == [1, 7]
