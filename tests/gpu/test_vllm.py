@@ -15,7 +15,13 @@ from protocols.roles import Sampling
 from protocols.weights import Version
 from tests import tiny
 from tests.gpu.conftest import Figure, need_cuda
-from tests.workers.generation.test_weight_transfer import GENERATION, Round, assert_followed, rounds
+from tests.workers.generation.test_weight_transfer import (
+    GENERATION,
+    Round,
+    assert_followed,
+    folder,  # noqa: F401 - a fixture
+    rounds,
+)
 from tests.workers.ranks import Ranks
 from workers.generation.hybrid import draw_all
 from workers.generation.vllm import VllmEngine
@@ -44,7 +50,7 @@ def ranks() -> Iterator[Ranks]:
         yield two
 
 
-def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figure: Figure):
+def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
     """In one process: no byte leaves the device."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
     seen = rounds(folder, GenerationGrouping(Topology()), exported, "cuda")
@@ -56,7 +62,7 @@ def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figu
         figure(f"hand-over {i}: largest difference of log-probs", one.handed.receipt.probe_difference, "nat")
 
 
-def on_each_device(folder: str, generate: str, exported: list[str]) -> tuple[list[Round], int]:
+def on_each_device(folder: str, generate: str, exported: list[str]) -> tuple[list[Round], int]:  # noqa: F811
     """What a rank saw, and the bytes of its device that its engine's worker took."""
     layout = Topology.parse(generate)
     before, after = torch.cuda.mem_get_info()[0], []
@@ -67,7 +73,7 @@ def on_each_device(folder: str, generate: str, exported: list[str]) -> tuple[lis
 @pytest.mark.parametrize("generate", ["1-2", "1-1"])
 def test_shards_reach_the_workers_on_their_ranks_devices_by_cuda_ipc(
     ranks: Ranks,
-    folder: str,
+    folder: str,  # noqa: F811
     tmp_path: Path,
     generate: str,
     figure: Figure,
@@ -85,7 +91,7 @@ def test_shards_reach_the_workers_on_their_ranks_devices_by_cuda_ipc(
         figure(f"1-2-1 -> {generate}: device {rank} taken by model and engine", one, "bytes")
 
 
-def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):
+def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):  # noqa: F811
     engine = VllmEngine(folder, Generation(slots=16, kv_cache_bytes=2 * GIBIBYTE), 3, sleeps=True)
     try:
         model = load_causal(folder)

@@ -18,6 +18,7 @@ from tests.workers.parallel.test_model import (
     ROWS,
     Case,
     Step,
+    folders,  # noqa: F401 - a fixture
     largest_difference,
     loss_of,
     part,
@@ -150,7 +151,7 @@ def run(worlds: Worlds, backend: Backend, topology: str, case: Case, number: int
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, backend, topology: str, name: str):
+def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, backend, topology: str, name: str):  # noqa: F811
     """qwen3: tied, with norms whose gradient tensor ranks share; llama: neither, and biases everywhere."""
     ours, theirs = run(worlds, backend, topology, Case(folders[name]), ROWS), whole(Case(folders[name]), ROWS)
     assert largest_difference(ours.gradients, theirs.gradients) < 1e-6
@@ -160,7 +161,7 @@ def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, backe
 
 @pytest.mark.parametrize("topology", ["1-1-4", "1-2-2", "2-1-2"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_optimizer_step_after_clipping_gives_the_same_weights(worlds, folders, backend, topology: str):
+def test_an_optimizer_step_after_clipping_gives_the_same_weights(worlds, folders, backend, topology: str):  # noqa: F811
     """In float64: where a gradient is almost zero, Adam turns its rounding into a whole step."""
     case = Case(folders["qwen3"], dtype=torch.float64)
     theirs = whole(case, ROWS, 0.5)
@@ -170,21 +171,21 @@ def test_an_optimizer_step_after_clipping_gives_the_same_weights(worlds, folders
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_steps_are_those_of_replicas_alike(worlds, folders, backend):
+def test_several_steps_are_those_of_replicas_alike(worlds, folders, backend):  # noqa: F811
     case = Case(folders["llama"], dtype=torch.float64)
     ours, theirs = (run(worlds, which, "1-2-2", case, ROWS, 0.5, 3) for which in (backend, "3d"))
     assert largest_difference(ours.weights, theirs.weights) < 1e-3 * RATE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_replica_without_rows_changes_nothing(worlds, folders, backend):
+def test_a_replica_without_rows_changes_nothing(worlds, folders, backend):  # noqa: F811
     ours, theirs = run(worlds, backend, "1-1-4", Case(folders["qwen3"]), 2), whole(Case(folders["qwen3"]), 2)
     assert largest_difference(ours.gradients, theirs.gradients) < 1e-6
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_value_head_of_one_row_is_divided_too(worlds, folders, backend):
+def test_a_value_head_of_one_row_is_divided_too(worlds, folders, backend):  # noqa: F811
     case = Case(folders["critic"], head="value")
     ours, theirs = run(worlds, backend, "1-1-2", case, ROWS), whole(case, ROWS)
     assert largest_difference(ours.gradients, theirs.gradients) < 1e-6
@@ -192,14 +193,14 @@ def test_a_value_head_of_one_row_is_divided_too(worlds, folders, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_recomputing_activations_changes_nothing(worlds, folders, backend):
+def test_recomputing_activations_changes_nothing(worlds, folders, backend):  # noqa: F811
     kept = run(worlds, backend, "1-1-2", Case(folders["llama"]), ROWS)
     again = run(worlds, backend, "1-1-2", Case(folders["llama"], recompute=True), ROWS)
     assert largest_difference(again.gradients, kept.gradients) == 0.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_that_failed_half_way_leaves_a_model_that_answers(worlds, folders, backend):
+def test_a_step_that_failed_half_way_leaves_a_model_that_answers(worlds, folders, backend):  # noqa: F811
     case = Case(folders["qwen3"])
     answers = worlds[2].call(logits_after, backend, Topology(1, 1, 2), case)
     straight = worlds[2].call(logits_after, "3d", Topology(1, 1, 2), case)
@@ -207,7 +208,7 @@ def test_a_step_that_failed_half_way_leaves_a_model_that_answers(worlds, folders
         torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_lands_where_the_weights_are_now(worlds, folders):
+def test_a_step_lands_where_the_weights_are_now(worlds, folders):  # noqa: F811
     """The hybrid engine moves weights to other storages between steps."""
     assert all(worlds[2].call(rehomed_step, Topology(1, 1, 2), Case(folders["llama"])))
 
@@ -220,7 +221,7 @@ def whole_bytes(case: Case) -> int:
 
 
 @pytest.mark.parametrize("topology", ["1-1-4", "1-2-2"])
-def test_state_is_divided_as_the_theory_says(worlds, folders, topology: str):
+def test_state_is_divided_as_the_theory_says(worlds, folders, topology: str):  # noqa: F811
     """In bytes over all ranks of a replica's tensor shard: every entry of what is divided is on one replica only."""
     at, case = Topology.parse(topology), Case(folders["llama"])
     by = {b: worlds[4].call(held, b, at, case) for b in ("3d", *BACKENDS)}
@@ -243,7 +244,7 @@ def test_state_is_divided_as_the_theory_says(worlds, folders, topology: str):
         assert max(over("fsdp", "moments")) == 2 * shard.weights / at.dp  # these sizes divide
 
 
-def test_zero_2_never_has_a_whole_gradient(worlds, folders):
+def test_zero_2_never_has_a_whole_gradient(worlds, folders):  # noqa: F811
     """Beside its range a rank has what of a bucket has come, and what came before its turn."""
     case = Case(folders["llama"])
     first, second = (worlds[4].call(held, backend, Topology(1, 1, 4), case)[0] for backend in ("zero1", "zero2"))
@@ -254,17 +255,17 @@ def test_zero_2_never_has_a_whole_gradient(worlds, folders):
 # --- one word
 
 
-def test_with_one_replica_all_backends_are_one(folders):
+def test_with_one_replica_all_backends_are_one(folders):  # noqa: F811
     for backend in BACKENDS:
         assert type(parallel_model(backend, folders["qwen2"], Topology())) is ParallelModel
 
 
-def test_one_replica_can_not_be_sharded_over(folders):
+def test_one_replica_can_not_be_sharded_over(folders):  # noqa: F811
     with pytest.raises(ValueError, match="topology 1-1-1 has one replica: there is nothing to shard the model over"):
         FullyShardedModel(folders["qwen2"], Topology())
 
 
-def test_a_world_of_another_size_is_refused(worlds, folders):
+def test_a_world_of_another_size_is_refused(worlds, folders):  # noqa: F811
     with pytest.raises(RankFailed, match=r"topology 1-1-4 has 4 ranks, torch\.distributed has 2"):
         worlds[2].call(logits_after, "fsdp", Topology(1, 1, 4), Case(folders["qwen2"]))
 

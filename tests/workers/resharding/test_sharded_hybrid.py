@@ -16,6 +16,7 @@ from tests.workers.resharding.test_hybrid_engine import (
     Generating,
     at_responses,
     check_generation,
+    folders,  # noqa: F401 - a fixture
     likelihood,
     part,
     rows,
@@ -90,16 +91,16 @@ def world(worlds: Worlds) -> Ranks:
 
 
 @pytest.fixture(scope="module", params=SWITCHES)
-def switched(request: pytest.FixtureRequest, world: Ranks, folders: dict[bool, str]) -> tuple[str, list[Seen]]:
+def switched(request: pytest.FixtureRequest, world: Ranks, folders: dict[bool, str]) -> tuple[str, list[Seen]]:  # noqa: F811
     return request.param, world.call(generating, folders[False], request.param)
 
 
-def test_generation_has_the_whole_models_weights_and_logits(switched, folders):
+def test_generation_has_the_whole_models_weights_and_logits(switched, folders):  # noqa: F811
     switch, seen = switched
     check_generation([rank.generating for rank in seen], folders[False], layouts(switch)[1])
 
 
-def test_received_bytes_are_the_lower_bound(switched, folders):
+def test_received_bytes_are_the_lower_bound(switched, folders):  # noqa: F811
     """Untied. Of the layers' matrices the formula's; of norms and ends what a rank generates with less its shares."""
     switch, seen = switched
     train, grouping = layouts(switch)
@@ -131,6 +132,6 @@ def test_training_after_switching_back_is_unaffected(switched):
 
 
 @pytest.mark.parametrize("switch", ["1-1-4 -> 1-2"])
-def test_generation_sees_the_trained_weights_of_a_tied_model(world, folders, switch: str):
+def test_generation_sees_the_trained_weights_of_a_tied_model(world, folders, switch: str):  # noqa: F811
     for training, generation in world.call(stepped, folders[True], switch):
         torch.testing.assert_close(torch.cat(training), torch.cat(generation), atol=1e-5, rtol=1e-5)

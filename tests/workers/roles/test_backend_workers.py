@@ -29,6 +29,7 @@ from tests.workers.roles.test_parallel_policy import (
     Outcome,
     alone,
     assert_same_step,
+    folders,  # noqa: F401 - a fixture
     model_at,
     own_rows,
     together,
@@ -133,7 +134,7 @@ def moved_about(backend: Backend, topology: Topology, folder: str, generate: str
 
 @pytest.mark.parametrize(("topology", "loss"), [("1-1-2", PLAIN), ("1-2-2", RICH)], ids=["plain", "rich"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, backend, topology: str, loss: Loss):
+def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, backend, topology: str, loss: Loss):  # noqa: F811
     at = Topology.parse(topology)
     ours = together(worlds[at.world_size].call(step, backend, at, folders[True], ROWS, loss), at)
     theirs = alone(folders[True], ROWS, loss)
@@ -143,13 +144,13 @@ def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_refused_step_changes_nothing(worlds, folders, backend):
+def test_a_refused_step_changes_nothing(worlds, folders, backend):  # noqa: F811
     for said, same in worlds[2].call(refused, backend, Topology(1, 1, 2), folders[True]):
         assert said.startswith("StepRefused: policy.update of batch of ")
         assert same
 
 
-def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(worlds, folders):
+def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(worlds, folders):  # noqa: F811
     manifest, buffer = worlds[4].call(published, "fsdp", Topology(1, 2, 2), folders[False])[0]
     worker = PolicyWorker(model_at(folders[False]), PLAIN, OPTIMIZER, GENERATION, seed=3)
     expected, whole = worker.snapshot(Version(0, 0))
@@ -163,7 +164,7 @@ def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(wor
 )
 def test_a_policy_whose_state_moves_between_calls_is_the_one_that_stays(
     worlds,
-    folders,
+    folders,  # noqa: F811
     backend: Backend,
     topology: str,
     generate: str,
@@ -204,7 +205,7 @@ def alone_from(folder: str, came: Path, at: Path) -> tuple[Outcome, dict[str, Te
 @pytest.mark.parametrize(("tied", "journey"), [(True, JOURNEY), (False, JOURNEY[1:3])], ids=["tied", "untied"])
 def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(
     worlds,
-    folders,
+    folders,  # noqa: F811
     tmp_path: Path,
     tied: bool,
     journey: list[tuple[Backend, str]],
@@ -233,7 +234,7 @@ def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(
 
 
 @pytest.mark.parametrize(("backend", "topology", "generate"), [("fsdp", "1-1-4", "1-2"), ("zero2", "1-2-2", "1-1")])
-def test_what_it_draws_is_what_one_process_draws(worlds, folders, backend, topology: str, generate: str):
+def test_what_it_draws_is_what_one_process_draws(worlds, folders, backend, topology: str, generate: str):  # noqa: F811
     at = Topology.parse(topology)
     grouping = generation_grouping(backend, at, Topology.parse(generate))
     ranks = worlds[4].call(loop, backend, at, folders[True], generate)
