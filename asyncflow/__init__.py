@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "BadInput": "config",
-    "Recipe": "config",
-    "load_recipe": "config",
+    "BadInput": "recipe.config",
+    "Recipe": "recipe.config",
+    "load_recipe": "recipe.config",
     "Run": "client.run",
-    "launch": "launching",
-    "resume": "launching",
+    "launch": "run.launch",
+    "resume": "run.launch",
     "Dataflow": "dataflow.graph",
     "DataflowError": "dataflow.graph",
     "Flow": "dataflow.trace",

@@ -45,6 +45,6 @@ def test_ranks_meet_at_the_first_ones_address_and_hear_each_other():
 
 
 def test_a_place_where_nobody_is_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("workers.parallel.process_group.MEETING", timedelta(seconds=1))
+    monkeypatch.setattr("workers.parallel.process_group.RENDEZVOUS", timedelta(seconds=1))
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1"):
         connect_store("127.0.0.1:9")
