@@ -14,7 +14,7 @@ import torch
 from protocols.control.requests import CodeSource
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate
-from workers.losses.trial import validate_loss
+from workers.losses.validate_loss import validate_loss
 from workers.rewards.sandbox import RuleFailed, RuleProcess, RuleRequest
 from workers.settings import Loss
 from workers.user_code import BadCode, UserFunction, digest_of, made_anew, module_of, source_of

@@ -1,5 +1,5 @@
-"""Advantage estimators: numpy functions over a closed batch, a file each.
+"""Advantage estimators: numpy functions over a closed batch, one file each.
 
-Everything reads the whole batch: whitening, group means and the KL's mean are over all of its rows, so a result
-never depends on how the batch is cut later.
+Whitening, group means and the mean KL are taken over the whole batch, so a result never depends on how the batch is
+cut over ranks or micro-batches later. Policy losses are in `workers.losses`.
 """

@@ -1,15 +1,14 @@
-"""An adaptive KL coefficient around any batch function that has one: the function itself stays as it is.
+"""Wraps a batch function so that its KL coefficient adapts to a target KL; the function itself does not change.
 
-The function is called with the coefficient that the batches before have led to; the KL that it measures of this batch
-moves the coefficient of the next. What is carried from batch to batch is the coefficient, beside whatever the
-function carries itself.
+Each call uses the coefficient that earlier batches led to, and the KL measured on this batch sets the coefficient of
+the next. The state carried from batch to batch is the coefficient, beside the function's own state.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -18,43 +17,43 @@ from protocols.data.messages import Experience, Metrics
 from protocols.stage import Measured, Stateful
 from workers.advantages.kl import AdaptiveKl
 
-KL_COEFFICIENT = "kl_coefficient"  # the number of a batch function that is steered: in nats' worth of reward
+KL_COEFFICIENT = "kl_coefficient"  # the keyword argument of a batch function that is adapted; reward per nat
 
 
 class KlSteering(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a recipe's [advantage] says of the KL coefficient, beside where it starts.
+    """The keys of a recipe's [advantage] that say how the KL coefficient adapts.
 
-    Raises ValueError for numbers with which an adaptive coefficient can't be steered.
+    Raises ValueError for values with which an adaptive coefficient can't work.
     """
 
     kl: Literal["fixed", "adaptive"] = "fixed"
     kl_target: float = 0.01  # mean KL per token, nats
-    kl_horizon: float = 10_000.0  # samples in which a KL far from its target moves the coefficient by a fifth
+    kl_horizon: float = 10_000.0  # samples over which a KL far from its target changes the coefficient by a fifth
 
     def __post_init__(self) -> None:
         if self.kl == "adaptive":
-            if self.kl_horizon % 1 != 0:  # so written, NaN and infinity are refused too
+            if self.kl_horizon % 1 != 0:  # written like this, it refuses NaN and infinity too
                 raise ValueError(f"kl_horizon = {self.kl_horizon}: want a whole number of samples")
             self.from_coefficient(1.0)
 
     def from_coefficient(self, coefficient: float) -> AdaptiveKl:
-        """The steering at a coefficient. Raises ValueError for one that is not above 0."""
+        """The adaptive coefficient at this value. Raises ValueError unless it is above 0."""
         return AdaptiveKl(coefficient, self.kl_target, int(self.kl_horizon))
 
 
-def steering_of(numbers: dict[str, Any]) -> KlSteering:
-    """The steering that the numbers of a recipe's [advantage] ask for. Raises ValueError."""
-    return msgspec.convert({k: v for k, v in numbers.items() if k in KlSteering.__struct_fields__}, KlSteering)
+def steering_of(advantage_kwargs: Mapping[str, Any]) -> KlSteering:
+    """The steering that a recipe's [advantage] asks for. Raises ValueError."""
+    return msgspec.convert({k: v for k, v in advantage_kwargs.items() if k in KlSteering.__struct_fields__}, KlSteering)
 
 
-def without_steering(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that are the batch function's own."""
-    return {name: value for name, value in numbers.items() if name not in KlSteering.__struct_fields__}
+def without_steering(advantage_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the batch function itself."""
+    return {name: value for name, value in advantage_kwargs.items() if name not in KlSteering.__struct_fields__}
 
 
 @functools.cache
 def steered_state(own: type[msgspec.Struct] | None) -> type[msgspec.Struct]:
-    """The type of what a steered function carries: `kl_coefficient`, and the function's `own` state, None at first."""
+    """The state type of a steered function: `kl_coefficient`, and the function's `own` state, None at first."""
     kind: Any = type(None) if own is None else own | None
     return msgspec.defstruct("SteeredKl", [(KL_COEFFICIENT, float), ("own", kind, None)], frozen=True)
 
@@ -64,33 +63,32 @@ def steered(
     own: type[msgspec.Struct] | None,
     state_type: type[msgspec.Struct],
 ) -> Callable[..., Stateful[Experience, Any]]:
-    """A batch function whose KL coefficient follows its target (Ziegler et al. 2019); see `AdaptiveKl.after`.
+    """The batch function with a KL coefficient that adapts to its target (Ziegler et al. 2019); see `AdaptiveKl.after`.
 
-    Takes the function's own numbers and those of `KlSteering`; `kl_coefficient` is where it starts. It measures the
-    coefficient that a batch was taken with (`kl_coefficient`) and the target (`kl_target`), beside the function's
-    own measures, of which `kl` is followed. `own` is the type of the function's state, None where it has none. Raises
-    ValueError for a batch of which the function measured no `kl`.
+    It takes the function's keyword arguments and those of `KlSteering`; `kl_coefficient` is the initial value. It adds
+    the metrics `kl_coefficient`, the value used for this batch, and `kl_target`. `own` is the type of the function's
+    state, None if it has none. The result raises ValueError if the function reports no metric `kl`.
     """
     start = inspect.signature(function).parameters[KL_COEFFICIENT].default
 
-    def apply(*inputs: Any, state: Any = None, **numbers: Any) -> Stateful[Experience, Any]:
-        given = without_steering(numbers)
-        coefficient = state.kl_coefficient if state is not None else given.get(KL_COEFFICIENT, start)
-        steering = steering_of(numbers).from_coefficient(coefficient)
-        given[KL_COEFFICIENT] = coefficient
+    def apply(*inputs: Any, state: Any = None, **advantage_kwargs: Any) -> Stateful[Experience, Any]:
+        kwargs = without_steering(advantage_kwargs)
+        coefficient = state.kl_coefficient if state is not None else kwargs.get(KL_COEFFICIENT, start)
+        steering = steering_of(advantage_kwargs).from_coefficient(coefficient)
+        kwargs[KL_COEFFICIENT] = coefficient
         if own is not None:
-            given["state"] = state.own if state is not None else None
-        result = function(*inputs, **given)
+            kwargs["state"] = state.own if state is not None else None
+        result = function(*inputs, **kwargs)
         if not isinstance(result, Measured) or "kl" not in result.metrics.values:
             raise ValueError(
                 f"{function.__name__} measures no 'kl', which an adaptive coefficient follows: add it to its metrics"
             )
-        measured = result.metrics.values
-        after = steering.after(measured["kl"], len(result.batch))
-        told = {**measured, KL_COEFFICIENT: coefficient, "kl_target": steering.target}
-        carried = result.state if isinstance(result, Stateful) else None
-        metrics = Metrics(values=told, counts=result.metrics.counts)
-        return Stateful(result.batch, metrics, state_type(after.coefficient, carried))
+        values = result.metrics.values
+        after = steering.after(values["kl"], len(result.batch))
+        values = {**values, KL_COEFFICIENT: coefficient, "kl_target": steering.target}
+        own_state = result.state if isinstance(result, Stateful) else None
+        metrics = Metrics(values=values, counts=result.metrics.counts)
+        return Stateful(result.batch, metrics, state_type(after.coefficient, own_state))
 
     apply.__name__ = function.__name__
     return apply

@@ -1,4 +1,4 @@
-"""DAPO's own parts: a soft punishment for long responses, and which prompts are worth a place in the batch."""
+"""DAPO's own parts: a soft penalty for overlong responses, and the choice of trainable prompts (dynamic sampling)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def dapo(
     overlong_buffer: float = 0.0,
     overlong_factor: float = 1.0,
 ) -> Measured[Experience]:
-    """GRPO's advantage of scores that pay for overlong responses (Yu et al. 2025); limit and buffer in tokens.
+    """GRPO's advantage of scores less an overlong penalty (Yu et al. 2025); limit and buffer in tokens.
 
-    overlong_limit is the recipe's generation.max_tokens; overlong_buffer = 0 shapes nothing. Clip-higher and the
-    token-level mean stand in the loss, dynamic sampling at the batch: `trainable_groups`.
+    overlong_limit is the recipe's generation.max_tokens; overlong_buffer = 0 turns the penalty off. Clip-higher and the
+    token-level mean are in the loss; dynamic sampling is `trainable_groups`.
     """
     mask, groups = rollouts.loss_mask, groups_of(rollouts.sample_ids)
     shaped = scores.scores.astype(np.float64)
@@ -44,7 +44,7 @@ def dapo(
 def overlong_penalty(lengths: npt.NDArray[np.int64], limit: float, buffer: float, factor: float = 1.0) -> Float64:
     """min(-(len - (limit - buffer)) / buffer * factor, 0): 0 up to limit - buffer tokens, -factor at the limit.
 
-    Raises ValueError where the buffer does not fit under the limit.
+    Raises ValueError if the buffer is larger than the limit or not above 0.
     """
     if not 0 < buffer <= limit:
         raise ValueError(f"overlong buffer of {buffer:g} tokens: want more than 0 and at most the limit, {limit:g}")
@@ -54,6 +54,6 @@ def overlong_penalty(lengths: npt.NDArray[np.int64], limit: float, buffer: float
 def trainable_groups(scores: Scores) -> npt.NDArray[np.bool_]:
     """[N] rows whose prompt's scores differ: dynamic sampling keeps these and refills the rest.
 
-    Scores are those before shaping: a group that is all right or all wrong teaches nothing but its lengths.
+    It reads the scores before the penalty: a group of equal scores would teach nothing but its lengths.
     """
     return have_spread(scores.scores, groups_of(scores.sample_ids))

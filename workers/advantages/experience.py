@@ -1,4 +1,4 @@
-"""From rollouts and their advantages to what a trainer takes, with the measures that every estimator reports."""
+"""Builds `Experience` from rollouts and their advantages, with the metrics that every estimator reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.advantages.rewards import last_trained
 
 
 def on_tokens(per_row: Float64, mask: Jagged) -> Float64:
-    """One number a row [N] on each of its trained tokens, flat like `mask`; elsewhere 0.
+    """Copy one number per row [N] to each trained token of the row, flat like `mask`; 0 elsewhere.
 
     Raises ValueError for a row without a trained token.
     """
@@ -30,10 +30,7 @@ def experience_of(
     cost_returns: Float64 | None = None,
     cost_values: Jagged | None = None,
 ) -> Experience:
-    """The rollouts' rows with flat `advantages`, float32.
-
-    Without a critic leave its returns and values out, without a reference its log-probs: they become zeros.
-    """
+    """The rollouts' rows with flat `advantages`, as float32. Columns of a model that the algorithm lacks become 0."""
     column = rollouts.loss_mask.with_values
     zeros = column(np.zeros(len(advantages), np.float32))
     return Experience(
@@ -52,10 +49,10 @@ def experience_of(
 
 
 def without_critic(
-    rollouts: Rollouts, advantages: Float64, reference: LogProbs | None = None, **measures: float
+    rollouts: Rollouts, advantages: Float64, reference: LogProbs | None = None, **metrics: float
 ) -> Measured[Experience]:
-    """Experience of an estimator that has no critic, with its measures."""
-    return Measured(experience_of(rollouts, advantages, reference), Metrics(values=measures))
+    """Experience of an estimator that has no critic, with its metrics."""
+    return Measured(experience_of(rollouts, advantages, reference), Metrics(values=metrics))
 
 
 def spread(advantages: Float64, mask: Jagged) -> float:

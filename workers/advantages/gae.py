@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: what came, less what the critic expected, over all horizons at once."""
+"""PPO's estimator: generalised advantage estimation (GAE) from the critic's values, then whitening."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def advantages_and_returns(
 ) -> tuple[Float64, Float64]:
     """GAE per row, float64 flat like `rewards` (Schulman et al. 2016).
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, returns R_t = A_t + V_t. Where the
-    mask is 0 (a tool's tokens, say) the next value and advantage carry through unchanged; there A and R are 0.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, returns R_t = A_t + V_t. Masked
+    tokens (a tool's output, say) are skipped: the next value and advantage carry over them, and their A and R are 0.
     """
     advantages = np.zeros(len(rewards.values), np.float64)
     returns = np.zeros_like(advantages)

@@ -1,4 +1,4 @@
-"""The KL penalty of the reward: its estimators, and what its coefficient becomes from step to step."""
+"""The KL penalty in the reward: its per-token estimators, and the controller of an adaptive coefficient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.settings import KlEstimator
 
 Float64 = npt.NDArray[np.float64]
 
-_LARGEST_ERROR = 0.2  # a step never moves the coefficient by more than this share of samples / horizon
+_LARGEST_ERROR = 0.2  # bound of the relative error e in Ziegler et al.'s update
 
 
 def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> Float64:
@@ -33,11 +33,11 @@ def kl_terms(log_probs: Float64, reference: Float64, estimator: KlEstimator) -> 
 
 
 class AdaptiveKl(msgspec.Struct, frozen=True):
-    """A coefficient that steers the measured KL towards a target."""
+    """A KL coefficient that is adapted so that the measured KL approaches a target."""
 
     coefficient: float
     target: float  # mean KL per token, nats
-    horizon: int  # samples in which a KL at its bound or beyond moves the coefficient by a fifth
+    horizon: int  # samples over which an error at its bound changes the coefficient by a fifth
 
     def __post_init__(self) -> None:
         for name, value in (("coefficient", self.coefficient), ("target", self.target), ("horizon", self.horizon)):
@@ -45,10 +45,10 @@ class AdaptiveKl(msgspec.Struct, frozen=True):
                 raise ValueError(f"{name} = {value}: an adaptive KL coefficient needs one above 0")
 
     def after(self, kl: float, samples: int) -> AdaptiveKl:
-        """The coefficient of the next step, once a step of `samples` samples measured a mean of `kl` nats per token.
+        """The coefficient after a step of n = `samples` samples whose mean KL was `kl` nats per token.
 
         beta (1 + e n / horizon) with e = clip(kl / target - 1, +-0.2) (Ziegler et al. 2019). Raises ValueError for a
-        KL that is not finite, and for a step so large that the coefficient could fall below 0.
+        KL that is not finite, and for a step so large that the coefficient could fall to 0 or below.
         """
         if not math.isfinite(kl):
             raise ValueError(f"measured KL is {kl}: the coefficient {self.coefficient} can't follow it")

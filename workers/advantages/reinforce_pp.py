@@ -1,4 +1,4 @@
-"""REINFORCE++: plain returns per token, whitened over the whole batch; with or without a group baseline."""
+"""REINFORCE++: returns per token, whitened over the whole batch, with or without a group baseline."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def reinforce_pp_baseline(
 ) -> Measured[Experience]:
     """`reinforce_pp` of scores less their group's mean, which is 0 for a group of one.
 
-    The mean tells an easy prompt from a hard one; the scale is still that of the whole batch, so a group of nearly
-    equal scores is not blown up.
+    The mean corrects for the prompt's difficulty. The scale is that of the whole batch, so small differences within a
+    group are not amplified.
     """
     groups = groups_of(rollouts.sample_ids)
     relative = scores.scores - group_means(scores.scores, groups)
@@ -49,7 +49,7 @@ def reinforce_pp_baseline(
 
 
 def _whitened(
-    rollouts: Rollouts, reference: LogProbs, earned: TokenRewards, gamma: float, **measures: float
+    rollouts: Rollouts, reference: LogProbs, earned: TokenRewards, gamma: float, **metrics: float
 ) -> Measured[Experience]:
     mask = rollouts.loss_mask
     returns = rewards_to_go(earned.rewards, mask, gamma)
@@ -59,5 +59,5 @@ def _whitened(
         reference,
         kl=earned.kl,
         advantage_std=spread(returns, mask),  # before whitening: after it, it is 1
-        **measures,
+        **metrics,
     )

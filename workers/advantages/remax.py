@@ -22,8 +22,8 @@ def remax(
 ) -> Measured[Experience]:
     """A_t = sum of r_s over s >= t, less the score of the prompt's greedy response (Li et al. 2024).
 
-    r_t = score at the last trained token - kl_coefficient * kl_t(mu, reference). `greedy` has a row for each sample,
-    with the score of its prompt's greedy response.
+    r_t = score at the last trained token - kl_coefficient * kl_t(mu, reference). `greedy` has one row per sample: the
+    score of the greedy response to its prompt.
     """
     mask = rollouts.loss_mask
     earned = token_rewards(rollouts, reference, scores.scores, kl_coefficient, kl_estimator)

@@ -1,4 +1,4 @@
-"""Rewards per token: the score at the last trained token, less the KL penalty of each; and their sums to go."""
+"""Rewards per token: the score at the last trained token, less each token's KL penalty; and rewards-to-go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.settings import KlEstimator
 
 
 class TokenRewards(NamedTuple):
-    """What each token earned."""
+    """The reward of each token, and the mean KL in it."""
 
     rewards: Float64  # flat like the responses; 0 where the mask is 0
     kl: float  # mean per trained token, nats, before its coefficient
@@ -27,7 +27,7 @@ def token_rewards(
     kl_coefficient: float,
     kl_estimator: KlEstimator,
 ) -> TokenRewards:
-    """r_t = score [N] at the last trained token - kl_coefficient * kl_t(mu, reference) at every trained one.
+    """r_t = score [N] at the last trained token - kl_coefficient * kl_t(mu, reference) at every trained token.
 
     Raises ValueError for a row without a trained token.
     """
@@ -39,18 +39,18 @@ def token_rewards(
 
 
 def kl_to_reference(rollouts: Rollouts, reference: LogProbs, estimator: KlEstimator) -> Float64:
-    """kl_t(mu, reference) of each trained token, flat like the responses; elsewhere 0."""
+    """kl_t(mu, reference) of each trained token, flat like the responses; 0 elsewhere."""
     mu, anchor = rollouts.log_probs.values.astype(np.float64), reference.log_probs.values.astype(np.float64)
     return kl_terms(mu, anchor, estimator) * (rollouts.loss_mask.values != 0)
 
 
 def mean_of_trained(flat: Float64, mask: Jagged) -> float:
-    """Mean per trained token of values that are 0 on the others."""
+    """Mean over trained tokens of values that are 0 on all others."""
     return float(flat.sum()) / max(int(mask.values.sum()), 1)
 
 
 def rewards_to_go(rewards: Float64, mask: Jagged, gamma: float) -> Float64:
-    """G_t = r_t + gamma G_{t+1} over the trained tokens of each row, flat like `rewards`; elsewhere 0."""
+    """G_t = r_t + gamma G_{t+1} over the trained tokens of each row, flat like `rewards`; 0 elsewhere."""
     returns = np.zeros_like(rewards)
     for start, stop in zip(mask.offsets[:-1].tolist(), mask.offsets[1:].tolist(), strict=True):
         to_go = 0.0
@@ -62,7 +62,7 @@ def rewards_to_go(rewards: Float64, mask: Jagged, gamma: float) -> Float64:
 
 
 def last_trained(mask: Jagged) -> npt.NDArray[np.int64]:
-    """Flat index of the last token with mask 1 of each row. Raises ValueError for a row without one."""
+    """Flat index of each row's last trained token. Raises ValueError for a row without one."""
     last = np.empty(len(mask), np.int64)
     for row in range(len(mask)):
         trained = np.flatnonzero(mask[row])

@@ -1,4 +1,4 @@
-"""RLOO: the other samples of the prompt are the baseline, so it depends on nothing that the sample itself did."""
+"""RLOO: the baseline is the mean of the prompt's other samples, so it is independent of the sample itself."""
 
 from __future__ import annotations
 

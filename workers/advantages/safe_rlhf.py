@@ -1,7 +1,7 @@
-"""Safe-RLHF: two rewards, one of them a cost, and a multiplier that holds the mean cost at its limit.
+"""Safe-RLHF (PPO-Lagrangian): maximise the reward under a limit on the mean cost.
 
-The multiplier is the dual variable of "as much reward as possible with a mean cost of at most d": it rises while the
-mean cost is above d, so that the cost weighs more, and falls while it is below.
+The multiplier lambda is the dual variable of the constraint "mean cost at most d": it rises while the mean cost is
+above d, so that the cost weighs more, and falls while it is below.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from workers.advantages.gae import advantages_and_returns
 from workers.advantages.rewards import token_rewards
 from workers.advantages.whitening import whiten
 
-LARGEST_REWARD = 50.0  # of a token, on either side of 0
+LARGEST_REWARD = 50.0  # a token's reward and cost are clamped to +- this
 
 
 class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """lambda, and the costs that it has seen last."""
+    """The multiplier lambda and the costs of the last samples."""
 
     value: float  # lambda, 0 or more
-    costs: list[float] = []  # of the last samples, oldest first, at most a window of them
+    costs: list[float] = []  # of the last samples, oldest first, at most a window
 
     def after(
         self, costs: npt.NDArray[np.floating], *, limit: float, rate: float, most: float, window: int
     ) -> Multiplier:
         """log lambda += rate lambda J_C with J_C = mean(window of costs) - limit, and log lambda <= log most.
 
-        That is gradient ascent on lambda J_C in log lambda (Dai et al. 2024). A lambda of 0 stays 0. Raises ValueError
-        where J_C is not finite.
+        This is gradient ascent on lambda J_C in log lambda (Dai et al. 2024). A lambda of 0 stays 0. Raises ValueError
+        if J_C is not finite.
         """
         recent = [*self.costs, *map(float, costs)][-window:]
         excess = excess_of(recent, limit)
@@ -47,7 +47,7 @@ class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def excess_of(costs: list[float], limit: float) -> float:
-    """J_C: by how much the mean cost is above its limit; 0 without any cost."""
+    """J_C: mean cost less its limit; 0 without costs."""
     return math.fsum(costs) / len(costs) - limit if costs else 0.0
 
 
@@ -74,11 +74,11 @@ def safe_rlhf(
 
     r_t = score at the last trained token - kl_coefficient k1_t(mu, reference) and
     c_t = cost at the last trained token + kl_coefficient k1_t(mu, reference), both clamped to +-50; GAE on each with
-    the values of its own critic. lambda is `multiplier` before the first step; each step's costs move it before its
-    advantages are taken. Its pretraining loss (ptx) is the policy's: loss.ptx_coefficient. Raises ValueError for a
-    number that has no meaning.
+    the values of its own critic. lambda starts at `multiplier`; each step updates it with its costs before it computes
+    advantages. The pretraining loss (ptx) is part of the policy's loss: loss.ptx_coefficient. Raises ValueError for an
+    argument out of range.
     """
-    _check_numbers(multiplier, multiplier_rate, multiplier_most, cost_window)
+    _check_multiplier(multiplier, multiplier_rate, multiplier_most, cost_window)
     before = state or Multiplier(multiplier)
     after = before.after(
         costs.costs, limit=cost_limit, rate=multiplier_rate, most=multiplier_most, window=int(cost_window)
@@ -119,7 +119,7 @@ def safe_rlhf(
     return Stateful(experience, Metrics(values=metrics), after)
 
 
-def _check_numbers(multiplier: float, rate: float, most: float, window: float) -> None:
+def _check_multiplier(multiplier: float, rate: float, most: float, window: float) -> None:
     if not 0.0 < most < math.inf or not 0.0 <= multiplier <= most:
         raise ValueError(f"multiplier = {multiplier:g}: want 0 to multiplier_most = {most:g}, which is above 0")
     if not 0.0 <= rate < math.inf:

@@ -1,4 +1,4 @@
-"""Whitening: advantages of one scale, whatever the rewards' scale is."""
+"""Whitening: advantages with mean 0 and standard deviation 1, whatever the scale of the rewards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workers.advantages.kl import Float64
 
 
 def whiten(advantages: Float64, mask: npt.NDArray[np.uint8]) -> Float64:
-    """Shift and scale to mean 0, standard deviation 1 over the mask; outside of it 0."""
+    """Shift and scale to mean 0 and standard deviation 1 over the mask; 0 outside it."""
     inside = mask.astype(bool)
     chosen = advantages[inside]
     if len(chosen) < 2:

@@ -1,7 +1,7 @@
-"""Policy losses by name: a function and a line here each, or a user's own by "package.module:function".
+"""Policy losses by name: one function and one line here each, or a user's own as "package.module:function".
 
-A loss is a pure function of `Tokens`. What is composed with it (a correction, a KL term, an entropy bonus, an
-aggregation) stands beside it in this package and knows nothing of it.
+A loss is a pure function of `Tokens`. The parts composed with it (correction, KL term, entropy bonus, aggregation) are
+in this package too and do not depend on it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo
 def policy_loss_named(name: str) -> PolicyLoss:
     """A registered loss, or the function that "package.module:function" names.
 
-    Raises LookupError saying what is known, what could not be imported or what is not there, whatever the module
-    raises.
+    Raises LookupError for an unknown name, a module that fails to import (for whatever reason) and a missing function.
     """
     if name in POLICY_LOSSES:
         return POLICY_LOSSES[name]

@@ -1,6 +1,6 @@
-"""From tokens to one number: each token has a weight whose denominator is global over the optimizer step.
+"""Aggregates per-token losses: each token has a weight whose denominator is global over the optimizer step.
 
-Counts of micro-batches and of data-parallel ranks add up, and so do their losses and gradients: neither depends
+Counts add up over micro-batches and data-parallel ranks, and so do losses and gradients. So a result does not depend
 on how a batch was cut, and nothing is averaged over ranks.
 """
 
@@ -17,7 +17,7 @@ from workers.settings import Loss
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What denominators are made of. A rank adds up those of all ranks."""
+    """The counts that denominators are made of, summed over all ranks."""
 
     tokens: int  # trained tokens
     rows: int  # rows with a trained token
@@ -33,7 +33,7 @@ def counts_of(mask: Jagged) -> Counts:
 
 
 def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
-    """What each token's loss is multiplied by, float64 like `mask`; `counts` are those of the whole optimizer step.
+    """The factor of each token's loss, float64 like `mask`; `counts` are those of the whole optimizer step.
 
     token-mean: 1 / trained tokens; sequence-mean-token-sum: 1 / rows; sequence-mean-token-mean:
     1 / (rows x the row's trained tokens); sequence-mean-fixed-length: 1 / (rows x fixed_length), which weighs a
@@ -57,7 +57,7 @@ def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
 
 
 def reduce_loss(per_token: Tensor, weights: Tensor) -> Tensor:
-    """Sum of per-token losses times their weights, both [T]: micro-batches' results add up to the batch's."""
+    """Sum of per-token losses times their weights, both [T]; the sums of micro-batches add up to the batch's loss."""
     return (per_token * weights.to(per_token.dtype)).sum()
 
 

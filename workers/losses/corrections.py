@@ -1,8 +1,8 @@
-"""Off-policy corrections: what a token counts for, from k = pi_prox / mu, whatever the policy loss is.
+"""Off-policy corrections: a weight per token from k = pi_prox / mu, independent of the policy loss.
 
-mu is what the engine recorded when it drew the token: k differs from 1 by the versions that the sample is old,
-and by the numbers of another engine. A weight carries no gradient and never enters a denominator: a token that
-weighs nothing still counts in its mean.
+mu is the probability that the engine recorded when it sampled the token. k differs from 1 by the sample's age in
+versions and by the engine's numerical differences. A weight carries no gradient and never enters a denominator: a
+token of weight 0 still counts in its mean.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Weights(NamedTuple):
     """A factor for each token's loss."""
 
     values: Tensor  # [T], no gradient
-    truncated: Tensor  # bool [T], tokens whose weight a bound changed, to 0 or to the bound
+    truncated: Tensor  # bool [T], tokens whose weight was set to a bound or to 0
 
 
 def none(ratio: Tensor, loss: Loss) -> Weights:
-    """1: samples are taken as the policy's own."""
+    """1 everywhere: samples are treated as on policy."""
     return Weights(torch.ones_like(ratio), _nowhere(ratio))
 
 
@@ -41,7 +41,7 @@ def tis(ratio: Tensor, loss: Loss) -> Weights:
 
 
 def icepop(ratio: Tensor, loss: Loss) -> Weights:
-    """k where a <= k <= b, else 0: tokens far off are dropped, not clipped (IcePop, Ling team 2025)."""
+    """k where a <= k <= b, else 0: tokens with extreme ratios are dropped, not clipped (IcePop, Ling team 2025)."""
     outside = (ratio < loss.icepop_low) | (ratio > loss.icepop_high)
     return Weights(ratio.masked_fill(outside, 0.0), outside)
 
@@ -55,7 +55,7 @@ CORRECTIONS: dict[Correction, Callable[[Tensor, Loss], Weights]] = {
 
 
 def correct(tokens: Tokens, loss: Loss) -> Weights:
-    """The token correction that `loss` names times its sequence mask."""
+    """The token correction that `loss` names, times its sequence mask."""
     log_ratio = (tokens.old_log_probs - tokens.rollout_log_probs).detach()
     weights = CORRECTIONS[loss.correction](torch.exp(bounded(log_ratio)), loss)
     outside = ~sequences_within(log_ratio, tokens, loss.sequence_low, loss.sequence_high or math.inf)
@@ -65,7 +65,7 @@ def correct(tokens: Tokens, loss: Loss) -> Weights:
 def sequences_within(log_ratio: Tensor, tokens: Tokens, low: float, high: float) -> Tensor:
     """bool [T]: tokens of rows with low <= exp(mean of log k over the row's trained tokens) <= high.
 
-    The geometric mean does not drift with the length of a row, as the product would.
+    Unlike the product, the geometric mean does not drift with a row's length.
     """
     ratio = torch.exp(bounded(row_means(log_ratio, tokens)))
     return (ratio >= low) & (ratio <= high)

@@ -1,8 +1,8 @@
-"""The policy's whole loss of a micro-batch: (policy loss + KL term) x correction - entropy bonus.
+"""The policy's whole loss on a micro-batch: (policy loss + KL term) x correction - entropy bonus.
 
-A correction weighs what is a mean over the tokens that were drawn, so that it is one over theta's own. The KL term is:
-k3 of a token that theta would hardly draw is exp(ref - theta), without bound, which no token that theta draws has
-but seldom and every stale one may (DeepSeek-V3.2, 2025). An entropy is of the whole distribution, whoever drew.
+The correction turns means over sampled tokens into means over theta's own tokens, so it also weighs the KL term: k3 of
+a token that theta would hardly sample is exp(ref - theta), without bound, which stale tokens reach easily
+(DeepSeek-V3.2, 2025). The entropy is over the whole distribution, whichever policy sampled, and needs no correction.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from workers.settings import Loss
 
 
 class Objective(NamedTuple):
-    """What is minimised, token by token, and what it was made of."""
+    """The loss per token, and its parts for the metrics."""
 
-    loss: Tensor  # [T], to be summed by `reduce_loss`
+    loss: Tensor  # [T], summed by `reduce_loss`
     clipped: Tensor  # bool [T], see Surrogate
     correction: Weights
     kl: Tensor | None = None  # [T] to the reference; None: no such term
@@ -36,12 +36,14 @@ def policy_objective(policy_loss: PolicyLoss, tokens: Tokens, loss: Loss) -> Obj
     total, kl = surrogate.loss, None
     if loss.kl_coefficient:
         if tokens.reference is None:
-            raise ValueError(f"kl_coefficient = {loss.kl_coefficient} needs the reference's log-probs: there are none")
+            raise ValueError(
+                f"kl_coefficient = {loss.kl_coefficient} needs the reference's log-probs, which are missing"
+            )
         kl = kl_terms(tokens.log_probs, tokens.reference, loss.kl_estimator)
         total = total + loss.kl_coefficient * kl
     total = total * correction.values
     if loss.entropy_coefficient:
         if tokens.entropies is None:
-            raise ValueError(f"entropy_coefficient = {loss.entropy_coefficient} needs entropies: there are none")
+            raise ValueError(f"entropy_coefficient = {loss.entropy_coefficient} needs entropies, got none")
         total = total - loss.entropy_coefficient * tokens.entropies
     return Objective(total, surrogate.clipped, correction, kl)

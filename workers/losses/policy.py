@@ -1,7 +1,7 @@
 """The policy losses. rho is the ratio pi_theta / pi_old of one token, A its advantage, eps the two clips.
 
-On policy (rho = 1) each has the gradient of REINFORCE, -A d log pi_theta; they differ in what they do to tokens
-that the step, or the age of the sample, has moved.
+On policy (rho = 1) each has the gradient of REINFORCE, -A d log pi_theta. They differ for tokens whose probability
+has changed since they were sampled.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def ppo(tokens: Tokens, loss: Loss) -> Surrogate:
 def gspo(tokens: Tokens, loss: Loss) -> Surrogate:
     """PPO with the sequence's ratio s = exp(mean of log rho over the row) (GSPO, Zheng et al. 2025).
 
-    This is the paper's token form: s is a number, and each token carries the gradient of its own log-prob. Where a
-    row has one advantage its gradient is the sequence form's; where tokens have their own, they keep them. The clips
-    are of s, which moves far less than a token's ratio: the paper's are 3e-4 and 4e-4.
+    This is the paper's token form: s is a constant, and each token carries the gradient of its own log-prob. If a row
+    has one advantage, the gradient equals that of the sequence form; per-token advantages are kept. The clips apply to
+    s, which moves far less than a token's ratio: the paper's are 3e-4 and 4e-4.
     """
     sequence = torch.exp(bounded(row_means(log_ratio(tokens, loss), tokens)))
     return clip_ratio(sequence * torch.exp(tokens.log_probs - tokens.log_probs.detach()), tokens.advantages, loss)
@@ -38,7 +38,7 @@ def gspo(tokens: Tokens, loss: Loss) -> Surrogate:
 def cispo(tokens: Tokens, loss: Loss) -> Surrogate:
     """-sg(clip(rho, 1 - eps_low, 1 + eps_high)) A log pi_theta (CISPO, MiniMax-M1 2025).
 
-    The weight is clipped, not the gradient: every token goes on learning. clip_low = 1 leaves no lower bound.
+    The weight is clipped, not the gradient, so every token keeps learning. clip_low = 1 means no lower bound.
     """
     ratio = torch.exp(bounded(log_ratio(tokens, loss).detach()))
     low, high = 1.0 - loss.clip_low, 1.0 + loss.clip_high
@@ -47,7 +47,7 @@ def cispo(tokens: Tokens, loss: Loss) -> Surrogate:
 
 
 def reinforce(tokens: Tokens, loss: Loss) -> Surrogate:
-    """-A log pi_theta (Williams 1992): no ratio and no clip, so only a correction answers for stale tokens."""
+    """-A log pi_theta (Williams 1992): no ratio and no clip, so only a correction accounts for stale tokens."""
     return Surrogate(-tokens.advantages * tokens.log_probs, torch.zeros_like(tokens.mask))
 
 

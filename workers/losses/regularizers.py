@@ -1,4 +1,4 @@
-"""What holds the policy near its reference, and what keeps it from becoming certain: terms per token, in nats."""
+"""Regularizers of the policy loss, per token and in nats: the KL to the reference and the entropy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from workers.settings import KlEstimator
 
 
 def kl_terms(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
-    """Per-token estimates of KL(theta || reference), [T], from tokens that theta drew.
+    """Per-token estimates of KL(theta || reference), [T], from tokens that theta sampled.
 
-    With d = log ref - log pi_theta, held within +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (Schulman,
-    "Approximating KL divergence", 2020). As terms of a loss their gradients differ more than their values:
-    k2's is the divergence's; k3's, which GRPO takes, is that of the divergence the other way round; k1's is 0 in
-    the mean, so k1 belongs into the reward.
+    With d = log ref - log pi_theta, clamped to +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (Schulman,
+    "Approximating KL divergence", 2020). As terms of a loss their gradients differ more than their values: k2 has the
+    gradient of this divergence, k3 (used by GRPO) that of the reverse divergence, and k1 a gradient whose mean is 0,
+    so k1 belongs in the reward.
     """
     difference = bounded(reference - log_probs)
     match estimator:

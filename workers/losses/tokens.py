@@ -1,7 +1,7 @@
-"""What a policy loss reads and gives: flat tensors over the response tokens of one micro-batch, row by row.
+"""Input and output of a policy loss: flat tensors over the response tokens of one micro-batch, row by row.
 
-T is the number of response tokens, n the number of rows; a row is never cut between micro-batches, so whatever
-is computed within rows does not depend on the cut.
+T is the number of response tokens, n the number of rows. A row is never split between micro-batches, so sums and
+means within rows do not depend on the split.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 with room for an advantage
 class Tokens:
     """One micro-batch. Only `log_probs` and `entropies` carry a gradient.
 
-    Log-probs are natural logarithms of the drawn token's probability, all at the same temperature.
+    Log-probs are natural logarithms of the sampled token's probability, all at the same temperature.
     """
 
-    log_probs: Tensor  # [T] under theta, the weights that are being trained
+    log_probs: Tensor  # [T] under theta, the weights in training
     old_log_probs: Tensor  # [T] under prox, the weights at the start of the step
-    rollout_log_probs: Tensor  # [T] under mu, the weights that drew the token, as their engine computed it
+    rollout_log_probs: Tensor  # [T] under mu, the weights that sampled the token, as their engine computed it
     advantages: Tensor  # [T]
-    mask: Tensor  # bool [T], the tokens that are trained
+    mask: Tensor  # bool [T], True for trained tokens
     lengths: Tensor  # int64 [n], response tokens of each row
     reference: Tensor | None = None  # [T] under the frozen reference; None: no KL term in the loss
     entropies: Tensor | None = None  # [T] of the whole distribution, nats; None: no entropy bonus
 
 
 class Surrogate(NamedTuple):
-    """A policy loss, token by token. Masked tokens have a value that nobody counts."""
+    """A policy loss per token. The values of masked tokens are ignored."""
 
     loss: Tensor  # [T]
-    clipped: Tensor  # bool [T], tokens whose gradient a clip removed or bounded
+    clipped: Tensor  # bool [T], tokens whose gradient was removed or bounded by a clip
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """A log-ratio held within +-MAX_LOG_RATIO, so that its exponential is finite and not 0."""
+    """Clamp a log-ratio to +-MAX_LOG_RATIO, so that its exponential is finite and not 0."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -52,7 +52,7 @@ def log_ratio(tokens: Tokens, loss: Loss) -> Tensor:
 
 
 def row_means(values: Tensor, tokens: Tokens) -> Tensor:
-    """Mean of `values` [T] over each row's trained tokens, given to every token of the row: [T].
+    """Mean of `values` [T] over each row's trained tokens, broadcast to every token of the row: [T].
 
     A row without a trained token has mean 0. No gradient flows.
     """

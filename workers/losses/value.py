@@ -1,4 +1,4 @@
-"""The critic's loss."""
+"""The critic's loss: squared error to the returns, optionally clipped around the old values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2) per token; clip 0 leaves the plain square.
+    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2) per token; clip = 0 gives the plain square.
 
     From the reference implementation of PPO (Dhariwal et al., OpenAI Baselines, 2017).
     """

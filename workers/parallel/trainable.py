@@ -29,8 +29,8 @@ from transformers import (
 from protocols.data.columns import B, Batch, Jagged, concat, take
 from protocols.data.messages import Experience
 from workers.data.hf_folder import copy_what_stands_beside
-from workers.losses import measures
 from workers.losses.aggregation import Counts, counts_of, token_weights
+from workers.losses.metrics import STEPS, accumulate
 from workers.parallel.collection import collect_whole
 from workers.parallel.decoder import unflat
 from workers.parallel.model import Loss as LossOf
@@ -86,14 +86,14 @@ class ParallelTraining(OptimizerSteps):
                 whole = concat([batch, beside(number)]) if beside is not None else batch
                 weights = token_weights(whole.loss_mask, self._counts(whole.loss_mask), loss)
                 step = self._step(taking, whole, loss.tokens_per_micro_batch, objective(whole, weights))
-                measures.add(taken, step)
+                accumulate(taken, step)
         return taken
 
     def over_replicas(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The measures of all replicas' rows, from those of each one's own: on every rank of the last stage."""
         total: dict[str, float] = {}
         for message in self.model.groups.data.gather_bytes(msgspec.msgpack.encode(measured)):
-            measures.add(total, msgspec.msgpack.decode(message, type=dict[str, float]))
+            accumulate(total, msgspec.msgpack.decode(message, type=dict[str, float]))
         return total
 
     def per_response(self, data: Sequences, budget: int, read: Callable[[Tensor, MicroBatch], Tensor]) -> Jagged | None:
@@ -182,7 +182,7 @@ class ParallelTraining(OptimizerSteps):
         norm = self.model.clip_gradient(self._clip)
         self._take_step(what, norm)
         self.model.all_gather_updated()
-        return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+        return {"loss": total, "gradient_norm": norm, STEPS: 1.0}
 
     def _read(self, folder: str) -> tuple[Counters, dict[str, dict[str, Tensor]]]:
         """The counters, and this rank's tensors by prefix and name; where one rank has none, all raise."""

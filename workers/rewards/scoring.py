@@ -1,6 +1,6 @@
-"""One number a response, whatever it means: by a rule on texts, or by a trained model at the last token.
+"""Scorers: one number per response, from a rule on texts or from a trained model at the last token.
 
-Rewards and costs are both such numbers. A row that can't be judged is a failure with its cause, never a 0.
+Rewards and costs both come from a scorer. A row that can't be scored is a failure with its cause, never a 0.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 
 class ScoredRows(NamedTuple):
-    """The rows that have a number, in their order, and the others."""
+    """The M rows that have a score, in their order, and the failures of the others."""
 
     sample_ids: npt.NDArray[np.int64]  # [M]
-    numbers: npt.NDArray[np.float32]  # [M] finite
+    scores: npt.NDArray[np.float32]  # [M] finite
     failures: list[Failure]
-    parts: npt.NDArray[np.float32] | None = None  # [M, K] what a mixed judge's parts said, before their weights
+    parts: npt.NDArray[np.float32] | None = None  # [M, K] scores of a mixed scorer's parts, before their weights
 
 
 class Scorer(Protocol):
-    """Gives a number a row."""
+    """Gives each row a score."""
 
-    def judge(self, rollouts: Rollouts) -> ScoredRows:
-        """A number for each row that has one, and why the others have none."""
+    def score(self, rollouts: Rollouts) -> ScoredRows:
+        """Score every row that can be scored; the others are failures with their cause."""
         ...
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Make a user's rule anew where its file is among these, and try it out. Raises BadCode."""
+        """Load a user's rule from its new source, if it is among these, and try it out. Raises BadCode."""
         ...
 
     def switch_code(self, take: bool) -> None:
-        """Take what was prepared from the next row on, or drop it."""
+        """Use the prepared code from the next row on, or drop it."""
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Release processes and memory."""
         ...
 
 
 class RuleScorer:
-    """Judges texts by a rule, in a process of its own."""
+    """Scores texts by a rule, which runs in a process of its own."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
         from tokenizers import Tokenizer
@@ -62,13 +62,13 @@ class RuleScorer:
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(tokenizer_path) / "tokenizer.json"))
         self._rule, self._timeout = model.rule, failures.reward_timeout_seconds
         self._process = RuleProcess(self._rule, self._timeout, _source_of(self._rule))
-        self._next: RuleProcess | None = None  # of the rule that is about to take its place
-        self._last: RuleRequest | None = None  # that got a score: a new rule is tried out on it
+        self._next: RuleProcess | None = None  # runs the prepared rule until `switch_code`
+        self._last: RuleRequest | None = None  # the last request that got a score: a new rule is tried out on it
         self._retries = failures.reward_retries
 
-    def judge(self, rollouts: Rollouts) -> ScoredRows:
-        """A number a row; a row whose every attempt fails is failed with the last cause, its siblings are not."""
-        results = [self._judge_row(rollouts, row) for row in range(len(rollouts))]
+    def score(self, rollouts: Rollouts) -> ScoredRows:
+        """Score each row by itself. A row fails with its last cause once every attempt has failed."""
+        results = [self._score_row(rollouts, row) for row in range(len(rollouts))]
         scored = [row for row, result in enumerate(results) if not isinstance(result, Failure)]
         return ScoredRows(
             rollouts.sample_ids[scored],
@@ -76,7 +76,7 @@ class RuleScorer:
             [result for result in results if isinstance(result, Failure)],
         )
 
-    def _judge_row(self, rollouts: Rollouts, row: int) -> float | Failure:
+    def _score_row(self, rollouts: Rollouts, row: int) -> float | Failure:
         request = RuleRequest(
             prompt=self._tokenizer.decode(rollouts.prompts[row].tolist(), skip_special_tokens=True),
             response=self._tokenizer.decode(rollouts.responses[row].tolist(), skip_special_tokens=True),
@@ -93,7 +93,7 @@ class RuleScorer:
         return Failure(int(rollouts.sample_ids[row]), cause)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """A process of the new rule beside the running one; it has to score the row that was judged last."""
+        """Start a process of the new rule beside the running one; it has to score the last row that got a score."""
         self.switch_code(take=False)
         for source in sources:
             if source.module == module_of(self._rule):
@@ -107,7 +107,7 @@ class RuleScorer:
                     raise BadCode(str(error)) from error
 
     def switch_code(self, take: bool) -> None:
-        """See Judge."""
+        """See Scorer."""
         if self._next is not None:
             kept, gone = (self._next, self._process) if take else (self._process, self._next)
             self._process, self._next = kept, None
@@ -120,7 +120,7 @@ class RuleScorer:
 
 
 def _source_of(rule: str) -> CodeSource | None:
-    """The module of a user's rule; None for a registered one, and for one that fails each row with the reason."""
+    """The source of a user rule's module; None for a registered rule, or if it can't be read (then each row fails)."""
     try:
         return source_of(module) if (module := module_of(rule)) else None
     except BadCode:
@@ -128,93 +128,88 @@ def _source_of(rule: str) -> CodeSource | None:
 
 
 class ModelScorer:
-    """Judges tokens by a trained model with one label, at the last token of prompt + response."""
+    """Scores tokens by a trained model with one label, at the last token of prompt + response."""
 
     def __init__(self, model: Model, tokens_per_micro_batch: int, role: str) -> None:
-        """`role` is named where the model fails a row."""
+        """`role` is the name that failures carry."""
         from workers.training.models import load_reward
 
         self._model = load_reward(model.path, model.dtype).requires_grad_(False)
         self._budget = tokens_per_micro_batch
         self._role = role
 
-    def judge(self, rollouts: Rollouts) -> ScoredRows:
-        """A number a row; a row whose number is not finite is failed."""
+    def score(self, rollouts: Rollouts) -> ScoredRows:
+        """Score each row; a row whose score is not finite fails."""
         from workers.training.models import micro_batches, sequence_scores
 
         parts = [sequence_scores(self._model, b).detach().numpy() for b in micro_batches(rollouts, self._budget)]
         return scored(rollouts.sample_ids, np.concatenate(parts) if parts else np.empty(0, np.float32), self._role)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """It has no code of a user's."""
+        """Nothing to do: a model has no user code."""
 
     def switch_code(self, take: bool) -> None:
         """See `prepare_code`."""
 
     def close(self) -> None:
-        """It holds nothing but memory."""
+        """Nothing to do: it holds nothing but memory."""
 
 
-def scored(sample_ids: npt.NDArray[np.int64], numbers: npt.NDArray[np.float32], role: str) -> ScoredRows:
-    """What a model's numbers [N] say of the rows [N]: one that is not finite fails its row, under the role's name."""
-    finite = np.isfinite(numbers)
+def scored(sample_ids: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], role: str) -> ScoredRows:
+    """The rows [N] with a model's scores [N]; a score that is not finite fails its row, naming the role."""
+    finite = np.isfinite(scores)
     failures = [
-        Failure(int(sample), f"{role} model gave {number}")
-        for sample, number in zip(sample_ids[~finite], numbers[~finite], strict=True)
+        Failure(int(sample), f"{role} model gave {score}")
+        for sample, score in zip(sample_ids[~finite], scores[~finite], strict=True)
     ]
-    return ScoredRows(sample_ids[finite], numbers[finite], failures)
+    return ScoredRows(sample_ids[finite], scores[finite], failures)
 
 
 class MixedScorer:
-    """The weighted sum of several judges' numbers, each of which is kept beside it."""
+    """The weighted sum of several scorers; the score of each part is reported beside it."""
 
     def __init__(self, parts: Sequence[tuple[RewardPart, Scorer]]) -> None:
-        """Each part with who judges it, in the recipe's order."""
+        """Each part with its scorer, in the recipe's order."""
         self._parts = list(parts)
 
-    def judge(self, rollouts: Rollouts) -> ScoredRows:
-        """A number a row; a row that one part fails is failed with that part's name, and the next are not asked."""
+    def score(self, rollouts: Rollouts) -> ScoredRows:
+        """Score each row by every part. The first part that fails a row names its cause; later parts skip the row."""
         failures: list[Failure] = []
-        said: list[ScoredRows] = []
+        results: list[ScoredRows] = []
         left = rollouts
-        for part, judge in self._parts:
-            scored = judge.judge(left)
-            failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in scored.failures]
-            said.append(scored)
-            left = select(left, scored.sample_ids)
-        columns = [_numbers_of(scored, left.sample_ids) for scored in said]
+        for part, scorer in self._parts:
+            result = scorer.score(left)
+            failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in result.failures]
+            results.append(result)
+            left = select(left, result.sample_ids)
+        columns = [result.scores[np.isin(result.sample_ids, left.sample_ids)] for result in results]
         parts = np.stack(columns, axis=1).astype(np.float32)
-        numbers = parts.astype(np.float64) @ np.array([part.weight for part, _ in self._parts])
-        return ScoredRows(left.sample_ids, numbers.astype(np.float32), failures, parts)
+        scores = parts.astype(np.float64) @ np.array([part.weight for part, _ in self._parts])
+        return ScoredRows(left.sample_ids, scores.astype(np.float32), failures, parts)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """All parts that the files belong to."""
-        for _, judge in self._parts:
-            judge.prepare_code(sources)
+        """Prepare every part."""
+        for _, scorer in self._parts:
+            scorer.prepare_code(sources)
 
     def switch_code(self, take: bool) -> None:
-        """All parts at once."""
-        for _, judge in self._parts:
-            judge.switch_code(take)
+        """Switch every part."""
+        for _, scorer in self._parts:
+            scorer.switch_code(take)
 
     def close(self) -> None:
-        """Free what the parts hold."""
-        for _, judge in self._parts:
-            judge.close()
+        """Close every part."""
+        for _, scorer in self._parts:
+            scorer.close()
 
 
 def mixed_scorer(model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> MixedScorer:
-    """The judges of a mixed reward's parts."""
+    """The scorer of `model.mix`: a rule or a model per part."""
 
-    def judge(part: RewardPart) -> Scorer:
+    def scorer_of(part: RewardPart) -> Scorer:
         alone = Model(path=part.path, rule=part.rule, dtype=part.dtype)
         if part.rule:
             return RuleScorer(alone, tokenizer_path, failures)
         return ModelScorer(alone, tokens_per_micro_batch, "reward")
 
-    return MixedScorer([(part, judge(part)) for part in model.mix])
-
-
-def _numbers_of(scored: ScoredRows, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """The numbers of the given rows, which are some of those judged, in their order."""
-    return scored.numbers[np.isin(scored.sample_ids, sample_ids)]
+    return MixedScorer([(part, scorer_of(part)) for part in model.mix])

@@ -13,28 +13,28 @@ from workers.settings import Failures, Model
 
 
 class _ScoredCost(Cost):
-    """A judge's numbers are costs."""
+    """A scorer's numbers are costs."""
 
-    def __init__(self, judge: Scorer) -> None:
-        self._judge = judge
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
 
     @stage(protocol="DP_PROTO", balance="tokens")
     def score(self, rollouts: Rollouts) -> Partial[Costs]:
-        """A cost a row; see the judges for the rows that fail."""
-        scored = self._judge.judge(rollouts)
-        return Partial(Costs(sample_ids=scored.sample_ids, costs=scored.numbers), scored.failures)
+        """A cost a row; see the scorers for the rows that fail."""
+        scored = self._scorer.score(rollouts)
+        return Partial(Costs(sample_ids=scored.sample_ids, costs=scored.scores), scored.failures)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Make the judge's rules anew from their files. Raises BadCode."""
-        self._judge.prepare_code(sources)
+        """Make the scorer's rules anew from their files. Raises BadCode."""
+        self._scorer.prepare_code(sources)
 
     def switch_code(self, take: bool) -> None:
         """Take what was prepared from the next row on, or drop it."""
-        self._judge.switch_code(take)
+        self._scorer.switch_code(take)
 
     def close(self) -> None:
-        """Free what the judge holds."""
-        self._judge.close()
+        """Free what the scorer holds."""
+        self._scorer.close()
 
 
 class RuleCost(_ScoredCost):

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 from protocols.data.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
 from protocols.stage import stage
-from workers.losses import measures
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
+from workers.losses.metrics import STEPS, accumulate, mean_metrics
 from workers.losses.value import value_loss
 from workers.settings import Loss, Model, Optimizer
 from workers.training.models import load_critic, micro_batches, per_response, token_values
@@ -45,8 +45,8 @@ class CriticWorker(Critic):
         measured: dict[str, float] = {}
         with self.trained.update(self._loss.epochs * self._loss.mini_batches):
             for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
-                measures.add(measured, self._optimizer_step(batch))
-        return Metrics(values=measures.means(measured))
+                accumulate(measured, self._optimizer_step(batch))
+        return Metrics(values=mean_metrics(measured))
 
     def _optimizer_step(self, batch: Experience) -> dict[str, float]:
         weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
@@ -62,7 +62,7 @@ class CriticWorker(Critic):
         if not np.isfinite(total):
             raise StepRefused(f"critic.update of {named_rows(batch)}: loss is {total}")
         norm = self.trained.apply_gradients(f"critic.update of {named_rows(batch)}")
-        return {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+        return {"loss": total, "gradient_norm": norm, STEPS: 1.0}
 
     def save(self, folder: str) -> None:
         """See TrainedModel.save."""

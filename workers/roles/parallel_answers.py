@@ -85,7 +85,7 @@ class ParallelReward(_ParallelScorer):
         if (numbers := self._numbers(rollouts)) is None:
             return None
         own = scored(rollouts.sample_ids, numbers, "reward")
-        return Partial(Scores(sample_ids=own.sample_ids, scores=own.numbers), own.failures)
+        return Partial(Scores(sample_ids=own.sample_ids, scores=own.scores), own.failures)
 
 
 class ParallelCost(_ParallelScorer):
@@ -96,7 +96,7 @@ class ParallelCost(_ParallelScorer):
         if (numbers := self._numbers(rollouts)) is None:
             return None
         own = scored(rollouts.sample_ids, numbers, "cost")
-        return Partial(Costs(sample_ids=own.sample_ids, costs=own.numbers), own.failures)
+        return Partial(Costs(sample_ids=own.sample_ids, costs=own.scores), own.failures)
 
 
 def _frozen(model: Model, topology: Topology, head: Head, device: torch.device | str) -> ParallelModel:

@@ -14,8 +14,8 @@ from torch import Tensor
 from protocols.data.columns import Jagged
 from protocols.data.messages import Experience, Metrics, Rollouts, Values
 from protocols.layout.topology import Backend, Topology
-from workers.losses import measures
 from workers.losses.aggregation import reduce_loss
+from workers.losses.metrics import mean_metrics
 from workers.losses.value import value_loss
 from workers.parallel.backends import parallel_model
 from workers.parallel.model import Loss as LossOf
@@ -66,7 +66,7 @@ class ParallelCritic:
         Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
         """
         taken = self.trained.learn("critic.update", experience, self._loss, self._seed, self._objective)
-        return Metrics(values=measures.means(taken)) if self.model.is_output_rank else None
+        return Metrics(values=mean_metrics(taken)) if self.model.is_output_rank else None
 
     def save(self, folder: str) -> None:
         """See ParallelTraining.save."""

@@ -30,12 +30,12 @@ from workers.data.pretraining import PretrainingText, ReplicaText, is_text
 from workers.generation.colocated import ColocatedVllm
 from workers.generation.hybrid import draw_all, hybrid_generator
 from workers.generation.torch import TorchEngine
-from workers.losses import measures
 from workers.losses.aggregation import reduce_loss
+from workers.losses.metrics import accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
 from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
-from workers.losses.trial import reloadable_loss
+from workers.losses.validate_loss import reloadable_loss
 from workers.parallel.backends import parallel_model
 from workers.parallel.model import Loss as LossOf
 from workers.parallel.trainable import ParallelTraining
@@ -159,7 +159,7 @@ class ParallelPolicy:
         beside = self._text.rows if self._text is not None else None
         taken = self.trained.learn("policy.update", experience, self._loss, self._seed, objective, beside)
         whole = self.trained.over_replicas(measured) | taken
-        return Metrics(values=measures.means(whole)) if self.model.is_output_rank else None
+        return Metrics(values=mean_metrics(whole)) if self.model.is_output_rank else None
 
     def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray] | None:
         """What `PolicyWorker.snapshot` gives, on rank 0: the canonical tensors and the answer to the probe batch.
@@ -214,13 +214,13 @@ class ParallelPolicy:
         def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
             tokens = self._tokens(outputs, micro, batch, old_log_probs)
             objective = policy_objective(self._policy_loss.current, tokens, self._loss)
-            measures.add(measured, measures.measure(tokens, objective, self._loss))
+            accumulate(measured, loss_metrics(tokens, objective, self._loss))
             reinforced = reduce_loss(objective.loss, micro.column(weights).to(outputs.device))
             if of_text is None:
                 return reinforced
             # At temperature 1: the text was written, not drawn.
             cross_entropy = reduce_loss(-_log_probs_of(outputs, micro, 1.0), micro.column(of_text).to(outputs.device))
-            measures.add(measured, {"ptx_loss": cross_entropy.item()})
+            accumulate(measured, {"ptx_loss": cross_entropy.item()})
             return reinforced + self._loss.ptx_coefficient * cross_entropy
 
         return loss

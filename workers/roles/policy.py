@@ -21,12 +21,12 @@ from workers.finetune.sft import response_loss
 from workers.generation.engine import to_rollouts
 from workers.generation.publication import packable
 from workers.generation.torch import TorchEngine
-from workers.losses import measures
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
+from workers.losses.metrics import STEPS, accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
 from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
-from workers.losses.trial import reloadable_loss
+from workers.losses.validate_loss import reloadable_loss
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.lora import Adapters
 from workers.training.models import (
@@ -106,8 +106,8 @@ class PolicyWorker(Policy):
             drawn = mini_batches(experience, self._loss, seed=self._seed + self.trained.version)
             for number, batch in enumerate(drawn, self.trained.version * steps):
                 start = old_log_probs.take(rows_of(experience, batch.sample_ids)) if old_log_probs is not None else None
-                measures.add(measured, self._optimizer_step(batch, start, number))
-        return Metrics(values=measures.means(measured))
+                accumulate(measured, self._optimizer_step(batch, start, number))
+        return Metrics(values=mean_metrics(measured))
 
     def _optimizer_step(self, batch: Experience, old_log_probs: Jagged | None, number: int) -> dict[str, float]:
         """Optimizer step `number` of the run, counted from 0."""
@@ -120,14 +120,14 @@ class PolicyWorker(Policy):
             loss = reduce_loss(objective.loss, micro.column(weights))
             loss.backward()
             total += loss.item()
-            measures.add(measured, measures.measure(tokens, objective, self._loss))
+            accumulate(measured, loss_metrics(tokens, objective, self._loss))
         if self._pretraining is not None:
             measured["ptx_loss"] = self._pretrain(self._pretraining.drawn(number))
             total += self._loss.ptx_coefficient * measured["ptx_loss"]
         if not np.isfinite(total):
             raise StepRefused(f"policy.update of {named_rows(batch)}: loss is {total}")
         norm = self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
-        return measured | {"loss": total, "gradient_norm": norm, measures.STEPS: 1.0}
+        return measured | {"loss": total, "gradient_norm": norm, STEPS: 1.0}
 
     def _pretrain(self, text: Drawn) -> float:
         """Add the gradient of ptx_coefficient times the text's cross-entropy, and return that, nats a token.

@@ -49,7 +49,9 @@ class Answer(NamedTuple):
     by_entropies: list[float]
 
 
-def drawn(seed: int, lengths: tuple[int, ...] = (3, 0, 5, 1, 4, 2, 6), moved: float = 0.5, stale: float = 0.5) -> Batch:
+def random_batch(
+    seed: int, lengths: tuple[int, ...] = (3, 0, 5, 1, 4, 2, 6), moved: float = 0.5, stale: float = 0.5
+) -> Batch:
     """Normal numbers. `moved` is the spread of log theta - log prox, `stale` of log prox - log mu; some tokens and the
     whole fifth row are masked."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.workers.losses.by_hand import correction, drawn, tokens_of
+from tests.workers.losses.by_hand import correction, random_batch, tokens_of
 from workers.losses.corrections import CORRECTIONS, correct, sequences_within
 from workers.losses.tokens import Tokens
 from workers.settings import Correction, Loss
@@ -49,7 +49,7 @@ def test_weights_by_numbers(name: Correction, weights: list[float], truncated: l
 
 @given(seeds)
 def test_without_bounds_tis_and_icepop_are_importance_sampling(seed: int):
-    tokens = tokens_of(drawn(seed, stale=2.0))
+    tokens = tokens_of(random_batch(seed, stale=2.0))
     want = correct(tokens, Loss(correction="importance"))
     for loss in (
         Loss(correction="tis", tis_cap=math.inf),
@@ -65,7 +65,7 @@ def test_weights_are_those_worked_out_by_hand(seed: int, name: Correction, by_se
     loss = Loss(correction=name, tis_cap=1.2, icepop_low=0.7, icepop_high=1.4)
     if by_sequence:
         loss = Loss(correction=name, sequence_low=0.8, sequence_high=1.3)
-    batch = drawn(seed)
+    batch = random_batch(seed)
     got = correct(tokens_of(batch), loss)
     flat = [(row, t) for row, mask in enumerate(batch.mask) for t in range(len(mask))]
     for i, (row, t) in enumerate(flat):
@@ -76,7 +76,7 @@ def test_weights_are_those_worked_out_by_hand(seed: int, name: Correction, by_se
 
 
 def test_a_weight_has_no_gradient():
-    tokens = tokens_of(drawn(0))
+    tokens = tokens_of(random_batch(0))
     theta = Tokens(
         tokens.log_probs, tokens.log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
     )

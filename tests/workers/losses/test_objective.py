@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.workers.losses.by_hand import Batch, drawn, objective, tokens_of
+from tests.workers.losses.by_hand import Batch, objective, random_batch, tokens_of
 from workers.losses import POLICY_LOSSES
 from workers.losses.aggregation import Counts, counts_of, reduce_loss, token_weights
 from workers.losses.objective import policy_objective
@@ -62,7 +62,7 @@ def test_value_and_gradient_are_those_worked_out_by_hand(
     policy: str, aggregation: str, correction: str, more: dict[str, float]
 ):
     for seed, estimator in enumerate(("k1", "k2", "k3")):
-        loss, batch = settings(policy, aggregation, correction, kl_estimator=estimator, **more), drawn(seed)
+        loss, batch = settings(policy, aggregation, correction, kl_estimator=estimator, **more), random_batch(seed)
         want, (value, by_log_probs, by_entropies) = objective(batch, loss), computed([batch], loss)
         assert value == pytest.approx(want.loss, abs=1e-10)
         np.testing.assert_allclose(by_log_probs, want.by_log_probs, atol=1e-10)
@@ -74,7 +74,7 @@ def test_neither_micro_batches_nor_ranks_change_the_loss_or_its_gradient(
     policy: str, aggregation: str, correction: str
 ):
     loss = settings(policy, aggregation, correction, **WHOLE["with a sequence mask, KL and entropy"])
-    batch = drawn(7)
+    batch = random_batch(7)
     want = computed([batch], loss)
     cuts = {"two": [3], "four": [1, 2, 5], "uneven ranks": [6], "an empty rank": [7], "each row alone": range(1, 7)}
     for name, ends in cuts.items():
@@ -85,7 +85,7 @@ def test_neither_micro_batches_nor_ranks_change_the_loss_or_its_gradient(
 @pytest.mark.parametrize("policy", ["ppo", "gspo"])
 def test_the_ratio_may_be_taken_to_mu(policy: str):
     for seed in range(3):
-        loss, batch = settings(policy, "token-mean", "none", old="mu"), drawn(seed)
+        loss, batch = settings(policy, "token-mean", "none", old="mu"), random_batch(seed)
         want, (value, by_log_probs, _) = objective(batch, loss), computed([batch], loss)
         assert value == pytest.approx(want.loss, abs=1e-10)
         np.testing.assert_allclose(by_log_probs, want.by_log_probs, atol=1e-10)
@@ -93,7 +93,7 @@ def test_the_ratio_may_be_taken_to_mu(policy: str):
 
 @pytest.mark.parametrize("policy", POLICY_LOSSES)
 def test_a_batch_without_a_trained_token_has_loss_0_and_no_gradient(policy: str):
-    batch = drawn(0).rows(4, 5)
+    batch = random_batch(0).rows(4, 5)
     value, by_log_probs, by_entropies = computed([batch], settings(policy, "token-mean", "tis", **WHOLE["bare"]))
     assert value == 0
     assert not by_log_probs.any()
@@ -101,7 +101,7 @@ def test_a_batch_without_a_trained_token_has_loss_0_and_no_gradient(policy: str)
 
 
 def test_a_part_without_its_input_is_an_error_that_says_which():
-    tokens, ppo = tokens_of(drawn(0)), POLICY_LOSSES["ppo"]
+    tokens, ppo = tokens_of(random_batch(0)), POLICY_LOSSES["ppo"]
     bare = type(tokens)(
         tokens.log_probs, tokens.old_log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
     )

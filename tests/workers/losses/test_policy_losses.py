@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from tests.workers.losses.by_hand import drawn, policy_term, tokens_of
+from tests.workers.losses.by_hand import policy_term, random_batch, tokens_of
 from workers.losses import POLICY_LOSSES, PolicyLoss, policy_loss_named
 from workers.losses.objective import policy_objective
 from workers.losses.policy import cispo, gspo, ppo, reinforce
@@ -28,7 +28,7 @@ clips = st.builds(
 
 def on_policy(seed: int) -> Tokens:
     """theta = prox = mu."""
-    tokens = tokens_of(drawn(seed))
+    tokens = tokens_of(random_batch(seed))
     return replace(tokens, old_log_probs=tokens.log_probs.detach(), rollout_log_probs=tokens.log_probs.detach())
 
 
@@ -66,7 +66,7 @@ def test_on_policy_every_loss_under_every_correction_has_reinforces_gradient(pol
 
 @given(seeds, clips)
 def test_decoupled_ppo_with_prox_at_mu_is_ppo(seed: int, loss: Loss):
-    tokens = tokens_of(drawn(seed))
+    tokens = tokens_of(random_batch(seed))
     tokens = replace(tokens, rollout_log_probs=tokens.old_log_probs)
     decoupled = policy_objective(ppo, tokens, structs.replace(loss, correction="importance"))
     plain = policy_objective(ppo, tokens, loss)
@@ -76,7 +76,7 @@ def test_decoupled_ppo_with_prox_at_mu_is_ppo(seed: int, loss: Loss):
 
 @given(seeds, clips)
 def test_gspo_with_one_token_a_row_is_ppo(seed: int, loss: Loss):
-    tokens = tokens_of(drawn(seed, lengths=(1,) * 12))
+    tokens = tokens_of(random_batch(seed, lengths=(1,) * 12))
     for ours, theirs in zip(gspo(tokens, loss), ppo(tokens, loss), strict=True):
         np.testing.assert_allclose(ours.detach()[tokens.mask], theirs.detach()[tokens.mask], atol=1e-12)
     np.testing.assert_allclose(
@@ -87,7 +87,7 @@ def test_gspo_with_one_token_a_row_is_ppo(seed: int, loss: Loss):
 @given(seeds)
 def test_gspo_is_the_sequence_objective_where_a_row_has_one_advantage(seed: int):
     """The paper's: -min(s A, clip(s) A) a row, differentiated through the mean of its log-ratios."""
-    loss, tokens = Loss(clip_low=0.05, clip_high=0.08, dual_clip=0.0), tokens_of(drawn(seed, lengths=(2, 5, 3)))
+    loss, tokens = Loss(clip_low=0.05, clip_high=0.08, dual_clip=0.0), tokens_of(random_batch(seed, lengths=(2, 5, 3)))
     advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=3))
     tokens = replace(tokens, advantages=torch.repeat_interleave(advantages, tokens.lengths))
     rows = []
@@ -111,7 +111,7 @@ def test_gspo_is_the_sequence_objective_where_a_row_has_one_advantage(seed: int)
 @given(seed=seeds, clips=clips)
 def test_value_gradient_and_clip_are_the_closed_form_in_every_region(policy: str, seed: int, clips: Loss):
     loss = structs.replace(clips, policy=policy)
-    batch = drawn(seed, lengths=(4, 3, 5), moved=0.8)
+    batch = random_batch(seed, lengths=(4, 3, 5), moved=0.8)
     tokens = tokens_of(batch)
     surrogate = POLICY_LOSSES[policy](tokens, loss)
     gradient = gradient_of(surrogate.loss, tokens)
@@ -176,7 +176,7 @@ def test_log_ratios_of_hundreds_stay_finite(policy: str):
 @pytest.mark.parametrize("policy", [ppo, reinforce])
 def test_the_gradient_is_the_numeric_one(policy: PolicyLoss):
     """Not for cispo and gspo, whose gradients are not those of their values."""
-    tokens = tokens_of(drawn(3))
+    tokens = tokens_of(random_batch(3))
 
     def value(log_probs: torch.Tensor) -> torch.Tensor:
         return policy(replace(tokens, log_probs=log_probs), LOSS).loss[tokens.mask]

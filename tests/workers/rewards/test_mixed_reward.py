@@ -1,4 +1,4 @@
-"""A mixed reward: the weighted sum, each part beside it by name, and rows that a part could not judge."""
+"""A mixed reward: the weighted sum, each part beside it by name, and rows that a part could not score."""
 
 from __future__ import annotations
 

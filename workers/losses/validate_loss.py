@@ -1,4 +1,4 @@
-"""A policy loss tried out on a few tokens: what is wrong with a new one shows before it meets a batch."""
+"""Validates a user's policy loss on a few tokens, so that a wrong one fails before it gets a batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from workers.user_code import UserFunction
 
 
 def reloadable_loss(loss: Loss) -> UserFunction[PolicyLoss]:
-    """The loss that the settings name, which may be made anew from its file. Raises LookupError for none."""
+    """The loss that the settings name, reloadable from its source file. Raises LookupError if there is none."""
     return UserFunction(loss.policy, policy_loss_named(loss.policy), partial(validate_loss, loss=loss))
 
 
 def validate_loss(function: Any, loss: Loss) -> None:
-    """Call a policy loss on two rows, on policy and off it; raises what it raises. ValueError for a wrong answer."""
+    """Call a policy loss on two rows, on policy and off policy.
+
+    Raises ValueError for a wrong type, shape or gradient, and whatever the loss itself raises.
+    """
     for distance in (0.0, 0.5):
         log_probs = torch.tensor([-0.5, -1.0, -2.0, -0.1, -3.0], requires_grad=True)
         others = log_probs.detach() - distance

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from tests.workers.losses.by_hand import Batch, correction, drawn, kl_term, policy_term, tokens_of
-from workers.losses import POLICY_LOSSES, measures
+from tests.workers.losses.by_hand import Batch, correction, kl_term, policy_term, random_batch, tokens_of
+from workers.losses import POLICY_LOSSES
+from workers.losses.metrics import STEPS, accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
 from workers.settings import Loss
 
@@ -19,7 +20,7 @@ LOSS = Loss(
 
 def measured(batch: Batch, loss: Loss) -> dict[str, float]:
     tokens = tokens_of(batch)
-    return measures.measure(tokens, policy_objective(POLICY_LOSSES[loss.policy], tokens, loss), loss)
+    return loss_metrics(tokens, policy_objective(POLICY_LOSSES[loss.policy], tokens, loss), loss)
 
 
 def mean(numbers: list[float]) -> float:
@@ -27,7 +28,7 @@ def mean(numbers: list[float]) -> float:
 
 
 def test_each_is_what_its_name_says():
-    batch, loss = drawn(2), LOSS
+    batch, loss = random_batch(2), LOSS
     inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
     theta, prox, mu = (
         [column[r][t] for r, t in inside] for column in (batch.log_probs, batch.old_log_probs, batch.rollout_log_probs)
@@ -48,31 +49,31 @@ def test_each_is_what_its_name_says():
         "ratio_max": max(math.exp(d) for d in moved),
         "tokens": len(inside),
     }
-    got = measures.means(measured(batch, loss))
+    got = mean_metrics(measured(batch, loss))
     assert got == pytest.approx(want, abs=1e-10)
     assert 0 < got["clip_fraction"] < 1
     assert 0 < got["correction_truncated"] < 1
 
 
 def test_micro_batches_add_up_to_the_batch():
-    batch, total = drawn(5), {}
+    batch, total = random_batch(5), {}
     for start, stop in itertools.pairwise((0, 2, 4, 5, len(batch.mask))):
-        measures.add(total, measured(batch.rows(start, stop), LOSS))
+        accumulate(total, measured(batch.rows(start, stop), LOSS))
     assert total == pytest.approx(measured(batch, LOSS), abs=1e-10)
 
 
 def test_a_part_that_the_loss_lacks_is_not_reported():
-    batch = drawn(1)
+    batch = random_batch(1)
     tokens = tokens_of(batch)
     bare = type(tokens)(
         tokens.log_probs, tokens.old_log_probs, tokens.rollout_log_probs, tokens.advantages, tokens.mask, tokens.lengths
     )
-    got = measures.measure(bare, policy_objective(POLICY_LOSSES["ppo"], bare, Loss()), Loss())
+    got = loss_metrics(bare, policy_objective(POLICY_LOSSES["ppo"], bare, Loss()), Loss())
     assert not {"entropy", "kl_reference"} & got.keys()
 
 
 def test_the_largest_ratio_is_to_what_the_loss_divides_by():
-    batch = drawn(4)
+    batch = random_batch(4)
     inside = [(row, t) for row, mask in enumerate(batch.mask) for t, m in enumerate(mask) if m]
     want = max(math.exp(batch.log_probs[r][t] - batch.rollout_log_probs[r][t]) for r, t in inside)
     assert measured(batch, Loss(old="mu", kl_coefficient=0.1))["ratio_max"] == pytest.approx(want)
@@ -82,8 +83,8 @@ def test_means_are_over_steps_for_what_a_step_has_once():
     total: dict[str, float] = {}
     for loss, norm, tokens, clipped in ((1.0, 2.0, 3.0, 1.0), (3.0, 6.0, 1.0, 1.0)):
         step = {"loss": loss, "gradient_norm": norm, "tokens": tokens, "clip_fraction": clipped, "ratio_max": norm}
-        measures.add(total, step | {measures.STEPS: 1.0})
-    assert measures.means(total) == {
+        accumulate(total, step | {STEPS: 1.0})
+    assert mean_metrics(total) == {
         "loss": 2.0,
         "gradient_norm": 4.0,
         "tokens": 4.0,
@@ -93,7 +94,7 @@ def test_means_are_over_steps_for_what_a_step_has_once():
 
 
 def test_no_trained_token_is_no_division_by_0():
-    batch = drawn(0).rows(4, 5)
-    got = measures.means(measured(batch, LOSS))
+    batch = random_batch(0).rows(4, 5)
+    got = mean_metrics(measured(batch, LOSS))
     assert got["tokens"] == 0
     assert not any(got.values())

@@ -1,4 +1,4 @@
-"""What a step says of its losses: sums and maxima that add up over micro-batches and ranks, then means of them."""
+"""Metrics of the policy loss: sums and maxima that add up over micro-batches and ranks, and the means made of them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from workers.losses.objective import Objective
 from workers.losses.tokens import Tokens, bounded, log_ratio
 from workers.settings import Loss
 
-TOKENS, STEPS = "tokens", "optimizer_steps"  # what the others are means over
+TOKENS, STEPS = "tokens", "optimizer_steps"  # the denominators of the other metrics
 MAXIMA = ("log_ratio_max", "ratio_max")
 PER_STEP = ("loss", "ptx_loss", "gradient_norm")  # the rest is per trained token
 
 
 @torch.no_grad()
-def measure(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float]:
-    """The measures of one micro-batch, by the names under which `means` reports them, and the count of its tokens."""
+def loss_metrics(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float]:
+    """Sums and maxima of one micro-batch, by the names that `mean_metrics` reports, and its count of trained tokens."""
     drift, moved = tokens.rollout_log_probs - tokens.old_log_probs, bounded(tokens.log_probs - tokens.old_log_probs)
     per_token = {
         "clip_fraction": objective.clipped,
-        "mismatch_kl": drift,  # k1 of mu against prox: at staleness 0 the error of the engine that drew
-        "approximate_kl": torch.expm1(moved) - moved,  # k3 of prox against theta: what the step has moved
-        "negative_log_likelihood": -tokens.log_probs,  # of the drawn tokens: a sample's entropy
+        "mismatch_kl": drift,  # k1 of mu against prox: at staleness 0 the numerical error of the generation engine
+        "approximate_kl": torch.expm1(moved) - moved,  # k3 of prox against theta: how far the step has moved
+        "negative_log_likelihood": -tokens.log_probs,  # of the sampled tokens: a one-sample estimate of the entropy
         "correction_weight": objective.correction.values,
         "correction_truncated": objective.correction.truncated,
     }
@@ -41,15 +41,15 @@ def measure(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float
     return dict(zip([*per_token, *MAXIMA, TOKENS], numbers, strict=True))
 
 
-def add(total: dict[str, float], part: Mapping[str, float]) -> None:
-    """Take the measures of another micro-batch or rank into `total`."""
+def accumulate(total: dict[str, float], part: Mapping[str, float]) -> None:
+    """Add the sums and maxima of another micro-batch or rank to `total`."""
     for name, value in part.items():
         before = total.get(name, 0.0)
         total[name] = max(before, value) if name in MAXIMA else before + value
 
 
-def means(total: Mapping[str, float]) -> dict[str, float]:
-    """Sums as means over optimizer steps or over trained tokens; maxima and the count of tokens as they are."""
+def mean_metrics(total: Mapping[str, float]) -> dict[str, float]:
+    """Divide sums by optimizer steps or by trained tokens; maxima and the token count stay as they are."""
     steps, tokens = total.get(STEPS) or 1.0, total.get(TOKENS) or 1.0
     divisors: dict[str, float] = {**dict.fromkeys(PER_STEP, steps), **dict.fromkeys((*MAXIMA, TOKENS), 1.0)}
     return {name: value / divisors.get(name, tokens) for name, value in total.items() if name != STEPS}
