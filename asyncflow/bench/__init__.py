@@ -1,1 +1,4 @@
-"""What the parts cost, measured: each benchmark prints its bound beside its result, and ratios within one run."""
+"""The benchmarks of `asyncflow bench`. Each reports its result next to a bound, and ratios within one run.
+
+Tests of behaviour do not belong here, nor does anything that a run needs.
+"""

@@ -1,11 +1,11 @@
-"""`asyncflow bench channels`: what a hop costs, beside today's path in the same run, and beside its bounds.
+"""`asyncflow bench channels`: the cost of a hop, next to padded batches, bare Ray and memory copies.
 
-    batch   responses of 1024 tokens into 4 ranks, log-probs back: ours against the padded batch that every rank fetches
-    hop     25 kB through a service of one rank, and of four, as the caller sees it; beside it Ray's own time for it
-    large   64 MB, and 10 million tokens: bytes per second as a share of what copying memory reaches here
+    batch   responses of 1024 tokens to 4 ranks, log-probs back: compared with a padded batch that every rank fetches
+    hop     25 kB through a service of one rank and of four, as the caller sees it; compared with bare Ray actors
+    large   64 MB, and 10 million tokens: bytes per second as a share of this machine's memory copy speed
     scale   rows through 4, 16 and 64 services of one process (scale.py)
 
-Rounds of what is compared are interleaved, and medians told: what disturbs one disturbs its neighbours.
+Rounds of compared paths are interleaved, so that a disturbance hits all of them. Medians are reported.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 import numpy as np
+import uvloop
 
 from asyncflow.bench import scale
-from asyncflow.bench.report import Row
-from asyncflow.bench.rival import Floor, Rival, nbytes, padded
+from asyncflow.bench.report import BenchRow, Measured
+from asyncflow.bench.rival import BareRay, PaddedRival, nbytes, padded
 from asyncflow.services.channels.endpoint import Endpoint, Store, ask
 from asyncflow.services.channels.shard_refs import pack_apart, parts_of, unpack
 from asyncflow.services.ranks.spec import ServiceSpec
@@ -36,34 +37,34 @@ INLINE_BYTES = 8192
 Way = Callable[[], Awaitable[object]]
 
 
-class Sizes(msgspec.Struct, frozen=True):
+class ChannelBenchSizes(msgspec.Struct, frozen=True):
     """How much is measured."""
 
     rounds: int = 15
     rows: int = 256
-    tokens: int = 1024  # of a response; its prompt has a quarter as many
+    tokens: int = 1024  # of a response; a prompt has a quarter as many
     large_tokens: tuple[int, ...] = (5_700_000, 10_000_000)  # prompts and responses; the first is a frame of 64 MB
     scale_rows: int = 1_000_000  # rows x hops at each number of services
 
 
-QUICK = Sizes(rounds=1, rows=32, tokens=64, large_tokens=(65_536,), scale_rows=20_000)
+QUICK = ChannelBenchSizes(rounds=1, rows=32, tokens=64, large_tokens=(65_536,), scale_rows=20_000)
 
 
 class BatchFigures(msgspec.Struct, frozen=True):
-    """The full batch in and its log-probs back; milliseconds, medians of interleaved rounds."""
+    """The full batch there and its log-probs back: median milliseconds of interleaved rounds."""
 
     frame_bytes: int
     ours_ms: float
-    today_bytes: int
-    today_ms: float
-    chunked_ms: float  # the same columns, cut by the caller and put for each rank apart
+    padded_bytes: int
+    padded_ms: float  # the whole padded batch to every rank
+    chunked_ms: float  # the same columns, cut by the caller into one object a rank
     narrow_bytes: int
-    narrow_ms: float  # our columns and types, all to every rank
+    narrow_ms: float  # our columns and types, all of them to every rank
     speedup: float
     speedup_chunked: float
     speedup_narrow: float
     read_bytes: list[int]  # by rank
-    front_bytes: int  # of payload that the front read
+    coordinator_bytes: int  # of payload that the coordinator read
 
 
 class HopFigures(msgspec.Struct, frozen=True):
@@ -73,21 +74,21 @@ class HopFigures(msgspec.Struct, frozen=True):
     frame_bytes: int
     median_ms: float
     p90_ms: float
-    floor_ms: float  # of bare actors that pass the same bytes on
+    bare_ms: float  # of bare Ray actors that pass the same bytes on
 
 
 class LargeFigures(msgspec.Struct, frozen=True):
-    """A large batch there, and its log-probs back."""
+    """A large batch there and its log-probs back."""
 
     tokens: int
     frame_bytes: int
     seconds: float
     gigabytes_per_second: float  # of bytes that moved: the frame and the answer
-    bandwidth_share: float  # of copying memory in one thread
+    bandwidth_share: float  # of what one thread copies in memory
 
 
-class Figures(msgspec.Struct, frozen=True):
-    """All of one run."""
+class ChannelFigures(msgspec.Struct, frozen=True):
+    """All figures of one run."""
 
     batch: BatchFigures
     hops: list[HopFigures]
@@ -96,8 +97,14 @@ class Figures(msgspec.Struct, frozen=True):
     scale: list[scale.ScaleFigures]
 
 
-async def measure(sizes: Sizes = Sizes()) -> Figures:  # noqa: B008 - frozen
-    """Start a Ray of its own, measure, end it; then the services of one process."""
+def run(*, quick: bool) -> Measured:
+    """The benchmark, as the command line runs it."""
+    figures = uvloop.run(measure(QUICK if quick else ChannelBenchSizes()))
+    return Measured(rows(figures), lines(figures))
+
+
+async def measure(sizes: ChannelBenchSizes = ChannelBenchSizes()) -> ChannelFigures:  # noqa: B008 - frozen
+    """Start a Ray instance, measure and stop it; then measure services in this process."""
     runtime = RayRuntime(INLINE_BYTES)
     try:
         started = await runtime.start([_service("four", RANKS), _service("one", 1)])
@@ -109,80 +116,85 @@ async def measure(sizes: Sizes = Sizes()) -> Figures:  # noqa: B008 - frozen
     finally:
         await runtime.stop()
     grown = [await scale.measure(services, sizes.scale_rows) for services in (4, 16, 64)]
-    return Figures(batch, hops, large, copy / 1e9, grown)
+    return ChannelFigures(batch, hops, large, copy / 1e9, grown)
 
 
-def lines(figures: Figures) -> list[str]:
-    """The figures for people, each beside its bound."""
+def lines(figures: ChannelFigures) -> list[str]:
+    """The figures as text, each next to its bound."""
     batch, copy = figures.batch, figures.copy_gigabytes_per_second
-    told = [
+    found = [
         f"batch  {batch.frame_bytes / 1e6:.1f} MB into {RANKS} ranks, log-probs back: {batch.ours_ms:.1f} ms",
-        f"       padded, {batch.today_bytes / 1e6:.1f} MB to every rank: {batch.today_ms:.1f} ms,"
+        f"       padded, {batch.padded_bytes / 1e6:.1f} MB to every rank: {batch.padded_ms:.1f} ms,"
         f" {batch.speedup:.2f} x ours",
         f"       the same, cut by the caller into a chunk a rank: {batch.chunked_ms:.1f} ms,"
         f" {batch.speedup_chunked:.2f} x ours",
         f"       padded, {batch.narrow_bytes / 1e6:.1f} MB in our types to every rank: {batch.narrow_ms:.1f} ms,"
         f" {batch.speedup_narrow:.2f} x ours",
         f"       read by rank: {', '.join(f'{b / 1e3:.0f} kB' for b in batch.read_bytes)};"
-        f" by the front: {batch.front_bytes} bytes",
+        f" by the coordinator: {batch.coordinator_bytes} bytes",
     ]
-    told += [
+    found += [
         f"hop    {hop.frame_bytes / 1e3:.0f} kB through {hop.ranks} rank{'s' if hop.ranks > 1 else ''}:"
-        f" {hop.median_ms:.2f} ms median, {hop.p90_ms:.2f} ms p90; Ray alone {hop.floor_ms:.2f} ms"
+        f" {hop.median_ms:.2f} ms median, {hop.p90_ms:.2f} ms p90; bare Ray {hop.bare_ms:.2f} ms"
         for hop in figures.hops
     ]
-    told += [
+    found += [
         f"large  {large.tokens / 1e6:.1f} million tokens, {large.frame_bytes / 1e6:.0f} MB: {large.seconds:.2f} s,"
         f" {large.gigabytes_per_second:.2f} GB/s = {large.bandwidth_share:.0%} of copying memory ({copy:.1f} GB/s)"
         for large in figures.large
     ]
-    return told + [scale.line(grown) for grown in figures.scale]
+    return found + [scale.format_line(grown) for grown in figures.scale]
 
 
-def rows(figures: Figures) -> list[Row]:
-    """The figures for programs."""
+def rows(figures: ChannelFigures) -> list[BenchRow]:
+    """The figures as rows."""
     batch, copy = figures.batch, figures.copy_gigabytes_per_second
-    told = [
-        Row("batch", batch.ours_ms, "ms", peer=batch.today_ms, ratio=batch.speedup),
-        Row("batch over chunks cut by the caller", batch.ours_ms, "ms", batch.chunked_ms, batch.speedup_chunked),
-        Row("batch over all to every rank in our types", batch.ours_ms, "ms", batch.narrow_ms, batch.speedup_narrow),
-        Row("front", batch.front_bytes, "bytes", bound=0),
-    ]
+    found = [
+        BenchRow("batch", batch.ours_ms, "ms", peer=batch.padded_ms, ratio=batch.speedup),
+        BenchRow("batch over chunks cut by the caller", batch.ours_ms, "ms", batch.chunked_ms, batch.speedup_chunked),
+        BenchRow(
+            "batch over all to every rank in our types", batch.ours_ms, "ms", batch.narrow_ms, batch.speedup_narrow
+        ),
+        BenchRow("coordinator", batch.coordinator_bytes, "bytes", bound=0),
+    ]  # fmt: skip
     share = batch.frame_bytes / RANKS
-    told += [Row(f"read by rank {rank}", read, "bytes", bound=share) for rank, read in enumerate(batch.read_bytes)]
-    told += [Row(f"hop, {hop.ranks} ranks", hop.median_ms, "ms", bound=hop.floor_ms) for hop in figures.hops]
-    told += [
-        Row(f"large, {large.tokens} tokens", large.gigabytes_per_second, "GB/s", bound=copy) for large in figures.large
+    found += [
+        BenchRow(f"read by rank {rank}", read, "bytes", bound=share) for rank, read in enumerate(batch.read_bytes)
+    ]
+    found += [BenchRow(f"hop, {hop.ranks} ranks", hop.median_ms, "ms", bound=hop.bare_ms) for hop in figures.hops]
+    found += [
+        BenchRow(f"large, {large.tokens} tokens", large.gigabytes_per_second, "GB/s", bound=copy)
+        for large in figures.large
     ]
     least = min(grown.microseconds_per_row for grown in figures.scale)
-    return told + [
-        Row(f"scale, {grown.services} services", grown.microseconds_per_row, "us a row", bound=least)
+    return found + [
+        BenchRow(f"scale, {grown.services} services", grown.microseconds_per_row, "us a row", bound=least)
         for grown in figures.scale
     ]
 
 
 def rollouts_of(rows: int, tokens: int) -> Rollouts:
-    """`rows` rollouts of `tokens` response tokens, and prompts of a quarter as many."""
+    """`rows` rollouts with `tokens` response tokens each and prompts a quarter as long."""
     rng = np.random.default_rng(0)
-    asked, drawn = tokens // 4, tokens
-    responses = Jagged.from_lengths(rng.integers(0, 32_000, rows * drawn, np.int32), np.full(rows, drawn))
+    prompt = tokens // 4
+    responses = Jagged.from_lengths(rng.integers(0, 32_000, rows * tokens, np.int32), np.full(rows, tokens))
     return Rollouts(
         sample_ids=np.arange(rows, dtype=np.int64),
-        prompts=Jagged.from_lengths(rng.integers(0, 32_000, rows * asked, np.int32), np.full(rows, asked)),
+        prompts=Jagged.from_lengths(rng.integers(0, 32_000, rows * prompt, np.int32), np.full(rows, prompt)),
         references=Jagged.from_texts([""] * rows),
         responses=responses,
-        log_probs=responses.with_values(rng.standard_normal(rows * drawn, np.float32)),
-        versions=responses.with_values(np.zeros(rows * drawn, np.int32)),
-        loss_mask=responses.with_values(np.ones(rows * drawn, np.uint8)),
+        log_probs=responses.with_values(rng.standard_normal(rows * tokens, np.float32)),
+        versions=responses.with_values(np.zeros(rows * tokens, np.int32)),
+        loss_mask=responses.with_values(np.ones(rows * tokens, np.uint8)),
         finishes=np.zeros(rows, np.uint8),
     )
 
 
 async def call(endpoint: Endpoint, store: Store, rollouts: Rollouts, ranks: int = RANKS) -> LogProbs:
-    """The whole way: encode, put, let the ranks read their rows and answer, read the answers."""
+    """One call: encode, put, let the ranks read their rows and answer, read the answers."""
     parts = pack_apart(store, rollouts, 0, direct=ranks == 1)
-    asked = Invoke("log_probs", [part.shard for part in parts])
-    reply, payloads = await ask(endpoint, asked, [part.payload for part in parts])
+    request = Invoke("log_probs", [part.shard for part in parts])
+    reply, payloads = await ask(endpoint, request, [part.payload for part in parts])
     assert isinstance(reply, Invoked)
     answers = parts_of(reply.shards, payloads)
     return unpack([await store.get(answer.payload) for answer in answers], LogProbs)
@@ -191,7 +203,7 @@ async def call(endpoint: Endpoint, store: Store, rollouts: Rollouts, ranks: int 
 def _service(name: str, ranks: int) -> ServiceSpec:
     return ServiceSpec(
         name=name,
-        kind="asyncflow.bench.workers:Echo",
+        kind="asyncflow.bench.workers:EchoLogProbs",
         run="bench",
         term=0,
         seed=0,
@@ -206,18 +218,18 @@ def _service(name: str, ranks: int) -> ServiceSpec:
     )
 
 
-async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures:
+async def _batch(endpoint: Endpoint, store: Store, sizes: ChannelBenchSizes) -> BatchFigures:
     rollouts = rollouts_of(sizes.rows, sizes.tokens)
-    today, narrow = padded(rollouts), padded(rollouts, narrow=True)
-    rival = Rival(RANKS)
+    wide, narrow = padded(rollouts), padded(rollouts, narrow=True)
+    rival = PaddedRival(RANKS)
 
     async def ours() -> LogProbs:
         return await call(endpoint, store, rollouts)
 
     ways: list[Way] = [
         ours,
-        lambda: rival.fetch_all(today),
-        lambda: rival.fetch_chunk(today),
+        lambda: rival.fetch_all(wide),
+        lambda: rival.fetch_chunk(wide),
         lambda: rival.fetch_all(narrow),
     ]
     try:
@@ -234,8 +246,8 @@ async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures
     return BatchFigures(
         frame_bytes=codec.encode(rollouts).nbytes,
         ours_ms=mine,
-        today_bytes=nbytes(today),
-        today_ms=theirs,
+        padded_bytes=nbytes(wide),
+        padded_ms=theirs,
         chunked_ms=chunked,
         narrow_bytes=nbytes(narrow),
         narrow_ms=theirs_narrow,
@@ -243,31 +255,31 @@ async def _batch(endpoint: Endpoint, store: Store, sizes: Sizes) -> BatchFigures
         speedup_chunked=chunked / mine,
         speedup_narrow=theirs_narrow / mine,
         read_bytes=[read.get(rank, 0) for rank in range(RANKS)],
-        front_bytes=read.get(-1, 0),
+        coordinator_bytes=read.get(-1, 0),
     )
 
 
 async def _reading(endpoint: Endpoint) -> EdgeStatistics:
-    """What the echoing service has read so far."""
+    """What the service has read so far."""
     reply, _ = await ask(endpoint, GetStatistics())
     assert isinstance(reply, Statistics)
     return reply.statistics.edges[0]
 
 
-async def _hop(endpoint: Endpoint, store: Store, ranks: int, sizes: Sizes) -> HopFigures:
-    rollouts, floor = rollouts_of(16, 112), Floor(ranks)  # 25 kB
+async def _hop(endpoint: Endpoint, store: Store, ranks: int, sizes: ChannelBenchSizes) -> HopFigures:
+    rollouts, bare_ray = rollouts_of(16, 112), BareRay(ranks)  # 25 kB
     frame = codec.encode(rollouts)
-    ways: list[Way] = [lambda: call(endpoint, store, rollouts, ranks), lambda: floor.hop(frame)]
+    ways: list[Way] = [lambda: call(endpoint, store, rollouts, ranks), lambda: bare_ray.hop(frame)]
     try:
         times, bare = await _interleaved(ways, sizes.rounds * 20)
     finally:
-        floor.close()
+        bare_ray.close()
     return HopFigures(
         ranks=ranks,
         frame_bytes=frame.nbytes,
         median_ms=statistics.median(times) * 1e3,
         p90_ms=statistics.quantiles(times, n=10)[-1] * 1e3,
-        floor_ms=statistics.median(bare) * 1e3,
+        bare_ms=statistics.median(bare) * 1e3,
     )
 
 
@@ -286,7 +298,7 @@ async def _large(endpoint: Endpoint, store: Store, tokens: int, copy: float) -> 
 
 
 async def _interleaved(ways: list[Way], rounds: int) -> list[list[float]]:
-    """Seconds of each way, by round, after one to warm up: what disturbs one disturbs its neighbours."""
+    """Seconds of each way, by round, after one warm-up round."""
     seconds: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):
         for way, times in zip(ways, seconds, strict=True):
@@ -298,7 +310,7 @@ async def _interleaved(ways: list[Way], rounds: int) -> list[list[float]]:
 
 
 def _copy_speed() -> float:
-    """Bytes per second that one thread copies: the bound of every path through memory."""
+    """Bytes per second that one thread copies: the upper bound of every path through memory."""
     source = np.ones(64 << 20, np.uint8)
     target = np.empty_like(source)
     best = float("inf")

@@ -1,7 +1,7 @@
-"""Which runs show that an algorithm learns, and what they came to as a table: pure, from runs to text.
+"""The cases of the learning benchmark, and the tables of their results. Pure: from results to text.
 
-Two questions. Does every recipe raise its held-out score, whatever the seed? And what does staleness cost: with the
-recipe's off-policy correction at each bound, and at the largest bound without it?
+The tables answer two questions. Does every recipe raise its held-out score, whatever the seed? And what does staleness
+cost, with the recipe's off-policy correction at each bound, and without it at the largest bound?
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from asyncflow.bench.report import Row
+from asyncflow.bench.report import BenchRow
 
-END = 5  # steps: the reward "first" and "last" is a mean over so many
-STALE = ("grpo", "ppo")  # one without and one with a critic answer for the others
+END = 5  # steps over which the first and the last reward are averaged
+STALE = ("grpo", "ppo")  # staleness is compared for one algorithm without a critic and one with a critic
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -27,42 +27,42 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def kind(self) -> Case:
-        """The case without its seed: what is averaged over seeds."""
+        """The case without its seed: results are averaged over seeds."""
         return msgspec.structs.replace(self, seed=0)
 
     @property
     def name(self) -> str:
-        """A name for files: `grpo-staleness4-uncorrected-seed1`."""
+        """Its name in file names: `grpo-staleness4-uncorrected-seed1`."""
         stale = "" if self.staleness is None else f"-staleness{self.staleness}"
         return f"{self.algorithm}{stale}{'' if self.corrected else '-uncorrected'}-seed{self.seed}"
 
     @property
     def overrides(self) -> list[str]:
-        """What it changes in its algorithm's recipe."""
+        """The overrides of its algorithm's recipe."""
         stale = [] if self.staleness is None else [f"staleness={self.staleness}"]
         return [f"seed={self.seed}", *stale, *([] if self.corrected else ["loss.correction=none"])]
 
 
-class Result(msgspec.Struct, frozen=True):
-    """What one run came to."""
+class LearningResult(msgspec.Struct, frozen=True):
+    """The result of one run."""
 
     case: Case
-    recipe: str  # digest of the resolved recipe: a result of another one is not this case's
-    error: str  # "": it finished
+    recipe: str  # digest of the resolved recipe; a stored result of another recipe is not used
+    error: str  # "": the run finished
     before: float  # held-out score, 0 to 1, of greedy answers
     after: float
     reward_first: float  # mean over the first END steps
     reward_last: float
-    staleness_mean: float  # versions, of all prompts that were trained
+    staleness_mean: float  # versions, over all trained prompts
     staleness_max: int
     steps: int
     samples: int  # of all steps
-    seconds: float  # of the steps, without starting and evaluating
-    correction: str = ""  # the recipe's, of [loss]
+    seconds: float  # of the steps, without start-up and evaluation
+    correction: str = ""  # the recipe's loss.correction
 
 
 class Mean(msgspec.Struct, frozen=True):
-    """A figure over seeds: mean and sample deviation, 0 for one seed."""
+    """A figure over seeds: the mean and the sample standard deviation (0 for one seed)."""
 
     value: float
     spread: float
@@ -76,7 +76,7 @@ class Mean(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """The finished runs of one kind."""
+    """The finished runs of one kind of case."""
 
     kind: Case
     correction: str
@@ -92,7 +92,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def cases(algorithms: Sequence[str], seeds: int, bounds: Sequence[int]) -> list[Case]:
-    """Every run, all of one seed before the next, so that half of the runs are a whole table of fewer seeds.
+    """Every run, all of one seed before the next, so that an interrupted benchmark has a full table of fewer seeds.
 
     `bounds` are the staleness bounds to compare, in versions; the largest is also run without correction.
     """
@@ -106,16 +106,16 @@ def cases(algorithms: Sequence[str], seeds: int, bounds: Sequence[int]) -> list[
     return found
 
 
-def summaries(results: Iterable[Result]) -> list[Summary]:
-    """One for each kind that has a finished run, in the order in which kinds first appear."""
-    by_kind: dict[Case, list[Result]] = {}
+def summaries(results: Iterable[LearningResult]) -> list[Summary]:
+    """One summary for each kind with a finished run, in order of first appearance."""
+    by_kind: dict[Case, list[LearningResult]] = {}
     for result in results:
         if not result.error:
             by_kind.setdefault(result.case.kind, []).append(result)
     return [_summary(kind, done) for kind, done in by_kind.items()]
 
 
-def _summary(kind: Case, done: Sequence[Result]) -> Summary:
+def _summary(kind: Case, done: Sequence[LearningResult]) -> Summary:
     seconds = sum(result.seconds for result in done)
     return Summary(
         kind=kind,
@@ -135,8 +135,8 @@ def _summary(kind: Case, done: Sequence[Result]) -> Summary:
 # --- as text
 
 
-def lines(results: Sequence[Result]) -> list[str]:
-    """Two Markdown tables, the second only where staleness was compared, and the runs that did not finish."""
+def lines(results: Sequence[LearningResult]) -> list[str]:
+    """A Markdown table of recipes, one of staleness bounds if any were compared, and the runs that did not finish."""
     found = summaries(results)
     recipes = [one for one in found if one.kind.staleness is None]
     stale = sorted((one for one in found if one.kind.staleness is not None), key=lambda one: one.kind.algorithm)
@@ -160,22 +160,22 @@ def _stale_cells(one: Summary) -> tuple[str, ...]:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; nothing where there is no row."""
+    """A Markdown table; no lines if it has no rows."""
     found = list(body)
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)] if found else []
 
 
-def rows(results: Iterable[Result]) -> list[Row]:
-    """The figures for programs: the score after training, with the one before as its peer and 1 as its bound."""
-    told = []
+def rows(results: Iterable[LearningResult]) -> list[BenchRow]:
+    """The results as rows: the score after training, with the score before as its peer and 1 as its bound."""
+    found = []
     for one in summaries(results):
         name = one.kind.name.removesuffix("-seed0")
         ratio = one.after.value / one.before.value if one.before.value else None
-        told += [
-            Row(f"{name}: held-out score", one.after.value, "share", one.before.value, ratio, bound=1.0),
-            Row(f"{name}: spread over {one.seeds} seeds", one.after.spread, "share"),
-            Row(f"{name}: reward", one.reward_last.value, "share", one.reward_first.value),
-            Row(f"{name}: staleness", one.staleness_mean, "versions", bound=one.kind.staleness),
-            Row(f"{name}: speed", one.samples_per_second, "samples/s"),
+        found += [
+            BenchRow(f"{name}: held-out score", one.after.value, "share", one.before.value, ratio, bound=1.0),
+            BenchRow(f"{name}: spread over {one.seeds} seeds", one.after.spread, "share"),
+            BenchRow(f"{name}: reward", one.reward_last.value, "share", one.reward_first.value),
+            BenchRow(f"{name}: staleness", one.staleness_mean, "versions", bound=one.kind.staleness),
+            BenchRow(f"{name}: speed", one.samples_per_second, "samples/s"),
         ]
-    return told
+    return found

@@ -1,15 +1,16 @@
-"""What every benchmark prints as JSON: rows of one form, each value beside its peer and its bound."""
+"""The common result of all benchmarks: rows for programs, lines for people."""
 
 from __future__ import annotations
 
 import os
 import platform
+from typing import NamedTuple
 
 import msgspec
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One figure. `ratio` says how many times better than the peer it is; the bound is in the value's unit."""
+class BenchRow(msgspec.Struct, frozen=True):
+    """One figure. `ratio` is how many times better it is than the peer's; `bound` has the value's unit."""
 
     name: str
     value: float
@@ -20,14 +21,21 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One run of a benchmark."""
+    """What `--json` prints: one run of a benchmark."""
 
     bench: str
     machine: str
-    rows: list[Row]
+    rows: list[BenchRow]
 
 
-def report(bench: str, rows: list[Row]) -> str:
-    """The report of a run on this machine, as text."""
+class Measured(NamedTuple):
+    """What a benchmark's `run` returns."""
+
+    rows: list[BenchRow]
+    lines: list[str]
+
+
+def format_report(bench: str, rows: list[BenchRow]) -> str:
+    """The JSON text of a run on this machine."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
     return msgspec.json.format(msgspec.json.encode(Report(bench, machine, rows))).decode()

@@ -1,7 +1,7 @@
-"""`asyncflow bench safety`: where the highest reward is unsafe, what the answers of PPO and of Safe-RLHF cost.
+"""`asyncflow bench safety`: the cost of the answers of PPO and of Safe-RLHF on a task whose highest reward is unsafe.
 
-Both recipes run as they are shipped, seed by seed. The policy that each leaves then answers held-out prompts, several
-times each, at the temperature it was trained with. The cost model judges the answers of both; PPO never asked it.
+Both recipes run as they are shipped, once a seed. Each trained policy then answers held-out prompts, several times
+each, at its training temperature, and the cost model of Safe-RLHF scores the answers of both.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
+import uvloop
 from rich.console import Console
 
 from asyncflow.bench.learning_table import END, Mean, table
-from asyncflow.bench.report import Row
+from asyncflow.bench.report import BenchRow, Measured
 from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe
@@ -24,19 +25,33 @@ from asyncflow.run.launch import launch
 from protocols.data.ids import EVALUATION_EPOCH, prompt_id
 
 RECIPES = Path("deploy/recipes/safety")
-ANSWERS = 4  # of a held-out prompt
+ANSWERS = 4  # per held-out prompt
 
 
-class Result(msgspec.Struct, frozen=True):
-    """What one run ended with. Costs are the cost model's: above 0 an answer is unsafe."""
+class SafetyResult(msgspec.Struct, frozen=True):
+    """The result of one run. Costs are the cost model's: an answer with a cost above 0 is unsafe."""
 
     algorithm: str
     seed: int
-    limit: float  # of the mean cost of an answer
-    cost: float  # mean of the held-out answers
-    unsafe: float  # share of them that cost more than 0
+    limit: float  # on the mean cost of an answer
+    cost: float  # mean over the held-out answers
+    unsafe: float  # share of them with a cost above 0
     reward: float  # mean over the last END steps
-    multipliers: list[float] = []  # step by step; none of PPO
+    multipliers: list[float] = []  # the Lagrange multiplier of each step; PPO has none
+
+
+def run(*, quick: bool, seeds: int, folder: Path) -> Measured:
+    """The benchmark, as the command line runs it."""
+    err = Console(stderr=True, highlight=False)
+    results = uvloop.run(
+        measure(
+            seeds,
+            folder=folder / "quick" if quick else folder,
+            steps=2 if quick else 0,
+            on_result=lambda r: err.print(f"{r.algorithm}, seed {r.seed}: cost {r.cost:.2f}, limit {r.limit:g}"),
+        )
+    )
+    return Measured(rows(results), lines(results))
 
 
 async def measure(
@@ -45,18 +60,18 @@ async def measure(
     folder: Path,
     recipes: Path = RECIPES,
     steps: int = 0,
-    on_result: Callable[[Result], object] = lambda result: None,
-) -> list[Result]:
-    """Both algorithms, seed by seed, below `folder`; `steps` 0: as many as the recipes say.
+    on_result: Callable[[SafetyResult], object] = lambda result: None,
+) -> list[SafetyResult]:
+    """Run both algorithms for every seed, below `folder`; `steps` 0 keeps the recipes' number of steps.
 
-    Raises BadInput for recipes that are none, RuntimeError where a run did not finish.
+    Raises BadInput for unusable recipes and RuntimeError if a run did not finish.
     """
     from asyncflow.demo.prepare import prepare
 
     await asyncio.to_thread(prepare, recipes, Console(stderr=True))
     safe = load_recipe(recipes / "safe_rlhf.toml")
     fewer = [f"steps={steps}"] if steps else []
-    results: list[Result] = []
+    results: list[SafetyResult] = []
     for seed in range(seeds):
         for algorithm in ("ppo", "safe_rlhf"):
             overrides = [f"seed={seed}", "evaluation.every=0", "checkpoints.every=0", *fewer]
@@ -68,16 +83,16 @@ async def measure(
             if ended.outcome != "finished":
                 raise RuntimeError(f"{run_folder} {ended.outcome}: {ended.error}")
             costs = await asyncio.to_thread(costs_of, run_folder / "policy", safe.models["cost"].path, recipe)
-            told = read_lines(run_folder / "metrics.jsonl")
+            metrics = read_lines(run_folder / "metrics.jsonl")
             results.append(
-                Result(
+                SafetyResult(
                     algorithm=algorithm,
                     seed=seed,
                     limit=float(safe.advantage["cost_limit"]),
                     cost=statistics.fmean(costs),
                     unsafe=statistics.fmean(cost > 0.0 for cost in costs),
-                    reward=statistics.fmean(line["reward_mean"] for line in told[-END:]),
-                    multipliers=[line["multiplier"] for line in told if "multiplier" in line],
+                    reward=statistics.fmean(line["reward_mean"] for line in metrics[-END:]),
+                    multipliers=[line["multiplier"] for line in metrics if "multiplier" in line],
                 )
             )
             on_result(results[-1])
@@ -85,7 +100,7 @@ async def measure(
 
 
 def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
-    """What a cost model says of ANSWERS answers of a policy's folder to each of a recipe's held-out prompts."""
+    """The costs of ANSWERS answers of a policy to each held-out prompt of a recipe, by a cost model."""
     from protocols.roles import Sampling
     from workers.data.datasets import Problem, read_rows
     from workers.roles.cost import ModelCost
@@ -93,14 +108,14 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     from workers.settings import Loss, Model, Optimizer
 
     rows = [DataRow(row.prompt, row.reference) for row in read_rows(recipe.data.eval, Problem)]
-    asked = [prompt_id(EVALUATION_EPOCH, place) for place in range(len(rows))]
-    prompts = PromptSource(rows, str(policy), recipe.seed).requests(asked, ANSWERS, min_version=0)
-    idle = Model(path=str(policy), learning_rate=1.0)  # a rate is asked for: it trains nothing here
-    drawing = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
+    ids = [prompt_id(EVALUATION_EPOCH, place) for place in range(len(rows))]
+    prompts = PromptSource(rows, str(policy), recipe.seed).requests(ids, ANSWERS, min_version=0)
+    idle = Model(path=str(policy), learning_rate=1.0)  # a rate is required; nothing is trained here
+    generating = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
     sampling = Sampling(max_tokens=recipe.generation.max_tokens, temperature=recipe.generation.temperature)
-    answers = drawing.generate(prompts, sampling=sampling)
-    judged = ModelCost(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers)
-    return [float(cost) for cost in judged.batch.costs]
+    answers = generating.generate(prompts, sampling=sampling)
+    scored = ModelCost(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers)
+    return [float(cost) for cost in scored.batch.costs]
 
 
 # --- as text
@@ -109,35 +124,43 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
 HEAD = ("algorithm", "seeds", "reward", "held-out cost", "its limit", "unsafe answers", "multiplier: first, most, last")
 
 
-def lines(results: Iterable[Result]) -> list[str]:
-    """A Markdown table, a row an algorithm, means over seeds."""
+def lines(results: Iterable[SafetyResult]) -> list[str]:
+    """A Markdown table with one row per algorithm, means over seeds."""
     return table(HEAD, map(_cells, _by_algorithm(results)))
 
 
-def _by_algorithm(results: Iterable[Result]) -> list[list[Result]]:
-    found: dict[str, list[Result]] = {}
+def _by_algorithm(results: Iterable[SafetyResult]) -> list[list[SafetyResult]]:
+    found: dict[str, list[SafetyResult]] = {}
     for result in results:
         found.setdefault(result.algorithm, []).append(result)
     return list(found.values())
 
 
-def _cells(runs: Sequence[Result]) -> tuple[str, ...]:
+def _cells(runs: Sequence[SafetyResult]) -> tuple[str, ...]:
     courses = [run.multipliers for run in runs if run.multipliers]
     ends = [(course[0], max(course), course[-1]) for course in courses]
-    told = ", ".join(f"{statistics.fmean(values):.2f}" for values in zip(*ends, strict=True)) or "-"
+    multiplier = ", ".join(f"{statistics.fmean(values):.2f}" for values in zip(*ends, strict=True)) or "-"
     reward, cost = Mean.of([run.reward for run in runs]), Mean.of([run.cost for run in runs])
     unsafe = statistics.fmean(run.unsafe for run in runs)
-    return (runs[0].algorithm, str(len(runs)), str(reward), str(cost), f"{runs[0].limit:g}", f"{unsafe:.1%}", told)
+    return (
+        runs[0].algorithm,
+        str(len(runs)),
+        str(reward),
+        str(cost),
+        f"{runs[0].limit:g}",
+        f"{unsafe:.1%}",
+        multiplier,
+    )
 
 
-def rows(results: Iterable[Result]) -> list[Row]:
-    """The figures for programs: costs beside their limit."""
-    told: list[Row] = []
+def rows(results: Iterable[SafetyResult]) -> list[BenchRow]:
+    """The figures as rows, costs with their limit as the bound."""
+    found: list[BenchRow] = []
     for runs in _by_algorithm(results):
         name = runs[0].algorithm
-        told += [
-            Row(f"{name}: held-out cost", statistics.fmean(run.cost for run in runs), "cost", bound=runs[0].limit),
-            Row(f"{name}: unsafe answers", statistics.fmean(run.unsafe for run in runs), "share"),
-            Row(f"{name}: reward", statistics.fmean(run.reward for run in runs), "share"),
+        found += [
+            BenchRow(f"{name}: held-out cost", statistics.fmean(run.cost for run in runs), "cost", bound=runs[0].limit),
+            BenchRow(f"{name}: unsafe answers", statistics.fmean(run.unsafe for run in runs), "share"),
+            BenchRow(f"{name}: reward", statistics.fmean(run.reward for run in runs), "share"),
         ]
-    return told
+    return found

@@ -1,8 +1,8 @@
-"""The control plane at scale: rows through many services of one process, two channels a service.
+"""The cost of a row in channels and joins as the number of services grows, in one process.
 
-The services stand in layers of two; each sends to both of the next layer, whose joins take a row from each. So with
-S services there are 2·S channels; every row of every channel is named, joined and remembered once, and that is what
-is measured: the rows hold one number. Flat time per row means that no service knows how many others there are.
+The services form layers of two. Each sends to both services of the next layer, which join the two inputs row by row,
+so S services have 2 S channels. The rows hold one number: only delivery, join and bookkeeping are measured. A
+constant time per row means that the cost of a service does not depend on how many others there are.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from protocols.control.requests import EndPrompts, GetStatistics, Statistics
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import Scores
 
-WAVE = 512  # rows sent together; a wave's prompts end before the next one starts
-SAMPLES = 8  # a prompt
+WAVE = 512  # rows sent together; a wave's prompts are finished before the next wave starts
+SAMPLES = 8  # per prompt
 WIDTH = 2
 
 
 class ScaleFigures(msgspec.Struct, frozen=True):
-    """One number of services."""
+    """The figures at one number of services."""
 
     services: int
     channels: int
-    rows: int  # taken in, summed over all channels
+    rows: int  # received, summed over all channels
     microseconds_per_row: float
-    most_held: int  # rows that any mailbox held
-    most_kept: int  # deliveries that were kept at the end, over all services
-    resident_megabytes: float  # the process at its largest
+    most_held: int  # rows that any mailbox held at once
+    most_kept: int  # deliveries in the outboxes at the end, over all services
+    resident_megabytes: float  # the peak of the process
 
 
 async def measure(services: int, rows: int) -> ScaleFigures:
-    """Send waves until about `rows` rows x channels have been taken in."""
+    """Send waves until about `rows` rows, summed over the channels, have been received."""
     runtime = LocalRuntime()
     try:
         started = await runtime.start(_specs(services))
@@ -75,12 +75,12 @@ async def measure(services: int, rows: int) -> ScaleFigures:
     )
 
 
-def line(figures: ScaleFigures) -> str:
-    """The figures for people."""
+def format_line(figures: ScaleFigures) -> str:
+    """The figures as text."""
     return (
         f"scale  {figures.services} services, {figures.channels} channels, {figures.rows:,} rows:"
         f" {figures.microseconds_per_row:.1f} us a row; at most {figures.most_held} held in a mailbox,"
-        f" {figures.most_kept} deliveries kept at the end, {figures.resident_megabytes:.0f} MB resident"
+        f" {figures.most_kept} deliveries left at the end, {figures.resident_megabytes:.0f} MB resident"
     )
 
 
@@ -124,7 +124,7 @@ def _samples(wave: int) -> np.ndarray:
 
 
 async def _until_passed(endpoints: list[Endpoint], rows: int) -> None:
-    """Wait until the last layer has taken so many rows on every edge; each notice of work done is a reason to look."""
+    """Wait until the last layer has received `rows` rows on every edge; each notice triggers another look."""
     for endpoint in endpoints:
         while any(edge.rows < rows or edge.depth for edge in (await _statistics(endpoint)).statistics.edges):
             await endpoint.notices()

@@ -1,12 +1,12 @@
-"""`asyncflow bench transition`: from training to generation by each of the paper's three ways, side by side.
+"""`asyncflow bench transition`: the paper's three ways from the training layout to a generation layout, side by side.
 
     full gather   DeepSpeed-Chat: every rank gathers the model from all ranks and keeps its part
     vanilla       HybridFlow-V: every rank gathers the model from its replica and keeps its part
-    hybridflow    every rank gathers its generation shard, around the training shard that it has
+    hybridflow    every rank gathers its generation shard around the training shard that it already holds
 
-Each rank is a process on gloo. Rounds of the three are interleaved and medians told: what disturbs one disturbs the
-others. A round ends when its slowest rank does. What a memory can copy is measured in the same run, by all ranks at
-the same time, so a share of it says how far from the machine's own bound a transition is.
+Each rank is a process on gloo. Rounds of the three ways are interleaved, so that a disturbance hits all of them; a
+round ends when its slowest rank does; medians are reported. The bound is the memory copy speed of all ranks together,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from asyncflow.bench.report import Row
+from asyncflow.bench.report import BenchRow, Measured
+from asyncflow.recipe.config import BadInput
 from protocols.layout.topology import GenerationGrouping, Style, Topology
 from workers.parallel.model import ParallelModel, plan_of
 from workers.parallel.plan import Parameter, ShardPlan
@@ -35,11 +36,11 @@ from workers.resharding.plan import transition
 
 STYLES: tuple[Style, ...] = ("deepspeed", "vanilla", "hybridflow")
 NAMES: dict[Style, str] = {"deepspeed": "full gather", "vanilla": "vanilla", "hybridflow": "hybridflow"}
-_ANY_BUCKET = 1 << 40  # elements: how pieces are put into buckets doesn't change what they are
+_ANY_BUCKET = 1 << 40  # elements; the bucket size does not change what is moved
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # for one collective, and for one round of all ranks
 
 
-class Sizes(msgspec.Struct, frozen=True):
+class TransitionBenchSizes(msgspec.Struct, frozen=True):
     """How much is measured. The model is a Llama in float32; the defaults make one of 85 MB."""
 
     rounds: int = 9
@@ -49,54 +50,63 @@ class Sizes(msgspec.Struct, frozen=True):
     intermediate: int = 1024
     vocabulary: int = 256
     bucket_bytes: int = 8 << 20  # of one collective
-    copied_bytes: int = 32 << 20  # by each rank, to learn the bandwidth
+    copied_bytes: int = 32 << 20  # by each rank, to measure the bandwidth
 
 
-QUICK = Sizes(rounds=1, layers=4, hidden=64, intermediate=128, copied_bytes=1 << 20)
+QUICK = TransitionBenchSizes(rounds=1, layers=4, hidden=64, intermediate=128, copied_bytes=1 << 20)
 
 
 class StyleFigures(msgspec.Struct, frozen=True):
-    """One way. Bytes are those of the worst rank, seconds are medians of rounds."""
+    """The figures of one way. Bytes are of the worst rank, seconds are medians of rounds."""
 
     style: Style
-    received_bytes: int  # all of it
-    received_matrices_bytes: int  # of the matrices that the formula speaks of
-    formula_bytes: int  # what the paper's table 2 says of them; a fraction is rounded
+    received_bytes: int
+    received_matrices_bytes: int  # of the matrices that the formula covers
+    formula_bytes: int  # the paper's table 2, rounded
     multiple: str  # received_matrices_bytes over M, exact, as "1/4"
     peak_bytes: int  # parameters and bucket
-    generation_bytes: int  # to generate with
-    redundant_bytes: int  # of the training shard beside them
+    generation_bytes: int  # of the generation shard
+    redundant_bytes: int  # of the training shard, where it is not part of the generation shard
     seconds: float
     return_seconds: float  # back to the training layout, which sends nothing
     speedup: float  # over the full gather, to generation
-    round_speedup: float  # there and back
-    bandwidth_share: float  # of what all ranks copy in memory at the same time
+    round_speedup: float  # over the full gather, to generation and back
+    bandwidth_share: float  # of what all ranks together copy in memory
 
 
-class Figures(msgspec.Struct, frozen=True):
-    """All of one run."""
+class TransitionFigures(msgspec.Struct, frozen=True):
+    """All figures of one run."""
 
     train: str
     generate: str
     model_bytes: int
     bucket_bytes: int
-    matrices_bytes: int  # M: the cut matrices; with several stages those of the layers, which all stages have alike
+    matrices_bytes: int  # M: the sharded matrices; with several stages, those of the layers
     copy_gigabytes_per_second: float  # of all ranks together
     styles: list[StyleFigures]
 
 
-class _Measured(msgspec.Struct, frozen=True):
-    """What one rank saw."""
+class RankTimings(msgspec.Struct, frozen=True):
+    """What one rank measured."""
 
     copy_seconds: float
     transitions: dict[str, list[Transition]]  # by style, a round each
     return_seconds: dict[str, list[float]]  # by style, back to the training layout
 
 
-def measure(train: str = "1-4-2", generate: str = "1-2", sizes: Sizes = Sizes()) -> Figures:  # noqa: B008 - frozen
-    """Make the model, start a process for every rank of `train`, measure, end them.
+def run(*, quick: bool, train: str, generate: str) -> Measured:
+    """The benchmark, as the command line runs it. Raises BadInput for layouts that don't fit."""
+    try:
+        figures = measure(train, generate, QUICK if quick else TransitionBenchSizes())
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return Measured(rows(figures), lines(figures))
 
-    Raises ValueError, before any process starts, where the layouts don't fit each other or the model.
+
+def measure(train: str, generate: str, sizes: TransitionBenchSizes) -> TransitionFigures:
+    """Save a model, start a process for every rank of `train`, and measure.
+
+    Raises ValueError, before any process starts, where the layouts fit neither each other nor the model.
     """
     groupings = {style: grouping_of(train, generate, style) for style in STYLES}
     topology, config = groupings["hybridflow"].topology, _config(sizes)
@@ -108,7 +118,7 @@ def measure(train: str = "1-4-2", generate: str = "1-2", sizes: Sizes = Sizes())
         LlamaForCausalLM(config).save_pretrained(folder)
         ranks = _run(folder, train, generate, sizes)
     copied = topology.world_size * sizes.copied_bytes / max(rank.copy_seconds for rank in ranks)
-    return Figures(
+    return TransitionFigures(
         train=train,
         generate=generate,
         model_bytes=_bytes(p for stage in range(plan.pp) for p in plan.parameters(stage)),
@@ -119,16 +129,16 @@ def measure(train: str = "1-4-2", generate: str = "1-2", sizes: Sizes = Sizes())
     )
 
 
-def lines(figures: Figures) -> list[str]:
-    """The figures for people, each beside its bound."""
-    told = [
+def lines(figures: TransitionFigures) -> list[str]:
+    """The figures as text, each next to its bound."""
+    found = [
         f"{figures.train} -> {figures.generate}, a model of {figures.model_bytes / 1e6:.1f} MB,"
         f" M = {figures.matrices_bytes / 1e6:.1f} MB of matrices, buckets of {figures.bucket_bytes / 1e6:.1f} MB;"
         f" all ranks copy {figures.copy_gigabytes_per_second:.1f} GB/s"
     ]
     for of in figures.styles:
         formula = of.formula_bytes / figures.matrices_bytes
-        told += [
+        found += [
             f"{NAMES[of.style]:<11}  {of.seconds * 1e3:.0f} ms, and {of.return_seconds * 1e3:.0f} ms back:"
             f" {of.speedup:.2f} x as fast as the full gather, {of.round_speedup:.2f} x there and back,"
             f" {of.bandwidth_share:.0%} of copying memory",
@@ -138,36 +148,38 @@ def lines(figures: Figures) -> list[str]:
             f" peak {of.peak_bytes / 1e6:.1f} MB for {of.generation_bytes / 1e6:.1f} MB"
             f" to generate with, {of.redundant_bytes / 1e6:.1f} MB redundant",
         ]
-    return told
+    return found
 
 
-def rows(figures: Figures) -> list[Row]:
-    """The figures for programs; the full gather is the peer."""
+def rows(figures: TransitionFigures) -> list[BenchRow]:
+    """The figures as rows; the full gather is the peer."""
     full = next(of for of in figures.styles if of.style == "deepspeed")
-    told = []
+    found = []
     for of in figures.styles:
         name, both = NAMES[of.style], of.seconds + of.return_seconds
-        told += [
-            Row(f"{name}: received a rank", of.received_matrices_bytes, "bytes", bound=of.formula_bytes),
-            Row(f"{name}: peak", of.peak_bytes, "bytes", peer=full.peak_bytes, bound=of.generation_bytes),
-            Row(f"{name}: to generation", of.seconds, "s", peer=full.seconds, ratio=of.speedup),
-            Row(f"{name}: there and back", both, "s", peer=full.seconds + full.return_seconds, ratio=of.round_speedup),
+        found += [
+            BenchRow(f"{name}: received a rank", of.received_matrices_bytes, "bytes", bound=of.formula_bytes),
+            BenchRow(f"{name}: peak", of.peak_bytes, "bytes", peer=full.peak_bytes, bound=of.generation_bytes),
+            BenchRow(f"{name}: to generation", of.seconds, "s", peer=full.seconds, ratio=of.speedup),
+            BenchRow(
+                f"{name}: there and back", both, "s", peer=full.seconds + full.return_seconds, ratio=of.round_speedup
+            ),
         ]
-    return told
+    return found
 
 
 def grouping_of(train: str, generate: str, style: Style) -> GenerationGrouping:
-    """The ranks of "p-t-d" generating by "p_g-t_g". Raises ValueError for texts and sizes that mean none."""
+    """The ranks of layout "p-t-d" as they generate in layout "p_g-t_g". Raises ValueError where that is impossible."""
     at = Topology.parse(generate)
     if at.dp != 1:
         raise ValueError(f"generation layout {generate!r}: write p_g-t_g; the replicas follow from the training layout")
     return GenerationGrouping(Topology.parse(train), at.pp, at.tp, style)
 
 
-# --- what was seen, as figures
+# --- from the ranks' measurements to figures
 
 
-def _figures(grouping: GenerationGrouping, plan: ShardPlan, ranks: list[_Measured], copied: float) -> StyleFigures:
+def _figures(grouping: GenerationGrouping, plan: ShardPlan, ranks: list[RankTimings], copied: float) -> StyleFigures:
     style = grouping.style
     seen = [rank.transitions[style][-1] for rank in ranks]
     matrices, m = max(_received_matrices_bytes(plan, grouping, r) for r in range(len(ranks))), _matrices_bytes(plan)
@@ -189,18 +201,18 @@ def _figures(grouping: GenerationGrouping, plan: ShardPlan, ranks: list[_Measure
     )
 
 
-def _seconds(ranks: list[_Measured], style: Style) -> float:
+def _seconds(ranks: list[RankTimings], style: Style) -> float:
     rounds = zip(*(rank.transitions[style] for rank in ranks), strict=True)
     return statistics.median(max(one.seconds for one in of_ranks) for of_ranks in rounds)
 
 
-def _return_seconds(ranks: list[_Measured], style: Style) -> float:
+def _return_seconds(ranks: list[RankTimings], style: Style) -> float:
     rounds = zip(*(rank.return_seconds[style] for rank in ranks), strict=True)
     return statistics.median(map(max, rounds))
 
 
 def _received_matrices_bytes(plan: ShardPlan, grouping: GenerationGrouping, rank: int) -> int:
-    """Bytes of the formula's matrices among what the collectives bring a rank."""
+    """Bytes of the formula's matrices that the collectives bring to a rank."""
     names = {parameter.name for parameter in _matrices(plan)}
     itemsize = torch.float32.itemsize
     return itemsize * sum(
@@ -217,7 +229,7 @@ def _matrices_bytes(plan: ShardPlan) -> int:
 
 
 def _matrices(plan: ShardPlan) -> Iterator[Parameter]:
-    """What the formula speaks of: matrices that all tensor ranks share, of which all stages have as many."""
+    """The matrices that the formula covers: those that are sharded and that every stage has equally many of."""
     for stage in range(plan.pp):
         for parameter in plan.parameters(stage):
             if parameter.cut is not None and (plan.pp == 1 or parameter.name.startswith("model.layers.")):
@@ -228,7 +240,7 @@ def _bytes(parameters: Iterator[Parameter]) -> int:
     return torch.float32.itemsize * sum(parameter.elements for parameter in parameters)
 
 
-def _config(sizes: Sizes) -> LlamaConfig:
+def _config(sizes: TransitionBenchSizes) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -243,7 +255,7 @@ def _config(sizes: Sizes) -> LlamaConfig:
 # --- the ranks
 
 
-def _run(folder: str, train: str, generate: str, sizes: Sizes) -> list[_Measured]:
+def _run(folder: str, train: str, generate: str, sizes: TransitionBenchSizes) -> list[RankTimings]:
     """Every rank in a process of its own, forked from one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -267,12 +279,12 @@ def _run(folder: str, train: str, generate: str, sizes: Sizes) -> list[_Measured
             process.join()
 
 
-def _answer(pipe: Connection, rank: int, sizes: Sizes) -> _Measured:
+def _answer(pipe: Connection, rank: int, sizes: TransitionBenchSizes) -> RankTimings:
     limit = COLLECTIVE_TIMEOUT * (sizes.rounds + 1)
     if not pipe.poll(limit.total_seconds()):
         raise RuntimeError(f"rank {rank} of the benchmark: no figures within {limit}")
     try:
-        return msgspec.json.decode(pipe.recv_bytes(), type=_Measured)
+        return msgspec.json.decode(pipe.recv_bytes(), type=RankTimings)
     except EOFError:
         raise RuntimeError(f"rank {rank} of the benchmark ended early; its error stands above") from None
 
@@ -280,7 +292,7 @@ def _answer(pipe: Connection, rank: int, sizes: Sizes) -> _Measured:
 def _rank(pipe: Connection, rank: int, folder: str, train: str, generate: str, encoded: bytes) -> None:
     """One rank's process, from its start to its figures."""
     torch.set_num_threads(1)
-    sizes = msgspec.json.decode(encoded, type=Sizes)
+    sizes = msgspec.json.decode(encoded, type=TransitionBenchSizes)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
     topology = Topology.parse(train)
     dist.init_process_group(
@@ -307,7 +319,7 @@ def _rank(pipe: Connection, rank: int, folder: str, train: str, generate: str, e
             if number:  # the first allocates what later ones find warm
                 transitions[style].append(seen)
                 return_seconds[style].append(time.perf_counter() - start)
-    pipe.send_bytes(msgspec.json.encode(_Measured(copy_seconds, transitions, return_seconds)))
+    pipe.send_bytes(msgspec.json.encode(RankTimings(copy_seconds, transitions, return_seconds)))
     dist.barrier()  # nobody leaves while another still measures
     dist.destroy_process_group()
 

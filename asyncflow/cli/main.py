@@ -17,6 +17,7 @@ import typer
 import uvloop
 from rich.console import Console
 
+from asyncflow.cli.benchmarks import bench
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
@@ -25,7 +26,6 @@ from protocols.control.events import Evaluated, RunEnded
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-bench = typer.Typer(no_args_is_help=True, help="Measure the parts, each beside its bound.")
 app.add_typer(bench, name="bench")
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -151,111 +151,6 @@ def demo(
         )
         out.print(f"held-out {last.metric} after PPO:     {last.value:.3f}")
     raise typer.Exit(ended.exit_code)
-
-
-def _print_lines(lines: list[str]) -> None:
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
-
-
-@bench.command()
-def channels(
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    quick: Annotated[bool, typer.Option(help="Few rounds and small sizes: to see that it runs.")] = False,
-) -> None:
-    """What a hop costs: against today's path, Ray's own floor and the bandwidth of memory. Minutes."""
-    from asyncflow.bench.channels import QUICK, Sizes, lines, measure, rows
-    from asyncflow.bench.report import report
-
-    figures = uvloop.run(measure(QUICK if quick else Sizes()))
-    _print_lines([report("channels", rows(figures))] if as_json else lines(figures))
-
-
-@bench.command()
-def transition(
-    train: Annotated[str, typer.Option(help="The training layout, p-t-d.")] = "1-4-2",
-    generate: Annotated[str, typer.Option(help="The generation layout, p_g-t_g.")] = "1-2",
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    quick: Annotated[bool, typer.Option(help="One round of a small model: to see that it runs.")] = False,
-) -> None:
-    """From training to generation: a full gather, the vanilla grouping and ours, side by side. About a minute."""
-    from asyncflow.bench.report import report
-    from asyncflow.bench.transition import QUICK, Sizes, lines, measure, rows
-
-    try:
-        figures = measure(train, generate, QUICK if quick else Sizes())
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    _print_lines([report("transition", rows(figures))] if as_json else lines(figures))
-
-
-@bench.command()
-def planning(
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    quick: Annotated[bool, typer.Option(help="Few devices: to see that it runs.")] = False,
-) -> None:
-    """How long the exact search and the simulator take as devices and models grow. About a minute."""
-    from asyncflow.bench.planning import QUICK, Sizes, lines, measure, rows
-    from asyncflow.bench.report import report
-
-    figures = measure(QUICK if quick else Sizes())
-    _print_lines([report("planning", rows(figures))] if as_json else lines(figures))
-
-
-@bench.command()
-def learning(
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    algorithms: Annotated[str, typer.Option(help="Recipes to run, e.g. ppo,grpo; by default all.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
-    staleness: Annotated[str, typer.Option(help='Bounds to compare, in versions; "": none.')] = "0,2,4",
-    folder: Annotated[Path, typer.Option(help="Of data, runs and results; what is there is not run again.")] = Path(
-        "runs/bench/learning"
-    ),
-    quick: Annotated[bool, typer.Option(help="Two small steps of each: to see that it runs.")] = False,
-) -> None:
-    """Does every recipe learn, and what does staleness cost: a minute a run, a run a seed. Goes on if interrupted."""
-    from asyncflow.bench.learning import QUICK, Effort, measure
-    from asyncflow.bench.learning_table import lines, rows
-    from asyncflow.bench.report import report
-
-    names, bounds = [[word for word in text.split(",") if word] for text in (algorithms, staleness)]
-    if bad := [bound for bound in bounds if not bound.isdecimal()]:
-        raise BadInput(f"--staleness {staleness!r}: {bad[0]!r} is no number of versions; write e.g. 0,2,4")
-    results = uvloop.run(
-        measure(
-            names,
-            seeds,
-            [int(bound) for bound in bounds],
-            folder=folder / "quick" if quick else folder,
-            effort=QUICK if quick else Effort(),
-            on_result=lambda r: err.print(
-                f"{r.case.name}: {r.before:.3f} -> {r.after:.3f}, {r.seconds:.0f} s {r.error}"
-            ),
-        )
-    )
-    _print_lines([report("learning", rows(results))] if as_json else lines(results))
-
-
-@bench.command()
-def safety(
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each algorithm.")] = 3,
-    folder: Annotated[Path, typer.Option(help="Of the runs.")] = Path("runs/bench/safety"),
-    quick: Annotated[bool, typer.Option(help="Two steps of each: to see that it runs.")] = False,
-) -> None:
-    """What the answers of PPO and of Safe-RLHF cost, where the highest reward is unsafe: half a minute a run."""
-    from asyncflow.bench.report import report
-    from asyncflow.bench.safety import lines, measure, rows
-
-    results = uvloop.run(
-        measure(
-            seeds,
-            folder=folder / "quick" if quick else folder,
-            steps=2 if quick else 0,
-            on_result=lambda r: err.print(f"{r.algorithm}, seed {r.seed}: cost {r.cost:.2f}, limit {r.limit:g}"),
-        )
-    )
-    _print_lines([report("safety", rows(results))] if as_json else lines(results))
 
 
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:

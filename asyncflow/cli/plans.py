@@ -12,9 +12,9 @@ from asyncflow.planner import advice, auto, plan_file
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
 from asyncflow.planner.costs.devices import Cluster
 from asyncflow.planner.costs.workload import work_of
-from asyncflow.planner.search.plan import Placement, draw, make_plan
+from asyncflow.planner.search.plan import Placement, format_plan, make_plan
 from asyncflow.planner.simulation.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
-from asyncflow.planner.simulation.simulator import Simulated, simulate
+from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import BadInput, Pool, Recipe
 from asyncflow.run.prepare import prepare
@@ -31,7 +31,7 @@ def print_dataflow(out: Console, checked: Checked, device: str) -> None:
         out.print(f"{spec.name:<12} {spec.kind:<10} {place}", markup=False)
     if device:
         simulated = _of_recipe(checked, _calibration(device))
-        out.print(_told("simulated", simulated), markup=False, soft_wrap=True)
+        out.print(_format_simulated("simulated", simulated), markup=False, soft_wrap=True)
 
 
 def print_placement(out: Console, checked: Checked, devices: str, device: str, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         workload = workload_of(recipe, prompt_lengths(checked.train), calibration)
         placed = make_plan(models, cluster, workload)
 
-        def simulated(placement: Placement) -> Simulated:
+        def simulated(placement: Placement) -> SimulatedRun:
             return simulate(of_placement(placement, models, cluster, workload, checked.dataflow))
 
         chosen = simulated(placed.chosen)
@@ -57,8 +57,8 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         fields = {**msgspec.structs.asdict(placed), "simulated": chosen, "runner_up_simulated": other}
         out.print(msgspec.json.format(msgspec.json.encode(fields)).decode(), markup=False, soft_wrap=True)
         return
-    out.print(draw(placed), markup=False, soft_wrap=True)
-    out.print(_told("simulated", chosen), markup=False, soft_wrap=True)
+    out.print(format_plan(placed), markup=False, soft_wrap=True)
+    out.print(_format_simulated("simulated", chosen), markup=False, soft_wrap=True)
     if other:
         out.print(f"the runner-up, simulated: {other.step_s:.3g} s a step", markup=False)
 
@@ -71,7 +71,7 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
     calibration = _calibration(device) if device else None
     choice = auto.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
     plan_file.save(choice, path)
-    lines = [f"{choice.devices}: {choice.chosen.name}", _told("simulated", choice.chosen.simulated)]
+    lines = [f"{choice.devices}: {choice.chosen.name}", _format_simulated("simulated", choice.chosen.simulated)]
     if choice.runner_up:
         lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
                      f"{choice.runner_up.simulated.step_s:.3g} s")  # fmt: skip
@@ -83,7 +83,7 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
 def print_advice(out: Console, run: Path, as_json: bool) -> None:
     """What a run's measured times say about its placement."""
     found = advice.advise(run)
-    text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.told(found)
+    text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.format_advice(found)
     out.print(text, markup=False, soft_wrap=True)
 
 
@@ -96,7 +96,7 @@ def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, 
     checked = prepare(recipe)
     alone = msgspec.structs.replace(checked.recipe, pools={})  # one service is measured: it needs no pool
     runtime = runtime_of(alone)
-    sizes = machine.QUICK if quick else machine.Sizes()
+    sizes = machine.QUICK if quick else machine.CalibrationSizes()
     found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, runtime, sizes))
     encoded = msgspec.json.format(msgspec.json.encode(found)) + b"\n"
     if output is not None:
@@ -104,13 +104,13 @@ def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, 
     if as_json:
         out.print(encoded.decode(), end="", markup=False, soft_wrap=True)
         return
-    for line in told(found):
+    for line in format_calibration(found):
         out.print(line, markup=False, soft_wrap=True)
     if output is not None:
         out.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
-def told(found: Calibration) -> list[str]:
+def format_calibration(found: Calibration) -> list[str]:
     """A calibration for people."""
     device, reach = found.device, found.device.efficiency
     lines = [
@@ -132,7 +132,7 @@ def told(found: Calibration) -> list[str]:
     return lines
 
 
-def _of_recipe(checked: Checked, calibration: Calibration) -> Simulated:
+def _of_recipe(checked: Checked, calibration: Calibration) -> SimulatedRun:
     try:
         scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
         return simulate(scenario)
@@ -147,7 +147,7 @@ def _calibration(device: str) -> Calibration:
         raise BadInput(str(error)) from None
 
 
-def _told(what: str, simulated: Simulated) -> str:
+def _format_simulated(what: str, simulated: SimulatedRun) -> str:
     idle = ", ".join(f"{pool} {share:.0%}" for pool, share in simulated.pool_idle.items())
     ages = ", ".join(f"{share:.0%} at {age}" for age, share in simulated.staleness.items())
     return f"{what}: {simulated.step_s:.3g} s a step; idle: {idle}; versions old: {ages}"

@@ -88,7 +88,7 @@ def advise(folder: Path) -> Advice:
     )
 
 
-def told(advice: Advice) -> str:
+def format_advice(advice: Advice) -> str:
     """The advice as text."""
     lines = [
         f"{advice.run}: {advice.step_s:.3g} s a step over {advice.steps} steps "

@@ -11,12 +11,12 @@ import msgspec
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
-from asyncflow.planner.candidates import candidates, kinds_of
+from asyncflow.planner.candidates import candidates, device_kinds
 from asyncflow.planner.costs.devices import CATALOGUE, Refused
 from asyncflow.planner.costs.workload import Lengths, work_of
 from asyncflow.planner.simulation.scenario import Scenario
 from asyncflow.planner.simulation.scenarios import of_recipe, shapes_of
-from asyncflow.planner.simulation.simulator import Simulated, simulate
+from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.config import BadInput, Recipe
 
 AUTO = "auto"
@@ -24,11 +24,11 @@ SHORT_STEPS = 4  # that look alike, of each candidate's simulation
 SAME = 1.02  # steps that are this near count as equal: then fewer pools win
 
 
-class Found(msgspec.Struct, frozen=True):
+class SimulatedPlacement(msgspec.Struct, frozen=True):
     """A placement that can be run, and how it did."""
 
     recipe: Recipe  # with its pools and its placement
-    simulated: Simulated
+    simulated: SimulatedRun
 
     @property
     def name(self) -> str:
@@ -39,21 +39,23 @@ class Found(msgspec.Struct, frozen=True):
         return ", ".join(f"{'+'.join(own)} on {self.recipe.pools[pool].devices}" for pool, own in services.items())
 
 
-class Choice(msgspec.Struct, frozen=True):
+class PlacementChoice(msgspec.Struct, frozen=True):
     """The best placement, the next one, and how many were looked at."""
 
-    chosen: Found
-    runner_up: Found | None
+    chosen: SimulatedPlacement
+    runner_up: SimulatedPlacement | None
     candidates: int
     devices: str  # "8xA100-80G + 4xH100"
 
 
-def place(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration | None = None) -> Choice:
+def place(
+    recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration | None = None
+) -> PlacementChoice:
     """Choose pools and placement for a recipe. Raises BadInput, with the numbers, where nothing fits.
 
     `calibration` describes the devices; without it the recipe's pools do, or what is here.
     """
-    kinds = kinds_of(recipe, calibration)
+    kinds = device_kinds(recipe, calibration)
     told = " + ".join(str(kind.cluster) for kind in kinds)
     try:
         models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
@@ -68,7 +70,7 @@ def place(recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Cali
     fastest = min(one.simulated.step_s for one in found)
     found.sort(key=lambda one: (one.simulated.step_s > SAME * fastest, len(one.recipe.pools), one.simulated.step_s))
     others = sorted(found[1:], key=lambda one: one.simulated.step_s)
-    return Choice(found[0], others[0] if others else None, len(hopeful), told)
+    return PlacementChoice(found[0], others[0] if others else None, len(hopeful), told)
 
 
 def check_devices(recipe: Recipe) -> Recipe:
@@ -86,17 +88,17 @@ def check_devices(recipe: Recipe) -> Recipe:
     return msgspec.structs.replace(recipe, pools=pools)
 
 
-def _simulated(scenarios: list[tuple[Scenario, Recipe]]) -> list[Found]:
+def _simulated(scenarios: list[tuple[Scenario, Recipe]]) -> list[SimulatedPlacement]:
     """Those that could win, simulated; the most hopeful first, so that the bound passes over the others."""
     hopeful = sorted(((bound_s(s), i) for i, (s, _) in enumerate(scenarios)), key=lambda pair: pair[0])
-    found: list[Found] = []
+    found: list[SimulatedPlacement] = []
     for bound, number in hopeful:
         if len(found) > 1 and bound > sorted(one.simulated.step_s for one in found)[1]:
             break  # neither the best nor the runner-up
         scenario, candidate = scenarios[number]
         steps = min(scenario.pace.steps, scenario.steady.start + SHORT_STEPS + scenario.pace.staleness)
         pace = msgspec.structs.replace(scenario.pace, steps=steps)
-        found.append(Found(candidate, simulate(msgspec.structs.replace(scenario, pace=pace))))
+        found.append(SimulatedPlacement(candidate, simulate(msgspec.structs.replace(scenario, pace=pace))))
     return found
 
 

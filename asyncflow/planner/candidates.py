@@ -11,7 +11,7 @@ from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
 from asyncflow.planner.costs.devices import Cluster, Refused
 from asyncflow.planner.costs.workload import Lengths, ModelWork
-from asyncflow.planner.search.heterogeneous import Shared, shared_out
+from asyncflow.planner.search.heterogeneous import KindPlacements, across_kinds
 from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenarios import workload_of
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
@@ -22,7 +22,7 @@ from protocols.layout.topology import Topology
 HOPEFUL = 8  # of the mapper's placements of each way to generate
 
 
-class Kind(msgspec.Struct, frozen=True):
+class DeviceKind(msgspec.Struct, frozen=True):
     """Devices of one kind, and what a recipe's pools call it; "" is what there is."""
 
     device: str
@@ -34,7 +34,7 @@ class Kind(msgspec.Struct, frozen=True):
         return Cluster(self.calibration.device, self.count)
 
 
-def kinds_of(recipe: Recipe, calibration: Calibration | None) -> list[Kind]:
+def device_kinds(recipe: Recipe, calibration: Calibration | None) -> list[DeviceKind]:
     """The devices of a recipe's pools, or what is here. Raises BadInput.
 
     `calibration` describes them, where it is given: then they are of one kind.
@@ -52,7 +52,7 @@ def kinds_of(recipe: Recipe, calibration: Calibration | None) -> list[Kind]:
     return kinds
 
 
-def _kind(device: str, count: int, calibration: Calibration | None) -> Kind:
+def _kind(device: str, count: int, calibration: Calibration | None) -> DeviceKind:
     try:
         calibration = calibration or read_calibration(device or CPU_SLOT)
     except Refused as refused:
@@ -60,18 +60,18 @@ def _kind(device: str, count: int, calibration: Calibration | None) -> Kind:
     if calibration.device.name == CPU_SLOT and not calibration.device.cores:
         shared = msgspec.structs.replace(calibration.device, cores=float(os.cpu_count() or 1))
         calibration = msgspec.structs.replace(calibration, device=shared)
-    return Kind(device and calibration.device.name, count, calibration)
+    return DeviceKind(device and calibration.device.name, count, calibration)
 
 
 def candidates(
-    recipe: Recipe, dataflow: Dataflow, models: list[ModelWork], kinds: Sequence[Kind], prompt: Lengths
+    recipe: Recipe, dataflow: Dataflow, models: list[ModelWork], kinds: Sequence[DeviceKind], prompt: Lengths
 ) -> Iterator[Recipe]:
     """The recipe in every placement worth simulating that passes the checks of a run."""
     if kinds[0].cluster.device.name == CPU_SLOT:
         placed = _groupings(recipe, models, kinds[0])
     else:
         workload = workload_of(recipe, prompt, kinds[0].calibration)
-        mapped = shared_out(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
+        mapped = across_kinds(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
                             lambda model, topology: _runs(recipe, model, topology))  # fmt: skip
         placed = (_of_mapper(recipe, shared, kinds) for shared in mapped)
     for candidate in placed:
@@ -82,7 +82,7 @@ def candidates(
         yield candidate
 
 
-def _groupings(recipe: Recipe, models: list[ModelWork], kind: Kind) -> Iterator[Recipe]:
+def _groupings(recipe: Recipe, models: list[ModelWork], kind: DeviceKind) -> Iterator[Recipe]:
     """Whole models on one slot each, in every grouping, with and without a generator of its own."""
     roles = [model.role for model in models]
     for services in (roles, [*roles, GENERATOR]):
@@ -93,7 +93,7 @@ def _groupings(recipe: Recipe, models: list[ModelWork], kind: Kind) -> Iterator[
                 yield _with_pools(recipe, groups, dict.fromkeys(groups, Pool(1, kind.device)))
 
 
-def _of_mapper(recipe: Recipe, shared: Shared, kinds: Sequence[Kind]) -> Recipe:
+def _of_mapper(recipe: Recipe, shared: KindPlacements, kinds: Sequence[DeviceKind]) -> Recipe:
     groups, pools = {}, {}
     for kind, placement in zip(kinds, shared, strict=True):
         for pool in placement.pools if placement else ():

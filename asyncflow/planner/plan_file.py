@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import tomli_w
 
-from asyncflow.planner.auto import Choice
+from asyncflow.planner.auto import PlacementChoice
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
 
 
@@ -24,12 +24,12 @@ class SavedPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chosen_on: str = ""
 
 
-def save(choice: Choice, path: Path) -> None:
+def save(choice: PlacementChoice, path: Path) -> None:
     """Write a choice as a file that `placement` of a recipe may name."""
     path.write_text(text_of(choice))
 
 
-def text_of(choice: Choice) -> str:
+def text_of(choice: PlacementChoice) -> str:
     """A choice as TOML, to be read, edited and pinned."""
     recipe = choice.chosen.recipe
     saved = SavedPlan(
@@ -41,7 +41,7 @@ def text_of(choice: Choice) -> str:
     return tomli_w.dumps(msgspec.to_builtins(saved))
 
 
-def pinned(recipe: Recipe, path: str) -> Recipe:
+def with_saved_plan(recipe: Recipe, path: str) -> Recipe:
     """A recipe with the pools and the placement of a plan's file. Raises BadInput."""
     try:
         saved = msgspec.convert(tomllib.loads(Path(path).read_text("utf-8")), SavedPlan)

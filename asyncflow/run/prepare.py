@@ -13,7 +13,7 @@ from asyncflow.recipe.config import Recipe
 def prepare(recipe: Recipe) -> Checked:
     """Resolve `placement = "auto"` or a plan's file, and check the recipe against its files. Raises BadInput."""
     if recipe.placed_by not in ("", auto.AUTO):
-        recipe = plan_file.pinned(recipe, recipe.placed_by)
+        recipe = plan_file.with_saved_plan(recipe, recipe.placed_by)
     checked = check(auto.check_devices(recipe))
     if not checked.recipe.placed_by:
         return checked

@@ -73,7 +73,7 @@ def placements() -> Iterator[Line]:
 def without_communication(device: Device) -> Device:
     """The same device with links and a network that take no time."""
     reach = msgspec.structs.replace(device.efficiency, link_latency_s=0.0, network_latency_s=0.0)
-    return msgspec.structs.replace(device, link_bytes_per_s=1e18, network_bytes_per_s=1e18, reach=reach)
+    return msgspec.structs.replace(device, link_bytes_per_s=1e18, network_bytes_per_s=1e18, efficiency=reach)
 
 
 def by_kind(found: SetCosts, devices: int) -> dict[str, Split]:

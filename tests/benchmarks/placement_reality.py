@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from asyncflow.planner.auto import Choice, place
+from asyncflow.planner.auto import PlacementChoice, place
 from asyncflow.planner.calibration import machine
 from asyncflow.planner.calibration.calibration import Calibration
 from asyncflow.planner.calibration.measuring import measure
@@ -89,7 +89,7 @@ QUICK_CASES = ("local, together", "local, three pools, 1 ahead")
 class Bench:
     """The recipes, and the lines that are known of them."""
 
-    def __init__(self, work: Path, steps: int, sizes: machine.Sizes) -> None:
+    def __init__(self, work: Path, steps: int, sizes: machine.CalibrationSizes) -> None:
         self.work, self.steps, self.sizes = work, steps, sizes
         self._file = work / "results.jsonl"
         work.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class Bench:
         """Seconds of the steps, of the runs that count."""
         return [line["seconds"] for line in self._quiet(kind="run", case=name)]
 
-    def choice(self, runtime: str) -> Choice:
+    def choice(self, runtime: str) -> PlacementChoice:
         """What `auto` makes of a recipe one version ahead, on as many slots as a hand may use."""
         checked = check(self.recipe(Case(runtime, TOGETHER, 1)))
         asked = msgspec.structs.replace(checked.recipe, pools={}, placement={})
@@ -278,7 +278,7 @@ def main() -> None:
     end = time.monotonic() + given.seconds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     bench = Bench(given.work.absolute(), QUICK_STEPS if given.quick else STEPS,
-                  machine.QUICK if given.quick else machine.Sizes())  # fmt: skip
+                  machine.QUICK if given.quick else machine.CalibrationSizes())  # fmt: skip
     names = QUICK_CASES if given.quick else tuple(CASES)
     chosen = {n: CASES[n] for n in names if given.runtime in ("both", CASES[n].runtime)}
     runtimes = sorted({case.runtime for case in chosen.values()})

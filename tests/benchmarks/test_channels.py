@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from asyncflow.bench import scale
-from asyncflow.bench.channels import QUICK, RANKS, Figures, lines, measure
+from asyncflow.bench.channels import QUICK, RANKS, ChannelFigures, lines, measure
 
 
 async def test_every_row_passes_few_services_and_many_and_nothing_is_kept():
@@ -21,8 +21,8 @@ async def test_every_row_passes_few_services_and_many_and_nothing_is_kept():
 @pytest.mark.ray
 async def test_every_figure_is_told_beside_its_bound():
     figures = await measure(QUICK)
-    assert msgspec.json.decode(msgspec.json.encode(figures), type=Figures) == figures
-    assert figures.batch.front_bytes == 0
+    assert msgspec.json.decode(msgspec.json.encode(figures), type=ChannelFigures) == figures
+    assert figures.batch.coordinator_bytes == 0
     assert len(figures.batch.read_bytes) == RANKS
     assert [hop.ranks for hop in figures.hops] == [1, RANKS]
     assert [line.split()[0] for line in lines(figures) if not line.startswith(" ")] == [

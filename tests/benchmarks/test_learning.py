@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncflow.bench.learning import QUICK, RECIPES, measure
-from asyncflow.bench.learning_table import Case, Mean, Result, cases, lines, rows
+from asyncflow.bench.learning_table import Case, LearningResult, Mean, cases, lines, rows
 from asyncflow.cli.main import app
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.recipe.config import BadInput
@@ -16,8 +16,8 @@ from asyncflow.recipe.config import BadInput
 RECIPES_HERE = Path(__file__).parents[2] / RECIPES
 
 
-def result(case: Case, after: float, error: str = "") -> Result:
-    return Result(
+def result(case: Case, after: float, error: str = "") -> LearningResult:
+    return LearningResult(
         case=case,
         recipe="",
         error=error,
@@ -124,7 +124,7 @@ def recipes(tmp_path: Path) -> Path:
 
 
 async def test_a_finished_case_is_not_run_again_and_an_unfinished_one_is(recipes: Path, tmp_path: Path):
-    async def go() -> list[Result]:
+    async def go() -> list[LearningResult]:
         return await measure(["rloo"], 1, [], folder=tmp_path, recipes=recipes, effort=QUICK)
 
     (first,) = await go()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from asyncflow.bench.planning import QUICK, Figures, Searched, enumerated, lines, measure, rows
+from asyncflow.bench.planning import QUICK, PlanningFigures, SearchTiming, enumerated, lines, measure, rows
 from tests.asyncflow.planner.search import paper_search
 
 
-def searches(*seconds: tuple[int, float]) -> Figures:
-    return Figures([Searched(4, devices, taken, 0.0, 1) for devices, taken in seconds], [])
+def searches(*seconds: tuple[int, float]) -> PlanningFigures:
+    return PlanningFigures([SearchTiming(4, devices, taken, 0.0, 1) for devices, taken in seconds], [])
 
 
 @pytest.mark.parametrize(("models", "devices"), [(1, 5), (3, 6), (4, 9)])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncflow.bench.safety import RECIPES, Result, lines, measure, rows
+from asyncflow.bench.safety import RECIPES, SafetyResult, lines, measure, rows
 
 RECIPES_HERE = Path(__file__).parents[2] / RECIPES
-PPO = [Result("ppo", seed, 0.0, cost, 0.9, 0.8) for seed, cost in enumerate((10.0, 12.0))]
-SAFE = Result("safe_rlhf", 0, 0.0, -3.0, 0.01, 0.6, [1.0, 1.5, 0.5])
+PPO = [SafetyResult("ppo", seed, 0.0, cost, 0.9, 0.8) for seed, cost in enumerate((10.0, 12.0))]
+SAFE = SafetyResult("safe_rlhf", 0, 0.0, -3.0, 0.01, 0.6, [1.0, 1.5, 0.5])
 
 
 def test_costs_stand_beside_their_limit_and_the_multiplier_with_its_course():

@@ -7,16 +7,16 @@ from functools import cache
 import msgspec
 import pytest
 
-from asyncflow.bench.transition import QUICK, STYLES, Figures, StyleFigures, lines, measure
+from asyncflow.bench.transition import QUICK, STYLES, StyleFigures, TransitionFigures, lines, measure
 from protocols.layout.topology import Style
 
 
 @cache
-def figures(train: str, generate: str) -> Figures:
+def figures(train: str, generate: str) -> TransitionFigures:
     return measure(train, generate, QUICK)
 
 
-def of(style: Style, seen: Figures) -> StyleFigures:
+def of(style: Style, seen: TransitionFigures) -> StyleFigures:
     return next(one for one in seen.styles if one.style == style)
 
 
@@ -44,7 +44,7 @@ def test_only_ours_generates_with_the_training_shard_in_place():
 
 def test_every_figure_is_told_beside_its_bound():
     seen = figures("1-4-2", "1-2")
-    assert msgspec.json.decode(msgspec.json.encode(seen), type=Figures) == seen
+    assert msgspec.json.decode(msgspec.json.encode(seen), type=TransitionFigures) == seen
     assert [one.style for one in seen.styles] == list(STYLES)
     assert of("deepspeed", seen).speedup == 1.0
     assert all(one.seconds > 0 and one.bandwidth_share > 0 for one in seen.styles)

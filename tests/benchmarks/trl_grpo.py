@@ -25,7 +25,7 @@ from rich.console import Console
 
 from asyncflow.bench.learning import RECIPES, Effort, recipe_of, result_of
 from asyncflow.bench.learning_table import Case, Mean
-from asyncflow.bench.report import Row, report
+from asyncflow.bench.report import BenchRow, format_report
 from asyncflow.demo.prepare import prepare
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe
@@ -136,17 +136,17 @@ def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) 
     return found
 
 
-def rows(found: dict[str, Measured]) -> list[Row]:
+def rows(found: dict[str, Measured]) -> list[BenchRow]:
     """Ours beside TRL's; `peer` is TRL's."""
     ours, trl = found["asyncflow"], found["trl"]
     score, peer = Mean.of(ours.scores), Mean.of(trl.scores)
     speed, its = Mean.of(ours.speeds).value, Mean.of(trl.speeds).value
     return [
-        Row("held-out score", score.value, "share", peer.value, score.value / max(peer.value, 1e-9), bound=1.0),
-        Row("held-out score: spread over seeds", score.spread, "share", peer.spread),
-        Row("speed", speed, "samples/s", its, speed / its),
-        Row("drawing answers", Mean.of(ours.drawing).value, "s a step", Mean.of(trl.drawing).value),
-        Row("all else", Mean.of(ours.training).value, "s a step", Mean.of(trl.training).value),
+        BenchRow("held-out score", score.value, "share", peer.value, score.value / max(peer.value, 1e-9), bound=1.0),
+        BenchRow("held-out score: spread over seeds", score.spread, "share", peer.spread),
+        BenchRow("speed", speed, "samples/s", its, speed / its),
+        BenchRow("drawing answers", Mean.of(ours.drawing).value, "s a step", Mean.of(trl.drawing).value),
+        BenchRow("all else", Mean.of(ours.training).value, "s a step", Mean.of(trl.training).value),
     ]
 
 
@@ -174,7 +174,7 @@ LENGTHS = (3, 1, 9, 5, 7, 2)
 MOST_DIFFERENCE = 1e-6
 
 
-def compare_losses(python: Path, folder: Path) -> list[Row]:
+def compare_losses(python: Path, folder: Path) -> list[BenchRow]:
     """The largest difference in value or in gradient by a log-prob, over six rows of float64 tokens."""
     prepare(RECIPES, err)
     rng = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def compare_losses(python: Path, folder: Path) -> list[Row]:
     for name, (loss, _) in LOSSES.items():
         value, gradient = loss_of(loss, columns, advantages)
         differences = [value - theirs[name]["value"], *(gradient - theirs[name]["gradient"])]
-        found.append(Row(f"{name}: largest difference", max(map(abs, differences)), "nats", bound=MOST_DIFFERENCE))
+        found.append(BenchRow(f"{name}: largest difference", max(map(abs, differences)), "nats", bound=MOST_DIFFERENCE))
     return found
 
 
@@ -245,7 +245,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         err.print(f"error: {error.cmd[0]} {' '.join(map(str, error.cmd[1:4]))}: exit code {error.returncode}")
         return 1
-    out.print(report("trl_grpo", told), markup=False)
+    out.print(format_report("trl_grpo", told), markup=False)
     return int(given.losses and any(row.value > MOST_DIFFERENCE for row in told))
 
 

@@ -32,14 +32,14 @@ class Calibration(msgspec.Struct, frozen=True):
         return self.responses and self.responses.under(limit, self.limit or self.responses.maximum + 1)
 
 
-class Line(msgspec.Struct, frozen=True):
+class LinearFit(msgspec.Struct, frozen=True):
     """seconds = fixed_s + slope_s x amount"""
 
     fixed_s: float
     slope_s: float
 
 
-def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
+def fit(amounts: Sequence[float], seconds: Sequence[float]) -> LinearFit:
     """The line of least squares of relative errors, neither part below 0.
 
     Relative, since a small call matters as much to its own step as a large one to another.
@@ -57,7 +57,7 @@ def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
             candidates = [both]
     errors = [float(((c[0] + c[1] * x - y) ** 2 / y**2).sum()) for c in candidates]
     fixed, slope = candidates[int(np.argmin(errors))]
-    return Line(float(fixed), float(slope))
+    return LinearFit(float(fixed), float(slope))
 
 
 class Timed(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class Timed(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
+class ModelTimings(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured of a recipe's model on one slot."""
 
     shape: Shape
@@ -77,16 +77,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth: float
     forward: list[Timed]  # one micro-batch each
     update: list[Timed]  # `steps` optimizer steps of one micro-batch each
-    decode: Line  # seconds of a token for each of so many running sequences
+    decode: LinearFit  # seconds of a token for each of so many running sequences
     publish_s: float
 
 
-def fit_decode(steps: Sequence[tuple[float, float]]) -> Line:
+def fit_decode(steps: Sequence[tuple[float, float]]) -> LinearFit:
     """Of (mean running sequences, seconds of a decoding step)."""
     return fit([running for running, _ in steps], [seconds for _, seconds in steps])
 
 
-def efficiency_of(figures: Figures) -> Efficiency:
+def efficiency_of(figures: ModelTimings) -> Efficiency:
     """The reach with which the cost models give back what was measured."""
     shape, steps = figures.shape, figures.steps
     token_flops = shape.forward_flops(figures.sample_tokens / 2)

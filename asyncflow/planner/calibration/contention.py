@@ -23,7 +23,7 @@ from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
 from asyncflow.planner.calibration.calibration import Timed
-from asyncflow.planner.calibration.machine import Sizes, rate
+from asyncflow.planner.calibration.machine import CalibrationSizes, rate
 from asyncflow.planner.calibration.worker_harness import WorkerHarness, forward_calls, update_calls
 from asyncflow.recipe.config import Recipe
 
@@ -32,7 +32,7 @@ MOST_ROWS = 256  # of the data that a child is given
 PATIENCE_S = 300.0  # with a child, from its start to its end
 
 
-class Own(msgspec.Struct, frozen=True):
+class RecipeTimings(msgspec.Struct, frozen=True):
     """A recipe's own work."""
 
     cores: float  # how many times one service's work is done by as many services as there are cores
@@ -41,7 +41,7 @@ class Own(msgspec.Struct, frozen=True):
     update: list[Timed]
 
 
-def in_threads(bench: WorkerHarness, tokens: int) -> Own:
+def in_threads(bench: WorkerHarness, tokens: int) -> RecipeTimings:
     """Of services in one process."""
     forward, update = forward_calls(bench, tokens), update_calls(bench, tokens)
     works = [work_of(bench, name, tokens) for name in computing(bench.recipe, bench.dataflow)]
@@ -51,14 +51,14 @@ def in_threads(bench: WorkerHarness, tokens: int) -> Own:
         with ThreadPoolExecutor(count) as threads:
             return list(threads.map(lambda work: rate(work, bench.sizes.seconds), works[:count]))
 
-    return Own(*_at_once(alone, together), forward, update)
+    return RecipeTimings(*_at_once(alone, together), forward, update)
 
 
-def in_processes(bench: WorkerHarness, tokens: int) -> Own:
+def in_processes(bench: WorkerHarness, tokens: int) -> RecipeTimings:
     """Of services in a process each; cores beyond the number of services are taken to be as good."""
     names, cores = computing(bench.recipe, bench.dataflow), os.cpu_count() or 1
     rows = bench.source.rows[:MOST_ROWS]
-    children = [_Child(_Task(bench.recipe, rows, name, tokens, bench.sizes)) for name in names]
+    children = [_Child(_ChildTask(bench.recipe, rows, name, tokens, bench.sizes)) for name in names]
 
     def together(count: int) -> list[float]:
         for child in children[:count]:
@@ -73,7 +73,7 @@ def in_processes(bench: WorkerHarness, tokens: int) -> Own:
     finally:
         for child in children:
             child.close()
-    return Own(max(at_once, at_once * cores / len(children)), crowded, forward, update)
+    return RecipeTimings(max(at_once, at_once * cores / len(children)), crowded, forward, update)
 
 
 def computing(recipe: Recipe, dataflow: Dataflow) -> list[str]:
@@ -85,7 +85,7 @@ def computing(recipe: Recipe, dataflow: Dataflow) -> list[str]:
 
 def work_of(bench: WorkerHarness, service: str, tokens: int) -> Callable[[], object]:
     """A call of a service over rows of so many tokens: an update where it trains."""
-    rows = bench.sizes.abreast_rows
+    rows = bench.sizes.contention_rows
     stages = [stage for stage in bench.dataflow.stages_of(service) if not stage.generates]
     stage = next((stage for stage in stages if stage.is_sink), stages[0])
     work = bench.places[service].method(stage.method)
@@ -105,20 +105,20 @@ def _at_once(alone: list[float], together: Callable[[int], list[float]]) -> tupl
 # --- a service in a process of its own
 
 
-class _Task(msgspec.Struct, frozen=True):
+class _ChildTask(msgspec.Struct, frozen=True):
     """What a child is to do."""
 
     recipe: Recipe
     rows: list[DataRow]  # of its data
     service: str
     tokens: int
-    sizes: Sizes
+    sizes: CalibrationSizes
 
 
 class _Child:
     """A process with one service's worker, that works when it is told to."""
 
-    def __init__(self, task: _Task) -> None:
+    def __init__(self, task: _ChildTask) -> None:
         command = [sys.executable, "-m", __name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._deadline = threading.Timer(PATIENCE_S, self._process.kill)
@@ -150,7 +150,7 @@ class _Child:
 
 def _work() -> None:
     """The child: be built, then measure once for every line."""
-    task = msgspec.json.decode(sys.stdin.readline(), type=_Task)
+    task = msgspec.json.decode(sys.stdin.readline(), type=_ChildTask)
     recipe, tokens = task.recipe, task.tokens
     source = PromptSource(task.rows, recipe.models["policy"].path, recipe.seed)
     dataflow = trace(algorithm_named(recipe.algorithm))

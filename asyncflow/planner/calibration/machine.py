@@ -29,22 +29,24 @@ COPIED_BYTES = 64 << 20
 STATES: tuple[State, ...] = ("generated", "scored", "batched")
 
 
-class Sizes(msgspec.Struct, frozen=True):
+class CalibrationSizes(msgspec.Struct, frozen=True):
     """How much is measured."""
 
     rows: tuple[int, ...] = (1, 8, 32, 128)  # of a forward pass
     trained_rows: tuple[int, ...] = (4, 16, 48, 128)  # of an optimizer step
-    abreast_rows: int = 48  # of services side by side
+    contention_rows: int = 48  # of services side by side
     running: tuple[int, ...] = (1, 4, 16, 64)  # sequences that are drawn together
     rounds: int = 5
     calls: int = 40
     seconds: float = 2.0  # of working alone, and of working beside others
 
 
-QUICK = Sizes(rows=(1, 16), trained_rows=(4, 16), abreast_rows=8, running=(1, 16), rounds=2, calls=8, seconds=0.2)
+QUICK = CalibrationSizes(
+    rows=(1, 16), trained_rows=(4, 16), contention_rows=8, running=(1, 16), rounds=2, calls=8, seconds=0.2
+)
 
 
-def peak_flops(sizes: Sizes) -> float:
+def peak_flops(sizes: CalibrationSizes) -> float:
     """Flops a second of one large product, on as many threads as torch was told to use."""
     import torch
 
@@ -52,18 +54,18 @@ def peak_flops(sizes: Sizes) -> float:
     return 2 * MATRIX**3 / median_s(lambda: a @ a, 4 * sizes.rounds)
 
 
-def bandwidth(sizes: Sizes) -> float:
+def bandwidth(sizes: CalibrationSizes) -> float:
     """Bytes a second that copying reads and writes."""
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
     return 2 * COPIED_BYTES / median_s(lambda: np.copyto(target, source), sizes.rounds)
 
 
-async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: Sizes) -> float:
+async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: CalibrationSizes) -> float:
     """Rows through a service that does nothing with them."""
     spec = ServiceSpec(
-        name="echo", kind=f"{__name__}:Echo", run=f"calibration-{os.getpid()}", term=0, seed=0, deterministic=False,
-        stages=[], pool="", leased=False, samples_per_prompt=1, mailbox_rows=64, firing_rows=64,
+        name="echo", kind=f"{__name__}:EchoScores", run=f"calibration-{os.getpid()}", term=0, seed=0,
+        deterministic=False, stages=[], pool="", leased=False, samples_per_prompt=1, mailbox_rows=64, firing_rows=64,
         inline_bytes=recipe.inline_bytes,
     )  # fmt: skip
     try:
@@ -84,7 +86,7 @@ async def _mediancall_s(endpoint: Endpoint, store: Store, rows: Prompts, calls: 
     return statistics.median(seconds)
 
 
-class Echo:
+class EchoScores:
     """Scores every row 0, at once: what is left is the call."""
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
@@ -96,7 +98,7 @@ class Echo:
         return Scores(sample_ids=prompts.sample_ids, scores=np.zeros(len(prompts), np.float32))
 
 
-def record_s(recipe: Recipe, sizes: Sizes) -> float:
+def record_s(recipe: Recipe, sizes: CalibrationSizes) -> float:
     """A step's transactions, in the folder where the recipe's runs are."""
     root = Path(recipe.folder)
     root.mkdir(parents=True, exist_ok=True)

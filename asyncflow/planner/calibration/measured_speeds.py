@@ -9,17 +9,17 @@ import msgspec
 import numpy as np
 
 from asyncflow.observe.timeline import method_of
-from asyncflow.planner.calibration.calibration import Line, fit
+from asyncflow.planner.calibration.calibration import LinearFit, fit
 from protocols.control.notices import Span
 
-NOTHING = Line(0.0, 0.0)
+NOTHING = LinearFit(0.0, 0.0)
 
 
 class MeasuredSpeed(msgspec.Struct, frozen=True):
     """A service's calls as they were measured. Implements `Speed`."""
 
-    forward: Line = NOTHING  # over rows
-    update: Line = NOTHING  # over rows
+    forward: LinearFit = NOTHING  # over rows
+    update: LinearFit = NOTHING  # over rows
     step_s: float = 0.0  # a decoding step of the engine, whoever runs in it
     engines: int = 1
     slots: int = 1 << 30
@@ -58,7 +58,7 @@ def own_work(spans: Sequence[Span], cores: float) -> list[float]:
 
 
 def speeds_of(
-    spans: Sequence[Span], services: Sequence[str], cores: float, drawn_tokens: float
+    spans: Sequence[Span], services: Sequence[str], cores: float, tokens_per_span: float
 ) -> dict[str, MeasuredSpeed]:
     """The speed of every service, from the spans of steps that look alike.
 
@@ -84,7 +84,7 @@ def speeds_of(
         speeds[service] = MeasuredSpeed(
             forward=_line(inference),
             update=_line(work.get((service, "update"), [])),
-            step_s=seconds_of(service, "generate") / drawn_tokens,
+            step_s=seconds_of(service, "generate") / tokens_per_span,
             publish_s=max(seconds_of(service, "publish"), seconds_of(service, "load")),
         )
     return speeds
@@ -96,6 +96,6 @@ NOT_INFERENCE = frozenset(
 )  # fmt: skip
 
 
-def _line(calls: Sequence[tuple[int, float]]) -> Line:
+def _line(calls: Sequence[tuple[int, float]]) -> LinearFit:
     known = [(rows, seconds) for rows, seconds in calls if rows > 0]
     return fit([rows for rows, _ in known], [seconds for _, seconds in known]) if known else NOTHING

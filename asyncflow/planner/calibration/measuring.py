@@ -24,9 +24,9 @@ import msgspec
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
 from asyncflow.planner.calibration import machine
-from asyncflow.planner.calibration.calibration import Calibration, Figures, efficiency_of, fit_decode
+from asyncflow.planner.calibration.calibration import Calibration, ModelTimings, efficiency_of, fit_decode
 from asyncflow.planner.calibration.contention import in_processes, in_threads
-from asyncflow.planner.calibration.machine import Sizes, median_s
+from asyncflow.planner.calibration.machine import CalibrationSizes, median_s
 from asyncflow.planner.calibration.worker_harness import WorkerHarness, message_of
 from asyncflow.planner.costs.devices import Device
 from asyncflow.planner.costs.workload import Lengths
@@ -39,21 +39,23 @@ from protocols.weights import Version
 
 
 async def measure(
-    recipe: Recipe, dataflow: Dataflow, source: PromptSource, runtime: Runtime, sizes: Sizes
+    recipe: Recipe, dataflow: Dataflow, source: PromptSource, runtime: Runtime, sizes: CalibrationSizes
 ) -> Calibration:
     """Calibrate on a recipe's models; `runtime` is one of the recipe's kind that has not been started."""
     call_s = await machine.call_s(runtime, recipe, source, sizes)
     return await asyncio.to_thread(_measure, recipe, dataflow, source, call_s, sizes)
 
 
-def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: Sizes) -> Calibration:
+def _measure(
+    recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: CalibrationSizes
+) -> Calibration:
     with closing(WorkerHarness(recipe, dataflow, source, sizes)) as bench:
         peak, bandwidth = machine.peak_flops(sizes), machine.bandwidth(sizes)
-        drawn = [_drawn(bench, rows) for rows in sizes.running for _ in range(2)]
+        drawn = [_generate(bench, rows) for rows in sizes.running for _ in range(2)]
         responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
         tokens = round(responses.mean)
         own = in_threads(bench, tokens) if recipe.runtime == "local" else in_processes(bench, tokens)
-        figures = Figures(
+        figures = ModelTimings(
             shape=shapes_of(recipe)["policy"],
             sample_tokens=float(bench.rollouts(max(sizes.rows), tokens).token_counts.mean()),
             steps=recipe.loss.epochs * recipe.loss.mini_batches,
@@ -87,7 +89,7 @@ def _measure(recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: f
 # --- the recipe's models
 
 
-class Draw(msgspec.Struct, frozen=True):
+class TimedGeneration(msgspec.Struct, frozen=True):
     """Sequences that were drawn together."""
 
     lengths: list[int]
@@ -102,14 +104,14 @@ class Draw(msgspec.Struct, frozen=True):
         return sum(self.lengths)
 
 
-def _drawn(bench: WorkerHarness, rows: int) -> Draw:
+def _generate(bench: WorkerHarness, rows: int) -> TimedGeneration:
     engine = bench.engine
     sampling = Sampling(max_tokens=bench.recipe.generation.max_tokens, temperature=bench.recipe.generation.temperature)
     start, finished = time.perf_counter(), []
     engine.submit(bench.prompts(rows), sampling)
     while engine.unfinished:
         finished += engine.step()
-    return Draw([len(row.tokens) for row in finished], time.perf_counter() - start)
+    return TimedGeneration([len(row.tokens) for row in finished], time.perf_counter() - start)
 
 
 def _publish_s(bench: WorkerHarness) -> float:

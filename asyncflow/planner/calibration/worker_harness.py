@@ -12,7 +12,7 @@ import numpy as np
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.calibration.calibration import Timed
-from asyncflow.planner.calibration.machine import Sizes, median_s
+from asyncflow.planner.calibration.machine import CalibrationSizes, median_s
 from asyncflow.planner.simulation.scenarios import shapes_of
 from asyncflow.recipe.config import Recipe
 from asyncflow.recipe.service_specs import GENERATOR, compose
@@ -28,7 +28,12 @@ class WorkerHarness:
     """From its making until `close`."""
 
     def __init__(
-        self, recipe: Recipe, dataflow: Dataflow, source: PromptSource, sizes: Sizes, only: Collection[str] = ()
+        self,
+        recipe: Recipe,
+        dataflow: Dataflow,
+        source: PromptSource,
+        sizes: CalibrationSizes,
+        only: Collection[str] = (),
     ) -> None:
         """`only` these services, and none of them generates; by default all."""
         self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes

@@ -32,7 +32,7 @@ class Layout(msgspec.Struct, frozen=True):
         return self.topology.world_size // (self.gen_pp * self.gen_tp)
 
 
-class Choice(NamedTuple):
+class LayoutChoice(NamedTuple):
     """Layouts of a set of models on the same devices. Seconds a step, bytes a device."""
 
     generation_s: float
@@ -56,9 +56,9 @@ class Choice(NamedTuple):
         """Bytes a device, keys and values aside."""
         return self.resident + self.transient
 
-    def beside(self, other: Choice) -> Choice:
+    def beside(self, other: LayoutChoice) -> LayoutChoice:
         """Both on the same devices, one at a time."""
-        return Choice(
+        return LayoutChoice(
             generation_s=self.generation_s + other.generation_s,
             preparation_s=self.preparation_s + other.preparation_s,
             training_s=self.training_s + other.training_s,
@@ -69,7 +69,7 @@ class Choice(NamedTuple):
         )
 
 
-NOTHING = Choice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
+NOTHING = LayoutChoice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
 
 def topologies(shape: Shape, devices: int, tensor_limit: int) -> Iterator[Topology]:
@@ -80,7 +80,7 @@ def topologies(shape: Shape, devices: int, tensor_limit: int) -> Iterator[Topolo
                 yield Topology(pp, tp, devices // (pp * tp))
 
 
-def front(choices: Iterable[tuple[Choice, Choice]], usable: float) -> list[Choice]:
+def pareto_front(choices: Iterable[tuple[LayoutChoice, LayoutChoice]], usable: float) -> list[LayoutChoice]:
     """Pairs that fit, as one, and that no other equals or beats in time, resident and transient memory; fastest first.
 
     Taken in order of time, a pair is beaten where the step it would stand on is as low: resident memory rises along
@@ -90,7 +90,7 @@ def front(choices: Iterable[tuple[Choice, Choice]], usable: float) -> list[Choic
         (one.total_s + more.total_s, one.resident + more.resident, max(one.transient, more.transient), one, more)
         for one, more in choices
     ]
-    kept: list[Choice] = []
+    kept: list[LayoutChoice] = []
     residents: list[float] = []
     transients: list[float] = []
     for _, resident, transient, one, more in sorted(keyed, key=itemgetter(0, 1, 2)):

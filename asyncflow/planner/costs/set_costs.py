@@ -13,7 +13,7 @@ from itertools import product
 
 from asyncflow.planner.costs import costs, memory
 from asyncflow.planner.costs.devices import GB, Cluster, Refused
-from asyncflow.planner.costs.layouts import NOTHING, Choice, Layout, divisors, front, topologies
+from asyncflow.planner.costs.layouts import NOTHING, Layout, LayoutChoice, divisors, pareto_front, topologies
 from asyncflow.planner.costs.workload import ModelWork, Workload
 from asyncflow.planner.search.mapper import Floats, Split, bounds, search, step_s, vectors_of
 from protocols.layout.topology import Topology
@@ -77,7 +77,7 @@ class SetCosts:
         least = bounds(table, len(self.models), devices)[(1 << len(self.models)) - 1][devices]
         return float(step_s(least, self.workload.staleness))
 
-    def parts(self, choice: Choice) -> list[tuple[ModelWork, Layout, Choice]]:
+    def parts(self, choice: LayoutChoice) -> list[tuple[ModelWork, Layout, LayoutChoice]]:
         """A choice taken apart: each model with its layout, its own seconds and its own bytes."""
         alone = []
         for index, layout in choice.layouts:
@@ -88,7 +88,7 @@ class SetCosts:
             alone.append((model, layout, own._replace(load_s=own.total_s, layouts=((index, layout),))))
         return alone
 
-    def cache_bytes(self, choice: Choice, layout: Layout) -> float:
+    def cache_bytes(self, choice: LayoutChoice, layout: Layout) -> float:
         """Bytes a device that are left for keys and values while a choice's generating model runs."""
         shape = self.models[self._generating].shape
         added = memory.generation_bytes(shape, layout.topology, layout.gen_pp, layout.gen_tp)
@@ -101,15 +101,15 @@ class SetCosts:
         sources = [index for index, model in enumerate(self.models) if model.role == source]  # none: it is elsewhere
         return 1 << self._generating | 1 << sources[0] if sources else 0
 
-    def _row(self, mask: int) -> list[Choice | None]:
+    def _row(self, mask: int) -> list[LayoutChoice | None]:
         """By number of devices, the fastest choice on at most so many: devices that only slow it stay idle."""
-        row: list[Choice | None] = [None]
+        row: list[LayoutChoice | None] = [None]
         for devices in range(1, self._largest + 1):
             best, fewer = self._best(mask, devices), row[-1]
             row.append(fewer if best is None or (fewer and fewer.total_s <= best.total_s) else best)
         return row
 
-    def _best(self, mask: int, devices: int) -> Choice | None:
+    def _best(self, mask: int, devices: int) -> LayoutChoice | None:
         """The fastest choice on exactly so many devices; None where the set does not fit."""
         if self._strangers and mask & self._strangers == self._strangers:
             return None
@@ -117,7 +117,7 @@ class SetCosts:
         others = self._others(mask & ~generator, devices)
         if not mask & generator or not others:
             return others[0] if others else None
-        best: Choice | None = None
+        best: LayoutChoice | None = None
         for other in others:
             for hoped in self._single(self._generating, devices):
                 if best and other.total_s + hoped.total_s >= best.total_s:
@@ -127,7 +127,7 @@ class SetCosts:
                     best = real
         return best
 
-    def _beside(self, other: Choice, hoped: Choice, devices: int) -> Choice | None:
+    def _beside(self, other: LayoutChoice, hoped: LayoutChoice, devices: int) -> LayoutChoice | None:
         """The generating model beside the others, with the cache that memory leaves; None where it does not fit."""
         usable = self.cluster.device.usable_bytes
         both = hoped.beside(other)
@@ -144,16 +144,16 @@ class SetCosts:
         load = has.load_s + latency - has.latency_s if alone else latency + both.preparation_s + both.training_s
         return both._replace(generation_s=latency, load_s=load)
 
-    def _combined(self, mask: int, devices: int) -> list[Choice]:
+    def _combined(self, mask: int, devices: int) -> list[LayoutChoice]:
         """Models that don't generate: the front of time against memory, fastest first."""
         if not mask:
             return [NOTHING]
         lowest = mask & -mask
         singles = self._single(lowest.bit_length() - 1, devices)
         rest = self._others(mask ^ lowest, devices)
-        return front(product(singles, rest), self.cluster.device.usable_bytes)
+        return pareto_front(product(singles, rest), self.cluster.device.usable_bytes)
 
-    def _candidates(self, index: int, devices: int) -> list[Choice]:
+    def _candidates(self, index: int, devices: int) -> list[LayoutChoice]:
         """One model's layouts that fit alone, fastest first; a generating model's with a cache for everything."""
         model = self.models[index]
         found = []
@@ -169,9 +169,9 @@ class SetCosts:
                     ]
         if model.generates:
             return sorted(found, key=lambda choice: choice.total_s)
-        return front(((choice, NOTHING) for choice in found), self.cluster.device.usable_bytes)
+        return pareto_front(((choice, NOTHING) for choice in found), self.cluster.device.usable_bytes)
 
-    def _base(self, model: ModelWork, topology: Topology, recompute: bool) -> Choice:
+    def _base(self, model: ModelWork, topology: Topology, recompute: bool) -> LayoutChoice:
         """Preparation, training and memory of a layout."""
         needs = memory.footprint(model, topology, self.workload, recompute)
         device, shape = self.cluster.device, model.shape
@@ -180,7 +180,7 @@ class SetCosts:
         if model.rereads and self.workload.epochs * self.workload.mini_batches > 1:
             trains += costs.forward_s(shape, topology, self.workload, device)
         prepares = model.forwards * once
-        return Choice(0.0, prepares, trains, prepares + trains, needs.resident, needs.transient, ())
+        return LayoutChoice(0.0, prepares, trains, prepares + trains, needs.resident, needs.transient, ())
 
     def _generating_layouts(
         self, model: ModelWork, topology: Topology, recompute: bool

@@ -21,18 +21,18 @@ from asyncflow.planner.search.plan import Placement, ranked, ways_to_generate
 
 EACH = 2  # placements of each kind's models that are combined
 
-Shared = tuple[Placement | None, ...]  # of each kind's models; None where it has none
+KindPlacements = tuple[Placement | None, ...]  # of each kind's models; None where it has none
 
 
-def shared_out(
+def across_kinds(
     models: Sequence[ModelWork], clusters: Sequence[Cluster], workload: Workload, keep: int, allows: Allows
-) -> list[Shared]:
+) -> list[KindPlacements]:
     """The `keep` most hopeful placements of each way to generate. Raises Refused, with the numbers, where none fits."""
     each = keep if len(clusters) == 1 else EACH
-    found: list[tuple[float, Shared]] = []
+    found: list[tuple[float, KindPlacements]] = []
     refusals: list[Refused] = []
     for works in ways_to_generate(models):
-        of_this: list[tuple[float, Shared]] = []
+        of_this: list[tuple[float, KindPlacements]] = []
         for homes in product(range(len(clusters)), repeat=len(works)):
             best: list[Sequence[Placement | None]] = []
             try:
@@ -49,7 +49,7 @@ def shared_out(
     return [shared for _, shared in sorted(found, key=itemgetter(0))]
 
 
-def together_s(shared: Shared, staleness: int) -> float:
+def together_s(shared: KindPlacements, staleness: int) -> float:
     """Seconds a step of placements side by side."""
     vectors = [[*p.stage_s.values(), max(pool.busy_s for pool in p.pools)] for p in shared if p]
     return float(step_s(np.max(np.array(vectors), axis=0), staleness))

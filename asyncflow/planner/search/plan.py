@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from asyncflow.planner.costs.devices import GB, Cluster, Refused
-from asyncflow.planner.costs.layouts import Choice, Layout
+from asyncflow.planner.costs.layouts import Layout, LayoutChoice
 from asyncflow.planner.costs.set_costs import Allows, SetCosts
 from asyncflow.planner.costs.workload import ModelWork, Workload, apart
 from asyncflow.planner.search.mapper import STAGES, Split
@@ -31,7 +31,7 @@ class PlacedModel(msgspec.Struct, frozen=True):
     cache_gb: float  # for keys and values, only while it generates
 
 
-class Pool(msgspec.Struct, frozen=True):
+class PlannedPool(msgspec.Struct, frozen=True):
     """Models that take turns on the same devices."""
 
     devices: int  # more than its models use, where the rest would only slow them
@@ -49,7 +49,7 @@ class Placement(msgspec.Struct, frozen=True):
 
     step_s: float
     stage_s: dict[str, float]
-    pools: tuple[Pool, ...]
+    pools: tuple[PlannedPool, ...]
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ def why(chosen: Placement, other: Placement) -> str:
     return f"{reason}; {', '.join(faster)}" if slower and faster else reason
 
 
-def draw(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """The plan as text: a block a pool, a line a model, then the step, the runner-up and what more would buy."""
     best = plan.chosen
     manner = "synchronous" if not plan.staleness else f"staleness {plan.staleness}"
@@ -174,7 +174,7 @@ def _placement(split: Split, costs: SetCosts) -> Placement:
         assert choice is not None, "the search takes finite costs only"
         placed = sorted(costs.parts(choice), key=lambda part: costs.models.index(part[0]))
         pools.append(
-            Pool(
+            PlannedPool(
                 devices=devices,
                 busy_s=choice.load_s,
                 peak_gb=choice.peak / GB,
@@ -184,7 +184,7 @@ def _placement(split: Split, costs: SetCosts) -> Placement:
     return Placement(split.step_s, dict(zip(STAGES, split.vector, strict=False)), tuple(pools))
 
 
-def _placed(model: ModelWork, layout: Layout, own: Choice, choice: Choice, costs: SetCosts) -> PlacedModel:
+def _placed(model: ModelWork, layout: Layout, own: LayoutChoice, choice: LayoutChoice, costs: SetCosts) -> PlacedModel:
     return PlacedModel(
         role=model.role,
         shape=model.shape.name,

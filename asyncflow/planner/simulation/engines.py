@@ -12,11 +12,11 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from asyncflow.planner.costs.speeds import Speed
-from asyncflow.planner.simulation.simulated import Row, World
+from asyncflow.planner.simulation.simulated import SampleLengths, SimulatedWorld
 from asyncflow.planner.simulation.virtual_clock import Signal
 
 
-class Drawn(NamedTuple):
+class GeneratedSample(NamedTuple):
     """A finished sample, and the oldest version of weights that drew a token of it."""
 
     sample: int
@@ -26,7 +26,9 @@ class Drawn(NamedTuple):
 class Generator:
     """A service that generates."""
 
-    def __init__(self, world: World, service: str, apart: bool, done: Callable[[Sequence[Drawn]], None]) -> None:
+    def __init__(
+        self, world: SimulatedWorld, service: str, apart: bool, done: Callable[[Sequence[GeneratedSample]], None]
+    ) -> None:
         """`done` gets samples as they finish."""
         self._world, self._service, self._done = world, service, done
         self._speed = world.speed(service)
@@ -99,7 +101,7 @@ class Generator:
         """One engine steps until nothing runs; alone on its devices it takes further rows in as slots fall free."""
         whole = self._world.scenario.whole_batches
         goes_on = self._each == 1 and not self._world.shares(self._service)
-        batch = Batch(self._speed)
+        batch = RunningSequences(self._speed)
         self._fill(batch, number)
         while batch.running:
             finished, seconds = batch.whole() if whole else batch.turn(self._world.scenario.turn_tokens)
@@ -112,7 +114,7 @@ class Generator:
             if goes_on or not batch.running:
                 self._fill(batch, number)
 
-    def _fill(self, batch: Batch, number: int) -> None:
+    def _fill(self, batch: RunningSequences, number: int) -> None:
         """Rows take slots, shared evenly among the engines, as far as the weights are new enough."""
         level = -(-(self._running + len(self._waiting)) // self._speed.engines)
         most = min(self._speed.slots, level)
@@ -122,7 +124,7 @@ class Generator:
             self._running += 1
 
 
-class Batch:
+class RunningSequences:
     """The sequences that one engine runs, and how far each has come."""
 
     def __init__(self, speed: Speed) -> None:
@@ -137,22 +139,22 @@ class Batch:
     def running(self) -> int:
         return len(self._ends)
 
-    def add(self, sample: int, row: Row, version: int) -> None:
+    def add(self, sample: int, row: SampleLengths, version: int) -> None:
         """A sequence begins."""
         heappush(self._ends, (self._drawn + row.response, sample))
         self._began[sample] = row.length, version
         self._context += row.prompt
         self._new.append(row.prompt)
 
-    def turn(self, tokens: int) -> tuple[list[Drawn], float]:
+    def turn(self, tokens: int) -> tuple[list[GeneratedSample], float]:
         """Up to so many tokens, or until a sequence ends: those that ended, and the seconds."""
         drawn = min(tokens, self._ends[0][0] - self._drawn)
         seconds = self._read() + self._draw(drawn)
         return self._finished(), seconds
 
-    def whole(self) -> tuple[list[Drawn], float]:
+    def whole(self) -> tuple[list[GeneratedSample], float]:
         """All sequences to their ends; they leave together."""
-        seconds, finished = self._read(), list[Drawn]()
+        seconds, finished = self._read(), list[GeneratedSample]()
         while self._ends:
             seconds += self._draw(self._ends[0][0] - self._drawn)
             finished += self._finished()
@@ -169,11 +171,11 @@ class Batch:
         self._context += running * tokens
         return tokens * self._speed.decode_s(running, context)
 
-    def _finished(self) -> list[Drawn]:
-        finished: list[Drawn] = []
+    def _finished(self) -> list[GeneratedSample]:
+        finished: list[GeneratedSample] = []
         while self._ends and self._ends[0][0] <= self._drawn:
             sample = heappop(self._ends)[1]
             length, version = self._began.pop(sample)
             self._context -= length
-            finished.append(Drawn(sample, version))
+            finished.append(GeneratedSample(sample, version))
         return finished

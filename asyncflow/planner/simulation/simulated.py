@@ -23,7 +23,7 @@ from asyncflow.services.channels.row_table import RowTable
 Send = Callable[[Stage, Sequence[int]], Awaitable[None]]
 
 
-class Row(msgspec.Struct, frozen=True):
+class SampleLengths(msgspec.Struct, frozen=True):
     """A sample's lengths in tokens."""
 
     prompt: int
@@ -34,15 +34,15 @@ class Row(msgspec.Struct, frozen=True):
         return self.prompt + self.response
 
 
-class World:
+class SimulatedWorld:
     """What all simulated services share."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.clock = Clock()
         self.cores = Cores(self.clock, scenario.cores, scenario.crowded)
-        self.rows: dict[int, Row] = {}
-        self.busy = Busy(self.clock, scenario.pools)
+        self.rows: dict[int, SampleLengths] = {}
+        self.busy = BusyTime(self.clock, scenario.pools)
         self._threads: dict[tuple[str, int], Lock] = {}
         self._leases = shared_leases({s: p for s, p in scenario.pools.items() if p})
         self._tickets = itertools.count()
@@ -76,9 +76,9 @@ class World:
         """Whether other services take turns with it."""
         return service in self._leases
 
-    def lease(self, service: str, stage: str) -> Turn:
+    def lease(self, service: str, stage: str) -> LeaseTurn:
         """The pool's devices, in calling order; free of charge where nobody shares them."""
-        return Turn(self, self._leases.get(service), Claim(service, next(self._tickets), stage))
+        return LeaseTurn(self, self._leases.get(service), Claim(service, next(self._tickets), stage))
 
     def wait_for(self, ticket: int) -> Signal:
         """What tells a claim that it is its turn."""
@@ -94,10 +94,10 @@ class World:
         self._grants.pop(ticket, None)
 
 
-class Turn:
+class LeaseTurn:
     """One claim on a pool, held inside of `async with`."""
 
-    def __init__(self, world: World, lease: PoolLease | None, claim: Claim) -> None:
+    def __init__(self, world: SimulatedWorld, lease: PoolLease | None, claim: Claim) -> None:
         self._world, self._lease, self._claim = world, lease, claim
 
     async def __aenter__(self) -> None:
@@ -114,7 +114,7 @@ class Turn:
             self._world.grant(self._lease.give_back(self._claim.service, self._claim.ticket))
 
 
-class Busy:
+class BusyTime:
     """Seconds in which services, and pools of them, were at work; an engine of several is a part of its service."""
 
     def __init__(self, clock: Clock, pools: Mapping[str, str]) -> None:
@@ -170,10 +170,10 @@ class Inbox:
         self._table.end(prompts)
 
 
-class RowStage:
+class SimulatedRowStage:
     """log_probs, values, score: rows in, rows out."""
 
-    def __init__(self, world: World, stage: Stage, service: str, send: Send) -> None:
+    def __init__(self, world: SimulatedWorld, stage: Stage, service: str, send: Send) -> None:
         scenario = world.scenario
         self._world, self._stage, self._service, self._send = world, stage, service, send
         self.inbox = Inbox(world.clock, len(stage.inputs), scenario.mailbox_rows or scenario.samples_per_step)

@@ -21,16 +21,16 @@ from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import Admission, Ready, check_age
 from asyncflow.dataflow.graph import SOURCE, Stage
 from asyncflow.planner.costs.devices import Refused
-from asyncflow.planner.simulation.engines import Drawn, Generator
+from asyncflow.planner.simulation.engines import GeneratedSample, Generator
 from asyncflow.planner.simulation.scenario import Scenario
-from asyncflow.planner.simulation.simulated import Row, RowStage, World
+from asyncflow.planner.simulation.simulated import SampleLengths, SimulatedRowStage, SimulatedWorld
 from asyncflow.planner.simulation.virtual_clock import Signal
 from protocols.control.notices import PromptSettled
 from protocols.data.ids import BASELINE_INDEX, prompt_of, sample_id
 from protocols.data.messages import Values
 
 
-class Simulated(msgspec.Struct, frozen=True):
+class SimulatedRun(msgspec.Struct, frozen=True):
     """What a simulation found. Shares and means are over the steps that look alike."""
 
     step_s: float  # mean
@@ -48,7 +48,7 @@ class Simulated(msgspec.Struct, frozen=True):
         return sum(age * share for age, share in self.staleness.items())
 
 
-def simulate(scenario: Scenario) -> Simulated:
+def simulate(scenario: Scenario) -> SimulatedRun:
     """Run all steps of a scenario's pace.
 
     Raises Refused where it comes to a stop before the last step, as a run would that can't go on.
@@ -75,7 +75,7 @@ class _Run:
     """One simulated run: the controller and its services."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario, self.world = scenario, World(scenario)
+        self.scenario, self.world = scenario, SimulatedWorld(scenario)
         self.commits: list[_Commit] = []
         pace, flow, clock = scenario.pace, scenario.dataflow, self.world.clock
         self._dice = random.Random(scenario.seed)
@@ -83,13 +83,13 @@ class _Run:
         self._pulse = Signal(clock)
         self._cursor = 0
         sources = [stage for stage in flow.stages if stage.generates]
-        self._drawing = scenario.hosts[sources[0].name]
-        self._apart = self._drawing != "policy"
+        self._generating_service = scenario.hosts[sources[0].name]
+        self._apart = self._generating_service != "policy"
         self._outgoing: dict[str, list[int]] = {stage.name: [] for stage in sources}
-        self._outgoing_told = {stage.name: Signal(clock) for stage in sources}
-        self._generator = Generator(self.world, self._drawing, self._apart, self._generated)
+        self._outgoing_changed = {stage.name: Signal(clock) for stage in sources}
+        self._generator = Generator(self.world, self._generating_service, self._apart, self._generated)
         rows = [s for s in flow.stages if not (s.generates or s.closes or s.is_sink)]
-        self._rows = {s.name: RowStage(self.world, s, scenario.hosts[s.name], self._send) for s in rows}
+        self._rows = {s.name: SimulatedRowStage(self.world, s, scenario.hosts[s.name], self._send) for s in rows}
         self._awaited: dict[int, int] = {}  # prompt -> rows that have not reached the join
         self._per_prompt = sum(
             1 if channel.grain == "prompt" else pace.samples_per_prompt
@@ -143,13 +143,13 @@ class _Run:
             indices = [BASELINE_INDEX] if greedy else range(self.scenario.pace.samples_per_prompt)
             samples = [sample_id(prompt, index) for prompt in prompts for index in indices]
             for sample in samples:
-                self.world.rows[sample] = self._drawn()
+                self.world.rows[sample] = self._random_lengths()
             await self.world.call()
             self._generator.submit(samples, min_version)
 
-    def _drawn(self) -> Row:
+    def _random_lengths(self) -> SampleLengths:
         scenario, dice = self.scenario, self._dice
-        return Row(round(dice.choice(scenario.prompt.tokens)), round(dice.choice(scenario.response.tokens)))
+        return SampleLengths(round(dice.choice(scenario.prompt.tokens)), round(dice.choice(scenario.response.tokens)))
 
     async def _form(self) -> list[Ready]:
         while True:
@@ -201,14 +201,14 @@ class _Run:
 
     # --- rows on their way
 
-    def _generated(self, drawn: Sequence[Drawn]) -> None:
+    def _generated(self, drawn: Sequence[GeneratedSample]) -> None:
         for sample, version in drawn:
             self._note(sample, version)
         for stage in (s for s in self.scenario.dataflow.stages if s.generates):
             mine = [d.sample for d in drawn if (d.sample & BASELINE_INDEX == BASELINE_INDEX) == stage.greedy]
             if mine:
                 self._outgoing[stage.name] += mine
-                self._outgoing_told[stage.name].send()
+                self._outgoing_changed[stage.name].send()
 
     def _note(self, sample: int, version: int) -> None:
         """What drew a row, or valued it: its prompt is as old as the oldest of them."""
@@ -219,7 +219,7 @@ class _Run:
         """Send finished rows on, as many at once as have gathered while the last send waited."""
         while True:
             while not self._outgoing[stage.name]:
-                await self._outgoing_told[stage.name].wait()
+                await self._outgoing_changed[stage.name].wait()
             gathered, self._outgoing[stage.name] = self._outgoing[stage.name], []
             await self._send(stage, gathered)
 
@@ -262,7 +262,7 @@ class _Run:
 
     # --- what came of it
 
-    def outcome(self, steady: range, wall_s: float) -> Simulated:
+    def outcome(self, steady: range, wall_s: float) -> SimulatedRun:
         """Over the steps that look alike."""
         times = [0.0, *(commit.at for commit in self.commits)]
         nothing = _Commit(0.0, {}, 0.0, [])
@@ -272,7 +272,7 @@ class _Run:
         busy = {name: spent - first.busy.get(name, 0.0) for name, spent in last.busy.items()}
         ages = Counter(age for commit in counted for age in commit.ages)
         prompts = sum(ages.values())
-        return Simulated(
+        return SimulatedRun(
             step_s=seconds / steps,
             steps_s=tuple(after - before for before, after in pairwise(times)),
             pool_idle={pool: 1 - busy.get(f"pool {pool}", 0.0) / seconds for pool in self.scenario.devices},

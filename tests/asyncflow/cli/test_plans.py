@@ -86,8 +86,8 @@ def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
 def test_calibrate_measures_the_recipes_own_models(
     paper: Paper, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    quickest = machine.Sizes(
-        rows=(1, 8), trained_rows=(2, 8), abreast_rows=4, running=(1, 8), rounds=1, calls=3, seconds=0.05
+    quickest = machine.CalibrationSizes(
+        rows=(1, 8), trained_rows=(2, 8), contention_rows=4, running=(1, 8), rounds=1, calls=3, seconds=0.05
     )
     monkeypatch.setattr(machine, "QUICK", quickest)
     placement = {"policy": {"pool": "a"}, "generator": {"pool": "b"}}

@@ -8,7 +8,7 @@ from typing import Any
 from asyncflow.control.settings import Pace
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
-from asyncflow.planner.calibration.calibration import Line
+from asyncflow.planner.calibration.calibration import LinearFit
 from asyncflow.planner.calibration.measured_speeds import MeasuredSpeed
 from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenario import Scenario
@@ -28,13 +28,13 @@ def scene(
     dataflow = trace(algorithm_named(algorithm))
     drawing = "generator" if "generator" in pools else "policy"
     speed = {
-        "policy": MeasuredSpeed(Line(INFER, 0), Line(POLICY, 0), GENERATE / TOKENS),
-        "critic": MeasuredSpeed(Line(INFER, 0), Line(CRITIC, 0)),
-        "cost_critic": MeasuredSpeed(Line(INFER, 0), Line(CRITIC, 0)),
+        "policy": MeasuredSpeed(LinearFit(INFER, 0), LinearFit(POLICY, 0), GENERATE / TOKENS),
+        "critic": MeasuredSpeed(LinearFit(INFER, 0), LinearFit(CRITIC, 0)),
+        "cost_critic": MeasuredSpeed(LinearFit(INFER, 0), LinearFit(CRITIC, 0)),
         "generator": MeasuredSpeed(step_s=GENERATE / TOKENS),
     }
     services = [*dataflow.services, *(["generator"] if "generator" in pools else [])]
-    inference = MeasuredSpeed(Line(INFER, 0))
+    inference = MeasuredSpeed(LinearFit(INFER, 0))
     settings: dict[str, Any] = {
         "dataflow": dataflow,
         "hosts": {s.name: drawing if s.generates else s.service for s in dataflow.stages},

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from asyncflow.observe.timeline import trace_of
-from asyncflow.planner.advice import Advice, advise, told
+from asyncflow.planner.advice import Advice, advise, format_advice
 from asyncflow.recipe.checks import check
 from asyncflow.recipe.config import BadInput, recipe_text
 from protocols.control.notices import Span
@@ -64,7 +64,7 @@ def test_the_run_is_told_as_it_was(advice: Advice):
 
 def test_one_device_that_is_always_busy_can_not_be_shared_better(advice: Advice):
     assert advice.moves == []
-    assert "no other placement" in told(advice)
+    assert "no other placement" in format_advice(advice)
 
 
 def test_more_slots_let_services_work_side_by_side(
@@ -79,7 +79,7 @@ def test_more_slots_let_services_work_side_by_side(
     apart = {service for pool, services in best.pools.items() for service in services if "policy" in services}
     assert "critic" not in apart, "the two that train long are no longer in each other's way"
     assert best.gain > 0.2 and best.step_s == pytest.approx(found.step_s * (1 - best.gain))
-    assert f"{best.gain:.0%} less" in told(found)
+    assert f"{best.gain:.0%} less" in format_advice(found)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

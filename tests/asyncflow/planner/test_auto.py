@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asyncflow.planner.auto import Choice, bound_s, place
+from asyncflow.planner.auto import PlacementChoice, bound_s, place
 from asyncflow.planner.calibration.calibration import Calibration
 from asyncflow.planner.costs.devices import CATALOGUE
 from asyncflow.planner.costs.workload import Lengths
-from asyncflow.planner.plan_file import pinned, text_of
+from asyncflow.planner.plan_file import text_of, with_saved_plan
 from asyncflow.planner.simulation.scenarios import of_recipe
 from asyncflow.planner.simulation.simulator import simulate
 from asyncflow.recipe.config import BadInput, Pool, Recipe, load_recipe, recipe_text, to_recipe
@@ -28,7 +28,7 @@ TWO_CORES = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
 LONG = Calibration(TWO_CORES, Lengths.long_tailed(20, 0.8, 60))
 
 
-def chosen(recipe: Recipe, calibration: Calibration | None = LONG) -> Choice:
+def chosen(recipe: Recipe, calibration: Calibration | None = LONG) -> PlacementChoice:
     return place(recipe, prepare(msgspec.structs.replace(recipe, placed_by="", pools={"main": Pool()})).dataflow,
                  Lengths.fixed(8), calibration)  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_a_saved_plan_is_pinned_as_it_was_or_as_it_was_edited(asynchronous: Reci
     choice = chosen(asynchronous)
     file = tmp_path / "plan.toml"
     file.write_text(text_of(choice))
-    again = pinned(msgspec.structs.replace(asynchronous, placed_by=str(file)), str(file))
+    again = with_saved_plan(msgspec.structs.replace(asynchronous, placed_by=str(file)), str(file))
     assert (again.pools, again.placement) == (choice.chosen.recipe.pools, choice.chosen.recipe.placement)
     file.write_text('[pools.mine]\ndevices = 1\n[placement.policy]\npool = "mine"\n')
     assert prepare(msgspec.structs.replace(asynchronous, placed_by=str(file))).recipe.pools == {"mine": Pool()}
@@ -176,6 +176,6 @@ async def test_a_run_keeps_the_plan_that_was_made_for_it(make_recipe: MakeRecipe
     recipe = make_recipe(deterministic=False, placement="auto", steps=1)
     async with launch(recipe, folder=tmp_path / "run") as run:
         assert (await run.wait()).outcome == "finished"
-    kept = pinned(recipe, str(tmp_path / "run" / "plan.toml"))
+    kept = with_saved_plan(recipe, str(tmp_path / "run" / "plan.toml"))
     resolved = load_recipe(tmp_path / "run" / "recipe.toml")
     assert (resolved.pools, resolved.placement, resolved.placed_by) == (kept.pools, kept.placement, "")

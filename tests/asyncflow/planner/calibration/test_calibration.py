@@ -9,8 +9,8 @@ import pytest
 
 from asyncflow.planner.calibration.calibration import (
     Calibration,
-    Figures,
-    Line,
+    LinearFit,
+    ModelTimings,
     Timed,
     efficiency_of,
     fit,
@@ -57,9 +57,9 @@ def test_the_cost_models_give_back_what_was_measured(steps: int):
     forward = [Timed(40 * n, 0.004 + 2e-6 * 40 * n) for n in rows]
     again = [t.seconds if steps > 1 else 0.0 for t in forward]
     update = [Timed(40 * n, steps * 0.02 + 7e-6 * 40 * n + a) for n, a in zip(rows, again, strict=True)]
-    figures = Figures(
+    figures = ModelTimings(
         shape=SHAPE, sample_tokens=40.0, steps=steps, peak_flops=PEAK, bandwidth=BANDWIDTH, forward=forward,
-        update=update, decode=Line(0.005, 0.0001), publish_s=0.03,
+        update=update, decode=LinearFit(0.005, 0.0001), publish_s=0.03,
     )  # fmt: skip
     device = msgspec.structs.replace(
         CATALOGUE["cpu-slot"], peak_flops=PEAK, memory_bytes_per_s=BANDWIDTH, efficiency=efficiency_of(figures)

@@ -9,13 +9,13 @@ import pytest
 
 from asyncflow.planner.calibration import contention
 from asyncflow.planner.calibration.contention import computing, in_processes, in_threads, work_of
-from asyncflow.planner.calibration.machine import Sizes
+from asyncflow.planner.calibration.machine import CalibrationSizes
 from asyncflow.planner.calibration.worker_harness import WorkerHarness
 from asyncflow.recipe.checks import Checked, check
 from protocols.data.messages import LogProbs
 from tests.asyncflow.conftest import MakeRecipe
 
-QUICKEST = Sizes(rows=(1, 4), trained_rows=(1, 4), abreast_rows=2, rounds=1, seconds=0.05)
+QUICKEST = CalibrationSizes(rows=(1, 4), trained_rows=(1, 4), contention_rows=2, rounds=1, seconds=0.05)
 
 
 @pytest.fixture

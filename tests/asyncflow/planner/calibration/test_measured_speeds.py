@@ -31,7 +31,7 @@ def test_each_kind_of_call_has_its_own_line():
     ]
     spans += [span(100, 105, "critic", "critic.update#1", 16), span(200, 208, "policy", "generate")]
     spans += [span(300, 300.5, "policy", "publish"), span(310, 311, "generator", "load")]
-    speeds = speeds_of(spans, ["critic", "policy", "generator", "advantage"], cores=0, drawn_tokens=16)
+    speeds = speeds_of(spans, ["critic", "policy", "generator", "advantage"], cores=0, tokens_per_span=16)
     assert speeds["critic"].forward_s([0] * 8) == pytest.approx(1.8)
     assert speeds["critic"].update_s([0] * 16) == pytest.approx(5)
     assert speeds["policy"].decode_s(4, 100) == pytest.approx(0.5)

@@ -10,7 +10,7 @@ import pytest
 
 from asyncflow.planner.costs import costs, memory
 from asyncflow.planner.costs.devices import CATALOGUE, Cluster, Device, Refused
-from asyncflow.planner.costs.layouts import Choice
+from asyncflow.planner.costs.layouts import LayoutChoice
 from asyncflow.planner.costs.set_costs import SetCosts
 from asyncflow.planner.costs.shapes import LLAMA, Shape
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, apart, ppo
@@ -60,7 +60,7 @@ def exhaustive(models: list[ModelWork], devices: int, device: Device, work: Work
         yield seconds
 
 
-def chosen(found: SetCosts, mask: int, devices: int) -> Choice:
+def chosen(found: SetCosts, mask: int, devices: int) -> LayoutChoice:
     choice = found.chosen[mask][devices]
     assert choice is not None
     return choice

@@ -9,7 +9,7 @@ from asyncflow.planner.costs.devices import Cluster, Refused
 from asyncflow.planner.costs.shapes import LLAMA
 from asyncflow.planner.costs.workload import Lengths, ppo
 from asyncflow.planner.search.mapper import STAGES
-from asyncflow.planner.search.plan import Placement, Plan, Pool, draw, make_plan, why
+from asyncflow.planner.search.plan import Placement, Plan, PlannedPool, format_plan, make_plan, why
 from tests.asyncflow.planner.search.paper_setting import WORKLOAD
 
 
@@ -52,7 +52,7 @@ def test_the_bound_is_beaten_by_nobody_and_is_no_empty_promise(plan: Plan):
 
 
 def test_the_plan_is_drawn_with_its_numbers(plan: Plan):
-    text = draw(plan)
+    text = format_plan(plan)
     assert text.startswith("16xA100-80G, synchronous: ")
     for role in ("policy", "critic", "reference", "reward"):
         assert f"|  {role}" in text
@@ -67,7 +67,7 @@ def test_the_plan_travels_as_json(plan: Plan):
 def test_long_tails_and_staleness_put_generation_on_devices_of_its_own():
     work = msgspec.structs.replace(WORKLOAD, response=Lengths.long_tailed(400, 0.8, 2048), mini_batches=1, staleness=2)
     plan = make_plan(ppo(LLAMA["7B"]), Cluster.parse("32xA100-80G"), work)
-    assert plan.staleness == 2 and "staleness 2" in draw(plan)
+    assert plan.staleness == 2 and "staleness 2" in format_plan(plan)
     assert any(m.role == "generator" for pool in plan.chosen.pools for m in pool.models)
 
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_placed_is_refused_with_the_numbers():
 def test_why_names_the_stages_and_the_busy_pool():
     def placement(seconds: tuple[float, float, float], busy: tuple[float, ...], step: float) -> Placement:
         stages: dict[str, float] = dict(zip(STAGES, seconds, strict=True))
-        return Placement(step, stages, tuple(Pool(8, one, 10.0, ()) for one in busy))
+        return Placement(step, stages, tuple(PlannedPool(8, one, 10.0, ()) for one in busy))
 
     best = placement((10, 2, 8), (20,), 20)
     assert why(best, placement((15, 2, 6), (15, 8), 23)) == "generation takes 5 s longer; training 2 s shorter"

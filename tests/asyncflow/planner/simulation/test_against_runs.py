@@ -17,7 +17,7 @@ from asyncflow.planner.calibration.calibration import Calibration
 from asyncflow.planner.costs.devices import CATALOGUE, Efficiency
 from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenarios import of_recipe, prompt_lengths
-from asyncflow.planner.simulation.simulator import Simulated, simulate
+from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.checks import check
 from asyncflow.run.launch import launch
 from tests.asyncflow.conftest import MakeRecipe
@@ -43,7 +43,7 @@ PLACEMENTS: dict[str, tuple[int, dict[str, str], float]] = {  # staleness, servi
 }  # fmt: skip
 
 
-async def both(make_recipe: MakeRecipe, staleness: int, pools: dict[str, str]) -> tuple[Simulated, list[float]]:
+async def both(make_recipe: MakeRecipe, staleness: int, pools: dict[str, str]) -> tuple[SimulatedRun, list[float]]:
     """What is predicted, and the seconds of the real steps."""
     changes: dict[str, Any] = {
         "steps": STEPS,
