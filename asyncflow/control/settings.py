@@ -1,33 +1,35 @@
-"""What a controller is told: the pace of a run, its checkpoints, its evaluations and its deadlines."""
+"""Settings of the controller: the pace of a run, its checkpoints, its evaluations and its deadlines."""
 
 from __future__ import annotations
 
 import msgspec
 
-
-class Checkpoints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When state is written and how much of it is kept."""
-
-    every: int = 10  # steps; 0: only at the end and when asked
-    keep: int = 2  # newest; 0: all
+from workers.settings import NonNegativeInt, Settings
 
 
-class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Greedy answers to the held-out prompts, judged by a rule that is no reward."""
+class Checkpoints(Settings, frozen=True):
+    """When the state is written, and how many checkpoints are kept."""
+
+    every: NonNegativeInt = 10  # steps; 0: only at the end and on request
+    keep: NonNegativeInt = 2  # the newest ones; 0: all
+
+
+class Evaluation(Settings, frozen=True):
+    """Greedy answers to the held-out prompts, scored by a rule that is not the reward."""
 
     metric: str = "exact_match"  # a rule's name
-    every: int = 0  # steps; 0: only before the first and after the last
-    limit: int = 0  # rows of the held-out file; 0: all
+    every: NonNegativeInt = 0  # steps; 0: only before the first and after the last
+    limit: NonNegativeInt = 0  # rows of the held-out file; 0: all
 
 
-class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Deadlines(Settings, frozen=True):
     """How long something may take before it is reported or ended, in seconds."""
 
     publish: float = 120.0  # one publication of weights
     checkpoint: float = 600.0
-    stall: float = 120.0  # nothing moves: the wait-for graph is shown
-    give_up: float = 900.0  # nothing moves: the run ends with that graph
-    stop: float = 60.0  # draining after a stop was asked for
+    stall: float = 120.0  # without progress: the wait-for graph is shown
+    give_up: float = 900.0  # without progress: the run ends and shows the wait-for graph
+    stop: float = 60.0  # draining after a stop is requested
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,4 +40,4 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     samples_per_prompt: int
     staleness: int
     deterministic: bool = False  # whole waves of prompts, one at a time
-    max_refills: int  # rounds of replaced prompts in one step before the run ends with the reject rate
+    max_refills: int  # rounds of replaced prompts in one step before the run ends and reports the reject rate

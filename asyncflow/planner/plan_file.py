@@ -12,10 +12,11 @@ import msgspec
 import tomli_w
 
 from asyncflow.planner.auto import PlacementChoice
-from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
+from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe, to_settings
+from workers.settings import Settings
 
 
-class SavedPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SavedPlan(Settings, frozen=True):
     """A plan's file: what a recipe takes as its pools and its placement."""
 
     pools: dict[str, Pool]
@@ -44,9 +45,10 @@ def text_of(choice: PlacementChoice) -> str:
 def with_saved_plan(recipe: Recipe, path: str) -> Recipe:
     """A recipe with the pools and the placement of a plan's file. Raises BadInput."""
     try:
-        saved = msgspec.convert(tomllib.loads(Path(path).read_text("utf-8")), SavedPlan)
+        table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise BadInput(f"placement = {path!r}: neither 'auto' nor a plan's file: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"placement = {path!r}: {error}") from error
+    saved = to_settings(table, SavedPlan, f"placement = {path!r}")
     return msgspec.structs.replace(recipe, pools=saved.pools, placement=saved.placement, placed_by="")

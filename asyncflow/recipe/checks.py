@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -115,10 +114,6 @@ def _check_mode(recipe: Recipe) -> None:
         raise BadInput(
             f"deterministic = true needs staleness = 0, runtime = 'local' and threads = 1; "
             f"got {recipe.staleness}, {recipe.runtime!r}, {recipe.threads}"
-        )
-    if not 0 < recipe.generation.temperature < math.inf:
-        raise BadInput(
-            f"generation.temperature = {recipe.generation.temperature}: rollouts are drawn at a temperature above 0"
         )
 
 

@@ -1,7 +1,7 @@
-"""The recipe: a typed TOML file, in one unit (prompts and samples per step).
+"""The recipe: a typed TOML file. Sizes are in one unit: prompts and samples per step.
 
-An unknown key is an error that names the nearest known one. Each table is the settings struct of what it
-configures; there is no second list of options anywhere.
+Each table is the settings struct of what it configures, so a key, its default and its bounds stand in one place. An
+unknown key is an error that names the nearest known one; a value out of bounds is an error that names the bound.
 """
 
 from __future__ import annotations
@@ -10,47 +10,55 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import tomli_w
+from msgspec.inspect import DictType, ListType, StructType, Type, type_info
 
 from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
 from protocols.layout.topology import Backend
-from workers.settings import Failures, Generation, Loss, Model, Optimizer
+from workers.settings import (
+    Failures,
+    Generation,
+    Loss,
+    Model,
+    NonNegativeInt,
+    Optimizer,
+    PositiveInt,
+    Settings,
+    violated_bound,
+)
+
+S = TypeVar("S", bound=Settings)
 
 
 class BadInput(Exception):
-    """Something a user gave can't be used: says what, where, which value, and what to do."""
+    """The user gave something that can't be used. The message says what, where, which value, and what to do."""
 
 
-class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Data(Settings, frozen=True):
     """Prompts in a file or folder of rows (workers.data.dataset_files), and the names of their fields."""
 
     train: str
-    eval: str = ""  # held out; "": no evaluation
+    eval: str = ""  # held-out rows; "": no evaluation
     prompt: str = "prompt"
     reference: str = "reference"  # "": rows have none
-    pretrain: str = ""  # text of the pretraining loss, as rows of text or of prompt and response; loss.ptx_coefficient
+    pretrain: str = ""  # text of the pretraining loss (loss.ptx_coefficient): rows of text, or of prompt and response
 
 
-class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Pool(Settings, frozen=True):
     """Devices that its services share, one firing at a time. Pools never overlap."""
 
-    devices: int = 1
-    device: str = ""  # a device that `plan` knows, or a calibration's file; "": what is there, GPUs before CPU slots
-
-    def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise ValueError(f"devices = {self.devices}, want 1 or more")
+    devices: PositiveInt = 1
+    device: str = ""  # a device that `plan` knows, or a calibration file; "": what is there, GPUs before CPU slots
 
 
-class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Placed(Settings, frozen=True):
     """Where a service runs."""
 
     pool: str
@@ -60,31 +68,32 @@ class Placed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: int = 1
 
 
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything a run is told."""
+class Recipe(Settings, frozen=True, kw_only=True):
+    """The settings of a run."""
 
     name: str
-    steps: int
-    prompts_per_step: int
+    steps: PositiveInt
+    prompts_per_step: PositiveInt
     data: Data
     models: dict[str, Model]
     algorithm: str = "ppo"  # a name, or "package.module:function"
-    samples_per_prompt: int = 1
-    staleness: int = 0  # versions; 0 = synchronous, on policy
-    seed: int = 0
+    samples_per_prompt: PositiveInt = 1
+    staleness: NonNegativeInt = 0  # versions; 0 = synchronous, on policy
+    seed: NonNegativeInt = 0
     deterministic: bool = False  # with staleness 0 and runtime "local": bit-identical to itself
     runtime: Literal["ray", "local"] = "ray"
-    ray_address: str = ""  # "" starts a Ray of the run's own
+    ray_address: str = ""  # "": the run starts its own Ray
     metrics_host: str = "127.0.0.1"  # of the services' metrics endpoints; "node": each node's own, for a cluster
-    folder: str = "runs"  # a run's folder is made below it
-    max_refills: int = 4
-    threads: int = 1  # of torch, per service
-    inline_bytes: int = 8192  # frames up to this size travel inside their message
-    store_bytes: int = 0  # memory of the rows in flight, 0: the runtime's choice; what exceeds it spills to disk
-    mailbox_rows: int = 0  # of a plain mailbox; 0: one step's samples
-    firing_rows: int = 64  # most rows that a stage takes at once
-    advantage: dict[str, float | bool | str] = {}  # the batch function's numbers; algorithms may have defaults of these
-    loss: Loss = Loss()  # `to_recipe` takes the algorithm's own defaults where the table is silent
+    folder: str = "runs"  # the run's folder is created below it
+    max_refills: NonNegativeInt = 4
+    threads: PositiveInt = 1  # of torch, per service
+    inline_bytes: NonNegativeInt = 8192  # frames up to this size travel inside their message
+    store_bytes: NonNegativeInt = 0  # memory for rows in flight; 0: the runtime's choice. The rest spills to disk
+    mailbox_rows: NonNegativeInt = 0  # of a plain mailbox; 0: one step's samples
+    firing_rows: PositiveInt = 64  # most rows that a stage takes at once
+    # Keyword arguments of the batch function; the defaults are the algorithm's.
+    advantage: dict[str, float | bool | str] = msgspec.field(default_factory=dict)
+    loss: Loss = Loss()  # default: the algorithm's, see `to_recipe`
     optimizer: Optimizer = Optimizer()
     generation: Generation = Generation()
     failures: Failures = Failures()
@@ -92,9 +101,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     checkpoints: Checkpoints = Checkpoints()
     deadlines: Deadlines = Deadlines()
     pools: dict[str, Pool] = msgspec.field(default_factory=lambda: {"main": Pool()})
-    placement: dict[str, Placed] = {}
-    placed_by: str = ""  # what `placement = "auto"`, or a plan's file, becomes until a check has placed the services
-    delays: dict[str, dict[str, float]] = {}  # service -> stage method -> seconds, injected to study timing
+    placement: dict[str, Placed] = msgspec.field(default_factory=dict)
+    placed_by: str = ""  # "auto" or a plan file, given as `placement`; "" once the services are placed
+    # service -> stage method -> seconds, injected to study timing
+    delays: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
 
     @property
     def samples_per_step(self) -> int:
@@ -116,47 +126,67 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Type a recipe's table, over its algorithm's defaults.
-
-    Raises BadInput, with the nearest known key for an unknown one.
-    """
+    """Convert a recipe's table; [loss] and [advantage] default to what the algorithm declares. Raises BadInput."""
     if isinstance(placed_by := table.get("placement"), str):
         table = {"pools": {}, **table, "placement": {}, "placed_by": placed_by}
-    _check_keys(table, Recipe, "", where)
-    try:
-        recipe = msgspec.convert(_over_the_algorithms_defaults(table, where), Recipe)
-    except msgspec.ValidationError as error:
-        raise BadInput(f"{where}: {error}") from error
+    recipe = to_settings(_with_algorithm_defaults(table, where), Recipe, where)
     if not re.fullmatch(r"[\w][\w.-]{0,99}", recipe.name):
         raise BadInput(
             f"{where}: name = {recipe.name!r}: it becomes a folder's name, want letters, digits, '_', '.', '-'"
         )
-    for name, least in _LEAST.items():
-        value = attrgetter(name)(recipe)
-        if not value >= least:  # so written, NaN is refused too
-            raise BadInput(f"{where}: {name} = {value}, want {least} or more")
     return _with_fixed_length(recipe)
 
 
-def _over_the_algorithms_defaults(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table with what its algorithm declares for [loss] and [advantage], wherever it says nothing itself."""
+def to_settings(table: Mapping[str, Any], kind: type[S], where: str) -> S:
+    """Convert a table to settings. Raises BadInput, which names the full key of what is unknown or out of bounds."""
+    _check_value(table, type_info(kind), "", where)
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def _check_value(value: Any, kind: Type, path: str, where: str) -> None:
+    """Refuse unknown keys and values out of bounds; other types are left to msgspec, which names the key as well."""
+    if bound := violated_bound(kind, value):
+        raise BadInput(f"{where}: {path} = {value}: want {bound}")
+    below = f"{path}." if path else ""
+    match kind, value:
+        case StructType(fields=fields), Mapping():
+            known = {field.name: field.type for field in fields}
+            for key, inner in value.items():
+                if key not in known:
+                    raise BadInput(f"{where}: unknown key {below}{key}{nearest(key, known)}")
+                _check_value(inner, known[key], f"{below}{key}", where)
+        case DictType(value_type=inner_kind), Mapping():
+            for key, inner in value.items():
+                _check_value(inner, inner_kind, f"{below}{key}", where)
+        case ListType(item_type=inner_kind), list():
+            for number, inner in enumerate(value):
+                _check_value(inner, inner_kind, f"{below}{number}", where)
+        case _:
+            pass
+
+
+def _with_algorithm_defaults(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table, with the algorithm's defaults for the keys of [loss] and [advantage] that it leaves out."""
     name = table.get("algorithm", "ppo")
     if not isinstance(name, str):
-        return dict(table)  # its type is refused with the others
+        return dict(table)  # `to_settings` refuses its type
     try:
         declared = declaration_of(algorithm_named(name))
     except DataflowError as error:
         raise BadInput(f"{where}: {error}") from error
     given = {key: table.get(key, {}) for key in ("loss", "advantage")}
-    corrected = _for_stale_samples(declared.loss, given["loss"], table.get("staleness", 0))
+    corrected = _staleness_correction(declared.loss, given["loss"], table.get("staleness", 0))
     defaults = {"loss": msgspec.to_builtins(declared.loss) | corrected, "advantage": dict(declared.advantage)}
     return {**table, **{k: {**defaults[k], **own} if isinstance(own, Mapping) else own for k, own in given.items()}}
 
 
-def _for_stale_samples(declared: Loss, own: Any, staleness: Any) -> dict[str, str]:
-    """Truncated weights prox / mu where samples may be older than the weights they train.
+def _staleness_correction(declared: Loss, own: Any, staleness: Any) -> dict[str, str]:
+    """Truncated weights prox / mu, as a default, where samples may be older than the weights that they train.
 
-    Not where the loss divides by mu itself. A recipe that wants another correction, or none, says so.
+    Not where the loss itself divides by mu, nor where the algorithm declares a correction.
     """
     old = own.get("old", declared.old) if isinstance(own, Mapping) else declared.old
     stale = isinstance(staleness, int) and staleness > 0
@@ -164,7 +194,7 @@ def _for_stale_samples(declared: Loss, own: Any, staleness: Any) -> dict[str, st
 
 
 def _with_fixed_length(recipe: Recipe) -> Recipe:
-    """A loss over a fixed length divides by the longest response, where no length is given."""
+    """Set loss.fixed_length, where the aggregation needs it and the recipe leaves it out, to the longest response."""
     loss = recipe.loss
     if loss.aggregation != "sequence-mean-fixed-length" or loss.fixed_length:
         return recipe
@@ -172,23 +202,13 @@ def _with_fixed_length(recipe: Recipe) -> Recipe:
     return msgspec.structs.replace(recipe, loss=fixed)
 
 
-_LEAST = {
-    **dict.fromkeys(("steps", "prompts_per_step", "samples_per_prompt", "threads", "firing_rows"), 1),
-    **dict.fromkeys(("staleness", "seed", "max_refills", "mailbox_rows", "inline_bytes", "store_bytes"), 0),
-    **dict.fromkeys(("generation.max_tokens", "generation.slots", "loss.epochs", "loss.mini_batches"), 1),
-    "loss.tokens_per_micro_batch": 1,
-    **dict.fromkeys(("generation.max_model_tokens", "evaluation.every", "evaluation.limit"), 0),
-    **dict.fromkeys(("checkpoints.every", "checkpoints.keep", "failures.reward_retries", "failures.restarts"), 0),
-    **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps"), 0),
-}
-
-
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as TOML, every value resolved."""
+    """The recipe as TOML, with every default written out."""
     return tomli_w.dumps(msgspec.to_builtins(recipe))
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
+    """Apply one `--set key.path=value` in place. Raises BadInput."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise BadInput(f"--set {override!r}: want key.path=value")
@@ -204,29 +224,8 @@ def _apply(table: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _check_keys(table: Mapping[str, Any], kind: type[msgspec.Struct], path: str, where: str) -> None:
-    hints = get_type_hints(kind)
-    for key, value in table.items():
-        if key not in hints:
-            raise BadInput(f"{where}: unknown key {path}{key}{nearest(key, hints)}")
-        _check_value(value, hints[key], f"{path}{key}.", where)
-
-
-def _check_value(value: Any, hint: Any, path: str, where: str) -> None:
-    if isinstance(value, list) and get_origin(hint) is list:
-        for number, inner in enumerate(value):
-            _check_value(inner, get_args(hint)[0], f"{path}{number}.", where)
-    if not isinstance(value, Mapping):
-        return
-    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        _check_keys(value, hint, path, where)
-    elif get_origin(hint) is dict:
-        for name, inner in value.items():
-            _check_value(inner, get_args(hint)[1], f"{path}{name}.", where)
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean ...?" where something known is close, else the list of what is known."""
+    """The end of an error message: ", did you mean ...?" where a known word is close, else the known words."""
     words = sorted(known)
     close = difflib.get_close_matches(word, words, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from asyncflow.recipe.config import BadInput
+from asyncflow.recipe.config import BadInput, to_settings
 from workers.data.datasets import DataError
 from workers.finetune.settings import RewardModelSettings, SftSettings
 
@@ -66,11 +65,12 @@ def _train_cost(path: Path, settings: RewardModelSettings, console: Console) -> 
 def read_settings(path: Path, kind: type[S]) -> S:
     """The settings of one step. Raises BadInput."""
     try:
-        settings = msgspec.convert(tomllib.loads(path.read_text()), kind)
+        table = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise BadInput(f"settings {path}: can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"settings {path}: {error}") from error
+    settings = to_settings(table, kind, f"settings {path}")
     if settings.optimizer.decay_steps:
         raise BadInput(
             f"settings {path}: optimizer.decay_steps is a run's; here schedule.decay says how the rate falls"

@@ -175,8 +175,10 @@ def test_determinism_has_its_conditions(refused: Any, change: dict[str, Any]):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_rollouts_are_drawn_at_a_temperature(refused: Any, temperature: float):
-    assert refused(generation={"temperature": temperature}).startswith(f"generation.temperature = {temperature}")
+def test_rollouts_are_sampled_at_a_temperature(refused: Any, temperature: float):
+    assert refused(generation={"temperature": temperature}).startswith(
+        f"recipe: generation.temperature = {temperature}: want more than 0"
+    )
 
 
 def test_an_unknown_loss(refused: Any):

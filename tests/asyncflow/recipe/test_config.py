@@ -146,7 +146,7 @@ def test_the_last_override_wins(path: Path):
         ("steps=1.5", "Expected `int`, got `float` - at `$.steps`"),
         ("data=5", "Expected `object`, got `int` - at `$.data`"),
         ("runtime=threads", "Invalid enum value 'threads' - at `$.runtime`"),
-        ("pools.train.devices=0", "devices = 0, want 1 or more - at `$.pools[...]`"),
+        ("pools.train.devices=0", "pools.train.devices = 0: want 1 or more"),
     ],
 )
 def test_an_override_that_means_nothing_is_refused(path: Path, override: str, message: str):
@@ -198,7 +198,7 @@ def test_a_required_key_that_is_missing_is_named(path: Path):
 )
 def test_a_size_below_its_least_is_refused(path: Path, override: str, least: int):
     key, _, value = override.partition("=")
-    assert refused(path, override) == f"{key} = {value}, want {least} or more"
+    assert refused(path, override) == f"{key} = {value}: want {least} or more"
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "o t", "x" * 101])

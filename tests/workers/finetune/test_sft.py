@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_ends_training_without_an_output(base: Path, d
 
 
 def test_a_learning_rate_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="learning_rate must be positive, got nan"):
+    with pytest.raises(ValueError, match="learning_rate = nan: want more than 0"):
         Schedule(steps=1, learning_rate=math.nan)
 
 
@@ -128,7 +128,15 @@ def test_the_learning_rate_rises_then_decays():
     assert lr_factor(11, Schedule(steps=12, decay="constant"), 0) == 1.0
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "tokens_per_micro_batch"])
-def test_a_schedule_of_nothing_is_refused(field: str):
-    with pytest.raises(ValueError, match=f"{field} must be positive, got 0"):
-        msgspec.convert({"steps": 1, field: 0}, Schedule)
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [
+        ("steps", "1 or more"),
+        ("batch_size", "1 or more"),
+        ("learning_rate", "more than 0"),
+        ("tokens_per_micro_batch", "1 or more"),
+    ],
+)
+def test_a_schedule_of_nothing_is_refused(field: str, least: str):
+    with pytest.raises(ValueError, match=f"{field} = 0: want {least}"):
+        Schedule(**{"steps": 1, field: 0})  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def test_a_value_without_a_meaning(change: dict[str, Any], message: str):
 
 @pytest.mark.parametrize("change", [{"correction": "tis"}, {"sequence_low": 0.5}, {"sequence_high": 2.0}])
 def test_a_ratio_to_mu_takes_no_correction_on_top(change: dict[str, Any]):
-    with pytest.raises(ValueError, match="old = 'mu' takes the ratio to the weights that drew"):
+    with pytest.raises(ValueError, match="old = 'mu' divides by the probability under the weights that sampled"):
         Loss(old="mu", **change)
 
 
