@@ -23,13 +23,14 @@ from asyncflow.bench.report import BenchRow, Measured
 from asyncflow.bench.rival import BareRay, PaddedRival, nbytes, padded
 from asyncflow.services.channels.endpoint import Endpoint, Store, ask
 from asyncflow.services.channels.shard_refs import pack_apart, parts_of, unpack
-from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec
 from asyncflow.services.runtime.ray import RayRuntime
 from protocols.control.delivery import EdgeStatistics
 from protocols.control.requests import GetStatistics, Invoke, Invoked, Statistics
 from protocols.data import codec
 from protocols.data.columns import Jagged
 from protocols.data.messages import LogProbs, Rollouts
+from protocols.layout.topology import Topology
 
 RANKS = 4
 INLINE_BYTES = 8192
@@ -203,18 +204,17 @@ async def call(endpoint: Endpoint, store: Store, rollouts: Rollouts, ranks: int 
 def _service(name: str, ranks: int) -> ServiceSpec:
     return ServiceSpec(
         name=name,
-        kind="asyncflow.bench.workers:EchoLogProbs",
+        settings=CustomSettings("asyncflow.bench.workers:EchoLogProbs"),
         run="bench",
         term=0,
         seed=0,
         deterministic=False,
         stages=[],
         pool="",
-        topology=f"1-1-{ranks}",
+        topology=Topology(dp=ranks),
         leased=False,
         samples_per_prompt=1,
-        mailbox_rows=0,
-        firing_rows=0,
+        limits=Limits(mailbox_rows=0, firing_rows=0),
     )
 
 

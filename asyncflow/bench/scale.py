@@ -17,7 +17,7 @@ import numpy as np
 
 from asyncflow.services.channels.endpoint import Endpoint, ask
 from asyncflow.services.channels.shard_refs import pack
-from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
+from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local import LocalRuntime
 from protocols.control.delivery import Delivery
 from protocols.control.requests import EndPrompts, GetStatistics, Statistics
@@ -104,7 +104,7 @@ def _spec(layer: int, place: int, *, last: bool) -> ServiceSpec:
     )
     return ServiceSpec(
         name=_name(layer, place),
-        kind="asyncflow.bench.workers:Relay",
+        settings=CustomSettings("asyncflow.bench.workers:Relay"),
         run="bench",
         term=0,
         seed=0,
@@ -113,8 +113,7 @@ def _spec(layer: int, place: int, *, last: bool) -> ServiceSpec:
         pool="",
         leased=False,
         samples_per_prompt=SAMPLES,
-        mailbox_rows=WAVE,
-        firing_rows=WAVE,
+        limits=Limits(mailbox_rows=WAVE, firing_rows=WAVE),
     )
 
 

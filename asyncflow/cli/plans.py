@@ -28,7 +28,7 @@ def print_dataflow(out: Console, checked: Checked, device: str) -> None:
     out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
     for spec in compose(recipe, checked.dataflow, recipe.name, 0, "logs"):
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
-        out.print(f"{spec.name:<12} {spec.kind:<10} {place}", markup=False)
+        out.print(f"{spec.name:<12} {'outside' if spec.external else spec.role:<10} {place}", markup=False)
     if device:
         simulated = _of_recipe(checked, _calibration(device))
         out.print(_format_simulated("simulated", simulated), markup=False, soft_wrap=True)

@@ -21,7 +21,6 @@ from asyncflow.recipe.service_specs import (
     stateful,
     topology_of,
 )
-from protocols.layout.topology import Topology
 from workers.parallel.plan import Decoder, Head, ShardPlan
 from workers.rewards.rules import rule_named
 from workers.settings import Model
@@ -126,11 +125,10 @@ def check_lora(recipe: Recipe) -> None:
     adapted = [role for role, model in recipe.models.items() if model.lora.rank]
     if others := [role for role in adapted if role != "policy"]:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
-    placed = recipe.placement.get("policy")
-    if adapted and placed is not None and Topology.parse(placed.parallel).world_size > 1:
+    if adapted and topology_of(recipe, "policy").world_size > 1:
         raise BadInput(
-            f"models.policy.lora: adapters train on one rank, placement.policy.parallel = {placed.parallel!r}: "
-            "want '1-1-1', or no lora"
+            "models.policy.lora: adapters train on one rank, "
+            f"placement.policy.parallel = {recipe.placement['policy'].parallel!r}: want '1-1-1', or no lora"
         )
     if adapted and colocates_vllm(recipe):
         raise BadInput(

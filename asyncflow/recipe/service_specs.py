@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Literal
 
 from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
-from asyncflow.services.ranks.spec import OUTSIDE, Fires, Kind, ServiceSpec, StageSpec, Target, effective_protocol
+from asyncflow.services.ranks.spec import (
+    AdvantageSettings,
+    CriticSettings,
+    ExternalSettings,
+    Fires,
+    GeneratorSettings,
+    Limits,
+    PolicySettings,
+    ReferenceSettings,
+    ScorerSettings,
+    ServiceSpec,
+    Settings,
+    StageSpec,
+    Target,
+    effective_protocol,
+)
 from protocols.layout.topology import GenerationGrouping, Topology, generation_grouping
 from protocols.roles import ROLES, Sampling
 from protocols.stage import contract_of
@@ -19,15 +35,6 @@ GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
 REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not work together
-
-_KINDS: dict[str, Kind] = {
-    "policy": "policy",
-    "critic": "critic",
-    "cost_critic": "cost_critic",
-    "reference": "reference",
-    "reward": "reward",
-    "cost": "cost",
-}
 
 
 def roles_of(dataflow: Dataflow) -> list[str]:
@@ -76,7 +83,7 @@ def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
     """Refuse ranks that this build can't run, or that the pool has no devices for. Raises BadInput."""
     where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
     try:
-        topology, _ = Topology.parse(placed.parallel), layout_of(recipe, service)
+        topology, _ = topology_of(recipe, service), layout_of(recipe, service)
     except ValueError as error:
         raise BadInput(f"placement.{service}: {error}") from None
     devices = recipe.pools[placed.pool].devices
@@ -149,59 +156,76 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     pools = pools_of(recipe, dataflow)
     counts = Counter(p for p in pools.values() if p != NO_DEVICE)
 
-    def spec(name: str, kind: Kind, model: Model) -> ServiceSpec:
+    limits = Limits(
+        mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
+        firing_rows=recipe.firing_rows,
+        inline_bytes=recipe.inline_bytes,
+        threads=recipe.threads,
+    )
+
+    def spec(name: str, settings: Settings) -> ServiceSpec:
         layout = layout_of(recipe, name)
         return ServiceSpec(
             name=name,
-            kind=kind,
+            settings=settings,
+            limits=limits,
             run=run,
             term=term,
             seed=recipe.seed,
             deterministic=recipe.deterministic,
             stages=_stages_of(recipe, dataflow, name),
             pool=pools[name],
-            topology=str(topology_of(recipe, name)),
-            generation_layout=f"{layout.pp}-{layout.tp}",
+            topology=topology_of(recipe, name),
+            generation_layout=Topology(layout.pp, layout.tp),
             backend=recipe.placement[name].backend if name in recipe.placement else "3d",
             collective=is_collective(recipe, name),
             leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,
-            mailbox_rows=recipe.mailbox_rows or recipe.samples_per_step,
-            firing_rows=recipe.firing_rows,
-            inline_bytes=recipe.inline_bytes,
-            threads=recipe.threads,
-            model=model,
-            tokenizer_path=recipe.models["policy"].path,
-            loss=recipe.loss,
-            pretrain=recipe.data.pretrain,
-            optimizer=recipe.optimizer,
-            generation=recipe.generation,
-            failures=recipe.failures,
-            algorithm=recipe.algorithm,
-            numbers=_numbers(recipe),
-            reward_parts=[part.name for part in recipe.models.get("reward", Model()).mix],
             log_path=f"{log_folder}/{name}.log",
             metrics_host=recipe.metrics_host,
             delay_seconds=recipe.delays.get(name, {}),
         )
 
-    specs = [spec(role, _kind_of(recipe, role), recipe.models[role]) for role in roles_of(dataflow)]
+    specs = [spec(role, _settings_of(recipe, role)) for role in roles_of(dataflow)]
     if GENERATOR in recipe.placement:
-        specs.insert(1, spec(GENERATOR, "generator", recipe.models["policy"]))
-    specs.append(spec(ADVANTAGE, "advantage", Model()))
+        policy = recipe.models["policy"]
+        specs.insert(1, spec(GENERATOR, GeneratorSettings(policy, recipe.generation, policy.path)))
+    parts = [part.name for part in recipe.models.get("reward", Model()).mix]
+    specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), parts)))
     if recipe.data.eval:
-        specs.append(spec(EVALUATOR, "reward", Model(rule=recipe.evaluation.metric)))
+        specs.append(spec(EVALUATOR, _scorer(recipe, "reward", Model(rule=recipe.evaluation.metric))))
     return specs
 
 
-def _numbers(recipe: Recipe) -> dict[str, float | bool | str]:
+def _settings_of(recipe: Recipe, role: str) -> Settings:
+    """What the service of a role has beyond what all have. Raises ValueError for a role that nobody builds."""
+    model = recipe.models[role]
+    if model.outside:
+        return ExternalSettings(role, recipe.failures)
+    match role:
+        case "policy":
+            return PolicySettings(
+                model, recipe.loss, recipe.optimizer, recipe.generation, model.path, recipe.data.pretrain
+            )
+        case "critic" | "cost_critic":
+            return CriticSettings(model, recipe.loss, recipe.optimizer, role)
+        case "reference":
+            return ReferenceSettings(model, recipe.loss, recipe.generation)
+        case "reward" | "cost":
+            return _scorer(recipe, role, model)
+        case _:
+            raise ValueError(f"no service for the role {role!r}")
+
+
+def _scorer(recipe: Recipe, role: Literal["reward", "cost"], model: Model) -> ScorerSettings:
+    budget, tokenizer = recipe.loss.tokens_per_micro_batch, recipe.models["policy"].path
+    return ScorerSettings(model, budget, recipe.failures, tokenizer, role)
+
+
+def _advantage_kwargs(recipe: Recipe) -> dict[str, float | bool | str]:
     """What the batch function is called with."""
     fixed = recipe.advantage.get("kl", "fixed") == "fixed"
     return without_steering(recipe.advantage) if fixed else dict(recipe.advantage)
-
-
-def _kind_of(recipe: Recipe, role: str) -> Kind:
-    return OUTSIDE if recipe.models[role].outside else _KINDS[role]
 
 
 def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, Stage]:
@@ -255,7 +279,7 @@ def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
         if role not in ROLES:
             raise BadInput(f"models.{role}: no such role{nearest(role, ROLES)}")
     for role in roles_of(dataflow):
-        if role not in _KINDS:
+        if role not in ROLES:
             raise BadInput(f"algorithm {recipe.algorithm!r} calls the role {role!r}, which this version does not run")
         if role not in recipe.models:
             raise BadInput(

@@ -87,7 +87,7 @@ class ColocatedGeneratingStage(RowStage):
         assert spec.sampling is not None
         self._sampling = spec.sampling
         self._generation = generation
-        slots = host.spec.generation.slots * replicas_of(host.generation)
+        slots = host.spec.slots * replicas_of(host.generation)
         self._most = sys.maxsize if host.spec.deterministic else slots
         # Admission bounds what waits here.
         self._mailbox: Mailbox[Place] = Mailbox(1, sys.maxsize, in_id_order=True, ended=host.ended)

@@ -21,6 +21,7 @@ from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, Paylo
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.shard_refs import Partitioning, Place, RankCallPlan, ShardRef, parts_of, plan_calls
 from asyncflow.services.ranks.rank import RowReader
+from asyncflow.services.ranks.spec import ExternalSettings
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard
 from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
@@ -132,12 +133,13 @@ class ExternalRank:
 
     def __init__(self, host: StageContext) -> None:
         self._host = host
-        failures = host.spec.failures
+        assert isinstance(host.spec.settings, ExternalSettings)
+        failures = host.spec.settings.failures
         self._seconds = failures.outside_timeout_seconds
         self._asked = PendingRows(failures.outside_retake_seconds)
         self._changed = asyncio.Condition()
         self._stopped = False
-        role = ROLES[host.spec.name]
+        role = ROLES[host.spec.role]
         (self._kind,) = {contract_of(role, stage.method).produces for stage in host.spec.stages}
 
     async def start(self) -> None:

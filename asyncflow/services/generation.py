@@ -134,7 +134,7 @@ class GenerationLoop:
     async def _start_rows(self) -> None:
         if self._paused:  # a load came by: rows without a slot wait outside
             return
-        free = self._host.spec.generation.slots - self._engine.unfinished
+        free = self._host.spec.slots - self._engine.unfinished
         for _ in range(len(self._waiting)):
             if self._host.spec.deterministic and self._engine.unfinished:
                 return  # what runs together decides the last bit: one job after the other

@@ -25,7 +25,7 @@ from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.ranks.rank import OwnRank, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
-from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec, StageSpec, effective_protocol
+from asyncflow.services.ranks.spec import AdvantageSettings, ServiceSpec, StageSpec, effective_protocol
 from asyncflow.services.ranks.worker_factory import LoadedWorker, build, contract_for
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, tombstones
@@ -62,7 +62,6 @@ from protocols.control.requests import (
     YieldDevices,
 )
 from protocols.data.messages import Prompts
-from protocols.layout.topology import Topology
 
 LAG_EVERY_SECONDS = 0.5
 
@@ -95,7 +94,7 @@ class ModelService:
     async def start(self, metrics_host: str = "127.0.0.1") -> int:
         """Load the model and open the metrics endpoint; its port."""
         self._gone = asyncio.get_running_loop().create_future()
-        if self.spec.kind == OUTSIDE:
+        if self.spec.external:
             self._ranks = self._outside = ExternalRank(self._host)
         elif self._ranks is None:
             self._workplace = await self._host.compute("start", build, self.spec)
@@ -280,7 +279,9 @@ class ModelService:
             case "closed":
                 assert self._workplace is not None
                 trainable = self._workplace.method(stage.filter) if stage.filter else None
-                return ClosingStage(self._host, stage, self._workplace.method(stage.method), trainable)
+                function, settings = self._workplace.method(stage.method), self.spec.settings
+                parts = settings.reward_parts if isinstance(settings, AdvantageSettings) else ()
+                return ClosingStage(self._host, stage, function, trainable, parts)
             case "batch":
                 return TrainingStage(self._host, stage)
             case "rows":
@@ -318,7 +319,7 @@ class ModelService:
 
 def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
     """A stage outside the dataflow: nobody feeds it, and it feeds nobody."""
-    contract = contract_for(spec.name if spec.kind == OUTSIDE else spec.kind, method)
+    contract = contract_for(spec.role, method)
     name = f"{spec.name}.{method} invoked"
     return StageSpec(
         name=name,
@@ -328,7 +329,7 @@ def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
         schemas=[kind.schema_id for kind in contract.consumes],
         sources=[],
         outputs=[],
-        protocol=effective_protocol(contract.protocol, Topology.parse(spec.topology)),
+        protocol=effective_protocol(contract.protocol, spec.topology),
     )
 
 

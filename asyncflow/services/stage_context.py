@@ -96,7 +96,7 @@ class StageContext:
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
-        self.topology = Topology.parse(spec.topology)
+        self.topology = spec.topology
         self.generation = spec.grouping
         self.joint = CollectiveCalls(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
@@ -220,7 +220,9 @@ class StageContext:
         spec = self.spec
         return await asyncio.get_running_loop().run_in_executor(
             self.thread,
-            lambda: pack_apart(self.store, batch, spec.term, attempt, direct=direct, object_bytes=spec.object_bytes),
+            lambda: pack_apart(
+                self.store, batch, spec.term, attempt, direct=direct, object_bytes=spec.limits.object_bytes
+            ),
         )
 
     # --- the lease

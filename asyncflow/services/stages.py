@@ -79,9 +79,9 @@ class RowStage(StageRunner):
     def __init__(self, host: StageContext, spec: StageSpec) -> None:
         super().__init__(host, spec)
         # "The whole batch" needs no minimum: deterministic generation delivers whole waves.
-        self._most = sys.maxsize if host.spec.deterministic else host.spec.firing_rows
+        self._most = sys.maxsize if host.spec.deterministic else host.spec.limits.firing_rows
         self._mailbox: Mailbox[Place] = Mailbox(
-            len(spec.inputs), host.spec.mailbox_rows, in_id_order=host.spec.deterministic, ended=host.ended
+            len(spec.inputs), host.spec.limits.mailbox_rows, in_id_order=host.spec.deterministic, ended=host.ended
         )
 
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
@@ -123,10 +123,14 @@ class ClosingStage(StageRunner):
         spec: StageSpec,
         function: Callable[..., Any],
         filter: Callable[..., Any] | None = None,
+        reward_parts: Sequence[str] = (),
     ) -> None:
-        """`filter` says of a prompt's rows, of the spec's `filter_inputs`, which are worth training; None: all."""
+        """`filter` says of a prompt's rows, of the spec's `filter_inputs`, which are worth training; None: all.
+
+        `reward_parts`: names of a mixed reward's parts, whose means it reports.
+        """
         super().__init__(host, spec)
-        self._function = function
+        self._function, self._reward_parts = function, reward_parts
         self._filter = filter
         self._join = PromptJoin(
             spec.grains, host.spec.samples_per_prompt, host.ended, None if filter is None else self._is_worth_training
@@ -162,14 +166,14 @@ class ClosingStage(StageRunner):
         inputs = self._join.take(request.sample_ids)
         result = await self.host.compute(
             self.spec.name,
-            lambda: self._function(*inputs, **self.host.spec.numbers),
+            lambda: self._function(*inputs),
             rows=len(request.sample_ids),
             step=request.step,
         )
         batch, _, metrics = unwrap(result)
         assert batch is not None
         await self.host.send(self.spec, await self.host.pack(batch, direct=self.spec.direct), [], step=request.step)
-        parts = breakdown(inputs, self.host.spec.reward_parts)
+        parts = breakdown(inputs, self._reward_parts)
         return Done((metrics.values if metrics is not None else {}) | parts)
 
     def depth(self) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from asyncflow.control.store.ledger import Ledger, State
 from asyncflow.recipe.config import Recipe
 from asyncflow.services.channels.endpoint import Endpoint, Store, ask
 from asyncflow.services.channels.shard_refs import pack
-from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec
 from asyncflow.services.runtime import Runtime
 from protocols.control.requests import Invoke
 from protocols.data.ids import sample_id
@@ -64,9 +64,10 @@ def bandwidth(sizes: CalibrationSizes) -> float:
 async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: CalibrationSizes) -> float:
     """Rows through a service that does nothing with them."""
     spec = ServiceSpec(
-        name="echo", kind=f"{__name__}:EchoScores", run=f"calibration-{os.getpid()}", term=0, seed=0,
-        deterministic=False, stages=[], pool="", leased=False, samples_per_prompt=1, mailbox_rows=64, firing_rows=64,
-        inline_bytes=recipe.inline_bytes,
+        name="echo", settings=CustomSettings(f"{__name__}:EchoScores"),
+        limits=Limits(mailbox_rows=64, firing_rows=64, inline_bytes=recipe.inline_bytes),
+        run=f"calibration-{os.getpid()}", term=0, seed=0, deterministic=False,
+        stages=[], pool="", leased=False, samples_per_prompt=1,
     )  # fmt: skip
     try:
         started = await runtime.start([spec])

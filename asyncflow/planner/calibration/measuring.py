@@ -141,6 +141,5 @@ def _without_models(bench: WorkerHarness, tokens: int) -> dict[str, float]:
     closing_stage = bench.dataflow.batch_stage
     inputs = [message_of(channel.message, rollouts) for channel in bench.dataflow.inputs_of(closing_stage.name)]
     function = bench.places[ADVANTAGE].method(closing_stage.method)
-    numbers = bench.specs[ADVANTAGE].numbers
-    found[ADVANTAGE] = median_s(partial(function, *inputs, **numbers), bench.sizes.rounds) / rows
+    found[ADVANTAGE] = median_s(partial(function, *inputs), bench.sizes.rounds) / rows
     return found

@@ -6,7 +6,7 @@ state of its last committed step: a step that is given up takes the run back to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,12 +27,17 @@ Remake = Callable[[ModuleType], Stage]  # the stage as a new module of the algor
 class ApplyFunctions:
     """The worker of the advantage service; its methods have the functions' names."""
 
-    def __init__(self, stage: Stage, module: str = "", remake: Remake | None = None) -> None:
-        """`module`: the user's, where the algorithm is his, and `remake` what makes its stage anew."""
+    def __init__(
+        self, stage: Stage, module: str = "", remake: Remake | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """`module`: the user's, where the algorithm is theirs; `remake` makes its stage anew.
+
+        `kwargs`: the batch function is called with these, beside its inputs.
+        """
         assert stage.function is not None, f"{stage.name} closes no batch"
         self._stage, self._function = stage, stage.function
         self._state: msgspec.Struct | None = None
-        self._module, self._remake = module, remake
+        self._module, self._remake, self._kwargs = module, remake, dict(kwargs or {})
         self._next: tuple[Stage, msgspec.Struct | None, ModuleType] | None = None
         setattr(self, stage.method, self._apply)
         if stage.filter is not None:
@@ -59,21 +64,21 @@ class ApplyFunctions:
             install(module)
         self._next = None
 
-    def _apply(self, *inputs: Any, **numbers: Any) -> Any:
-        return (self._function if self._stage.state is None else self._carry)(*inputs, **numbers)
+    def _apply(self, *inputs: Any) -> Any:
+        return self._function(*inputs, **self._kwargs) if self._stage.state is None else self._carry(*inputs)
 
     def _filter(self, *inputs: Any) -> Any:
         assert self._stage.filter is not None
         return self._stage.filter.function(*inputs)
 
-    def _carry(self, *inputs: Any, **numbers: Any) -> Stateful[Any, Any]:
+    def _carry(self, *inputs: Any) -> Stateful[Any, Any]:
         """Call the batch function with the state that its last call returned. Raises TypeError where it returns none.
 
         Where the function raises the state stays as it was.
         """
         name, kind = self._stage.name, self._stage.state
         assert kind is not None
-        result = self._function(*inputs, state=self._state, **numbers)
+        result = self._function(*inputs, state=self._state, **self._kwargs)
         if not isinstance(result, Stateful) or not isinstance(result.state, kind):
             raise TypeError(f"{name}: returned {result!r:.80}, want Stateful with a {kind.__name__}")
         self._state = result.state

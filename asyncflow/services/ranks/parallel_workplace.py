@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from asyncflow.services.ranks.spec import Kind, ServiceSpec
-from protocols.layout.topology import Topology
+from asyncflow.services.ranks.spec import (
+    CriticSettings,
+    PolicySettings,
+    ReferenceSettings,
+    ScorerSettings,
+    ServiceSpec,
+)
 from workers.data.hf_folder import family_of
 from workers.parallel.plan import FAMILIES
 
@@ -18,69 +23,70 @@ if TYPE_CHECKING:
     from workers.parallel.process_group import World
     from workers.roles.parallel_critic import ParallelCritic
 
-Builder = Callable[[ServiceSpec, "World"], Any]
+Builder = Callable[[ServiceSpec, Any, "World"], Any]
 
 
-def _policy(spec: ServiceSpec, world: World) -> Any:
+def _policy(spec: ServiceSpec, settings: PolicySettings, world: World) -> Any:
     from workers.data.pretraining import text_of
     from workers.roles.parallel_policy import ParallelPolicy
 
     generates = any(stage.fires == "generate" for stage in spec.stages)
     return ParallelPolicy(
-        spec.model,
-        Topology.parse(spec.topology),
-        spec.loss,
-        spec.optimizer,
-        spec.generation,
+        settings.model,
+        spec.topology,
+        settings.loss,
+        settings.optimizer,
+        settings.generation,
         spec.seed,
         grouping=spec.grouping if generates else None,
         backend=spec.backend,
         device=world.device,
-        pretraining=text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed),
-        engine=spec.generation.engine,
+        pretraining=text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed),
+        engine=settings.generation.engine,
         sleeps=spec.leased,
     )
 
 
-def _critic(spec: ServiceSpec, world: World) -> Any:
+def _critic(spec: ServiceSpec, settings: CriticSettings, world: World) -> Any:
     from workers.roles.parallel_critic import ParallelCritic
 
-    return _critic_of(ParallelCritic, spec, world)
+    return _critic_of(ParallelCritic, spec, settings, world)
 
 
-def _cost_critic(spec: ServiceSpec, world: World) -> Any:
+def _cost_critic(spec: ServiceSpec, settings: CriticSettings, world: World) -> Any:
     from workers.roles.parallel_critic import ParallelCostCritic
 
-    return _critic_of(ParallelCostCritic, spec, world)
+    return _critic_of(ParallelCostCritic, spec, settings, world)
 
 
-def _critic_of(worker: type[ParallelCritic], spec: ServiceSpec, world: World) -> ParallelCritic:
-    topology, settings = Topology.parse(spec.topology), (spec.loss, spec.optimizer, spec.seed)
-    return worker(spec.model, topology, *settings, backend=spec.backend, device=world.device)
+def _critic_of(
+    worker: type[ParallelCritic], spec: ServiceSpec, settings: CriticSettings, world: World
+) -> ParallelCritic:
+    given = settings.loss, settings.optimizer, spec.seed
+    return worker(settings.model, spec.topology, *given, backend=spec.backend, device=world.device)
 
 
-def _reference(spec: ServiceSpec, world: World) -> Any:
+def _reference(spec: ServiceSpec, settings: ReferenceSettings, world: World) -> Any:
     from workers.roles.parallel_answers import ParallelReference
 
-    topology = Topology.parse(spec.topology)
-    return ParallelReference(spec.model, topology, spec.loss, spec.generation, device=world.device)
+    return ParallelReference(settings.model, spec.topology, settings.loss, settings.generation, device=world.device)
 
 
-def _reward(spec: ServiceSpec, world: World) -> Any:
+def _reward(spec: ServiceSpec, settings: ScorerSettings, world: World) -> Any:
     from workers.roles.parallel_answers import ParallelReward
 
-    budget = spec.loss.tokens_per_micro_batch
-    return ParallelReward(spec.model, Topology.parse(spec.topology), budget, device=world.device)
+    budget = settings.tokens_per_micro_batch
+    return ParallelReward(settings.model, spec.topology, budget, device=world.device)
 
 
-def _cost(spec: ServiceSpec, world: World) -> Any:
+def _cost(spec: ServiceSpec, settings: ScorerSettings, world: World) -> Any:
     from workers.roles.parallel_answers import ParallelCost
 
-    budget = spec.loss.tokens_per_micro_batch
-    return ParallelCost(spec.model, Topology.parse(spec.topology), budget, device=world.device)
+    budget = settings.tokens_per_micro_batch
+    return ParallelCost(settings.model, spec.topology, budget, device=world.device)
 
 
-_BUILDERS: dict[Kind, Builder] = {
+_BUILDERS: dict[str, Builder] = {
     "policy": _policy,
     "critic": _critic,
     "cost_critic": _cost_critic,
@@ -96,10 +102,12 @@ def on_device(spec: ServiceSpec) -> bool:
     The classes for one process keep to the CPU. What has no other has those: rules, adapters, families that no plan
     cuts, and a policy that draws row by row with torch's engine.
     """
-    model = spec.model
+    settings = spec.settings
+    if not isinstance(settings, PolicySettings | CriticSettings | ReferenceSettings | ScorerSettings):
+        return False
+    model = settings.model
     return (
         spec.accelerated
-        and spec.kind in _BUILDERS
         and not (model.rule or model.mix or model.lora.rank)
         and family_of(model.path) in FAMILIES
         and not any(stage.fires == "generate" for stage in spec.stages)
@@ -108,9 +116,9 @@ def on_device(spec: ServiceSpec) -> bool:
 
 def worker_of(spec: ServiceSpec, world: World) -> Any:
     """One rank's worker. Blocking: loads its part of the model. Raises LookupError for a kind that has none."""
-    if spec.kind not in _BUILDERS:
+    if spec.role not in _BUILDERS:
         raise LookupError(
-            f"service {spec.name}: no worker for a {spec.kind} on {spec.topology} ranks that work together; "
+            f"service {spec.name}: no worker for a {spec.role} on {spec.topology} ranks that work together; "
             f"there is one for {', '.join(_BUILDERS)}"
         )
-    return _BUILDERS[spec.kind](spec, world)
+    return _BUILDERS[spec.role](spec, spec.settings, world)

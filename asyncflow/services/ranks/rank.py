@@ -27,7 +27,6 @@ from protocols.data import codec
 from protocols.data.columns import Batch, concat, take
 from protocols.data.messages import SCHEMAS, Metrics, Rollouts
 from protocols.layout.row_plan import Segment
-from protocols.layout.topology import Topology
 from protocols.stage import Failure, Measured, Partial
 
 
@@ -61,7 +60,7 @@ class Rank:
         self._spec, self._workplace, self._store, self._thread = spec, workplace, store, thread
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
         # One of several answers through its front, whatever the consumers are: what it puts must not travel inside.
-        self._alone = Topology.parse(spec.topology).world_size == 1
+        self._alone = spec.topology.world_size == 1
         self._direct = {stage.name: self._alone and stage.direct for stage in spec.stages}
 
     async def call(self, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
@@ -120,7 +119,9 @@ class Rank:
 
     def _put(self, stage: str, batch: Batch) -> list[ShardRef]:
         direct = self._direct.get(stage, self._alone)
-        return pack_apart(self._store, batch, self._spec.term, direct=direct, object_bytes=self._spec.object_bytes)
+        return pack_apart(
+            self._store, batch, self._spec.term, direct=direct, object_bytes=self._spec.limits.object_bytes
+        )
 
 
 class OwnRank:

@@ -1,8 +1,11 @@
-"""What a service is told when it starts: plain values that cross processes as msgpack."""
+"""ServiceSpec: all that a service needs to start. Plain values, which cross processes as msgpack.
+
+What every service has are its identity and its limits. What only its role has stands in `settings`, one struct a role.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -11,9 +14,6 @@ from protocols.roles import Sampling
 from protocols.stage import Grain
 from workers.settings import Failures, Generation, Loss, Model, Optimizer
 
-# "policy", "generator", "critic", "cost_critic", "reference", "reward", "cost", "advantage", or "package.module:Class"
-Kind = str
-OUTSIDE: Kind = "outside"  # the rank of the role that the service is named after is outside of the run
 Fires = Literal["generate", "rows", "closed", "batch"]  # closed: joins and waits for CloseBatch; batch: trains on one
 
 
@@ -45,52 +45,148 @@ class StageSpec(msgspec.Struct, frozen=True):
 
     @property
     def direct(self) -> bool:
-        """Whether those who get its output read it themselves: a front of several ranks only passes it on."""
+        """Whether its consumers read its output themselves: a coordinator of several ranks only passes it on."""
         return all(target.ranks == 1 for target in self.outputs)
 
 
-class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One service of a run."""
+class PolicySettings(msgspec.Struct, frozen=True, tag="policy"):
+    """A policy that trains, and generates where no generator is placed."""
 
-    name: str
-    kind: Kind
-    run: str
-    term: int
-    seed: int
-    deterministic: bool
-    stages: list[StageSpec]
-    pool: str
-    topology: str = "1-1-1"  # p-t-d of its ranks
-    generation_layout: str = "1-1"  # p-t in which they generate, where they do
-    backend: Backend = "3d"  # how ranks that work together share a model
-    collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
-    accelerated: bool = False  # its ranks each have a device of their own, or a share of one
-    leased: bool  # other services share the pool's devices
-    samples_per_prompt: int
+    role: ClassVar[str] = "policy"
+    model: Model
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    generation: Generation = Generation()
+    tokenizer_path: str = ""
+    pretrain: str = ""  # JSON lines of pretraining text, where the loss has a term of it
+
+
+class GeneratorSettings(msgspec.Struct, frozen=True, tag="generator"):
+    """An engine that generates with the policy's published weights."""
+
+    role: ClassVar[str] = "generator"
+    model: Model
+    generation: Generation = Generation()
+    tokenizer_path: str = ""
+
+
+class CriticSettings(msgspec.Struct, frozen=True, tag="critic"):
+    """A value model of the reward or of the cost."""
+
+    model: Model
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    role: Literal["critic", "cost_critic"] = "critic"
+
+
+class ReferenceSettings(msgspec.Struct, frozen=True, tag="reference"):
+    """The frozen policy that the KL penalty compares with."""
+
+    role: ClassVar[str] = "reference"
+    model: Model
+    loss: Loss = Loss()
+    generation: Generation = Generation()
+
+
+class ScorerSettings(msgspec.Struct, frozen=True, tag="scorer"):
+    """A reward or a cost: a model, a rule, or a weighted sum of both."""
+
+    model: Model
+    tokens_per_micro_batch: int = Loss().tokens_per_micro_batch
+    failures: Failures = Failures()
+    tokenizer_path: str = ""
+    role: Literal["reward", "cost"] = "reward"
+
+
+class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
+    """The algorithm's batch function."""
+
+    role: ClassVar[str] = "advantage"
+    algorithm: str  # where the function comes from
+    advantage_kwargs: dict[str, float | bool | str] = {}  # what it is called with, beside its inputs
+    reward_parts: list[str] = []  # names of a mixed reward's parts, in their order
+
+
+class ExternalSettings(msgspec.Struct, frozen=True, tag="external"):
+    """A role that a worker outside of the run computes."""
+
+    role: str
+    failures: Failures = Failures()
+
+
+class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):
+    """A worker class that is no role of an algorithm: of a benchmark, a calibration, a test."""
+
+    role: str  # "package.module:Class"
+    options: dict[str, str] = {}  # for the class to read
+
+
+Settings = (
+    PolicySettings
+    | GeneratorSettings
+    | CriticSettings
+    | ReferenceSettings
+    | ScorerSettings
+    | AdvantageSettings
+    | ExternalSettings
+    | CustomSettings
+)
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The bounds of what a service holds, sends and takes at once."""
+
     mailbox_rows: int  # capacity of a plain mailbox
     firing_rows: int  # most rows of one firing
     inline_bytes: int = 8192  # larger frames travel by reference
     object_bytes: int = 0  # of one object of a larger shard, where readers are on other nodes; 0: one object a shard
     shared_bytes: int = 0  # of the memory that processes of one node share, what each of them may hold at most
     threads: int = 1  # of torch
-    model: Model = Model()
-    tokenizer_path: str = ""
-    loss: Loss = Loss()
-    pretrain: str = ""  # JSON lines of pretraining text, where the loss has a term of it
-    optimizer: Optimizer = Optimizer()
-    generation: Generation = Generation()
-    failures: Failures = Failures()
-    algorithm: str = ""  # of the advantage service: where its batch function comes from
-    reward_parts: list[str] = []  # of the advantage service: names of a mixed reward's parts, in their order
-    numbers: dict[str, float | bool | str] = {}  # keyword arguments of the batch function
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One service of a run."""
+
+    name: str
+    settings: Settings
+    limits: Limits
+    run: str
+    term: int
+    seed: int
+    deterministic: bool
+    stages: list[StageSpec]
+    samples_per_prompt: int
+    pool: str
+    leased: bool  # other services share the pool's devices
+    accelerated: bool = False  # its ranks each have a device of their own, or a share of one
+    topology: Topology = Topology()  # of its ranks
+    generation_layout: Topology = Topology()  # p-t in which they generate, where they do
+    backend: Backend = "3d"  # how ranks that work together share a model
+    collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
     log_path: str = ""
     metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's own
     delay_seconds: dict[str, float] = {}  # stage method -> injected delay, for experiments on timing
 
     @property
+    def role(self) -> str:
+        """What it computes: a role of the algorithm, "generator", "advantage", or "package.module:Class"."""
+        return self.settings.role
+
+    @property
+    def external(self) -> bool:
+        """Whether a worker outside of the run computes it."""
+        return isinstance(self.settings, ExternalSettings)
+
+    @property
     def grouping(self) -> GenerationGrouping:
         """Its ranks as they generate. Raises ValueError where the layout does not divide the topology."""
-        return generation_grouping(self.backend, Topology.parse(self.topology), Topology.parse(self.generation_layout))
+        return generation_grouping(self.backend, self.topology, self.generation_layout)
+
+    @property
+    def slots(self) -> int:
+        """Rows that it generates at the same time; 0 where it does not generate."""
+        settings = self.settings
+        return settings.generation.slots if isinstance(settings, PolicySettings | GeneratorSettings) else 0
 
 
 def effective_protocol(protocol: str, topology: Topology) -> str:

@@ -14,8 +14,17 @@ import msgspec
 
 from asyncflow.services.ranks.apply_functions import ApplyFunctions
 from asyncflow.services.ranks.parallel_workplace import on_device, worker_of
-from asyncflow.services.ranks.spec import Kind, ServiceSpec
+from asyncflow.services.ranks.spec import (
+    AdvantageSettings,
+    CriticSettings,
+    GeneratorSettings,
+    PolicySettings,
+    ReferenceSettings,
+    ScorerSettings,
+    ServiceSpec,
+)
 from protocols.control.requests import Done
+from protocols.layout.topology import Topology
 from protocols.roles import Cost, Critic, Policy, Reference, Reward
 from protocols.stage import StageContract, contract_of
 from protocols.weights import Version
@@ -64,12 +73,12 @@ class LoadedWorker(msgspec.Struct):
             self.world.leave()
 
 
-def _policy(spec: ServiceSpec) -> LoadedWorker:
+def _policy(spec: ServiceSpec, settings: PolicySettings) -> LoadedWorker:
     from workers.data.pretraining import text_of
     from workers.roles.policy import PolicyWorker
 
-    text = text_of(spec.loss, spec.pretrain, spec.tokenizer_path, spec.seed)
-    worker = PolicyWorker(spec.model, spec.loss, spec.optimizer, spec.generation, spec.seed, text)
+    text = text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed)
+    worker = PolicyWorker(settings.model, settings.loss, settings.optimizer, settings.generation, spec.seed, text)
     if not any(s.fires == "generate" for s in spec.stages):
         return LoadedWorker(worker)
     engine = worker.engine(spec.term)
@@ -82,82 +91,84 @@ def _policy(spec: ServiceSpec) -> LoadedWorker:
     return LoadedWorker(worker, engine, follow)
 
 
-def _generator(spec: ServiceSpec) -> LoadedWorker:
-    engine = _engine(spec)
-    if spec.model.lora.publish == "adapters":
+def _generator(spec: ServiceSpec, settings: GeneratorSettings) -> LoadedWorker:
+    engine = _engine(spec, settings)
+    if settings.model.lora.publish == "adapters":
         from workers.generation.merging import MergingEngine
 
-        engine = MergingEngine(engine, spec.model.path, spec.model.dtype)
+        engine = MergingEngine(engine, settings.model.path, settings.model.dtype)
     return LoadedWorker(None, engine)
 
 
-def _engine(spec: ServiceSpec) -> Engine:
-    if spec.generation.engine == "vllm":
+def _engine(spec: ServiceSpec, settings: GeneratorSettings) -> Engine:
+    if settings.generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
 
-        end = end_of_sequence(spec.tokenizer_path)
-        return VllmEngine(spec.model.path, spec.generation, spec.seed, spec.model.dtype, end)
+        end = end_of_sequence(settings.tokenizer_path)
+        return VllmEngine(settings.model.path, settings.generation, spec.seed, settings.model.dtype, end)
     from workers.generation.torch import TorchEngine
     from workers.training.models import load_causal
 
-    model = load_causal(spec.model.path, spec.model.dtype)
-    return TorchEngine(model, spec.generation, spec.seed, end_of_sequence(spec.tokenizer_path))
+    model = load_causal(settings.model.path, settings.model.dtype)
+    return TorchEngine(model, settings.generation, spec.seed, end_of_sequence(settings.tokenizer_path))
 
 
-def _critic(spec: ServiceSpec) -> LoadedWorker:
+def _critic(spec: ServiceSpec, settings: CriticSettings) -> LoadedWorker:
     from workers.roles.critic import CriticWorker
 
-    return LoadedWorker(CriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+    return LoadedWorker(CriticWorker(settings.model, settings.loss, settings.optimizer, spec.seed))
 
 
-def _cost_critic(spec: ServiceSpec) -> LoadedWorker:
+def _cost_critic(spec: ServiceSpec, settings: CriticSettings) -> LoadedWorker:
     from workers.roles.critic import CostCriticWorker
 
-    return LoadedWorker(CostCriticWorker(spec.model, spec.loss, spec.optimizer, spec.seed))
+    return LoadedWorker(CostCriticWorker(settings.model, settings.loss, settings.optimizer, spec.seed))
 
 
-def _reference(spec: ServiceSpec) -> LoadedWorker:
+def _reference(spec: ServiceSpec, settings: ReferenceSettings) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
-    return LoadedWorker(ReferenceWorker(spec.model, spec.loss, spec.generation))
+    return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation))
 
 
-def _reward(spec: ServiceSpec) -> LoadedWorker:
+def _reward(spec: ServiceSpec, settings: ScorerSettings) -> LoadedWorker:
     from workers.roles.reward import MixedReward, ModelReward, RuleReward
 
-    if spec.model.mix:
+    if settings.model.mix:
         return LoadedWorker(
-            MixedReward(spec.model, spec.tokenizer_path, spec.loss.tokens_per_micro_batch, spec.failures)
+            MixedReward(settings.model, settings.tokenizer_path, settings.tokens_per_micro_batch, settings.failures)
         )
-    if spec.model.rule:
-        return LoadedWorker(RuleReward(spec.model, spec.tokenizer_path, spec.failures))
-    return LoadedWorker(ModelReward(spec.model, spec.loss.tokens_per_micro_batch))
+    if settings.model.rule:
+        return LoadedWorker(RuleReward(settings.model, settings.tokenizer_path, settings.failures))
+    return LoadedWorker(ModelReward(settings.model, settings.tokens_per_micro_batch))
 
 
-def _cost(spec: ServiceSpec) -> LoadedWorker:
+def _cost(spec: ServiceSpec, settings: ScorerSettings) -> LoadedWorker:
     from workers.roles.cost import ModelCost, RuleCost
 
-    if spec.model.rule:
-        return LoadedWorker(RuleCost(spec.model, spec.tokenizer_path, spec.failures))
-    return LoadedWorker(ModelCost(spec.model, spec.loss.tokens_per_micro_batch))
+    if settings.model.rule:
+        return LoadedWorker(RuleCost(settings.model, settings.tokenizer_path, settings.failures))
+    return LoadedWorker(ModelCost(settings.model, settings.tokens_per_micro_batch))
 
 
-def _advantage(spec: ServiceSpec) -> LoadedWorker:
+def _advantage(spec: ServiceSpec, settings: AdvantageSettings) -> LoadedWorker:
     from asyncflow.dataflow.registry import algorithm_named
     from asyncflow.dataflow.retrace import retraced
     from asyncflow.dataflow.steering import with_steering
     from asyncflow.dataflow.trace import declaration_of, trace
 
-    algorithm = algorithm_named(spec.algorithm)
-    dataflow, declared = with_steering(trace(algorithm), spec.numbers), declaration_of(algorithm)
+    algorithm = algorithm_named(settings.algorithm)
+    dataflow, declared = with_steering(trace(algorithm), settings.advantage_kwargs), declaration_of(algorithm)
 
     def remake(module: ModuleType) -> Stage:
-        return retraced(module, spec.algorithm, spec.numbers, dataflow, declared).batch_stage
+        return retraced(module, settings.algorithm, settings.advantage_kwargs, dataflow, declared).batch_stage
 
-    return LoadedWorker(ApplyFunctions(dataflow.batch_stage, module_of(spec.algorithm), remake))
+    return LoadedWorker(
+        ApplyFunctions(dataflow.batch_stage, module_of(settings.algorithm), remake, settings.advantage_kwargs)
+    )
 
 
-_BUILDERS: dict[str, Callable[[ServiceSpec], LoadedWorker]] = {
+_BUILDERS: dict[str, Callable[[ServiceSpec, Any], LoadedWorker]] = {
     "policy": _policy,
     "generator": _generator,
     "critic": _critic,
@@ -181,20 +192,18 @@ _ROLES: dict[str, type] = {
 
 
 @functools.cache
-def contract_for(kind: Kind, method: str) -> StageContract:
+def contract_for(role: str, method: str) -> StageContract:
     """What a stage of such a service takes and gives. Raises LookupError naming the stages that it has."""
-    return contract_of(_ROLES.get(kind) or _own(kind), method)
+    return contract_of(_ROLES.get(role) or _own(role), method)
 
 
-def _own(kind: Kind) -> type:
+def _own(role: str) -> type:
     """A worker class of the user's own, "package.module:Class". Raises LookupError where there is none."""
-    module, _, name = kind.partition(":")
+    module, _, name = role.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise LookupError(
-            f"no service kind {kind!r}: {error}; want one of {', '.join(_BUILDERS)}, or module:Class"
-        ) from None
+        raise LookupError(f"no role {role!r}: {error}; want one of {', '.join(_BUILDERS)}, or module:Class") from None
 
 
 _WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
@@ -202,18 +211,18 @@ _WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:
     """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
-    if spec.kind not in _BUILDERS:
-        return LoadedWorker(_own(spec.kind)(spec, rank), world=world)
-    if spec.kind in _WITH_TORCH or (spec.kind in ("reward", "cost") and spec.model.folders):
+    if spec.role not in _BUILDERS:
+        return LoadedWorker(_own(spec.role)(spec, rank), world=world)
+    if spec.role in _WITH_TORCH or (isinstance(spec.settings, ScorerSettings) and spec.settings.model.folders):
         import torch
 
-        torch.set_num_threads(spec.threads)
+        torch.set_num_threads(spec.limits.threads)
         if spec.deterministic:
             torch.use_deterministic_algorithms(True)
     if world is None and (spec.collective or on_device(spec)):
         from workers.parallel.process_group import World, own_device
 
-        spec, world = msgspec.structs.replace(spec, topology="1-1-1"), World(0, 1, own_device(0))
+        spec, world = msgspec.structs.replace(spec, topology=Topology()), World(0, 1, own_device(0))
     if world is not None:
         worker = worker_of(spec, world)
         together = world if spec.collective else None
@@ -221,4 +230,4 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Loade
         if spec.leased:
             workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
         return workplace
-    return _BUILDERS[spec.kind](spec)
+    return _BUILDERS[spec.role](spec, spec.settings)

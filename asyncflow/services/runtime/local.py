@@ -17,7 +17,6 @@ from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
 from protocols.control.delivery import RankCall, RankReply
 from protocols.control.requests import RankAnswer, RankRequest
-from protocols.layout.topology import Topology
 
 
 class LocalRanks:
@@ -32,7 +31,7 @@ class LocalRanks:
     async def start(self) -> None:
         if self._spec.collective:
             raise ValueError(f"{self._spec.topology} ranks that work together need a process each: runtime = 'ray'")
-        for number in range(Topology.parse(self._spec.topology).world_size):
+        for number in range(self._spec.topology.world_size):
             thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
             self._threads.append(thread)
             workplace = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
@@ -77,7 +76,7 @@ class LocalRuntime:
         return started
 
     async def _start(self, spec: ServiceSpec) -> Started:
-        several = Topology.parse(spec.topology).world_size > 1
+        several = spec.topology.world_size > 1
         service = ModelService(spec, self.store, LocalRanks(spec, self.store) if several else None)
         self._services[spec.name] = service
         try:

@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
-from protocols.layout.topology import Topology
 
 NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor that needs none
 RESERVE_SECONDS = 120.0  # for devices that another run is about to give back
@@ -58,7 +57,7 @@ class ReservedPools:
         self._bundles = {name: bundle_of(request, total) for name, request in self._requests.items()}
         refuse_shortage(self._requests, self._bundles, total)
         for spec in specs:
-            for rank in range(Topology.parse(spec.topology).world_size):
+            for rank in range(spec.topology.world_size):
                 if place := self._place(spec, rank):
                     self._tenants[place] += 1
         try:

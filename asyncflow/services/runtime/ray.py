@@ -23,7 +23,6 @@ from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPoo
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.runtime.ray_store import RayStore
-from protocols.layout.topology import Topology
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
@@ -73,10 +72,10 @@ class RayRuntime:
             raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
         await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
-            specs = [msgspec.structs.replace(spec, object_bytes=OBJECT_BYTES) for spec in specs]
+            specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
         elif self._wired:
             self.store.shared_bytes = _shared_bytes(len(specs))
-            specs = [msgspec.structs.replace(spec, shared_bytes=self.store.shared_bytes) for spec in specs]
+            specs = [_limited(spec, shared_bytes=self.store.shared_bytes) for spec in specs]
         for spec in specs:
             self._create(spec)
         started: dict[str, Started] = {}
@@ -103,7 +102,7 @@ class RayRuntime:
 
     def _create(self, spec: ServiceSpec) -> None:
         packed = msgspec.msgpack.encode(msgspec.structs.replace(spec, accelerated=self._pools.accelerates(spec)))
-        count = Topology.parse(spec.topology).world_size
+        count = spec.topology.world_size
         name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
         rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]
         rank_actor: Any = ray.remote(RankActor)
@@ -184,6 +183,10 @@ class RayRuntime:
                 }
             },
         )
+
+
+def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:
+    return msgspec.structs.replace(spec, limits=msgspec.structs.replace(spec.limits, **limits))
 
 
 def _shared_bytes(services: int) -> int:

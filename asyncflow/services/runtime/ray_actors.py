@@ -28,7 +28,6 @@ from asyncflow.services.runtime.wire import Carried, Server, ServerThread
 from asyncflow.services.service import ModelService
 from protocols.control.delivery import Delivery, RankCall
 from protocols.control.requests import RankRequest, Request
-from protocols.layout.topology import Topology
 
 if TYPE_CHECKING:
     from workers.parallel.process_group import Rendezvous, World
@@ -47,7 +46,7 @@ class ServiceActor:
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
         name, meet = self._spec.name, self._spec.collective
-        self._store = RayStore(self._spec.inline_bytes, self._spec.shared_bytes)
+        self._store = RayStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
         several = RayRanks(name, ranks, rank_wires, self._store, meet=meet) if ranks else None
         self._service = ModelService(self._spec, self._store, several)
         self._server = Server(wire, self._answer) if wire else None
@@ -179,13 +178,13 @@ class RankActor:
 
     def _start(self, meeting: str) -> None:
         self._workplace = build(self._spec, self._number, self._join(meeting) if meeting else None)
-        self._store = RankStore(self._spec.inline_bytes, self._spec.shared_bytes)
+        self._store = RankStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
         self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
 
     def _join(self, meeting: str) -> World:
         from workers.parallel.process_group import connect_store, join_world
 
-        size = Topology.parse(self._spec.topology).world_size
+        size = self._spec.topology.world_size
         return join_world(self._hosted or connect_store(meeting), self._number, size)
 
     def _call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from asyncflow.dataflow.algorithms.dapo import dapo
@@ -24,10 +25,12 @@ from asyncflow.recipe.service_specs import (
     replaceable,
     stateful,
 )
-from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.spec import AdvantageSettings, CustomSettings, ExternalSettings, ServiceSpec
 from protocols.data.messages import Experience, Rollouts, Scores
+from protocols.layout.topology import Topology
 from protocols.roles import ROLES, Policy, Reward, Sampling
 from tests.asyncflow.conftest import MakeRecipe
+from workers.settings import Model
 
 DATAFLOW = trace(ppo)
 SPLIT = {
@@ -38,6 +41,11 @@ SPLIT = {
 
 def composed(recipe: Recipe, dataflow: Dataflow = DATAFLOW) -> dict[str, ServiceSpec]:
     return {s.name: s for s in compose(recipe, dataflow, "run", 2, "/logs")}
+
+
+def model_of(spec: ServiceSpec) -> Model:
+    assert not isinstance(spec.settings, AdvantageSettings | ExternalSettings | CustomSettings)
+    return spec.settings.model
 
 
 def test_without_a_generator_the_policy_generates(make_recipe: MakeRecipe):
@@ -56,7 +64,7 @@ def test_a_generator_takes_over_what_draws_and_nothing_else(make_recipe: MakeRec
     services = composed(make_recipe(**SPLIT))
     assert [s.name for s in services[GENERATOR].stages] == ["policy.generate#1"]
     assert [s.name for s in services["policy"].stages] == ["policy.update#1"]
-    assert services[GENERATOR].model.path == services["policy"].model.path
+    assert model_of(services[GENERATOR]).path == model_of(services["policy"]).path
 
 
 def test_every_output_goes_to_an_input_that_its_service_has(make_recipe: MakeRecipe):
@@ -112,18 +120,22 @@ def test_a_mix_of_rules_needs_no_device_and_one_with_a_model_does(make_recipe: M
     model = {"name": "liked", "path": "models/reward"}
     alone, both = (composed(make_recipe(models={"reward": {"mix": mix}})) for mix in (rules, [*rules, model]))
     assert (alone["reward"].pool, both["reward"].pool) == (NO_DEVICE, "main")
-    assert both[ADVANTAGE].reward_parts == ["right", "begun", "liked"]
+    settings = both[ADVANTAGE].settings
+    assert isinstance(settings, AdvantageSettings)
+    assert settings.reward_parts == ["right", "begun", "liked"]
 
 
 def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeRecipe):
-    assert composed(make_recipe())[EVALUATOR].model.rule == "exact_match"
+    assert model_of(composed(make_recipe())[EVALUATOR]).rule == "exact_match"
     assert EVALUATOR not in composed(make_recipe(data={"eval": ""}))
 
 
 def test_a_model_is_spread_over_as_many_ranks_as_its_placement_says(make_recipe: MakeRecipe):
     pools = {"main": {"devices": 1}, "judges": {"devices": 4}}
     services = composed(make_recipe(pools=pools, placement={"reference": {"pool": "judges", "parallel": "1-1-4"}}))
-    assert {name: s.topology for name, s in services.items() if s.topology != "1-1-1"} == {"reference": "1-1-4"}
+    assert {name: s.topology for name, s in services.items() if s.topology.world_size > 1} == {
+        "reference": Topology(1, 1, 4)
+    }
     (log_probs,) = services["reference"].stages
     assert (log_probs.protocol, log_probs.balance) == ("3D_PROTO", "tokens")
 
@@ -140,7 +152,7 @@ def test_ranks_that_share_a_model_or_train_one_work_together(make_recipe: MakeRe
         "reference": True,
         "reward": False,
     }
-    assert (services["policy"].topology, services["policy"].generation_layout) == ("1-2-2", "1-1")
+    assert (services["policy"].topology, services["policy"].generation_layout) == (Topology(1, 2, 2), Topology(1, 1))
     assert services["critic"].backend == "3d"
 
 
@@ -153,8 +165,8 @@ def test_a_policy_with_a_vllm_of_its_own_works_as_ranks_that_work_together_do_al
 def test_ranks_generate_as_they_train_unless_their_placement_says_otherwise(make_recipe: MakeRecipe):
     placement = {"policy": {"pool": "main", "parallel": "2-2-1"}}
     services = composed(make_recipe(pools={"main": {"devices": 4}}, placement=placement))
-    assert services["policy"].generation_layout == "2-2"
-    assert composed(make_recipe())["policy"].generation_layout == "1-1"
+    assert services["policy"].generation_layout == Topology(2, 2)
+    assert composed(make_recipe())["policy"].generation_layout == Topology(1, 1)
 
 
 def test_the_rows_of_a_reward_model_go_to_all_ranks_that_share_it(make_recipe: MakeRecipe):
@@ -167,8 +179,8 @@ def test_the_rows_of_a_reward_model_go_to_all_ranks_that_share_it(make_recipe: M
 
 
 def test_a_mailbox_holds_one_step_unless_the_recipe_says_otherwise(make_recipe: MakeRecipe):
-    assert composed(make_recipe())["reward"].mailbox_rows == 8
-    assert composed(make_recipe(mailbox_rows=3))["reward"].mailbox_rows == 3
+    assert composed(make_recipe())["reward"].limits.mailbox_rows == 8
+    assert composed(make_recipe(mailbox_rows=3))["reward"].limits.mailbox_rows == 3
 
 
 def test_delays_reach_their_service_alone(make_recipe: MakeRecipe):
@@ -187,10 +199,10 @@ def safe_recipe(make_recipe: MakeRecipe, **changes: Any) -> Recipe:
     return make_recipe(algorithm="safe_rlhf", models=models, advantage={"kl_coefficient": 0.1}, **changes)
 
 
-def test_a_cost_and_its_critic_are_services_of_their_own_kinds(make_recipe: MakeRecipe):
+def test_a_cost_and_its_critic_are_services_of_their_own_roles(make_recipe: MakeRecipe):
     services = composed(safe_recipe(make_recipe), trace(safe_rlhf))
-    kinds = {name: service.kind for name, service in services.items() if name.startswith(("c", "re"))}
-    assert kinds == {
+    found = {name: service.role for name, service in services.items() if name.startswith(("c", "re"))}
+    assert found == {
         "critic": "critic",
         "cost_critic": "cost_critic",
         "reference": "reference",
@@ -205,7 +217,7 @@ def test_a_cost_may_have_several_ranks_and_a_successor(make_recipe: MakeRecipe):
     pools = {"main": {"devices": 1}, "judges": {"devices": 2}}
     recipe = safe_recipe(make_recipe, pools=pools, placement={"cost": {"pool": "judges", "parallel": "1-1-2"}})
     check_placement(recipe, trace(safe_rlhf))
-    assert composed(recipe, trace(safe_rlhf))["cost"].topology == "1-1-2"
+    assert composed(recipe, trace(safe_rlhf))["cost"].topology == Topology(1, 1, 2)
     assert replaceable(recipe) == ["reference", "reward", "cost"]
 
 
@@ -227,3 +239,10 @@ def test_a_role_that_no_service_runs_is_refused(make_recipe: MakeRecipe):
     dataflow = trace(judged, ROLES | {"judge": Reward, "policy": Policy})
     with pytest.raises(BadInput, match="calls the role 'judge', which this version does not run"):
         check_roles(make_recipe(), dataflow)
+
+
+def test_a_spec_with_the_settings_of_any_role_crosses_processes_unchanged(make_recipe: MakeRecipe):
+    outside = make_recipe(models={"reward": {"outside": True}}, **SPLIT)
+    for services in (composed(safe_recipe(make_recipe), trace(safe_rlhf)), composed(outside)):
+        for spec in services.values():
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=ServiceSpec) == spec

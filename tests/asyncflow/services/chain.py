@@ -22,6 +22,7 @@ from protocols.control.notices import PromptSettled
 from protocols.control.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from protocols.data.columns import Batch
 from protocols.data.ids import sample_id
+from protocols.layout.topology import Topology
 from tests.asyncflow.services import specs
 
 A_EDGE, B_EDGE, C_EDGE = "a.double#1.0", "b.double#1.0", "c.keep#1.0"
@@ -39,9 +40,9 @@ def chain_specs(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None
     second = specs.stage("b.double#1", sources=["a.double#1"], outputs=[Target("c", C_EDGE)])
     last = specs.stage("c.keep#1", sources=["b.double#1"], fires="closed", grains=["sample"], protocol="RANK_ZERO")
     return [
-        specs.service("a", first, topology="1-1-4", **(a or {})),
+        specs.service("a", first, topology=Topology(1, 1, 4), **(a or {})),
         specs.service("b", second, **(b or {})),
-        specs.service("c", last, kind="Keeper"),
+        specs.service("c", last, worker="Keeper"),
     ]
 
 

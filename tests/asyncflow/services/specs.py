@@ -5,15 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
+from asyncflow.services.ranks.spec import (
+    AdvantageSettings,
+    CriticSettings,
+    CustomSettings,
+    GeneratorSettings,
+    Limits,
+    PolicySettings,
+    ReferenceSettings,
+    ScorerSettings,
+    ServiceSpec,
+    Settings,
+    StageSpec,
+    Target,
+)
 from protocols.data.messages import LogProbs
+from workers.settings import Generation, Model
 
 WORKERS = "tests.asyncflow.services.workers"
 
 
-def service(name: str, *stages: StageSpec, kind: str = "Doubler", **changes: Any) -> ServiceSpec:
-    """A service whose worker is a class of `workers`; a prompt has one sample."""
-    settings = {
+def service(
+    name: str,
+    *stages: StageSpec,
+    worker: str = "Doubler",
+    options: dict[str, str] | None = None,
+    mailbox_rows: int = 1024,
+    firing_rows: int = 1024,
+    **changes: Any,
+) -> ServiceSpec:
+    """A service whose worker is a class of `workers`, unless it has other settings; a prompt has one sample."""
+    fields = {
+        "settings": CustomSettings(f"{WORKERS}:{worker}", options or {}),
+        "limits": Limits(mailbox_rows, firing_rows),
         "run": "test",
         "term": 0,
         "seed": 0,
@@ -21,10 +45,27 @@ def service(name: str, *stages: StageSpec, kind: str = "Doubler", **changes: Any
         "pool": "main",
         "leased": False,
         "samples_per_prompt": 1,
-        "mailbox_rows": 1024,
-        "firing_rows": 1024,
     }
-    return ServiceSpec(name=name, kind=f"{WORKERS}:{kind}", stages=list(stages), **{**settings, **changes})
+    return ServiceSpec(name=name, stages=list(stages), **{**fields, **changes})
+
+
+def settings_of(role: str, model: Model, generation: Generation | None = None) -> Settings:
+    """The settings of a role with such a model, all else as by default."""
+    match role:
+        case _ if generation is None:
+            return settings_of(role, model, Generation())
+        case "policy":
+            return PolicySettings(model, generation=generation)
+        case "generator":
+            return GeneratorSettings(model, generation)
+        case "critic" | "cost_critic":
+            return CriticSettings(model, role=role)
+        case "reference":
+            return ReferenceSettings(model, generation=generation)
+        case "reward" | "cost":
+            return ScorerSettings(model, role=role)
+        case _:
+            return AdvantageSettings(role)
 
 
 def stage(

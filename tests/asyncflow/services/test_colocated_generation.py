@@ -15,7 +15,7 @@ from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Payload
 from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration, replicas_of
-from asyncflow.services.ranks.spec import ServiceSpec, Target
+from asyncflow.services.ranks.spec import PolicySettings, ServiceSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery, RankCall, RankReply
@@ -28,7 +28,7 @@ from protocols.stage import Failure
 from tests import tiny
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer
-from workers.settings import Generation
+from workers.settings import Generation, Model
 
 SAMPLING = Sampling(max_tokens=3)
 EDGE, TO_B = "policy.generate#1.0", Target("b", "b.score#1.0")
@@ -41,8 +41,9 @@ TOOK = {"seconds": 0.5, "received_bytes": 64.0, "peak_bytes": 128.0, "copied_byt
 BACK_AND_FORTH = ["generation", "draw", "training"]
 
 
-def spec(**changes: Any) -> ServiceSpec:
-    return specs.service("policy", STAGE, topology="1-2-2", generation_layout="1-1", collective=True, **changes)
+def spec(slots: int = 256, **changes: Any) -> ServiceSpec:
+    settings = PolicySettings(Model(), generation=Generation(slots=slots))
+    return specs.service("policy", STAGE, topology=Topology(1, 2, 2), collective=True, settings=settings, **changes)
 
 
 class Drawing:
@@ -157,7 +158,7 @@ async def test_a_prompt_that_is_sent_again_is_not_drawn_again():
 
 async def test_a_firing_takes_as_many_rows_as_the_copies_have_slots_and_all_where_the_wave_must_be_whole():
     for deterministic, firings in ((False, [4, 2]), (True, [6])):
-        async with running(generation=Generation(slots=1), deterministic=deterministic) as world:
+        async with running(slots=1, deterministic=deterministic) as world:
             await world.deliver(0, 2, 4, 6, 8, 10)
             await world.until(6)
             assert [len(samples) for samples in world.consumer.samples] == firings

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, ServiceError, ask
@@ -23,7 +22,7 @@ from asyncflow.services.external_workers import (
     take_rows,
 )
 from asyncflow.services.ranks.rank import RowReader
-from asyncflow.services.ranks.spec import OUTSIDE, ServiceSpec
+from asyncflow.services.ranks.spec import ExternalSettings, ServiceSpec
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.service import ModelService
@@ -166,8 +165,8 @@ def test_however_rows_are_taken_and_put_each_is_answered_once(data: st.DataObjec
 def outside_reward(seconds: float = 0.3) -> ServiceSpec:
     """A service whose reward is outside: answers within some seconds, rows given away again after 0.1 s."""
     failures = Failures(outside_timeout_seconds=seconds, outside_retake_seconds=0.1)
-    spec = specs.service("reward", specs.stage(STAGE, schemas=[Rollouts.schema_id]), failures=failures)
-    return replace(spec, kind=OUTSIDE)
+    stage = specs.stage(STAGE, schemas=[Rollouts.schema_id])
+    return specs.service("reward", stage, settings=ExternalSettings("reward", failures))
 
 
 @pytest.fixture

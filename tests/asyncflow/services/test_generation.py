@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
-from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
+from asyncflow.services.ranks.spec import GeneratorSettings, Limits, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
@@ -30,7 +30,7 @@ from tests import tiny
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.hosting import Consumer
 from workers.generation.torch import TorchEngine
-from workers.settings import Generation
+from workers.settings import Generation, Model
 from workers.training.models import load_causal
 
 SAMPLING = Sampling(max_tokens=4)
@@ -106,7 +106,7 @@ async def bench(
     settings = Generation(engine="torch", max_tokens=SAMPLING.max_tokens, slots=slots)
     spec = ServiceSpec(
         name="generator",
-        kind="generator",
+        settings=GeneratorSettings(Model(), settings),
         run="test",
         term=0,
         seed=3,
@@ -115,9 +115,7 @@ async def bench(
         pool="main",
         leased=leased,
         samples_per_prompt=1,
-        mailbox_rows=8,
-        firing_rows=8,
-        generation=settings,
+        limits=Limits(mailbox_rows=8, firing_rows=8),
     )
     model = load_causal(folder)
     engine = TorchEngine(model, settings, 3, tiny.EOS_ID, owns_model=follows is None, version=version)

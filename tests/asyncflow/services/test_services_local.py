@@ -130,7 +130,7 @@ async def test_statistics_say_what_passed_each_channel_and_which_rank_read_how_m
 
 
 async def test_statistics_say_who_waits_on_whom(tmp_path: Path):
-    held = {"numbers": {"folder": str(tmp_path), "gate": "open"}, "mailbox_rows": 2, "firing_rows": 2}
+    held = {"options": {"folder": str(tmp_path), "gate": "open"}, "mailbox_rows": 2, "firing_rows": 2}
     async with chain(a={"firing_rows": 2}, b=held) as c:
         for start in range(0, 8, 2):
             await c.send(c.put(rows.log_probs(samples_of(start, start + 1))))

@@ -117,7 +117,7 @@ async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_
         "firing_rows": 2,
         "mailbox_rows": 4,
         "delay_seconds": {"double": 0.05},
-        "numbers": {"folder": str(tmp_path)},
+        "options": {"folder": str(tmp_path)},
     }
     async with chain(a={"firing_rows": 8}, b=slowly) as c:
         await c.send(c.put(rows.log_probs(samples, tokens)))
@@ -151,8 +151,8 @@ async def test_shared_memory_is_free_when_its_prompts_are_over():
 @pytest.mark.usefixtures("ray_started")
 async def test_rows_in_shared_memory_outlive_their_producer(tmp_path: Path):
     held_up, unread = samples_of(*range(4)), samples_of(*range(4, 12))
-    gate = {"numbers": {"folder": str(tmp_path), "gate": "open"}}
-    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=gate) as c:
+    gate = {"options": {"folder": str(tmp_path), "gate": "open"}}
+    async with chain(a={"options": {"folder": str(tmp_path)}}, b=gate) as c:
         await c.send(c.put(rows.log_probs(held_up, LONG)))
         await c.until("b", "", depth=0)
         await c.send(c.put(rows.log_probs(unread, LONG)))
@@ -168,8 +168,8 @@ async def test_rows_in_shared_memory_outlive_their_producer(tmp_path: Path):
 @pytest.mark.usefixtures("ray_started")
 async def test_rows_in_rays_store_whose_producer_died_unread_are_taken_from_its_successor(tmp_path: Path):
     read, unread = samples_of(*range(4)), samples_of(*range(4, 12))
-    held = {"numbers": {"folder": str(tmp_path), "gate": "open"}}
-    async with chain(a={"numbers": {"folder": str(tmp_path)}}, b=held, wired=False) as c:
+    held = {"options": {"folder": str(tmp_path), "gate": "open"}}
+    async with chain(a={"options": {"folder": str(tmp_path)}}, b=held, wired=False) as c:
         await c.send(c.put(rows.log_probs(read, LONG)))
         await c.until("b", "", depth=0)
         again = c.put(rows.log_probs(unread, LONG))

@@ -15,6 +15,7 @@ from protocols.control.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.data import codec
 from protocols.data.ids import sample_id
 from protocols.data.messages import LogProbs, Scores
+from protocols.layout.topology import Topology
 from protocols.stage import Failure
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer, hosted
@@ -23,9 +24,10 @@ TO_B, TO_C = Target("b", "b.double#1.0"), Target("c", "c.double#1.0")
 SENDING = specs.stage("a.double#1", outputs=[TO_B])
 SENDING_TO_TWO = specs.stage("a.double#1", outputs=[TO_B, TO_C])
 SPEC = specs.service("a", SENDING)
+FOUR = Topology(1, 1, 4)
 
 
-def spec_of(stage: StageSpec, topology: str = "1-1-4") -> ServiceSpec:
+def spec_of(stage: StageSpec, topology: Topology = FOUR) -> ServiceSpec:
     return specs.service("a", stage, topology=topology)
 
 
@@ -93,7 +95,7 @@ async def test_rows_that_could_not_be_read_are_told_by_their_ids():
 
 async def test_a_row_that_replicas_could_not_read_counts_once():
     stage = specs.stage("a.double#1", protocol="3D_PROTO")
-    async with hosted(spec_of(stage, topology="1-2-1")) as host:
+    async with hosted(spec_of(stage, topology=Topology(1, 2, 1))) as host:
         torn = rows.part(rows.log_probs([4, 5]))
         fired = await host.fire(stage, *firing(ShardRef(torn.shard, rows.damaged(torn.payload))))
         assert [f.sample_id for f in fired.failures] == [4, 5]
@@ -125,7 +127,7 @@ async def test_what_a_rank_raises_is_raised():
 
 async def test_measurements_of_the_replicas_are_one_weighted_by_their_rows():
     stage = specs.stage("a.count#1", protocol="METRIC")
-    async with hosted(spec_of(stage, topology="1-1-2")) as host:
+    async with hosted(spec_of(stage, topology=Topology(1, 1, 2))) as host:
         fired = await host.fire(stage, *firing(rows.part(rows.log_probs([1, 2, 6]))))
         assert fired.metrics is not None
         assert (fired.metrics.values, fired.metrics.counts) == ({"id": 3.0}, {"id": 3.0})

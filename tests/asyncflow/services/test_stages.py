@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone
 from protocols.control.requests import CloseBatch, Done
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import LogProbs, Metrics
+from protocols.layout.topology import Topology
 from protocols.stage import Measured
 from tests.asyncflow.services import rows, specs
 from tests.asyncflow.services.hosting import Consumer, SomeAreGone, hosted
@@ -194,10 +196,12 @@ async def settled(host: StageContext) -> list[PromptSettled]:
 
 
 @asynccontextmanager
-async def closing_stage(**changes: Any) -> AsyncIterator[tuple[ClosingStage, Consumer]]:
+async def closing_stage(
+    function: Callable[..., Any] = keep, **changes: Any
+) -> AsyncIterator[tuple[ClosingStage, Consumer]]:
     consumer = Consumer("b")
     async with hosted(specs.service("a", CLOSE, **changes), consumer, store=SomeAreGone()) as host:
-        yield ClosingStage(host, CLOSE, keep), consumer
+        yield ClosingStage(host, CLOSE, function), consumer
 
 
 async def test_settled_prompts_are_reported_once():
@@ -243,7 +247,7 @@ async def test_a_filter_that_raises_is_named():
 
 
 async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_step():
-    async with closing_stage(numbers={"scale": 10.0}) as (stage, consumer):
+    async with closing_stage(partial(keep, scale=10.0)) as (stage, consumer):
         samples = [sample_id(prompt, 0) for prompt in (1, 2, 3)]
         await deliver(stage, sent(*samples))
         asked = [samples[2], samples[0]]
@@ -287,7 +291,7 @@ async def test_a_shard_that_is_not_what_it_is_said_to_be_is_refused():
 
 @asynccontextmanager
 async def training_stage() -> AsyncIterator[tuple[TrainingStage, asyncio.Task[None]]]:
-    async with hosted(specs.service("a", TRAIN, topology="1-1-2"), store=SomeAreGone()) as host:
+    async with hosted(specs.service("a", TRAIN, topology=Topology(1, 1, 2)), store=SomeAreGone()) as host:
         runner = TrainingStage(host, TRAIN)
         running = asyncio.create_task(runner.run())
         yield runner, running

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.spec import CustomSettings, ServiceSpec
 from protocols.data.columns import take
 from protocols.data.messages import LogProbs, Metrics
 from protocols.stage import Failure, Measured, Partial, stage
@@ -26,14 +26,16 @@ def process_of(folder: Path, service: str, rank: int = 0) -> int:
 class Doubler:
     """Doubles what it gets.
 
-    `numbers` of its service may give a `folder`, where it says which process it is, and a `gate` there: a file
+    `options` of its service may give a `folder`, where it says which process it is, and a `gate` there: a file
     without which it doesn't go to work.
     """
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
-        folder = Path(str(spec.numbers.get("folder", "")))
-        self._gate = folder / str(spec.numbers["gate"]) if "gate" in spec.numbers else None
-        if "folder" in spec.numbers:
+        assert isinstance(spec.settings, CustomSettings)
+        options = spec.settings.options
+        folder = Path(options.get("folder", ""))
+        self._gate = folder / options["gate"] if "gate" in options else None
+        if "folder" in options:
             (folder / f"{spec.name}-{rank}.pid").write_text(str(os.getpid()))
 
     @stage(protocol="DP_PROTO")

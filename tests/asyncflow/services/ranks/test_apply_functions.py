@@ -41,8 +41,13 @@ def forgets(batch: Any, *, state: Seen | None = None) -> Any:
     return batch
 
 
-def worker(function: Any = add_up, kind: type[msgspec.Struct] | None = Seen, filter: Filter | None = None) -> Any:
-    return ApplyFunctions(stage_of(function, kind, filter))
+def worker(
+    function: Any = add_up,
+    kind: type[msgspec.Struct] | None = Seen,
+    filter: Filter | None = None,
+    kwargs: dict[str, int] | None = None,
+) -> Any:
+    return ApplyFunctions(stage_of(function, kind, filter), kwargs=kwargs)
 
 
 def stage_of(function: Any, kind: type[msgspec.Struct] | None, filter: Filter | None = None) -> Stage:
@@ -65,9 +70,9 @@ TWO = rows.scores([1, 2])
 
 
 def test_what_a_batch_returned_the_next_one_gets():
-    carrying = worker()
-    assert carrying.add_up(TWO).state == Seen(2)
-    assert carrying.add_up(TWO, step=10).state == Seen(22)
+    carrying = worker(kwargs={"step": 10})
+    assert carrying.add_up(TWO).state == Seen(20)
+    assert carrying.add_up(TWO).state == Seen(40)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from msgspec.structs import replace
 from transformers import Qwen2ForCausalLM
 
 from asyncflow.services.channels.shard_refs import Partitioning, pack, places, plan_calls
@@ -35,23 +34,16 @@ STAGE = specs.stage("reference.log_probs#1", protocol="3D_PROTO")
 
 
 def spec(folder: str, kind: str, topology: str) -> ServiceSpec:
-    made = specs.service(
-        "a",
-        STAGE,
-        topology=topology,
-        generation_layout="1-1",
-        collective=True,
-        model=Model(path=folder, learning_rate=0.1),
-        generation=Generation(temperature=0.8),
-    )
-    return replace(made, kind=kind)
+    model, generation = Model(path=folder, learning_rate=0.1), Generation(temperature=0.8)
+    settings = specs.settings_of(kind, model, generation)
+    return specs.service("a", STAGE, topology=Topology.parse(topology), collective=True, settings=settings)
 
 
 # --- what every rank runs
 
 
 def rank_of(own: ServiceSpec, number: int) -> Rank:
-    world = World(number, Topology.parse(own.topology).world_size, own_device(number))
+    world = World(number, own.topology.world_size, own_device(number))
     return Rank(own, build(own, number, world), LocalStore(), None, number)
 
 

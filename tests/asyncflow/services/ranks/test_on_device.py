@@ -13,8 +13,9 @@ import pytest
 from asyncflow.services.ranks.parallel_workplace import on_device
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
+from protocols.layout.topology import Topology
 from tests import tiny
-from tests.asyncflow.services.specs import service, stage
+from tests.asyncflow.services.specs import service, settings_of, stage
 from tests.workers.batches import experience, rollouts
 from workers.settings import Lora, Model, RewardPart
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def spec_of(kind: str, model: Model, *fires: str, **changes: Any) -> ServiceSpec:
     stages = [stage(f"{kind}.method#1", fires=each) for each in fires]
-    return msgspec.structs.replace(service(kind, *stages, accelerated=True, model=model, **changes), kind=kind)
+    return service(kind, *stages, accelerated=True, settings=settings_of(kind, model), **changes)
 
 
 @pytest.mark.parametrize("kind", ["policy", "critic", "cost_critic", "reference", "reward", "cost"])
@@ -50,8 +51,8 @@ def test_what_no_other_class_can_do_keeps_to_the_cpu(folder: str, tmp_path: Path
         assert not on_device(spec_of(kind, model, fires)), (kind, model, fires)
 
 
-@pytest.mark.parametrize("topology", ["1-1-1", "1-1-2"])
-def test_it_answers_as_the_class_for_one_process_and_can_leave(folder: str, topology: str):
+@pytest.mark.parametrize("topology", [Topology(1, 1, 1), Topology(1, 1, 2)], ids=str)
+def test_it_answers_as_the_class_for_one_process_and_can_leave(folder: str, topology: Topology):
     spec = spec_of("reference", Model(path=folder), "rows", topology=topology)
     rows = rollouts(experience(5))
     rows = msgspec.structs.replace(
