@@ -1,8 +1,8 @@
-"""asyncflow: asynchronous, streaming RLHF. Every model an actor, every stage fired by its messages.
+"""asyncflow: asynchronous, streaming RLHF. Every model is an actor; a stage runs when its input messages arrive.
 
-@asyncflow.algorithm                      an algorithm is a traced function
-asyncflow.trace(function)                 ... and becomes a checked graph
-async with asyncflow.launch(recipe) as run:
+@asyncflow.algorithm                      declares a function as an algorithm
+asyncflow.trace(function)                 traces it into a checked dataflow graph
+async with asyncflow.launch(recipe) as run:     starts a run
     async for event in run.events(): ...
 """
 
@@ -34,7 +34,7 @@ __all__ = [
     "trace",
 ]
 
-_HOME = {
+_MODULES = {  # name -> the module below asyncflow that defines it
     "BadInput": "recipe.config",
     "Recipe": "recipe.config",
     "load_recipe": "recipe.config",
@@ -50,7 +50,7 @@ _HOME = {
 
 
 def _check_siblings() -> None:
-    """`protocols` and `workers` are common names: make sure that nothing else on the path shadows ours."""
+    """Raise ImportError where another package shadows `protocols` or `workers`, which are common names."""
     own = Path(__file__).parent.parent
     for name in ("protocols", "workers"):
         spec = find_spec(name)
@@ -66,7 +66,12 @@ _check_siblings()
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: tracing needs no torch, a client no Ray."""
-    if name not in _HOME:
+    """Import a public name on first use, so that tracing needs no torch and a client no Ray."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'asyncflow' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"asyncflow.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"asyncflow.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """What `dir(asyncflow)` lists: the lazy names as well."""
+    return sorted({*globals(), *__all__})

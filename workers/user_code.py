@@ -1,10 +1,10 @@
-"""Functions of the user's own, "package.module:function", and their files read anew while they are in use.
+"""The user's own functions, "package.module:function", and how a changed file replaces one during a run.
 
-    prepare   a new module beside the running one, from exactly the text that was sent, and tried out; or its error
-    switch    the new function takes the running one's place, or is dropped
+    prepare   execute the source that was sent as a new module beside the running one and check the new function
+    switch    put the new function in place of the running one, or drop it
 
-A module is executed from a text, not imported: an import would take a byte code file, and the file as it is by then.
-Modules that the file itself imports are not read again.
+The source is executed, not imported: an import could read stale byte code, or a file that has changed once more.
+Modules that the file itself imports are not reloaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Generic, TypeVar
 
 from protocols.control.requests import CodeSource
 
-_MAKING = threading.Lock()  # services that share a process share its modules
+_LOADING = threading.Lock()  # services that share a process share its modules
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
 class BadCode(Exception):
-    """A file that can't take the place of the running one: says what it raised or lacks."""
+    """A changed file can't replace the running code; the message says what it raised or lacks."""
 
 
 def module_of(name: str) -> str:
@@ -38,7 +38,7 @@ def module_of(name: str) -> str:
 
 
 def source_of(module: str) -> CodeSource:
-    """A module's file as it is now. Raises BadCode where there is none."""
+    """Read a module's file as it is now. Raises BadCode where there is none."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
@@ -57,22 +57,22 @@ def digest_of(source: CodeSource) -> str:
 
 
 @contextmanager
-def made_anew(source: CodeSource) -> Iterator[ModuleType]:
-    """A new module from the text, which stands in sys.modules for the block only: one at a time in a process.
+def new_module(source: CodeSource) -> Iterator[ModuleType]:
+    """Execute a source as a new module, which is in sys.modules inside the block only; one at a time in a process.
 
-    What is tried out has to be tried in the block: dataclasses and annotations look their module up by its name.
-    Raises BadCode with what the text raises.
+    Check its functions inside the block: dataclasses and annotations look their module up by name. Raises BadCode with
+    what the source raises.
     """
     spec = importlib.util.spec_from_file_location(source.module, source.path)
     assert spec is not None, f"{source.path} is no Python file"
     module = importlib.util.module_from_spec(spec)
-    with _MAKING:
+    with _LOADING:
         before = sys.modules.get(source.module)
         sys.modules[source.module] = module
         try:
             _execute(source, module)
             yield module
-        except SystemExit as error:  # which would end the process, of a service that others wait for
+        except SystemExit as error:  # it would end the service that others wait for
             raise BadCode(f"{source.path} raised SystemExit: {error}") from error
         finally:
             if before is None:
@@ -90,7 +90,7 @@ def _execute(source: CodeSource, module: ModuleType) -> None:
 
 
 def function_in(module: ModuleType, name: str) -> Callable[..., object]:
-    """The function that "package.module:function" names, in a module of that name. Raises BadCode."""
+    """Get the function of "package.module:function" from its module. Raises BadCode."""
     attribute = name.partition(":")[2]
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -99,29 +99,29 @@ def function_in(module: ModuleType, name: str) -> Callable[..., object]:
 
 
 class UserFunction(Generic[F]):
-    """The function that is in use under a name, and the one that is about to take its place."""
+    """The function in use under a name, and the prepared one that may replace it."""
 
     def __init__(self, name: str, function: F, check: Callable[[F], None]) -> None:
-        """`check` raises whatever shows that a function can't be used."""
+        """`check` raises if a function can't be used."""
         self.current = function
         self._name, self._check = name, check
         self._next: tuple[F, ModuleType] | None = None
 
     def prepare(self, sources: Sequence[CodeSource]) -> None:
-        """Make the next one, where its file is among the sources. Raises BadCode; `current` stays what it is."""
+        """Load the next function if its file is among the sources. Raises BadCode; `current` is unchanged."""
         self._next = None
         for source in sources:
             if source.module == module_of(self._name):
-                with made_anew(source) as module:
+                with new_module(source) as module:
                     function: F = function_in(module, self._name)  # type: ignore[assignment]
                     try:
                         self._check(function)
                     except Exception as error:
-                        raise BadCode(f"{self._name}, tried out, raised {type(error).__name__}: {error}") from error
+                        raise BadCode(f"{self._name} failed its check with {type(error).__name__}: {error}") from error
                 self._next = function, module
 
     def switch(self, take: bool) -> None:
-        """Put the next one in its place, or drop it; nothing where none is prepared."""
+        """Use the prepared function from now on, or drop it. Does nothing where none is prepared."""
         if take and self._next is not None:
             self.current, module = self._next
             install(module)
@@ -129,6 +129,6 @@ class UserFunction(Generic[F]):
 
 
 def install(module: ModuleType) -> None:
-    """Say that a module made anew is the one of its name from now on."""
+    """Put a reloaded module into sys.modules under its name."""
     sys.modules[module.__name__] = module
     linecache.checkcache(module.__file__)

@@ -1,1 +1,1 @@
-"""The command line: the live view, and the commands around a run folder."""
+"""The `asyncflow` command: its subcommands and what they print. What they do is in the rooms below."""

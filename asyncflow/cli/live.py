@@ -1,6 +1,6 @@
-"""What a person sees while a run trains: a live panel on a terminal, one plain line a step anywhere else.
+"""The display of a running run: a live panel on a terminal, one plain line per event elsewhere.
 
-controller -> Event -> Board (what is known, a pure fold) -> panel or line -> console
+controller -> Event -> Board (the state that the events add up to) -> panel or line -> console
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from protocols.control.events import (
 )
 
 HISTORY = 40  # steps that the sparkline shows
-WAITS = 8  # edges that the panel shows
-REASONS = 4  # of samples that ended untrained, the most frequent first
+WAITS = 8  # waits that the panel shows
+REASONS = 4  # why samples ended untrained; the panel shows the most frequent reasons
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """Shows a run's events. Give `console` to write elsewhere than to standard output."""
+    """Shows a run's events on a console, by default standard output."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -64,13 +64,13 @@ class LiveView:
             self._live = None
 
     def show(self, event: Event) -> None:
-        """Take one event; cheap enough for every event of a run."""
+        """Show one event. Cheap enough for every event of a run."""
         self._board.take(event)
         line = line_of(event, self._board)
         if self._live is not None:
             self._live.update(panel(self._board))
             if not isinstance(event, StepCommitted | RunStarted | Evaluated) and line:
-                self._print(line)  # above the panel, and still there when it has gone
+                self._print(line)  # above the panel, where it stays when the panel is gone
         elif line:
             self._print(line)
 
@@ -80,7 +80,7 @@ class LiveView:
 
 @dataclass
 class Board:
-    """What the events so far say."""
+    """The state of a run, folded from its events so far."""
 
     run: str = ""
     state: str = "starting"
@@ -94,7 +94,7 @@ class Board:
     ended: dict[str, int] = field(default_factory=dict)  # "dropped: reason" -> samples
 
     def take(self, event: Event) -> None:
-        """Fold one event in."""
+        """Update the board with one event."""
         match event:
             case RunStarted():
                 self.run, self.steps, self.committed, self.state = event.run, event.steps, event.first_step, "running"
@@ -119,12 +119,12 @@ class Board:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the last steps; None before the first one."""
+        """The rest of the run at the mean pace of the last steps; None before the first one."""
         return sum(self.seconds) / len(self.seconds) * (self.steps - self.committed) if self.seconds else None
 
 
 def line_of(event: Event, board: Board) -> str | None:
-    """An event in one plain line, or None where a log has no use for it. `board` has taken the event."""
+    """An event as one plain line, None for an event that is not logged. `board` already includes the event."""
     match event:
         case RunStarted():
             resumed = f", {event.first_step} of them done before" if event.first_step else ""
@@ -149,11 +149,11 @@ def line_of(event: Event, board: Board) -> str | None:
             files = [f"{module} {digest[:12]}" for module, digest in event.digests.items()]
             line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"
         case CodeRefused():
-            line = f"code refused after step {event.step}, the old runs on: {' '.join(event.error.split())}"
+            line = f"code refused after step {event.step}, the old code stays in use: {' '.join(event.error.split())}"
         case StateChanged():
             line = f"the run is {event.state}"
         case Stalled():
-            line = f"nothing has moved for {event.seconds:.0f} s: " + "; ".join(event.graph)
+            line = f"no progress for {event.seconds:.0f} s: " + "; ".join(event.graph)
         case RunEnded():
             cause = f": {event.error}" if event.error else ""
             line = f"run {event.outcome} after step {event.step}{cause}"
@@ -163,7 +163,7 @@ def line_of(event: Event, board: Board) -> str | None:
 
 
 def panel(board: Board) -> RenderableType:
-    """The board as a terminal shows it."""
+    """The board as a panel for a terminal."""
     body: list[RenderableType] = [_progress(board), Text(), _facts(board)]
     waits = sorted(board.waits.waits.items()) if board.waits else []
     if waits:
@@ -215,7 +215,7 @@ def _waits(waits: list[tuple[str, str]]) -> Table:
 
 
 def sparkline(values: deque[float] | list[float]) -> str:
-    """One block a value, lowest to highest; a space where a value is not finite."""
+    """One block character per value, scaled from the lowest to the highest; a space where a value is not finite."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0

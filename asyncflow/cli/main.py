@@ -1,4 +1,4 @@
-"""The command line: every command is a few lines over the same API that programs use.
+"""The command line of asyncflow. Each command calls the API that programs use.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 3 a broken invariant, 130 interrupted.
 """
@@ -33,14 +33,15 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key of the recipe: key.path=value. Repeatable.")
 ]
-Folder = Annotated[Path | None, typer.Option("--folder", help="The run's folder; by default a new one.")]
+Folder = Annotated[Path | None, typer.Option("--folder", help="The run's folder. Default: a new one.")]
 
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = [], folder: Folder = None) -> None:  # noqa: B006 - typer's way
-    """Start a run. Ctrl-C drains it and writes a checkpoint; twice ends it at once.
+    """Start a training run and print its folder and its progress.
 
-    SIGUSR1 has all services take the changed files of your own losses, rewards and algorithm between two steps.
+    Ctrl-C finishes the current step and writes a checkpoint; a second Ctrl-C ends the run at once. SIGUSR1 reloads the
+    changed files of your own losses, rewards and algorithm between two steps.
     """
     from asyncflow.run.launch import launch
 
@@ -50,9 +51,9 @@ def run(recipe: RecipePath, overrides: Overrides = [], folder: Folder = None) ->
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a stopped or killed run.", show_default=False)],
-    allow_fresh: Annotated[bool, typer.Option(help="Start anew where no checkpoint is valid.")] = False,
+    allow_fresh: Annotated[bool, typer.Option(help="Start from the beginning if no checkpoint is valid.")] = False,
 ) -> None:
-    """Go on with a run from its newest valid checkpoint. Signals do what they do to `run`."""
+    """Continue a run from its newest valid checkpoint. It prints what `run` prints and takes the same signals."""
     from asyncflow.run.launch import resume as resume_run
 
     raise typer.Exit(_drive(resume_run(folder, allow_fresh=allow_fresh)).exit_code)
@@ -60,7 +61,7 @@ def resume(
 
 @app.command()
 def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a recipe, its data and its models without starting anything, and print it resolved."""
+    """Check a recipe with its data and models, start nothing, and print the recipe with every default written out."""
     from asyncflow.run.prepare import prepare
 
     out.print(recipe_text(prepare(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
@@ -70,15 +71,18 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
 def plan(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe: a TOML file.", show_default=False)] = None,
     overrides: Overrides = [],  # noqa: B006
-    devices: Annotated[str, typer.Option(help="Place the models on these instead, e.g. 128xA100-80G.")] = "",
-    device: Annotated[str, typer.Option(help="What a device does: a calibration's file, or a known name.")] = "",
-    save: Annotated[Path | None, typer.Option(help="Choose a placement on what is here, and write it down.")] = None,
-    run: Annotated[Path | None, typer.Option("--from", help="Advice from the folder of a finished run.")] = None,
+    devices: Annotated[str, typer.Option(help="Find the best placement on these devices, e.g. 128xA100-80G.")] = "",
+    device: Annotated[str, typer.Option(help="How fast a device is: a calibration file, or a known device.")] = "",
+    save: Annotated[Path | None, typer.Option(help="Write the best placement on this machine to a file.")] = None,
+    run: Annotated[Path | None, typer.Option("--from", help="Print advice from the folder of a finished run.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The placement on --devices, or the advice, as JSON.")
+        bool, typer.Option("--json", help="Print the placement on --devices, or the advice, as JSON.")
     ] = False,
 ) -> None:
-    """Draw the dataflow that a recipe's algorithm is, and say who runs where: as it says, or best on some devices."""
+    """Print the dataflow of a recipe's algorithm and where each service runs.
+
+    With --devices or --save it searches for the best placement; with --from it prints advice from a finished run.
+    """
     from asyncflow.cli import plans
     from asyncflow.run.prepare import prepare
 
@@ -100,11 +104,11 @@ def plan(
 def calibrate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write them to a file, for `plan --device`.")] = None,
-    quick: Annotated[bool, typer.Option(help="Few rounds and small sizes: to see that it runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the measurements to a file, for `plan --device`.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few rounds and small sizes, to see that it runs.")] = False,
 ) -> None:
-    """Measure what a recipe's models reach here: half a minute."""
+    """Measure and print how fast a recipe's models run on this machine. It takes half a minute."""
     from asyncflow.cli.plans import calibrate as measure
 
     measure(out, load_recipe(recipe, overrides), as_json, output, quick)
@@ -112,7 +116,7 @@ def calibrate(
 
 @app.command()
 def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
-    """Step 1 of RLHF: fine-tune a policy on demonstrations."""
+    """Step 1 of RLHF: fine-tune a policy on demonstrations. Prints the output folder and the loss."""
     from asyncflow.run.finetuning import finetune
 
     finetune(settings, out)
@@ -120,7 +124,10 @@ def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", 
 
 @app.command("reward-model")
 def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
-    """Step 2 of RLHF: train a reward model on preference pairs, or a cost model on pairs with their safety."""
+    """Step 2 of RLHF: train a reward model on preference pairs, or a cost model on pairs with safety labels.
+
+    Prints the output folder and the accuracy on held-out pairs.
+    """
     from asyncflow.run.finetuning import train_reward
 
     train_reward(settings, out)
@@ -128,12 +135,15 @@ def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML
 
 @app.command()
 def demo(
-    recipes: Annotated[Path, typer.Argument(help="Folder with sft.toml, reward.toml and ppo.toml.")] = Path(
+    recipes: Annotated[Path, typer.Argument(help="A folder with sft.toml, reward.toml and ppo.toml.")] = Path(
         "deploy/recipes/sorting"
     ),
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """All three steps on a small task: data, SFT, reward model, PPO. Prepared models are reused."""
+    """Run all three steps of RLHF on a small task: make the data, SFT, reward model, PPO.
+
+    Data and models of an earlier demo are reused. Prints the held-out metric before and after PPO.
+    """
     from asyncflow.demo.prepare import prepare
 
     accuracy = prepare(recipes, out)
@@ -154,7 +164,7 @@ def demo(
 
 
 def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
-    """Run a run to its end under uvloop, with a live view and signals."""
+    """Run to the end under uvloop, with the live view and the signal handlers."""
     return uvloop.run(_follow(context, evaluations if evaluations is not None else []))
 
 
@@ -169,9 +179,7 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
 
     def interrupted() -> None:
         if current and not stopping:
-            err.print(
-                "draining: the step that is training is finished and a checkpoint written; once more ends at once"
-            )
+            err.print("draining: finishing the current step and writing a checkpoint; interrupt again to end at once")
             stopping.append(loop.create_task(current[0].stop(), name="stop"))
         else:
             this.cancel()
@@ -182,7 +190,7 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
             reloading.add(task)
             task.add_done_callback(reloading.discard)
         else:
-            err.print("the run is not up yet: nothing is reloaded")
+            err.print("the run has not started yet: nothing is reloaded")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
@@ -201,13 +209,13 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
 
 
 async def _reload(running: Run) -> None:
-    """What comes of it is an event, which the view shows; that the run ends first is one, too."""
+    """Request a reload. Its result, or the end of the run, is an event, which the view shows."""
     with contextlib.suppress(BadInput, RunFailed):
         await running.reload()
 
 
 def main() -> None:
-    """The `asyncflow` command."""
+    """Run the `asyncflow` command."""
     from asyncflow.services.channels.endpoint import ServiceError
 
     try:

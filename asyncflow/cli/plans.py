@@ -1,8 +1,10 @@
-"""`asyncflow plan` and `calibrate`: what is printed and saved. The decisions are in `placement` and `planning`."""
+"""What `asyncflow plan` and `calibrate` print and save. The decisions are made in `asyncflow.planner`."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,7 +23,7 @@ from asyncflow.run.prepare import prepare
 
 
 def print_dataflow(out: Console, checked: Checked, device: str) -> None:
-    """The algorithm's graph, who runs where, and on a known device what a step will take."""
+    """Print the algorithm's graph and where each service runs; with a device, also the simulated time of a step."""
     from asyncflow.recipe.service_specs import compose
 
     recipe = checked.recipe
@@ -30,16 +32,19 @@ def print_dataflow(out: Console, checked: Checked, device: str) -> None:
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
         out.print(f"{spec.name:<12} {'outside' if spec.external else spec.role:<10} {place}", markup=False)
     if device:
-        simulated = _of_recipe(checked, _calibration(device))
-        out.print(_format_simulated("simulated", simulated), markup=False, soft_wrap=True)
+        with _bad_input():
+            simulated = simulate(
+                of_recipe(recipe, checked.dataflow, prompt_lengths(checked.train), read_calibration(device))
+            )
+        out.print(_format_simulated(simulated), markup=False, soft_wrap=True)
 
 
 def print_placement(out: Console, checked: Checked, devices: str, device: str, as_json: bool) -> None:
-    """The best placement of a recipe's models on some devices, by the cost models and in a simulation."""
+    """Print the best placement of a recipe's models on some devices, by the cost models, and its simulation."""
     recipe = checked.recipe
-    try:
+    with _bad_input():
         cluster = Cluster.parse(devices)
-        calibration = _calibration(device) if device else Calibration(cluster.device)
+        calibration = read_calibration(device) if device else Calibration(cluster.device)
         cluster = Cluster(calibration.device, cluster.count)
         shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
         models = work_of(checked.dataflow, shapes)
@@ -51,27 +56,26 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
 
         chosen = simulated(placed.chosen)
         other = simulated(placed.runner_up) if placed.runner_up else None
-    except ValueError as error:
-        raise BadInput(str(error)) from None
     if as_json:
         fields = {**msgspec.structs.asdict(placed), "simulated": chosen, "runner_up_simulated": other}
         out.print(msgspec.json.format(msgspec.json.encode(fields)).decode(), markup=False, soft_wrap=True)
         return
     out.print(format_plan(placed), markup=False, soft_wrap=True)
-    out.print(_format_simulated("simulated", chosen), markup=False, soft_wrap=True)
+    out.print(_format_simulated(chosen), markup=False, soft_wrap=True)
     if other:
         out.print(f"the runner-up, simulated: {other.step_s:.3g} s a step", markup=False)
 
 
 def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
-    """Choose a placement on what is here and write it down, to be edited and pinned."""
+    """Search for the best placement on this machine and write it to a file, which a recipe may name after an edit."""
     checked = prepare(recipe)
-    given = {} if recipe.pools == {"main": Pool()} else recipe.pools  # one device is what a recipe without pools has
-    asked = msgspec.structs.replace(checked.recipe, pools=given)
-    calibration = _calibration(device) if device else None
-    choice = auto.place(asked, checked.dataflow, prompt_lengths(checked.train), calibration)
+    given = {} if recipe.pools == {"main": Pool()} else recipe.pools  # the default means: not given
+    unplaced = msgspec.structs.replace(checked.recipe, pools=given)
+    with _bad_input():
+        calibration = read_calibration(device) if device else None
+    choice = auto.place(unplaced, checked.dataflow, prompt_lengths(checked.train), calibration)
     plan_file.save(choice, path)
-    lines = [f"{choice.devices}: {choice.chosen.name}", _format_simulated("simulated", choice.chosen.simulated)]
+    lines = [f"{choice.devices}: {choice.chosen.name}", _format_simulated(choice.chosen.simulated)]
     if choice.runner_up:
         lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
                      f"{choice.runner_up.simulated.step_s:.3g} s")  # fmt: skip
@@ -81,20 +85,20 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
 
 
 def print_advice(out: Console, run: Path, as_json: bool) -> None:
-    """What a run's measured times say about its placement."""
+    """Print what a run's measured times say about its placement."""
     found = advice.advise(run)
     text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.format_advice(found)
     out.print(text, markup=False, soft_wrap=True)
 
 
 def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, quick: bool) -> None:
-    """Measure what is here with a recipe's models."""
+    """Measure this machine with a recipe's models; print the measurements and write them to `output`."""
     from asyncflow.planner.calibration import machine
     from asyncflow.planner.calibration.measuring import measure
     from asyncflow.run.launch import runtime_of
 
     checked = prepare(recipe)
-    alone = msgspec.structs.replace(checked.recipe, pools={})  # one service is measured: it needs no pool
+    alone = msgspec.structs.replace(checked.recipe, pools={})  # one service is measured alone: it needs no pool
     runtime = runtime_of(alone)
     sizes = machine.QUICK if quick else machine.CalibrationSizes()
     found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, runtime, sizes))
@@ -111,7 +115,7 @@ def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, 
 
 
 def format_calibration(found: Calibration) -> list[str]:
-    """A calibration for people."""
+    """A calibration as lines of a table."""
     device, reach = found.device, found.device.efficiency
     lines = [
         f"{found.measured}",
@@ -132,22 +136,16 @@ def format_calibration(found: Calibration) -> list[str]:
     return lines
 
 
-def _of_recipe(checked: Checked, calibration: Calibration) -> SimulatedRun:
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """What the planner refuses is bad input of this command."""
     try:
-        scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
-        return simulate(scenario)
+        yield
     except ValueError as error:
         raise BadInput(str(error)) from None
 
 
-def _calibration(device: str) -> Calibration:
-    try:
-        return read_calibration(device)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-def _format_simulated(what: str, simulated: SimulatedRun) -> str:
+def _format_simulated(simulated: SimulatedRun) -> str:
     idle = ", ".join(f"{pool} {share:.0%}" for pool, share in simulated.pool_idle.items())
     ages = ", ".join(f"{share:.0%} at {age}" for age, share in simulated.staleness.items())
-    return f"{what}: {simulated.step_s:.3g} s a step; idle: {idle}; versions old: {ages}"
+    return f"simulated: {simulated.step_s:.3g} s a step; idle: {idle}; versions old: {ages}"

@@ -1,4 +1,4 @@
-"""From a recipe to a running pipeline: the run's folder, the services, the controller; and fine-tuning runs.
+"""Starts runs: prepares a recipe, lays out the run folder, starts services and controller; also fine-tuning runs.
 
-Decisions of a running pipeline belong to `asyncflow.control`.
+What a run decides once it is running belongs to `asyncflow.control`.
 """

@@ -1,4 +1,4 @@
-"""Steps 1 and 2 of RLHF as commands: settings from a file, a progress bar, one clear error for bad input."""
+"""The commands of RLHF's steps 1 and 2: read the settings, check them, and train with a progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ S = TypeVar("S", SftSettings, RewardModelSettings)
 
 
 def finetune(path: Path, console: Console) -> None:
-    """`asyncflow sft`. Raises BadInput."""
+    """Run `asyncflow sft`. Raises BadInput."""
     settings = read_settings(path, SftSettings)
     _check_model(path, settings)
     _one_thread()
@@ -33,7 +33,7 @@ def finetune(path: Path, console: Console) -> None:
 
 
 def train_reward(path: Path, console: Console) -> float:
-    """`asyncflow reward-model`, of a reward or of a cost; the held-out pair accuracy. Raises BadInput."""
+    """Run `asyncflow reward-model`, also for a cost model; returns the held-out pair accuracy. Raises BadInput."""
     settings = read_settings(path, RewardModelSettings)
     _check_model(path, settings)
     _one_thread()
@@ -55,15 +55,15 @@ def _train_cost(path: Path, settings: RewardModelSettings, console: Console) -> 
     with _progress(console, "cost model", settings.schedule.steps) as on_step, _bad_input(path):
         result = train_cost_model(settings, on_step=on_step)
     signs = result.heldout_sign_accuracy
-    said = "no response is labelled" if signs is None else f"sign accuracy {signs:.3f}"
+    accuracy = "no response is labelled" if signs is None else f"sign accuracy {signs:.3f}"
     console.print(
-        f"cost model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}, {said}", soft_wrap=True
+        f"cost model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}, {accuracy}", soft_wrap=True
     )
     return result.heldout_accuracy
 
 
 def read_settings(path: Path, kind: type[S]) -> S:
-    """The settings of one step. Raises BadInput."""
+    """Read the settings file of one step. Raises BadInput."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -72,9 +72,7 @@ def read_settings(path: Path, kind: type[S]) -> S:
         raise BadInput(f"settings {path}: {error}") from error
     settings = to_settings(table, kind, f"settings {path}")
     if settings.optimizer.decay_steps:
-        raise BadInput(
-            f"settings {path}: optimizer.decay_steps is a run's; here schedule.decay says how the rate falls"
-        )
+        raise BadInput(f"settings {path}: optimizer.decay_steps is for RL runs; schedule.decay sets the decay here")
     return settings
 
 

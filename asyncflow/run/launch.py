@@ -1,6 +1,6 @@
-"""The composition root: recipe -> checked graph -> services -> controller -> Run.
+"""The composition root: recipe -> checked recipe -> services -> controller -> Run.
 
-The only place that chooses implementations.
+No other module chooses implementations.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONTROLLER = "controller"
 
 @asynccontextmanager
 async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = None) -> AsyncIterator[Run]:
-    """Start a new run; leaving the block stops it and frees everything.
+    """Start a new run; leaving the block stops it and frees its resources.
 
     Args:
         recipe: a recipe, or the path of one.
@@ -58,7 +58,7 @@ async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = Non
 
     Raises:
         BadInput: before a model loads, for anything wrong with the recipe or its files.
-        ServiceError: a service did not start; names it and its log.
+        ServiceError: a service did not start; the message names it and its log.
     """
     checked = await asyncio.to_thread(prepare, recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     path = Path(folder) if folder is not None else run_folder.new_folder(checked.recipe)
@@ -72,11 +72,11 @@ async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = Non
 
 @asynccontextmanager
 async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncIterator[Run]:
-    """Go on with a stopped or killed run from its newest valid checkpoint. Raises as `launch` does."""
+    """Continue a stopped or killed run from its newest valid checkpoint. Raises what `launch` raises."""
     path = Path(folder)
     checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path))
     with run_folder.locked(path):
-        # It reads and hashes every byte of a checkpoint, during which Ctrl-C has to be heard.
+        # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
         start = await asyncio.to_thread(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
         async with _running(checked, path, start) as run:
             yield run
@@ -90,7 +90,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
     runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
-    code = UserCode(user_modules(recipe, checked.dataflow))  # before services import it: a change meanwhile is seen
+    code = UserCode(user_modules(recipe, checked.dataflow))  # before services import it: no change is missed
     try:
         services = await runtime.start(specs)
         await _restore(services, stateful(checked.dataflow), start.restore)
@@ -101,7 +101,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
             yield Run(link, name, folder)
-        except asyncio.CancelledError:  # at once, without draining: the last checkpoint stands
+        except asyncio.CancelledError:  # end without draining; a resume uses the last checkpoint
             task.cancel()
             raise
         finally:
@@ -113,7 +113,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)
-        write_targets(folder / "metrics" / "targets.json", [])  # an ended run is not a run that is down
+        write_targets(folder / "metrics" / "targets.json", [])  # else a scrape would report the ended run as down
         logging.getLogger("asyncflow").removeHandler(log)
         log.close()
 
@@ -196,7 +196,7 @@ async def _restore(services: dict[str, Started], names: list[str], checkpoint: s
 
 
 def runtime_of(recipe: Recipe) -> Runtime:
-    """The runtime that a recipe asks for, not started."""
+    """The runtime of a recipe, not started."""
     if recipe.runtime == "local":
         from asyncflow.services.runtime.local import LocalRuntime
 
@@ -208,7 +208,7 @@ def runtime_of(recipe: Recipe) -> Runtime:
 
 
 def pool_requests(recipe: Recipe) -> dict[str, PoolRequest]:
-    """What the runtime reserves for a recipe's pools; a calibration's file stands for the device in it."""
+    """What the runtime reserves for a recipe's pools. A calibration file is replaced by the device that it measured."""
     from asyncflow.services.runtime.pools import PoolRequest
 
     named = {name: pool.device and read_calibration(pool.device).device.name for name, pool in recipe.pools.items()}

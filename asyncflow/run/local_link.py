@@ -1,4 +1,4 @@
-"""The way to a run whose controller is in the same process: a client's questions, answered by the parts themselves."""
+"""Connects a client to a run whose controller is in the same process: requests become direct calls."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from workers.user_code import BadCode
 
 
 class ServiceHandle:
-    """A service, or its successor, for as long as the runtime lives; Ray would start anew for one that is asked later.
+    """A service or its current replacement, until the runtime stops. Implements `Endpoint`.
 
-    Implements `Endpoint`.
+    After that it raises ServiceGone: a request to a dead actor would make Ray start again.
     """
 
     def __init__(self, name: str, services: Mapping[str, Started]) -> None:
-        """`services`: where each is now."""
+        """`services` holds the current endpoint of each service; a replacement changes it."""
         self.name = name
         self._services: Mapping[str, Started] | None = services
 
     def detach(self) -> None:
-        """The runtime stops: whoever asks from now on learns that the service is gone."""
+        """From now on every request raises ServiceGone."""
         self._services = None
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
@@ -56,7 +56,7 @@ class ServiceHandle:
 
 
 class LocalLink:
-    """The way to a run whose controller is in the same process. Implements `client.run.Link`."""
+    """Implements `client.run.Link` for a controller in the same process."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class LocalLink:
         self._services = {name: ServiceHandle(name, services) for name in services}
 
     def close(self) -> None:
-        """The services are about to end: from now on nobody asks them anything."""
+        """Send no request to the services from now on, because they are about to end."""
         for service in self._services.values():
             service.detach()
 
@@ -90,7 +90,7 @@ class LocalLink:
             reply, _ = await ask(service, request, [part.payload for part in parts])
         except ServiceGone:
             raise
-        except (ServiceError, ValueError) as error:  # it refused, or the message is none
+        except (ServiceError, ValueError) as error:  # the service refused, or the batch is invalid
             raise BadInput(f"outside {role}: {error}") from error
         assert isinstance(reply, RowsPut)
         return reply

@@ -1,4 +1,7 @@
-"""From a recipe as written to one that can run: checked, and placed where it leaves that to the planner."""
+"""Prepare a recipe for a run: find its placement if it has none, and check it against its files.
+
+The checks are in `recipe.checks` (algorithm, modes, data) and `recipe.model_checks` (models and their placement).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: one controller at a time, a term that only rises, and what a new or resumed run starts from."""
+"""The run folder: its lock allows one controller at a time, its term rises with every start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.data.dataset_files import digest_of_rows
 
 
 class Start(msgspec.Struct, frozen=True):
-    """From where a run goes: its term, and the checkpoint that it restores ("" for a fresh one)."""
+    """How a run starts: its term, and the checkpoint that it restores ("" for a new run)."""
 
     term: int
     restore: str
@@ -28,7 +28,7 @@ class Start(msgspec.Struct, frozen=True):
 
 
 def new_folder(recipe: Recipe) -> Path:
-    """A folder that is not there yet, named after the recipe and the time."""
+    """A path that does not exist yet, named after the recipe and the time."""
     stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     root = Path(recipe.folder)
     return next(p for i in range(1000) if not (p := root / (stem if not i else f"{stem}-{i}")).exists())
@@ -36,7 +36,7 @@ def new_folder(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO]:
-    """Hold the folder against a second controller. Raises BadInput where one holds it. Its death frees it."""
+    """Lock the folder. Raises BadInput if another process holds the lock; the lock ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "run.lock").open("w")
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[TextIO]:
 
 
 def begin_fresh(folder: Path, recipe: Recipe) -> Start:
-    """Lay out a new run. Raises BadInput where the folder already holds one."""
+    """Lay out the folder of a new run. Raises BadInput if it already holds a run."""
     if (folder / "ledger.db").exists() or (folder / "recipe.toml").exists():
         raise BadInput(f"run folder {folder} already holds a run: resume it, or choose another folder")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,9 @@ def begin_fresh(folder: Path, recipe: Recipe) -> Start:
 
 
 def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) -> Start:
-    """Put the newest valid checkpoint's ledger in place; the live one is kept aside as lineage.
+    """Replace the ledger by that of the newest valid checkpoint; the old one moves to lineage/.
 
-    Raises BadInput where there is no valid checkpoint and a fresh start was not allowed.
+    Raises BadInput if no checkpoint is valid and `allow_fresh` is false.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     try:
@@ -93,21 +93,21 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The resolved recipe of an existing run. Raises BadInput."""
+    """Load the resolved recipe of an existing run. Raises BadInput."""
     if not (folder / "recipe.toml").exists():
         raise BadInput(f"{folder} is no run folder: it has no recipe.toml")
     return load_recipe(folder / "recipe.toml")
 
 
 def digest_of(recipe: Recipe) -> str:
-    """What a checkpoint remembers of its recipe: the part that gives the sample ids their meaning."""
+    """Digest of the part of a recipe that gives sample ids their meaning; a checkpoint stores it."""
     data = digest_of_rows(recipe.data.train)
     identity = [recipe.algorithm, recipe.seed, recipe.samples_per_prompt, recipe.data.prompt, data]
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
 def _next_term(folder: Path) -> int:
-    """Terms are numbered from 0 and never used twice, also by a start that died at once."""
+    """Take the next term. Terms start at 0 and are never reused, not even after a start that failed at once."""
     path = folder / "term"
     term = int(path.read_text()) + 1 if path.exists() else 0
     partial = folder / ".term.partial"

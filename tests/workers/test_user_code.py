@@ -17,7 +17,7 @@ from workers.losses.tokens import Surrogate
 from workers.losses.validate_loss import validate_loss
 from workers.rewards.sandbox import RuleFailed, RuleProcess, RuleRequest
 from workers.settings import Loss
-from workers.user_code import BadCode, UserFunction, digest_of, made_anew, module_of, source_of
+from workers.user_code import BadCode, UserFunction, digest_of, module_of, new_module, source_of
 
 NAME = "code_of_a_user"
 TEXT = """
@@ -73,7 +73,7 @@ def test_a_module_without_a_file_is_refused(module: str):
 def test_a_module_made_anew_stands_beside_the_imported_one(file: Path):
     imported = importlib.import_module(NAME)
     assert imported.value() == 1
-    with made_anew(source(file, TEXT.format(n=2))) as made:
+    with new_module(source(file, TEXT.format(n=2))) as made:
         assert sys.modules[NAME] is made
         assert (made.value(), imported.value()) == (2, 1)
     assert sys.modules[NAME] is imported
@@ -90,7 +90,7 @@ def test_a_module_made_anew_stands_beside_the_imported_one(file: Path):
 def test_what_a_module_raises_is_told_and_the_imported_one_stays(file: Path, text: str, complaint: str):
     imported = importlib.import_module(NAME)
     with pytest.raises(BadCode, match=complaint):
-        made_anew(source(file, text)).__enter__()
+        new_module(source(file, text)).__enter__()
     assert sys.modules[NAME] is imported
 
 
@@ -109,7 +109,7 @@ def test_a_function_changes_with_the_switch_only(file: Path):
 
 def test_a_function_that_fails_its_trial_is_refused_with_its_error(file: Path):
     function = UserFunction(f"{NAME}:value", importlib.import_module(NAME).value, no_check)
-    with pytest.raises(BadCode, match=f"{NAME}:value, tried out, raised NameError: name 'nothing'"):
+    with pytest.raises(BadCode, match=f"{NAME}:value, failed its check with NameError: name 'nothing'"):
         function.prepare([source(file, "def value(): return nothing")])
     with pytest.raises(BadCode, match="raised SystemExit: 4"):
         function.prepare([source(file, "def value(): raise SystemExit(4)")])

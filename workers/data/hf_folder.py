@@ -1,4 +1,4 @@
-"""What the files of a transformers folder say, read without torch."""
+"""Read facts about a model from the files of its transformers folder, without torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def end_of_sequence(folder: str | Path) -> int:
 
 
 def family_of(folder: str | Path) -> str:
-    """transformers' name for a model's architecture, "" where its config has none."""
+    """The model type of a folder's config.json, e.g. "qwen2"; "" where it has none."""
     return str(json.loads((Path(folder) / "config.json").read_text()).get("model_type", ""))
 
 
 def context_of(folder: str | Path) -> int:
-    """Most tokens of prompt and response that a model takes. Raises ValueError where its config does not say."""
+    """The model's context length: most tokens of prompt and response. Raises ValueError if its config has none."""
     limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
     if not isinstance(limit, int):
         raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
@@ -33,8 +33,8 @@ _BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer,
 _OF_THE_WEIGHTS = ("training.json", ".index.json")
 
 
-def copy_what_stands_beside(source: str | Path, folder: str | Path) -> None:
-    """The tokenizer and whatever else of a model's folder does not belong to its weights."""
+def copy_auxiliary_files(source: str | Path, folder: str | Path) -> None:
+    """Copy the tokenizer and all other files of a model's folder that do not belong to its weights."""
     for path in Path(source).iterdir():
         if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(_OF_THE_WEIGHTS):
             shutil.copyfile(path, Path(folder) / path.name)

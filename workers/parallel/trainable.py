@@ -28,7 +28,7 @@ from transformers import (
 
 from protocols.data.columns import B, Batch, Jagged, concat, take
 from protocols.data.messages import Experience
-from workers.data.hf_folder import copy_what_stands_beside
+from workers.data.hf_folder import copy_auxiliary_files
 from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.losses.metrics import STEPS, accumulate
 from workers.parallel.collection import collect_whole
@@ -170,7 +170,7 @@ class ParallelTraining(OptimizerSteps):
             module.load_state_dict(whole, strict=False, assign=True)
             module.tie_weights()
             module.save_pretrained(folder)
-            copy_what_stands_beside(self._path, folder)
+            copy_auxiliary_files(self._path, folder)
         self.model.sum_over_world(0.0)
 
     # --- one step

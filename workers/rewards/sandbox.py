@@ -20,7 +20,7 @@ from typing import BinaryIO
 import msgspec
 
 from protocols.control.requests import CodeSource
-from workers.user_code import BadCode, function_in, install, made_anew
+from workers.user_code import BadCode, function_in, install, new_module
 
 START_SECONDS = 60.0  # for the interpreter and the imports of the user's module
 _LENGTH = struct.Struct("<I")
@@ -195,7 +195,7 @@ def _loaded(name: str, source: CodeSource | None) -> Callable[[str, str, str], o
         from workers.rewards.rules import rule_named
 
         return rule_named(name)
-    with made_anew(source) as module:
+    with new_module(source) as module:
         rule = function_in(module, name)
     install(module)
     return rule

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from protocols.data.columns import B, Batch, take
-from workers.data.hf_folder import copy_what_stands_beside
+from workers.data.hf_folder import copy_auxiliary_files
 from workers.settings import Loss, Optimizer
 from workers.training.checkpoint import MOMENTS, STEP, Box, Counters, Saved
 from workers.training.lora import Adapters
@@ -117,7 +117,7 @@ class TrainedModel(OptimizerSteps):
             self.adapters.export(Path(folder) / ADAPTERS)
             merged = self.adapters.merged()
         self.model.save_pretrained(folder, state_dict=merged, safe_serialization=True)
-        copy_what_stands_beside(self._path, folder)
+        copy_auxiliary_files(self._path, folder)
 
     @property
     def _scaling(self) -> float | None:

@@ -16,7 +16,7 @@ import msgspec
 from asyncflow.dataflow.graph import Stage
 from protocols.control.requests import CodeSource
 from protocols.stage import Stateful
-from workers.user_code import install, made_anew
+from workers.user_code import install, new_module
 
 STATE = "state.json"
 
@@ -51,7 +51,7 @@ class ApplyFunctions:
         self._next = None
         for source in sources:
             if source.module == self._module and self._remake is not None:
-                with made_anew(source) as module:
+                with new_module(source) as module:
                     stage = self._remake(module)
                     self._next = stage, self._read(msgspec.json.encode(self._state), stage), module
 

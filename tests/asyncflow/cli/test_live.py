@@ -101,11 +101,11 @@ def test_without_a_terminal_each_step_is_one_line_however_narrow_it_is():
         ),
         (
             CodeRefused(step=3, digests={"mine": "0"}, error="mine.py:1 raised\nSyntaxError"),
-            "code refused after step 3, the old runs on: mine.py:1 raised SyntaxError",
+            "code refused after step 3, the old code stays in use: mine.py:1 raised SyntaxError",
         ),
         (
             Stalled(seconds=61.0, graph=["a waits on b", "b waits on a"]),
-            "nothing has moved for 61 s: a waits on b; b waits on a",
+            "no progress for 61 s: a waits on b; b waits on a",
         ),
         (RunEnded(outcome="finished", step=60), "run finished after step 60"),
         (RunEnded(outcome="failed", step=7, error="critic died", exit_code=1), "run failed after step 7: critic died"),

@@ -223,7 +223,7 @@ async def test_an_algorithm_and_its_loss_change_in_one_file(own: Path, recipe_of
         ),
         ("plain.loss * SCALE", "plain.loss.sum()", "returned shapes"),
         ("Surrogate(plain.loss", "(plain.loss", "it returned tuple, want a Surrogate"),
-        ("plain.loss * SCALE", "plain.loss.detach()", "tried out, raised RuntimeError"),
+        ("plain.loss * SCALE", "plain.loss.detach()", "failed its check with RuntimeError"),
     ],
 )
 async def test_an_algorithm_that_is_wired_otherwise_and_a_loss_that_fails_are_refused(
