@@ -25,7 +25,8 @@ from protocols import weights
 from protocols.data import ids
 from protocols.data.columns import Jagged
 from protocols.data.messages import Prompts
-from protocols.weights import Version, WeightManifest
+from protocols.weights import Version
+from workers.generation.packed import PackedWeights
 from workers.training.models import canonical_tensors
 
 PAD, EOS = "<pad>", "<eos>"
@@ -33,8 +34,6 @@ PAD_ID, EOS_ID = 0, 1
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=:.,? "
 VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
 HEAD_SIZE = 32
-
-Publication = tuple[WeightManifest, npt.NDArray[np.uint8]]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -110,18 +109,13 @@ def make_prompts(
     )
 
 
-def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance: float = 1e-3) -> Publication:
+def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance: float = 1e-3) -> PackedWeights:
     """The model's canonical tensors as a manifest and its buffer; a probe text travels with the model's own answer."""
-    tensors = {
-        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy())
-        for name, t in canonical_tensors(model).items()
-    }
-    entries, buffer = weights.pack(tensors)
     proof = None
     if probe:
         tokens = encode(probe)
         proof = weights.Probe([tokens.tolist()], [log_probs(model, tokens[:1], tokens[1:]).tolist()], tolerance)
-    return WeightManifest(version, entries, len(buffer), proof), buffer
+    return PackedWeights.publish(version, canonical_tensors(model), proof)
 
 
 @torch.no_grad()

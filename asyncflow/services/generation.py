@@ -16,7 +16,7 @@ import numpy as np
 from asyncflow.services.channels.endpoint import Frame
 from asyncflow.services.channels.row_table import RowTable
 from asyncflow.services.channels.shard_refs import ShardRef
-from asyncflow.services.ranks.spec import StageSpec
+from asyncflow.services.ranks.spec import GeneratorSettings, PolicySettings, StageSpec
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import StageRunner, read_or_fail
 from protocols.control.delivery import Delivery
@@ -27,6 +27,7 @@ from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import BadWeights, InstallReceipt, WeightManifest
 from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
+from workers.settings import Model
 
 STEPS_PER_TURN = 16
 
@@ -62,10 +63,10 @@ class Job:
 class GenerationLoop:
     """Owns an engine and decides, between its steps, what it does next."""
 
-    def __init__(self, host: StageContext, engine: Engine, follow: Callable[[], None] | None) -> None:
+    def __init__(self, host: StageContext, engine: Engine, load_trained: Callable[[], None] | None) -> None:
         self._host = host
         self._engine = engine
-        self._follow = follow  # lets the engine that shares the trained model follow its version
+        self._load_trained = load_trained  # for an engine that shares the trained model: loads its newest version
         self._waiting: deque[tuple[Job, Prompts]] = deque()
         self._running: dict[int, Job] = {}
         self._loads: deque[tuple[WeightManifest, Frame, asyncio.Future[InstallReceipt]]] = deque()
@@ -107,8 +108,8 @@ class GenerationLoop:
     async def _startable(self) -> bool:
         if self._paused:
             return False
-        if self._follow is not None and self._waiting:
-            await self._host.compute("generate.follow", self._follow)
+        if self._load_trained is not None and self._waiting:
+            await self._host.compute("generate.follow", self._load_trained)
         return self._steppable or any(self._ready_rows(rows).any() for _, rows in self._waiting)
 
     @property
@@ -124,7 +125,7 @@ class GenerationLoop:
         """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
         await self._start_rows()
         while self._steppable:
-            finished = await self._host.compute("generate", advance, self._engine, self._follow)
+            finished = await self._host.compute("generate", advance, self._engine, self._load_trained)
             self._hand_over(finished)
             if self._loads:
                 await self._install()
@@ -169,10 +170,12 @@ class GenerationLoop:
             self._host.reports.notify(Generated([r.sample_id for r in finished], tokens))
 
     async def _install(self) -> None:
+        settings = self._host.spec.settings
+        assert isinstance(settings, PolicySettings | GeneratorSettings)
         while self._loads:
             manifest, buffer, done = self._loads.popleft()
             try:
-                receipt = await self._host.compute("load", self._engine.load, manifest, buffer)
+                receipt = await self._host.compute("load", load, self._engine, manifest, buffer, settings.model)
             except BadWeights as error:
                 if not done.cancelled():
                     done.set_exception(error)
@@ -183,17 +186,24 @@ class GenerationLoop:
                 done.set_result(receipt)
 
 
-def advance(engine: Engine, follow: Callable[[], None] | None) -> list[FinishedRow]:
+def advance(engine: Engine, load_trained: Callable[[], None] | None) -> list[FinishedRow]:
     """Step until some rows finish or a few steps are done: a load never waits for longer than that.
 
     An engine that shares the trained model first takes note of its version: an update may have come between.
     """
     for _ in range(STEPS_PER_TURN):
-        if follow is not None:
-            follow()
+        if load_trained is not None:
+            load_trained()
         if finished := engine.step():
             return finished
     return []
+
+
+def load(engine: Engine, manifest: WeightManifest, buffer: Frame, model: Model) -> InstallReceipt:
+    """Have an engine of `model` install what arrived. Raises BadWeights."""
+    from workers.generation.packed import received  # brings torch, which only a service with an engine has
+
+    return engine.load(received(manifest, buffer, model))
 
 
 class GeneratingStage(StageRunner):

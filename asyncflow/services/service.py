@@ -100,7 +100,7 @@ class ModelService:
             self._workplace = await self._host.compute("start", build, self.spec)
             self._ranks = OwnRank(Rank(self.spec, self._workplace, self._host.store, self._host.thread))
             if self._workplace.engine is not None:
-                self._loop = GenerationLoop(self._host, self._workplace.engine, self._workplace.follow)
+                self._loop = GenerationLoop(self._host, self._workplace.engine, self._workplace.load_trained)
         await self._ranks.start()
         self._host.ranks = self._ranks
         for stage in self.spec.stages:

@@ -23,7 +23,7 @@ from tests.workers.generation.test_weight_transfer import (
     rounds,
 )
 from tests.workers.ranks import Ranks
-from workers.generation.hybrid import draw_all
+from workers.generation.engine import generate_all
 from workers.generation.vllm import VllmEngine
 from workers.settings import Generation
 from workers.training.models import load_causal
@@ -95,14 +95,14 @@ def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):  
     engine = VllmEngine(folder, Generation(slots=16, kv_cache_bytes=2 * GIBIBYTE), 3, sleeps=True)
     try:
         model = load_causal(folder)
-        engine.load(*tiny.publish(model, Version(0, 0), "the probe is longer than a block of the cache" * 2))
+        engine.load(tiny.publish(model, Version(0, 0), "the probe is longer than a block of the cache" * 2))
         prompts, sampling = tiny.make_prompts(["12+34=", "sort: dcba"], samples=4), Sampling(max_tokens=8)
-        before = draw_all(engine, prompts, sampling).batch
+        before = generate_all(engine, prompts, sampling).batch
         awake = torch.cuda.mem_get_info()[0]
         engine.sleep()
         asleep = torch.cuda.mem_get_info()[0]
         engine.wake()
-        again = draw_all(engine, prompts, sampling).batch
+        again = generate_all(engine, prompts, sampling).batch
         assert asleep - awake >= 2 * GIBIBYTE  # the KV cache at the least
         assert again.responses == before.responses
     finally:

@@ -1,13 +1,14 @@
-"""The engine seam: submit rows, step until they finish, load weights between steps.
+"""The engine interface: submit rows, step until they finish, load weights between two steps.
 
-An engine is synchronous and owned by one thread: whoever drives it decides when it steps, so pausing it
-is not stepping it, and a load stands between two steps by construction. Rows that are running at a load
-go on under the new weights with their KV cache recomputed; their per-token versions tell where it happened.
+An engine is synchronous and owned by one thread. Its owner decides when it steps, so pausing it means not to step it,
+and a load stands between two steps by construction. Rows that run during a load go on under the new weights, with
+their KV cache recomputed; the versions of their tokens say where that happened.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Container
 
@@ -18,8 +19,9 @@ import numpy.typing as npt
 from protocols.data.columns import Jagged, empty, select, take
 from protocols.data.messages import Finish, Prompts, Rollouts
 from protocols.roles import Sampling
-from protocols.stage import Failure
-from protocols.weights import InstallReceipt, Version, WeightManifest
+from protocols.stage import Failure, Partial
+from protocols.weights import BadWeights, InstallReceipt, Version
+from workers.generation.publication import Part, Publication, Shapes, verify_installed, verify_newer, verify_shapes
 
 
 class FinishedRow(msgspec.Struct, frozen=True):
@@ -27,18 +29,25 @@ class FinishedRow(msgspec.Struct, frozen=True):
 
     sample_id: int
     tokens: npt.NDArray[np.int32]  # [T], end-of-sequence included where finish is STOP
-    log_probs: npt.NDArray[np.float32]  # [T] of the drawn token, at the sampling temperature
-    versions: npt.NDArray[np.int32]  # [T] step of the weights that drew it
+    log_probs: npt.NDArray[np.float32]  # [T] of the sampled token, at the sampling temperature
+    versions: npt.NDArray[np.int32]  # [T] step of the weights that sampled it
     finish: Finish
 
 
 class Engine(ABC):
-    """Draws rollouts for one replica."""
+    """Generates rollouts for one replica. Subclasses generate, and implement the steps of `load` for their tensors."""
+
+    def __init__(self, version: Version | None = None, shapes: Shapes | None = None) -> None:
+        """`version` is installed already; `shapes` are those of the tensors, None where the first load says them."""
+        self._version = version
+        self._newest = version  # the last version proven, also while a refused one leaves the engine without weights
+        self._shapes = shapes
+        self._loading: Version | None = None
 
     @property
-    @abstractmethod
     def version(self) -> Version | None:
-        """Version of the installed weights; None before the first load: such an engine serves nothing."""
+        """Version of the installed weights. None before the first load: such an engine generates nothing."""
+        return self._version
 
     @property
     @abstractmethod
@@ -47,7 +56,7 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
-        """Queue rows. Row i draws with `protocols.data.ids.sampling_seed(run_seed, sample_ids[i], retry)`.
+        """Queue rows. Row i samples with `protocols.data.ids.sampling_seed(run_seed, sample_ids[i], retry)`.
 
         Raises ValueError naming the sample where prompt and max_tokens do not fit the model's context;
         then none of the rows is queued.
@@ -57,21 +66,72 @@ class Engine(ABC):
     def step(self) -> list[FinishedRow]:
         """Advance the running rows by some tokens; the rows that finished. Empty when nothing is queued."""
 
-    @abstractmethod
-    def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> InstallReceipt:
-        """Install canonical tensors: verify digests, load, drop every cache of old weights, answer the probe.
+    def load(self, weights: Publication) -> InstallReceipt:
+        """Install a version between two steps, and prove it; see `workers.generation.publication`.
 
-        Raises BadWeights where a digest, the finiteness of a tensor or the probe refuses, or where the version is not
-        newer than the installed one. `version` is then as it was, or None where the old weights were gone already.
+        Raises BadWeights where the version is not newer than the last one proven, where bytes or tensors are not what
+        they should be, and where the probe refuses. `version` is then as it was, or None where the old weights were
+        overwritten already. Such an engine keeps its rows and goes on with the next version that is proven.
         """
+        started, version = time.perf_counter(), weights.version
+        if self._loading is not None:
+            raise BadWeights(f"version {self._loading} was begun and never finished: start a new engine")
+        verify_newer(version, self._newest)
+        weights.verify()
+        if weights.shapes is not None and self._shapes is not None:
+            verify_shapes(version, weights.shapes, self._shapes)
+        self._start_load(weights)
+        self._loading = version
+        tensors = sum(self._install(part) for part in weights.parts())
+        self._finish_load()
+        self._loading = None
+        self._empty_caches()
+        try:
+            difference = verify_installed(weights.probe, self._answer)
+        except BadWeights:
+            self._end_load(proven=False)
+            raise
+        self._end_load(proven=True)
+        self._version = self._newest = version
+        self._shapes = weights.shapes or self._shapes
+        return InstallReceipt(version, tensors, difference, time.perf_counter() - started)
 
     @abstractmethod
-    def statistics(self) -> dict[str, float]:
-        """Gauges of the engine by name: running, waiting, tokens_generated, kv_cache_used_ratio where known."""
+    def _start_load(self, weights: Publication) -> None:
+        """Prepare for the parts; from here on the old weights may go."""
+
+    @abstractmethod
+    def _install(self, part: Part) -> int:
+        """Install the tensors of one part, and return how many they were. They are read when this returns."""
+
+    def _finish_load(self) -> None:  # noqa: B027 - most engines have nothing left to do
+        """Do what needs all tensors."""
+
+    @abstractmethod
+    def _empty_caches(self) -> None:
+        """Drop whatever was computed with old weights and would be reused, such as a prefix cache."""
+
+    @abstractmethod
+    def _answer(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs of each sequence's tokens but the first, under what was installed."""
+
+    @abstractmethod
+    def _end_load(self, *, proven: bool) -> None:
+        """Let go of what the load needed. Where it is not proven, undo it or clean up what it left."""
 
     @abstractmethod
     def close(self) -> None:
         """Free threads, memory and processes. Idempotent."""
+
+
+def generate_all(engine: Engine, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts]:
+    """Submit rows and step until all have finished: rollouts in the order of the prompts, and the rows that failed."""
+    failures = submit_rows(engine, prompts, sampling)
+    finished: dict[int, FinishedRow] = {}
+    while engine.unfinished:
+        finished |= {row.sample_id: row for row in engine.step()}
+    generated = [finished[sample] for sample in prompts.sample_ids.tolist() if sample in finished]
+    return Partial(to_rollouts(prompts, generated), failures)
 
 
 def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:

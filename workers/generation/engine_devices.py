@@ -1,13 +1,14 @@
 """Where the engine of a generation replica computes: on the devices of the ranks that it serves, and on no others.
 
-ranks of the model   the engine's workers                                      weights come
-one                  none: vLLM computes in the rank's process, on its device  in process
-several              a process for each rank of the replica, on that rank's    through memory that both map: a file in
-                     device; the engine that steps them is the first rank's    the machine's, CUDA IPC on a device
+ranks of the model   the engine's workers                             weights come
+one                  none: vLLM computes in the rank's process,       in process
+                     on its device
+several              a process for each rank of the replica, on       through memory that both map: a file of the
+                     that rank's device; the first rank steps them    machine, or CUDA IPC on a device
 
-So no device has two engines, and with n replicas n engines draw side by side. A worker opens the windows of all ranks
-of its replica, so it must see their devices: they are its CUDA_VISIBLE_DEVICES, in the order of the tensor indices, of
-which vLLM's worker i takes the i-th. Of a device, a rank and a worker each have a CUDA context, and they take turns.
+So no device has two engines, and n replicas have n engines that generate side by side. A worker opens the shared
+buffers of all ranks of its replica, so it must see their devices: its CUDA_VISIBLE_DEVICES lists them in the order of
+the tensor indices, and vLLM's worker i takes the i-th. A rank and a worker each have a CUDA context on their device.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ class RankDevice(msgspec.Struct, frozen=True):
 
 
 class EngineDevices(msgspec.Struct, frozen=True):
-    """Where the engine of one replica does."""
+    """Where the engine of one replica computes."""
 
     workers: int = 0  # processes of its own; 0: it computes in the process of its rank
-    visible: str = ""  # their CUDA_VISIBLE_DEVICES; "" where there is nothing to say
+    visible: str = ""  # the workers' CUDA_VISIBLE_DEVICES; "" on a CPU and without workers
 
 
 IN_PROCESS = EngineDevices()
 
 
 def cuda_device_of(node: str, index: int, visible: str | None) -> RankDevice:
-    """Of the process that uses CUDA device `index` and has `visible` as its CUDA_VISIBLE_DEVICES."""
+    """Where a process computes that uses CUDA device `index` and has `visible` as its CUDA_VISIBLE_DEVICES."""
     return RankDevice(node, visible.split(",")[index].strip() if visible else str(index))
 
 
 def engine_devices_of(ranks: int, replica: Sequence[RankDevice]) -> EngineDevices:
-    """Where an engine computes for a replica, whose ranks have these seats by tensor index; `ranks` has the model.
+    """Where the engine of a replica computes, whose ranks are here by tensor index. `ranks` is the model's number.
 
-    Raises ValueError, with the seats, for a replica on several nodes, and for one with two ranks on a device.
+    Raises ValueError, naming them, for a replica on several nodes, and for two ranks on one device.
     """
     if ranks == 1:
         return IN_PROCESS
-    devices = [seat.device for seat in replica]
-    if len(nodes := {seat.node for seat in replica}) > 1:
+    devices = [rank.device for rank in replica]
+    if len(nodes := {rank.node for rank in replica}) > 1:
         raise ValueError(
             f"{len(replica)} ranks that generate together are on nodes {', '.join(sorted(nodes))}: vLLM takes their "
-            "weights from memory of one; cut generation over fewer tensor ranks (generation = '1-t')"
+            "weights from the memory of one; cut generation over fewer tensor ranks (generation = '1-t')"
         )
     if any(devices) and len(set(devices)) < len(devices):
         raise ValueError(f"ranks that generate together are on CUDA devices {devices} of one node: want one each")

@@ -1,12 +1,13 @@
-"""Generating by the ranks that train, in the layout that the hybrid engine has switched to.
+"""Generation by the ranks that train, in the layout that the hybrid engine has switched to.
 
 The engine is `TorchEngine` itself: to it, the shards of a generation replica look like one language model. All ranks
-of the replica run it side by side on the same rows; they see the same logits and draw the same tokens, so nothing
+of the replica run it side by side on the same rows. They see the same logits and sample the same tokens, so nothing
 but activations and logits passes between them, and greedy and seeded rows are those of a single process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,32 +19,39 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Partial
-from protocols.weights import Version
-from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
+from protocols.weights import Probe, Version
+from workers.generation.colocated import ColocatedEngine
+from workers.generation.engine import generate_all
+from workers.generation.in_place import load_in_place
 from workers.generation.torch import TorchEngine
-from workers.resharding.hybrid_engine import HybridEngine
+from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation
 
 
-def hybrid_generator(
-    hybrid: HybridEngine, settings: Generation, run_seed: int, eos_token_id: int, version: Version
-) -> TorchEngine:
-    """This rank's engine over a generation replica; `advance` it after an update.
+class ColocatedTorch(ColocatedEngine):
+    """The weights are gathered for generation at each `publish` and freed by `release`; every rank has an engine."""
 
-    Its ranks submit the same rows in the same order and step together, between `to_generation` and `to_training`.
-    """
-    module = cast(PreTrainedModel, _Replica(hybrid))  # of a transformers module the engine uses just this much
-    return TorchEngine(module, settings, run_seed, eos_token_id, owns_model=False, version=version)
+    def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, eos_token_id: int) -> None:
+        super().__init__()
+        module = cast(PreTrainedModel, _Replica(hybrid))  # of a transformers module the engine uses just this much
+        self._hybrid = hybrid
+        self.engine = TorchEngine(module, settings, run_seed, eos_token_id, owns_model=False)
 
+    @property
+    def generating(self) -> bool:
+        return bool(self._hybrid.weights)
 
-def draw_all(engine: Engine, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts]:
-    """Submit rows and step until all have finished; rollouts in the order of the prompts, and those that don't fit."""
-    failures = submit_rows(engine, prompts, sampling)
-    finished: dict[int, FinishedRow] = {}
-    while engine.unfinished:
-        finished |= {row.sample_id: row for row in engine.step()}
-    drawn = [finished[sample] for sample in prompts.sample_ids.tolist() if sample in finished]
-    return Partial(to_rollouts(prompts, drawn), failures)
+    def _publish(self, version: Version, probe: Callable[[], Probe]) -> Transition:
+        transition = self._hybrid.to_generation()
+        load_in_place(self.engine, version)
+        return transition
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts] | None:
+        generated = generate_all(self.engine, prompts, sampling)
+        return generated if self._hybrid.is_output_rank else None
+
+    def release(self) -> None:
+        self._hybrid.to_training()
 
 
 class _Replica(nn.Module):

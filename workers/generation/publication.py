@@ -1,65 +1,78 @@
-"""What a publication has to pass before an engine counts as holding it: bytes, fit, and the answer to the probe.
+"""One interface for "install version v on an engine": a trainer publishes, an engine loads, whatever the road between.
 
-Every engine takes these steps in this order, whatever it does with the tensors in between.
+    road           publish, on the trainer's side              what `Engine.load` is given
+    packed buffer  PackedWeights.publish: a copy to send       PackedWeights or MergedAdapters (packed.py)
+    shared memory  WeightTransfer.publish: generation shards,  StreamedWeights (weight_transfer.py)
+    or CUDA IPC    module by module as they are gathered
+    all-gather     HybridEngine.to_generation: into the        InPlaceWeights (in_place.py)
+                   module that the engine runs
+    shared module  nothing: the engine runs what is trained    InPlaceWeights
+
+`Engine.load` is written once. It proves every version in the same way: the digests of the bytes, an emptied prefix
+cache, the engine's answer to a probe batch. Each publication says in its docstring which part can't apply to its road.
+A further road, such as an NCCL broadcast to a fleet of replicas, is one more file with a `Publication` in it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from protocols.weights import BadWeights, Probe, TensorEntry, Version, WeightManifest, verify
-from workers.training.models import DTYPES
+from protocols.weights import BadWeights, Probe, Version
 
-# An IEEE number is NaN or infinite where all bits of its exponent are set; numpy has no bfloat16 to ask.
-_EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}
+if TYPE_CHECKING:  # who only names an engine does without torch
+    from torch import Tensor
 
+    from workers.generation.shared_buffer import SharedTensors
 
-def check_publication(manifest: WeightManifest, buffer: npt.NDArray[np.uint8], installed: Version | None) -> None:
-    """Raise BadWeights before anything is touched: version not newer, wrong bytes, unknown dtype, NaN or infinity."""
-    if installed is not None and manifest.version <= installed:
-        raise BadWeights(f"version {manifest.version} is not newer than {installed}, which is installed")
-    verify(manifest.tensors, buffer)
-    for entry in manifest.tensors:
-        if entry.dtype not in _EXPONENTS:
-            raise BadWeights(f"tensor {entry.name} is {entry.dtype}; weights travel as {' or '.join(_EXPONENTS)}")
-        word, exponent = _EXPONENTS[entry.dtype]
-        words = np.ascontiguousarray(_bytes_of(entry, buffer)).view(word)
-        if wrong := int(((words & exponent) == exponent).sum()):
-            raise BadWeights(
-                f"tensor {entry.name} of version {manifest.version}: {wrong} of {words.size} values not finite"
-            )
+# Canonical tensors by name, in this process or in memory that processes share.
+Part: TypeAlias = "Iterable[tuple[str, Tensor]] | SharedTensors"
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
-def refuse_misfits(manifest: WeightManifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+class Publication(Protocol):
+    """The weights of one version on their way to an engine."""
+
+    @property
+    def version(self) -> Version: ...
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe batch and the trainer's answer to it; None installs without this part of the proof."""
+        ...
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """Shape of each tensor by name; None where the road fixes both sides' tensors beforehand."""
+        ...
+
+    def verify(self) -> None:
+        """Raise BadWeights where bytes are not those that were sent, or not finite. Nothing is installed yet."""
+        ...
+
+    def parts(self) -> Iterator[Part]:
+        """The tensors, in parts that hold whole modules. A part may be overwritten when the next one is asked for."""
+        ...
+
+
+def verify_newer(version: Version, newest: Version | None) -> None:
+    """Raise BadWeights where a version is not newer than the newest one that was installed."""
+    if newest is not None and version <= newest:
+        raise BadWeights(f"version {version} is not newer than {newest}, which is installed")
+
+
+def verify_shapes(version: Version, published: Shapes, own: Shapes) -> None:
     """Raise BadWeights where a publication does not hold exactly the tensors of an engine, by name and shape."""
-    sent = shapes_of(manifest)
-    if missing := sorted(shapes.keys() - sent.keys()):
-        raise BadWeights(
-            f"version {manifest.version} lacks {len(missing)} of {len(shapes)} tensors, first {missing[0]}"
-        )
-    for name, shape in sent.items():
-        if name not in shapes:
-            raise BadWeights(f"version {manifest.version} holds tensor {name}, which the model does not have")
-        if shape != shapes[name]:
-            raise BadWeights(f"tensor {name} of version {manifest.version} is {shape}, the model's {shapes[name]}")
-
-
-def shapes_of(manifest: WeightManifest) -> dict[str, tuple[int, ...]]:
-    """Shape of each published tensor by name."""
-    return {entry.name: tuple(entry.shape) for entry in manifest.tensors}
-
-
-def read_tensors(manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, each a copy: the buffer may be memory that other readers share."""
-    for entry in manifest.tensors:
-        data = torch.from_numpy(np.array(_bytes_of(entry, buffer)))
-        yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
+    if missing := sorted(own.keys() - published.keys()):
+        raise BadWeights(f"version {version} lacks {len(missing)} of {len(own)} tensors, first {missing[0]}")
+    for name, shape in published.items():
+        if name not in own:
+            raise BadWeights(f"version {version} holds tensor {name}, which the model does not have")
+        if shape != own[name]:
+            raise BadWeights(f"tensor {name} of version {version} is {shape}, the model's {own[name]}")
 
 
 def verify_installed(probe: Probe | None, answer: Callable[[list[list[int]]], list[list[float]]]) -> float:
@@ -78,13 +91,3 @@ def verify_installed(probe: Probe | None, answer: Callable[[list[list[int]]], li
             "a tensor was not installed as sent, or the tolerance is too tight for this dtype"
         )
     return difference
-
-
-def packable(tensor: Tensor) -> tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]:
-    """A tensor as `protocols.weights.pack` takes it: dtype, shape, bytes."""
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
-
-
-def _bytes_of(entry: TensorEntry, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return buffer[entry.start : entry.start + entry.nbytes]

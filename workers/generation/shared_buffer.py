@@ -1,11 +1,12 @@
 """Memory that one process writes and others on its machine read: a file that all map, or a buffer of a CUDA device.
 
-The writer and the readers agree by other means on when it may be read, and when written again.
+Writer and readers agree by other means when it may be read, and when it may be written again.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,52 +14,82 @@ import msgspec
 import torch
 from torch import Tensor
 
-_MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and as right
+from workers.parallel.decoder import unflat
+from workers.parallel.plan import Parameter
+from workers.training.models import DTYPES
+
+_MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and as correct
 
 
 class BufferHandle(msgspec.Struct, frozen=True):
-    """How another process opens the memory. It must see the CUDA device, under the number that the window says."""
+    """How another process opens the memory. It must see the CUDA device, under the number that the handle says."""
 
     size: int  # bytes
     path: str = ""  # of the file; "" for a CUDA buffer
-    handle: tuple[int | bytes | bool, ...] = ()  # CUDA's for the buffer, as torch shares storages between processes
+    ipc_handle: tuple[int | bytes | bool, ...] = ()  # CUDA's for the buffer, as torch shares storages
 
     def on_device(self, number: int) -> BufferHandle:
         """The same memory for a process that sees its CUDA device under another number than the writer does."""
-        return msgspec.structs.replace(self, handle=(number, *self.handle[1:])) if self.handle else self
+        return msgspec.structs.replace(self, ipc_handle=(number, *self.ipc_handle[1:])) if self.ipc_handle else self
 
     def open(self) -> Tensor:
-        """The memory, uint8 [size]. A process opens a window once and keeps it."""
+        """The memory, uint8 [size]. A process opens each buffer once and keeps it."""
         return _opened(self)
 
 
 class SharedBuffer:
-    """The writer's side: `memory`, and the `window` to tell the readers."""
+    """The writer's side: `memory`, and the `handle` to give to the readers."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._file: tempfile._TemporaryFileWrapper | None = None
         if device.type == "cuda":
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-            self.window = BufferHandle(size, handle=tuple(self.memory.untyped_storage()._share_cuda_()))
+            self.handle = BufferHandle(size, ipc_handle=tuple(self.memory.untyped_storage()._share_cuda_()))
             return
-        # Its name goes when this object is closed or collected; who has mapped it keeps the memory.
+        # Its name is removed when this object is closed or collected; who has mapped it keeps the memory.
         self._file = tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, prefix="weights-")  # noqa: SIM115
         self._file.truncate(size)
-        self.window = BufferHandle(size, path=self._file.name)
+        self.handle = BufferHandle(size, path=self._file.name)
         self.memory = _mapped(self._file.name, size)
 
     def close(self) -> None:
-        """Let the memory go once its readers have."""
+        """Free the memory once its readers have closed it."""
         if self._file is not None:
             self._file.close()
 
 
+class SharedTensor(msgspec.Struct, frozen=True):
+    """Where the shards of one tensor lie, in the buffers of the ranks that generate together."""
+
+    spec: Parameter
+    dtype: str
+    start: int  # bytes, in every buffer
+    stop: int
+
+    def join(self, buffers: list[BufferHandle], device: torch.device | None) -> Tensor:
+        """The tensor at full size, a copy on a device."""
+        sharded = buffers if self.spec.cut is not None else buffers[:1]
+        shards = (buffer.open()[self.start : self.stop].view(DTYPES[self.dtype]) for buffer in sharded)
+        return unflat(torch.cat([shard.to(device) for shard in shards]), self.spec, self.spec.shape)
+
+
+class SharedTensors(msgspec.Struct, frozen=True):
+    """Tensors whose shards lie in shared buffers."""
+
+    tensors: list[SharedTensor]
+    buffers: list[BufferHandle]  # in the order of tensor indices
+
+    def on_device(self, device: torch.device | None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by name, each at full size while it is used."""
+        return ((tensor.spec.name, tensor.join(self.buffers, device)) for tensor in self.tensors)
+
+
 @cache
-def _opened(window: BufferHandle) -> Tensor:
-    if window.path:
-        return _mapped(window.path, window.size)
-    storage = torch.UntypedStorage._new_shared_cuda(*window.handle)
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, torch.Size([window.size]), (1,))
+def _opened(handle: BufferHandle) -> Tensor:
+    if handle.path:
+        return _mapped(handle.path, handle.size)
+    storage = torch.UntypedStorage._new_shared_cuda(*handle.ipc_handle)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, torch.Size([handle.size]), (1,))
 
 
 def _mapped(path: str, size: int) -> Tensor:

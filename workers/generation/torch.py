@@ -1,12 +1,10 @@
-"""The engine over a transformers module: a static batch with a KV cache, run to its end at one version.
+"""An engine over a transformers module: a static batch with a KV cache, run to its end at one version.
 
-A row draws by inverting its cumulative distribution at one uniform a token, and takes the uniforms from a Philox
-stream of its own: only the rounding of its logits depends on the rows beside it. The same inputs give the same bits.
+Each row samples by inverting its cumulative distribution at one uniform per token, from a Philox stream of its own.
+So only the rounding of its logits depends on the rows beside it, and the same inputs give the same bits.
 """
 
 from __future__ import annotations
-
-import time
 
 import msgspec
 import numpy as np
@@ -19,14 +17,16 @@ from transformers.cache_utils import DynamicCache
 from protocols.data.ids import sampling_seed
 from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
-from protocols.weights import BadWeights, InstallReceipt, Version, WeightManifest
+from protocols.weights import Version
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
-from workers.generation.publication import check_publication, read_tensors, refuse_misfits, verify_installed
+from workers.generation.in_place import InPlaceWeights
+from workers.generation.publication import Part, Publication
+from workers.generation.shared_buffer import SharedTensors
 from workers.settings import Generation
 from workers.training.models import canonical_tensors, log_softmax_of
 
 
-class _Row(msgspec.Struct, frozen=True):
+class QueuedRow(msgspec.Struct, frozen=True):
     """A queued row."""
 
     sample_id: int
@@ -38,7 +38,7 @@ class _Row(msgspec.Struct, frozen=True):
 class TorchEngine(Engine):
     """Generates with a module that it owns, or with one that its owner trains between two steps.
 
-    An engine that owns its module takes weights by `load`; for a trained module the owner says `advance` after each
+    An engine that owns its module is sent weights; with a trained module it loads `InPlaceWeights` after each
     committed step. `eos_token_id` ends a response.
     """
 
@@ -52,41 +52,25 @@ class TorchEngine(Engine):
         owns_model: bool = True,
         version: Version | None = None,
     ) -> None:
+        self._own = canonical_tensors(model) if owns_model else {}
+        super().__init__(version, {name: tuple(tensor.shape) for name, tensor in self._own.items()} or None)
         self._model: PreTrainedModel | None = model
         self._slots = settings.slots
         self._run_seed = run_seed
         self._eos_token_id = eos_token_id
         self._owns_model = owns_model
-        self._version = version
         self._context = settings.max_model_tokens or int(model.config.max_position_embeddings)
-        self._queue: dict[int, _Row] = {}
-        self._tokens_generated = 0
-
-    @property
-    def version(self) -> Version | None:
-        return self._version
+        self._queue: dict[int, QueuedRow] = {}
+        self._previous: dict[str, Tensor] = {}  # while a load is not proven
 
     @property
     def unfinished(self) -> int:
         return len(self._queue)
 
-    def advance(self, version: Version) -> None:
-        """Say that the owner's training left newer weights in the module.
-
-        Raises ValueError where the version is not newer, RuntimeError where the engine owns its module.
-        """
-        if self._owns_model:
-            raise RuntimeError(
-                f"version {version} can't be declared: this engine owns its module and takes weights by load"
-            )
-        if self._version is not None and version <= self._version:
-            raise ValueError(f"version {version} is not newer than {self._version}, which the module already holds")
-        self._version = version
-
     def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
         refuse_unfit(prompts, sampling, self._queue, self._context, self._module.config.vocab_size)
         for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
-            self._queue[sample_id] = _Row(sample_id, prompt, sampling, retry)
+            self._queue[sample_id] = QueuedRow(sample_id, prompt, sampling, retry)
 
     def step(self) -> list[FinishedRow]:
         """Run up to `slots` queued rows, lowest ids first, to their end. Raises RuntimeError before the first load."""
@@ -103,37 +87,36 @@ class TorchEngine(Engine):
             self._module.train(was_training)
         for row in rows:
             del self._queue[row.sample_id]
-        self._tokens_generated += sum(len(row.tokens) for row in finished)
         return finished
 
-    def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> InstallReceipt:
-        if not self._owns_model:
+    def _start_load(self, weights: Publication) -> None:
+        """Raises RuntimeError for weights that are sent to a trained module, and the other way round."""
+        if isinstance(weights, InPlaceWeights) and self._owns_model:
             raise RuntimeError(
-                f"version {manifest.version} can't be loaded into a module that its owner trains: call advance"
+                f"version {weights.version} is not in this module, which the engine owns: send it weights"
             )
-        started = time.perf_counter()
-        check_publication(manifest, buffer, self._version)
-        own = dict(canonical_tensors(self._module))
-        refuse_misfits(manifest, {name: tuple(tensor.shape) for name, tensor in own.items()})
-        previous = {name: tensor.clone() for name, tensor in own.items()}
-        for name, tensor in read_tensors(manifest, buffer):
-            own[name].copy_(tensor)
-        try:
-            difference = verify_installed(manifest.probe, self._answer)
-        except BadWeights:
-            for name, tensor in previous.items():
-                own[name].copy_(tensor)
-            raise
-        self._version = manifest.version
-        return InstallReceipt(manifest.version, len(manifest.tensors), difference, time.perf_counter() - started)
+        if not isinstance(weights, InPlaceWeights) and not self._owns_model:
+            raise RuntimeError(f"version {weights.version} can't be loaded into a module that its owner trains")
+        self._previous = {name: tensor.clone() for name, tensor in self._own.items()}
 
-    def statistics(self) -> dict[str, float]:
-        return {"running": 0.0, "waiting": float(len(self._queue)), "tokens_generated": float(self._tokens_generated)}
+    def _install(self, part: Part) -> int:
+        count = 0
+        for name, tensor in part.on_device(self._module.device) if isinstance(part, SharedTensors) else part:
+            self._own[name].copy_(tensor)
+            count += 1
+        return count
+
+    def _empty_caches(self) -> None:
+        """Nothing to drop: a batch runs from its prompts to its end within one step."""
+
+    def _end_load(self, *, proven: bool) -> None:
+        for name, tensor in self._previous.items() if not proven else ():
+            self._own[name].copy_(tensor)
+        self._previous = {}
 
     def close(self) -> None:
         self._queue.clear()
-        self._version = None
-        self._model = None
+        self._own, self._version, self._model = {}, None, None
 
     @property
     def _module(self) -> PreTrainedModel:
@@ -142,7 +125,7 @@ class TorchEngine(Engine):
         return self._model
 
     @torch.no_grad()  # not inference_mode: a buffer that the module caches here must stay usable for training
-    def _generate(self, rows: list[_Row], version_step: int) -> list[FinishedRow]:
+    def _generate(self, rows: list[QueuedRow], version_step: int) -> list[FinishedRow]:
         device = self._module.device
         limits = torch.tensor([row.sampling.max_tokens for row in rows], device=device)
         temperatures = torch.tensor([row.sampling.temperature for row in rows], device=device)
@@ -157,16 +140,16 @@ class TorchEngine(Engine):
         alive = torch.arange(len(rows), device=device)
         for t in range(uniforms.shape[1]):
             logits = self._next_logits(inputs, mask, positions, cache)
-            drawn, drawn_log_probs = draw(logits, temperatures[alive], uniforms[alive, t])
-            tokens[alive, t], log_probs[alive, t], lengths[alive] = drawn, drawn_log_probs, t + 1
-            going = ((drawn != self._eos_token_id) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
+            sampled, sampled_log_probs = sample(logits, temperatures[alive], uniforms[alive, t])
+            tokens[alive, t], log_probs[alive, t], lengths[alive] = sampled, sampled_log_probs, t + 1
+            going = ((sampled != self._eos_token_id) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):  # finished rows leave, so that nothing is computed for them
                 cache.batch_select_indices(going)
-                alive, mask, drawn = alive[going], mask[going], drawn[going]
+                alive, mask, sampled = alive[going], mask[going], sampled[going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            inputs, positions = drawn.unsqueeze(1), mask.sum(1, keepdim=True) - 1
+            inputs, positions = sampled.unsqueeze(1), mask.sum(1, keepdim=True) - 1
         return self._finished(rows, tokens.cpu().numpy(), log_probs.cpu().numpy(), lengths.tolist(), version_step)
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -181,7 +164,7 @@ class TorchEngine(Engine):
         )
         return outputs.logits[:, -1]
 
-    def _uniforms(self, rows: list[_Row]) -> npt.NDArray[np.float64]:
+    def _uniforms(self, rows: list[QueuedRow]) -> npt.NDArray[np.float64]:
         """One uniform a token, [n, longest max_tokens]; a row's stream depends on its seed alone."""
         width = max(row.sampling.max_tokens for row in rows)
         seeds = (sampling_seed(self._run_seed, row.sample_id, row.retry) for row in rows)
@@ -189,7 +172,7 @@ class TorchEngine(Engine):
 
     def _finished(
         self,
-        rows: list[_Row],
+        rows: list[QueuedRow],
         tokens: npt.NDArray[np.int64],
         log_probs: npt.NDArray[np.float32],
         lengths: list[int],
@@ -217,7 +200,7 @@ class TorchEngine(Engine):
         return answers
 
 
-def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Invert each row's cumulative distribution at its uniform.
 
     logits [n, V]; temperatures [n], 0 takes the likeliest token; uniforms float64 [n] in [0, 1). Returns tokens
@@ -234,7 +217,7 @@ def draw(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor
 
 
 def _left_padded(prompts: list[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, int64 [n, longest]: every row ends at the right edge, where the next token is drawn."""
+    """Tokens and mask, int64 [n, longest]: every row ends at the right edge, where the next token is sampled."""
     width = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), width), np.int64)
     for i, prompt in enumerate(prompts):

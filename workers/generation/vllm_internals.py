@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from workers.data.hf_folder import context_of
 from workers.generation.engine_devices import EngineDevices
-from workers.generation.shared_buffer import BufferHandle
-from workers.parallel.decoder import unflat
-from workers.parallel.plan import Parameter
+from workers.generation.shared_buffer import SharedTensors
 from workers.settings import Generation
-from workers.training.models import DTYPES
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -40,23 +36,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
 
 
-class SharedPart(msgspec.Struct, frozen=True):
-    """A tensor whose shards, of the ranks that generate together, each lie in a window of theirs."""
-
-    spec: Parameter
-    dtype: str
-    start: int  # bytes, in every window
-    stop: int
-    windows: list[BufferHandle]  # in the order of tensor indices
-
-    def whole(self, device: torch.device | None) -> Tensor:
-        """The tensor at full size, a copy on a device."""
-        windows = self.windows if self.spec.cut is not None else self.windows[:1]
-        shards = (window.open()[self.start : self.stop].view(DTYPES[self.dtype]) for window in windows)
-        return unflat(torch.cat([shard.to(device) for shard in shards]), self.spec, self.spec.shape)
-
-
-def start(path: str, settings: Generation, dtype: str, place: EngineDevices, sleeps: bool) -> LLMEngine:
+def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, sleeps: bool) -> LLMEngine:
     """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
@@ -75,10 +55,10 @@ def start(path: str, settings: Generation, dtype: str, place: EngineDevices, sle
         limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     if settings.max_model_tokens:
         limits["max_model_len"] = settings.max_model_tokens
-    if place.workers:
+    if devices.workers:
         # Forked, they would inherit this process's threads and its part in the training ranks' groups.
         os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
-        limits |= {"tensor_parallel_size": place.workers, "distributed_executor_backend": "mp"}
+        limits |= {"tensor_parallel_size": devices.workers, "distributed_executor_backend": "mp"}
     arguments = EngineArgs(
         model=path,
         dtype=dtype,  # type: ignore[arg-type]
@@ -96,7 +76,7 @@ def start(path: str, settings: Generation, dtype: str, place: EngineDevices, sle
         seed=0,
         **limits,
     )
-    with seen_by_workers(place.visible):
+    with seen_by_workers(devices.visible):
         return LLMEngine.from_engine_args(arguments)
 
 
@@ -138,11 +118,6 @@ def token_prompt(tokens: list[int]) -> Any:
     return {"type": "token", "prompt_token_ids": tokens}
 
 
-def scheduler_of(engine: LLMEngine) -> Any:
-    core: Any = engine.engine_core
-    return core.engine_core.scheduler
-
-
 def start_reload(worker: Any) -> None:
     """Make every layer wait for its tensors: it is packed when it has all of them."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
@@ -156,11 +131,11 @@ def load_tensors(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:
         worker.model_runner.get_model().load_weights(named)
 
 
-def load_shared(worker: Any, parts: Sequence[SharedPart]) -> None:
-    """Join the shards of each tensor; a worker's own loaders keep its part of them."""
-    load_tensors(worker, ((part.spec.name, part.whole(worker.device)) for part in parts))
+def load_shared(worker: Any, part: SharedTensors) -> None:
+    """Join the shards of each tensor; the loaders of a tensor-parallel worker keep its part of them."""
+    load_tensors(worker, part.on_device(worker.device))
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # the windows have been read when this returns
+        torch.cuda.synchronize()  # the buffers have been read when this returns
 
 
 def finish_reload(worker: Any) -> None:

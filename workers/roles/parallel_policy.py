@@ -24,12 +24,13 @@ from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Roll
 from protocols.layout.topology import Backend, GenerationGrouping, Topology
 from protocols.roles import Sampling
 from protocols.stage import Partial
-from protocols.weights import Probe, Version, WeightManifest, pack
+from protocols.weights import Probe, Version
 from workers.data.hf_folder import end_of_sequence
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
-from workers.generation.colocated import ColocatedVllm
-from workers.generation.hybrid import draw_all, hybrid_generator
-from workers.generation.torch import TorchEngine
+from workers.generation.colocated import ColocatedEngine
+from workers.generation.colocated_vllm import ColocatedVllm
+from workers.generation.hybrid import ColocatedTorch
+from workers.generation.packed import PackedWeights
 from workers.losses.aggregation import reduce_loss
 from workers.losses.metrics import accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
@@ -81,14 +82,14 @@ class ParallelPolicy:
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
         self._text = ReplicaText(text, self.model.place.dp, topology.dp) if text is not None else None
         self._loss = loss
-        self._generation = generation
-        self._end_of_sequence = end_of_sequence(model.path)
         self._temperature = generation.temperature
         self._tolerance = generation.probe_tolerance
         self._seed = seed
-        self.vllm: ColocatedVllm | None = None
+        self.colocated: ColocatedEngine | None = None
         if self.hybrid is not None and engine == "vllm":
-            self.vllm = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
+            self.colocated = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
+        elif self.hybrid is not None:
+            self.colocated = ColocatedTorch(self.hybrid, generation, seed, end_of_sequence(model.path))
 
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Partial[Rollouts] | None:
         """Draw this generation replica's rows, perhaps none, with the current weights; those that don't fit fail.
@@ -97,43 +98,26 @@ class ParallelPolicy:
         switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was
         admitted at a version newer than the weights.
         """
-        hybrid = self._generating()
+        engine = self._engine()
         if len(prompts) and (oldest := int(prompts.min_versions.max())) > self.trained.version:
             raise ValueError(
                 f"a prompt of version {oldest} can't be drawn by weights of version {self.trained.version}"
             )
-        switched = self.vllm.awake if self.vllm is not None else bool(hybrid.weights)
-        if not switched:
-            self.to_generation()
+        if engine.generating:
+            return engine.generate(prompts, sampling)
+        self.to_generation()
         try:
-            if self.vllm is not None:
-                return self.vllm.draw(prompts, sampling)
-            drawn = draw_all(self.engine(term=0), prompts, sampling)
+            return engine.generate(prompts, sampling)
         finally:
-            if not switched:
-                self.to_training()
-        return drawn if hybrid.is_output_rank else None
+            self.to_training()
 
     def to_generation(self) -> Transition | None:
-        """See HybridEngine.to_generation, ColocatedVllm.wake. Raises RuntimeError without a layout to generate in."""
-        hybrid = self._generating()
-        return self.vllm.wake(self.trained.version, self.probe) if self.vllm is not None else hybrid.to_generation()
+        """See ColocatedEngine.publish. Raises RuntimeError without a layout to generate in."""
+        return self._engine().publish(self.trained.version, self.probe)
 
     def to_training(self) -> None:
-        """See HybridEngine.to_training, ColocatedVllm.rest."""
-        hybrid = self._generating()
-        if self.vllm is not None:
-            self.vllm.rest()
-        else:
-            hybrid.to_training()
-
-    def engine(self, term: int) -> TorchEngine:
-        """An engine that draws with the ranks' weights, at their current version; `advance` it after an update.
-
-        It steps between `hybrid.to_generation()` and `hybrid.to_training()`. Raises RuntimeError without a layout.
-        """
-        version = Version(term, self.trained.version)
-        return hybrid_generator(self._generating(), self._generation, self._seed, self._end_of_sequence, version)
+        """See ColocatedEngine.release."""
+        self._engine().release()
 
     def log_probs(self, rollouts: Rollouts) -> LogProbs | None:
         """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
@@ -161,17 +145,14 @@ class ParallelPolicy:
         whole = self.trained.over_replicas(measured) | taken
         return Metrics(values=mean_metrics(whole)) if self.model.is_output_rank else None
 
-    def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray] | None:
+    def snapshot(self, version: Version) -> PackedWeights | None:
         """What `PolicyWorker.snapshot` gives, on rank 0: the canonical tensors and the answer to the probe batch.
 
         The buffer is a copy: the next optimizer step may start when this returns.
         """
         probe = self.probe()
         whole = self.trained.collect()
-        if self.model.rank != 0:
-            return None
-        entries, buffer = pack({name: (_dtype(t), tuple(t.shape), _bytes_of(t)) for name, t in whole.items()})
-        return WeightManifest(version, entries, len(buffer), probe), buffer
+        return PackedWeights.publish(version, whole, probe) if self.model.rank == 0 else None
 
     def save(self, folder: str) -> None:
         """See ParallelTraining.save."""
@@ -180,8 +161,8 @@ class ParallelPolicy:
     def load(self, folder: str) -> None:
         """See ParallelTraining.load."""
         self.trained.load(folder)
-        if self.vllm is not None:
-            self.vllm.restored()
+        if self.colocated is not None:
+            self.colocated.restored()
 
     def export(self, folder: str) -> None:
         """See ParallelTraining.export."""
@@ -197,13 +178,13 @@ class ParallelPolicy:
 
     def close(self) -> None:
         """End the engine that is beside the model, where there is one."""
-        if self.vllm is not None:
-            self.vllm.close()
+        if self.colocated is not None:
+            self.colocated.close()
 
-    def _generating(self) -> HybridEngine:
-        if self.hybrid is None:
+    def _engine(self) -> ColocatedEngine:
+        if self.colocated is None:
             raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
-        return self.hybrid
+        return self.colocated
 
     def _objective(
         self, batch: Experience, weights: Jagged, old_log_probs: Jagged | None, measured: dict[str, float]
@@ -276,11 +257,3 @@ def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) 
 def _log_probs_of(outputs: Tensor, micro: MicroBatch, temperature: float) -> Tensor:
     tokens = micro.response_tokens().to(outputs.device)
     return log_softmax_of(micro.before_response(outputs), tokens, temperature)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()

@@ -14,12 +14,12 @@ from protocols.data.columns import Jagged, rows_of
 from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.roles import Policy, Sampling
 from protocols.stage import stage
-from protocols.weights import Probe, Version, WeightManifest, pack
+from protocols.weights import Probe, Version
 from workers.data.hf_folder import end_of_sequence
 from workers.data.pretraining import Drawn, PretrainingText
 from workers.finetune.sft import response_loss
 from workers.generation.engine import to_rollouts
-from workers.generation.publication import packable
+from workers.generation.packed import PackedWeights
 from workers.generation.torch import TorchEngine
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
 from workers.losses.metrics import STEPS, accumulate, loss_metrics, mean_metrics
@@ -81,7 +81,7 @@ class PolicyWorker(Policy):
         return to_rollouts(prompts, sorted(finished, key=lambda row: order[row.sample_id]))
 
     def engine(self, term: int) -> TorchEngine:
-        """An engine that draws with this very model, at its current version; `advance` it after an update."""
+        """An engine that runs this very model, at its current version; `load_in_place` after an update."""
         model, version = self.trained.model, Version(term, self.trained.version)
         return TorchEngine(
             model, self._generation, self._seed, self._end_of_sequence, owns_model=False, version=version
@@ -168,7 +168,7 @@ class PolicyWorker(Policy):
         return per_response(rows, budget, lambda b: token_log_probs(self.trained.model, b, self._temperature))
 
     @torch.no_grad()
-    def snapshot(self, version: Version) -> tuple[WeightManifest, np.ndarray]:
+    def snapshot(self, version: Version) -> PackedWeights:
         """The canonical tensors as one buffer, with their digests and the answer to the probe batch.
 
         Of adapters they are the merged ones, or the adapters alone where the recipe wants that; the answer is that of
@@ -180,8 +180,7 @@ class PolicyWorker(Policy):
         probe = Probe(self._probe.tolist(), _probe_log_probs(forward, self._probe), self._tolerance)
         if adapters is not None and self._sends_adapters:
             tensors, scaling = adapters.tensors(), adapters.scaling
-        entries, buffer = pack({name: packable(tensor) for name, tensor in tensors.items()})
-        return WeightManifest(version, entries, len(buffer), probe, scaling), buffer
+        return PackedWeights.publish(version, tensors, probe, scaling)
 
     def save(self, folder: str) -> None:
         """See TrainedModel.save."""

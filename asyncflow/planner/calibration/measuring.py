@@ -36,6 +36,7 @@ from asyncflow.recipe.service_specs import GENERATOR
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE, Runtime
 from protocols.roles import Sampling
 from protocols.weights import Version
+from workers.generation.packed import received
 
 
 async def measure(
@@ -124,7 +125,7 @@ def _publish_s(bench: WorkerHarness) -> float:
         start = time.perf_counter()
         manifest, buffer = policy.snapshot(Version(1, step))
         middle = time.perf_counter()
-        engine.load(manifest, buffer)
+        engine.load(received(manifest, buffer, bench.recipe.models["policy"]))
         taken.append(middle - start)
         installed.append(time.perf_counter() - middle)
     return (statistics.median(taken) + statistics.median(installed)) / 2

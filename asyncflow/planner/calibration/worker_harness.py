@@ -22,6 +22,7 @@ from protocols.data.columns import Batch, Jagged
 from protocols.data.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
 from protocols.weights import Version
 from workers.generation.engine import Engine
+from workers.generation.packed import received
 
 
 class WorkerHarness:
@@ -50,7 +51,8 @@ class WorkerHarness:
         engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
         assert engine is not None
         if engine.version is None:
-            engine.load(*policy.worker.snapshot(Version(0, 0)))
+            manifest, buffer = policy.worker.snapshot(Version(0, 0))
+            engine.load(received(manifest, buffer, self.recipe.models["policy"]))
         return engine
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ class LoadedWorker(msgspec.Struct):
 
     worker: Any
     engine: Engine | None = None
-    follow: Callable[[], None] | None = None  # brings the engine to the version of the model that it shares
+    load_trained: Callable[[], None] | None = None  # for an engine that shares the trained model: its newest version
     world: World | None = None  # the other ranks, where they work together
     residence: Offloader | None = None  # of a model that can leave its device to others
 
@@ -75,6 +75,7 @@ class LoadedWorker(msgspec.Struct):
 
 def _policy(spec: ServiceSpec, settings: PolicySettings) -> LoadedWorker:
     from workers.data.pretraining import text_of
+    from workers.generation.in_place import load_in_place
     from workers.roles.policy import PolicyWorker
 
     text = text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed)
@@ -82,22 +83,11 @@ def _policy(spec: ServiceSpec, settings: PolicySettings) -> LoadedWorker:
     if not any(s.fires == "generate" for s in spec.stages):
         return LoadedWorker(worker)
     engine = worker.engine(spec.term)
-
-    def follow() -> None:
-        version = Version(spec.term, worker.trained.version)
-        if engine.version is None or version > engine.version:
-            engine.advance(version)
-
-    return LoadedWorker(worker, engine, follow)
+    return LoadedWorker(worker, engine, lambda: load_in_place(engine, Version(spec.term, worker.trained.version)))
 
 
 def _generator(spec: ServiceSpec, settings: GeneratorSettings) -> LoadedWorker:
-    engine = _engine(spec, settings)
-    if settings.model.lora.publish == "adapters":
-        from workers.generation.merging import MergingEngine
-
-        engine = MergingEngine(engine, settings.model.path, settings.model.dtype)
-    return LoadedWorker(None, engine)
+    return LoadedWorker(None, _engine(spec, settings))
 
 
 def _engine(spec: ServiceSpec, settings: GeneratorSettings) -> Engine:

@@ -29,6 +29,7 @@ from protocols.weights import BadWeights, Version
 from tests import tiny
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.hosting import Consumer
+from workers.generation.in_place import InPlaceWeights
 from workers.generation.torch import TorchEngine
 from workers.settings import Generation, Model
 from workers.training.models import load_causal
@@ -305,7 +306,7 @@ async def test_an_engine_that_shares_the_trained_model_follows_its_version(folde
 
     def follow(engine: TorchEngine) -> None:
         if engine.version is None or engine.version.step < trained:
-            engine.advance(Version(0, trained))
+            engine.load(InPlaceWeights(Version(0, trained)))
 
     async with bench(folders[0], follows=follow) as b:
         b.job(prompts("1"))
@@ -400,7 +401,7 @@ async def test_a_slow_consumer_holds_no_engine_slot(folders: list[Path]):
     consumer = Consumer("reward", is_open=False)
     async with bench(folders[0], slots=2) as b, generating(b, consumer) as stage:
         await stage.deliver(0, *delivered("1", "2", "3", "4", "1" * CONTEXT))
-        await b.until(lambda: b.engine.statistics()["tokens_generated"] > 0, "the first tokens")
+        await b.until(lambda: b.loop.waiting < 4, "the first rows")
         await b.until(lambda: not b.loop.waiting and not b.engine.unfinished, "all rows, though none could be sent")
         assert consumer.arrived == []
         consumer.gate.set()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from asyncflow.control.store.ledger import Ledger, LedgerError
@@ -17,7 +16,7 @@ from asyncflow.services.channels.prompt_join import PromptJoin
 from protocols.control.notices import Waiting
 from protocols.data.ids import sample_id, sampling_seed
 from protocols.data.messages import Rollouts, Scores
-from protocols.weights import BadWeights, Version, WeightManifest
+from protocols.weights import BadWeights, Version
 from tests.asyncflow.simulation import broken
 from tests.asyncflow.simulation.configuration import Config, Faults
 from tests.asyncflow.simulation.rows import Row, contents, message
@@ -26,7 +25,7 @@ from tests.asyncflow.simulation.schedulers import in_any_order
 from tests.asyncflow.simulation.test_rules import dies, on_purpose, shows
 from tests.asyncflow.simulation.watch import Deadlock
 from tests.asyncflow.simulation.world import World
-from workers.generation.publication import check_publication
+from workers.generation.publication import verify_newer
 
 # --- 16, 17, 18: log-probs, seeds, determinism
 
@@ -68,17 +67,10 @@ def test_18_whole_waves_in_the_order_of_their_ids_are_computed_alike_whatever_co
 # --- 19: rollback
 
 
-def manifest(version: Version) -> WeightManifest:
-    return WeightManifest(version, [], 0)
-
-
-NOTHING = np.zeros(0, np.uint8)
-
-
 def test_19_a_receiver_that_went_further_takes_the_weights_of_a_later_term():
     """A step alone would refuse them: the generators would draw with abandoned weights for ever."""
     abandoned, restored = Version(term=1, step=3), Version(term=2, step=2)
-    check_publication(manifest(restored), NOTHING, installed=abandoned)
+    verify_newer(restored, abandoned)
     assert not restored.step > abandoned.step
 
 
@@ -86,7 +78,7 @@ def test_19_weights_of_an_abandoned_lineage_come_too_late():
     """A step alone would take them."""
     restored, late = Version(term=2, step=2), Version(term=1, step=4)
     with pytest.raises(BadWeights, match=r"version 1\.4 is not newer than 2\.2"):
-        check_publication(manifest(late), NOTHING, installed=restored)
+        verify_newer(late, restored)
     assert late.step > restored.step
 
 

@@ -84,11 +84,11 @@ def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: ParallelPol
 
 
 def test_weights_that_are_refused_draw_nothing_until_others_are_proven(policy: ParallelPolicy):
-    assert policy.vllm
+    assert policy.colocated
     right = policy.probe()
     wrong = Probe(right.tokens, [[value - 1.0 for value in row] for row in right.log_probs], right.tolerance)
     with pytest.raises(BadWeights, match="log-probs differ by 1"):
-        policy.vllm.wake(0, lambda: wrong)
+        policy.colocated.publish(0, lambda: wrong)
     with pytest.raises(BadWeights, match="weights of step 0: this replica's engine refused them"):
         policy.to_generation()
     policy.to_training()

@@ -17,10 +17,11 @@ from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.layout.transfer import protocol
 from protocols.roles import Sampling
 from protocols.stage import Failure
-from protocols.weights import Version
+from protocols.weights import Probe, Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
-from workers.generation.hybrid import draw_all, hybrid_generator
+from workers.generation.engine import generate_all
+from workers.generation.hybrid import ColocatedTorch
 from workers.generation.torch import TorchEngine
 from workers.parallel.model import ParallelModel
 from workers.resharding.hybrid_engine import HybridEngine
@@ -45,7 +46,7 @@ def grouping_of(text: str) -> GenerationGrouping:
 @cache
 def alone(folder: str, sampling: Sampling) -> Rollouts:
     engine = TorchEngine(load_causal(folder), GENERATION, SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
-    return draw_all(engine, tiny.make_prompts(TEXTS), sampling).batch
+    return generate_all(engine, tiny.make_prompts(TEXTS), sampling).batch
 
 
 # --- what every rank runs
@@ -100,9 +101,13 @@ def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Ro
 def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
     """What this rank's own engine drew, collected or not."""
     hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
-    hybrid.to_generation()
-    engine = hybrid_generator(hybrid, GENERATION, SEED, tiny.EOS_ID, Version(0, 0))
-    return draw_all(engine, tiny.make_prompts(TEXTS), SAMPLED).batch
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.EOS_ID)
+    colocated.publish(0, no_probe)
+    return generate_all(colocated.engine, tiny.make_prompts(TEXTS), SAMPLED).batch
+
+
+def no_probe() -> Probe:
+    raise AssertionError("a module that was gathered in place is not probed")
 
 
 # --- the world
@@ -175,10 +180,11 @@ def test_all_ranks_of_a_replica_draw_the_same_bits(worlds, folder: str):
 def test_an_engine_of_ranks_that_train_does_not_step(folder: str):
     grouping = grouping_of("1-1-1 -> 1-1")
     hybrid = HybridEngine(ParallelModel(folder, Topology()), grouping)
-    engine = hybrid_generator(hybrid, GENERATION, SEED, tiny.EOS_ID, Version(0, 0))
-    engine.submit(tiny.make_prompts(TEXTS), SAMPLED)
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.EOS_ID)
+    colocated.publish(0, no_probe)
+    colocated.release()
     with pytest.raises(RuntimeError, match="switch to generation before an engine steps"):
-        engine.step()
+        colocated.generate(tiny.make_prompts(TEXTS), SAMPLED)
 
 
 def test_a_row_that_does_not_fit_fails_alone(folder: str):

@@ -16,7 +16,9 @@ from protocols.roles import Sampling
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from workers.generation.engine import FinishedRow, to_rollouts
-from workers.generation.torch import TorchEngine, draw
+from workers.generation.in_place import InPlaceWeights
+from workers.generation.packed import PackedWeights
+from workers.generation.torch import TorchEngine, sample
 from workers.settings import Generation
 from workers.training.models import canonical_tensors, load_causal
 
@@ -124,7 +126,7 @@ def test_first_tokens_follow_the_softmax(model: PreTrainedModel) -> None:
 def test_a_token_of_no_probability_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(5, -1)
     edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, log_probs = draw(logits, torch.ones(5), edges)
+    tokens, log_probs = sample(logits, torch.ones(5), edges)
     assert tokens.tolist() == [1, 1, 3, 3, 3]
     np.testing.assert_allclose(log_probs, math.log(0.5), atol=1e-6)
 
@@ -191,7 +193,7 @@ def test_a_load_installs_every_tensor_and_the_probe_proves_it(tmp_path: Path, ti
     old, new = (load_causal(tiny.make_policy(tmp_path / str(seed), seed, tied)) for seed in (0, 1))
     engine = engine_of(old)
     manifest, buffer = tiny.publish(new, Version(0, 4), PROBE)
-    receipt = engine.load(manifest, buffer)
+    receipt = engine.load(PackedWeights(manifest, buffer))
     assert engine.version == receipt.version == Version(0, 4)
     assert receipt.tensors == len(canonical_tensors(new))
     assert receipt.probe_difference < 1e-5
@@ -203,29 +205,33 @@ def test_a_load_installs_every_tensor_and_the_probe_proves_it(tmp_path: Path, ti
         )
 
 
-def corrupted(publication: tiny.Publication) -> tiny.Publication:
+def corrupted(publication: PackedWeights) -> PackedWeights:
     manifest, buffer = publication
     wrong = buffer.copy()
     wrong[manifest.tensors[5].start + 3] ^= 0x10
-    return manifest, wrong
+    return PackedWeights(manifest, wrong)
 
 
-def not_finite(model: PreTrainedModel) -> tiny.Publication:
+def not_finite(model: PreTrainedModel) -> PackedWeights:
     with torch.no_grad():
         canonical_tensors(model)["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
     return tiny.publish(model, Version(0, 5), PROBE)
 
 
-def without(publication: tiny.Publication, name: str) -> tiny.Publication:
+def without(publication: PackedWeights, name: str) -> PackedWeights:
     manifest, buffer = publication
-    return msgspec.structs.replace(manifest, tensors=[e for e in manifest.tensors if e.name != name]), buffer
+    return PackedWeights(
+        msgspec.structs.replace(manifest, tensors=[e for e in manifest.tensors if e.name != name]), buffer
+    )
 
 
-def answered_otherwise(publication: tiny.Publication) -> tiny.Publication:
+def answered_otherwise(publication: PackedWeights) -> PackedWeights:
     manifest, buffer = publication
     assert manifest.probe is not None
     shifted = [[x + 0.01 for x in row] for row in manifest.probe.log_probs]
-    return msgspec.structs.replace(manifest, probe=msgspec.structs.replace(manifest.probe, log_probs=shifted)), buffer
+    return PackedWeights(
+        msgspec.structs.replace(manifest, probe=msgspec.structs.replace(manifest.probe, log_probs=shifted)), buffer
+    )
 
 
 @pytest.mark.parametrize("fault", ["byte", "nan", "stale", "missing", "unknown", "probe"])
@@ -245,7 +251,7 @@ def test_a_bad_publication_is_refused_and_the_old_weights_stay(folders: list[Pat
         "probe": lambda: (answered_otherwise(good), "log-probs differ by 0.01 .* tolerance 0.001"),
     }[fault]()
     with pytest.raises(BadWeights, match=complaint):
-        engine.load(*bad)
+        engine.load(bad)
     assert engine.version == Version(0, 3)
     after = generate(engine, MIXED, Sampling(max_tokens=6))
     assert all(after[i].log_probs.tobytes() == row.log_probs.tobytes() for i, row in before.items())
@@ -253,18 +259,18 @@ def test_a_bad_publication_is_refused_and_the_old_weights_stay(folders: list[Pat
 
 def test_a_newer_lineage_outranks_a_later_step(folders: list[Path]) -> None:
     engine = engine_of(load_causal(folders[0]))
-    engine.load(*tiny.publish(load_causal(folders[1]), Version(1, 0), PROBE))
+    engine.load(tiny.publish(load_causal(folders[1]), Version(1, 0), PROBE))
     with pytest.raises(BadWeights, match=r"0\.9 is not newer than 1\.0"):
-        engine.load(*tiny.publish(load_causal(folders[2]), Version(0, 9), PROBE))
+        engine.load(tiny.publish(load_causal(folders[2]), Version(0, 9), PROBE))
 
 
 def test_bfloat16_travels_and_is_searched_for_infinities(folders: list[Path]) -> None:
     engine, new = engine_of(load_causal(folders[0])), load_causal(folders[1], "bfloat16")
-    assert engine.load(*tiny.publish(new, Version(0, 4), PROBE, tolerance=0.3)).probe_difference > 0
+    assert engine.load(tiny.publish(new, Version(0, 4), PROBE, tolerance=0.3)).probe_difference > 0
     with torch.no_grad():
         canonical_tensors(new)["model.norm.weight"][0] = -math.inf
     with pytest.raises(BadWeights, match="not finite"):
-        engine.load(*tiny.publish(new, Version(0, 5)))
+        engine.load(tiny.publish(new, Version(0, 5)))
 
 
 def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[Path]) -> None:
@@ -272,19 +278,19 @@ def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[
     engine.submit(MIXED, Sampling(max_tokens=2))
     with pytest.raises(RuntimeError, match="16 rows wait"):
         engine.step()
-    engine.load(*tiny.publish(load_causal(folders[1]), Version(0, 0), PROBE))
+    engine.load(tiny.publish(load_causal(folders[1]), Version(0, 0), PROBE))
     assert len(engine.step()) == 16
 
 
-def test_a_trained_module_advances_instead_of_loading(folders: list[Path]) -> None:
+def test_a_trained_module_loads_in_place_and_is_sent_nothing(folders: list[Path]) -> None:
     trained = load_causal(folders[0])
     engine = TorchEngine(trained, Generation(), RUN_SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
     with torch.no_grad():
         canonical_tensors(trained)["model.embed_tokens.weight"].mul_(1.1)
-    engine.advance(Version(0, 1))
+    engine.load(InPlaceWeights(Version(0, 1)))
     rows = generate(engine, MIXED, Sampling(max_tokens=4))
     assert {int(v) for row in rows.values() for v in row.versions} == {1}
-    with pytest.raises(ValueError, match=r"0\.1 is not newer"):
-        engine.advance(Version(0, 1))
+    with pytest.raises(BadWeights, match=r"0\.1 is not newer"):
+        engine.load(InPlaceWeights(Version(0, 1)))
     with pytest.raises(RuntimeError, match="its owner trains"):
-        engine.load(*tiny.publish(trained, Version(0, 2)))
+        engine.load(tiny.publish(trained, Version(0, 2)))

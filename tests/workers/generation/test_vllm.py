@@ -17,6 +17,7 @@ from protocols.roles import Sampling
 from protocols.weights import BadWeights, InstallReceipt, Version
 from tests import tiny
 from workers.generation.engine import FinishedRow
+from workers.generation.packed import PackedWeights
 from workers.generation.vllm import VllmEngine
 from workers.settings import Generation
 from workers.training.models import canonical_tensors, load_causal
@@ -43,7 +44,7 @@ class Published:
         return Version(self.term, self.step)
 
     def publish(self, model: PreTrainedModel) -> InstallReceipt:
-        return self.engine.load(*tiny.publish(model, self.next_version(), PROBE))
+        return self.engine.load(tiny.publish(model, self.next_version(), PROBE))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -83,7 +84,7 @@ def test_it_serves_nothing_before_the_first_publication(published: Published) ->
     with pytest.raises(RuntimeError, match="12 rows wait, but no proven weights"):
         engine.step()
     with pytest.raises(BadWeights, match="probe: log-probs differ by"):  # vLLM itself takes a part without a word
-        engine.load(*without("model.norm.weight", tiny.publish(published.models[0], published.next_version(), PROBE)))
+        engine.load(without("model.norm.weight", tiny.publish(published.models[0], published.next_version(), PROBE)))
     assert engine.version is None
     published.publish(published.models[0])
     assert_drawn_by(published.models[0], LONG, drain(engine))
@@ -160,13 +161,13 @@ def test_a_load_of_another_lineage_begins_rows_anew(published: Published) -> Non
 # Refusals.
 
 
-def corrupted(published: Published) -> tiny.Publication:
+def corrupted(published: Published) -> PackedWeights:
     manifest, buffer = tiny.publish(published.models[2], Version(published.term, published.step + 1), PROBE)
     buffer[manifest.tensors[7].start + 1] ^= 1
-    return manifest, buffer
+    return PackedWeights(manifest, buffer)
 
 
-def not_finite(published: Published) -> tiny.Publication:
+def not_finite(published: Published) -> PackedWeights:
     model = published.models[2]
     tensor = canonical_tensors(model)["model.layers.0.self_attn.k_proj.bias"]
     kept = tensor[5].clone()
@@ -176,23 +177,25 @@ def not_finite(published: Published) -> tiny.Publication:
     return publication
 
 
-def without(name: str, publication: tiny.Publication) -> tiny.Publication:
+def without(name: str, publication: PackedWeights) -> PackedWeights:
     manifest, buffer = publication
-    return msgspec.structs.replace(manifest, tensors=[e for e in manifest.tensors if e.name != name]), buffer
+    return PackedWeights(
+        msgspec.structs.replace(manifest, tensors=[e for e in manifest.tensors if e.name != name]), buffer
+    )
 
 
-def incomplete(published: Published) -> tiny.Publication:
+def incomplete(published: Published) -> PackedWeights:
     name = "model.layers.0.self_attn.q_proj.weight"
     return without(name, tiny.publish(published.models[2], Version(published.term, published.step + 1), PROBE))
 
 
-def misshapen(published: Published) -> tiny.Publication:
+def misshapen(published: Published) -> PackedWeights:
     manifest, buffer = tiny.publish(published.models[2], Version(published.term, published.step + 1), PROBE)
     tensors = [msgspec.structs.replace(e, shape=e.shape[::-1]) for e in manifest.tensors]
-    return msgspec.structs.replace(manifest, tensors=tensors), buffer
+    return PackedWeights(msgspec.structs.replace(manifest, tensors=tensors), buffer)
 
 
-def stale(published: Published) -> tiny.Publication:
+def stale(published: Published) -> PackedWeights:
     return tiny.publish(published.models[2], Version(published.term - 1, published.step + 5), PROBE)
 
 
@@ -207,20 +210,20 @@ def stale(published: Published) -> tiny.Publication:
     ],
 )
 def test_a_publication_refused_on_arrival_changes_nothing(
-    published: Published, fault: Callable[[Published], tiny.Publication], complaint: str
+    published: Published, fault: Callable[[Published], PackedWeights], complaint: str
 ) -> None:
     engine = published.engine
     published.publish(published.models[1])
     engine.submit(LONG, Sampling(max_tokens=6))
     early = engine.step()
     with pytest.raises(BadWeights, match=complaint):
-        engine.load(*fault(published))
+        engine.load(fault(published))
     assert engine.version == Version(published.term, published.step)
     rows = {row.sample_id: row for row in early} | drain(engine)
     assert_drawn_by(published.models[1], LONG, rows)
 
 
-def with_other_values(name: str, publication: tiny.Publication, value: float | None = None) -> tiny.Publication:
+def with_other_values(name: str, publication: PackedWeights, value: float | None = None) -> PackedWeights:
     """One tensor holds other values, and its digest agrees: as if an engine had put it aside without a word."""
     manifest, buffer = publication
     (entry,) = (e for e in manifest.tensors if e.name == name)
@@ -228,7 +231,7 @@ def with_other_values(name: str, publication: tiny.Publication, value: float | N
     data[:] = data[::-1].copy() if value is None else value
     replaced = msgspec.structs.replace(entry, digest=weights.digest(data))
     tensors = [replaced if e is entry else e for e in manifest.tensors]
-    return msgspec.structs.replace(manifest, tensors=tensors), buffer
+    return PackedWeights(msgspec.structs.replace(manifest, tensors=tensors), buffer)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +246,14 @@ def with_other_values(name: str, publication: tiny.Publication, value: float | N
     ids=["embedding", "linear", "bias", "norm", "overflow"],
 )
 def test_what_only_the_probe_sees_silences_the_engine_until_good_weights_come(
-    published: Published, damage: Callable[[tiny.Publication], tiny.Publication], complaint: str
+    published: Published, damage: Callable[[PackedWeights], PackedWeights], complaint: str
 ) -> None:
     engine, old, new = published.engine, published.models[1], published.models[3]
     published.publish(old)
     engine.submit(LONG, Sampling(max_tokens=6))
     rows = {row.sample_id: row for row in engine.step()}
     with pytest.raises(BadWeights, match=complaint):
-        engine.load(*damage(tiny.publish(new, published.next_version(), PROBE)))
+        engine.load(damage(tiny.publish(new, published.next_version(), PROBE)))
     assert engine.version is None
     with pytest.raises(RuntimeError, match="no proven weights"):
         engine.step()
@@ -331,18 +334,3 @@ def test_a_row_that_does_not_fit_is_refused_and_none_is_queued(published: Publis
     with pytest.raises(ValueError, match=f"sample {prompts.sample_ids[1]}: prompt of 1000 tokens and max_tokens 25"):
         published.engine.submit(prompts, Sampling(max_tokens=25))
     assert published.engine.unfinished == 0
-
-
-def test_statistics_say_what_runs_and_what_the_cache_holds(published: Published) -> None:
-    published.publish(published.models[0])
-    published.engine.submit(LONG, Sampling(max_tokens=5))
-    waiting = published.engine.statistics()
-    early = published.engine.step()
-    running = published.engine.statistics()
-    drain(published.engine)
-    idle = published.engine.statistics()
-    assert (waiting["waiting"], waiting["running"]) == (12, 0)
-    assert running["running"] + running["waiting"] == 12 - len(early)
-    assert running["kv_cache_used_ratio"] > 0.01
-    assert idle["running"] == idle["waiting"] == idle["kv_cache_used_ratio"] == 0
-    assert idle["tokens_generated"] > waiting["tokens_generated"]

@@ -11,7 +11,7 @@ import pytest
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from tests.workers.batches import experience
-from workers.generation.merging import MergingEngine
+from workers.generation.packed import received
 from workers.generation.vllm import VllmEngine
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
@@ -28,17 +28,17 @@ def test_each_version_of_the_adapters_is_proven_by_its_probe(tmp_path: Path):
     last = len(tiny.VOCABULARY) - 1
     texts = {name: getattr(rows, name) for name in ("prompts", "responses")}
     rows = msgspec.structs.replace(rows, **{n: t.with_values(np.minimum(t.values, last)) for n, t in texts.items()})
-    engine = MergingEngine(VllmEngine(folder, generation, 3), folder, "float32")
+    engine = VllmEngine(folder, generation, 3)
     try:
         manifest, buffer = policy.snapshot(Version(0, 0))
-        assert engine.load(manifest, buffer).probe_difference < 1e-4
+        assert engine.load(received(manifest, buffer, model)).probe_difference < 1e-4
         for step in (1, 2):
             policy.update(rows)
             manifest, buffer = policy.snapshot(Version(0, step))
-            assert engine.load(manifest, buffer).probe_difference < 1e-4
+            assert engine.load(received(manifest, buffer, model)).probe_difference < 1e-4
         policy.update(rows)
         late, _ = policy.snapshot(Version(0, 3))
         with pytest.raises(BadWeights, match="probe: log-probs differ"):  # the new answer, and yet the old weights
-            engine.load(msgspec.structs.replace(late, tensors=manifest.tensors), buffer)
+            engine.load(received(msgspec.structs.replace(late, tensors=manifest.tensors), buffer, model))
     finally:
         engine.close()

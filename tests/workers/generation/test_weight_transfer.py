@@ -20,9 +20,9 @@ from protocols.weights import BadWeights, Probe, Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
 from tests.workers.ranks import Ranks, own_device
-from workers.generation.hybrid import draw_all
+from workers.generation.engine import generate_all
 from workers.generation.vllm import VllmEngine
-from workers.generation.weight_transfer import TransferredWeights, WeightTransfer, modules_of, place_of
+from workers.generation.weight_transfer import TransferredWeights, WeightTransfer, devices_of, modules_of
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import ShardPlan
 from workers.roles.parallel_policy import ParallelPolicy
@@ -63,14 +63,14 @@ def rounds(
     if grouping.topology.world_size > 1 and first:
         with pytest.raises(ValueError, match="one of 2 ranks, which vLLM takes for its own: give it workers"):
             VllmEngine(folder, GENERATION, SEED)
-    place = place_of(policy.hybrid)
-    engine = VllmEngine(folder, GENERATION, SEED, place=place) if first else None
-    handover = WeightTransfer(policy.hybrid, engine)
+    devices = devices_of(policy.hybrid)
+    engine = VllmEngine(folder, GENERATION, SEED, devices=devices) if first else None
+    transfer = WeightTransfer(policy.hybrid, engine)
     seen: list[Round] = []
     try:
         for folder_after in exported:
-            handed = handover.run(Version(0, policy.trained.version), policy.probe())
-            drawn = draw_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
+            handed = transfer.publish(Version(0, policy.trained.version), policy.probe()).load_on(engine)
+            drawn = generate_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
             seen.append(Round(handed, drawn.batch if drawn else None))
             if free is not None and device == "cuda":
                 dist.barrier()
@@ -79,9 +79,9 @@ def rounds(
             policy.update(experience(5))
         if grouping.topology.world_size == 1:
             assert engine
-            refused(handover, engine, policy.probe())
+            refused(transfer, engine, policy.probe())
     finally:
-        handover.close()
+        transfer.close()
         if engine:
             engine.close()
     if grouping.topology.world_size > 1:
@@ -89,16 +89,16 @@ def rounds(
     return seen
 
 
-def refused(handover: WeightTransfer, engine: VllmEngine, probe: Probe) -> None:
+def refused(transfer: WeightTransfer, engine: VllmEngine, probe: Probe) -> None:
     """What the engine says to an old version, and to weights that answer otherwise than their trainer."""
     with pytest.raises(BadWeights, match="is not newer than"):
-        handover.run(Version(0, 1), probe)
+        transfer.publish(Version(0, 1), probe).load_on(engine)
     assert engine.version == Version(0, 1)
     wrong = Probe(probe.tokens, [[value - 1.0 for value in row] for row in probe.log_probs], probe.tolerance)
     with pytest.raises(BadWeights, match="log-probs differ by 1"):
-        handover.run(Version(0, 2), wrong)
+        transfer.publish(Version(0, 2), wrong).load_on(engine)
     assert engine.version is None
-    handover.run(Version(0, 2), probe)
+    transfer.publish(Version(0, 2), probe).load_on(engine)
     assert engine.version == Version(0, 2)
 
 

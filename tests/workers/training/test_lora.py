@@ -14,7 +14,7 @@ from protocols.data.messages import Experience, LogProbs, Rollouts
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from tests.workers.batches import experience, rollouts
-from workers.generation.merging import MergingEngine
+from workers.generation.packed import received
 from workers.generation.torch import TorchEngine
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
@@ -103,12 +103,12 @@ def test_the_merged_model_answers_as_the_adapted_one(folder: Path, batch: Experi
 def test_a_publication_installs_in_an_engine_of_the_base(folder: Path, batch: Experience, publish: str):
     lora = Lora(rank=4, alpha=12.0, targets=LORA.targets, publish=publish)  # type: ignore[arg-type]
     worker = make(folder, lora)
-    engine = MergingEngine(TorchEngine(load_causal(folder), Generation(), 3, tiny.EOS_ID), str(folder), "float32")
+    engine = TorchEngine(load_causal(folder), Generation(), 3, tiny.EOS_ID)
     sizes = []
     for step in range(1, STEPS + 1):
         worker.update(batch)
         manifest, buffer = worker.snapshot(Version(0, step))
-        receipt = engine.load(manifest, buffer)
+        receipt = engine.load(received(manifest, buffer, Model(str(folder))))
         assert engine.version == Version(0, step)
         assert receipt.probe_difference < 1e-5
         sizes.append(manifest.total_bytes)
@@ -126,11 +126,10 @@ def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
     lora = Lora(rank=4, publish=publish)  # type: ignore[arg-type]
     model = Model(str(folder), learning_rate=1e-2, dtype="bfloat16", lora=lora)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
-    base = TorchEngine(load_causal(folder, "bfloat16"), Generation(), 3, tiny.EOS_ID)
-    engine = MergingEngine(base, str(folder), "bfloat16")
+    engine = TorchEngine(load_causal(folder, "bfloat16"), Generation(), 3, tiny.EOS_ID)
     before = answers(worker, batch)
     worker.update(batch)
-    assert engine.load(*worker.snapshot(Version(0, 1))).probe_difference < 1e-5
+    assert engine.load(received(*worker.snapshot(Version(0, 1)), model)).probe_difference < 1e-5
     assert np.abs(answers(worker, batch) - before).max() > 0.05, "asking for the probe has left the adapters in place"
     engine.close()
 
@@ -138,9 +137,9 @@ def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
 def test_adapters_of_another_base_are_refused(folder: Path, tmp_path: Path):
     other = tiny.make_policy(tmp_path / "other", heads=2, kv_heads=1)
     manifest, buffer = make(folder, Lora(rank=2, publish="adapters")).snapshot(Version(0, 1))
-    engine = MergingEngine(TorchEngine(load_causal(other), Generation(), 3, tiny.EOS_ID), str(other), "float32")
+    engine = TorchEngine(load_causal(other), Generation(), 3, tiny.EOS_ID)
     with pytest.raises(BadWeights, match=r"version 0\.1: adapter of model.layers.0.*the base has one of \[64, 64\]"):
-        engine.load(manifest, buffer)
+        engine.load(received(manifest, buffer, Model(str(other))))
     assert engine.version is None
 
 
