@@ -73,5 +73,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What `dir(asyncflow)` lists: the lazy names as well."""
-    return sorted({*globals(), *__all__})
+    """List the public names, which are imported on first use."""
+    return __all__

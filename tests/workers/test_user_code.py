@@ -109,7 +109,7 @@ def test_a_function_changes_with_the_switch_only(file: Path):
 
 def test_a_function_that_fails_its_trial_is_refused_with_its_error(file: Path):
     function = UserFunction(f"{NAME}:value", importlib.import_module(NAME).value, no_check)
-    with pytest.raises(BadCode, match=f"{NAME}:value, failed its check with NameError: name 'nothing'"):
+    with pytest.raises(BadCode, match=f"{NAME}:value failed its check with NameError: name 'nothing'"):
         function.prepare([source(file, "def value(): return nothing")])
     with pytest.raises(BadCode, match="raised SystemExit: 4"):
         function.prepare([source(file, "def value(): raise SystemExit(4)")])
