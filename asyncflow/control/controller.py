@@ -18,7 +18,7 @@ from typing import Any
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
-from asyncflow.control.admission.staleness import Admission, Ready, check_age
+from asyncflow.control.admission.staleness import Admission, CompletePrompt, check_age
 from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.events import EventLog, Notifier
 from asyncflow.control.prompt_dispatcher import PromptDispatcher
@@ -229,13 +229,13 @@ class Controller:
         if not self._admission.room() or self._paused or self._stopping:
             return False
         # What runs together decides the last bit: a deterministic wave is whole, and has the engine to itself.
-        return not (self._pace.deterministic and (self._admission.unsettled or self._evaluating))
+        return not (self._pace.deterministic and (self._admission.incomplete or self._evaluating))
 
     # --- the batcher
 
-    async def _form(self) -> list[Ready] | None:
+    async def _form(self) -> list[CompletePrompt] | None:
         """The next batch, as soon as the rules let it be formed; None where the run is to stop instead."""
-        chosen: list[Ready] | None = None
+        chosen: list[CompletePrompt] | None = None
 
         def settled() -> bool:
             nonlocal chosen
@@ -251,11 +251,11 @@ class Controller:
             elif self._stopping or chosen is not None:
                 return chosen
 
-    async def _step(self, batch: list[Ready], waited: float) -> None:
+    async def _step(self, batch: list[CompletePrompt], waited: float) -> None:
         """Train one batch on every trained model, publish, commit."""
         step = self._admission.version
         ages = check_age(batch, step, self._pace.staleness)
-        settled = self._prompts.settled(batch)
+        settled = self._prompts.notices_of(batch)
         samples = [s for prompt in settled for s in prompt.alive]
         await self._record.batched(samples)
         metrics = await self._training.step(step, samples)
@@ -264,8 +264,10 @@ class Controller:
         self._busy.clear()
         await self._commit(batch, samples, ages, metrics)
 
-    async def _commit(self, batch: list[Ready], samples: list[int], ages: list[int], metrics: dict[str, float]) -> None:
-        settled = self._prompts.settled(batch)
+    async def _commit(
+        self, batch: list[CompletePrompt], samples: list[int], ages: list[int], metrics: dict[str, float]
+    ) -> None:
+        settled = self._prompts.notices_of(batch)
         seconds = await self._record.commit(self._admission.version, samples)
         self._prompts.commit(batch)
         rewards = sum(p.reward_sum for p in settled)
@@ -364,7 +366,7 @@ class Controller:
             await self._handing_out.regenerate()
 
     async def _on_prompt_settled(self, settled: PromptSettled) -> None:
-        if not self._prompts.settle(settled):
+        if not self._prompts.complete(settled):
             return
         if settled.trainable and not settled.dead:
             self._record.scored(settled.alive)
@@ -388,7 +390,7 @@ class Controller:
         """Apart from the watchdog, which a service that does not answer must not hold up."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if over := self._prompts.take_ended():
+            if over := self._prompts.take_finished():
                 await self._fleet.end_prompts(over)
 
     # --- watching

@@ -59,7 +59,7 @@ class PromptDispatcher:
 
         Prompts that its successor was handed before are refused there, being of the same attempt.
         """
-        lost = self._book.unsettled
+        lost = self._book.incomplete
         await self._record.regenerate([sample_id(prompt, i) for prompt in lost for i in range(self._samples)])
         by_min_version: defaultdict[int, list[int]] = defaultdict(list)
         for prompt, min_version in lost.items():

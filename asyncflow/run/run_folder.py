@@ -58,6 +58,7 @@ def begin_fresh(folder: Path, recipe: Recipe) -> Start:
     if (folder / "ledger.db").exists() or (folder / "recipe.toml").exists():
         raise BadInput(f"run folder {folder} already holds a run: resume it, or choose another folder")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "format").write_text(str(checkpoint.FORMAT))
     (folder / "recipe.toml").write_text(recipe_text(recipe))
     return Start(_next_term(folder), "")
 
@@ -93,10 +94,24 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """Load the resolved recipe of an existing run. Raises BadInput."""
+    """Load the resolved recipe of an existing run. Raises BadInput, also for a run folder of another format."""
     if not (folder / "recipe.toml").exists():
         raise BadInput(f"{folder} is no run folder: it has no recipe.toml")
+    _check_format(folder)  # first: an older recipe may have keys that mean something else now
     return load_recipe(folder / "recipe.toml")
+
+
+def _check_format(folder: Path) -> None:
+    path = folder / "format"
+    found = path.read_text().strip() if path.exists() else "1"  # format 1 had no such file
+    if found == str(checkpoint.FORMAT):
+        return
+    age = "an older" if found == "1" else "another"
+    raise BadInput(
+        f"run folder {folder} was written by {age} asyncflow (format {found}, this one reads {checkpoint.FORMAT}): "
+        f"finish the run with the version that wrote it, then start a new run from the policy that it exports to "
+        f"{folder}/policy"
+    )
 
 
 def digest_of(recipe: Recipe) -> str:

@@ -1,105 +1,106 @@
-"""The prompts in flight: admitted, settled, chosen for a batch, ended. Pure bookkeeping over the rules of time."""
+"""The prompts in flight: admitted, complete, chosen for a batch, finished. Pure bookkeeping, no input or output."""
 
 from __future__ import annotations
 
-from asyncflow.control.admission.staleness import Admission, Ready, choose_batch
+from asyncflow.control.admission.staleness import Admission, CompletePrompt, choose_batch
 from protocols.control.notices import PromptSettled
 
 
 class InFlightPrompts:
-    """Every live prompt is here once: waiting for its rows, or settled and ready to be trained."""
+    """Every live prompt is here once: it waits for its rows, or it is complete and waits for a batch."""
 
     def __init__(self, admission: Admission, max_refills: int) -> None:
         self.admission = admission
         self._max_refills = max_refills
         self._min_versions: dict[int, int] = {}  # live prompts -> version at admission
-        self._settled: dict[int, PromptSettled] = {}  # those whose rows are all at the join
-        self._ended_in_step = 0
-        self._ended: list[int] = []
+        self._complete: dict[int, PromptSettled] = {}  # prompts whose rows are all at the join
+        self._untrained_in_step = 0
+        self._finished: list[int] = []
 
     @property
     def ready(self) -> int:
-        """Prompts that a batch could take."""
-        return len(self._settled)
+        """The number of prompts that a batch could take."""
+        return len(self._complete)
 
     @property
-    def unsettled(self) -> dict[int, int]:
-        """Live prompts that have not all of their rows at the join -> version at admission."""
-        return {
-            prompt: min_version for prompt, min_version in self._min_versions.items() if prompt not in self._settled
-        }
+    def incomplete(self) -> dict[int, int]:
+        """Live prompts with rows that have not reached the join -> version at admission."""
+        return {p: min_version for p, min_version in self._min_versions.items() if p not in self._complete}
 
     def admit(self, prompts: list[int]) -> None:
-        """Prompts go out under the current version. Raises ValueError where there is no room for them."""
+        """Admit prompts under the current version. Raises ValueError if they exceed the budget."""
         self.admission.admit(len(prompts))
         self._min_versions |= dict.fromkeys(prompts, self.admission.version)
 
-    def settle(self, settled: PromptSettled) -> bool:
-        """All rows of a prompt are at the join; one that is dead, or not worth training, makes room for another.
+    def complete(self, notice: PromptSettled) -> bool:
+        """Record that all rows of a prompt are at the join. A dead or untrainable prompt makes room for another.
 
-        Told again it changes nothing; told otherwise (rows were made anew) the last word counts. False: it is over.
+        A repeated notice changes nothing. If the rows were regenerated and the notice differs, the last one counts.
+
+        Returns:
+            False if the prompt has finished already.
         """
-        prompt = settled.prompt_id
+        prompt = notice.prompt_id
         if prompt not in self._min_versions:
             return False
-        if prompt not in self._settled:
-            self.admission.settle()
-        self._settled[prompt] = settled
-        if settled.dead or not settled.trainable:
+        if prompt not in self._complete:
+            self.admission.complete()
+        self._complete[prompt] = notice
+        if notice.dead or not notice.trainable:
             self.drop(prompt)
         return True
 
     def close(self) -> None:
-        """No further batch is formed: whatever is still told of a prompt comes too late."""
+        """Form no further batch: every later notice comes too late."""
         self._min_versions.clear()
-        self._settled.clear()
+        self._complete.clear()
 
     def drop(self, prompt: int) -> None:
-        """A settled prompt ends untrained, which makes room for another. Raises KeyError where it is not settled."""
-        del self._settled[prompt], self._min_versions[prompt]
+        """Finish a complete prompt untrained, which makes room for another. Raises KeyError if it is not complete."""
+        del self._complete[prompt], self._min_versions[prompt]
         self.admission.end()
-        self._ended_in_step += 1
-        self._ended.append(prompt)
+        self._untrained_in_step += 1
+        self._finished.append(prompt)
 
-    def unsettle(self) -> None:
-        """The join lost its memory between two steps: every settled prompt waits for its rows again."""
-        self.admission.unsettle(len(self._settled))
-        self._settled.clear()
+    def mark_incomplete(self) -> None:
+        """The join lost its memory between two steps: every complete prompt waits for its rows again."""
+        self.admission.mark_incomplete(len(self._complete))
+        self._complete.clear()
 
     def rejects(self) -> str | None:
-        """Why the step should be given up: more prompts ended untrained than `max_refills` rounds replace."""
-        ended, wanted = self._ended_in_step, self.admission.prompts_per_step
-        if ended <= self._max_refills * wanted:
+        """Why the step should be given up: more prompts finished untrained than `max_refills` rounds replace."""
+        untrained, wanted = self._untrained_in_step, self.admission.prompts_per_step
+        if untrained <= self._max_refills * wanted:
             return None
         return (
-            f"step {self.admission.version}: {ended} prompts failed or were dropped, more than max_refills = "
-            f"{self._max_refills} rounds of {wanted} (reject rate at least {ended / (ended + wanted):.0%})"
+            f"step {self.admission.version}: {untrained} prompts failed or were dropped, more than max_refills = "
+            f"{self._max_refills} rounds of {wanted} (reject rate at least {untrained / (untrained + wanted):.0%})"
         )
 
-    def choose(self) -> list[Ready] | None:
+    def choose(self) -> list[CompletePrompt] | None:
         """The next batch, or None while it must wait."""
-        ready = [Ready(prompt, _oldest(settled)) for prompt, settled in self._settled.items()]
+        ready = [CompletePrompt(prompt, _oldest(notice)) for prompt, notice in self._complete.items()]
         admission = self.admission
-        return choose_batch(ready, self.unsettled, admission.version, admission.prompts_per_step, admission.staleness)
+        return choose_batch(ready, self.incomplete, admission.version, admission.prompts_per_step, admission.staleness)
 
-    def settled(self, batch: list[Ready]) -> list[PromptSettled]:
-        """What the join knows of a batch's prompts, in its order."""
-        return [self._settled[prompt.prompt_id] for prompt in batch]
+    def notices_of(self, batch: list[CompletePrompt]) -> list[PromptSettled]:
+        """What the join reported about a batch's prompts, in the order of the batch."""
+        return [self._complete[prompt.prompt_id] for prompt in batch]
 
-    def commit(self, batch: list[Ready]) -> None:
-        """A batch is trained: its prompts leave and the version rises, at once."""
+    def commit(self, batch: list[CompletePrompt]) -> None:
+        """A batch is trained: its prompts finish and the version rises, at once."""
         self.admission.commit()
         for prompt in batch:
-            del self._min_versions[prompt.prompt_id], self._settled[prompt.prompt_id]
-            self._ended.append(prompt.prompt_id)
-        self._ended_in_step = 0
+            del self._min_versions[prompt.prompt_id], self._complete[prompt.prompt_id]
+            self._finished.append(prompt.prompt_id)
+        self._untrained_in_step = 0
 
-    def take_ended(self) -> list[int]:
-        """The prompts that ended since the last call: nobody needs their rows any more."""
-        ended, self._ended = self._ended, []
-        return ended
+    def take_finished(self) -> list[int]:
+        """The prompts that finished since the last call: nobody needs their rows any more."""
+        finished, self._finished = self._finished, []
+        return finished
 
 
-def _oldest(settled: PromptSettled) -> int:
+def _oldest(notice: PromptSettled) -> int:
     """Oldest version among a prompt's tokens and the critic values that its advantage uses."""
-    return settled.oldest_version if settled.critic_version < 0 else min(settled.oldest_version, settled.critic_version)
+    return notice.oldest_version if notice.critic_version < 0 else min(notice.oldest_version, notice.critic_version)

@@ -1,7 +1,7 @@
-"""The rules of time as pure decisions: when a prompt may be admitted, and which prompts form a batch.
+"""Bounded staleness as pure decisions: when a prompt may be admitted, and which prompts form a batch.
 
-A step consumes one batch of P prompts; a version is the number of committed steps; eta bounds, in versions,
-how much older than the step that trains it a sample's oldest token may be. Everything counts prompts.
+A step consumes one batch of P prompts. A version is the number of committed steps. `staleness` (eta) bounds, in
+versions, how much older a sample's oldest token may be than the step that trains it. Everything counts prompts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class Admission:
     """The budget of prompts in flight.
 
     Invariant: version * P + live <= (version + eta + 1) * P, and prompts are admitted only while fewer than W
-    are unsettled. The second bounds every join at its source, so that joins never have to refuse a row.
+    are incomplete. The second condition bounds every join at its source, so that no join ever has to refuse a row.
 
     Args:
-        window: W, (eta + 1) * P by default. A smaller one bounds the joins tighter and lets less overlap.
+        window: W, (eta + 1) * P by default. A smaller window bounds the joins more tightly and allows less overlap.
     """
 
     def __init__(
@@ -34,54 +34,54 @@ class Admission:
         self.steps = steps
         self.version = version  # committed steps
         self.live = 0  # admitted and not yet trained, dropped or failed
-        self.unsettled = 0  # admitted, and some row has not reached the join
+        self.incomplete = 0  # admitted, with a row that has not reached the join
         self.window = (staleness + 1) * prompts_per_step if window is None else window
 
     def room(self) -> int:
-        """How many prompts may be admitted now. Never more than the steps that remain will train."""
+        """How many prompts may be admitted now; never more than the remaining steps will train."""
         ahead = min(self.staleness + 1, self.steps - self.version)
-        return max(0, min(ahead * self.prompts_per_step - self.live, self.window - self.unsettled))
+        return max(0, min(ahead * self.prompts_per_step - self.live, self.window - self.incomplete))
 
     def admit(self, prompts: int) -> None:
-        """Take up budget. Raises ValueError where there is no room."""
+        """Take budget for new prompts. Raises ValueError if there is no room."""
         if prompts > self.room():
             raise ValueError(f"admitting {prompts} prompts where {self.room()} have room")
         self.live += prompts
-        self.unsettled += prompts
+        self.incomplete += prompts
 
-    def settle(self, prompts: int = 1) -> None:
+    def complete(self, prompts: int = 1) -> None:
         """All rows of a prompt reached the join, alive or dead: its window slot is free."""
-        self.unsettled -= prompts
+        self.incomplete -= prompts
 
-    def unsettle(self, prompts: int = 1) -> None:
-        """The join lost what it held of settled prompts: until all of it came again they count in the window."""
-        self.unsettled += prompts
+    def mark_incomplete(self, prompts: int = 1) -> None:
+        """The join lost the rows of complete prompts: they count in the window until all rows arrive again."""
+        self.incomplete += prompts
 
     def end(self, prompts: int = 1) -> None:
         """A prompt was dropped or failed: its place is free for a refill."""
         self.live -= prompts
 
     def commit(self) -> None:
-        """A step's prompts are trained: they leave and the version rises, at once."""
+        """A step's prompts are trained: they leave the budget and the version rises, at once."""
         self.live -= self.prompts_per_step
         self.version += 1
 
 
-class Ready(msgspec.Struct, frozen=True):
-    """A settled prompt that can be trained."""
+class CompletePrompt(msgspec.Struct, frozen=True):
+    """A prompt whose rows are all at the join and can be trained."""
 
     prompt_id: int
-    oldest_version: int  # among its tokens, and its values where a critic gave them
+    oldest_version: int  # among its tokens and, if a critic is used, its values
 
 
 def choose_batch(
-    ready: Iterable[Ready], unsettled: Mapping[int, int], step: int, prompts_per_step: int, staleness: int
-) -> list[Ready] | None:
+    ready: Iterable[CompletePrompt], incomplete: Mapping[int, int], step: int, prompts_per_step: int, staleness: int
+) -> list[CompletePrompt] | None:
     """The prompts of batch `step`, oldest weights first, or None while it must wait.
 
     Args:
-        ready: settled prompts.
-        unsettled: admission version of each live prompt that is not settled.
+        ready: complete prompts.
+        incomplete: admission version of each live prompt that is not complete.
         step: the version that trains the batch; ages are measured against it, not against the current one.
 
     The batch waits for stragglers instead of dropping them later: it is formed only if, for every j from
@@ -91,7 +91,7 @@ def choose_batch(
     if len(order) < prompts_per_step:
         return None
     chosen, left = order[:prompts_per_step], order[prompts_per_step:]
-    due = [r.oldest_version + staleness for r in left] + [v + staleness for v in unsettled.values()]
+    due = [r.oldest_version + staleness for r in left] + [v + staleness for v in incomplete.values()]
     for j in range(step, step + staleness + 1):
         if sum(d <= j for d in due) > (j - step) * prompts_per_step:
             return None
@@ -99,11 +99,11 @@ def choose_batch(
 
 
 class StalenessExceeded(Exception):
-    """A batch holds a sample older than the bound: an invariant of the program is broken."""
+    """A batch holds a sample older than the bound: an invariant of the program is violated."""
 
 
-def check_age(batch: Iterable[Ready], step: int, staleness: int) -> list[int]:
-    """Age in versions of each prompt of a batch. Raises StalenessExceeded naming the first that is too old."""
+def check_age(batch: Iterable[CompletePrompt], step: int, staleness: int) -> list[int]:
+    """The age in versions of each prompt of a batch. Raises StalenessExceeded and names the first that is too old."""
     ages = []
     for prompt in batch:
         age = step - prompt.oldest_version

@@ -1,12 +1,12 @@
-"""A checkpoint is one folder with one manifest: all of it is there, byte for byte, or it does not count.
+"""A checkpoint is one folder with one manifest. It counts only if all of it is there, byte for byte.
 
     checkpoints/step_000010/            written as .step_000010.partial, fsynced, then renamed
         manifest.json                   step, term, cursor, recipe digest, the sha256 of every file, and its own
         ledger.db                       the truth on restore
         policy/ critic/                 weights, optimizer and generator state of each trained model
-        advantage/                      state of the batch function, where it carries one
+        advantage/                      state of the batch function, if it has any
 
-The newest is found by looking for valid manifests, never by a pointer that could be ahead of the data.
+The newest checkpoint is found by looking for valid manifests, never by a pointer that could be ahead of the data.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 import msgspec
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of run folders and of the checkpoints in them; no other format is read
 
 
 class CheckpointError(Exception):
-    """No checkpoint can be used, and why each one can't."""
+    """No checkpoint can be used; the message says why for each one."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,17 +35,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cursor: int
     recipe_digest: str
     files: dict[str, str]  # path below the folder -> sha256
-    format: int = 1
-    seal: str = ""  # sha256 of this manifest without its seal: a flipped digit of `cursor` would pass as a cursor
+    format: int = FORMAT
+    seal: str = ""  # sha256 of this manifest without its seal: otherwise a flipped digit of `cursor` would go unnoticed
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return root / f"step_{step:06d}"
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty partial folder; what an earlier attempt left is removed."""
+    """Create an empty partial folder and remove those of earlier attempts."""
     for leftover in [*root.glob(".step_*.partial"), *root.glob(".step_*.abandoned")]:
         shutil.rmtree(leftover)
     partial = root / f".step_{step:06d}.partial"
@@ -55,8 +56,8 @@ def begin(root: Path, step: int) -> Path:
 def finish(partial: Path, root: Path, step: int, term: int, cursor: int, recipe_digest: str) -> tuple[Path, int]:
     """Hash and sync every file, write the manifest, rename. Returns the folder and its size in bytes.
 
-    What an abandoned lineage left at this step or a later one goes: it is never the newest again, nor what
-    `prune` counts.
+    Checkpoints that an abandoned lineage left at this step or a later one are removed: they must neither be taken as
+    the newest nor be counted by `prune`.
     """
     files: dict[str, str] = {}
     size = 0
@@ -71,7 +72,9 @@ def finish(partial: Path, root: Path, step: int, term: int, cursor: int, recipe_
         _sync(folder)
     final = folder_of(root, step)
     abandoned = [f for f in _folders(root) if f.name >= final.name]
-    for folder in abandoned:  # moved away, not removed: between two renames there is the least time to die in
+    for (
+        folder
+    ) in abandoned:  # renamed, not removed: two renames leave the least time in which a crash would find no checkpoint
         folder.rename(root / f".{folder.name}.abandoned")
     partial.rename(final)
     _sync(root)
@@ -90,6 +93,8 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
     if manifest != _sealed(manifest):
         raise CheckpointError(f"{folder / MANIFEST}: is damaged, it does not match its own seal")
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{folder}: was written in format {manifest.format}, this asyncflow reads {FORMAT}")
     if folder.name != folder_of(folder.parent, manifest.step).name:
         raise CheckpointError(f"{folder}: holds step {manifest.step}, its name says another")
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -102,7 +107,7 @@ def read(folder: Path) -> Manifest:
 
 
 def newest(root: Path) -> tuple[Path, Manifest, list[str]]:
-    """The newest valid checkpoint, and what is wrong with every newer one. Raises CheckpointError if there is none."""
+    """The newest valid checkpoint, and the defect of every newer one. Raises CheckpointError if there is none."""
     damaged: list[str] = []
     for folder in _folders(root):
         try:
@@ -113,7 +118,7 @@ def newest(root: Path) -> tuple[Path, Manifest, list[str]]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0: keep all)."""
+    """Remove all but the newest `keep` checkpoints (0: remove none)."""
     for folder in list(_folders(root))[keep:] if keep else []:
         shutil.rmtree(folder)
 

@@ -18,7 +18,7 @@ from statistics import fmean
 import msgspec
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
-from asyncflow.control.admission.staleness import Admission, Ready, check_age
+from asyncflow.control.admission.staleness import Admission, CompletePrompt, check_age
 from asyncflow.dataflow.graph import SOURCE, Stage
 from asyncflow.planner.costs.devices import Refused
 from asyncflow.planner.simulation.engines import GeneratedSample, Generator
@@ -119,7 +119,7 @@ class _Run:
             await self._train(batch, step)
             await self.world.clock.sleep(self.scenario.record_s)
             self._book.commit(batch)
-            for prompt in self._book.take_ended():
+            for prompt in self._book.take_finished():
                 self._forget(prompt)
             self.commits.append(_Commit(self.world.clock.now, self.world.busy.until_now(), waited, ages))
             self._pulse.send()
@@ -151,7 +151,7 @@ class _Run:
         scenario, dice = self.scenario, self._dice
         return SampleLengths(round(dice.choice(scenario.prompt.tokens)), round(dice.choice(scenario.response.tokens)))
 
-    async def _form(self) -> list[Ready]:
+    async def _form(self) -> list[CompletePrompt]:
         while True:
             if self._may_form() and (batch := self._book.choose()) is not None:
                 return batch
@@ -166,10 +166,10 @@ class _Run:
         ]
         return self._book.ready >= pace.prompts_per_step and not due[0] and due[1] <= pace.prompts_per_step
 
-    async def _train(self, batch: list[Ready], step: int) -> None:
+    async def _train(self, batch: list[CompletePrompt], step: int) -> None:
         """Advantages, then every trainer; weights may go out before the critics are done."""
         world, closing = self.world, self.scenario.dataflow.batch_stage
-        samples = [s for prompt in self._book.settled(batch) for s in prompt.alive]
+        samples = [s for prompt in self._book.notices_of(batch) for s in prompt.alive]
         lengths = [world.rows[sample].length for sample in samples]
         await world.call()
         await world.compute(closing.service, closing.method, world.speed(closing.service).forward_s(lengths))
@@ -247,9 +247,11 @@ class _Run:
         self._unsettled[self._min_versions[prompt]] -= 1
         samples = [sample_id(prompt, index) for index in range(self.scenario.pace.samples_per_prompt)]
         trainable = self._dice.random() >= self.scenario.dropped
-        self._book.settle(PromptSettled(prompt, samples, [], oldest_version=self._oldest[prompt], trainable=trainable))
+        self._book.complete(
+            PromptSettled(prompt, samples, [], oldest_version=self._oldest[prompt], trainable=trainable)
+        )
         if not trainable:
-            for ended in self._book.take_ended():
+            for ended in self._book.take_finished():
                 self._forget(ended)
 
     def _forget(self, prompt: int) -> None:

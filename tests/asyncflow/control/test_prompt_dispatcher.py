@@ -80,7 +80,7 @@ async def test_what_a_lost_generator_had_drawn_is_drawn_again_but_for_what_is_at
     await handing_out.admit(3, min_version=0)
     first, second, third = (source.at(i) for i in range(3))
     assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
-    book.settle(PromptSettled(second, [], []))
+    book.complete(PromptSettled(second, [], []))
     handing_out.begin_anew()
     await handing_out.admit(1, min_version=0)
     fourth = source.at(3)

@@ -120,6 +120,20 @@ def test_no_run_folder_no_recipe(tmp_path: Path):
         run_folder.recipe_of(tmp_path)
 
 
+@pytest.mark.parametrize(("found", "age"), [(None, "an older"), ("3", "another")])
+def test_a_run_folder_of_another_format_is_refused_by_name_before_its_recipe_is_read(
+    folder: Path, recipe: Recipe, found: str | None, age: str
+):
+    begin(folder, recipe)
+    (folder / "recipe.toml").write_text("a_key_of_another_time = 1")
+    (folder / "format").unlink() if found is None else (folder / "format").write_text(found)
+    told = (
+        rf"run folder {folder} was written by {age} asyncflow \(format {found or 1}, this one reads 2\): finish the run"
+    )
+    with pytest.raises(BadInput, match=told):
+        run_folder.recipe_of(folder)
+
+
 def test_the_digest_tells_recipes_apart(make_recipe: MakeRecipe):
     assert run_folder.digest_of(make_recipe()) == run_folder.digest_of(make_recipe())
     assert run_folder.digest_of(make_recipe()) != run_folder.digest_of(make_recipe(seed=8))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
-from asyncflow.control.admission.staleness import Admission, Ready, choose_batch
+from asyncflow.control.admission.staleness import Admission, CompletePrompt, choose_batch
 from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.prompt_join import PromptJoin
@@ -65,16 +65,16 @@ class SettlesAtTheFirstDeath(PromptJoin):
 class KeepsSlotsUntilTrained(Admission):
     """A prompt's place in the window is free when the prompt has ended, not when all its rows are at the join."""
 
-    def settle(self, prompts: int = 1) -> None:
+    def complete(self, prompts: int = 1) -> None:
         pass
 
     def end(self, prompts: int = 1) -> None:
         super().end(prompts)
-        self.unsettled -= prompts
+        self.incomplete -= prompts
 
     def commit(self) -> None:
         super().commit()
-        self.unsettled -= self.prompts_per_step
+        self.incomplete -= self.prompts_per_step
 
 
 class CountsSamples(Admission):
@@ -101,26 +101,26 @@ class KeepsTheBudgetOfTheDead(Admission):
 
 
 class Chooses(InFlightPrompts):
-    """A book whose batches are chosen otherwise."""
+    """In-flight prompts with another choice of batches."""
 
-    def choose(self) -> list[Ready] | None:
-        oldest = {p: min(v for v in (s.oldest_version, s.critic_version) if v >= 0) for p, s in self._settled.items()}
-        ready = [Ready(p, version) for p, version in oldest.items()]
-        unsettled = {p: min_version for p, min_version in self._min_versions.items() if p not in self._settled}
-        return self.choice(ready, unsettled)
+    def choose(self) -> list[CompletePrompt] | None:
+        oldest = {p: min(v for v in (s.oldest_version, s.critic_version) if v >= 0) for p, s in self._complete.items()}
+        ready = [CompletePrompt(p, version) for p, version in oldest.items()]
+        incomplete = {p: min_version for p, min_version in self._min_versions.items() if p not in self._complete}
+        return self.choice(ready, incomplete)
 
-    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+    def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         raise NotImplementedError
 
 
 class NewestFirst(Chooses):
     """Trains the freshest rows, and waits for what falls due as the rule says."""
 
-    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+    def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
         order = sorted(ready, key=lambda r: (-r.oldest_version, r.prompt_id))
         chosen, left = order[: a.prompts_per_step], order[a.prompts_per_step :]
-        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in unsettled.values()]
+        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in incomplete.values()]
         late = any(
             sum(d <= j for d in due) > (j - a.version) * a.prompts_per_step
             for j in range(a.version, a.version + a.staleness + 1)
@@ -131,26 +131,26 @@ class NewestFirst(Chooses):
 class LooksAtWhatIsDueNow(Chooses):
     """Waits for stragglers that are due in this step, not for those that fall due together later."""
 
-    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+    def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
         order = sorted(ready, key=lambda r: (r.oldest_version, r.prompt_id))
         chosen, left = order[: a.prompts_per_step], order[a.prompts_per_step :]
-        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in unsettled.values()]
+        due = [r.oldest_version + a.staleness for r in left] + [v + a.staleness for v in incomplete.values()]
         return None if any(d <= a.version for d in due) or len(chosen) < a.prompts_per_step else chosen
 
 
 class AgesAgainstYesterday(Chooses):
     """Measures ages against the version that was current when batches are formed one step ahead."""
 
-    def choice(self, ready: list[Ready], unsettled: Mapping[int, int]) -> list[Ready] | None:
+    def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
-        return choose_batch(ready, unsettled, a.version - 1, a.prompts_per_step, a.staleness)
+        return choose_batch(ready, incomplete, a.version - 1, a.prompts_per_step, a.staleness)
 
 
-class DoesNotUnsettle(InFlightPrompts):
+class NeverMarksIncomplete(InFlightPrompts):
     """Believes what a join told that has lost its memory since."""
 
-    def unsettle(self) -> None:
+    def mark_incomplete(self) -> None:
         pass
 
 

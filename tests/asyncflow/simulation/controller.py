@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from asyncflow.control.admission.staleness import Ready, check_age
+from asyncflow.control.admission.staleness import CompletePrompt, check_age
 from asyncflow.dataflow.graph import SOURCE
 from protocols.control.notices import PromptSettled
 from protocols.data.ids import BASELINE_INDEX, prompt_id, sample_id
@@ -26,7 +26,7 @@ class Training(msgspec.Struct):
     """The step that is being trained."""
 
     step: int
-    batch: list[Ready]
+    batch: list[CompletePrompt]
     done: set[str] = msgspec.field(default_factory=set)  # stages
     published: bool = False
 
@@ -50,7 +50,7 @@ class Controller:
         self.training: Training | None = None
         self.newest_weights = 0  # published
         self.late_weights: deque[int] = deque()  # committed and not yet published, which no rule lets happen
-        self._chosen: list[Ready] | None = None
+        self._chosen: list[CompletePrompt] | None = None
         self._stale = False
 
     @property
@@ -167,7 +167,7 @@ class Controller:
         return told
 
     def _hear(self, settled: PromptSettled) -> None:
-        self.book.settle(settled)
+        self.book.complete(settled)
         if settled.dead:
             self._end(settled.prompt_id, "failed")
 
@@ -175,7 +175,7 @@ class Controller:
         """What it held is gone, and what it told and was not heard: its prompts settle again."""
         assert self.training is None, "the loss of a batch that trains is the loss of a trainer's state"
         self.notices.clear()
-        self.book.unsettle()
+        self.book.mark_incomplete()
         self._stale = True
 
     def droppable(self) -> list[int]:
@@ -198,14 +198,14 @@ class Controller:
         del self.min_versions[prompt], self.attempts[prompt]
 
     def _tell_ended(self) -> None:
-        ended = self.book.take_ended()
+        ended = self.book.take_finished()
         self.outbox.end(ended)
         for service in self._world.services.values() if ended else ():
             service.to_end.append(ended)
 
     # --- steps
 
-    def choice(self) -> list[Ready] | None:
+    def choice(self) -> list[CompletePrompt] | None:
         """The batch that could be closed now."""
         if self._stale:
             self._chosen, self._stale = self.book.choose(), False
@@ -217,11 +217,11 @@ class Controller:
         ages = check_age(batch, self.version, self._world.config.staleness)
         self._world.watch.ages |= {(self.version, age) for age in ages}
         self.training = Training(self.version, batch)
-        self._world.closing.close(self.version, [s for p in self.book.settled(batch) for s in p.alive])
+        self._world.closing.close(self.version, [s for p in self.book.notices_of(batch) for s in p.alive])
 
     def rows_of_choice(self) -> list[int]:
         """The samples that a batch would have if it were formed now."""
-        return [s for p in self.book.settled(self.book.choose() or []) for s in p.alive]
+        return [s for p in self.book.notices_of(self.book.choose() or []) for s in p.alive]
 
     def done(self, stage: TrainingStage, step: int) -> None:
         """A trainer finished a step."""

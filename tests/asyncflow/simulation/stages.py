@@ -218,7 +218,7 @@ class ClosingStage(CallSite):
         waiting = self.join.depth - len(self.settled - self.world.controller.notices.keys()) * per_prompt
         # A successor gets again all that lives, settled or not.
         window = config.most_live if self.service.incarnation else self.world.controller.admission.window
-        watch.bound("join, unsettled", self.name, waiting, window * per_prompt)
+        watch.bound("join, incomplete", self.name, waiting, window * per_prompt)
         watch.bound("join, all", self.name, self.join.depth, config.most_live * per_prompt)
 
     def _check_batch(self, step: int, samples: list[int], inputs: tuple[Batch, ...]) -> list[tuple[int, Given]]:

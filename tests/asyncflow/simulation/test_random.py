@@ -34,7 +34,7 @@ def test_the_runs_differ_in_everything_that_counts(results: list[Result]):
     assert {r.config.layout for r in results} == set(get_args(Layout))
     assert {r.config.staleness for r in results} == {0, 1, 2, 3}
     met = {what for r in results for what, (value, limit) in r.nearest.items() if value == limit}
-    assert met >= {"N_r", "staleness", "mailbox", "generating", "join, unsettled", "join, all"}
+    assert met >= {"N_r", "staleness", "mailbox", "generating", "join, incomplete", "join, all"}
 
 
 def test_a_run_is_repeated_by_its_seed():

@@ -196,7 +196,7 @@ BROKEN = {
     "told": (Config("grpo", faults=Faults(restarts=1)), Rules(tells_ended=False)),
     "join": (
         Config("grpo", "colocated", prompts=2, steps=1, faults=Faults(restarts=1)),
-        Rules(prompt_book=broken.DoesNotUnsettle),
+        Rules(prompt_book=broken.NeverMarksIncomplete),
     ),
     "once": (Config("grpo", steps=1, faults=Faults(duplicates=1)), Rules(trains_once=False)),
 }

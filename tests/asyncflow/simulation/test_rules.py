@@ -298,7 +298,7 @@ def test_a_successor_is_told_which_prompts_are_over():
 def test_a_join_that_lost_its_memory_is_not_believed():
     config = Config("grpo", prompts=2, faults=Faults(restarts=1))
     half_a_batch = on_purpose(strike=dies("advantage", lambda world: world.controller.book.ready == 1))
-    shows(config, Rules(prompt_book=broken.DoesNotUnsettle), "KeyError", half_a_batch)
+    shows(config, Rules(prompt_book=broken.NeverMarksIncomplete), "KeyError", half_a_batch)
 
 
 def test_a_trainer_takes_each_step_once():

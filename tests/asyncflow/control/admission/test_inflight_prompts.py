@@ -26,12 +26,12 @@ def dead(prompt: int) -> PromptSettled:
 def test_a_batch_waits_for_its_last_prompt_and_leaves_the_book_with_the_commit():
     prompts = book()
     prompts.admit([1, 2])
-    prompts.settle(alive(2))
+    prompts.complete(alive(2))
     assert prompts.choose() is None
-    prompts.settle(alive(1))
+    prompts.complete(alive(1))
     batch = prompts.choose()
     assert batch is not None
-    assert [s.prompt_id for s in prompts.settled(batch)] == [1, 2]
+    assert [s.prompt_id for s in prompts.notices_of(batch)] == [1, 2]
     prompts.commit(batch)
     assert (prompts.ready, prompts.admission.live, prompts.admission.version) == (0, 0, 1)
 
@@ -40,11 +40,11 @@ def test_a_dead_prompt_makes_room_for_exactly_one_other():
     prompts = book()
     prompts.admit([1, 2])
     assert prompts.admission.room() == 0
-    prompts.settle(dead(1))
+    prompts.complete(dead(1))
     assert prompts.admission.room() == 1
     prompts.admit([3])
-    prompts.settle(alive(2))
-    prompts.settle(alive(3))
+    prompts.complete(alive(2))
+    prompts.complete(alive(3))
     assert [r.prompt_id for r in prompts.choose() or []] == [2, 3]
 
 
@@ -52,9 +52,9 @@ def test_a_dropped_prompt_leaves_like_a_failed_one():
     """Dynamic sampling: all its samples scored alike, so it teaches nothing."""
     prompts = book()
     prompts.admit([1, 2])
-    prompts.settle(alive(1))
+    prompts.complete(alive(1))
     prompts.drop(1)
-    assert (prompts.ready, prompts.admission.live, prompts.admission.unsettled) == (0, 1, 1)
+    assert (prompts.ready, prompts.admission.live, prompts.admission.incomplete) == (0, 1, 1)
     assert prompts.admission.room() == 1
     with pytest.raises(KeyError):
         prompts.drop(2)
@@ -66,9 +66,9 @@ def test_a_prompt_that_is_not_worth_training_makes_room_and_counts_as_rejected()
         assert prompts.rejects() is None
         prompts.admit([prompt])
         for _ in range(2):
-            prompts.settle(replace(alive(prompt), trainable=False))
+            prompts.complete(replace(alive(prompt), trainable=False))
         assert (prompts.ready, prompts.admission.live, prompts.admission.room()) == (0, 0, 1)
-    assert prompts.take_ended() == [0, 1]
+    assert prompts.take_finished() == [0, 1]
     assert prompts.rejects() is not None
 
 
@@ -76,51 +76,51 @@ def test_what_is_told_twice_changes_nothing():
     prompts = book()
     prompts.admit([1, 2])
     for _ in range(2):
-        prompts.settle(alive(1))
-        assert (prompts.ready, prompts.admission.unsettled) == (1, 1)
+        prompts.complete(alive(1))
+        assert (prompts.ready, prompts.admission.incomplete) == (1, 1)
     for _ in range(2):
-        prompts.settle(dead(2))
+        prompts.complete(dead(2))
         assert (prompts.admission.live, prompts.admission.room()) == (1, 1)
-    assert prompts.take_ended() == [2]
+    assert prompts.take_finished() == [2]
 
 
 def test_of_two_words_about_a_prompt_the_last_counts():
     prompts = book(prompts_per_step=1, staleness=1)
     prompts.admit([1])
-    prompts.settle(alive(1, oldest=0))
-    prompts.settle(alive(1, oldest=1))
+    prompts.complete(alive(1, oldest=0))
+    prompts.complete(alive(1, oldest=1))
     assert [r.oldest_version for r in prompts.choose() or []] == [1]
-    prompts.settle(dead(1))
+    prompts.complete(dead(1))
     assert prompts.choose() is None
-    assert (prompts.admission.live, prompts.admission.unsettled) == (0, 0)
+    assert (prompts.admission.live, prompts.admission.incomplete) == (0, 0)
 
 
 def test_prompts_whose_join_lost_its_memory_settle_again():
     prompts = book()
     prompts.admit([1, 2])
-    prompts.settle(alive(1))
-    prompts.unsettle()
-    assert (prompts.admission.live, prompts.admission.unsettled) == (2, 2)
-    prompts.settle(alive(2))
+    prompts.complete(alive(1))
+    prompts.mark_incomplete()
+    assert (prompts.admission.live, prompts.admission.incomplete) == (2, 2)
+    prompts.complete(alive(2))
     assert prompts.choose() is None
-    prompts.settle(alive(1))
+    prompts.complete(alive(1))
     assert [r.prompt_id for r in prompts.choose() or []] == [1, 2]
 
 
 def test_the_prompts_that_ended_are_told_once():
     prompts = book(prompts_per_step=1, staleness=1)
     prompts.admit([1, 2])
-    prompts.settle(dead(1))
-    prompts.settle(alive(2))
+    prompts.complete(dead(1))
+    prompts.complete(alive(2))
     prompts.commit(prompts.choose() or [])
-    assert prompts.take_ended() == [1, 2]
-    assert prompts.take_ended() == []
+    assert prompts.take_finished() == [1, 2]
+    assert prompts.take_finished() == []
 
 
 def test_the_critic_s_version_ages_a_prompt_like_its_tokens_do():
     prompts = book(prompts_per_step=1, staleness=1)
     prompts.admit([1])
-    prompts.settle(alive(1, oldest=3, critic=2))
+    prompts.complete(alive(1, oldest=3, critic=2))
     assert [r.oldest_version for r in prompts.choose() or []] == [2]
 
 
@@ -129,7 +129,7 @@ def test_too_many_rejected_prompts_in_one_step_are_told_with_their_share():
     for prompt in range(3):
         assert prompts.rejects() is None
         prompts.admit([prompt])
-        prompts.settle(dead(prompt))
+        prompts.complete(dead(prompt))
     assert prompts.rejects() == (
         "step 0: 3 prompts failed or were dropped, more than max_refills = 2 rounds of 1 (reject rate at least 75%)"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncflow.control.admission.staleness import Admission, Ready, StalenessExceeded, check_age, choose_batch
+from asyncflow.control.admission.staleness import Admission, CompletePrompt, StalenessExceeded, check_age, choose_batch
 
 # --- admission
 
@@ -25,20 +25,20 @@ def test_admission_ends_where_the_budget_does():
     assert admission.room() == 0
     with pytest.raises(ValueError, match="admitting 1 prompts where 0 have room"):
         admission.admit(1)
-    assert (admission.live, admission.unsettled) == (4, 4)
+    assert (admission.live, admission.incomplete) == (4, 4)
 
 
 def test_a_prompt_that_waits_for_its_step_keeps_its_budget():
     admission = Admission(prompts_per_step=1, staleness=0, steps=9)
     admission.admit(1)
-    admission.settle()
+    admission.complete()
     assert admission.room() == 0, "the version has not risen: one more would be trained one version too late"
 
 
 def test_a_commit_gives_back_exactly_the_step_that_was_trained():
     admission = Admission(prompts_per_step=2, staleness=1, steps=9)
     admission.admit(4)
-    admission.settle(3)
+    admission.complete(3)
     admission.commit()
     assert (admission.version, admission.live, admission.room()) == (1, 2, 2)
 
@@ -49,7 +49,7 @@ def test_a_failed_prompt_is_refilled_only_when_its_last_row_has_arrived():
     admission.admit(2)
     admission.end()
     assert admission.room() == 0
-    admission.settle()
+    admission.complete()
     assert admission.room() == 1
 
 
@@ -57,19 +57,19 @@ def test_a_settled_prompt_that_failed_is_refilled():
     """Without the decrement of `live` the step would wait for a prompt that nobody draws."""
     admission = Admission(prompts_per_step=2, staleness=0, steps=9)
     admission.admit(2)
-    admission.settle(2)
+    admission.complete(2)
     assert admission.room() == 0
     admission.end()
     assert admission.room() == 1
 
 
-def test_a_narrower_window_lets_fewer_prompts_be_unsettled():
+def test_a_narrower_window_lets_fewer_prompts_be_incomplete():
     admission = Admission(prompts_per_step=2, staleness=2, steps=9, window=3)
     assert admission.room() == 3
     admission.admit(3)
-    admission.settle(2)
+    admission.complete(2)
     assert admission.room() == 2
-    admission.unsettle()
+    admission.mark_incomplete()
     assert admission.room() == 1
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_admitted_that_no_step_is_left_to_train():
     admission = Admission(prompts_per_step=2, staleness=3, steps=5, version=4)
     assert admission.room() == 2
     admission.admit(2)
-    admission.settle(2)
+    admission.complete(2)
     admission.commit()
     assert admission.room() == 0
 
@@ -103,11 +103,11 @@ def test_a_budget_that_means_nothing_is_refused(prompts: int, staleness: int, st
 # --- batches
 
 
-def ready(*oldest: int) -> list[Ready]:
-    return [Ready(prompt, version) for prompt, version in enumerate(oldest)]
+def ready(*oldest: int) -> list[CompletePrompt]:
+    return [CompletePrompt(prompt, version) for prompt, version in enumerate(oldest)]
 
 
-def ids(batch: list[Ready] | None) -> list[int] | None:
+def ids(batch: list[CompletePrompt] | None) -> list[int] | None:
     return None if batch is None else [r.prompt_id for r in batch]
 
 
@@ -167,10 +167,10 @@ class Schedule:
     def __init__(self, prompts_per_step: int, staleness: int, steps: int, chance: random.Random) -> None:
         self.admission = Admission(prompts_per_step, staleness, steps)
         self.chance = chance
-        self.min_versions: dict[int, int] = {}  # unsettled prompts -> version at admission
+        self.min_versions: dict[int, int] = {}  # incomplete prompts -> version at admission
         self.slow: set[int] = set()  # of these: long responses, which settle when nothing else can move
-        self.ready: dict[int, Ready] = {}
-        self.training: list[Ready] = []
+        self.ready: dict[int, CompletePrompt] = {}
+        self.training: list[CompletePrompt] = []
         self.admitted = self.trained = self.failed = 0
 
     def run(self) -> None:
@@ -198,12 +198,12 @@ class Schedule:
         prompt = self.chance.choice(sorted(self.min_versions.keys() - self.slow) or sorted(self.slow))
         min_version = self.min_versions.pop(prompt)
         self.slow.discard(prompt)
-        self.admission.settle()
+        self.admission.complete()
         if self.chance.random() < failures:
             self.admission.end()
             self.failed += 1
         else:
-            self.ready[prompt] = Ready(prompt, self.chance.randint(min_version, self.admission.version))
+            self.ready[prompt] = CompletePrompt(prompt, self.chance.randint(min_version, self.admission.version))
 
     def form(self) -> bool:
         a = self.admission
@@ -222,7 +222,7 @@ class Schedule:
 
     def check_bounds(self) -> None:
         a = self.admission
-        assert len(self.min_versions) == a.unsettled <= a.window
+        assert len(self.min_versions) == a.incomplete <= a.window
         assert len(self.min_versions) + len(self.ready) + len(self.training) == a.live
         assert a.version * a.prompts_per_step + a.live <= (a.version + a.staleness + 1) * a.prompts_per_step
 

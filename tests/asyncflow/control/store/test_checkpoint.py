@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from asyncflow.control.store import checkpoint
 from asyncflow.control.store.checkpoint import CheckpointError
@@ -47,6 +49,14 @@ def test_the_newest_is_found_without_a_pointer(tmp_path: Path):
         write(tmp_path, step)
     path, manifest, damaged = checkpoint.newest(tmp_path)
     assert (path.name, manifest.step, damaged) == ("step_000100", 100, [])
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_and_says_so(tmp_path: Path):
+    folder = write(tmp_path, 5)
+    older = checkpoint._sealed(replace(checkpoint.read(folder), format=1))
+    (folder / checkpoint.MANIFEST).write_bytes(msgspec.json.encode(older))
+    with pytest.raises(CheckpointError, match="step_000005: was written in format 1, this asyncflow reads 2"):
+        checkpoint.newest(tmp_path)
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:

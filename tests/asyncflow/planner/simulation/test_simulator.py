@@ -106,7 +106,7 @@ def test_no_run_stops_and_no_sample_is_older_than_the_bound(
 def test_the_runs_own_admission_decides(monkeypatch: pytest.MonkeyPatch):
     """The simulator holds no copy of the rule: a budget of one prompt shows in its times."""
     room = Admission.room
-    monkeypatch.setattr(Admission, "room", lambda self: min(1, room(self)) if not self.unsettled else 0)
+    monkeypatch.setattr(Admission, "room", lambda self: min(1, room(self)) if not self.incomplete else 0)
     one_by_one = simulate(scene(APART)).step_s
     assert one_by_one == pytest.approx(2 * (GENERATE + INFER) + POLICY)
 
