@@ -1,1 +1,1 @@
-"""Who decides: one controller per run, its ledger and its checkpoints."""
+"""The controller of a run: admission, training steps, supervision of the services, the ledger and checkpoints."""

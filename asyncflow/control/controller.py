@@ -1,53 +1,62 @@
-"""The controller: admission, the one batcher, versions, publication and the record of all of it.
+"""The controller: decides what is generated, trained, published and committed, and records it before it has effects.
 
-    admit ──Prompts──> generate ──> ... ──> join ──Settled──> batcher
+    admission ──Prompts──> generate ──> ... ──> join ──PromptSettled──> steps
       ▲                                                          │ CloseBatch(k)
       │ budget                                                   ▼
-    commit k  <── all trainers done, weights published  <── Experience ──> updates
+    commit k  <── all models trained, weights published  <── Experience ──> updates
 
-It moves ids and references, never rows. What it decides is decided by pure functions (staleness.py, lease.py);
-what it does is durable in the ledger before anything follows from it.
+It moves ids and references, never rows. Its decisions are pure functions (admission/, device_lease.py,
+restart_policy.py). Its loops, each a task; a `Notifier` wakes those that wait for its state:
+
+    follow S           consumes the notices of service S (one loop a service, in service_supervisor.py)
+                       waits for the next notice, a successor if S died, room in the queue of notices
+                       unblocked by the service, the runtime, the loop "notices"
+                       produces device grants, redeliveries, the wait-for graph; one queue of all other notices
+    notices            consumes that queue (in notice_loop.py)
+                       waits for a notice, the ledger; in a task a replaced service: its weights, its prompts
+                       unblocked by the supervisor, the ledger's thread, the successor
+                       produces complete prompts, ended samples, finished updates, successors that are ready
+    admission          consumes the staleness budget and the prompts of the data file
+                       waits for budget, and while the run is paused or (deterministic) evaluates
+                       unblocked by a commit, a prompt that finished untrained, resume(), the end of an evaluation
+                       produces samples in the ledger and Prompts for the generators
+    steps              consumes complete prompts, and what clients ask for between two steps
+                       waits for a batch, then for all updates and the publication
+                       unblocked by PromptSettled and StepDone notices, loaded weights, checkpoint(), reload(), stop()
+                       produces committed versions, evaluations, checkpoints, the outcome of the run
+    finished prompts,  consume finished prompts and the time without progress
+    watchdog           wait for the clock, the services' answers, the ledger's thread
+                       unblocked by the clock, twice a second
+                       produce EndPrompts requests; ledger flushes, WaitsChanged and Stalled events, RunFailed
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from typing import Any
+from typing import Literal
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
-from asyncflow.control.admission.staleness import Admission, CompletePrompt, check_age
-from asyncflow.control.evaluation import Evaluator
-from asyncflow.control.events import EventLog, Notifier
+from asyncflow.control.admission.staleness import Admission, CompletePrompt
+from asyncflow.control.evaluation import Evaluations, Evaluator
+from asyncflow.control.events import Notifier
+from asyncflow.control.generators import Generators
+from asyncflow.control.notice_loop import NoticeLoop
 from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.settings import Deadlines, Evaluation, Pace
 from asyncflow.control.step_boundary import StepBoundary
-from asyncflow.control.store.ledger import LedgerError, State
+from asyncflow.control.store.ledger import LedgerError
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed, outcome_of
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.supervision.watchdog import Watchdog
-from asyncflow.control.train_step import Training
+from asyncflow.control.train_step import TrainStep
 from asyncflow.control.user_code import UserCode
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.channels.endpoint import Endpoint, ServiceError, Store, ask, causes
+from asyncflow.services.channels.endpoint import Store, causes
 from protocols.control.delivery import ServiceStatistics
-from protocols.control.events import (
-    CodeReloaded,
-    Evaluated,
-    Event,
-    RunEnded,
-    SamplesEnded,
-    ServiceReplaced,
-    StateChanged,
-    StepCommitted,
-)
-from protocols.control.notices import Busy, Generated, Notice, PromptSettled, StepDone
-from protocols.control.requests import SetPaused
-from protocols.data.ids import purpose_of
-from protocols.weights import Version
+from protocols.control.events import CodeReloaded, RunEnded, StateChanged
 
 TICK_SECONDS = 0.5
 
@@ -61,83 +70,88 @@ class Controller:
         pace: Pace,
         deadlines: Deadlines,
         dataflow: Dataflow,
-        fleet: ServiceSupervisor,
+        supervisor: ServiceSupervisor,
         generators: list[str],
         store: Store,
         source: PromptSource,
         evaluator: Evaluator | None,
         evaluation: Evaluation,
-        record: RunStore,
+        run_store: RunStore,
         warnings: list[str],
         code: UserCode | None = None,
     ) -> None:
-        self.events = EventLog()
-        self._warnings = warnings
-        self._pace, self._deadlines, self._dataflow = pace, deadlines, dataflow
-        self._fleet, self._generators, self._record = fleet, generators, record
-        self._evaluator, self._evaluation = evaluator, evaluation
-        self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, record.version)
-        self._prompts = InFlightPrompts(self._admission, pace.max_refills)
-        self._pulse = Notifier()
-        self._tokens_generated = 0
-        self._busy: defaultdict[str, float] = defaultdict(float)
+        self.events = run_store.log.events
+        self._pace, self._deadlines, self._warnings = pace, deadlines, warnings
+        self._supervisor, self._run_store = supervisor, run_store
+        self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, run_store.version)
+        self._inflight = inflight = InFlightPrompts(self._admission, pace.max_refills)
+        self._changed = Notifier()
         self._paused = False
-        self._evaluating = False
         self._stopping = False
         self._over = False
-        self._handing_out = PromptDispatcher(
-            dataflow, fleet, generators, store, source, record, self._prompts, pace.samples_per_prompt
+        self._dispatcher = PromptDispatcher(
+            dataflow, supervisor, generators, store, source, run_store, inflight, pace.samples_per_prompt
         )
-        self._watchdog = Watchdog(fleet, deadlines, self.events, self._emit)
-        self._training = Training(dataflow, fleet, generators, record, deadlines.publish, self._emit)
-        self._between = StepBoundary(
-            record, fleet, code or UserCode(), deadlines.checkpoint, self._emit, self._pulse.notify
+        self._generators = Generators(generators, supervisor, run_store, deadlines.publish)
+        self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generators, run_store)
+        self._evaluations = Evaluations(evaluator, evaluation, generators[0], supervisor, run_store)
+        self._boundary = StepBoundary(run_store, supervisor, code or UserCode(), deadlines.checkpoint, self._changed)
+        self._watchdog = Watchdog(supervisor, deadlines)
+        self._notices = NoticeLoop(
+            supervisor,
+            self._generators,
+            inflight,
+            self._dispatcher,
+            self._train_step,
+            self._watchdog,
+            run_store,
+            self._changed,
         )
 
-    # --- what a client may ask
+    # --- requests of clients
 
     async def pause(self) -> None:
-        """Stop admitting, drawing and forming batches; a step that is training is finished."""
+        """Stop admitting, generating and forming batches; a step that is training is finished."""
         self._paused = True
-        await self._tell_generators(SetPaused(True))
-        self._emit(StateChanged(state="paused"))
+        await self._generators.set_paused(True)
+        self._run_store.log.emit(StateChanged(state="paused"))
 
     async def resume(self) -> None:
-        """Go on."""
+        """Continue after a pause."""
         self._paused = False
-        self._fleet.mark_progress()
-        await self._tell_generators(SetPaused(False))
-        self._emit(StateChanged(state="running"))
-        self._pulse.notify()
+        self._supervisor.mark_progress()
+        await self._generators.set_paused(False)
+        self._run_store.log.emit(StateChanged(state="running"))
+        self._changed.notify()
 
     async def checkpoint(self) -> str:
-        """Write a checkpoint at the next boundary between steps; its folder. RunFailed where the run ends first."""
-        return await self._between.checkpoint()
+        """Write a checkpoint at the next boundary between steps; its folder. RunFailed if the run ends first."""
+        return await self._boundary.checkpoint()
 
     async def reload(self) -> CodeReloaded:
         """Have all services take the changed files of the user's code at the next boundary between steps.
 
-        Raises BadCode, with nothing changed, where one of the files can't be used; RunFailed where the run ends first.
+        Raises BadCode, with nothing changed, if one of the files can't be used; RunFailed if the run ends first.
         """
-        return await self._between.reload()
+        return await self._boundary.reload()
 
     async def statistics(self) -> list[ServiceStatistics]:
-        """What the channels did so far, service by service. RunFailed where the run is over."""
+        """The channel statistics of every service so far. RunFailed if the run is over."""
         if self._over:
             raise RunFailed("the run is over: its services are gone")
-        return await self._fleet.statistics()
+        return await self._supervisor.statistics()
 
     def stop(self) -> None:
         """Drain: finish the step that is training, write a checkpoint, end."""
         if not self._stopping and not self._over:
             self._stopping = True
-            self._emit(StateChanged(state="draining"))
-            self._pulse.notify()
+            self._run_store.log.emit(StateChanged(state="draining"))
+            self._changed.notify()
 
     # --- the run
 
     async def run(self) -> RunEnded:
-        """Run to the last step, or until stopped; the outcome says what happened, to every follower.
+        """Run to the last step, or until stopped. Returns the outcome, which every follower gets, too.
 
         Raises nothing but the CancelledError of its own task.
         """
@@ -145,274 +159,137 @@ class Controller:
             ended = await self._outcome()
         except asyncio.CancelledError:
             self._end(self._ended("stopped", 130, "ended at once, without draining"))
-            await self._record.abandon()
+            await self._run_store.abandon()
             raise
         try:
-            await self._record.finalize(ended)
+            await self._run_store.finalize(ended)
         except Exception as error:  # noqa: BLE001 - it becomes the outcome
             code = 3 if isinstance(error, LedgerError) else max(ended.exit_code, 1)
-            said = f"{ended.error}; and " if ended.error else ""
-            ended = self._ended("failed", code, f"{said}closing the books: {causes(error)}")
+            before = f"{ended.error}; and " if ended.error else ""
+            ended = self._ended("failed", code, f"{before}finalizing the run folder: {causes(error)}")
         self._end(ended)
         return ended
 
     def _end(self, ended: RunEnded) -> None:
-        """Tell everybody who follows the run or waits for something between its steps."""
         self._over = True
-        self._between.end(ended.error or ended.outcome)
+        self._boundary.end(ended.error or ended.outcome)
         self.events.add(ended)
 
     async def _outcome(self) -> RunEnded:
         try:
             return await self._run_tasks()
-        except Exception as error:  # noqa: BLE001 - it becomes the outcome, and is logged whole where nobody foresaw it
+        except Exception as error:
             outcome = outcome_of(error)
             if outcome.unexpected:
-                self._record.log_exception(error)
+                self._run_store.log.exception(error)
             return self._ended("failed", outcome.exit_code, outcome.text)
 
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
-            background = self._fleet.follow(group, self._on_notice, self._replaced, self._complete_successor)
+            background = self._supervisor.follow(group)
+            background.append(group.create_task(self._notices.run(), name="notices"))
             background.append(group.create_task(self._watch(), name="watchdog"))
-            background.append(group.create_task(self._tell_ended(), name="ended prompts"))
-            train = group.create_task(self._drive(group, background), name="steps")
-            outcome = await self._with_stop_deadline(train)
+            background.append(group.create_task(self._end_finished_prompts(), name="finished prompts"))
+            steps = group.create_task(self._drive(group, background), name="steps")
+            outcome = await self._with_stop_deadline(steps)
             for task in background:
                 task.cancel()
         return outcome
 
-    async def _with_stop_deadline(self, train: asyncio.Task[RunEnded]) -> RunEnded:
-        while not train.done():
-            await asyncio.wait({train}, timeout=TICK_SECONDS)
-            if self._stopping and not train.done():
-                if self._paused:  # an evaluation that the pause holds up would hold up the drain
-                    await self._tell_generators(SetPaused(False))
-                await asyncio.wait({train}, timeout=self._deadlines.stop)
-                if not train.done():
-                    train.cancel()
-                    kept = self._record.last_checkpoint or "none"
+    async def _with_stop_deadline(self, steps: asyncio.Task[RunEnded]) -> RunEnded:
+        while not steps.done():
+            await asyncio.wait({steps}, timeout=TICK_SECONDS)
+            if self._stopping and not steps.done():
+                if self._paused:  # a paused evaluation would hold up the drain
+                    await self._generators.set_paused(False)
+                await asyncio.wait({steps}, timeout=self._deadlines.stop)
+                if not steps.done():
+                    steps.cancel()
+                    last = self._run_store.last_checkpoint or "none"
                     return self._ended(
-                        "stopped", 130, f"not drained within {self._deadlines.stop:g} s; last checkpoint: {kept}"
+                        "stopped", 130, f"not drained within {self._deadlines.stop:g} s; last checkpoint: {last}"
                     )
-        return train.result()
+        return steps.result()
+
+    def _ended(self, outcome: Literal["finished", "stopped", "failed"], code: int, error: str) -> RunEnded:
+        return RunEnded(outcome=outcome, step=self._admission.version, error=error, exit_code=code)
+
+    # --- the steps
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
-        self._emit(self._record.started(self._pace.steps, list(self._fleet.services), self._warnings))
-        await self._training.publish(self._version())
-        if self._admission.version == 0 or self._evaluation.every:
-            await self._evaluate()
+        services = list(self._supervisor.services)
+        self._run_store.log.emit(self._run_store.started(self._pace.steps, services, self._warnings))
+        await self._generators.publish(self._admission.version)
+        await self._evaluations.before_first_step()
         background.append(group.create_task(self._admit(), name="admission"))
-        self._busy.clear()  # loading models is no part of the first step
+        self._run_store.log.take_busy_seconds()  # loading models is no part of the first step
         while self._admission.version < self._pace.steps:
             began = time.monotonic()
             batch = await self._form()
             if batch is None:
-                await self._between.write_checkpoint()
+                await self._boundary.write_checkpoint()
                 return self._ended("stopped", 130, "")
-            await self._step(batch, time.monotonic() - began)
+            await self._train_step.run(batch, time.monotonic() - began)
+            self._changed.notify()
             await self._between_steps()
         await self._end_leftovers()
-        await self._evaluate()
-        await self._between.write_checkpoint()
-        await self._record.export(self._fleet["policy"])
+        await self._evaluations.run()
+        await self._boundary.write_checkpoint()
+        await self._run_store.export(self._supervisor["policy"])
         return self._ended("finished", 0, "")
 
-    # --- admission
-
-    async def _admit(self) -> None:
-        while True:
-            await self._until(self._may_admit)
-            await self._handing_out.admit(self._admission.room(), self._admission.version)
-
-    def _may_admit(self) -> bool:
-        if not self._admission.room() or self._paused or self._stopping:
-            return False
-        # What runs together decides the last bit: a deterministic wave is whole, and has the engine to itself.
-        return not (self._pace.deterministic and (self._admission.incomplete or self._evaluating))
-
-    # --- the batcher
-
     async def _form(self) -> list[CompletePrompt] | None:
-        """The next batch, as soon as the rules let it be formed; None where the run is to stop instead."""
-        chosen: list[CompletePrompt] | None = None
-
-        def settled() -> bool:
-            nonlocal chosen
-            if self._paused and not self._stopping:
-                return self._between.asked
-            chosen = None if self._stopping else self._prompts.choose()
-            return self._stopping or chosen is not None or self._between.asked
-
+        """The next batch, as soon as the rules allow one; None if the run is to stop."""
         while True:
-            await self._until(settled)
-            if self._between.asked:
-                await self._between.do()
-            elif self._stopping or chosen is not None:
-                return chosen
-
-    async def _step(self, batch: list[CompletePrompt], waited: float) -> None:
-        """Train one batch on every trained model, publish, commit."""
-        step = self._admission.version
-        ages = check_age(batch, step, self._pace.staleness)
-        settled = self._prompts.notices_of(batch)
-        samples = [s for prompt in settled for s in prompt.alive]
-        await self._record.batched(samples)
-        metrics = await self._training.step(step, samples)
-        metrics["wait.batch_seconds"] = waited
-        metrics |= {f"busy.{service}_seconds": seconds for service, seconds in self._busy.items()}
-        self._busy.clear()
-        await self._commit(batch, samples, ages, metrics)
-
-    async def _commit(
-        self, batch: list[CompletePrompt], samples: list[int], ages: list[int], metrics: dict[str, float]
-    ) -> None:
-        settled = self._prompts.notices_of(batch)
-        seconds = await self._record.commit(self._admission.version, samples)
-        self._prompts.commit(batch)
-        rewards = sum(p.reward_sum for p in settled)
-        if costs := [p.cost_sum for p in settled if p.cost_sum is not None]:
-            metrics |= {"cost_mean": sum(costs) / max(len(samples), 1)}
-        event = StepCommitted(
-            step=self._admission.version,
-            version=str(self._version()),
-            seconds=seconds,
-            samples=len(samples),
-            tokens_generated=sum(p.tokens for p in settled),
-            reward_mean=rewards / max(len(samples), 1),
-            kl=metrics.pop("kl", 0.0),
-            loss=metrics.get("policy.loss", 0.0),
-            staleness_max=max(ages),
-            staleness_mean=sum(ages) / len(ages),
-            metrics=metrics,
-        )
-        self._record.step_committed(event, ages, self._pace.samples_per_prompt)
-        self._emit(event)
-        self._pulse.notify()
+            if self._boundary.pending:
+                await self._boundary.run_pending()
+            elif self._stopping:
+                return None
+            elif not self._paused and (batch := self._inflight.choose()) is not None:
+                return batch
+            else:
+                await self._changed.changed()
 
     async def _between_steps(self) -> None:
         version = self._admission.version
         if version < self._pace.steps:
-            if self._evaluation.every and version % self._evaluation.every == 0:
-                await self._evaluate()
-            await self._between.do(checkpoint=self._record.checkpoint_due(version))
+            await self._evaluations.after_step()
+            self._changed.notify()  # admission may have waited for the end of the evaluation
+            await self._boundary.run_pending(checkpoint=self._run_store.checkpoint_due(version))
 
     async def _end_leftovers(self) -> None:
-        """A finished run has no live sample, also where it was resumed with fewer steps than it was admitted for."""
-        self._prompts.close()
-        await self._end_samples([(sample, "dropped", "run_ended") for sample in self._record.live])
+        """End every live sample: a resumed run may have fewer steps than its samples were admitted for."""
+        self._inflight.close()
+        await self._run_store.end([(sample, "dropped", "run_ended") for sample in self._run_store.live])
 
-    # --- versions, evaluation
+    # --- the other loops
 
-    def _version(self) -> Version:
-        return Version(self._record.term, self._admission.version)
-
-    async def _evaluate(self) -> None:
-        if self._evaluator is None or self._record.was_evaluated(self._admission.version):
-            return
-        self._evaluating = True
-        evaluated = await self._evaluated(self._evaluator, self._generators[0])
-        self._evaluating = False
-        self._pulse.notify()
-        self._record.evaluated(evaluated)
-        self._emit(evaluated)
-
-    async def _evaluated(self, evaluator: Evaluator, generator: str) -> Evaluated:
-        """Once more where the generator's rows died with it: the answers are greedy, and the same."""
+    async def _admit(self) -> None:
         while True:
-            deaths = self._fleet.deaths(generator)
-            try:
-                return await evaluator.run(
-                    self._fleet.with_retry(generator), self._fleet["evaluator"], self._admission.version
-                )
-            except ServiceError:
-                if self._fleet.deaths(generator) == deaths:
-                    raise
-                await self._fleet.wait_healthy()
+            while not self._may_admit():
+                await self._changed.changed()
+            await self._dispatcher.admit(self._admission.room(), self._admission.version)
 
-    async def _tell_generators(self, request: SetPaused) -> None:
-        for name in self._generators:
-            await self._fleet.tell(name, request)
+    def _may_admit(self) -> bool:
+        if not self._admission.room() or self._paused or self._stopping:
+            return False
+        # Rows that are computed together decide each other's last bit: a deterministic run sends all prompts of a step
+        # at once, and only while the engine has nothing else to do.
+        return not (self._pace.deterministic and (self._admission.incomplete or self._evaluations.running))
 
-    # --- what services report
-
-    async def _on_notice(self, notice: Notice) -> None:
-        match notice:
-            case Busy():
-                self._record.spent(notice.spans)
-                for span in notice.spans:
-                    self._busy[span.service] += span.end - span.start
-            case PromptSettled():
-                await self._on_prompt_settled(notice)
-            case Generated():
-                self._tokens_generated += notice.tokens
-                self._record.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
-            case StepDone():
-                self._training.on_notice(notice)
-        self._pulse.notify()
-
-    def _replaced(self, event: ServiceReplaced) -> None:
-        if event.service in self._generators:  # before it is handed anything
-            self._handing_out.begin_anew()
-        self._record.replaced(event.service)
-        self._emit(event)
-        self._pulse.notify()
-
-    async def _complete_successor(self, successor: Endpoint) -> None:
-        """Give a service that took a dead one's place what the others have: a generator, weights and work."""
-        if successor.name in self._generators:
-            await ask(successor, SetPaused(self._paused and not self._stopping))
-            await self._training.catch_up(successor)
-            await self._handing_out.regenerate()
-
-    async def _on_prompt_settled(self, settled: PromptSettled) -> None:
-        if not self._prompts.complete(settled):
-            return
-        if settled.trainable and not settled.dead:
-            self._record.scored(settled.alive)
-            return
-        reason, cause = ("group_incomplete", settled.dead[0].cause) if settled.dead else ("no_signal", "no_signal")
-        group: list[tuple[int, State, str]] = [(f.sample_id, "failed", f.cause) for f in settled.dead]
-        await self._end_samples(group + [(sample, "dropped", reason) for sample in settled.alive])
-        if rejects := self._prompts.rejects():
-            raise RunFailed(f"{rejects}; last cause: {cause}")
-
-    async def _end_samples(self, ended: list[tuple[int, State, str]]) -> None:
-        """End a group, or what is left: in one transaction, so that no checkpoint holds half of it."""
-        if not ended:
-            return
-        await self._record.end(ended)
-        for (state, reason), count in Counter((state, reason) for _, state, reason in ended).items():
-            assert state in ("dropped", "failed")
-            self._emit(SamplesEnded(state=state, reason=reason, count=count))  # type: ignore[arg-type]
-
-    async def _tell_ended(self) -> None:
-        """Apart from the watchdog, which a service that does not answer must not hold up."""
+    async def _end_finished_prompts(self) -> None:
+        """A loop of its own: a service that does not answer must not hold up the watchdog."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if over := self._prompts.take_finished():
-                await self._fleet.end_prompts(over)
-
-    # --- watching
+            if finished := self._inflight.take_finished():
+                await self._supervisor.end_prompts(finished)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self._record.flush()
-            self._watchdog.check(
-                live_prompts=self._admission.live,
-                step_progress=min(1.0, self._prompts.ready / self._pace.prompts_per_step),
-                tokens=self._tokens_generated,
-                paused=self._paused,
-            )
-
-    async def _until(self, predicate: Any) -> None:
-        while not predicate():
-            await self._pulse.changed()
-
-    def _emit(self, event: Event) -> None:
-        self._record.log(event)
-        self.events.add(event)
-
-    def _ended(self, outcome: Any, code: int, error: str) -> RunEnded:
-        return RunEnded(outcome=outcome, step=self._admission.version, error=error, exit_code=code)
+            await self._run_store.flush()
+            progress = min(1.0, self._inflight.ready / self._pace.prompts_per_step)
+            for event in self._watchdog.check(
+                live_prompts=self._admission.live, step_progress=progress, paused=self._paused
+            ):
+                self._run_store.log.emit(event)

@@ -1,4 +1,4 @@
-"""The lease of a pool: colocated services take turns in calling order, one firing a grant. Pure."""
+"""The lease of a device pool: colocated services use its devices in turn, first come, first served. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Who asked: a service's ticket, and the stage it is for."""
+    """A service's request for the devices, and the stage that will compute."""
 
     service: str
     ticket: int
@@ -17,7 +17,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class PoolLease:
-    """FIFO: at most one holder; a queue of claims, each with its inputs in hand."""
+    """At most one holder, and a FIFO queue of claims; a stage claims when it has all its inputs."""
 
     def __init__(self, pool: str) -> None:
         self.pool = pool
@@ -26,16 +26,16 @@ class PoolLease:
 
     @property
     def waiting(self) -> list[Claim]:
-        """Claims in the order in which they will be granted."""
+        """The queued claims, in the order of their grants."""
         return list(self._queue)
 
     def ask(self, claim: Claim) -> Claim | None:
-        """Queue a claim; the claim to grant now, if any."""
+        """Queue a claim. Returns the claim to grant now, if any."""
         self._queue.append(claim)
         return self._advance()
 
     def give_back(self, service: str, ticket: int) -> Claim | None:
-        """End a claim, held or still queued; the claim to grant now, if any."""
+        """End a claim, held or queued. Returns the claim to grant now, if any."""
         if self.holder is not None and (self.holder.service, self.holder.ticket) == (service, ticket):
             self.holder = None
         else:
@@ -43,7 +43,7 @@ class PoolLease:
         return self._advance()
 
     def forget(self, service: str) -> Claim | None:
-        """End all claims of a service that is gone; the claim to grant now, if any."""
+        """End all claims of a dead service. Returns the claim to grant now, if any."""
         if self.holder is not None and self.holder.service == service:
             self.holder = None
         self._queue = deque(c for c in self._queue if c.service != service)
@@ -57,7 +57,7 @@ class PoolLease:
 
 
 def shared_leases(pools: Mapping[str, str]) -> dict[str, PoolLease]:
-    """One lease a pool with more than one service, by service."""
+    """One lease for each pool with more than one service, by service."""
     counts = Counter(pools.values())
     leases = {pool: PoolLease(pool) for pool, count in counts.items() if count > 1}
     return {service: leases[pool] for service, pool in pools.items() if pool in leases}

@@ -1,4 +1,4 @@
-"""A run's events in order, with a cursor: who comes late or comes back misses nothing that is still kept."""
+"""A run's events in order, read with a cursor: a follower that comes late or reconnects misses no stored event."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from collections.abc import AsyncIterator
 
 from protocols.control.events import Event, RunEnded
 
-KEPT = 20_000
+MAX_EVENTS = 20_000
 
 
 class Notifier:
-    """Wakes everybody who waits for some state to change."""
+    """Wakes every task that waits for a state to change."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     def notify(self) -> None:
-        """Something changed."""
+        """Wake the waiting tasks."""
         self._event.set()
         self._event = asyncio.Event()
 
     async def changed(self) -> None:
-        """Wait for the next beat."""
+        """Wait for the next `notify`."""
         await self._event.wait()
 
 
 class EventLog:
-    """Append-only; the oldest events fall off after `KEPT`."""
+    """Append-only; holds the newest `MAX_EVENTS` events."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._dropped = 0
-        self._pulse = Notifier()
+        self._added = Notifier()
 
     @property
     def end(self) -> int:
-        """The cursor behind the last event."""
+        """The cursor after the last event."""
         return self._dropped + len(self._events)
 
     def add(self, event: Event) -> None:
-        """Append, and wake the followers. Behind RunEnded nothing is appended: followers have gone by then."""
+        """Append, and wake the followers. After RunEnded nothing is appended: the followers have left."""
         if self._events and isinstance(self._events[-1], RunEnded):
             return
         self._events.append(event)
-        if len(self._events) > KEPT:
-            del self._events[: len(self._events) - KEPT]
+        if len(self._events) > MAX_EVENTS:
+            del self._events[: len(self._events) - MAX_EVENTS]
             self._dropped += 1
-        self._pulse.notify()
+        self._added.notify()
 
     async def follow(self, cursor: int = 0) -> AsyncIterator[tuple[int, Event]]:
-        """(cursor behind it, event), from `cursor` on, until and including RunEnded; behind it there is nothing."""
+        """(cursor after it, event) from `cursor` on, up to and including RunEnded."""
         while True:
             cursor = max(cursor, self._dropped)
             while cursor < self.end:
@@ -61,4 +61,4 @@ class EventLog:
                     return
             if self._events and isinstance(self._events[-1], RunEnded):
                 return
-            await self._pulse.changed()
+            await self._added.changed()

@@ -1,8 +1,8 @@
-"""Prompts on their way into the pipeline: made durable in the ledger, then handed to every stage that generates.
+"""Sends prompts into the pipeline: records them in the ledger, then delivers them to every stage that generates.
 
-What was live at the checkpoint that a run goes on from is drawn again before anything new. So is what a generator had
-drawn whose process is gone, for its rows are gone with it: under a new attempt, which makes void whatever was made of
-the old one and has not reached the join.
+The prompts that were live at a restored checkpoint are generated again before any new one. The same holds for prompts
+whose rows died with a generator: they are sent under a new attempt, which voids every row of the old attempt that has
+not reached the join.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from protocols.data.ids import sample_id
 
 
 class PromptDispatcher:
-    """The prompts of one run, in their order."""
+    """The prompts of one run, in the order in which they are admitted."""
 
     def __init__(
         self,
         dataflow: Dataflow,
-        fleet: ServiceSupervisor,
+        supervisor: ServiceSupervisor,
         generators: Sequence[str],
         store: Store,
         source: PromptSource,
-        record: RunStore,
-        book: InFlightPrompts,
+        run_store: RunStore,
+        inflight: InFlightPrompts,
         samples_per_prompt: int,
     ) -> None:
-        self._dataflow, self._fleet, self._generators, self._store = dataflow, fleet, generators, store
-        self._source, self._record, self._book, self._samples = source, record, book, samples_per_prompt
-        self._restarted = record.restarted_prompts()
-        self._attempt = 0
+        self._dataflow, self._supervisor, self._generators, self._store = dataflow, supervisor, generators, store
+        self._source, self._run_store, self._inflight, self._samples = source, run_store, inflight, samples_per_prompt
+        self._restarted = run_store.restarted_prompts()
+
+    @property
+    def _attempt(self) -> int:
+        """Rises when a generator is replaced, before its successor is sent anything."""
+        return sum(self._supervisor.replacements(name) for name in self._generators)
 
     async def admit(self, room: int, min_version: int) -> None:
-        """The next `room` prompts, for weights of step `min_version` at least."""
+        """Send the next `room` prompts, to be generated with weights of step `min_version` or newer."""
         again, self._restarted = self._restarted[:room], self._restarted[room:]
-        fresh = [self._source.at(self._record.cursor + i) for i in range(room - len(again))]
+        fresh = [self._source.at(self._run_store.cursor + i) for i in range(room - len(again))]
         samples = [sample_id(prompt, i) for prompt in fresh for i in range(self._samples)]
-        await self._record.admit(samples, min_version, self._record.cursor + len(fresh))
-        self._book.admit(again + fresh)
-        await self._hand_out(again + fresh, min_version)
-
-    def begin_anew(self) -> None:
-        """A generator is gone, and what it held: from now on prompts go out under a new attempt."""
-        self._attempt += 1
+        await self._run_store.admit(samples, min_version, self._run_store.cursor + len(fresh))
+        self._inflight.admit(again + fresh)
+        await self._send(again + fresh, min_version)
 
     async def regenerate(self) -> None:
-        """Hand out what a lost generator had. A prompt whose rows are all at the join needs nothing of it.
+        """Send the prompts that a dead generator had. A prompt whose rows are all at the join is not sent again.
 
-        Prompts that its successor was handed before are refused there, being of the same attempt.
+        Prompts that its successor received before are refused there, because they have the same attempt.
         """
-        lost = self._book.incomplete
-        await self._record.regenerate([sample_id(prompt, i) for prompt in lost for i in range(self._samples)])
+        lost = self._inflight.incomplete
+        await self._run_store.regenerate([sample_id(prompt, i) for prompt in lost for i in range(self._samples)])
         by_min_version: defaultdict[int, list[int]] = defaultdict(list)
         for prompt, min_version in lost.items():
             by_min_version[min_version].append(prompt)
         for min_version, prompts in by_min_version.items():
-            await self._hand_out(prompts, min_version)
+            await self._send(prompts, min_version)
 
-    async def _hand_out(self, prompts: list[int], min_version: int) -> None:
+    async def _send(self, prompts: list[int], min_version: int) -> None:
         for channel in self._dataflow.consumers(SOURCE):
             greedy = self._dataflow.stage(channel.destination).greedy
             rows = (
@@ -76,9 +76,9 @@ class PromptDispatcher:
                 else self._source.requests(prompts, self._samples, min_version)
             )
             attempt = self._attempt
-            part = await asyncio.to_thread(pack, self._store, rows, self._record.term, attempt)
+            part = await asyncio.to_thread(pack, self._store, rows, self._run_store.term, attempt)
             if attempt != self._attempt:
-                return  # they are in the book, from which they go out under the new one
+                return  # the prompts are in flight, so `regenerate` sends them under the new attempt
             for generator in self._generators:
-                delivery = Delivery(channel.edge, self._record.term, [part.shard], attempt=attempt)
-                await self._fleet.deliver(generator, delivery, [part.payload])
+                delivery = Delivery(channel.edge, self._run_store.term, [part.shard], attempt=attempt)
+                await self._supervisor.deliver(generator, delivery, [part.payload])

@@ -33,11 +33,11 @@ class Deadlines(Settings, frozen=True):
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes in one unit: prompts and samples per step."""
+    """The sizes of a run, in steps, prompts and samples."""
 
     steps: int
     prompts_per_step: int
     samples_per_prompt: int
     staleness: int
-    deterministic: bool = False  # whole waves of prompts, one at a time
+    deterministic: bool = False  # the prompts of a step are generated together, one step at a time
     max_refills: int  # rounds of replaced prompts in one step before the run ends and reports the reject rate

@@ -1,89 +1,105 @@
-"""One batch through every trained model: closed at the join, trained by all sinks, its weights published.
+"""One training step: a batch goes through every trained model, its weights are published, the step is committed.
 
-    CloseBatch(k) ──> join ──Experience──> policy.update ──> published as version k + 1 ─┬─> the step is done
+    CloseBatch(k) ──> join ──Experience──> policy.update ──> published as version k + 1 ─┬─> commit of step k
                                      └───> critic.update ──────────────────────────────┘
 
-Weights may go out before the critics are done; the step is done when all are.
+Weights may be published before the critics are done; the step is committed when all models are.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts
+from asyncflow.control.admission.staleness import CompletePrompt, check_age
+from asyncflow.control.generators import Generators
+from asyncflow.control.settings import Pace
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.channels.endpoint import Endpoint, ask
-from asyncflow.services.weight_sync import PublicationFailed, Snapshot, install, publish
-from protocols.control.events import Event, Published
-from protocols.control.notices import StepDone
+from asyncflow.services.channels.endpoint import ask
+from protocols.control.events import StepCommitted
+from protocols.control.notices import PromptSettled, StepDone
 from protocols.control.requests import CloseBatch, Done
 from protocols.weights import Version
 
 
-class Training:
-    """The trained models of one run, as the steps see them."""
+class TrainStep:
+    """Trains the batches of one run, one at a time."""
 
     def __init__(
         self,
+        pace: Pace,
         dataflow: Dataflow,
-        fleet: ServiceSupervisor,
-        generators: Sequence[str],
-        record: RunStore,
-        deadline_seconds: float,  # of a publication
-        emit: Callable[[Event], None],
+        supervisor: ServiceSupervisor,
+        inflight: InFlightPrompts,
+        generators: Generators,
+        run_store: RunStore,
     ) -> None:
-        self._dataflow, self._fleet, self._record = dataflow, fleet, record
-        self._sinks = [name for name in generators if name != "policy"]  # of weights; the policy has its own
-        self._deadline, self._emit = deadline_seconds, emit
-        self._done: dict[tuple[str, int], asyncio.Future[StepDone]] = {}
-        self._newest: Snapshot | None = None  # that all generators have
+        self._pace, self._dataflow, self._supervisor = pace, dataflow, supervisor
+        self._inflight, self._generators, self._run_store = inflight, generators, run_store
+        self._updates: dict[tuple[str, int], asyncio.Future[StepDone]] = {}  # (stage, step)
 
     def on_notice(self, done: StepDone) -> None:
         """A trained model has finished its batch."""
-        self._done[done.stage, done.step].set_result(done)
+        self._updates[done.stage, done.step].set_result(done)
 
-    async def step(self, step: int, samples: list[int]) -> dict[str, float]:
-        """Train these samples, in this order, and publish what comes of it; what was measured."""
+    async def run(self, batch: list[CompletePrompt], waited_seconds: float) -> None:
+        """Train one batch, publish the weights and commit the step. `waited_seconds`: until the batch was complete."""
+        step = self._inflight.admission.version
+        ages = check_age(batch, step, self._pace.staleness)
+        samples = [sample for notice in self._inflight.notices_of(batch) for sample in notice.alive]
+        await self._run_store.batched(samples)
+        metrics = await self._train(step, samples)
+        metrics["wait.batch_seconds"] = waited_seconds
+        busy = self._run_store.log.take_busy_seconds()
+        metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
+        notices = self._inflight.notices_of(batch)
+        seconds = await self._run_store.commit(step, samples)
+        self._inflight.commit(batch)
+        self._run_store.log.observe_staleness(ages, self._pace.samples_per_prompt)
+        version = Version(self._run_store.term, step + 1)
+        self._run_store.log.emit(_event(version, seconds, notices, len(samples), ages, metrics))
+
+    async def _train(self, step: int, samples: list[int]) -> dict[str, float]:
+        """Train these samples in this order and publish the weights. Returns the metrics."""
         for sink in self._dataflow.sinks:
-            self._done[sink.name, step] = asyncio.get_running_loop().create_future()
-        closed, _ = await ask(self._fleet[self._dataflow.batch_stage.service], CloseBatch(step, samples))
+            self._updates[sink.name, step] = asyncio.get_running_loop().create_future()
+        closed, _ = await ask(self._supervisor[self._dataflow.batch_stage.service], CloseBatch(step, samples))
         assert isinstance(closed, Done)
         metrics = dict(closed.values)
         for stage in sorted(self._dataflow.sinks, key=lambda sink: sink.service != "policy"):
-            done = await self._done[stage.name, step]
+            done = await self._updates[stage.name, step]
             metrics |= {f"{stage.service}.{name}": value for name, value in done.values.items()}
             if stage.service == "policy":
-                published = await self.publish(Version(self._record.term, step + 1))
+                published = await self._generators.publish(step + 1)
                 metrics["publish_seconds"] = published.seconds if published else 0.0
         for stage in self._dataflow.sinks:
-            del self._done[stage.name, step]
+            del self._updates[stage.name, step]
         return metrics
 
-    async def publish(self, version: Version) -> Published | None:
-        """Have every generator install the policy's weights; None where the policy itself generates."""
-        if not self._sinks:
-            return None
-        await self._fleet.wait_healthy()  # a successor that is starting has a deadline of its own
-        sinks = [self._fleet.with_retry(name) for name in self._sinks]
-        published, self._newest = await publish(self._fleet["policy"], sinks, version, self._deadline)
-        self._record.published(published)
-        self._emit(published)
-        return published
 
-    async def catch_up(self, generator: Endpoint) -> None:
-        """Give a generator that has taken a dead one's place the weights that the others have.
-
-        Raises PublicationFailed where it does not take them in time.
-        """
-        if self._newest is None:
-            return
-        try:
-            async with asyncio.timeout(self._deadline):
-                await install(generator, self._newest)
-        except TimeoutError:
-            raise PublicationFailed(
-                f"version {self._newest.manifest.version}: {generator.name}, which was replaced, has not loaded it "
-                f"within {self._deadline:g} s"
-            ) from None
+def _event(
+    version: Version,
+    seconds: float,
+    notices: list[PromptSettled],
+    samples: int,
+    ages: list[int],
+    metrics: dict[str, float],
+) -> StepCommitted:
+    rewards = sum(notice.reward_sum for notice in notices)
+    if costs := [notice.cost_sum for notice in notices if notice.cost_sum is not None]:
+        metrics |= {"cost_mean": sum(costs) / max(samples, 1)}
+    return StepCommitted(
+        step=version.step,
+        version=str(version),
+        seconds=seconds,
+        samples=samples,
+        tokens_generated=sum(notice.tokens for notice in notices),
+        reward_mean=rewards / max(samples, 1),
+        kl=metrics.pop("kl", 0.0),
+        loss=metrics.get("policy.loss", 0.0),
+        staleness_max=max(ages),
+        staleness_mean=sum(ages) / len(ages),
+        metrics=metrics,
+    )

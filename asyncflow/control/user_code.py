@@ -1,9 +1,9 @@
-"""The run's own code on disk: what of it runs, and how all services take newer files together, or none of them.
+"""Reload of the user's code: all services switch to newer files together, or none of them does.
 
-    changed files ──PrepareCode──> every service makes and tries them out ──all can──> SwitchCode(take)
-                                                                          ──one can't─> SwitchCode(drop), the error
+    changed files ──PrepareCode──> every service loads and checks them ──all succeed──> SwitchCode(take)
+                                                                       ──one fails────> SwitchCode(drop), its error
 
-A service that takes a dead one's place is given what runs, whatever stands on disk by then.
+The successor of a dead service gets the code that the others run, whatever is on disk by then.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from workers.user_code import BadCode, source_of
 
 
 class UserCode:
-    """The modules that a recipe names, each by "package.module:function"."""
+    """The user's modules that a recipe names by "package.module:function", and the text of them that runs."""
 
     def __init__(self, modules: Sequence[str] = ()) -> None:
-        """Reads them as they are now: what the services have imported. A module without a file never changes."""
+        """Read the files as the services import them. A module without a file never changes."""
         self._running: dict[str, CodeSource] = {}
         for module in modules:
             with contextlib.suppress(BadCode):
                 self._running[module] = source_of(module)
 
     def changed(self) -> list[CodeSource]:
-        """The files that differ from what runs. Blocking. Raises BadCode for one that can't be read."""
+        """The files that differ from the running code. Blocking. Raises BadCode for a file that can't be read."""
         return [source for source in map(source_of, self._running) if source != self._running[source.module]]
 
     async def give_running(self, service: Endpoint) -> None:
-        """Have a service that has just started run what the others run, whatever its files hold by now."""
+        """Have a service that has just started run the code of the others, whatever its files contain by now."""
         given: dict[str, CodeSource] = {}
-        while given != self._running:  # the others may have taken newer files meanwhile
+        while given != self._running:  # the others may have switched meanwhile
             given = self._running
             await ask(service, PrepareCode(list(given.values())))
             await ask(service, SwitchCode(True))
 
     async def give(self, sources: list[CodeSource], services: Mapping[str, Endpoint]) -> None:
-        """Have all services take the files; each of them reads its own out of all.
+        """Have all services switch to the files; each one picks those that it uses.
 
-        Raises BadCode with every service's error where one refuses: then all go on with what they have.
+        Raises BadCode with every service's error if one refuses: then all keep the code that they have.
         """
         prepared = dict(services)
         asked = [ask(service, PrepareCode(sources)) for service in prepared.values()]
@@ -51,10 +51,10 @@ class UserCode:
         for error in errors:
             if not isinstance(error, ServiceError):
                 raise error
-        if not errors:  # before the switch: a service that dies during it has a successor that is given these
+        if not errors:  # before the switch: the successor of a service that dies during it gets these
             self._running = self._running | {source.module: source for source in sources}
         await self._switch(prepared, take=not errors)
-        # Who took a dead one's place after that one had prepared has nothing to take.
+        # A service that was replaced since it prepared has nothing prepared to switch to.
         for service in [service for name, service in services.items() if service is not prepared[name]]:
             with contextlib.suppress(ServiceGone):
                 await self.give_running(service)
@@ -64,7 +64,7 @@ class UserCode:
     @staticmethod
     async def _switch(services: Mapping[str, Endpoint], take: bool) -> None:
         async def switch(service: Endpoint) -> None:
-            with contextlib.suppress(ServiceGone):  # its successor is given what runs
+            with contextlib.suppress(ServiceGone):  # its successor gets the running code
                 await ask(service, SwitchCode(take))
 
         async with asyncio.TaskGroup() as group:

@@ -18,8 +18,8 @@ from asyncflow.control.evaluation import Evaluator
 from asyncflow.control.settings import Pace
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.store.run_store import RunStore
+from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
-from asyncflow.control.supervision.supervision import Supervisor
 from asyncflow.control.user_code import UserCode
 from asyncflow.observe.exporter import Exporter, Target, write_targets
 from asyncflow.planner.calibration.calibration import read_calibration
@@ -136,7 +136,7 @@ def _controller(
         _write_targets(folder, folder.name, services, port)
         return services[name].endpoint
 
-    record = RunStore(
+    run_store = RunStore(
         run=folder.name,
         folder=folder,
         term=start.term,
@@ -169,10 +169,10 @@ def _controller(
         pace=pace,
         deadlines=recipe.deadlines,
         dataflow=dataflow,
-        fleet=ServiceSupervisor(
+        supervisor=ServiceSupervisor(
             {n: s.endpoint for n, s in services.items()},
             {s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
-            Supervisor(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+            RestartPolicy(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
             restart,
         ),
         generators=[GENERATOR if GENERATOR in services else "policy"],
@@ -180,7 +180,7 @@ def _controller(
         source=checked.train,
         evaluator=evaluator,
         evaluation=recipe.evaluation,
-        record=record,
+        run_store=run_store,
         warnings=start.warnings,
         code=code,
     )

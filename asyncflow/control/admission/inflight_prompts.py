@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncflow.control.admission.staleness import Admission, CompletePrompt, choose_batch
+from asyncflow.control.store.ledger import EndedSample
 from protocols.control.notices import PromptSettled
 
 
@@ -99,6 +100,13 @@ class InFlightPrompts:
         """The prompts that finished since the last call: nobody needs their rows any more."""
         finished, self._finished = self._finished, []
         return finished
+
+
+def ended_samples(notice: PromptSettled) -> list[EndedSample]:
+    """How the samples of a complete prompt end that is not trained: its failures, then what is dropped with them."""
+    failed: list[EndedSample] = [(failure.sample_id, "failed", failure.cause) for failure in notice.dead]
+    reason = "group_incomplete" if failed else "no_signal"
+    return failed + [(sample, "dropped", reason) for sample in notice.alive]
 
 
 def _oldest(notice: PromptSettled) -> int:

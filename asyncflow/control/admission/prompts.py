@@ -1,7 +1,7 @@
-"""Where prompts come from: a data file in an order of its own, each prompt with a deterministic id.
+"""The prompts of a run: the rows of a data file, shuffled once an epoch, each with a deterministic id.
 
-The order of an epoch is a permutation drawn from (run seed, epoch) alone, so the cursor is one number and no
-other generator's state decides it.
+The permutation of an epoch depends on (run seed, epoch) alone. So one number, the cursor, says where a run stands, and
+no random generator has to be saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DataRow(msgspec.Struct, frozen=True):
 
 
 class PromptSource:
-    """Tokenized prompts by place, and the order in which they are admitted.
+    """Tokenized prompts, and the order in which they are admitted.
 
     Raises ValueError for a tokenizer that can't be read and for a row whose prompt has no token.
     """
@@ -46,13 +46,13 @@ class PromptSource:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """The length of the longest prompt, in tokens."""
         return max(len(t) for t in self._tokens)
 
     def at(self, cursor: int) -> int:
-        """The id of the prompt at a cursor that counts admitted prompts from 0 over all epochs.
+        """The id of the prompt at a cursor, which counts admitted prompts from 0 over all epochs.
 
-        Raises ValueError behind the last epoch that ids of training rows have.
+        Raises ValueError after the last epoch that the ids of training rows can hold.
         """
         epoch, position = divmod(cursor, len(self.rows))
         if epoch >= EVALUATION_EPOCH:
@@ -62,15 +62,15 @@ class PromptSource:
         return prompt_id(epoch, int(self._order[1][position]))
 
     def requests(self, prompts: list[int], samples_per_prompt: int, min_version: int) -> Prompts:
-        """One row a sample of the given prompts, admitted at version `min_version`."""
+        """One row for each sample of the given prompts, admitted at version `min_version`."""
         return self._rows_of([sample_id(p, i) for p in prompts for i in range(samples_per_prompt)], min_version)
 
     def baselines(self, prompts: list[int], min_version: int) -> Prompts:
-        """One greedy row a prompt."""
+        """One greedy row for each prompt."""
         return self._rows_of([sample_id(p, BASELINE_INDEX) for p in prompts], min_version)
 
     def evaluation(self, min_version: int, limit: int) -> Prompts:
-        """One row for each of the first `limit` rows of the file (0: all), for evaluation."""
+        """One evaluation row for each of the first `limit` rows of the file (0: all)."""
         count = min(limit or len(self), len(self))
         return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, i), 0) for i in range(count)], min_version)
 

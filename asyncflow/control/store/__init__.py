@@ -1,4 +1,4 @@
-"""What survives a crash: the ledger of samples, checkpoints, and the store that commits both together.
+"""What survives a crash: the ledger of samples, the checkpoints, the store that commits both, and the run's reports.
 
 What to do after a failure is decided in `asyncflow.control.supervision`.
 """

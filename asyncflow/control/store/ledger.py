@@ -1,7 +1,7 @@
-"""The ledger: the one record of samples. Every admitted sample ends exactly once, as trained, dropped or failed.
+"""The ledger of samples: every admitted sample ends exactly once, as trained, dropped or failed.
 
-SQLite, one writer. A transaction is durable before anything that follows from it happens: prompts are recorded
-before they are handed out, and a step's samples become trained in the same transaction that raises the version.
+SQLite with one writer. A transaction is durable before its consequences happen: prompts are recorded before they are
+sent, and a step's samples become trained in the same transaction that raises the version.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Literal
 import msgspec
 
 State = Literal["created", "generated", "scored", "batched", "trained", "dropped", "failed"]
+EndState = Literal["dropped", "failed"]
+EndedSample = tuple[int, EndState, str]  # sample id, state, reason
 LIVE: tuple[State, ...] = ("created", "generated", "scored", "batched")
 TERMINAL: tuple[State, ...] = ("trained", "dropped", "failed")
 
-_BEFORE: dict[State, tuple[State, ...]] = {  # the states from which one is reached
+_BEFORE: dict[State, tuple[State, ...]] = {  # state -> the states from which it is reached
     "generated": ("created",),
-    "scored": ("created", "generated"),  # notices of two services may pass each other
+    "scored": ("created", "generated"),  # notices of two services may overtake each other
     "batched": ("scored",),
     "trained": ("batched",),
     "dropped": LIVE,
@@ -49,11 +51,11 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL);
 
 
 class LedgerError(Exception):
-    """A transition that the ledger refuses: some sample is not in the state that it should be in."""
+    """A refused transition: a sample is not in a state from which the new one is reached."""
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """How many samples are in each state; `created` counts all that ever were."""
+    """The number of samples in each state; `created` counts all samples ever."""
 
     created: int
     trained: int
@@ -63,12 +65,12 @@ class Totals(msgspec.Struct, frozen=True):
 
     @property
     def imbalance(self) -> int:
-        """0 where every sample is accounted for."""
+        """0 if every sample is accounted for."""
         return self.created - self.trained - self.dropped - self.failed - self.live
 
 
 class Ledger:
-    """One run's ledger. Not thread-safe: one thread at a time."""
+    """One run's ledger. Not thread-safe: use it from one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -78,16 +80,16 @@ class Ledger:
 
     @property
     def version(self) -> int:
-        """Committed steps."""
+        """The number of committed steps."""
         return self._meta("version")
 
     @property
     def cursor(self) -> int:
-        """How many prompts were taken from the data, over all epochs."""
+        """The number of prompts taken from the data, over all epochs."""
         return self._meta("cursor")
 
     def admit(self, samples: Iterable[int], version: int, term: int, cursor: int) -> None:
-        """Record new samples and where the data stands after them. Raises LedgerError for a known id."""
+        """Record new samples and the data cursor after them. Raises LedgerError for a known id."""
         with self._transaction():
             try:
                 self._db.executemany(
@@ -99,18 +101,18 @@ class Ledger:
             self._set_meta("cursor", cursor)
 
     def move(self, samples: Iterable[int], state: State, reason: str = "") -> None:
-        """Move samples on. Raises LedgerError, and changes nothing, where one may not move there."""
+        """Move samples to a state. Raises LedgerError and changes nothing if one of them may not move there."""
         with self._transaction():
             self._move(samples, state, reason, None)
 
-    def end(self, ended: Iterable[tuple[int, State, str]]) -> None:
+    def end(self, ended: Iterable[EndedSample]) -> None:
         """End samples as dropped or failed, each with its reason, in one transaction."""
         with self._transaction():
             for sample, state, reason in ended:
                 self._move([sample], state, reason, None)
 
     def commit_step(self, step: int, term: int, samples: list[int]) -> None:
-        """Samples trained and version raised, at once. `step` is the step that was done, from 0."""
+        """Mark samples trained and raise the version, in one transaction. `step` counts from 0."""
         with self._transaction():
             if self.version != step:
                 raise LedgerError(f"step {step} can't be committed at version {self.version}")
@@ -129,13 +131,13 @@ class Ledger:
         ]
 
     def restart_live(self, term: int) -> list[int]:
-        """Put every live sample back to created with one attempt more, for a new term; their ids."""
+        """Put every live sample back to created with one more attempt, for a new term. Returns their ids."""
         live = self.live()
         self.regenerate(live, term)
         return live
 
     def regenerate(self, samples: Iterable[int], term: int) -> None:
-        """Put live samples, whose rows are gone, back to created with one attempt more. LedgerError for any other."""
+        """Put live samples whose rows are lost back to created with one more attempt. LedgerError for any other."""
         marks = ", ".join("?" * len(LIVE))
         again = (
             "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? "
@@ -144,10 +146,10 @@ class Ledger:
         with self._transaction():
             for sample in samples:
                 if self._db.execute(again, (term, sample, *LIVE)).rowcount != 1:
-                    raise LedgerError(f"sample {sample} can't be drawn again: it has ended, or never began")
+                    raise LedgerError(f"sample {sample} can't be generated again: it has ended, or was never admitted")
 
     def totals(self) -> Totals:
-        """Counts by state."""
+        """The number of samples by state."""
         by_state = {s: int(n) for s, n in self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state")}
         ended = {s: by_state.get(s, 0) for s in TERMINAL}
         return Totals(
@@ -159,12 +161,12 @@ class Ledger:
         )
 
     def reasons(self) -> dict[tuple[str, str], int]:
-        """How many samples ended in each (state, reason)."""
+        """The number of samples by (state, reason)."""
         rows = self._db.execute("SELECT state, reason, COUNT(*) FROM samples GROUP BY state, reason")
         return {(s, r): int(n) for s, r, n in rows}
 
     def backup(self, path: Path) -> None:
-        """A consistent copy, made by SQLite's own backup; one file, no write-ahead log beside it."""
+        """Write a consistent copy with SQLite's backup: one file without a write-ahead log beside it."""
         copy = sqlite3.connect(path)
         try:
             self._db.backup(copy)
@@ -173,7 +175,7 @@ class Ledger:
             copy.close()
 
     def close(self) -> None:
-        """Fold the write-ahead log in and close."""
+        """Fold in the write-ahead log and close."""
         self._db.close()
 
     def _move(self, samples: Iterable[int], state: State, reason: str, step: int | None) -> None:
@@ -202,7 +204,7 @@ class Ledger:
 
 
 class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK where the block or the commit raised."""
+    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK if the block or the commit raised."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db

@@ -1,4 +1,4 @@
-"""How a run ends: all that went wrong as one outcome, with one exit code. Pure."""
+"""The outcome of a failed run: all of its errors as one text and one exit code. Pure."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """One outcome for all errors of a run: every cause is told, and a broken invariant decides the exit code."""
+    """One outcome for all errors of a run: it names every cause; a violated invariant decides the exit code."""
     leaves = list(_leaves(error))
     broken = any(isinstance(e, LedgerError | StalenessExceeded) for e in leaves)
     unexpected = any(not isinstance(e, _FORESEEN) for e in leaves)
     prefix = "an invariant is broken: " if broken else "unexpected, see logs/controller.log: " if unexpected else ""
-    told = dict.fromkeys(str(e) if isinstance(e, _FORESEEN) else causes(e) for e in leaves)
-    return Outcome(3 if broken else 1, prefix + "; ".join(told), unexpected)
+    texts = dict.fromkeys(str(e) if isinstance(e, _FORESEEN) else causes(e) for e in leaves)
+    return Outcome(3 if broken else 1, prefix + "; ".join(texts), unexpected)
 
 
 _FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded)

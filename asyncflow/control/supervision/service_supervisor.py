@@ -1,6 +1,7 @@
-"""The services of a run as its controller sees them: followed, given devices in turn, replaced when they die.
+"""The services of a run, supervised: it reads their notices, grants devices in turn and replaces the ones that die.
 
-What a service reports about devices, waits and its own death is dealt with here; all else goes to the controller.
+Notices about devices, waits and lost rows are handled here. All others, and replacements, go to one queue, which the
+controller consumes.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from asyncflow.control.device_lease import Claim, shared_leases
 from asyncflow.control.events import Notifier
 from asyncflow.control.supervision.outcome import RunFailed
-from asyncflow.control.supervision.supervision import Resend, Supervisor
+from asyncflow.control.supervision.restart_policy import Resend, RestartPolicy
 from asyncflow.control.supervision.wait_graph import WaitBoard
 from asyncflow.services.channels.endpoint import (
     Endpoint,
@@ -40,72 +43,71 @@ from protocols.control.requests import (
     YieldDevices,
 )
 
-OnNotice = Callable[[Notice], Awaitable[None]]
-Replaced = Callable[[ServiceReplaced], None]
-OnReplaced = Callable[[Endpoint], Awaitable[None]]
+
+class Replaced(NamedTuple):
+    """A service died and `successor` took its place. The successor has nothing yet of what the other services have."""
+
+    event: ServiceReplaced
+    successor: Endpoint
 
 
 class ServiceSupervisor:
-    """All services by name. `restart` starts a successor in the place of a service that is gone."""
+    """All services by name. `restart` starts a successor in the place of a dead service."""
 
     def __init__(
         self,
         services: Mapping[str, Endpoint],
         pools: Mapping[str, str],
-        supervisor: Supervisor,
+        policy: RestartPolicy,
         restart: Callable[[str], Awaitable[Endpoint]],
     ) -> None:
         self.services = dict(services)
         self.waits = WaitBoard()
         self._leases = shared_leases(pools)
-        self._supervisor, self._restart = supervisor, restart
-        self._resident: dict[str, str] = {}  # pool -> the service that was on its devices last
+        self._policy, self._restart = policy, restart
+        self._notices: asyncio.Queue[Notice | Replaced] = asyncio.Queue(1)  # unread notices stop the next poll
+        self._resident: dict[str, str] = {}  # pool -> the service that used its devices last
         self._stays: set[str] = set()  # services that have nothing to move off their devices
         self._replacing: set[str] = set()
-        self._equipped = dict(services)  # of those that were replaced, the successor once it has all it needs
-        self._returns = Notifier()
+        self._replacements: Counter[str] = Counter()
+        self._ready = dict(services)  # a successor joins when it has all it needs
+        self._ready_changed = Notifier()
         self._resending: set[Resend] = set()
         self._once_more: set[Resend] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._ended = FinishedPrompts()
+        self._finished = FinishedPrompts()
         self._moved = time.monotonic()
 
     def __getitem__(self, name: str) -> Endpoint:
         return self.services[name]
 
-    # --- following
+    # --- notices and deaths
 
-    def follow(
-        self, group: asyncio.TaskGroup, on_notice: OnNotice, replaced: Replaced, on_replaced: OnReplaced
-    ) -> list[asyncio.Task[None]]:
-        """Tasks that hear the services out for ever. They raise RunFailed or ServiceGone where the run can't go on.
+    def follow(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Tasks that read the services' notices for ever. They raise RunFailed or ServiceGone if the run can't go on.
 
         Redeliveries join the list: one to a service that hangs must not outlive the rest.
-
-        Args:
-            replaced: is told of every service that took a dead one's place.
-            equip: gives such a service what the others have; it is followed meanwhile.
         """
         self._tasks += [
-            group.create_task(self._follow(name, group, on_notice, replaced, on_replaced), name=f"notices of {name}")
-            for name in self.services
+            group.create_task(self._follow(name, group), name=f"notices of {name}") for name in self.services
         ]
         return self._tasks
 
-    async def _follow(
-        self, name: str, group: asyncio.TaskGroup, on_notice: OnNotice, replaced: Replaced, on_replaced: OnReplaced
-    ) -> None:
+    async def next_notice(self) -> Notice | Replaced:
+        """The next notice that is not handled here, or the next replacement."""
+        return await self._notices.get()
+
+    async def _follow(self, name: str, group: asyncio.TaskGroup) -> None:
         while True:
             try:
                 notices = await self.services[name].notices()
             except ServiceGone as gone:
-                replaced(await self._replace(name, gone, group))
-                self._tasks.append(group.create_task(self._equip(name, on_replaced), name=f"equip {name}"))
+                await self._notices.put(await self._replace(name, gone, group))
                 continue
             for notice in notices:
-                await self._note(name, notice, group, on_notice)
+                await self._handle(name, notice, group)
 
-    async def _note(self, name: str, notice: Notice, group: asyncio.TaskGroup, on_notice: OnNotice) -> None:
+    async def _handle(self, name: str, notice: Notice, group: asyncio.TaskGroup) -> None:
         match notice:
             case Waiting():
                 self.waits.note(notice)
@@ -115,17 +117,17 @@ class ServiceSupervisor:
             case LeaseReturned():
                 await self._grant(self._leases[name].give_back(name, notice.ticket))
             case RowsLost():
-                self._send_again(self._supervisor.resend_to(notice.stage), group)
-                return  # no progress: where it goes on and on, the watchdog is to see it
+                self._send_again(self._policy.resend_to(notice.stage), group)
+                return  # no progress: the watchdog has to see it if it never ends
             case ServiceFailed():
                 raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
             case _:
-                await on_notice(notice)
+                await self._notices.put(notice)
         self.mark_progress()
 
-    async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> ServiceReplaced:
-        """Put a new service in the place of one whose process is gone, or give the run up."""
-        replacement = self._supervisor.replace(name)
+    async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> Replaced:
+        """Start a successor for a service whose process is gone. Raises `gone` if the run can't go on without it."""
+        replacement = self._policy.replace(name)
         if replacement is None:
             raise gone
         start = time.monotonic()
@@ -137,43 +139,51 @@ class ServiceSupervisor:
         self._replacing.add(name)
         while True:
             try:
-                self.services[name] = await self._successor(name)
+                successor = await self._successor(name)
                 break
             except ServiceError:  # it died as well, or could not start
-                replacement = self._supervisor.replace(name)
+                replacement = self._policy.replace(name)
                 if replacement is None:
                     raise
+        self.services[name] = successor
+        self._replacements[name] += 1
         self._replacing.discard(name)
         self.waits.note(Waiting(name))
         self._send_again(replacement.resend, group)
         self.mark_progress()
         seconds = time.monotonic() - start
-        return ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
+        event = ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
+        return Replaced(event, successor)
 
     async def _successor(self, name: str) -> Endpoint:
-        """A new process in a service's place, which knows what has ended: old rows would sit in it for ever."""
+        """A new process that knows the finished prompts: it would hold their rows for ever."""
         successor = await self._restart(name)
-        told: list[tuple[int, int]] | None = None
-        while told != self._ended.runs:  # prompts may end meanwhile
-            told = self._ended.runs
-            await ask(successor, EndPrompts([], runs=told))
+        sent: list[tuple[int, int]] | None = None
+        while sent != self._finished.runs:  # prompts may finish meanwhile
+            sent = self._finished.runs
+            await ask(successor, EndPrompts([], runs=sent))
         return successor
 
-    async def _equip(self, name: str, on_replaced: OnReplaced) -> None:
-        successor = self.services[name]
+    @contextlib.asynccontextmanager
+    async def on_replaced(self, replaced: Replaced) -> AsyncIterator[Endpoint]:
+        """Give the successor what the other services have inside this block; it is ready at its end.
+
+        If the successor dies inside the block, the block ends silently: the next successor gets a block of its own.
+        """
+        name, successor = replaced.event.service, replaced.successor
         self.waits.note(Waiting(name, "what the others have", "", time.time()))
-        with contextlib.suppress(ServiceGone):  # then another one is equipped
-            await on_replaced(successor)
+        with contextlib.suppress(ServiceGone):
+            yield successor
             if self.services[name] is successor:
-                self._equipped[name] = successor
-                self._returns.notify()
+                self._ready[name] = successor
+                self._ready_changed.notify()
         self.waits.note(Waiting(name))
 
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
-        """Have rows sent again. Each sender waits for room, which the receiver makes while it is followed."""
+        """Request redeliveries, in tasks: a sender waits for room, which its receiver makes while it is followed."""
         for resend in resends:
             if resend in self._resending:
-                self._once_more.add(resend)  # what was asked for meanwhile may have been passed already
+                self._once_more.add(resend)  # the redelivery in progress may have passed the rows lost since
                 continue
             self._resending.add(resend)
             self._tasks.append(group.create_task(self._resend(resend), name=f"redelivery to {resend.edge}"))
@@ -186,7 +196,7 @@ class ServiceSupervisor:
         self._resending.discard(resend)
 
     async def _grant(self, claim: Claim | None) -> None:
-        """Give a pool's devices to who is next, when who was on them has made room."""
+        """Grant a pool's devices to the next claim, after the previous service has left them."""
         if claim is None:
             return
         pool = self._leases[claim.service].pool
@@ -196,89 +206,93 @@ class ServiceSupervisor:
         await self.tell(claim.service, Grant(claim.ticket))
 
     async def _make_room(self, name: str, claim: Claim) -> None:
-        """Have a service leave its devices. One with nothing to move, as on a CPU, says so and is not asked again."""
-        # The lease it has already: it would be told to wait for itself.
+        """Have a service leave its devices. A service that has nothing to move, as on a CPU, is not asked again."""
+        # The claim holds the lease already: as a wait for the lease it would wait for itself.
         self.waits.note(Waiting(claim.stage, "free devices", name, time.time()))
-        with contextlib.suppress(ServiceGone):  # its memory is free, too; who follows it sees its death
+        with contextlib.suppress(ServiceGone):  # its memory is free, too; the task that follows it sees its death
             reply, _ = await ask(self.services[name], YieldDevices())
             if isinstance(reply, Done) and not reply.values.get("moves"):
                 self._stays.add(name)
         self.waits.note(Waiting(claim.stage))
 
-    # --- asking
+    # --- requests
 
     def with_retry(self, name: str) -> Requestable:
-        """A service that outlives its processes: what one could not answer is asked of its successor again.
+        """A service across its deaths: a request that one process could not answer is repeated to its successor.
 
-        For what may be asked twice.
+        Only for requests that may be sent twice.
         """
         return _WithRetry(name, self)
 
     async def wait_healthy(self) -> None:
         """Wait until no service is being replaced, as far as deaths are known."""
-        while self._replacing or self._equipped != self.services:
-            await self._returns.changed()
+        while self._replacing or self._ready != self.services:
+            await self._ready_changed.changed()
 
     def deaths(self, name: str) -> int:
         """How often a service's process has died."""
-        return self._supervisor.deaths(name)
+        return self._policy.deaths(name)
+
+    def replacements(self, name: str) -> int:
+        """How often a successor has taken a service's place."""
+        return self._replacements[name]
 
     async def ask_with_retry(
         self, name: str, request: Request, payloads: Sequence[Payload]
     ) -> tuple[Reply, list[Payload]]:
         """See `with_retry`."""
         while True:
-            service = self._equipped[name]
+            service = self._ready[name]
             try:
                 return await service.request(request, payloads)
             except ServiceGone:
-                if not self._supervisor.may_die(name):
+                if not self._policy.may_die(name):
                     raise
-                while self._equipped[name] is service:  # who follows it replaces it, or ends the run
-                    await self._returns.changed()
+                while self._ready[name] is service:  # the task that follows it replaces it, or ends the run
+                    await self._ready_changed.changed()
 
     async def deliver(self, name: str, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        """Hand rows to a service; one that is being replaced is sent them again by whoever equips it."""
+        """Deliver rows to a service. If it is being replaced they are lost here and sent again to its successor."""
         try:
             await self.services[name].deliver(delivery, payloads)
         except ServiceGone:
-            if not self._supervisor.may_die(name):
+            if not self._policy.may_die(name):
                 raise
 
     async def tell(self, name: str, request: Request) -> None:
-        """Ask for something that a service which is being replaced need not hear: it starts with empty memory."""
+        """Send a request; ignore the failure if the service is being replaced: its successor starts without state."""
         try:
             await ask(self.services[name], request)
         except ServiceGone:
-            if not self._supervisor.may_die(name):
+            if not self._policy.may_die(name):
                 raise
 
     async def end_prompts(self, prompts: list[int]) -> None:
-        """Let every service forget the prompts that are over, and those that start later refuse them."""
+        """Have every service drop the rows of finished prompts, and later successors refuse them."""
         for prompt in prompts:
-            self._ended.add(prompt)
+            self._finished.add(prompt)
         async with all_or_error() as group:
             for name in self.services:
                 group.create_task(self.tell(name, EndPrompts(prompts)), name=f"end prompts on {name}")
 
     async def statistics(self) -> list[ServiceStatistics]:
-        """What every service's channels did so far. Raises ServiceError naming one that does not answer."""
+        """The channel statistics of every service. Raises ServiceError and names a service that does not answer."""
         replies = [await ask(service, GetStatistics()) for service in self.services.values()]
         return [reply.statistics for reply, _ in replies if isinstance(reply, Statistics)]
 
-    # --- standing still
+    # --- progress
 
     def mark_progress(self) -> None:
-        """Something moved."""
+        """The run made progress."""
         self._moved = time.monotonic()
 
     @property
     def idle_seconds(self) -> float:
-        """How long nothing has moved; a successor that is starting has a deadline of its own."""
+        """Time without progress; 0 while a successor starts, which has a deadline of its own."""
         return 0.0 if self._replacing else time.monotonic() - self._moved
 
     def graph(self) -> list[str]:
-        """Who waits for what on whom, a line an edge."""
+        """Who waits for what on whom, one line an edge."""
         holders = {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
         return self.waits.graph(time.time(), holders)
 
@@ -286,9 +300,9 @@ class ServiceSupervisor:
 class _WithRetry:
     """Implements `Requestable`."""
 
-    def __init__(self, name: str, fleet: ServiceSupervisor) -> None:
+    def __init__(self, name: str, supervisor: ServiceSupervisor) -> None:
         self.name = name
-        self._fleet = fleet
+        self._supervisor = supervisor
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        return await self._fleet.ask_with_retry(self.name, request, payloads)
+        return await self._supervisor.ask_with_retry(self.name, request, payloads)

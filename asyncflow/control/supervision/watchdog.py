@@ -1,11 +1,10 @@
-"""The one who looks at a run every half second: the live view's figures, and the wait-for graph of a stall."""
+"""The watchdog checks a run twice a second: it reports progress, and the wait-for graph if nothing moves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from asyncflow.control.events import EventLog
 from asyncflow.control.settings import Deadlines
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
@@ -13,36 +12,36 @@ from protocols.control.events import Event, Stalled, WaitsChanged
 
 
 class Watchdog:
-    """What it saw last, and whether it has barked."""
+    """Remembers the last check, and whether the current stall was reported."""
 
-    def __init__(
-        self, fleet: ServiceSupervisor, deadlines: Deadlines, events: EventLog, emit: Callable[[Event], None]
-    ) -> None:
-        self._fleet, self._deadlines, self._events, self._emit = fleet, deadlines, events, emit
-        self._tokens, self._at = 0, time.monotonic()
-        self._told = False
+    def __init__(self, supervisor: ServiceSupervisor, deadlines: Deadlines) -> None:
+        self._supervisor, self._deadlines = supervisor, deadlines
+        self._tokens, self._checked_at = 0, time.monotonic()
+        self._reported = False
 
-    def check(self, *, live_prompts: int, step_progress: float, tokens: int, paused: bool) -> None:
-        """Tell the followers what goes on; once a stall, its graph. RunFailed where it has lasted too long.
+    def generated(self, tokens: int) -> None:
+        """Count generated tokens."""
+        self._tokens += tokens
+
+    def check(self, *, live_prompts: int, step_progress: float, paused: bool) -> Iterator[Event]:
+        """The events to report now: the waits, and once a stall its graph. RunFailed if a stall lasts too long.
 
         Args:
-            step_progress: share of the current batch's prompts that are settled, 0 to 1.
-            tokens: generated since the run started.
+            step_progress: share of the current batch's prompts that are complete, 0 to 1.
             paused: nothing is meant to move.
         """
         now = time.monotonic()
-        rate, self._tokens, self._at = (tokens - self._tokens) / (now - self._at), tokens, now
-        waits = self._fleet.waits.current()
-        self._events.add(
-            WaitsChanged(waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate)
-        )
-        idle = self._fleet.idle_seconds
+        rate = self._tokens / (now - self._checked_at)
+        self._tokens, self._checked_at = 0, now
+        waits = self._supervisor.waits.current()
+        yield WaitsChanged(waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate)
+        idle = self._supervisor.idle_seconds
         if paused or idle < self._deadlines.stall:
-            self._told = False
+            self._reported = False
             return
-        graph = self._fleet.graph()
+        graph = self._supervisor.graph()
         if idle > self._deadlines.give_up:
             raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
-        if not self._told:
-            self._told = True
-            self._emit(Stalled(seconds=idle, graph=graph))
+        if not self._reported:
+            self._reported = True
+            yield Stalled(seconds=idle, graph=graph)

@@ -82,7 +82,7 @@ async def test_a_follower_that_leaves_does_not_disturb_another():
 
 
 async def test_the_oldest_events_fall_off_and_cursors_still_hold(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(events, "KEPT", 2)
+    monkeypatch.setattr(events, "MAX_EVENTS", 2)
     log = EventLog()
     for event in (PAUSED, RUNNING, PAUSED, ENDED):
         log.add(event)

@@ -12,8 +12,8 @@ from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.control.admission.staleness import Admission
 from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
-from asyncflow.control.supervision.supervision import Supervisor
 from asyncflow.dataflow.algorithms.remax import remax
 from asyncflow.dataflow.trace import trace
 from asyncflow.services.channels.endpoint import Endpoint, Payload
@@ -23,7 +23,7 @@ from protocols.control.notices import Notice, PromptSettled
 from protocols.control.requests import Reply, Request
 from protocols.data.ids import BASELINE_INDEX, index_of, prompt_of
 from tests import tiny
-from tests.asyncflow.control.store.test_run_store import open_record
+from tests.asyncflow.control.store.test_run_store import open_run_store
 
 REMAX = trace(remax)
 SAMPLES = 2
@@ -72,19 +72,19 @@ async def test_what_a_lost_generator_had_drawn_is_drawn_again_but_for_what_is_at
     tmp_path: Path, source: PromptSource
 ):
     generator, ledger = Generator(), Ledger(tmp_path / "ledger.db")
-    book = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
-    record = open_record(tmp_path, ledger)
-    fleet = ServiceSupervisor({"generator": generator}, {}, Supervisor(REMAX, {}, [], 0), restart)
-    handing_out = PromptDispatcher(REMAX, fleet, ["generator"], LocalStore(), source, record, book, SAMPLES)
+    inflight = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
+    run_store = open_run_store(tmp_path, ledger)
+    supervisor = ServiceSupervisor({"generator": generator}, {}, RestartPolicy(REMAX, {}, [], 0), restart)
+    dispatcher = PromptDispatcher(REMAX, supervisor, ["generator"], LocalStore(), source, run_store, inflight, SAMPLES)
 
-    await handing_out.admit(3, min_version=0)
+    await dispatcher.admit(3, min_version=0)
     first, second, third = (source.at(i) for i in range(3))
     assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
-    book.complete(PromptSettled(second, [], []))
-    handing_out.begin_anew()
-    await handing_out.admit(1, min_version=0)
+    inflight.complete(PromptSettled(second, [], []))
+    supervisor._replacements["generator"] += 1
+    await dispatcher.admit(1, min_version=0)
     fourth = source.at(3)
     assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"
-    await handing_out.regenerate()
+    await dispatcher.regenerate()
     assert generator.take() == {(greedy, 1): [first, third, fourth] for greedy in (False, True)}, "of one attempt all"
-    await record.abandon()
+    await run_store.abandon()

@@ -1,4 +1,4 @@
-"""Run N random configurations of the rules of time, or explore small ones whole, and print what they showed.
+"""Run N random configurations of the simulation, or explore small ones exhaustively, and print the results.
 
 python -m tests.asyncflow.simulation [N] [--first SEED] [--processes P]
 python -m tests.asyncflow.simulation --exhaustive [--states MOST]
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def explored_space(config: Config, most_states: int) -> str:
-    """How much there was, or what was wrong."""
+    """The size of the explored space, or the first error."""
     start = time.process_time()
     try:
         seen = explore(config, most_states=most_states)

@@ -1,4 +1,4 @@
-"""The algorithms whose flow is simulated. Their functions are never called: only who feeds whom counts here."""
+"""The algorithms whose dataflow is simulated. Their functions are never called: only the edges of the graph count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protocols.stage import stage
 
 
 class Scorer(Reward):
-    """Scores responses by what another stage computed of them: a join before the join."""
+    """Scores responses from the output of another stage: a join before the join of the batch."""
 
     @stage(protocol="DP_PROTO")
     def judge(self, rollouts: Rollouts, log_probs: LogProbs) -> Scores:
@@ -55,7 +55,7 @@ def ppo(flow: Flow) -> None:
 
 
 def ppo_prox(flow: Flow) -> None:
-    """The policy recomputes log-probs: an edge from the generating service to the one that is trained."""
+    """The policy recomputes log-probs: an edge from the generating service to the trained one."""
     rollouts = flow.policy.generate(flow.prompts)
     experience = flow.join(
         rollouts,

@@ -1,4 +1,4 @@
-"""Variants of the real code, each with one rule taken out, to see what the rule is for."""
+"""Variants of the real code, each without one rule, to show what the rule prevents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from protocols.stage import Failure, Grain
 
 
 def credit(rows: int) -> Callable[[PromptJoin, int, list[int]], bool]:
-    """A join that gives each input so many rows of credit, like a plain mailbox."""
+    """A join that gives each input `rows` rows of credit, like a plain mailbox."""
 
     def has_credit(join: PromptJoin, position: int, samples: list[int]) -> bool:
         table = join._baselines if join._by_prompt[position] else join._samples
@@ -33,21 +33,21 @@ def credit(rows: int) -> Callable[[PromptJoin, int, list[int]], bool]:
 
 
 class WithoutGrain(PromptJoin):
-    """Waits for every input once a sample, also where it comes once a prompt."""
+    """Waits for every input once per sample, even for inputs that come once per prompt."""
 
     def __init__(self, grains: Sequence[Grain], samples_per_prompt: int) -> None:
         super().__init__(["sample" for _ in grains], samples_per_prompt)
 
 
 class BlindToBaselines(PromptJoin):
-    """A prompt whose baseline failed lives on."""
+    """Keeps a prompt alive whose baseline failed."""
 
     def _deaths(self, prompt: int, samples: list[int]) -> list[Failure]:
         return [f for s in samples if (f := self._samples.failure_of(s)) is not None]
 
 
 class SettlesAtTheFirstDeath(PromptJoin):
-    """Reports a prompt dead when its first tombstone comes, while others of its rows are on their way."""
+    """Reports a prompt dead at its first tombstone, while other rows of it are in transit."""
 
     def arrive(
         self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
@@ -63,7 +63,7 @@ class SettlesAtTheFirstDeath(PromptJoin):
 
 
 class KeepsSlotsUntilTrained(Admission):
-    """A prompt's place in the window is free when the prompt has ended, not when all its rows are at the join."""
+    """Frees a prompt's window slot when the prompt has ended, not when all its rows are at the join."""
 
     def complete(self, prompts: int = 1) -> None:
         pass
@@ -78,7 +78,7 @@ class KeepsSlotsUntilTrained(Admission):
 
 
 class CountsSamples(Admission):
-    """Its unit is the sample, two a prompt: one that fails gives back its own place alone."""
+    """Counts samples, two per prompt, instead of prompts: a failed sample frees only its own place."""
 
     holes = 0
 
@@ -91,7 +91,7 @@ class CountsSamples(Admission):
 
 
 class KeepsTheBudgetOfTheDead(Admission):
-    """A failed prompt stays in the budget."""
+    """Keeps failed prompts in the budget."""
 
     def end(self, prompts: int = 1) -> None:
         pass
@@ -114,7 +114,7 @@ class Chooses(InFlightPrompts):
 
 
 class NewestFirst(Chooses):
-    """Trains the freshest rows, and waits for what falls due as the rule says."""
+    """Trains the newest rows first; waits for prompts that fall due, as the rule says."""
 
     def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
@@ -129,7 +129,7 @@ class NewestFirst(Chooses):
 
 
 class LooksAtWhatIsDueNow(Chooses):
-    """Waits for stragglers that are due in this step, not for those that fall due together later."""
+    """Waits for stragglers that are due in this step, but not for those that fall due together later."""
 
     def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
@@ -140,7 +140,7 @@ class LooksAtWhatIsDueNow(Chooses):
 
 
 class AgesAgainstYesterday(Chooses):
-    """Measures ages against the version that was current when batches are formed one step ahead."""
+    """Measures ages against the version that was current when the batch was formed, one step too early."""
 
     def choice(self, ready: list[CompletePrompt], incomplete: Mapping[int, int]) -> list[CompletePrompt] | None:
         a = self.admission
@@ -148,7 +148,7 @@ class AgesAgainstYesterday(Chooses):
 
 
 class NeverMarksIncomplete(InFlightPrompts):
-    """Believes what a join told that has lost its memory since."""
+    """Still counts prompts as complete after their join lost its memory."""
 
     def mark_incomplete(self) -> None:
         pass
@@ -158,7 +158,7 @@ class NeverMarksIncomplete(InFlightPrompts):
 
 
 class SeedsOfAGenerator:
-    """Draws with whatever a generator of random numbers gives next, as one that is shared by all rows does."""
+    """Takes the next number of one random generator, which all rows share, as the seed."""
 
     def __init__(self) -> None:
         self._random = random.Random(0)
@@ -189,12 +189,12 @@ def last_come_first_served(pools: Mapping[str, str]) -> dict[str, PoolLease]:
 
 
 def exactly_room(held: int, arriving: int, capacity: int) -> bool:
-    """A delivery larger than the mailbox waits for ever."""
+    """Let a delivery larger than the mailbox wait for ever."""
     return not arriving or held + arriving <= capacity
 
 
 class ForgetsWhatLeft(RowTable[Any]):
-    """Takes a row again when it comes again."""
+    """Accepts a row again after it has left."""
 
     def take(self, samples: Sequence[int]) -> Joined[Any]:
         joined = super().take(samples)
@@ -203,7 +203,7 @@ class ForgetsWhatLeft(RowTable[Any]):
 
 
 class ForgetsWhatEnded(RowTable[Any]):
-    """Takes rows of prompts that are over."""
+    """Accepts rows of finished prompts."""
 
     def end(self, prompts: Iterable[int]) -> None:
         for prompt in prompts:
@@ -212,14 +212,14 @@ class ForgetsWhatEnded(RowTable[Any]):
 
 
 class NeverTakesBack(RowTable[Any]):
-    """A row that was taken and could not be read counts as had."""
+    """Counts a row that could not be read as received."""
 
     def take_back(self, samples: Iterable[int]) -> None:
         pass
 
 
 class LetsGoOfWhatWasTaken(Outbox[Any]):
-    """Keeps nothing that its receiver has acknowledged."""
+    """Drops rows as soon as their receiver acknowledged them."""
 
     def keep(self, edge: str, samples: Iterable[int], sent: Any) -> None:
         pass

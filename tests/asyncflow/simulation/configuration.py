@@ -1,4 +1,4 @@
-"""What is simulated: an algorithm on a placement, its few numbers, and how much goes wrong."""
+"""The configuration of a simulated run: an algorithm on a placement, its sizes, and the faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINED = ("policy", "critic", "cost_critic")
 
 
 class Faults(msgspec.Struct, frozen=True):
-    """How often each thing may go wrong in a run."""
+    """How often each kind of fault may occur in a run."""
 
     failures: int = 0  # a row that a stage can't do
     drops: int = 0  # a settled prompt that dynamic sampling filters out
@@ -48,7 +48,7 @@ class Config(msgspec.Struct, frozen=True):
     faults: Faults = Faults()
 
     def __str__(self) -> str:
-        """What it is about, in a line."""
+        """The configuration in one line."""
         numbers = f"P={self.prompts} n={self.samples} eta={self.staleness} steps={self.steps}"
         faults = [f"{n} {f}" for f in self.faults.__struct_fields__ if (n := getattr(self.faults, f))]
         return " ".join([self.algorithm, self.layout, numbers, *faults])
@@ -59,12 +59,12 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def most_live(self) -> int:
-        """Prompts that staleness lets be live."""
+        """The most prompts that may be live under the staleness bound."""
         return (self.staleness + 1) * self.prompts
 
     @property
     def rows_per_prompt(self) -> int:
-        """Rows that the join holds of a prompt: its samples, and a baseline where the algorithm has one."""
+        """The rows that the join holds for a prompt: its samples, and a baseline if the algorithm has one."""
         return self.samples + any(c.grain == "prompt" for c in self.dataflow.inputs_of(self.dataflow.batch_stage.name))
 
     @property

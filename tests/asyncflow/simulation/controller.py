@@ -1,4 +1,4 @@
-"""The controller of the world: admission, the one batcher, publication, and what became of every prompt."""
+"""The simulated controller: admission, batches, publication, and the fate of every prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Training(msgspec.Struct):
 
 
 class Controller:
-    """Decides with the real book, admission and leases; never dies here, for its death rolls everything back."""
+    """Decides with the real admission, in-flight prompts and leases. It never dies: that would roll the run back."""
 
     name = "controller"
     owner: Owner = ("controller", 0)
@@ -59,7 +59,7 @@ class Controller:
 
     @property
     def _publishes(self) -> bool:
-        """Whether there is anybody to load the weights: a policy that draws itself has them."""
+        """Whether a generator has to load the weights: a policy that generates itself has them."""
         return not self._world.hybrid
 
     @property
@@ -117,12 +117,12 @@ class Controller:
             self._hand_out(channel.edge, prompts)
 
     def redelivery(self, edge: str) -> list[Delivery]:
-        """What a generating stage may have lost, under the attempt of today."""
+        """The prompts that a generating stage may have lost, under their current attempt."""
         prompts = dict.fromkeys(p for kept in self.outbox.kept(edge) for p in kept if p in self.min_versions)
         return self._deliveries(edge, [p for p in prompts if p not in self._in_training()])
 
     def regenerate(self) -> None:
-        """What the generator made is gone: its rows are drawn anew, and what derives from the old ones is void."""
+        """The generator's rows are lost and generated again, which voids all rows that derive from the old ones."""
         for prompt in self.min_versions.keys() - self._in_training():
             self.attempts[prompt] += self._world.rules.new_attempts
 
@@ -172,19 +172,19 @@ class Controller:
             self._end(settled.prompt_id, "failed")
 
     def join_died(self) -> None:
-        """What it held is gone, and what it told and was not heard: its prompts settle again."""
+        """The join lost its rows, and its unread notices are void: its prompts have to become complete again."""
         assert self.training is None, "the loss of a batch that trains is the loss of a trainer's state"
         self.notices.clear()
         self.book.mark_incomplete()
         self._stale = True
 
     def droppable(self) -> list[int]:
-        """Settled prompts that dynamic sampling could still filter out."""
+        """Complete prompts that dynamic sampling could still filter out."""
         busy = self._in_training() | self.notices.keys()
         return sorted((self._world.closing.settled & self.min_versions.keys()) - busy)
 
     def drop(self, prompt: int) -> None:
-        """All its samples scored alike. The join lets go of them first: another prompt's rows may follow at once."""
+        """Drop a prompt whose scores are equal. The join drops its rows first: its refill may follow at once."""
         if self._world.rules.join_hears_first:
             self._world.closing.end([prompt])
         self.book.drop(prompt)

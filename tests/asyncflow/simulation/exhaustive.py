@@ -1,7 +1,7 @@
-"""All orders: every state that a small configuration can reach, or as many of them as show all that can go wrong.
+"""Exhaustive exploration: every state that a small configuration can reach, or a subset that shows the same errors.
 
-`explore` tries every action in every state, but where one is free (see `reduction`) that one alone; states that
-differ only by who is who are one (see `fingerprint`). A state that is left to be tried in another way is copied.
+`explore` tries every action in every state; if one action is free (see `reduction`), it tries only that one. States
+that differ only in names count as one (see `fingerprint`). A state that is left in several ways is copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.asyncflow.simulation.world import THE_REAL_RULES, World
 
 
 class Explored(msgspec.Struct):
-    """How much there was to see."""
+    """The size of the explored space."""
 
     states: int = 0
     transitions: int = 0
@@ -47,7 +47,7 @@ class Asymmetry(Exception):
 
 
 class _Place(msgspec.Struct):
-    """A state on the way to the current one."""
+    """A state on the path to the current one."""
 
     name: int
     world: World
@@ -65,7 +65,7 @@ class Explorer:
         self.result = Explored()
 
     def run(self, most_states: int) -> Explored:
-        """Look at every state, or at so many. Raises what the world raises; a circle of states is a Livelock."""
+        """Visit every state, or at most `most_states`. Raises what the world raises; a cycle is a Livelock."""
         for world in starts(self._config, self._rules) if self._reduced else [World(self._config, self._rules)]:
             self._arrive(world)
             while self._way:
@@ -87,7 +87,7 @@ class Explorer:
         self._arrive(world)
 
     def _arrive(self, world: World) -> None:
-        """Go on to the next state that has a choice, and take it in where it is new."""
+        """Go on to the next state that has a choice, and add it if it is new."""
         actions = world.actions()
         alone = most_actions(world)
         while self._reduced and (free := free_action(world, actions)) is not None:
@@ -117,7 +117,7 @@ class Explorer:
 
 
 def starts(config: Config, rules: Rules) -> Iterator[World]:
-    """A world for each row that may fail and each process that may die; one where nothing does."""
+    """A world for each row that may fail and each process that may die, or one world without faults."""
     for doomed in [set[tuple[str, int]](), *_dooms(config, rules)]:
         first = World(config, rules)
         for victim in first.mortal() if config.faults.restarts == 1 else [""]:

@@ -1,4 +1,4 @@
-"""What a state of the world is, so that two ways to the same state are seen as one.
+"""The identity of a simulated state, so that two paths to the same state are recognised.
 
 A state is a bag of facts about rows and prompts, beside what is true of no row. Numbers that only name things
 (deliveries, tickets) are left out, and so are names themselves: prompts and samples that play the same part are

@@ -1,4 +1,4 @@
-"""A copy of a world that goes on by itself: what changes is copied, what never changes is shared."""
+"""An independent copy of a world: mutable parts are copied, immutable parts are shared."""
 
 from __future__ import annotations
 

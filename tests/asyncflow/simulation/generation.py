@@ -1,4 +1,4 @@
-"""Generation: stages that hold requests and what was drawn, and engines that draw, each under its own weights."""
+"""Simulated generation: stages hold requests and generated rows; each engine has a version of the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class GeneratingStage(CallSite):
-    """generate: requests in, drawn rows out as fast as the slowest consumer takes them."""
+    """The stage `generate`: requests in, generated rows out, as fast as the slowest consumer takes them."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
@@ -83,7 +83,7 @@ class GeneratingStage(CallSite):
         return Running(self, joined.inputs[0][0], joined.attempt, self.world.turns(sample))
 
     def finish(self, sample: int, running: Running) -> None:
-        """A row was drawn, or failed."""
+        """A row was generated, or failed."""
         self.running.discard(sample)
         row: Given = Failure(sample, "failed")
         if not running.failing:
@@ -93,7 +93,7 @@ class GeneratingStage(CallSite):
         self.out.append((sample, running.attempt, row))
 
     def put_back(self, sample: int, running: Running) -> None:
-        """The engine died. Nothing of the row has left, so it is drawn under the same attempt."""
+        """The engine died. No part of the row has left, so it is generated under the same attempt."""
         self.running.discard(sample)
         self.table.take_back([sample])
         self.table.arrive(0, [(sample, running.request)], running.attempt)
@@ -111,7 +111,7 @@ class Running(msgspec.Struct):
 
 
 class Engine:
-    """One replica: slots, and the version of its weights. On shared devices it draws one firing a grant."""
+    """One replica: its slots and the version of its weights. On shared devices it generates one firing per grant."""
 
     def __init__(self, world: World, service: Service, number: int, *, hybrid: bool) -> None:
         self.world, self.service, self.name = world, service, f"{service.name}/{number}"
@@ -130,14 +130,14 @@ class Engine:
         return self.service.weights if self.hybrid else self.own_version
 
     def die(self) -> None:
-        """The replica alone dies; its service gives its rows to whoever draws next."""
+        """Only the replica dies; its service gives its rows to the next engine that generates."""
         for sample, running in self.running.items():
             running.stage.put_back(sample, running)
         self.restart()
         self.service.leave(self)
 
     def load(self, version: int) -> None:
-        """Weights are on their way."""
+        """Receive newer weights, to be loaded later."""
         self.loads.append(version)
 
     def actions(self) -> Iterator[Action]:
@@ -182,10 +182,10 @@ class Engine:
         self.rest()
 
     def end(self, prompts: list[int]) -> None:
-        """Rows that run are drawn to their end: what comes of them is refused."""
+        """Running rows are generated to their end; their results are refused."""
 
     def rest(self) -> None:
-        """Give the devices back when there is nothing to draw or to load."""
+        """Give the devices back if there is nothing to generate or load."""
         if not self.service.leased or self.phase not in ("drawing", "sending"):
             return
         if self.running or self._may_load():

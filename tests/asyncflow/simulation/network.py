@@ -1,4 +1,4 @@
-"""Deliveries on their way: each may come at any time, in any order, twice or not at all."""
+"""The simulated network: a delivery may arrive at any time, in any order, twice or never."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Action(NamedTuple):
-    """Something that can happen next: who does what, and to which row, prompt or delivery."""
+    """A possible next event: which part does what, and to which row, prompt or delivery."""
 
     who: str
     verb: str
@@ -25,7 +25,7 @@ class Action(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """Rows of one attempt for one edge. What is the same delivery has the same number."""
+    """Rows of one attempt for one edge. Copies of a delivery have the same number."""
 
     number: int
     edge: str
@@ -41,7 +41,7 @@ class Delivery(NamedTuple):
 
 
 class Network:
-    """What flies, and which senders wait for room at the other end."""
+    """The deliveries in transit, and the senders that wait for room at the receiver."""
 
     name = "network"
 
@@ -73,12 +73,12 @@ class Network:
             self._world.stages[delivery.sender].sent()
 
     def send(self, delivery: Delivery) -> None:
-        """Send, with the sender waiting until there was room."""
+        """Send a delivery; the sender waits until the receiver has room."""
         self.awaited[delivery.sender][delivery.number] = delivery
         self.fly(delivery)
 
     def fly(self, delivery: Delivery) -> None:
-        """Put a copy on its way."""
+        """Put a copy in transit."""
         self.flights[self.number()] = delivery
 
     def number(self) -> int:
@@ -100,11 +100,11 @@ class Network:
                 self.fly(delivery)
 
     def lose(self, flight: int) -> None:
-        """A delivery does not come; in time its sender sends again."""
+        """A delivery is lost; its sender will send it again."""
         self.to_resend[self.flights.pop(flight).edge] = None
 
     def forget(self, edges: set[str], senders: set[str]) -> None:
-        """A process died: calls to it fail, and what it waited for is no matter any more."""
+        """A process died: calls to it fail, and its own waits end."""
         self.flights = {n: d for n, d in self.flights.items() if d.edge not in edges}
         for sender in senders:
             self.awaited.pop(sender, None)

@@ -1,4 +1,4 @@
-"""Random configurations, a run of each, and a table of what many of them showed."""
+"""Random configurations, one run of each, and a table of the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.asyncflow.simulation.world import THE_REAL_RULES, World
 
 
 class Result(msgspec.Struct):
-    """What one run showed."""
+    """The result of one run."""
 
     seed: int
     config: Config
@@ -28,7 +28,7 @@ class Result(msgspec.Struct):
 
 
 def configuration(seed: int) -> Config:
-    """One of the many: small or middling, calm or hostile."""
+    """A random configuration: small or medium, with few or many faults."""
     chance = random.Random(seed)
     layout: Layout = chance.choice(get_args(Layout))
     prompts, staleness = chance.randint(1, 6), chance.randint(0, 3)
@@ -74,7 +74,7 @@ FAULTS = ("fail", "drop", "duplicate", "lose", "restart", "unreadable")
 
 
 def table(results: Sequence[Result]) -> str:
-    """How much was tried, what went wrong on purpose, and how near each bound came."""
+    """The number of runs, the injected faults, and how near each bound was reached."""
     counts = sum((r.counts for r in results), Counter[str]())
     wrong = [r for r in results if r.wrong]
     lines = [

@@ -1,4 +1,4 @@
-"""Which action may happen at once, with nothing else tried in its place: whoever waits for what, it loses nothing.
+"""Partial-order reduction: which action may be taken at once, without trying the others, and nothing is missed.
 
 An action `a` that can happen in a state is *free* there if for every other action `b`, fault or not, that can happen
 

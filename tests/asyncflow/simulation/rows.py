@@ -1,4 +1,4 @@
-"""Rows without models: each carries the name of the drawing that it derives from, through every stage of its life.
+"""Rows without models: each carries the number of the generation that it derives from, through every stage.
 
 Inside the world a row is a `Row`. Before the join it becomes a real message, one value a row, because the real
 join reads messages; what a closed batch holds is read back from there.

@@ -1,6 +1,6 @@
-"""What the world decides by: the real pure code, and what the real services do around it.
+"""The rules of a simulated world: the real pure code, and the behaviour of the real services around it.
 
-The defaults are the rules. A test takes one out by putting a small variant in its place.
+The defaults are the rules. A test removes a rule by putting a small variant in its place.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from protocols.data.ids import sampling_seed
 
 
 def joins_never_refuse(join: PromptJoin, position: int, samples: list[int]) -> bool:
-    """Whether a join takes rows of one input now."""
+    """Whether a join accepts rows of one input now."""
     return True
 
 
 def seed_of_the_sample(sample: int, drawing: int) -> int:
-    """What a row is drawn with: a row that is drawn again after a crash draws the same."""
+    """The seed of a row: a row that is generated again after a crash gets the same seed."""
     return sampling_seed(0, sample)
 
 

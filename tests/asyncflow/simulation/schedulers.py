@@ -1,4 +1,4 @@
-"""Who decides what happens next."""
+"""Schedulers: they decide which possible event happens next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACTIONS_PER_ROW = 400  # far more than any row needs: a run that takes more move
 
 
 class Livelock(Violation):
-    """The run moves, and does not come nearer to its end."""
+    """The run moves without getting nearer to its end."""
 
 
 def most_actions(world: World) -> int:
@@ -60,7 +60,7 @@ def never(world: World, action: Action) -> bool:
 
 
 def directed(world: World, seed: int, late: Chosen = never, strike: Chosen = never) -> World:
-    """Any order, but what is `late` happens when nothing else can, and a fault to `strike` as soon as it can."""
+    """Any order, but `late` events happen only when nothing else can, and the fault `strike` as soon as it can."""
     chance = random.Random(seed)
 
     def choose(actions: list[Action]) -> Action:

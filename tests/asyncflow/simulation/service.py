@@ -1,4 +1,4 @@
-"""A service: its outbox, its one compute thread, and its claims on the devices of its pool."""
+"""A simulated service: its outbox, its one compute thread, and its claims on the devices of its pool."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Part(Protocol):
         ...
 
     def begin(self) -> None:
-        """The devices that it asked for are its own."""
+        """The devices that it claimed are granted."""
         ...
 
     def end(self, prompts: list[int]) -> None:
-        """These prompts are over."""
+        """These prompts are finished."""
         ...
 
     def restart(self) -> None:
-        """Its process died: everything in memory is gone."""
+        """Its process died: its memory is lost."""
         ...
 
 
@@ -73,16 +73,16 @@ class Service:
             yield Action(self.name, "end")
 
     def do(self, action: Action) -> None:
-        """Hear which prompts are over, of what was told first."""
+        """Receive the oldest unread notice of finished prompts."""
         self.end(self.to_end.popleft())
 
     @property
     def over_unheard(self) -> set[int]:
-        """Prompts that are over, of which it has not heard."""
+        """Finished prompts of which it has received no notice yet."""
         return {prompt for told in self.to_end for prompt in told}
 
     def end(self, prompts: list[int]) -> None:
-        """Let go of everything about these prompts."""
+        """Drop everything about these prompts."""
         self.outbox.end(prompts)
         for part in self.parts:
             part.end(prompts)
@@ -90,7 +90,7 @@ class Service:
     # --- devices: the lease first, then the thread; both in calling order
 
     def ask(self, part: Part) -> None:
-        """A part has its inputs in hand; `begin` is called when the devices are its own."""
+        """A part has all its inputs and claims the devices; `begin` is called at the grant."""
         if self.lease is None:
             self._enter(part)
             return
@@ -99,7 +99,7 @@ class Service:
         self.world.grant(self.lease.ask(Claim(self.name, ticket, part.name)))
 
     def granted(self, name: str) -> None:
-        """The pool's devices are a part's turn."""
+        """The pool's devices are granted to a part."""
         self._enter(next(p for p in self.parts if p.name == name))
 
     def leave_thread(self, part: Part) -> None:
@@ -127,7 +127,7 @@ class Service:
             self.queue.append(part)
 
     def restart(self) -> None:
-        """Die and come back with nothing in memory."""
+        """Die and start again with empty memory."""
         self.incarnation += 1
         self.outbox = self.world.rules.outbox()
         self.thread, self.queue, self.to_end = None, deque(), deque()

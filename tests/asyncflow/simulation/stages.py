@@ -1,4 +1,4 @@
-"""The stages of the world, each a small machine around the real table, join or nothing at all.
+"""The simulated stages: each is a small state machine around the real row table or join.
 
 row stage       idle -> asking -> working -> sending -> idle
 training stage  idle -> asking -> working -> idle
@@ -28,18 +28,18 @@ Given = Row | Failure
 
 
 class CallSite(ABC):
-    """What the stages of a service share; a `Part` that takes deliveries in."""
+    """The common part of a service's stages: a `Part` that accepts deliveries."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         self.world, self.service, self.call, self.name = world, service, call, call.name
 
     @abstractmethod
     def has_room(self, position: int, delivery: Delivery) -> bool:
-        """Whether a delivery for an input is let in now."""
+        """Whether there is room for a delivery of an input now."""
 
     @abstractmethod
     def accept(self, position: int, delivery: Delivery) -> None:
-        """It comes in."""
+        """Accept a delivery."""
 
     def actions(self) -> Iterator[Action]:
         yield from ()
@@ -51,7 +51,7 @@ class CallSite(ABC):
         raise NotImplementedError(f"{self.name} asks for no devices")
 
     def sent(self) -> None:  # noqa: B027 - who waits for no credit has nothing to do then
-        """All that it sent was let in."""
+        """Everything that it sent was accepted."""
 
     def end(self, prompts: list[int]) -> None:  # noqa: B027 - a trainer remembers no prompts
         """These prompts are over."""
@@ -74,7 +74,7 @@ class CallSite(ABC):
 
 
 class RowStage(CallSite):
-    """log_probs, values, score: rows in, rows out, tombstones passed on."""
+    """log_probs, values, score: rows in, rows out; tombstones are passed on."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
@@ -130,7 +130,7 @@ class RowStage(CallSite):
         self.table.end(prompts)
 
     def _take(self) -> None:
-        """Take what is there; what can't be read is taken back, and asked for again."""
+        """Take the rows that are there; unreadable rows are taken back and requested again."""
         joined = self.table.take(self.table.next_settled(self.world.config.firing_rows, self.world.rules.in_id_order))
         self.world.watch.fired(self.name, joined.samples)
         read = list(zip(joined.samples, zip(*joined.inputs, strict=True), strict=False))
@@ -177,7 +177,7 @@ class RowStage(CallSite):
 
 
 class ClosingStage(CallSite):
-    """The join before the batch. It reads rows as they come, so what it holds can't be lost with its maker."""
+    """The join before the batch. It reads rows when they arrive, so it keeps them when their producer dies."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
@@ -222,7 +222,7 @@ class ClosingStage(CallSite):
         watch.bound("join, all", self.name, self.join.depth, config.most_live * per_prompt)
 
     def _check_batch(self, step: int, samples: list[int], inputs: tuple[Batch, ...]) -> list[tuple[int, Given]]:
-        """Each sample's inputs derive from one drawing, and nothing in them is too old."""
+        """Each sample's inputs derive from one generation, and none of them is too old."""
         rows: list[tuple[int, Given]] = []
         by_sample = [
             contents(batch) for batch, channel in zip(inputs, self.channels, strict=True) if channel.grain == "sample"
@@ -281,7 +281,7 @@ class TrainingStage(CallSite):
         return self.service.weights if self.world.rules.prox == "of the update" else row.oldest
 
     def release(self) -> None:
-        """Give the devices back where they were kept until the weights were out."""
+        """Give back devices that were kept until the weights were published."""
         self.service.leave(self)
 
     def _had(self, delivery: Delivery) -> bool:

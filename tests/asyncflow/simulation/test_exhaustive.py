@@ -1,4 +1,4 @@
-"""Small runs in all orders: no state of them is a deadlock, none is on a circle, and none breaks a bound.
+"""Small runs in all orders: no state is a deadlock, lies on a cycle or breaks a bound.
 
 All of them: `python -m tests.asyncflow.simulation --exhaustive`.
 """

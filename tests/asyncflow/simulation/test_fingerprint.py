@@ -1,4 +1,4 @@
-"""States of one name are one state: the same can happen in them, and leads to states of the same names."""
+"""States with one fingerprint are one state: they allow the same events, which lead to equal fingerprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The join settles the same prompts, with the same rows, whatever the order in which its deliveries come."""
+"""The join completes the same prompts with the same rows in every order of its deliveries."""
 
 from __future__ import annotations
 

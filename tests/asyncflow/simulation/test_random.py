@@ -1,4 +1,4 @@
-"""Random configurations run clean: no deadlock, no livelock, nothing lost, doubled, too old, out of bounds or leaked.
+"""Random configurations run without deadlock or livelock; no row is lost, duplicated, too old, out of bounds or leaked.
 
 `python -m tests.asyncflow.simulation N` runs as many as you like; a wrong one is repeated by its seed.
 """

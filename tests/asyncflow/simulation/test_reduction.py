@@ -1,4 +1,4 @@
-"""What the reduction rests on holds, and it finds what the exploration of every order finds."""
+"""The assumptions of the reduction hold, and it finds every error that the exploration of all orders finds."""
 
 from __future__ import annotations
 

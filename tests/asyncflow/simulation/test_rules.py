@@ -1,7 +1,7 @@
-"""What each rule of time is for: the smallest run that goes wrong without it, and that run with it.
+"""What each scheduling rule prevents: the smallest run that fails without the rule, and the same run with it.
 
-The numbers are those of the rules. A rule is taken out by a variant in `broken`; the same configuration under the
-same schedules then shows the deadlock, or the bound that is passed. Rules 16 to 20 are in `test_rules_of_runs`.
+The numbers are those of the rules. A variant in `broken` removes a rule; the same configuration under the same
+schedules then shows a deadlock or an exceeded bound. Rules 16 to 20 are in `test_rules_of_runs`.
 """
 
 from __future__ import annotations

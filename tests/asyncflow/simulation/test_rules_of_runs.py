@@ -1,6 +1,6 @@
-"""Rules 16 to 20 of time: log-probs, seeds, what repeats, what is rolled back, what a stall says.
+"""Scheduling rules 16 to 20: log-probs, seeds, determinism, rollback, and the report of a stall.
 
-As in `test_rules`, each goes wrong once it is taken out. Rollback is shown on the real ledger, publication check and
+As in `test_rules`, each run fails without its rule. Rollback is shown on the real ledger, publication check and
 join, the wait-for graph on the real board.
 """
 

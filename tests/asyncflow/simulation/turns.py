@@ -1,4 +1,4 @@
-"""Shared devices whose lease leaves it open who is next: all orders of grants, where the real lease has one.
+"""A lease that may grant any waiting claim next: all orders of grants, while the real lease has only one.
 
 Whatever happens under the real lease happens under this one, too, for a queue is one way to choose. So what goes
 wrong in no order of grants does not go wrong in the order of asking; and orders of asking need not be told apart.

@@ -1,4 +1,4 @@
-"""What must hold at every step. A breach raises `Violation`, which names the rule, the place and the numbers."""
+"""Invariants that are checked at every event. A `Violation` names the rule, the place and the numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Violation(Exception):
-    """A bound was passed, or a row was doubled, mixed up or lost."""
+    """A bound was exceeded, or a row was duplicated, mixed up or lost."""
 
 
 class Deadlock(Exception):
-    """The run is not finished, and nothing can happen any more."""
+    """The run is not finished and no event is possible."""
 
 
 def nearer(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class Watch:
         self.counts[what] += number
 
     def bound(self, what: str, where: str, value: int, limit: int) -> None:
-        """A value that may not pass its limit."""
+        """A value that must not exceed its limit."""
         self.nearest[what] = nearer(self.nearest.get(what, (0, 1)), (value, limit))
         if value > limit:
             raise Violation(f"{what}: {value} at {where}, at most {limit}")
@@ -71,7 +71,7 @@ class Watch:
         self.bound("grants before one's own", lease.pool, between, sharers)
 
     def nothing_held(self, service: Service, part: Part) -> None:
-        """Nobody waits for credit with devices in hand."""
+        """No part waits for credit while it holds devices."""
         if self._world.rules.kept_while_sending == "nothing" and (service.holds_lease(part) or service.thread is part):
             raise Violation(f"{part.name} waits for credit and holds the devices of {service.name}")
 
@@ -92,7 +92,7 @@ class Watch:
             raise Violation(f"versions: weights of step {weights} are published as version {version}")
 
     def divides_by(self, step: int, weights: int, divisors: list[int]) -> None:
-        """The ratio is to the weights at the start of the step: at its first optimizer step it is one."""
+        """The ratio is taken to the weights at the start of the step: at the first optimizer step it is one."""
         if wrong := [v for v in divisors if v != weights]:
             raise Violation(
                 f"prox: step {step} starts from weights {weights}, and its ratios divide by those of {wrong}"
@@ -101,7 +101,7 @@ class Watch:
     # --- rows
 
     def seeded(self, sample: int, seed: int) -> None:
-        """A sample is drawn with one seed, however often."""
+        """A sample has one seed, however often it is generated."""
         if self.seeds.setdefault(sample, seed) != seed:
             raise Violation(f"seeds: sample {sample} is drawn with {seed}, and was with {self.seeds[sample]}")
 
@@ -127,7 +127,7 @@ class Watch:
             raise Violation(f"batch {step}: inputs {inputs} for samples {samples}")
 
     def row(self, step: int, sample: int, drawings: list[int], versions: list[int]) -> None:
-        """One row of a closed batch: all of it from one drawing, none of it too old."""
+        """One row of a closed batch: all of it from one generation, none of it too old."""
         self.one_drawing(f"batch {step}", sample, drawings)
         oldest = min(v for v in versions if v >= 0)
         self.bound("staleness", f"sample {sample} of step {step}", step - oldest, self._world.config.staleness)
@@ -146,7 +146,7 @@ class Watch:
     # --- the end
 
     def finished(self) -> None:
-        """Every prompt has ended and nobody remembers a row."""
+        """Every prompt has ended and no part holds a row."""
         controller = self._world.controller
         if live := [p for p, fate in controller.fates.items() if fate == "live"]:
             raise Violation(f"lost: prompts {live[:4]} never ended")

@@ -1,4 +1,4 @@
-"""The world: everything that moves in a run, as one state machine. Pure, single-threaded, without a clock.
+"""A simulated run as one state machine: pure, single-threaded, without a clock.
 
     world.actions()  what can happen next
     world.faults()   what can go wrong next, as far as the run's faults are not used up
@@ -66,11 +66,11 @@ class World:
     # --- the state machine
 
     def actions(self) -> list[Action]:
-        """What can happen next."""
+        """The possible next events."""
         return [action for part in self._parts.values() for action in part.actions()]
 
     def apply(self, action: Action) -> None:
-        """It happens. Raises Violation where that breaks a rule."""
+        """Apply an event. Raises Violation if it breaks a rule."""
         self.watch.count("actions")
         if action.who == CHANCE:
             self._go_wrong(action)
@@ -83,7 +83,7 @@ class World:
         return self.controller.finished
 
     def check_end(self) -> None:
-        """Nothing can happen any more. Raises Deadlock or Violation where it should not be so."""
+        """No event is possible any more. Raises Deadlock or Violation if the run is not finished properly."""
         if not self.finished:
             raise Deadlock(f"at version {self.controller.version}: {'; '.join(self.standing())}")
         self.watch.finished()
@@ -91,7 +91,7 @@ class World:
     # --- what goes wrong
 
     def faults(self) -> list[Action]:
-        """What can go wrong next; nothing once the run is finished."""
+        """The possible next faults; none once the run is finished."""
         left = self.faults_left
         if self.finished:
             return []
@@ -154,7 +154,7 @@ class World:
             next(e for e in self.engines if e.name == where).running[sample].failing = True
 
     def _restart(self, name: str) -> None:
-        """A process dies; its successor begins with nothing, and is told and sent what it needs."""
+        """A process dies; its successor starts without state and is sent what it needs."""
         for engine in self.engines:
             if engine.name == name:
                 engine.die()
@@ -185,25 +185,25 @@ class World:
         return stage
 
     def readable(self, owner: Owner) -> bool:
-        """Whether the process that holds a row's bytes still lives."""
+        """Whether the process that holds a row's bytes is alive."""
         name, incarnation = owner
         return name == self.controller.name or self.services[name].incarnation == incarnation
 
     def kept(self, edge: str) -> list[Delivery]:
-        """What the sender of an edge would send again."""
+        """The rows that the sender of an edge would send again."""
         source = self._sources[edge]
         if source not in self.stages:
             return self.controller.redelivery(edge)
         return self.stages[source].service.outbox.kept(edge)
 
     def grant(self, claim: Claim | None) -> None:
-        """A lease says whose turn it is."""
+        """Act on the grant of a lease."""
         if claim is not None:
             self.watch.granted(self.leases[claim.service], claim.ticket)
             self.services[claim.service].granted(claim.stage)
 
     def draw(self, sample: int) -> int:
-        """The number of a new drawing of a sample: no two are alike."""
+        """A number for a new generation of a sample; no two are equal."""
         self._drawings[sample] += 1
         return self._drawings[sample]
 
@@ -216,7 +216,7 @@ class World:
         return True
 
     def turns(self, sample: int) -> int:
-        """How many turns of its engine a row takes: few mostly, many now and then."""
+        """The number of engine steps that a row takes: usually few, now and then many."""
         most, stragglers = self.config.turns, self.config.stragglers
         if stragglers:
             return most if prompt_of(sample) in stragglers else 1
@@ -226,7 +226,7 @@ class World:
     # --- reports
 
     def leaks(self) -> Iterator[str]:
-        """What is still remembered, by place."""
+        """What is still held in memory, by place."""
         held = {f"outbox of {s.name}": len(s.outbox) for s in self.services.values()}
         held["outbox of the controller"] = len(self.controller.outbox)
         held["flights"] = len(self.network.flights)
@@ -237,7 +237,7 @@ class World:
         return (f"{number} in {place}" for place, number in held.items() if number)
 
     def waits(self) -> Iterator[Waiting]:
-        """Who waits for what on whom, as stages report it: for room at another stage, or for devices."""
+        """The waits that the stages report: for room at another stage, or for devices."""
         for sender, waits in self.network.awaited.items():
             for d in waits.values():
                 yield Waiting(sender, "credit", self.inlets[d.edge][0].name)
@@ -247,7 +247,7 @@ class World:
                     yield Waiting(claim.stage, "the lease", lease.pool)
 
     def standing(self) -> Iterator[str]:
-        """Where everything stands, for the message of a deadlock."""
+        """The state of every part, for the message of a deadlock."""
         for stage in self.stages.values():
             if isinstance(stage, RowStage):
                 yield f"{stage.name} {stage.phase}, {len(stage.table)} rows, {stage.table.settled} settled"

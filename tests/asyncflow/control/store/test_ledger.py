@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncflow.control.store.ledger import LIVE, TERMINAL, Ledger, LedgerError, State, Totals
+from asyncflow.control.store.ledger import LIVE, TERMINAL, EndedSample, EndState, Ledger, LedgerError, State, Totals
 
 ROOT = Path(__file__).parents[4]
 
@@ -274,8 +274,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.ledger.move(samples, state)
 
     @rule(samples=ids, state=st.sampled_from(["dropped", "failed"]))
-    def end(self, samples: list[int], state: State) -> None:
-        ended: list[tuple[int, State, str]] = [(s, state, "why") for s in samples]
+    def end(self, samples: list[int], state: EndState) -> None:
+        ended: list[EndedSample] = [(s, state, "why") for s in samples]
         if self.apply(samples, state):
             self.ledger.end(ended)
         else:

@@ -26,7 +26,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def open_record(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunStore:
+def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunStore:
     return RunStore(
         run="test",
         folder=folder,
@@ -43,40 +43,40 @@ def open_record(folder: Path, ledger: Ledger, term: int = 0, restored: str = "")
 
 async def test_a_batch_finds_its_samples_scored_though_a_flush_is_under_way(tmp_path: Path, ledger: Ledger):
     """The watchdog flushes by its own clock: what it has taken and not written yet is no excuse for the batch."""
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, B], 0, 2)
-    record.generated([A])
-    record.scored([B])
-    await asyncio.gather(record.flush(), record.batched([B]))
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, B], 0, 2)
+    run_store.generated([A])
+    run_store.scored([B])
+    await asyncio.gather(run_store.flush(), run_store.batched([B]))
     assert ledger.reasons() == {("generated", ""): 1, ("batched", ""): 1}
 
 
 async def test_a_generation_that_is_heard_after_its_score_changes_nothing(tmp_path: Path, ledger: Ledger):
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, B], 0, 2)
-    record.scored([A])
-    await record.flush()
-    record.generated([A, B])
-    await record.flush()
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, B], 0, 2)
+    run_store.scored([A])
+    await run_store.flush()
+    run_store.generated([A, B])
+    await run_store.flush()
     assert ledger.reasons() == {("scored", ""): 1, ("generated", ""): 1}
 
 
 async def test_reports_of_samples_that_have_ended_are_ignored(tmp_path: Path, ledger: Ledger):
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, B], 0, 2)
-    record.generated([A])
-    record.scored([A])
-    await record.end([(A, "failed", "timeout")])
-    await record.flush()
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, B], 0, 2)
+    run_store.generated([A])
+    run_store.scored([A])
+    await run_store.end([(A, "failed", "timeout")])
+    await run_store.flush()
     assert ledger.reasons() == {("failed", "timeout"): 1, ("created", ""): 1}
 
 
 async def test_a_resumed_record_names_the_prompts_to_draw_again_in_the_order_of_their_ids(
     tmp_path: Path, ledger: Ledger
 ):
-    first = open_record(tmp_path, ledger)
+    first = open_run_store(tmp_path, ledger)
     await first.admit([A, A + 1, B, B + 1], 0, 2)
-    second = open_record(tmp_path, ledger, term=1)
+    second = open_run_store(tmp_path, ledger, term=1)
     assert second.restarted_prompts() == [prompt_of(B), prompt_of(A)]
     assert second.cursor == 2
 
@@ -85,42 +85,42 @@ async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_nev
     tmp_path: Path, ledger: Ledger
 ):
     """Half a group would be drawn again whole, and its other half has ended already."""
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, A + 1, A + 2], 0, 1)
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, A + 1, A + 2], 0, 1)
     written, _ = await asyncio.gather(
-        record.write_checkpoint({}, 0),
-        record.end([(A, "failed", "timeout"), (A + 1, "failed", "NaN"), (A + 2, "dropped", "group_incomplete")]),
+        run_store.write_checkpoint({}, 0),
+        run_store.end([(A, "failed", "timeout"), (A + 1, "failed", "NaN"), (A + 2, "dropped", "group_incomplete")]),
     )
     assert written is not None
     copy = Ledger(Path(written.path) / "ledger.db")
     assert copy.totals().live in (0, 3)
     copy.close()
-    assert record.live == []
+    assert run_store.live == []
 
 
 async def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_path: Path, ledger: Ledger):
     """Between the two renames that replace it a crash would find none."""
-    first = open_record(tmp_path, ledger)
+    first = open_run_store(tmp_path, ledger)
     written = await first.write_checkpoint({}, 0)
     assert written is not None
-    resumed = open_record(tmp_path, ledger, term=1, restored=written.path)
+    resumed = open_run_store(tmp_path, ledger, term=1, restored=written.path)
     assert await resumed.write_checkpoint({}, 0) is None
     assert resumed.last_checkpoint == written.path
 
 
 async def test_an_abandoned_record_has_written_what_was_under_way(tmp_path: Path, ledger: Ledger):
-    record = open_record(tmp_path, ledger)
-    admitting = asyncio.create_task(record.admit([A], 0, 1))
+    run_store = open_run_store(tmp_path, ledger)
+    admitting = asyncio.create_task(run_store.admit([A], 0, 1))
     await asyncio.sleep(0)
     admitting.cancel()
-    await record.abandon()
+    await run_store.abandon()
     reopened = Ledger(tmp_path / "ledger.db")
     assert reopened.live() == [A]
     reopened.close()
 
 
 async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(tmp_path: Path, ledger: Ledger):
-    record = open_record(tmp_path, ledger)
+    run_store = open_run_store(tmp_path, ledger)
     told = {"reward.right": 0.5, "reward.liked": 2.0, "cost_mean": 0.25, "multiplier": 1.5, "kl_coefficient": 0.02}
     event = StepCommitted(
         step=1,
@@ -135,8 +135,8 @@ async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(
         staleness_mean=0.0,
         metrics=told,
     )
-    record.step_committed(event, ages=[0], samples_per_prompt=2)
-    exporter = record._exporter
+    run_store.log.emit(event)
+    exporter = run_store.log.exporter
     try:
         families = scrape(exporter.serve())
     finally:
@@ -148,30 +148,30 @@ async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(
 
 
 async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_path: Path, ledger: Ledger):
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, A + 1, B], 0, 2)
-    record.generated([A, A + 1, B])
-    record.scored([A])
-    await record.end([(B, "failed", "timeout")])
-    record.generated([A])  # told by the one that is gone
-    await record.regenerate([A, A + 1, B])
-    await record.flush()
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, A + 1, B], 0, 2)
+    run_store.generated([A, A + 1, B])
+    run_store.scored([A])
+    await run_store.end([(B, "failed", "timeout")])
+    run_store.generated([A])  # told by the one that is gone
+    await run_store.regenerate([A, A + 1, B])
+    await run_store.flush()
     assert ledger.reasons() == {("created", ""): 2, ("failed", "timeout"): 1}
-    record.generated([A, A + 1])
-    record.scored([A + 1])
-    await record.flush()
+    run_store.generated([A, A + 1])
+    run_store.scored([A + 1])
+    await run_store.flush()
     assert ledger.reasons() == {("generated", ""): 1, ("scored", ""): 1, ("failed", "timeout"): 1}
 
 
 async def test_a_batch_that_is_formed_while_other_rows_are_drawn_again_finds_its_samples_scored(
     tmp_path: Path, ledger: Ledger
 ):
-    record = open_record(tmp_path, ledger)
-    await record.admit([A, B], 0, 2)
+    run_store = open_run_store(tmp_path, ledger)
+    await run_store.admit([A, B], 0, 2)
 
     async def settle() -> None:
-        record.scored([A])  # it came of the rows that were believed lost
-        await record.batched([A])
+        run_store.scored([A])  # it came of the rows that were believed lost
+        await run_store.batched([A])
 
-    await asyncio.gather(record.regenerate([A, B]), settle())
+    await asyncio.gather(run_store.regenerate([A, B]), settle())
     assert ledger.reasons() == {("batched", ""): 1, ("created", ""): 1}

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
-from asyncflow.control.supervision.supervision import Supervisor
+from asyncflow.control.supervision.restart_policy import RestartPolicy
+from asyncflow.control.supervision.service_supervisor import Replaced, ServiceSupervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceError, ServiceGone, ask
@@ -47,32 +47,50 @@ class Sharing:
 
 @asynccontextmanager
 async def sharing(book: list[str], moves: float) -> AsyncIterator[dict[str, Sharing]]:
-    """Policy and reference on one pool, followed by their controller's fleet."""
+    """Policy and reference on one pool, with their supervisor."""
     async with followed(book, moves) as (services, _):
         yield services
 
 
 @asynccontextmanager
 async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], ServiceSupervisor]]:
-    """The same, and the fleet."""
+    """The same, and the supervisor."""
 
     async def restart(name: str) -> Endpoint:
         raise NotImplementedError
 
-    async def hear(notice: Notice) -> None:
-        raise NotImplementedError
-
     services = {name: Sharing(name, book, moves) for name in ("policy", "reference")}
-    fleet = ServiceSupervisor(services, dict.fromkeys(services, "main"), Supervisor(trace(ppo), {}, [], 0), restart)
+    supervisor = ServiceSupervisor(
+        services, dict.fromkeys(services, "main"), RestartPolicy(trace(ppo), {}, [], 0), restart
+    )
     async with asyncio.TaskGroup() as group:
-        tasks = fleet.follow(group, hear, lambda event: None, nothing)
-        yield services, fleet
+        tasks = supervisor.follow(group)
+        yield services, supervisor
         for task in tasks:
             task.cancel()
 
 
 async def nothing(successor: Endpoint) -> None:
-    """A successor needs nothing of the others."""
+    """A successor needs nothing of what the others have."""
+
+
+async def prepare_successors(
+    supervisor: ServiceSupervisor, book: list[str], prepare: Callable[[Endpoint], Awaitable[None]]
+) -> None:
+    """Take replacements from the queue as a controller does, and give each successor what it needs."""
+    async with asyncio.TaskGroup() as group:
+        while True:
+            replaced = await supervisor.next_notice()
+            assert isinstance(replaced, Replaced)
+            book.append(f"{replaced.event.service} replaced")
+            group.create_task(prepare_one(supervisor, replaced, prepare))
+
+
+async def prepare_one(
+    supervisor: ServiceSupervisor, replaced: Replaced, prepare: Callable[[Endpoint], Awaitable[None]]
+) -> None:
+    async with supervisor.on_replaced(replaced) as successor:
+        await prepare(successor)
 
 
 async def have_turns(services: dict[str, Sharing], book: list[str], *names: str) -> None:
@@ -116,7 +134,7 @@ async def test_who_has_nothing_to_move_is_asked_once():
 
 async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
     book: list[str] = []
-    async with followed(book, moves=1.0) as (services, fleet):
+    async with followed(book, moves=1.0) as (services, supervisor):
         await have_turns(services, book, "policy")
         services["policy"].may_leave.clear()
         waiting = Waiting("reference", "lease", "main")
@@ -125,13 +143,13 @@ async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
         async with asyncio.timeout(5):
             while "policy leaves" not in book:
                 await asyncio.sleep(0)
-            assert [line.partition(" since")[0] for line in fleet.graph()] == [
+            assert [line.partition(" since")[0] for line in supervisor.graph()] == [
                 "reference waits for free devices on policy"
             ]
             services["policy"].may_leave.set()
             while "reference works" not in book:
                 await asyncio.sleep(0)
-        assert fleet.graph() == []
+        assert supervisor.graph() == []
 
 
 class Mortal(Sharing):
@@ -158,9 +176,9 @@ class Mortal(Sharing):
 
 @asynccontextmanager
 async def mortal(
-    book: list[str], on_replaced: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
+    book: list[str], prepare: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
 ) -> AsyncIterator[tuple[Mortal, ServiceSupervisor]]:
-    """A generator that may die so often, and its fleet; so many of its successors die while they start."""
+    """A generator that may die so often, and its supervisor; so many of its successors die while they start."""
     services = {"generator": Mortal("generator", book)}
 
     async def restart(name: str) -> Endpoint:
@@ -169,13 +187,11 @@ async def mortal(
             raise ServiceError(f"{name}: died while starting")
         return Mortal(name, book)
 
-    async def hear(notice: Notice) -> None:
-        raise NotImplementedError
-
-    fleet = ServiceSupervisor(services, {}, Supervisor(trace(ppo), {}, ["generator"], limit), restart)
+    supervisor = ServiceSupervisor(services, {}, RestartPolicy(trace(ppo), {}, ["generator"], limit), restart)
     async with asyncio.TaskGroup() as group:
-        tasks = fleet.follow(group, hear, lambda event: book.append(f"{event.service} replaced"), on_replaced)
-        yield services["generator"], fleet
+        tasks = supervisor.follow(group)
+        tasks.append(group.create_task(prepare_successors(supervisor, book, prepare)))
+        yield services["generator"], supervisor
         for task in tasks:
             task.cancel()
 
@@ -183,51 +199,51 @@ async def mortal(
 async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_once_that_has_what_it_needs():
     book: list[str] = []
 
-    async def on_replaced(successor: Endpoint) -> None:
-        book.append(f"{successor.name} is equipped")
+    async def prepare(successor: Endpoint) -> None:
+        book.append(f"{successor.name} is prepared")
 
-    async with mortal(book, on_replaced) as (first, fleet):
+    async with mortal(book, prepare) as (first, supervisor):
         first.dies.set()
         async with asyncio.timeout(5):
-            await ask(fleet.with_retry("generator"), GetStatistics())
-    assert book == ["restart", "EndPrompts", "generator replaced", "generator is equipped", "GetStatistics"]
+            await ask(supervisor.with_retry("generator"), GetStatistics())
+    assert book == ["restart", "EndPrompts", "generator replaced", "generator is prepared", "GetStatistics"]
 
 
 async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_the_run():
     book: list[str] = []
 
-    async def on_replaced(successor: Endpoint) -> None:
+    async def prepare(successor: Endpoint) -> None:
         assert isinstance(successor, Mortal)
         successor.dies.set()
         await ask(successor, GetStatistics())
 
     with pytest.raises(ExceptionGroup) as ended:
-        async with mortal(book, on_replaced) as (first, fleet):
+        async with mortal(book, prepare) as (first, supervisor):
             first.dies.set()
             async with asyncio.timeout(5):
-                await ask(fleet.with_retry("generator"), GetStatistics())
+                await ask(supervisor.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceGone), "it may die once"
     assert book == ["restart", "EndPrompts", "generator replaced"]
 
 
 async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
     book: list[str] = []
-    async with mortal(book, nothing, limit=3, stillborn=2) as (first, fleet):
+    async with mortal(book, nothing, limit=3, stillborn=2) as (first, supervisor):
         first.dies.set()
         async with asyncio.timeout(5):
-            await ask(fleet.with_retry("generator"), GetStatistics())
-            await fleet.wait_healthy()
+            await ask(supervisor.with_retry("generator"), GetStatistics())
+            await supervisor.wait_healthy()
     assert book == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
-    assert fleet.deaths("generator") == 3
+    assert supervisor.deaths("generator") == 3
     with pytest.raises(ExceptionGroup) as ended:
-        async with mortal([], nothing, limit=1, stillborn=1) as (first, fleet):
+        async with mortal([], nothing, limit=1, stillborn=1) as (first, supervisor):
             first.dies.set()
             async with asyncio.timeout(5):
-                await ask(fleet.with_retry("generator"), GetStatistics())
+                await ask(supervisor.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceError, match="died while starting")
 
 
-async def test_rows_for_a_service_that_is_being_replaced_are_left_to_who_equips_it():
-    async with mortal([], nothing) as (first, fleet):
+async def test_rows_for_a_service_that_is_being_replaced_are_left_to_who_prepares_it():
+    async with mortal([], nothing) as (first, supervisor):
         first.dies.set()
-        await fleet.deliver("generator", Delivery("an edge", 0, []), [])
+        await supervisor.deliver("generator", Delivery("an edge", 0, []), [])

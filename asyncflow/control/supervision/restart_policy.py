@@ -1,8 +1,8 @@
-"""What follows from a service's death: who is replaced and has its rows sent again, when the run ends instead. Pure.
+"""What follows from a service's death: it is replaced and its rows are sent again, or the run ends. Pure.
 
-A service that only answers has no state that the others don't have: what it was working on is still with those who
-sent it. A generator is given its weights and its prompts anew, and what it had drawn is drawn again (`handing_out`).
-One that trains, or that joins what a batch is made of, takes the run with it; the run is resumed.
+A service that only computes rows has no state of its own: its senders still hold the rows that it was working on. A
+generator gets its weights and prompts again and regenerates its rows (`prompt_dispatcher`). A service that trains, or
+that joins the rows of a batch, takes the run with it; the run is then resumed from a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from asyncflow.dataflow.graph import SOURCE, Dataflow
 
 
 class Resend(msgspec.Struct, frozen=True):
-    """A sender that has to send again what an edge may have lost."""
+    """A sender that has to send the rows of an edge again."""
 
     service: str
     edge: str
 
 
 class Replacement(msgspec.Struct, frozen=True):
-    """A service to be started anew."""
+    """A service to be started again."""
 
     service: str
-    number: int  # of its replacements, 1 for the first
-    stages: list[str]  # which waited in it
+    number: int  # 1 for the first replacement of this service
+    stages: list[str]  # the stages that it hosted
     resend: list[Resend]
 
 
-class Supervisor:
-    """Counts deaths. `hosts` says which service answers a stage."""
+class RestartPolicy:
+    """Counts deaths. `hosts` maps each stage to the service that runs it."""
 
     def __init__(self, dataflow: Dataflow, hosts: Mapping[str, str], replaceable: Iterable[str], limit: int) -> None:
         self._dataflow, self._hosts = dataflow, hosts
@@ -41,15 +41,15 @@ class Supervisor:
         self._deaths: Counter[str] = Counter()
 
     def may_die(self, service: str) -> bool:
-        """Whether the run goes on without this service for a while."""
+        """Whether the run can go on without this service until its successor has started."""
         return service in self._replaceable
 
     def deaths(self, service: str) -> int:
-        """How often it has died."""
+        """How often a service has died."""
         return self._deaths[service]
 
     def replace(self, service: str) -> Replacement | None:
-        """What to do about a death; None where the run can't go on."""
+        """What to do about a death; None if the run can't go on."""
         self._deaths[service] += 1
         if service not in self._replaceable or self._deaths[service] > self._limit:
             return None
@@ -58,6 +58,6 @@ class Supervisor:
         return Replacement(service, self._deaths[service], stages, resend)
 
     def resend_to(self, stage: str) -> list[Resend]:
-        """Who sends to a stage: a row of a join that is lost on one edge is needed again on all."""
+        """The senders of a stage. A row that a join lost on one edge is needed again on all of its edges."""
         inputs = self._dataflow.inputs_of(stage)
         return [Resend(self._hosts[channel.source], channel.edge) for channel in inputs if channel.source != SOURCE]

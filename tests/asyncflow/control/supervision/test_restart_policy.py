@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncflow.control.supervision.supervision import Replacement, Resend, Supervisor
+from asyncflow.control.supervision.restart_policy import Replacement, Resend, RestartPolicy
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 
@@ -10,8 +10,8 @@ PPO = trace(ppo)
 HOSTS = {s.name: "generator" if s.generates else s.service for s in PPO.stages}
 
 
-def supervisor(limit: int = 2) -> Supervisor:
-    return Supervisor(PPO, HOSTS, ["reference", "reward"], limit)
+def supervisor(limit: int = 2) -> RestartPolicy:
+    return RestartPolicy(PPO, HOSTS, ["reference", "reward"], limit)
 
 
 def test_whoever_sent_to_it_sends_again():

@@ -1,0 +1,143 @@
+"""Every event and measurement of a run: to the log file, the journals, the exported metrics and the followers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from asyncflow.control.events import EventLog
+from asyncflow.observe.exporter import Exporter
+from asyncflow.observe.journal import MetricsJournal, read_lines
+from asyncflow.observe.report import PART
+from asyncflow.observe.timeline import Timeline
+from protocols.control.events import (
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    Published,
+    SamplesEnded,
+    ServiceReplaced,
+    StepCommitted,
+    WaitsChanged,
+)
+from protocols.control.notices import Span
+
+LOG = logging.getLogger("asyncflow.run")
+_GAUGES = {  # exported name -> metric of the last step
+    "clip_fraction": "policy.clip_fraction",
+    "mismatch_kl_nats": "policy.mismatch_kl",
+    "cost_mean": "cost_mean",
+    "cost_multiplier": "multiplier",
+    "kl_coefficient": "kl_coefficient",
+}
+
+
+class RunLog:
+    """What one run reports while it is open."""
+
+    def __init__(self, folder: Path, exporter: Exporter, step: int) -> None:
+        """`step` is the number of committed steps from which the run goes on: the journals are rewound to it."""
+        self.events = EventLog()
+        self.exporter = exporter
+        self._folder = folder
+        self._metrics = MetricsJournal(folder / "metrics.jsonl")
+        self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
+        self._metrics.rewind(step)
+        self._evaluations.rewind(step)
+        self._evaluated_steps = {line["step"] for line in read_lines(folder / "evaluations.jsonl")}
+        self._timeline = Timeline(folder / "timeline.jsonl")
+        self._busy_seconds: defaultdict[str, float] = defaultdict(float)
+
+    def emit(self, event: Event) -> None:
+        """Journal, export and log one event, then show it to the followers."""
+        export = self.exporter
+        match event:
+            case StepCommitted():
+                self._metrics.append(event)
+                self._export_step(event)
+            case Evaluated():
+                self._evaluated_steps.add(event.step)
+                self._evaluations.append(event)
+                export.set("evaluation", event.value, metric=event.metric)
+            case Published():
+                export.observe("weight_sync_seconds", event.seconds, phase="total")
+                export.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
+            case SamplesEnded():
+                export.inc("samples_total", event.count, state=event.state, reason=_bounded(event.reason))
+            case ServiceReplaced():
+                export.inc("restarts_total", role=event.service)
+            case CheckpointWritten():
+                export.observe("checkpoint_seconds", event.seconds)
+                export.set("checkpoint_bytes", event.nbytes)
+                export.set("last_checkpoint_timestamp_seconds", time.time())
+            case _:
+                pass
+        if not isinstance(event, WaitsChanged):  # twice a second, for the live view only
+            LOG.info("%s", event)
+        self.events.add(event)
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the journal holds this step's evaluation, e.g. from before a restart."""
+        return step in self._evaluated_steps
+
+    def add_spans(self, spans: Iterable[Span]) -> None:
+        """Record the time that services were busy."""
+        spans = list(spans)
+        self._timeline.add(spans)
+        for span in spans:
+            self._busy_seconds[span.service] += span.end - span.start
+
+    def take_busy_seconds(self) -> dict[str, float]:
+        """Busy seconds of each service since the last call."""
+        busy, self._busy_seconds = dict(self._busy_seconds), defaultdict(float)
+        return busy
+
+    def observe_staleness(self, ages: Iterable[int], samples_per_prompt: int) -> None:
+        """Export the ages, in versions, of the prompts of a trained batch."""
+        for age in ages:
+            for _ in range(samples_per_prompt):
+                self.exporter.observe("trained_staleness_versions", age)
+
+    def exception(self, error: BaseException) -> None:
+        """Log an error that the program does not foresee, with its traceback."""
+        LOG.error("unexpected", exc_info=error)
+
+    def write_timeline(self) -> None:
+        """Write timeline.json."""
+        self._timeline.write(self._folder / "timeline.json")
+
+    def close(self) -> None:
+        """Close the journals."""
+        for journal in (self._metrics, self._evaluations, self._timeline):
+            journal.close()
+
+    def _export_step(self, event: StepCommitted) -> None:
+        export, metrics = self.exporter, event.metrics
+        export.inc("steps_total")
+        export.inc("samples_trained_total", event.samples)
+        export.inc("tokens_trained_total", event.tokens_generated)
+        export.inc("samples_total", event.samples, state="trained", reason="")
+        export.observe("step_seconds", event.seconds)
+        export.set("last_step_timestamp_seconds", time.time())
+        export.set("reward_mean", event.reward_mean)
+        export.set("kl_reference_nats", event.kl)
+        export.set("weights_version", event.step, replica="committed")
+        for gauge, key in _GAUGES.items():
+            if key in metrics:
+                export.set(gauge, metrics[key])
+        for name, value in metrics.items():
+            if name.startswith(PART):
+                export.set("reward_part_mean", value, part=name.removeprefix(PART))
+        for role in ("policy", "critic", "cost_critic"):
+            for name in ("loss", "gradient_norm"):
+                if f"{role}.{name}" in metrics:
+                    export.set(name, metrics[f"{role}.{name}"], role=role)
+        export.inc("straggler_wait_seconds_total", metrics.get("wait.batch_seconds", 0.0))
+
+
+def _bounded(reason: str) -> str:
+    """A label value: the kind of a cause, not its text."""
+    return reason.split(":", maxsplit=1)[0].split(" ", maxsplit=1)[0][:32] or "unknown"
