@@ -60,7 +60,7 @@ def test_grants_follow_the_order_of_asking_and_skip_who_withdrew(moves: list[tup
             gone = opened.pop(ended)
             granted = lease.give_back(gone.service, gone.ticket)
             assert granted == (opened[0] if ended == 0 and opened else None), (
-                "a grant is told once, to the next in line"
+                "a grant is returned once, for the next claim"
             )
         assert lease.holder == (opened[0] if opened else None)
         assert lease.waiting == opened[1:]

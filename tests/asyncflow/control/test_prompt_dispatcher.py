@@ -1,4 +1,4 @@
-"""A prompt is handed out once, unless the rows that came of it are lost: then all of it is, under a new attempt."""
+"""A prompt is sent once. If its rows are lost with a generator, all of them are sent again under a new attempt."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ SAMPLES = 2
 
 
 class Generator:
-    """Remembers what it was handed. Implements `Endpoint`."""
+    """Remembers its deliveries. Implements `Endpoint`."""
 
     name = "generator"
 
     def __init__(self) -> None:
-        self.handed: list[Delivery] = []
+        self.deliveries: list[Delivery] = []
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        self.handed.append(delivery)
+        self.deliveries.append(delivery)
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         raise NotImplementedError
@@ -47,14 +47,14 @@ class Generator:
         raise NotImplementedError
 
     def take(self) -> dict[tuple[bool, int], list[int]]:
-        """(greedy, attempt) -> the prompts that were handed out so since the last call."""
+        """(greedy, attempt) -> the prompts that were delivered since the last call."""
         found: dict[tuple[bool, int], list[int]] = {}
-        for delivery in self.handed:
+        for delivery in self.deliveries:
             samples = [sample for shard in delivery.shards for sample in shard.sample_ids]
             greedy = index_of(samples[0]) == BASELINE_INDEX
             assert len(samples) == len(dict.fromkeys(map(prompt_of, samples))) * (1 if greedy else SAMPLES)
             found.setdefault((greedy, delivery.attempt), []).extend(dict.fromkeys(map(prompt_of, samples)))
-        self.handed.clear()
+        self.deliveries.clear()
         return found
 
 
@@ -68,7 +68,7 @@ def source(tmp_path: Path) -> PromptSource:
     return PromptSource([DataRow(f"{i}+{i}=", str(2 * i)) for i in range(7)], str(tmp_path), seed=0)
 
 
-async def test_what_a_lost_generator_had_drawn_is_drawn_again_but_for_what_is_at_the_join(
+async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_what_is_at_the_join(
     tmp_path: Path, source: PromptSource
 ):
     generator, ledger = Generator(), Ledger(tmp_path / "ledger.db")

@@ -41,7 +41,7 @@ class Controller:
         config, rules = world.config, world.rules
         self._world = world
         self.admission = rules.admission(config.prompts, config.staleness, config.steps, window=config.window or None)
-        self.book = rules.prompt_book(self.admission, UNLIMITED)
+        self.inflight = rules.inflight_prompts(self.admission, UNLIMITED)
         self.outbox = rules.outbox()  # of prompts: what goes out again is made anew, under the current attempt
         self.min_versions: dict[int, int] = {}  # live prompts
         self.attempts: dict[int, int] = {}  # live prompts
@@ -106,7 +106,7 @@ class Controller:
 
     def _admit(self, room: int) -> None:
         prompts = [prompt_id(0, len(self.fates) + i) for i in range(room)]
-        self.book.admit(prompts)
+        self.inflight.admit(prompts)
         for prompt in prompts:
             self.fates[prompt] = "live"
             self.min_versions[prompt], self.attempts[prompt] = self.version, 0
@@ -167,7 +167,7 @@ class Controller:
         return told
 
     def _hear(self, settled: PromptSettled) -> None:
-        self.book.complete(settled)
+        self.inflight.complete(settled)
         if settled.dead:
             self._end(settled.prompt_id, "failed")
 
@@ -175,7 +175,7 @@ class Controller:
         """The join lost its rows, and its unread notices are void: its prompts have to become complete again."""
         assert self.training is None, "the loss of a batch that trains is the loss of a trainer's state"
         self.notices.clear()
-        self.book.mark_incomplete()
+        self.inflight.mark_incomplete()
         self._stale = True
 
     def droppable(self) -> list[int]:
@@ -187,7 +187,7 @@ class Controller:
         """Drop a prompt whose scores are equal. The join drops its rows first: its refill may follow at once."""
         if self._world.rules.join_hears_first:
             self._world.closing.end([prompt])
-        self.book.drop(prompt)
+        self.inflight.drop(prompt)
         self._end(prompt, "dropped")
         self._stale = True
         self._tell_ended()
@@ -198,7 +198,7 @@ class Controller:
         del self.min_versions[prompt], self.attempts[prompt]
 
     def _tell_ended(self) -> None:
-        ended = self.book.take_finished()
+        ended = self.inflight.take_finished()
         self.outbox.end(ended)
         for service in self._world.services.values() if ended else ():
             service.to_end.append(ended)
@@ -208,7 +208,7 @@ class Controller:
     def choice(self) -> list[CompletePrompt] | None:
         """The batch that could be closed now."""
         if self._stale:
-            self._chosen, self._stale = self.book.choose(), False
+            self._chosen, self._stale = self.inflight.choose(), False
         return self._chosen
 
     def _close(self) -> None:
@@ -217,11 +217,11 @@ class Controller:
         ages = check_age(batch, self.version, self._world.config.staleness)
         self._world.watch.ages |= {(self.version, age) for age in ages}
         self.training = Training(self.version, batch)
-        self._world.closing.close(self.version, [s for p in self.book.notices_of(batch) for s in p.alive])
+        self._world.closing.close(self.version, [s for p in self.inflight.notices_of(batch) for s in p.alive])
 
     def rows_of_choice(self) -> list[int]:
         """The samples that a batch would have if it were formed now."""
-        return [s for p in self.book.notices_of(self.book.choose() or []) for s in p.alive]
+        return [s for p in self.inflight.notices_of(self.inflight.choose() or []) for s in p.alive]
 
     def done(self, stage: TrainingStage, step: int) -> None:
         """A trainer finished a step."""
@@ -249,7 +249,7 @@ class Controller:
         batch, self.training = self.training.batch, None
         if self._publishes and not self._world.rules.publishes_first:
             self.late_weights.append(self.version + 1)
-        self.book.commit(batch)
+        self.inflight.commit(batch)
         for prompt in batch:
             self._end(prompt.prompt_id, "trained")
         for sink in self._world.sinks if self._world.rules.update_keeps_lease else ():

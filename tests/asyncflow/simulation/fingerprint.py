@@ -161,7 +161,7 @@ def like_enough(world: World, state: State) -> bool:
     if chosen is None or Facts(world).comes_again:
         return True
     oldest = chosen[-1].oldest_version
-    tied = [p for p, settled in controller.book._complete.items() if oldest_of(settled) == oldest]
+    tied = [p for p, settled in controller.inflight._complete.items() if oldest_of(settled) == oldest]
     taken = {r.prompt_id for r in chosen}
     return taken >= set(tied) or len({state.parts[p] for p in tied}) == 1
 
@@ -278,9 +278,9 @@ def _controller(facts: Facts) -> Print:
     c = facts.world.controller
     for prompt, min_version in c.min_versions.items():
         # Of a prompt that is settled for good nobody asks when it was admitted.
-        is_open = facts.sends_again or prompt not in c.book._complete
+        is_open = facts.sends_again or prompt not in c.inflight._complete
         facts.prompts.append((("live", min_version if is_open else -1, c.attempts[prompt]), prompt))
-    for prompt, settled in c.book._complete.items():
+    for prompt, settled in c.inflight._complete.items():
         facts.prompts.append((("ready", oldest_of(settled)), prompt))
     for prompt, notices in c.notices.items():
         told = tuple((bool(s.dead), oldest_of(s)) for s in notices)

@@ -173,15 +173,15 @@ BROKEN = {
     "7 drop": (Config("grpo", faults=Faults(drops=1)), Rules(join_hears_first=False)),
     "8 age": (
         Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,)),
-        Rules(prompt_book=broken.AgesAgainstYesterday),
+        Rules(inflight_prompts=broken.AgesAgainstYesterday),
     ),
     "9 newest": (
         Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,)),
-        Rules(prompt_book=broken.NewestFirst),
+        Rules(inflight_prompts=broken.NewestFirst),
     ),
     "10 due": (
         Config("grpo", staleness=2, steps=4, turns=2, stragglers=(1, 2)),
-        Rules(prompt_book=broken.LooksAtWhatIsDueNow),
+        Rules(inflight_prompts=broken.LooksAtWhatIsDueNow),
     ),
     "11 rises": (Config(), Rules(rises_after="policy")),
     "12 lease": (Config("grpo", "shared"), Rules(update_keeps_lease=True)),
@@ -196,7 +196,7 @@ BROKEN = {
     "told": (Config("grpo", faults=Faults(restarts=1)), Rules(tells_ended=False)),
     "join": (
         Config("grpo", "colocated", prompts=2, steps=1, faults=Faults(restarts=1)),
-        Rules(prompt_book=broken.NeverMarksIncomplete),
+        Rules(inflight_prompts=broken.NeverMarksIncomplete),
     ),
     "once": (Config("grpo", steps=1, faults=Faults(duplicates=1)), Rules(trains_once=False)),
 }

@@ -150,18 +150,18 @@ straggling = on_purpose(late=last_turn)
 
 def test_8_ages_against_an_earlier_version_let_a_sample_be_trained_too_old():
     config = Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,))
-    shows(config, Rules(prompt_book=broken.AgesAgainstYesterday), "2 versions old at step 2, bound 1", straggling)
+    shows(config, Rules(inflight_prompts=broken.AgesAgainstYesterday), "2 versions old at step 2, bound 1", straggling)
 
 
 def test_9_the_newest_first_leave_the_oldest_to_batches_that_can_not_take_them():
     config = Config("grpo", staleness=1, steps=3, turns=2, stragglers=(1,))
-    shows(config, Rules(prompt_book=broken.NewestFirst), "Deadlock", straggling)
+    shows(config, Rules(inflight_prompts=broken.NewestFirst), "Deadlock", straggling)
 
 
 def test_10_two_stragglers_fall_due_together():
     """Nothing is due at step 1, which trains a fresh prompt; at step 2 both are, and there is room for one."""
     config = Config("grpo", staleness=2, steps=4, turns=2, stragglers=(1, 2))
-    shows(config, Rules(prompt_book=broken.LooksAtWhatIsDueNow), "Deadlock", straggling)
+    shows(config, Rules(inflight_prompts=broken.LooksAtWhatIsDueNow), "Deadlock", straggling)
 
 
 def test_11_a_version_that_rises_when_the_policy_is_done_has_values_of_an_older_critic():
@@ -297,8 +297,8 @@ def test_a_successor_is_told_which_prompts_are_over():
 
 def test_a_join_that_lost_its_memory_is_not_believed():
     config = Config("grpo", prompts=2, faults=Faults(restarts=1))
-    half_a_batch = on_purpose(strike=dies("advantage", lambda world: world.controller.book.ready == 1))
-    shows(config, Rules(prompt_book=broken.NeverMarksIncomplete), "KeyError", half_a_batch)
+    half_a_batch = on_purpose(strike=dies("advantage", lambda world: world.controller.inflight.ready == 1))
+    shows(config, Rules(inflight_prompts=broken.NeverMarksIncomplete), "KeyError", half_a_batch)
 
 
 def test_a_trainer_takes_each_step_once():

@@ -256,7 +256,7 @@ class World:
         for engine in self.engines:
             yield f"{engine.name} {engine.phase} at version {engine.version}, {len(engine.running)} rows"
         admission = self.controller.admission
-        yield f"{admission.live} live, {admission.incomplete} incomplete, {self.controller.book.ready} ready"
+        yield f"{admission.live} live, {admission.incomplete} incomplete, {self.controller.inflight.ready} ready"
         yield f"{self.closing.join.depth} rows at the join, {len(self.network.flights)} deliveries on their way"
         for pool, lease in {lease.pool: lease for lease in self.leases.values()}.items():
             if lease.holder is not None:

@@ -1,4 +1,4 @@
-"""A live prompt is in the book exactly once, and what leaves it makes room for another."""
+"""A live prompt is in flight exactly once, and a prompt that finishes makes room for another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocols.control.notices import PromptSettled
 from protocols.stage import Failure
 
 
-def book(prompts_per_step: int = 2, staleness: int = 0, max_refills: int = 1) -> InFlightPrompts:
+def inflight(prompts_per_step: int = 2, staleness: int = 0, max_refills: int = 1) -> InFlightPrompts:
     return InFlightPrompts(Admission(prompts_per_step, staleness, steps=10), max_refills)
 
 
@@ -23,8 +23,8 @@ def dead(prompt: int) -> PromptSettled:
     return PromptSettled(prompt, [], [Failure(prompt * 10, "raised")])
 
 
-def test_a_batch_waits_for_its_last_prompt_and_leaves_the_book_with_the_commit():
-    prompts = book()
+def test_a_batch_waits_for_its_last_prompt_and_leaves_with_the_commit():
+    prompts = inflight()
     prompts.admit([1, 2])
     prompts.complete(alive(2))
     assert prompts.choose() is None
@@ -37,7 +37,7 @@ def test_a_batch_waits_for_its_last_prompt_and_leaves_the_book_with_the_commit()
 
 
 def test_a_dead_prompt_makes_room_for_exactly_one_other():
-    prompts = book()
+    prompts = inflight()
     prompts.admit([1, 2])
     assert prompts.admission.room() == 0
     prompts.complete(dead(1))
@@ -49,8 +49,8 @@ def test_a_dead_prompt_makes_room_for_exactly_one_other():
 
 
 def test_a_dropped_prompt_leaves_like_a_failed_one():
-    """Dynamic sampling: all its samples scored alike, so it teaches nothing."""
-    prompts = book()
+    """Dynamic sampling: all its samples scored alike, so no gradient comes of it."""
+    prompts = inflight()
     prompts.admit([1, 2])
     prompts.complete(alive(1))
     prompts.drop(1)
@@ -61,7 +61,7 @@ def test_a_dropped_prompt_leaves_like_a_failed_one():
 
 
 def test_a_prompt_that_is_not_worth_training_makes_room_and_counts_as_rejected():
-    prompts = book(prompts_per_step=1, max_refills=1)
+    prompts = inflight(prompts_per_step=1, max_refills=1)
     for prompt in range(2):
         assert prompts.rejects() is None
         prompts.admit([prompt])
@@ -73,7 +73,7 @@ def test_a_prompt_that_is_not_worth_training_makes_room_and_counts_as_rejected()
 
 
 def test_what_is_told_twice_changes_nothing():
-    prompts = book()
+    prompts = inflight()
     prompts.admit([1, 2])
     for _ in range(2):
         prompts.complete(alive(1))
@@ -85,7 +85,7 @@ def test_what_is_told_twice_changes_nothing():
 
 
 def test_of_two_words_about_a_prompt_the_last_counts():
-    prompts = book(prompts_per_step=1, staleness=1)
+    prompts = inflight(prompts_per_step=1, staleness=1)
     prompts.admit([1])
     prompts.complete(alive(1, oldest=0))
     prompts.complete(alive(1, oldest=1))
@@ -95,8 +95,8 @@ def test_of_two_words_about_a_prompt_the_last_counts():
     assert (prompts.admission.live, prompts.admission.incomplete) == (0, 0)
 
 
-def test_prompts_whose_join_lost_its_memory_settle_again():
-    prompts = book()
+def test_prompts_whose_join_lost_its_memory_complete_again():
+    prompts = inflight()
     prompts.admit([1, 2])
     prompts.complete(alive(1))
     prompts.mark_incomplete()
@@ -108,7 +108,7 @@ def test_prompts_whose_join_lost_its_memory_settle_again():
 
 
 def test_the_prompts_that_ended_are_told_once():
-    prompts = book(prompts_per_step=1, staleness=1)
+    prompts = inflight(prompts_per_step=1, staleness=1)
     prompts.admit([1, 2])
     prompts.complete(dead(1))
     prompts.complete(alive(2))
@@ -118,14 +118,14 @@ def test_the_prompts_that_ended_are_told_once():
 
 
 def test_the_critic_s_version_ages_a_prompt_like_its_tokens_do():
-    prompts = book(prompts_per_step=1, staleness=1)
+    prompts = inflight(prompts_per_step=1, staleness=1)
     prompts.admit([1])
     prompts.complete(alive(1, oldest=3, critic=2))
     assert [r.oldest_version for r in prompts.choose() or []] == [2]
 
 
 def test_too_many_rejected_prompts_in_one_step_are_told_with_their_share():
-    prompts = book(prompts_per_step=1, max_refills=2)
+    prompts = inflight(prompts_per_step=1, max_refills=2)
     for prompt in range(3):
         assert prompts.rejects() is None
         prompts.admit([prompt])
@@ -136,6 +136,6 @@ def test_too_many_rejected_prompts_in_one_step_are_told_with_their_share():
 
 
 def test_admitting_without_room_is_refused():
-    prompts = book()
+    prompts = inflight()
     with pytest.raises(ValueError, match="admitting 3 prompts where 2 have room"):
         prompts.admit([1, 2, 3])

@@ -1,4 +1,4 @@
-"""The rules of time, each with the case that it was made for, and all of them together under a hostile schedule."""
+"""The staleness rules, each with the case that needs it, and all of them together under random schedules."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_failed_prompt_is_refilled_only_when_its_last_row_has_arrived():
     assert admission.room() == 1
 
 
-def test_a_settled_prompt_that_failed_is_refilled():
-    """Without the decrement of `live` the step would wait for a prompt that nobody draws."""
+def test_a_complete_prompt_that_failed_is_refilled():
+    """Without the decrement of `live` the step would wait for a prompt that nobody generates."""
     admission = Admission(prompts_per_step=2, staleness=0, steps=9)
     admission.admit(2)
     admission.complete(2)
@@ -143,7 +143,7 @@ def test_two_stragglers_that_fall_due_together_are_seen_before_they_are_due():
     assert ids(choose_batch(ready(1), {9: 0}, step=1, prompts_per_step=1, staleness=2)) == [0]
 
 
-def test_settled_prompts_that_are_left_out_are_due_like_stragglers():
+def test_complete_prompts_that_are_left_out_are_due_like_stragglers():
     assert choose_batch(ready(0, 0, 0), {}, step=0, prompts_per_step=1, staleness=1) is None
 
 
@@ -162,13 +162,13 @@ def test_every_prompt_of_a_batch_has_its_age():
 
 
 class Schedule:
-    """A run without models: prompts are drawn, fail, settle out of order and are trained, as chance says."""
+    """A run without models: prompts are generated, fail, complete out of order and are trained at random."""
 
     def __init__(self, prompts_per_step: int, staleness: int, steps: int, chance: random.Random) -> None:
         self.admission = Admission(prompts_per_step, staleness, steps)
         self.chance = chance
         self.min_versions: dict[int, int] = {}  # incomplete prompts -> version at admission
-        self.slow: set[int] = set()  # of these: long responses, which settle when nothing else can move
+        self.slow: set[int] = set()  # of these: long responses, which complete when nothing else can move
         self.ready: dict[int, CompletePrompt] = {}
         self.training: list[CompletePrompt] = []
         self.admitted = self.trained = self.failed = 0
@@ -179,11 +179,11 @@ class Schedule:
         while self.admission.version < self.admission.steps:
             self.admit(long)
             self.check_bounds()
-            moves = [self.settle] if self.min_versions.keys() - self.slow else []
+            moves = [self.complete] if self.min_versions.keys() - self.slow else []
             moves += [self.train] if self.training or self.form() else []
             if not moves:
                 assert self.min_versions, f"deadlock at version {self.admission.version}: {self.ready}"
-                moves = [self.settle]
+                moves = [self.complete]
             self.chance.choice(moves)(failures)
 
     def admit(self, long: float) -> None:
@@ -194,7 +194,7 @@ class Schedule:
                 self.slow.add(self.admitted)
             self.admitted += 1
 
-    def settle(self, failures: float) -> None:
+    def complete(self, failures: float) -> None:
         prompt = self.chance.choice(sorted(self.min_versions.keys() - self.slow) or sorted(self.slow))
         min_version = self.min_versions.pop(prompt)
         self.slow.discard(prompt)

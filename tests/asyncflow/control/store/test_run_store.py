@@ -1,4 +1,4 @@
-"""The record of samples: reports that cross each other on their way reach the ledger in an order that it takes."""
+"""Reports about samples that overtake each other reach the ledger in an order that it accepts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = 
 
 
 async def test_a_batch_finds_its_samples_scored_though_a_flush_is_under_way(tmp_path: Path, ledger: Ledger):
-    """The watchdog flushes by its own clock: what it has taken and not written yet is no excuse for the batch."""
+    """The watchdog flushes too: the batch has to wait for the samples that it has taken and not written yet."""
     run_store = open_run_store(tmp_path, ledger)
     await run_store.admit([A, B], 0, 2)
     run_store.generated([A])
@@ -71,7 +71,7 @@ async def test_reports_of_samples_that_have_ended_are_ignored(tmp_path: Path, le
     assert ledger.reasons() == {("failed", "timeout"): 1, ("created", ""): 1}
 
 
-async def test_a_resumed_record_names_the_prompts_to_draw_again_in_the_order_of_their_ids(
+async def test_a_resumed_store_names_the_prompts_to_generate_again_in_the_order_of_their_ids(
     tmp_path: Path, ledger: Ledger
 ):
     first = open_run_store(tmp_path, ledger)
@@ -84,7 +84,7 @@ async def test_a_resumed_record_names_the_prompts_to_draw_again_in_the_order_of_
 async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_never_half_of_it(
     tmp_path: Path, ledger: Ledger
 ):
-    """Half a group would be drawn again whole, and its other half has ended already."""
+    """Half a group would be generated again whole, and its other half has ended already."""
     run_store = open_run_store(tmp_path, ledger)
     await run_store.admit([A, A + 1, A + 2], 0, 1)
     written, _ = await asyncio.gather(
@@ -99,7 +99,7 @@ async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_nev
 
 
 async def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_path: Path, ledger: Ledger):
-    """Between the two renames that replace it a crash would find none."""
+    """A crash between the two renames that replace it would find no checkpoint."""
     first = open_run_store(tmp_path, ledger)
     written = await first.write_checkpoint({}, 0)
     assert written is not None
@@ -108,7 +108,7 @@ async def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_p
     assert resumed.last_checkpoint == written.path
 
 
-async def test_an_abandoned_record_has_written_what_was_under_way(tmp_path: Path, ledger: Ledger):
+async def test_an_abandoned_store_has_written_what_was_under_way(tmp_path: Path, ledger: Ledger):
     run_store = open_run_store(tmp_path, ledger)
     admitting = asyncio.create_task(run_store.admit([A], 0, 1))
     await asyncio.sleep(0)
@@ -121,7 +121,7 @@ async def test_an_abandoned_record_has_written_what_was_under_way(tmp_path: Path
 
 async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(tmp_path: Path, ledger: Ledger):
     run_store = open_run_store(tmp_path, ledger)
-    told = {"reward.right": 0.5, "reward.liked": 2.0, "cost_mean": 0.25, "multiplier": 1.5, "kl_coefficient": 0.02}
+    metrics = {"reward.right": 0.5, "reward.liked": 2.0, "cost_mean": 0.25, "multiplier": 1.5, "kl_coefficient": 0.02}
     event = StepCommitted(
         step=1,
         version="0.1",
@@ -133,7 +133,7 @@ async def test_a_step_shows_the_parts_of_its_reward_its_cost_and_what_steers_it(
         loss=0.1,
         staleness_max=0,
         staleness_mean=0.0,
-        metrics=told,
+        metrics=metrics,
     )
     run_store.log.emit(event)
     exporter = run_store.log.exporter
@@ -153,7 +153,7 @@ async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_
     run_store.generated([A, A + 1, B])
     run_store.scored([A])
     await run_store.end([(B, "failed", "timeout")])
-    run_store.generated([A])  # told by the one that is gone
+    run_store.generated([A])  # reported by the dead generator
     await run_store.regenerate([A, A + 1, B])
     await run_store.flush()
     assert ledger.reasons() == {("created", ""): 2, ("failed", "timeout"): 1}
@@ -163,14 +163,14 @@ async def test_samples_whose_rows_are_gone_begin_anew_with_one_attempt_more(tmp_
     assert ledger.reasons() == {("generated", ""): 1, ("scored", ""): 1, ("failed", "timeout"): 1}
 
 
-async def test_a_batch_that_is_formed_while_other_rows_are_drawn_again_finds_its_samples_scored(
+async def test_a_batch_that_is_formed_while_other_rows_are_generated_again_finds_its_samples_scored(
     tmp_path: Path, ledger: Ledger
 ):
     run_store = open_run_store(tmp_path, ledger)
     await run_store.admit([A, B], 0, 2)
 
     async def settle() -> None:
-        run_store.scored([A])  # it came of the rows that were believed lost
+        run_store.scored([A])  # made of the rows that were believed lost
         await run_store.batched([A])
 
     await asyncio.gather(run_store.regenerate([A, B]), settle())

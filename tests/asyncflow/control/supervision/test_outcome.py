@@ -1,4 +1,4 @@
-"""How a run ends that failed: every cause is told, and none hides a broken invariant."""
+"""The outcome of a failed run names every cause, and none hides a violated invariant."""
 
 from __future__ import annotations
 

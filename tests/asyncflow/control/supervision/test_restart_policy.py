@@ -1,4 +1,4 @@
-"""A service that only answers is replaced and has its rows sent again; any other takes the run with it."""
+"""A service that only computes rows is replaced and its rows are sent again; any other death ends the run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ PPO = trace(ppo)
 HOSTS = {s.name: "generator" if s.generates else s.service for s in PPO.stages}
 
 
-def supervisor(limit: int = 2) -> RestartPolicy:
+def policy(limit: int = 2) -> RestartPolicy:
     return RestartPolicy(PPO, HOSTS, ["reference", "reward"], limit)
 
 
 def test_whoever_sent_to_it_sends_again():
-    assert supervisor().replace("reward") == Replacement(
+    assert policy().replace("reward") == Replacement(
         "reward", 1, ["reward.score#1"], [Resend("generator", "reward.score#1.0")]
     )
 
 
 def test_a_service_with_state_is_not_replaced():
     for service in ("policy", "critic", "generator", "advantage"):
-        assert supervisor().replace(service) is None
-        assert not supervisor().may_die(service)
+        assert policy().replace(service) is None
+        assert not policy().may_die(service)
 
 
 def test_a_service_that_dies_too_often_ends_the_run_and_others_are_counted_apart():
-    deaths = supervisor(limit=2)
+    deaths = policy(limit=2)
     numbers = [r.number if (r := deaths.replace("reward")) else None for _ in range(3)]
     assert numbers == [1, 2, None]
     assert deaths.replace("reference") is not None

@@ -1,4 +1,4 @@
-"""Devices go to who is next when who had them last has left; who dies has a successor that is given what it needs."""
+"""Devices go to the next claim when the previous service has left them; a dead service gets a prepared successor."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from protocols.control.requests import Done, GetStatistics, Grant, Reply, Reques
 
 
 class Sharing:
-    """A service that shares devices. It keeps what it is asked in a book that all write. Implements `Endpoint`."""
+    """A service that shares devices. It appends its requests to a shared list. Implements `Endpoint`."""
 
-    def __init__(self, name: str, book: list[str], moves: float) -> None:
+    def __init__(self, name: str, calls: list[str], moves: float) -> None:
         self.name = name
         self.heard: asyncio.Queue[Notice] = asyncio.Queue()
-        self._book, self._moves = book, moves
+        self._calls, self._moves = calls, moves
         self.may_leave = asyncio.Event()
         self.may_leave.set()
 
@@ -34,11 +34,11 @@ class Sharing:
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         match request:
             case YieldDevices():
-                self._book.append(f"{self.name} leaves")
+                self._calls.append(f"{self.name} leaves")
                 await self.may_leave.wait()
                 return Done({"moves": self._moves}), []
             case Grant():
-                self._book.append(f"{self.name} works")
+                self._calls.append(f"{self.name} works")
         return Done(), []
 
     async def notices(self) -> list[Notice]:
@@ -46,20 +46,20 @@ class Sharing:
 
 
 @asynccontextmanager
-async def sharing(book: list[str], moves: float) -> AsyncIterator[dict[str, Sharing]]:
-    """Policy and reference on one pool, with their supervisor."""
-    async with followed(book, moves) as (services, _):
+async def sharing(calls: list[str], moves: float) -> AsyncIterator[dict[str, Sharing]]:
+    """Policy and reference on one pool, supervised."""
+    async with followed(calls, moves) as (services, _):
         yield services
 
 
 @asynccontextmanager
-async def followed(book: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], ServiceSupervisor]]:
-    """The same, and the supervisor."""
+async def followed(calls: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], ServiceSupervisor]]:
+    """The same, with the supervisor."""
 
     async def restart(name: str) -> Endpoint:
         raise NotImplementedError
 
-    services = {name: Sharing(name, book, moves) for name in ("policy", "reference")}
+    services = {name: Sharing(name, calls, moves) for name in ("policy", "reference")}
     supervisor = ServiceSupervisor(
         services, dict.fromkeys(services, "main"), RestartPolicy(trace(ppo), {}, [], 0), restart
     )
@@ -75,14 +75,14 @@ async def nothing(successor: Endpoint) -> None:
 
 
 async def prepare_successors(
-    supervisor: ServiceSupervisor, book: list[str], prepare: Callable[[Endpoint], Awaitable[None]]
+    supervisor: ServiceSupervisor, calls: list[str], prepare: Callable[[Endpoint], Awaitable[None]]
 ) -> None:
     """Take replacements from the queue as a controller does, and give each successor what it needs."""
     async with asyncio.TaskGroup() as group:
         while True:
             replaced = await supervisor.next_notice()
             assert isinstance(replaced, Replaced)
-            book.append(f"{replaced.event.service} replaced")
+            calls.append(f"{replaced.event.service} replaced")
             group.create_task(prepare_one(supervisor, replaced, prepare))
 
 
@@ -93,22 +93,22 @@ async def prepare_one(
         await prepare(successor)
 
 
-async def have_turns(services: dict[str, Sharing], book: list[str], *names: str) -> None:
-    """Each asks, works and gives back, one after the other."""
+async def have_turns(services: dict[str, Sharing], calls: list[str], *names: str) -> None:
+    """Each service claims the devices, works and gives them back, one after the other."""
     for ticket, name in enumerate(names):
-        worked = book.count(f"{name} works")
+        worked = calls.count(f"{name} works")
         services[name].heard.put_nowait(LeaseAsked(ticket, name))
         async with asyncio.timeout(5):
-            while book.count(f"{name} works") == worked:
+            while calls.count(f"{name} works") == worked:
                 await asyncio.sleep(0)
         services[name].heard.put_nowait(LeaseReturned(ticket))
 
 
 async def test_a_service_leaves_its_devices_before_another_one_works_on_them():
-    book: list[str] = []
-    async with sharing(book, moves=1.0) as services:
-        await have_turns(services, book, "policy", "policy", "reference", "policy")
-    assert book == [
+    calls: list[str] = []
+    async with sharing(calls, moves=1.0) as services:
+        await have_turns(services, calls, "policy", "policy", "reference", "policy")
+    assert calls == [
         "policy works",
         "policy works",
         "policy leaves",
@@ -119,10 +119,10 @@ async def test_a_service_leaves_its_devices_before_another_one_works_on_them():
 
 
 async def test_who_has_nothing_to_move_is_asked_once():
-    book: list[str] = []
-    async with sharing(book, moves=0.0) as services:
-        await have_turns(services, book, "policy", "reference", "policy", "reference")
-    assert book == [
+    calls: list[str] = []
+    async with sharing(calls, moves=0.0) as services:
+        await have_turns(services, calls, "policy", "reference", "policy", "reference")
+    assert calls == [
         "policy works",
         "policy leaves",
         "reference works",
@@ -133,36 +133,36 @@ async def test_who_has_nothing_to_move_is_asked_once():
 
 
 async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
-    book: list[str] = []
-    async with followed(book, moves=1.0) as (services, supervisor):
-        await have_turns(services, book, "policy")
+    calls: list[str] = []
+    async with followed(calls, moves=1.0) as (services, supervisor):
+        await have_turns(services, calls, "policy")
         services["policy"].may_leave.clear()
         waiting = Waiting("reference", "lease", "main")
         services["reference"].heard.put_nowait(waiting)
         services["reference"].heard.put_nowait(LeaseAsked(7, "reference"))
         async with asyncio.timeout(5):
-            while "policy leaves" not in book:
+            while "policy leaves" not in calls:
                 await asyncio.sleep(0)
             assert [line.partition(" since")[0] for line in supervisor.graph()] == [
                 "reference waits for free devices on policy"
             ]
             services["policy"].may_leave.set()
-            while "reference works" not in book:
+            while "reference works" not in calls:
                 await asyncio.sleep(0)
         assert supervisor.graph() == []
 
 
 class Mortal(Sharing):
-    """It answers until it dies, and then nobody."""
+    """A service that answers until it dies."""
 
-    def __init__(self, name: str, book: list[str]) -> None:
-        super().__init__(name, book, moves=0.0)
+    def __init__(self, name: str, calls: list[str]) -> None:
+        super().__init__(name, calls, moves=0.0)
         self.dies = asyncio.Event()
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         if self.dies.is_set():
             raise ServiceGone(f"{self.name}: its process is gone")
-        self._book.append(type(request).__name__)
+        self._calls.append(type(request).__name__)
         return Done(), []
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
@@ -176,41 +176,41 @@ class Mortal(Sharing):
 
 @asynccontextmanager
 async def mortal(
-    book: list[str], prepare: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
+    calls: list[str], prepare: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
 ) -> AsyncIterator[tuple[Mortal, ServiceSupervisor]]:
-    """A generator that may die so often, and its supervisor; so many of its successors die while they start."""
-    services = {"generator": Mortal("generator", book)}
+    """A generator that may die `limit` times, and its supervisor; `stillborn` successors die while they start."""
+    services = {"generator": Mortal("generator", calls)}
 
     async def restart(name: str) -> Endpoint:
-        book.append("restart")
-        if book.count("restart") <= stillborn:
+        calls.append("restart")
+        if calls.count("restart") <= stillborn:
             raise ServiceError(f"{name}: died while starting")
-        return Mortal(name, book)
+        return Mortal(name, calls)
 
     supervisor = ServiceSupervisor(services, {}, RestartPolicy(trace(ppo), {}, ["generator"], limit), restart)
     async with asyncio.TaskGroup() as group:
         tasks = supervisor.follow(group)
-        tasks.append(group.create_task(prepare_successors(supervisor, book, prepare)))
+        tasks.append(group.create_task(prepare_successors(supervisor, calls, prepare)))
         yield services["generator"], supervisor
         for task in tasks:
             task.cancel()
 
 
 async def test_what_a_dead_service_could_not_answer_is_asked_of_its_successor_once_that_has_what_it_needs():
-    book: list[str] = []
+    calls: list[str] = []
 
     async def prepare(successor: Endpoint) -> None:
-        book.append(f"{successor.name} is prepared")
+        calls.append(f"{successor.name} is prepared")
 
-    async with mortal(book, prepare) as (first, supervisor):
+    async with mortal(calls, prepare) as (first, supervisor):
         first.dies.set()
         async with asyncio.timeout(5):
             await ask(supervisor.with_retry("generator"), GetStatistics())
-    assert book == ["restart", "EndPrompts", "generator replaced", "generator is prepared", "GetStatistics"]
+    assert calls == ["restart", "EndPrompts", "generator replaced", "generator is prepared", "GetStatistics"]
 
 
 async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_the_run():
-    book: list[str] = []
+    calls: list[str] = []
 
     async def prepare(successor: Endpoint) -> None:
         assert isinstance(successor, Mortal)
@@ -218,22 +218,22 @@ async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_th
         await ask(successor, GetStatistics())
 
     with pytest.raises(ExceptionGroup) as ended:
-        async with mortal(book, prepare) as (first, supervisor):
+        async with mortal(calls, prepare) as (first, supervisor):
             first.dies.set()
             async with asyncio.timeout(5):
                 await ask(supervisor.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceGone), "it may die once"
-    assert book == ["restart", "EndPrompts", "generator replaced"]
+    assert calls == ["restart", "EndPrompts", "generator replaced"]
 
 
 async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
-    book: list[str] = []
-    async with mortal(book, nothing, limit=3, stillborn=2) as (first, supervisor):
+    calls: list[str] = []
+    async with mortal(calls, nothing, limit=3, stillborn=2) as (first, supervisor):
         first.dies.set()
         async with asyncio.timeout(5):
             await ask(supervisor.with_retry("generator"), GetStatistics())
             await supervisor.wait_healthy()
-    assert book == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
+    assert calls == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
     assert supervisor.deaths("generator") == 3
     with pytest.raises(ExceptionGroup) as ended:
         async with mortal([], nothing, limit=1, stillborn=1) as (first, supervisor):
