@@ -1,7 +1,7 @@
 """Generation by the ranks that train: rows wait, the ranks switch layouts, draw side by side, and switch back.
 
     prompts ──> mailbox ──> lease and turn: to_generation, 3D_ALL_MICRO_DP over the generation replicas, to_training
-                                 └──> rollouts leave from the ranks that drew them; their rows never pass the front
+                                 └──> rollouts leave from the ranks that drew them; rows never pass the coordinator
 
 What is drawn together is taken together, so nothing waits in a slot; a firing takes as many rows as the replicas have
 slots, and training comes between two of them. The weights are those of the last update: never older than a prompt.
@@ -56,7 +56,7 @@ class ColocatedGeneration:
             try:
                 fired = await host.fire(stage, samples, inputs, sampling=sampling)
             except Exception:
-                if host.joint.in_step:
+                if host.collective.in_step:
                     await host.ask_ranks(SwitchLayout("training"))
                 raise
             await host.ask_ranks(SwitchLayout("training"))

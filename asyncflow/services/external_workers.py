@@ -20,7 +20,7 @@ from itertools import accumulate
 from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceGone, Store, ask
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.shard_refs import Partitioning, Place, RankCallPlan, ShardRef, parts_of, plan_calls
-from asyncflow.services.ranks.rank import RowReader
+from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ExternalSettings
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard

@@ -225,13 +225,13 @@ class ModelService:
         if self._moves and not isinstance(request, (LoadState, *BESIDE_THE_MODEL)):
             async with self._host.lease(f"{self.name} {activity_of(request)}"):
                 return await self._host.ask_ranks(request)
-        async with self._host.joint.turn():
+        async with self._host.collective.exclusive():
             return await self._host.ask_ranks(request)
 
     async def _leave_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
         if self._outside is not None:
             return Done({"moves": 0.0}), []
-        async with self._host.joint.turn():
+        async with self._host.collective.exclusive():
             reply, _ = await self._host.ask_ranks(request)
         self._moves = isinstance(reply, Done) and bool(reply.values["moves"])
         return reply, []

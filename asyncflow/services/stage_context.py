@@ -98,7 +98,7 @@ class StageContext:
         self.ranks: Ranks | None = None
         self.topology = spec.topology
         self.generation = spec.grouping
-        self.joint = CollectiveCalls(spec.name, spec.collective)
+        self.collective = CollectiveCalls(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
         self.reports = Reports(spec.name, exporter)
         self._quarantine = Quarantine(spec.log_path, spec.name)
@@ -182,7 +182,7 @@ class StageContext:
         assert self.ranks is not None
         ranks = self.ranks
         if self.spec.collective:
-            return await self.joint.all(what, {c.rank: ranks.call(c.rank, c.call, c.payloads) for c in calls})
+            return await self.collective.run(what, {c.rank: ranks.call(c.rank, c.call, c.payloads) for c in calls})
         async with asyncio.TaskGroup() as group:
             tasks = {
                 c.rank: group.create_task(ranks.call(c.rank, c.call, c.payloads), name=f"{what} on rank {c.rank}")
@@ -195,7 +195,7 @@ class StageContext:
         assert self.ranks is not None, f"service {self.spec.name} is not started"
         what, ranks = activity_of(request), self.ranks
         parts = {rank: ranks.ask(rank, request) for rank in range(self.topology.world_size)}
-        answers = [answer for _, answer in sorted((await self.joint.all(what, parts)).items())]
+        answers = [answer for _, answer in sorted((await self.collective.run(what, parts)).items())]
         self.reports.spent(what, min(a.start for a, _ in answers), max(a.end for a, _ in answers))
         first, payloads = answers[0]
         return first.reply, payloads
@@ -230,7 +230,7 @@ class StageContext:
     @asynccontextmanager
     async def lease(self, stage: str) -> AsyncIterator[None]:
         """The pool's devices, in calling order, and then the turn of ranks that work together."""
-        async with self._devices(stage), self.joint.turn():
+        async with self._devices(stage), self.collective.exclusive():
             yield
 
     @asynccontextmanager

@@ -1,8 +1,20 @@
-"""The stages of a service: each owns its mailbox and fires when its rows are ready.
+"""The stages of a service. Each owns its mailbox and runs one loop, which fires when rows are ready.
 
-Four kinds. A row stage fires on whatever rows are there. A closing stage joins rows, reports settled prompts
-to the controller and fires when told which of them are the batch. A training stage fires on a closed batch.
-A generating stage (generation.py) feeds an engine. All of them wait without holding anything.
+    RowStage       consumes rows of every input (log_probs, values, score), as many as have arrived
+                   waits for a full row, then the lease, then room at every consumer
+                   unblocked by a delivery; the controller's Grant; a consumer that took its rows in
+                   produces rows, and tombstones for rows that failed
+    ClosingStage   consumes rows of every input; they are joined as they arrive, and its loop only sleeps
+                   waits for nothing: the controller calls `close`
+                   unblocked by CloseBatch, which names the batch's samples
+                   produces PromptSettled notices, and a closed batch of experience
+    TrainingStage  consumes one closed batch
+                   waits for the batch, then the lease
+                   unblocked by the closing stage's delivery; the controller's Grant
+                   produces StepDone
+
+A generating stage feeds an engine (generation.py) or the training ranks (colocated_generation.py). A stage that waits
+holds no lease, no compute thread and no rows.
 """
 
 from __future__ import annotations
@@ -34,14 +46,14 @@ from protocols.stage import Failure
 
 
 class StageRunner(ABC):
-    """One call site at work."""
+    """One call site of the dataflow: its mailbox and its loop."""
 
     def __init__(self, host: StageContext, spec: StageSpec) -> None:
         self.host = host
         self.spec = spec
 
     async def deliver(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> None:
-        """Take a delivery in, and count it; returns when there was room for it."""
+        """Take a delivery in, and count it. Returns when there was room for it."""
         start = time.time()
         refused = await self.accept(position, delivery, parts)
         inline = sum(self.host.store.inline_bytes(part.payload) for part in parts)
@@ -50,12 +62,12 @@ class StageRunner(ABC):
 
     @abstractmethod
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
-        """Take rows of one input in; how many were refused because they were here before, or come too late."""
+        """Take rows of one input in. Returns how many were refused: duplicates, and rows that come too late."""
 
     async def run(self) -> None:
-        """Fire for ever."""
+        """Fire until cancelled."""
         while True:
-            await self.turn()  # which leaves nothing in hand: while a stage waits, its last rows' memory is free
+            await self.turn()  # its locals end with it: while a stage waits, its last rows' memory is free
 
     @abstractmethod
     async def turn(self) -> None:
@@ -66,15 +78,15 @@ class StageRunner(ABC):
         """Rows waiting, capacity (0 where it is bounded at the source), and most rows that ever waited."""
 
     async def end(self, prompts: list[int]) -> None:  # noqa: B027 - a batch that trains remembers none
-        """These prompts are over: let go of what is remembered of them."""
+        """These prompts are finished: forget their rows."""
 
     def waits(self, what: str, on: str) -> None:
-        """Report that this stage waits from now on."""
+        """Report what this stage waits for from now on; an empty `what`: it works."""
         self.host.reports.wait(self.spec.name, what, on)
 
 
 class RowStage(StageRunner):
-    """log_probs, values, score: rows in, rows out, tombstones passed on. Its front reads no row."""
+    """log_probs, values, score: rows in, rows out, tombstones passed on. Its coordinator reads no row."""
 
     def __init__(self, host: StageContext, spec: StageSpec) -> None:
         super().__init__(host, spec)
@@ -115,7 +127,7 @@ class RowStage(StageRunner):
 
 
 class ClosingStage(StageRunner):
-    """The join whose closed batch becomes experience. One rank reads its rows as they come: their summary is theirs."""
+    """Joins the rows of a step and makes experience of a closed batch. Its single rank reads rows as they arrive."""
 
     def __init__(
         self,
@@ -125,7 +137,7 @@ class ClosingStage(StageRunner):
         filter: Callable[..., Any] | None = None,
         reward_parts: Sequence[str] = (),
     ) -> None:
-        """`filter` says of a prompt's rows, of the spec's `filter_inputs`, which are worth training; None: all.
+        """`filter` gets a prompt's rows of the spec's `filter_inputs` and says which are trainable; None: all.
 
         `reward_parts`: names of a mixed reward's parts, whose means it reports.
         """
@@ -133,21 +145,21 @@ class ClosingStage(StageRunner):
         self._function, self._reward_parts = function, reward_parts
         self._filter = filter
         self._join = PromptJoin(
-            spec.grains, host.spec.samples_per_prompt, host.ended, None if filter is None else self._is_worth_training
+            spec.grains, host.spec.samples_per_prompt, host.ended, None if filter is None else self._is_trainable
         )
 
-    def _is_worth_training(self, rows: Mapping[int, Batch]) -> bool:
+    def _is_trainable(self, rows: Mapping[int, Batch]) -> bool:
         assert self._filter is not None
         seen = [rows[position] for position in self.spec.filter_inputs]
         try:
             return bool(np.any(self._filter(*seen)))
-        except Exception as error:  # it would be told of the stage whose rows came last
+        except Exception as error:  # otherwise the stage whose rows came last would be blamed
             prompt = prompt_of(int(seen[0].sample_ids[0]))
             raised = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.spec.name}: {self.spec.filter} of prompt {prompt} raised {raised}") from error
 
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
-        """Read each shard by itself: one that is refused costs only its own rows, as tombstones."""
+        """Read each shard by itself, so that a damaged one costs only its own rows, as tombstones."""
         arrived = [self._join.arrive(position, None, delivery.failures, delivery.attempt)]
         for part in parts:
             batch, failures = await read_or_fail(self.host, part, SCHEMAS[self.spec.schemas[position]], delivery.edge)
@@ -158,7 +170,7 @@ class ClosingStage(StageRunner):
         return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def turn(self) -> None:
-        """Nothing fires here by itself: the one batcher decides (`close`)."""
+        """Sleep: the controller decides when a batch is closed (`close`)."""
         await asyncio.Event().wait()
 
     async def close(self, request: CloseBatch) -> Done:
@@ -184,11 +196,11 @@ class ClosingStage(StageRunner):
 
 
 class TrainingStage(StageRunner):
-    """update: one closed batch after the other."""
+    """update: trains on one closed batch after the other."""
 
     def __init__(self, host: StageContext, spec: StageSpec) -> None:
         super().__init__(host, spec)
-        # The controller forms batch k + 1 when k is committed, so one place is enough; a second would hide a fault.
+        # The controller closes batch k + 1 after k is committed: one place is enough, and a second would hide a fault.
         self._batches: asyncio.Queue[tuple[int, list[ShardRef]]] = asyncio.Queue(1)
         self._newest = -1
 

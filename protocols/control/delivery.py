@@ -1,4 +1,4 @@
-"""Rows on their way: what travels between services, and between a service's front and its ranks.
+"""Rows on their way: what travels between services, and between a service's coordinator and its ranks.
 
 A shard is put once by the rank that made it. What moves from then on is its name: ids, lengths and a reference,
 which stands beside these messages as their payload. Only the rank that works on a row reads its bytes.
@@ -93,7 +93,7 @@ class EdgeStatistics(msgspec.Struct, frozen=True):
     refused: int  # sent again, late, or of a prompt that is over
     damaged: int  # rows whose frame was refused
     inline_bytes: int  # of frames that travelled inside the delivery
-    read_bytes: dict[int, int]  # rank -> bytes of frames that it read; -1: the front of several ranks
+    read_bytes: dict[int, int]  # rank -> bytes of frames that it read; -1: the coordinator of several ranks
     wait_seconds: float  # time that senders waited for room, summed
 
 

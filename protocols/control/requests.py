@@ -1,4 +1,4 @@
-"""What a controller asks of a service, a front of its ranks and a client of a service: requests, each with its reply.
+"""Requests of a controller to a service, of a coordinator to its ranks, of a client to a service, and the replies.
 
 Small typed values, encoded by msgspec, that never carry a payload's bytes: those travel beside the message.
 """
@@ -76,7 +76,7 @@ class YieldDevices(msgspec.Struct, frozen=True, tag=True):
 
 
 class SwitchLayout(msgspec.Struct, frozen=True, tag=True):
-    """A front tells its ranks to hold their weights as they generate, or as they train."""
+    """Coordinator to ranks: hold the weights in the layout for generation, or for training."""
 
     to: Literal["generation", "training"]
 
@@ -187,7 +187,7 @@ Request = (
 )
 
 
-# What a front asks of its ranks, of all at once: the answer is that of rank 0.
+# Requests of a coordinator to all of its ranks at once; rank 0 answers.
 RankRequest = (
     TakeSnapshot | SaveState | LoadState | ExportModel | PrepareCode | SwitchCode | YieldDevices | SwitchLayout
 )

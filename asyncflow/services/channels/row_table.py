@@ -66,11 +66,6 @@ class RowTable(Generic[V]):
         """Rows that could leave."""
         return len(self._settled)
 
-    @property
-    def remembered(self) -> int:
-        """Rows that left and whose prompt has not ended."""
-        return len(self._left)
-
     def fresh(self, position: int, samples: Iterable[int], attempt: int = 0) -> list[int]:
         """Those of `samples` that `arrive` would take."""
         return [s for s in samples if self._wants(position, s, attempt)]

@@ -1,9 +1,8 @@
-"""Work that all ranks of a service do together, in collectives: one thing after the other, done by all or given up.
+"""CollectiveCalls serialises the collective calls of a service's ranks.
 
-Two things side by side would meet in the wrong order on two ranks. And one rank that raises, or dies, leaves the others
-waiting for it inside a collective: they are given a moment, in case they are about to say the same or a death is
-what is behind it, and then nothing more is asked of ranks that are no longer in step. Nor is it where a caller gave up
-half way: one rank may have begun what another was not told of. Ranks that work apart only ever wait for themselves.
+Two calls at once could be entered in different orders on different ranks and deadlock. If one rank fails, the others
+get GRACE_SECONDS to fail too; then the group is marked broken and refuses work. So it is after a call that was
+cancelled half way, since some ranks may have entered it and others not. Ranks that work independently are not affected.
 """
 
 from __future__ import annotations
@@ -17,33 +16,33 @@ from asyncflow.services.channels.endpoint import ServiceError, causes
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 5.0  # what two ranks say of the same fault differs by less
+GRACE_SECONDS = 5.0  # two ranks report the same fault within less
 
 
 class CollectiveCalls:
-    """The ranks of a service that work together, or of one that need not."""
+    """The calls of all ranks of a service; `collective`: the ranks work together."""
 
     def __init__(self, service: str, collective: bool, grace_seconds: float = GRACE_SECONDS) -> None:
         self._service, self._collective, self._grace = service, collective, grace_seconds
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._fault = ""
 
     @property
     def in_step(self) -> bool:
-        """Whether the ranks can still do something together."""
+        """Whether the ranks can still enter a collective together."""
         return not self._fault
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Nothing else is begun with the ranks inside of this. Not reentrant."""
+    async def exclusive(self) -> AsyncIterator[None]:
+        """No other call starts inside of this. Not reentrant."""
         if not self._collective:
             yield
             return
-        async with self._turn:
+        async with self._lock:
             yield
 
-    async def all(self, what: str, parts: Mapping[int, Coroutine[Any, Any, T]]) -> dict[int, T]:
-        """Every rank's part of one thing, by rank. Raises ServiceError with the cause of the first rank that failed."""
+    async def run(self, what: str, parts: Mapping[int, Coroutine[Any, Any, T]]) -> dict[int, T]:
+        """Run every rank's part of a call; results by rank. Raises ServiceError with the first failed rank's cause."""
         if self._fault:
             for part in parts.values():
                 part.close()
@@ -56,7 +55,7 @@ class CollectiveCalls:
                 await self._fail(what, tasks, failed[0])
         except asyncio.CancelledError:
             if self._collective:
-                self._fault = f"{what} was given up half way"
+                self._fault = f"{what} was cancelled half way"
             raise
         finally:
             for task in tasks.values():
@@ -72,5 +71,5 @@ class CollectiveCalls:
         assert error is not None
         if stuck:
             self._fault = causes(error)
-            raise ServiceError(f"{self._fault}; ranks {', '.join(stuck)} wait for it in vain") from error
+            raise ServiceError(f"{self._fault}; ranks {', '.join(stuck)} wait for it") from error
         raise error

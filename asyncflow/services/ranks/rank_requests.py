@@ -1,6 +1,6 @@
-"""What a front asks of its ranks besides rows: weights, state, code, layouts. All ranks do it; rank 0 has the answer.
+"""Requests of a coordinator to its ranks: weights, state, code, layouts. All ranks carry them out; rank 0 answers.
 
-Bytes don't pass the front: the rank that has them puts them.
+Bytes don't pass the coordinator: the rank that has them stores them.
 """
 
 from __future__ import annotations

@@ -1,26 +1,22 @@
-"""Ranks that share a model read the same rows, each for itself: a row that one of them can't read is left out by all.
+"""Ranks that share a model agree on the readable rows: before each collective call they exchange the unreadable ones.
 
-Otherwise one would wait in a collective for the others' larger batch, or train on another one. So every call of such
-ranks begins with an exchange of what could not be read, which is nothing but for a fault; and each accounts for its
-rows as the rank that could not read them does.
+Each rank reads the same rows by itself. If one dropped a row alone, the others would wait for it in a collective, or
+train on another batch. The exchanged lists are normally empty; all ranks drop their union and report the same causes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
+from asyncflow.services.ranks.row_reader import RowReader
 from protocols.control.delivery import Damaged, RankCall
 from protocols.data.columns import empty, rows_of, take
 from protocols.data.messages import SCHEMAS
 
-if TYPE_CHECKING:
-    from asyncflow.services.ranks.rank import RowReader
-
-Exchange = Callable[[bytes], list[bytes]]  # what this rank says -> what all say, in their order
+Exchange = Callable[[bytes], list[bytes]]  # this rank's message -> the messages of all, by rank
 
 
 class Unreadable(msgspec.Struct, frozen=True, array_like=True):
@@ -35,10 +31,10 @@ _DECODER = msgspec.msgpack.Decoder(list[Unreadable])
 
 
 def exchange_unreadable_rows(call: RankCall, read: RowReader, exchange: Exchange) -> None:
-    """Reduce what was read to the rows that all ranks can read; `read.inputs` are there even if no row is left."""
+    """Reduce the inputs to the rows that all ranks can read; `read.inputs` exist even if no row is left."""
     own = unreadable(call, read)
-    said = [row for message in exchange(msgspec.msgpack.encode(own)) for row in _DECODER.decode(message)]
-    leave_out(call, read, said)
+    everyones = [row for message in exchange(msgspec.msgpack.encode(own)) for row in _DECODER.decode(message)]
+    leave_out(call, read, everyones)
 
 
 def unreadable(call: RankCall, read: RowReader) -> list[Unreadable]:
@@ -48,10 +44,10 @@ def unreadable(call: RankCall, read: RowReader) -> list[Unreadable]:
     return refused + [Unreadable(ids[row]) for row in read.lost]
 
 
-def leave_out(call: RankCall, read: RowReader, said: Sequence[Unreadable]) -> None:
-    """Take rows that other ranks could not read from the inputs, and account for them; rows of others are nothing."""
+def leave_out(call: RankCall, read: RowReader, others: Sequence[Unreadable]) -> None:
+    """Drop the rows that other ranks could not read, and account for them; rows of other calls are ignored."""
     readable = set(read.inputs[0].sample_ids.tolist()) if read.inputs else set()
-    missing = {row.sample_id: row for row in said if row.sample_id in readable}
+    missing = {row.sample_id: row for row in others if row.sample_id in readable}
     refused: dict[tuple[int, str], list[int]] = {}
     for sample, row in missing.items():
         where = refused.setdefault((row.input, row.cause), []) if row.cause else read.lost

@@ -2,8 +2,11 @@
 
     u32 length | u32 number of frames | message
 
-A frame travels as its descriptor (SCM_RIGHTS), which asyncio's streams can't send. Descriptors keep the order of the
-messages that they belong to, and none overtakes its message. Sending never waits; `drain` does.
+A frame travels as its descriptor (SCM_RIGHTS). Descriptors keep the order of the messages that they belong to, and
+none overtakes its message. Sending never waits; `drain` does.
+
+Reason against asyncio's streams, multiprocessing.connection and gRPC: none of them sends descriptors from an event
+loop, and without descriptors a frame would be copied through the socket, or through Ray's store.
 """
 
 from __future__ import annotations

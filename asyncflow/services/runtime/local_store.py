@@ -33,14 +33,9 @@ class LocalStore:
     def __init__(self, budget_bytes: int = DEFAULT_BUDGET) -> None:
         self._budget = budget_bytes
         self._lock = threading.RLock()  # a collection inside `put` may free frames: their `_let_go` is then within it
-        self._held = 0
+        self._held = 0  # bytes of the frames in memory that somebody still holds
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the frames in memory that somebody still holds."""
-        return self._held
 
     def put(self, frame: Frame, direct: bool = False) -> Payload:
         frame.flags.writeable = False

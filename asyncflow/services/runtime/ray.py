@@ -110,10 +110,10 @@ class RayRuntime:
             rank_actor.options(max_restarts=0, **self._pools.options(spec, rank)).remote(packed, rank_name, rank)
             for rank, rank_name in enumerate(rank_names)
         ]
-        front: Any = ray.remote(ServiceActor)
+        coordinator: Any = ray.remote(ServiceActor)
         self._specs[spec.name] = spec
         self._ranks[spec.name] = ranks
-        self._actors[spec.name] = front.options(
+        self._actors[spec.name] = coordinator.options(
             name=f"{spec.run}/{spec.name}",
             max_restarts=0,
             max_concurrency=CONCURRENT_CALLS,
@@ -190,7 +190,7 @@ def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:
 
 
 def _shared_bytes(services: int) -> int:
-    """Of half of what Ray's store has, an equal part for each front and for the controller: ranks keep nothing."""
+    """An equal part of half of Ray's store for each coordinator and the controller; ranks keep nothing."""
     return int(ray.cluster_resources().get("object_store_memory", 0)) // 2 // (1 + services)
 
 

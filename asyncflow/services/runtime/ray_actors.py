@@ -1,4 +1,4 @@
-"""The Ray actors: a service's front, and its ranks. Bytes in, bytes out.
+"""The Ray actors: a service's coordinator, and its ranks. Bytes in, bytes out.
 
 A frame is put once by the rank that made it (ray_store.py); messages carry a payload that stands for it, and only the
 rank that reads it maps the bytes. Ray's own envelope carries bytes and references, nothing else. Each actor also
@@ -146,7 +146,7 @@ class RankActor:
         return self._in_thread(self._by_ray, self._call_large, call, payloads)
 
     def ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """What the front asks of all ranks besides rows: the answer with its payloads."""
+        """A coordinator's request to all ranks: the answer with its payloads."""
         return self._in_thread(self._by_ray, self._ask, request, [])
 
     def collect(self, kept: int) -> list[Payload]:

@@ -103,7 +103,7 @@ class RayEndpoint:
 class RayRanks:
     """The ranks of a service, each an actor of its own. Implements `Ranks`.
 
-    They fail together: where one is gone the front ends its own process, which is what the controller sees.
+    They fail together: where one is gone the coordinator ends its own process, which is what the controller sees.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class RayStore:
         return [ray.put(frame)]
 
     def piece_bytes(self, nbytes: int, direct: bool) -> int:
-        """A front of several ranks may pass small frames on: a few of them, each to who needs it, need no store."""
+        """A coordinator of several ranks may pass small frames on: a few of them need no store."""
         return self._inline_limit if not direct and self._inline_limit < nbytes <= DIRECT_BYTES else 0
 
     async def get(self, payload: Payload) -> Frame:
@@ -76,7 +76,7 @@ class RankStore(RayStore):
 
     The answer to a call that came by Ray leaves by Ray. Of a large call its first large frame leaves as a value of
     that call, which spares Ray an owner to ask; only frames that Ray puts into its store by itself, for smaller values
-    would travel through the front.
+    would travel through the coordinator.
     """
 
     by_ray = False  # the call that is worked on came by Ray

@@ -1,8 +1,11 @@
-"""A frame in memory that processes of one node share: whoever holds it keeps it, and it is gone with its last holder.
+"""A frame in memory that processes of one node share. It lives as long as any process holds it.
 
 The memory is a file without a name (memfd), sealed once it is written: nobody can change it, or cut it off under a
 reader. Processes hand each other its descriptor, on the wire, and the kernel counts who has one. So nothing has to be
 released, a producer that dies takes no rows along, and processes that are killed leave nothing behind.
+
+Reason against Ray's object store: there a frame is lost with the process that owns it, costs a call to the raylet, and
+may be spilled. Reason against multiprocessing.shared_memory: its names outlive processes that are killed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""The short way between two processes of one node: a socket beside Ray's calls, for all but references.
+"""Calls between two processes of one node over a socket, beside Ray's calls, for all payloads but references.
+
+Reason against Ray's own calls and object store: an actor call costs Ray a task submission and a round through the
+driver's event loop, and a stored frame one copy in and a reference count over processes. `asyncflow bench channels`
+measures both. Ray still starts the processes, carries references, and is the road between nodes.
 
     caller ── Call(number, what, body, payloads) ──> a task a call ── Answer(number, body, payloads) ──> the caller
 
-A payload is bytes, or a frame in shared memory that travels beside the message. A call waits for its own answer and
-for no other's, so one that waits for credit holds up none. Sockets have abstract names: they need no file, vanish with
+A payload is bytes, or a frame in shared memory that travels beside the message. A call waits for its own answer only,
+so a call that waits for credit blocks no other. Sockets have abstract names: they need no file, vanish with
 their process, and can't be reached from another node. Both ends refuse a peer of another user. An answer with a
 reference, because Ray's store holds a frame, is kept where it was made until whoever can carry references has fetched
 it, the caller gives up, or is gone.

@@ -45,7 +45,7 @@ async def test_a_killed_reward_reference_of_two_ranks_and_generator_cost_no_samp
         placement={"reference": {"pool": "judges", "parallel": "1-1-2"}, "generator": {"pool": "rollout"}},
         delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
     )
-    # The second is one of two ranks: its front ends with it. The third takes weights and rows with it.
+    # The second is one of two ranks: its coordinator ends with it. The third takes weights and rows with it.
     killed = {1: "reward", 2: "reference-1", 3: "generator"}
     replaced: list[ServiceReplaced] = []
     async with asyncflow.launch(recipe) as run:

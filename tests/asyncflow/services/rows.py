@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from asyncflow.services.channels.endpoint import Frame
+from asyncflow.services.channels.row_table import RowTable
 from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.data.columns import Batch, Jagged
@@ -67,3 +69,13 @@ def damaged(frame: Frame, at: int = -1) -> Frame:
     copy = frame.copy()
     copy[at] ^= 1
     return copy
+
+
+def remembered(table: RowTable[Any]) -> int:
+    """Rows that left a table and whose prompt is not finished."""
+    return len(table._left)
+
+
+def held_bytes(store: LocalStore) -> int:
+    """Bytes of the frames in a store's memory that somebody still holds."""
+    return store._held

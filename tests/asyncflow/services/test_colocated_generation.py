@@ -194,7 +194,7 @@ async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():
             await asyncio.sleep(0.001)
 
         async def snapshot() -> None:
-            async with world.host.joint.turn():
+            async with world.host.collective.exclusive():
                 world.ranks.done[0].append("snapshot")
 
         task = asyncio.create_task(snapshot())

@@ -1,4 +1,4 @@
-"""Services as Ray actors: each rank reads its own bytes and no front any; who is killed loses and doubles nothing."""
+"""Services as Ray actors: each rank reads its own bytes, a coordinator none; a kill loses and doubles nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none(
         mine = 256 // 4 * row_bytes
         assert mine <= a.read_bytes[rank] <= 1.02 * mine + sources * BLOCK_BYTES
     assert sum(a.read_bytes.values()) < 1.1 * sum(half.shard.nbytes for half in halves)
-    assert -1 not in a.read_bytes, "the front of several ranks"
+    assert -1 not in a.read_bytes, "the coordinator of several ranks"
     assert 256 * row_bytes <= b.read_bytes[0] <= 1.02 * 256 * row_bytes
     assert (a.inline_bytes, b.inline_bytes) == (0, 0)
 
@@ -105,7 +105,9 @@ async def test_a_small_batch_passes_a_front_in_pieces_of_which_a_rank_gets_its_o
         assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
     assert max(part.shard.nbytes for part in parts) <= INLINE_BYTES < batch.nbytes
     assert a.inline_bytes == sum(part.shard.nbytes for part in parts)
-    assert a.read_bytes == {rank: part.shard.nbytes for rank, part in enumerate(parts)}, "one each, the front none"
+    assert a.read_bytes == {rank: part.shard.nbytes for rank, part in enumerate(parts)}, (
+        "one each, and none by the coordinator"
+    )
     assert b.inline_bytes > 0, "and so are the answers"
 
 

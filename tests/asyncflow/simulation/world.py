@@ -19,6 +19,7 @@ from asyncflow.dataflow.graph import ADVANTAGE
 from asyncflow.dataflow.graph import Stage as Call
 from protocols.control.notices import Waiting
 from protocols.data.ids import prompt_of
+from tests.asyncflow.services.rows import remembered
 from tests.asyncflow.simulation.configuration import GENERATOR, TRAINED, Config
 from tests.asyncflow.simulation.controller import Controller
 from tests.asyncflow.simulation.generation import Engine, GeneratingStage
@@ -232,7 +233,7 @@ class World:
         held["flights"] = len(self.network.flights)
         for stage in self.stages.values():
             if isinstance(stage, RowStage | GeneratingStage):
-                held[stage.name] = len(stage.table) + stage.table.remembered
+                held[stage.name] = len(stage.table) + remembered(stage.table)
         held[self.closing.name] = self.closing.join.depth
         return (f"{number} in {place}" for place, number in held.items() if number)
 

@@ -18,6 +18,7 @@ from asyncflow.services.channels.mailbox import has_room
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.row_table import RowTable
 from protocols.data.ids import prompt_of, sample_id
+from tests.asyncflow.services.rows import remembered
 
 EDGE = "reward.score#1.0"
 CAPACITY = 3
@@ -144,7 +145,7 @@ class Delivery(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded_by_what_lives(self) -> None:
         living = len(self.live) * self.per_prompt
-        assert len(self.table) + self.table.remembered <= 2 * living
+        assert len(self.table) + remembered(self.table) <= 2 * living
         assert len(self.outbox) <= living
 
     def teardown(self) -> None:
@@ -163,7 +164,7 @@ class Delivery(RuleBasedStateMachine):
         self.nothing_is_done_twice()
         self.outbox.end(list(self.live))
         self.table.end(list(self.live))
-        assert (len(self.outbox), len(self.table), self.table.remembered) == (0, 0, 0)
+        assert (len(self.outbox), len(self.table), remembered(self.table)) == (0, 0, 0)
 
     # --- the parts
 

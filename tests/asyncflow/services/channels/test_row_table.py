@@ -266,4 +266,4 @@ def test_its_memory_is_that_of_the_prompts_in_flight():
         if prompt % 2:
             take_all(table)
         table.end([prompt - window])
-        assert len(table) + table.remembered <= (window + 1) * per_prompt
+        assert len(table) + rows.remembered(table) <= (window + 1) * per_prompt

@@ -166,7 +166,7 @@ def test_a_part_tells_the_names_the_bytes_and_the_tokens_of_its_rows():
 
 
 class Passing(LocalStore):
-    """A store of fronts that pass small frames on, and no others."""
+    """A store of coordinators that pass small frames on, and no others."""
 
     def piece_bytes(self, nbytes: int, direct: bool) -> int:
         return 0 if direct or nbytes > 20_000 else 2048

@@ -11,7 +11,7 @@ from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.collective_calls import CollectiveCalls
 
 
-def joint(collective: bool = True) -> CollectiveCalls:
+def calls_of(collective: bool = True) -> CollectiveCalls:
     return CollectiveCalls("policy", collective, grace_seconds=0.05)
 
 
@@ -29,50 +29,50 @@ async def waiting() -> int:
 
 
 async def test_the_parts_of_all_ranks_come_back_by_rank():
-    assert await joint().all("update", {1: done(10), 0: done(20)}) == {0: 20, 1: 10}
+    assert await calls_of().run("update", {1: done(10), 0: done(20)}) == {0: 20, 1: 10}
 
 
 async def test_a_fault_that_all_ranks_report_is_raised_and_they_stay_in_step():
     """As a refused step is: every rank sees the same loss."""
-    work = joint()
+    work = calls_of()
     with pytest.raises(ValueError, match="loss is nan"):
-        await work.all("update", {0: failing("loss is nan"), 1: failing("loss is nan", after=0.01)})
+        await work.run("update", {0: failing("loss is nan"), 1: failing("loss is nan", after=0.01)})
     assert work.in_step
-    assert await work.all("update", {0: done(1)}) == {0: 1}
+    assert await work.run("update", {0: done(1)}) == {0: 1}
 
 
 async def test_a_rank_that_raises_alone_ends_what_the_others_wait_for():
-    work = joint()
+    work = calls_of()
     before = time.monotonic()
-    with pytest.raises(ServiceError, match="ValueError: no room; ranks 1, 2 wait for it in vain"):
-        await work.all("update", {0: failing("no room"), 1: waiting(), 2: waiting(), 3: done(1)})
+    with pytest.raises(ServiceError, match="ValueError: no room; ranks 1, 2 wait for it"):
+        await work.run("update", {0: failing("no room"), 1: waiting(), 2: waiting(), 3: done(1)})
     assert time.monotonic() - before < 5.0
     assert not work.in_step
 
 
 async def test_nothing_is_asked_of_ranks_that_are_out_of_step():
-    work, asked = joint(), []
+    work, asked = calls_of(), []
 
     async def ask() -> None:
         asked.append(True)
 
     with pytest.raises(ServiceError):
-        await work.all("update", {0: failing("no room"), 1: waiting()})
+        await work.run("update", {0: failing("no room"), 1: waiting()})
     with pytest.raises(ServiceError, match="policy: log_probs: its ranks are out of step: ValueError: no room"):
-        await work.all("log_probs", {0: ask(), 1: ask()})
+        await work.run("log_probs", {0: ask(), 1: ask()})
     assert asked == []
 
 
 async def test_the_cause_is_what_failed_first_not_what_followed_from_it():
     with pytest.raises(ValueError, match="no room"):
-        await joint().all("update", {0: failing("connection closed by peer", after=0.01), 1: failing("no room")})
+        await calls_of().run("update", {0: failing("connection closed by peer", after=0.01), 1: failing("no room")})
 
 
 async def test_a_turn_is_had_alone():
-    work, order = joint(), []
+    work, order = calls_of(), []
 
     async def take(name: str) -> None:
-        async with work.turn():
+        async with work.exclusive():
             order.append(f"{name} begins")
             await asyncio.sleep(0)
             order.append(f"{name} ends")
@@ -82,21 +82,21 @@ async def test_a_turn_is_had_alone():
 
 
 async def test_ranks_that_work_apart_need_no_turn():
-    work = joint(collective=False)
-    async with asyncio.timeout(1), work.turn(), work.turn():
+    work = calls_of(collective=False)
+    async with asyncio.timeout(1), work.exclusive(), work.exclusive():
         pass
 
 
 async def test_of_ranks_that_work_apart_one_that_fails_has_nobody_wait_in_vain():
     """The other may be busy with its rows for longer than any grace."""
-    work = joint(collective=False)
+    work = calls_of(collective=False)
     with pytest.raises(ValueError, match="no such file"):
-        await work.all("reload", {0: failing("no such file"), 1: asyncio.sleep(0.2, 1)})
-    assert await work.all("reload", {0: done(1), 1: done(2)}) == {0: 1, 1: 2}
+        await work.run("reload", {0: failing("no such file"), 1: asyncio.sleep(0.2, 1)})
+    assert await work.run("reload", {0: done(1), 1: done(2)}) == {0: 1, 1: 2}
 
 
 async def test_what_is_given_up_is_cancelled_on_every_rank_and_they_are_out_of_step():
-    work, cancelled = joint(), []
+    work, cancelled = calls_of(), []
 
     async def part(rank: int) -> None:
         try:
@@ -105,12 +105,12 @@ async def test_what_is_given_up_is_cancelled_on_every_rank_and_they_are_out_of_s
             cancelled.append(rank)
             raise
 
-    task = asyncio.create_task(work.all("update", {0: part(0), 1: part(1)}))
+    task = asyncio.create_task(work.run("update", {0: part(0), 1: part(1)}))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await asyncio.sleep(0)
     assert cancelled == [0, 1]
-    with pytest.raises(ServiceError, match="snapshot: its ranks are out of step: update was given up half way"):
-        await work.all("snapshot", {0: done(1), 1: done(2)})
+    with pytest.raises(ServiceError, match="snapshot: its ranks are out of step: update was cancelled half way"):
+        await work.run("snapshot", {0: done(1), 1: done(2)})

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncflow.services.channels.endpoint import Frame
-from asyncflow.services.ranks.rank import RowReader
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
+from asyncflow.services.ranks.row_reader import RowReader
 from protocols.control.delivery import RankCall, Reading
 from protocols.data import codec
 from protocols.data.messages import LogProbs
