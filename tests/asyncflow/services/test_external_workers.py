@@ -26,6 +26,7 @@ from asyncflow.services.ranks.spec import ExternalSettings, ServiceSpec
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.service import ModelService
+from asyncflow.services.service_mode import ExternalMode
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankReply
 from protocols.control.notices import Waiting
@@ -328,13 +329,14 @@ class Unreadable(LocalStore):
 async def test_a_worker_gets_what_can_be_read_and_the_rest_is_answered_for_it():
     service = ModelService(outside_reward(seconds=30.0), LocalStore())
     await service.start()
-    assert service._outside is not None
-    call = asking(service._outside, [1], [2], [3])
+    mode = service._mode
+    assert isinstance(mode, ExternalMode)
+    call = asking(mode._rank, [1], [2], [3])
     over = asyncio.Event()
     got = []
     async for batch in take_rows(service, Unreadable(), 9, over.is_set):
         got.append(batch)
-        await put(service._outside, rows.scores([3]))
+        await put(mode._rank, rows.scores([3]))
         over.set()
     reply, _ = await call
     await service.stop()
