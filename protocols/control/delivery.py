@@ -98,7 +98,7 @@ class EdgeStatistics(msgspec.Struct, frozen=True):
 
 
 class ServiceStatistics(msgspec.Struct, frozen=True):
-    """What a service has to say about its channels, and whom its stages wait for."""
+    """The counts of a service's channels, and what its stages wait for."""
 
     service: str
     ranks: int

@@ -1,4 +1,4 @@
-"""What a service reports to its controller: small typed values, in the order in which things happened."""
+"""Notices: what a service reports to its controller, in the order in which it happened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from protocols.stage import Failure
 
 
 class Span(msgspec.Struct, frozen=True):
-    """A stretch of time of one service, for the timeline and the idle-time accounts."""
+    """An interval of one service's time, for the timeline and the idle-time statistics."""
 
     service: str
     activity: str  # the stage ("policy.update#1"), "publish", "load", "checkpoint"
@@ -29,7 +29,7 @@ class PromptSettled(msgspec.Struct, frozen=True, tag=True):
     tokens: int = 0  # response tokens of the rows that are alive
     reward_sum: float = 0.0  # sum of their scores
     cost_sum: float | None = None  # sum of their costs; None where the algorithm has none
-    trainable: bool = True  # False: alive, and the algorithm's filter has no use for it; the join has let it go
+    trainable: bool = True  # False: the algorithm's filter dropped it, and the join has freed its rows
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):
@@ -40,7 +40,7 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
 
 
 class RowsLost(msgspec.Struct, frozen=True, tag=True):
-    """Rows that a stage had taken in can't be read any more: their sender's process is gone, and they with it."""
+    """Rows in a stage's mailbox can't be read any more: the process that held their bytes died."""
 
     stage: str
     sample_ids: list[int]
@@ -55,26 +55,26 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class Busy(msgspec.Struct, frozen=True, tag=True):
-    """Time spent, reported in small groups."""
+    """Spans of compute time, reported in small groups."""
 
     spans: list[Span]
 
 
 class LeaseAsked(msgspec.Struct, frozen=True, tag=True):
-    """A stage with all its inputs in hand asks for its pool's devices."""
+    """A stage that has all of its inputs requests its pool's devices."""
 
     ticket: int
     stage: str
 
 
 class LeaseReturned(msgspec.Struct, frozen=True, tag=True):
-    """It gives them back, before it sends or publishes anything."""
+    """A stage returns the devices, before it sends or publishes anything."""
 
     ticket: int
 
 
 class Waiting(msgspec.Struct, frozen=True, tag=True):
-    """Who waits for what since when; `what` empty: not any more. Feeds the live view and the wait-for graph."""
+    """`who` waits for `what` since `since`; empty `what`: no longer. For the live view and the wait-for graph."""
 
     who: str
     what: str = ""
@@ -83,7 +83,7 @@ class Waiting(msgspec.Struct, frozen=True, tag=True):
 
 
 class ServiceFailed(msgspec.Struct, frozen=True, tag=True):
-    """A stage raised: the run can't go on as it is."""
+    """A stage raised an exception; the controller decides how the run goes on."""
 
     service: str
     stage: str

@@ -82,33 +82,33 @@ class SwitchLayout(msgspec.Struct, frozen=True, tag=True):
 
 
 class PrepareCode(msgspec.Struct, frozen=True, tag=True):
-    """Make modules anew beside the running ones, and try them out; refused with the error that they raise."""
+    """Import new versions of modules beside the running ones, and check them; refused with the error they raise."""
 
     sources: list[CodeSource]
 
 
 class SwitchCode(msgspec.Struct, frozen=True, tag=True):
-    """Take what was prepared from now on, or drop it."""
+    """Switch to the prepared code, or drop it."""
 
     take: bool
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
-    """The pool's devices are the asker's until it returns them."""
+    """The pool's devices belong to this stage until it returns the lease."""
 
     ticket: int
 
 
 class SetPaused(msgspec.Struct, frozen=True, tag=True):
-    """Stop or go on drawing; running rows keep their place."""
+    """Pause or resume generation; running rows keep their place."""
 
     paused: bool
 
 
 class EndPrompts(msgspec.Struct, frozen=True, tag=True):
-    """These prompts are trained, dropped or failed: nobody needs their rows, and what still comes of them is late.
+    """These prompts are trained, dropped or failed: their rows can go, and rows that still arrive are refused as late.
 
-    `runs` [start, stop) are for a service that starts after they ended: it has no row of them, and must take none.
+    `runs` [start, stop) of prompt ids are for a service that starts after they finished: it must refuse their rows.
     """
 
     prompts: list[int]
@@ -126,35 +126,35 @@ class GetStatistics(msgspec.Struct, frozen=True, tag=True):
 
 
 class Subscribe(msgspec.Struct, frozen=True, tag=True):
-    """Keep what a stage sends from now on for an outside reader."""
+    """Keep what a stage sends from now on for a reader outside of the run."""
 
     stage: str
 
 
 class NextRows(msgspec.Struct, frozen=True, tag=True):
-    """What a subscription holds; the reply comes with the first rows, or empty after `seconds`."""
+    """Read what a subscription holds. The reply comes with the first rows, or empty after `seconds`."""
 
     number: int
     seconds: float
 
 
 class Unsubscribe(msgspec.Struct, frozen=True, tag=True):
-    """The reader has left."""
+    """End a subscription."""
 
     number: int
 
 
 class TakeRows(msgspec.Struct, frozen=True, tag=True):
-    """An outside worker takes rows without an answer; the reply comes with the first ones, or empty after `seconds`."""
+    """An external worker takes unanswered rows. The reply comes with the first ones, or empty after `seconds`."""
 
     most: int  # rows
     seconds: float
 
 
 class PutRows(msgspec.Struct, frozen=True, tag=True):
-    """An outside worker answers rows: values in the payloads, one a shard, and those that could not be done.
+    """An external worker answers rows: values in the payloads, one payload a shard, and the rows that failed.
 
-    Rows that nobody has asked for yet wait until somebody does, for `seconds` at most.
+    Rows that the service has not requested yet wait until it does, for `seconds` at most.
     """
 
     shards: list[Shard] = []
@@ -194,67 +194,73 @@ RankRequest = (
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Nothing to say but that it is done; measurements where there are some."""
+    """The request was carried out; `values`: measurements, where there are any."""
 
     values: dict[str, float] = {}
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag=True):
+    """The weights are in the payload."""
+
     manifest: WeightManifest
 
 
 class Installed(msgspec.Struct, frozen=True, tag=True):
+    """The engine has installed and verified the weights."""
+
     receipt: InstallReceipt
 
 
 class Invoked(msgspec.Struct, frozen=True, tag=True):
-    """The rows are in the payloads, these could not be done."""
+    """The output rows are in the payloads; `failures`: the rows that failed."""
 
     shards: list[Shard] = []
     failures: list[Failure] = []
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The request was not done, and why."""
+    """The request failed; `error` says why."""
 
     error: str
 
 
 class Statistics(msgspec.Struct, frozen=True, tag=True):
+    """The counts of a service's channels."""
+
     statistics: ServiceStatistics
 
 
 class Subscribed(msgspec.Struct, frozen=True, tag=True):
-    """The subscription's name in further requests."""
+    """The subscription exists; `number` names it in further requests."""
 
     number: int
 
 
 class Rows(msgspec.Struct, frozen=True, tag=True):
-    """What a stage sent, in its order, one payload a shard; `missed` rows before it were given up for the reader."""
+    """What a stage sent, in order, one payload a shard; `missed`: earlier rows that were dropped for this reader."""
 
     shards: list[Shard] = []
     missed: int = 0
 
 
 class RowsTaken(msgspec.Struct, frozen=True, tag=True):
-    """An outside worker's part of a firing, as a rank's is, its sources in the payloads; None: nothing is asked."""
+    """An external worker's part of a firing, like a rank's, with its frames in the payloads; None: no rows wait."""
 
     call: RankCall | None = None
 
 
 class RowsPut(msgspec.Struct, frozen=True, tag=True):
-    """What became of the rows that were put: those named neither here nor there were taken."""
+    """The rows that were not accepted; all others were."""
 
-    refused: dict[int, str] = {}  # sample -> why: it was answered already, or nobody needs it any more
-    waiting: list[int] = []  # samples that nobody asked for in time
+    refused: dict[int, str] = {}  # sample -> why: it was answered already, or its prompt is finished
+    waiting: list[int] = []  # samples that the service did not request in time
 
 
 Reply = Done | SnapshotTaken | Installed | Invoked | Statistics | Subscribed | Rows | RowsTaken | RowsPut | Refused
 
 
 class RankAnswer(msgspec.Struct, frozen=True):
-    """What one rank did about a request, and when."""
+    """One rank's reply to a request, and when it worked."""
 
     start: float  # seconds, time.time()
     end: float
