@@ -15,7 +15,8 @@ from asyncflow.planner.search.heterogeneous import KindPlacements, across_kinds
 from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenarios import workload_of
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
-from asyncflow.recipe.service_specs import GENERATOR, REPLICATED, check_placement
+from asyncflow.recipe.model_checks import check_placement
+from asyncflow.recipe.service_specs import GENERATOR, REPLICATED
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
 from protocols.layout.topology import Topology
 
@@ -116,7 +117,7 @@ def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pool
 
 
 def _runs(recipe: Recipe, model: ModelWork, topology: Topology) -> bool:
-    """Whether this build runs a model at a topology: see compose.check_placement, which has the last word."""
+    """Whether this build runs a model at a topology: see `check_placement`, which has the last word."""
     if model.receives_from or recipe.models[model.role].lora.rank:
         return topology.world_size == 1
     return recipe.runtime != "local" or topology.world_size == 1 or (

@@ -1,4 +1,7 @@
-"""Everything that can be wrong with a recipe, found before a model loads, each with one clear error."""
+"""Checks a recipe against its algorithm and its files before anything starts; each mistake is one clear error.
+
+`check` lists the checks in order; those of the models and their placement are in `model_checks`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe, nearest
-from asyncflow.recipe.model_checks import check_lora, check_models, check_shards, config_of, is_module
-from asyncflow.recipe.service_specs import check_placement, check_roles
+from asyncflow.recipe.model_checks import check_models, check_placed, check_placement, check_roles, config_of, is_module
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.data.datasets import DataError, Problem, read_rows
 from workers.data.pretraining import text_of
@@ -28,14 +30,14 @@ class Checked(msgspec.Struct):
     dataflow: Dataflow
     train: PromptSource
     heldout: PromptSource | None
-    plan: str = ""  # of a recipe that leaves its placement to the mapper: what it chose, as a plan's file
+    plan: str = ""  # the placement that the planner chose, as the text of a plan file; "": the recipe has its own
 
 
 def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files. Raises BadInput.
 
-    Where the placement is still to be found (`placed_by`), everything else is checked: `asyncflow.run.prepare` finds
-    one and then calls `check_placed`.
+    A recipe without a placement (`placed_by` is set) passes all other checks; `asyncflow.run.prepare` then finds a
+    placement and calls `check_placed`.
     """
     try:
         algorithm = algorithm_named(recipe.algorithm)
@@ -45,28 +47,22 @@ def check(recipe: Recipe) -> Checked:
     check_roles(recipe, dataflow)
     if not recipe.placed_by:
         check_placement(recipe, dataflow)
-    _check_samples(recipe, declaration_of(algorithm))
-    _check_numbers(recipe, dataflow)
-    dataflow = _steered(recipe, dataflow)
-    _check_mode(recipe)
-    _check_loss(recipe.loss)
-    _check_reference(recipe, dataflow)
-    recipe = _absolute(recipe)
+    _check_samples_per_prompt(recipe, declaration_of(algorithm))
+    _check_advantage_kwargs(recipe, dataflow)
+    dataflow = _with_kl_steering(recipe, dataflow)
+    _check_deterministic(recipe)
+    _check_policy_loss(recipe.loss)
+    _check_kl_has_reference(recipe, dataflow)
+    recipe = _with_absolute_paths(recipe)
     check_models(recipe, dataflow)
     check_placed(recipe, dataflow)
-    _check_pretraining(recipe)
+    _check_pretraining_text(recipe)
     train, heldout = _sources(recipe)
-    _check_context(recipe, train, heldout)
+    _check_context_length(recipe, train, heldout)
     return Checked(recipe, dataflow, train, heldout)
 
 
-def check_placed(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Check that each model can be built where it is placed. Raises BadInput."""
-    check_lora(recipe)
-    check_shards(recipe, dataflow)
-
-
-def _check_samples(recipe: Recipe, declared: Declaration) -> None:
+def _check_samples_per_prompt(recipe: Recipe, declared: Declaration) -> None:
     if recipe.samples_per_prompt < declared.least_samples:
         raise BadInput(
             f"samples_per_prompt = {recipe.samples_per_prompt}: algorithm {recipe.algorithm!r} compares the samples "
@@ -74,7 +70,7 @@ def _check_samples(recipe: Recipe, declared: Declaration) -> None:
         )
 
 
-def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
+def _check_advantage_kwargs(recipe: Recipe, dataflow: Dataflow) -> None:
     function = dataflow.batch_stage.function
     assert function is not None
     known = defaults_of(function)
@@ -84,7 +80,7 @@ def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
         kinds |= get_type_hints(KlSteering)
     for name, value in recipe.advantage.items():
         if name not in known:
-            raise BadInput(f"advantage.{name}: {function.__name__} has no such number{nearest(name, known)}")
+            raise BadInput(f"advantage.{name}: {function.__name__} has no such argument{nearest(name, known)}")
         kind = kinds.get(name, type(known[name]))
         try:
             msgspec.convert(value, kind)
@@ -92,15 +88,15 @@ def _check_numbers(recipe: Recipe, dataflow: Dataflow) -> None:
             raise BadInput(f"advantage.{name} = {value!r}: want a value like {known[name]!r}: {error}") from error
 
 
-def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
-    """The dataflow with the KL coefficient that the recipe wants, whose numbers must be able to steer it."""
+def _with_kl_steering(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
+    """The dataflow with a fixed or an adaptive KL coefficient. Raises BadInput if its settings can't work."""
     function = dataflow.batch_stage.function
     assert function is not None
-    idle = sorted(recipe.advantage.keys() & {"kl_target", "kl_horizon"})
+    unused = sorted(recipe.advantage.keys() & {"kl_target", "kl_horizon"})
     try:
         steering = steering_of(recipe.advantage)
-        if steering.kl == "fixed" and idle:
-            raise BadInput(f"advantage.{idle[0]}: a fixed coefficient has none; add kl = 'adaptive', or leave it out")
+        if steering.kl == "fixed" and unused:
+            raise BadInput(f"advantage.{unused[0]}: a fixed coefficient has none; add kl = 'adaptive', or leave it out")
         if steering.kl == "adaptive":
             start: Any = {**defaults_of(function), **recipe.advantage}[KL_COEFFICIENT]
             steering.from_coefficient(float(start)).after(0.0, recipe.samples_per_step)
@@ -109,7 +105,7 @@ def _steered(recipe: Recipe, dataflow: Dataflow) -> Dataflow:
     return with_steering(dataflow, recipe.advantage)
 
 
-def _check_mode(recipe: Recipe) -> None:
+def _check_deterministic(recipe: Recipe) -> None:
     if recipe.deterministic and (recipe.staleness or recipe.runtime != "local" or recipe.threads != 1):
         raise BadInput(
             f"deterministic = true needs staleness = 0, runtime = 'local' and threads = 1; "
@@ -117,10 +113,10 @@ def _check_mode(recipe: Recipe) -> None:
         )
 
 
-LOSSES = ("ppo", "gspo", "cispo", "reinforce")  # those of workers.losses, which a test compares: it imports torch
+LOSSES = ("ppo", "gspo", "cispo", "reinforce")  # the names in workers.losses, repeated because it imports torch
 
 
-def _check_loss(loss: Loss) -> None:
+def _check_policy_loss(loss: Loss) -> None:
     module, colon, function = loss.policy.partition(":")
     if loss.policy not in LOSSES and not (colon and module and function):
         raise BadInput(f"loss.policy = {loss.policy!r}{nearest(loss.policy, LOSSES)}")
@@ -128,16 +124,16 @@ def _check_loss(loss: Loss) -> None:
         raise BadInput(f"loss.policy = {loss.policy!r}: there is no module {module!r} on the path")
 
 
-def _check_reference(recipe: Recipe, dataflow: Dataflow) -> None:
-    """A KL in the loss needs the reference's log-probs in the experience, which come by way of the batch function."""
+def _check_kl_has_reference(recipe: Recipe, dataflow: Dataflow) -> None:
+    """A KL in the loss needs the reference's log-probs in the experience, where the batch function puts them."""
     if recipe.loss.kl_coefficient and not any(i.startswith("reference.") for i in dataflow.batch_stage.inputs):
         raise BadInput(
             f"loss.kl_coefficient = {recipe.loss.kl_coefficient}: algorithm {recipe.algorithm!r} asks no reference "
-            "for log-probs; want 0, or an algorithm that does, as 'grpo'"
+            "for log-probs; want 0, or an algorithm that does, e.g. 'grpo'"
         )
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
     def full(path: str) -> str:
         return str(Path(path).absolute()) if path else ""
 
@@ -176,7 +172,7 @@ def _rows(recipe: Recipe, path: str) -> list[DataRow]:
     return [DataRow(r.prompt, r.reference) for r in rows]
 
 
-def _check_pretraining(recipe: Recipe) -> None:
+def _check_pretraining_text(recipe: Recipe) -> None:
     path, loss = recipe.data.pretrain, recipe.loss
     if bool(path) != bool(loss.ptx_coefficient):
         raise BadInput(
@@ -190,7 +186,7 @@ def _check_pretraining(recipe: Recipe) -> None:
             raise BadInput(f"data.pretrain: {error}") from error
 
 
-def _check_context(recipe: Recipe, *sources: PromptSource | None) -> None:
+def _check_context_length(recipe: Recipe, *sources: PromptSource | None) -> None:
     config = config_of("policy", recipe.models["policy"].path)
     limit = recipe.generation.max_model_tokens or config.get("max_position_embeddings")
     for source in sources:

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe's models: their folders, rules and mixes, and how they are cut over ranks."""
+"""Checks a recipe's models: their roles, folders, rules and mixes, and where and on how many ranks they are placed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,104 @@ from typing import Any
 import msgspec
 
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.recipe.config import BadInput, Placed, Recipe
+from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
 from asyncflow.recipe.service_specs import (
+    GENERATOR,
     REPLICATED,
     colocates_vllm,
     is_collective,
     layout_of,
+    pools_of,
     roles_of,
     stateful,
     topology_of,
 )
+from protocols.roles import ROLES
 from workers.parallel.plan import Decoder, Head, ShardPlan
 from workers.rewards.rules import rule_named
 from workers.settings import Model
 
 
+def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Check that the recipe has a model for each role that the algorithm calls. Raises BadInput."""
+    for role in recipe.models:
+        if role not in ROLES:
+            raise BadInput(f"models.{role}: no such role{nearest(role, ROLES)}")
+    for role in roles_of(dataflow):
+        if role not in ROLES:
+            raise BadInput(f"algorithm {recipe.algorithm!r} calls the role {role!r}, which this version does not run")
+        if role not in recipe.models:
+            raise BadInput(
+                f"algorithm {recipe.algorithm!r} needs models.{role}, the recipe has {', '.join(recipe.models)}"
+            )
+
+
+def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Check that this version can run the pools and the placement. Raises BadInput."""
+    if not recipe.pools:
+        raise BadInput("pools: at least one pool is needed")
+    for service in recipe.delays:
+        if service not in pools_of(recipe, dataflow):
+            raise BadInput(f"delays.{service}: no such service{nearest(service, pools_of(recipe, dataflow))}")
+    known = {*roles_of(dataflow), GENERATOR}
+    for service, placed in recipe.placement.items():
+        if service not in known:
+            raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
+        if service in recipe.models and recipe.models[service].outside:
+            raise BadInput(f"placement.{service}: its model is external and takes no device; leave it out")
+        if placed.pool not in recipe.pools:
+            raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
+        _check_parallel(recipe, service, placed)
+    if colocates_vllm(recipe) and (layout := layout_of(recipe, "policy")).pp > 1:
+        raise BadInput(
+            f"placement.policy: parallel = {recipe.placement['policy'].parallel!r} generates in {layout.pp} stages, "
+            f"and vLLM is fed in one: generation = '1-{layout.tp}', or generation.engine = 'torch', "
+            f"or a [placement] of {GENERATOR}"
+        )
+
+
+def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
+    """Check that this version can run so many ranks, and that the pool has the devices. Raises BadInput."""
+    where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
+    try:
+        topology, _ = topology_of(recipe, service), layout_of(recipe, service)
+    except ValueError as error:
+        raise BadInput(f"placement.{service}: {error}") from None
+    devices = recipe.pools[placed.pool].devices
+    if placed.replicas != 1:
+        raise BadInput(f"{where}: this version runs one replica of a service: replicas = 1")
+    if service == GENERATOR and topology.world_size > 1:
+        raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
+    model = recipe.models.get(service, Model())
+    if topology.replica_size > 1 and (model.rule or model.mix):
+        raise BadInput(f"{where}: a rule or a mix can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
+    if topology.world_size > devices:
+        raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
+    _check_collective(recipe, service, placed)
+
+
+def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
+    """Check the settings of collective ranks, which only they may have. Raises BadInput."""
+    if placed.generation and (service != "policy" or GENERATOR in recipe.placement):
+        raise BadInput(
+            f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
+            f"where no {GENERATOR} is placed; leave it out"
+        )
+    collective = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
+    if placed.backend != "3d" and not (collective and service not in REPLICATED):
+        raise BadInput(
+            f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
+            f"{service} on {placed.parallel} has none such; leave it out"
+        )
+    if collective and recipe.runtime == "local":
+        raise BadInput(
+            f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "
+            "runtime = 'local' has one; take runtime = 'ray'"
+        )
+
+
 def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Each role that the algorithm calls has one model that is there; all mean the same by a token. Raises BadInput."""
+    """Check that each role has one model, that its files exist, and that all share a tokenizer. Raises BadInput."""
     trained = stateful(dataflow)
     for role in roles_of(dataflow):
         model = recipe.models[role]
@@ -77,15 +158,15 @@ def _check_outside(recipe: Recipe, role: str) -> None:
     model = recipe.models[role]
     if model.path or model.rule or model.mix:
         raise BadInput(
-            f"models.{role}: its worker is outside, which has the model: "
+            f"models.{role}: its worker is external (outside = true) and has the model: "
             f"leave out path, rule and mix (path = {model.path!r}, rule = {model.rule!r}, {len(model.mix)} parts)"
         )
     if role not in ("reward", "cost"):
-        raise BadInput(f"models.{role}.outside = true: only rewards and costs can be outside")
+        raise BadInput(f"models.{role}.outside = true: only rewards and costs can be external")
     seconds, give_up = recipe.failures.outside_timeout_seconds, recipe.deadlines.give_up
     if seconds >= give_up:
         raise BadInput(
-            f"failures.outside_timeout_seconds = {seconds:g}: a run in which nothing moves for "
+            f"failures.outside_timeout_seconds = {seconds:g}: a run without progress for "
             f"deadlines.give_up = {give_up:g} s is ended; want less than that"
         )
 
@@ -98,7 +179,7 @@ def _check_rule(where: str, name: str) -> None:
 
 
 def _check_same_vocabulary(folders: dict[str, str]) -> None:
-    """Models that exchange token ids must mean the same by them."""
+    """Models that exchange token ids must have the same tokenizer."""
     own = folders["policy"]
     tokenizer = Path(own) / "tokenizer.json"
     if not tokenizer.exists():
@@ -120,8 +201,8 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_lora(recipe: Recipe) -> None:
-    """Adapters are trained where this version can train them. Raises BadInput."""
+def _check_lora(recipe: Recipe) -> None:
+    """Refuse adapters that this version can't train. Raises BadInput."""
     adapted = [role for role, model in recipe.models.items() if model.lora.rank]
     if others := [role for role in adapted if role != "policy"]:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
@@ -139,8 +220,8 @@ def check_lora(recipe: Recipe) -> None:
         raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")
 
 
-def check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
-    """The sizes of a model that is cut over ranks must divide. Raises BadInput."""
+def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
+    """The sizes of a model must divide by the ranks that share it. Raises BadInput."""
     for role in roles_of(dataflow):
         topology = topology_of(recipe, role)
         if not is_collective(recipe, role):
@@ -155,8 +236,14 @@ def check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
                 raise BadInput(f"placement.{role}.{where}: {error}") from error
 
 
+def check_placed(recipe: Recipe, dataflow: Dataflow) -> None:
+    """Check that each model can be built where it is placed. Raises BadInput."""
+    _check_lora(recipe)
+    _check_shards(recipe, dataflow)
+
+
 def config_of(role: str, folder: str) -> dict[str, Any]:
-    """The config.json of a role's transformers folder. Raises BadInput where it is none, or lacks its weights."""
+    """Read config.json of a role's transformers folder. Raises BadInput if it, config or weights are missing."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise BadInput(f"models.{role}.path: no folder {folder}")
@@ -171,7 +258,7 @@ def config_of(role: str, folder: str) -> dict[str, Any]:
 
 
 def is_module(name: str) -> bool:
-    """Whether there is a module of that name, which is not loaded (its parents are)."""
+    """Whether a module of that name exists. It is not imported, but its parent packages are."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # a parent that isn't there, or an empty name

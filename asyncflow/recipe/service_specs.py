@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Literal
 
 from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
-from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
+from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
     CriticSettings,
@@ -53,70 +53,6 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 def _needs_no_device(model: Model) -> bool:
     return (bool(model.rules) and not model.folders) or model.outside
-
-
-def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Refuse pools and placements that this build does not run. Raises BadInput."""
-    if not recipe.pools:
-        raise BadInput("pools: at least one pool is needed")
-    for service in recipe.delays:
-        if service not in pools_of(recipe, dataflow):
-            raise BadInput(f"delays.{service}: no such service{nearest(service, pools_of(recipe, dataflow))}")
-    known = {*roles_of(dataflow), GENERATOR}
-    for service, placed in recipe.placement.items():
-        if service not in known:
-            raise BadInput(f"placement.{service}: no such service{nearest(service, known)}")
-        if service in recipe.models and recipe.models[service].outside:
-            raise BadInput(f"placement.{service}: its model is outside, it takes no place here; leave it out")
-        if placed.pool not in recipe.pools:
-            raise BadInput(f"placement.{service}.pool = {placed.pool!r}{nearest(placed.pool, recipe.pools)}")
-        _check_parallel(recipe, service, placed)
-    if colocates_vllm(recipe) and (layout := layout_of(recipe, "policy")).pp > 1:
-        raise BadInput(
-            f"placement.policy: parallel = {recipe.placement['policy'].parallel!r} generates in {layout.pp} stages, "
-            f"and vLLM is fed in one: generation = '1-{layout.tp}', or generation.engine = 'torch', "
-            f"or a [placement] of {GENERATOR}"
-        )
-
-
-def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
-    """Refuse ranks that this build can't run, or that the pool has no devices for. Raises BadInput."""
-    where = f"placement.{service}: parallel = {placed.parallel!r}, replicas = {placed.replicas}"
-    try:
-        topology, _ = topology_of(recipe, service), layout_of(recipe, service)
-    except ValueError as error:
-        raise BadInput(f"placement.{service}: {error}") from None
-    devices = recipe.pools[placed.pool].devices
-    if placed.replicas != 1:
-        raise BadInput(f"{where}: this version runs one replica of a service: replicas = 1")
-    if service == GENERATOR and topology.world_size > 1:
-        raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
-    model = recipe.models.get(service, Model())
-    if topology.replica_size > 1 and (model.rule or model.mix):
-        raise BadInput(f"{where}: a rule or a mix can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
-    if topology.world_size > devices:
-        raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
-    _check_joint(recipe, service, placed)
-
-
-def _check_joint(recipe: Recipe, service: str, placed: Placed) -> None:
-    """Refuse what ranks that work together can't do, or what only they could. Raises BadInput."""
-    if placed.generation and (service != "policy" or GENERATOR in recipe.placement):
-        raise BadInput(
-            f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
-            f"where no {GENERATOR} is placed; leave it out"
-        )
-    several = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
-    if placed.backend != "3d" and not (several and service not in REPLICATED):
-        raise BadInput(
-            f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
-            f"{service} on {placed.parallel} has none such; leave it out"
-        )
-    if several and recipe.runtime == "local":
-        raise BadInput(
-            f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "
-            "runtime = 'local' has one; take runtime = 'ray'"
-        )
 
 
 def topology_of(recipe: Recipe, service: str) -> Topology:
@@ -271,20 +207,6 @@ def stateful(dataflow: Dataflow) -> list[str]:
     """Services whose state a checkpoint holds: those that train, and a batch function that carries one."""
     carries = [ADVANTAGE] if dataflow.batch_stage.state is not None else []
     return list(dict.fromkeys([s.service for s in dataflow.sinks] + carries))
-
-
-def check_roles(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Refuse a recipe whose models are not those that the algorithm calls. Raises BadInput."""
-    for role in recipe.models:
-        if role not in ROLES:
-            raise BadInput(f"models.{role}: no such role{nearest(role, ROLES)}")
-    for role in roles_of(dataflow):
-        if role not in ROLES:
-            raise BadInput(f"algorithm {recipe.algorithm!r} calls the role {role!r}, which this version does not run")
-        if role not in recipe.models:
-            raise BadInput(
-                f"algorithm {recipe.algorithm!r} needs models.{role}, the recipe has {', '.join(recipe.models)}"
-            )
 
 
 def _stages_of(recipe: Recipe, dataflow: Dataflow, service: str) -> list[StageSpec]:

@@ -262,9 +262,9 @@ async def test_only_an_outside_role_is_worked_on_from_outside(recipe: MakeRecipe
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"models": {"reward": {"outside": True, "rule": "exact_match"}}}, "models.reward: its worker is outside"),
+        ({"models": {"reward": {"outside": True, "rule": "exact_match"}}}, "models.reward: its worker is external"),
         ({"models": {"critic": {"outside": True}}}, "models.critic.outside = true: only rewards and costs"),
-        ({**OUTSIDE, "placement": {"reward": {"pool": "main"}}}, "placement.reward: its model is outside"),
+        ({**OUTSIDE, "placement": {"reward": {"pool": "main"}}}, "placement.reward: its model is external"),
         ({**OUTSIDE, "deadlines": {"give_up": 20.0}}, "outside_timeout_seconds = 30: .*give_up = 20 s is ended"),
     ],
 )

@@ -71,8 +71,8 @@ def test_an_unknown_algorithm(refused: Any):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"gama": 1.0}, "advantage.gama: gae has no such number, did you mean 'gamma'?"),
-        ({"zzz": 1.0}, "advantage.zzz: gae has no such number; known: gae_lambda, gamma, kl, kl_coefficient"),
+        ({"gama": 1.0}, "advantage.gama: gae has no such argument, did you mean 'gamma'?"),
+        ({"zzz": 1.0}, "advantage.zzz: gae has no such argument; known: gae_lambda, gamma, kl, kl_coefficient"),
         ({"gamma": "high"}, "advantage.gamma = 'high': want a value like 1.0"),
         ({"gamma": True}, "advantage.gamma = True: want a value like 1.0"),
         ({"whiten_advantages": 1.0}, "advantage.whiten_advantages = 1.0: want a value like True"),
@@ -102,7 +102,7 @@ def test_an_adaptive_kl_coefficient_is_a_state_of_the_batch_function(make_recipe
         ),
         (
             {"algorithm": "dapo", "advantage": {"kl": "adaptive", "kl_coefficient": 0.1, "gae_lambda": 1.0}},
-            "advantage.kl_coefficient: dapo has no such number",
+            "advantage.kl_coefficient: dapo has no such argument",
         ),
     ],
 )

@@ -13,13 +13,12 @@ from asyncflow.dataflow.algorithms.safe_rlhf import safe_rlhf
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.trace import Flow, trace
 from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.recipe.model_checks import check_placement, check_roles
 from asyncflow.recipe.service_specs import (
     ADVANTAGE,
     EVALUATOR,
     GENERATOR,
     NO_DEVICE,
-    check_placement,
-    check_roles,
     compose,
     pools_of,
     replaceable,
