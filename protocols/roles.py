@@ -1,6 +1,6 @@
-"""The roles: abstract classes whose methods are stages.
+"""The contracts of the roles: abstract classes whose methods are stages.
 
-Workers implement them, tracing reads them, so neither tracing nor a client imports torch.
+Workers implement them and tracing reads them, so neither tracing nor a client needs to import torch.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from protocols.stage import Partial, stage
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a response is drawn. temperature 0 is greedy."""
+    """How a response is sampled. temperature 0 is greedy."""
 
     max_tokens: int = 64
     temperature: float = 1.0
 
 
 class Greedy(msgspec.Struct, frozen=True):
-    """Marks a call of `generate` that takes the likeliest token: one row a prompt, max_tokens as the recipe says."""
+    """Marks a call of `generate` as greedy: one row per prompt, with the recipe's max_tokens."""
 
 
 GREEDY = Greedy()
 
 
 class Policy(ABC):
-    """The trained model: generates and learns."""
+    """The model that is trained: generates responses and learns from them."""
 
     @stage(protocol="3D_ALL_MICRO_DP")
     @abstractmethod
     def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts | Partial[Rollouts]:
-        """Draw one response per row."""
+        """Generate one response per row."""
 
     @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
@@ -43,25 +43,25 @@ class Policy(ABC):
     @stage(protocol="METRIC")
     @abstractmethod
     def update(self, experience: Experience) -> Metrics:
-        """One step: epochs x mini-batches optimizer steps on one closed batch."""
+        """Train one step: epochs x mini-batches optimizer steps on one closed batch."""
 
 
 class Critic(ABC):
-    """Predicts the return of a state; learns."""
+    """Predicts the return of a state, and is trained on the returns."""
 
     @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
     def values(self, rollouts: Rollouts) -> Values:
-        """A value for the state before each response token."""
+        """The value of the state before each response token."""
 
     @stage(protocol="METRIC")
     @abstractmethod
     def update(self, experience: Experience) -> Metrics:
-        """Fit the values to the returns of one closed batch."""
+        """Train one step: fit the values to the returns of one closed batch."""
 
 
 class Reference(ABC):
-    """The frozen anchor of the KL term."""
+    """The frozen model of the KL term."""
 
     @stage(protocol="3D_PROTO", balance="tokens")
     @abstractmethod
@@ -75,11 +75,11 @@ class Reward(ABC):
     @stage(protocol="DP_PROTO", balance="tokens")
     @abstractmethod
     def score(self, rollouts: Rollouts) -> Scores | Partial[Scores]:
-        """A reward per response; a row that can't be scored fails with its cause, it never becomes 0."""
+        """A reward per response; a row that can't be scored fails with its cause and never becomes 0."""
 
 
 class Cost(ABC):
-    """Safe-RLHF's second reward model: positive is unsafe."""
+    """Safe-RLHF's cost model: a positive cost is unsafe."""
 
     @stage(protocol="DP_PROTO", balance="tokens")
     @abstractmethod

@@ -1,7 +1,7 @@
-"""A stage is a method of a role: its annotations say what it consumes and produces, `@stage` how its rows are cut.
+"""Stages: methods of a role whose annotations declare input and output messages, and `@stage` the transfer protocol.
 
-The contract is read by tracing (which never imports an implementation), by services (which fire it) and
-by workers (which implement it), so it stands here, below all three.
+Tracing reads the contract without importing an implementation, services fire it and workers implement it. So it is
+defined here, below all three.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Balance = Literal["rows", "tokens"]
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One row that a stage could not do: it travels as a tombstone in the row's place."""
+    """A row that a stage could not process. It is sent in the row's place, so that no consumer waits for the row."""
 
     sample_id: int
     cause: str
 
 
 class Partial(Generic[M]):
-    """What a stage returns when some of its rows failed: the others, and the failures by id."""
+    """A stage's result when some rows failed: the other rows, and the failures by id."""
 
     __slots__ = ("batch", "failures")
 
@@ -42,7 +42,7 @@ class Partial(Generic[M]):
 
 
 class Measured(Generic[M]):
-    """What a stage returns when it measured something on the way: the batch and its metrics."""
+    """A stage's result with metrics."""
 
     __slots__ = ("batch", "metrics")
 
@@ -52,7 +52,7 @@ class Measured(Generic[M]):
 
 
 class Stateful(Measured[M], Generic[M, S]):
-    """What a stateful batch function returns: besides, the state that it is given with the next batch."""
+    """The result of a stateful batch function: batch, metrics, and the state passed to it with the next batch."""
 
     __slots__ = ("state",)
 
@@ -62,23 +62,23 @@ class Stateful(Measured[M], Generic[M, S]):
 
 
 class StageContract(msgspec.Struct, frozen=True):
-    """What one method of a role takes and gives."""
+    """The input, output and transfer protocol of one method of a role."""
 
     method: str
     protocol: str  # name of a transfer protocol
-    consumes: tuple[type[Batch], ...]  # positional inputs; more than one is a join by id
+    consumes: tuple[type[Batch], ...]  # positional inputs; several are joined by id
     produces: type[Batch] | type[Metrics]
-    whole_groups: bool = False  # a group, the samples of one prompt, is never cut
-    balance: Balance = "rows"  # what a cut makes even: the number of rows, or the sum of their lengths
+    whole_groups: bool = False  # the samples of one prompt are read by one rank
+    balance: Balance = "rows"  # what is balanced over ranks: the number of rows, or the sum of their lengths
 
     @property
     def is_sink(self) -> bool:
-        """A sink trains on a closed batch and puts nothing into a channel."""
+        """Whether the stage trains on a closed batch and sends nothing into a channel."""
         return self.produces is Metrics
 
 
 class _Mark(msgspec.Struct, frozen=True):
-    """What `@stage` says of a method; its annotations say the rest of the contract."""
+    """The arguments of `@stage`; the method's annotations give the rest of the contract."""
 
     protocol: str
     whole_groups: bool
@@ -86,10 +86,10 @@ class _Mark(msgspec.Struct, frozen=True):
 
 
 def stage(protocol: str, *, whole_groups: bool = False, balance: Balance = "rows") -> Callable[[F], F]:
-    """Mark a role's method as a stage whose rows are cut by the transfer protocol of that name.
+    """Mark a role's method as a stage whose rows are distributed by this transfer protocol.
 
-    `whole_groups` keeps the samples of a prompt on one rank; `balance="tokens"` makes the parts even by the
-    lengths of their rows. Both matter only to a protocol that cuts. Raises ValueError for another balance.
+    `whole_groups` keeps the samples of a prompt on one rank; `balance="tokens"` balances the ranks by the lengths of
+    their rows. Both matter only to protocols that partition rows. Raises ValueError for another balance.
     """
     if balance not in get_args(Balance):
         raise ValueError(f"stage balance {balance!r}: know {', '.join(get_args(Balance))}")
@@ -102,7 +102,7 @@ def stage(protocol: str, *, whole_groups: bool = False, balance: Balance = "rows
 
 
 def contract_of(role: type, method: str) -> StageContract:
-    """The contract of one stage. Raises LookupError naming the stages that the role has."""
+    """The contract of one stage. Raises LookupError listing the stages of the role."""
     function = getattr(role, method, None)
     mark = getattr(function, "__stage__", None)
     if function is None or mark is None:
@@ -112,7 +112,7 @@ def contract_of(role: type, method: str) -> StageContract:
 
 
 def signature_of(function: Callable[..., Any]) -> tuple[tuple[type[Batch], ...], type[Batch] | type[Metrics]]:
-    """Message types a function takes (positional parameters but `self`) and the one that it returns."""
+    """The message types of a function's positional parameters (without `self`) and of its result."""
     hints = get_type_hints(function)
     positional = [
         p.name
@@ -128,7 +128,7 @@ def signature_of(function: Callable[..., Any]) -> tuple[tuple[type[Batch], ...],
 
 
 def _message_type(hint: Any) -> type[Batch] | type[Metrics] | None:
-    """The message type an annotation names: `Scores | Partial[Scores]` and `Measured[Scores]` name Scores."""
+    """The message type in an annotation; Scores for `Scores | Partial[Scores]` and `Measured[Scores]`."""
     if get_origin(hint) in (Union, UnionType):
         kinds = {_message_type(a) for a in get_args(hint)}
         return kinds.pop() if len(kinds) == 1 else None

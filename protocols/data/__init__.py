@@ -1,4 +1,4 @@
-"""Rows and their bytes: column types, messages, sample ids, the codec and its frames.
+"""Rows and their bytes: column types, messages, sample ids, partitions, the codec and its frames.
 
-Which rank reads which rows is decided in `protocols.layout`.
+`protocols.layout` decides which rank reads which rows.
 """

@@ -1,7 +1,7 @@
-"""A batch is a set of columns over the same N rows, and every operation on rows is generic over them.
+"""Batches: columns over the same N rows, and the generic operations on rows.
 
-Ragged stays ragged: a `Jagged` column holds N rows of different length in one flat array, and nothing
-here pads. Workers pad or pack for their device; messages never do.
+A `Jagged` column holds N rows of different length in one flat array. Nothing here pads: workers pad or pack for their
+device, messages never do.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_LONG_ROW = 128  # values; from here on a copy per row beats an index per value, measured for 1 to 4 bytes a value
+_LONG_ROW = 128  # mean values per row from which one copy per row beats one index per value (measured, 1 to 4 bytes)
 
 
 def _frozen(array: Array) -> Array:
-    """A read-only view: a decoded column may be memory that other readers share."""
+    """A read-only view, because a decoded column may be memory shared with other readers."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 class Jagged:
-    """N rows of different length: `values` [total], `offsets` int64 [N + 1] with offsets[0] = 0.
-
-    Row i is `values[offsets[i]:offsets[i + 1]]`. Both arrays are read-only.
-    """
+    """N rows of different length, read-only: row i is `values[offsets[i]:offsets[i + 1]]`, offsets int64 [N + 1]."""
 
     __slots__ = ("offsets", "values")
 
@@ -47,7 +44,7 @@ class Jagged:
 
     @classmethod
     def from_rows(cls, rows: Iterable[npt.ArrayLike], dtype: npt.DTypeLike | None = None) -> Jagged:
-        """Build from one array per row. With no rows, `dtype` (default float32) decides the type."""
+        """Build from one array per row. Without rows, the type is `dtype`, by default float32."""
         arrays = [np.asarray(row, dtype=dtype) for row in rows]
         lengths = np.fromiter((len(a) for a in arrays), dtype=np.int64, count=len(arrays))
         values = np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype or np.float32)
@@ -63,7 +60,7 @@ class Jagged:
 
     @classmethod
     def gather(cls, values: Array, starts: npt.NDArray[np.int64], lengths: npt.NDArray[Any]) -> Jagged:
-        """Copy rows out of flat values: `lengths[i]` of them from `starts[i]`, in any order, overlapping or not."""
+        """Copy rows out of flat values: row i is the `lengths[i]` values from `starts[i]`; rows may overlap."""
         ends = np.cumsum(lengths, dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
         if total > _LONG_ROW * len(lengths):
@@ -117,7 +114,7 @@ class Jagged:
         return f"Jagged({self.dtype}, {len(self)} rows, {len(self.values)} values)"
 
     def take(self, rows: npt.ArrayLike) -> Jagged:
-        """The given rows in the given order. A contiguous rising range shares memory."""
+        """The given rows in the given order. A rising run of adjacent rows shares memory."""
         index = np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[index]
         if len(index) and index[0] >= 0 and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
@@ -138,11 +135,16 @@ class Jagged:
 
 
 class ColumnSpec(msgspec.Struct, frozen=True):
-    """What a message declares about one of its columns."""
+    """The declaration of one column, in a message type and in a frame's header."""
 
     name: str
     dtype: str  # numpy's name, little endian
     jagged: bool
+
+    @property
+    def form(self) -> str:
+        """For errors: "jagged int32"."""
+        return f"{'jagged ' if self.jagged else ''}{self.dtype}"
 
 
 class _Type(msgspec.Struct, frozen=True):
@@ -157,29 +159,23 @@ JaggedFloat32 = Annotated[Jagged, _Type("float32")]
 JaggedUInt8 = Annotated[Jagged, _Type("uint8")]
 Text = Annotated[Jagged, _Type("uint8")]  # UTF-8, one text a row
 
-_NO_SUCH_COLUMN = "{} is no column type: annotate the field with a type of protocols.data.columns"
-
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW1641 - rows have no hash
-    """N rows of one type. Subclasses declare columns; `sample_ids` names the rows and is never repeated.
+    """N rows of one type. Subclasses declare columns; `sample_ids` identify the rows and are unique.
 
-    A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows
-    have equal lengths.
-
-    A schema grows by adding columns: raise `schema_version` and give the new column a default, which stands
-    in where a frame of an older version lacks it. A plain column's default is its value in every row; a
-    jagged column's is the value of every token where it is aligned with an older column, and otherwise one
-    row's values, `()` for empty rows. Any other change is a new message with a new `schema_id`.
+    A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows have equal
+    lengths. To add a column, raise `schema_version` and give the column a default, which is used for frames of an
+    older version (see `protocols.data.schema`). Any other change is a new message with a new `schema_id`.
     """
 
     schema_id: ClassVar[int] = 0
     schema_version: ClassVar[int] = 1
-    oldest_readable: ClassVar[int] = 1  # version; raised where a column gets another name
+    oldest_readable: ClassVar[int] = 1  # version; raised when a column is renamed
     aligned: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tokens: ClassVar[tuple[str, ...]] = ()  # columns whose lengths add up to a row's tokens
     defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {}
 
-    sample_ids: Int64  # [N] deterministic ids, see protocols.data.ids
+    sample_ids: Int64  # [N] see protocols.data.ids
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -194,19 +190,19 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW16
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its columns."""
+        """Bytes of all columns."""
         columns = [getattr(self, spec.name) for spec in columns_of(type(self))]
         return sum(c.values.nbytes + c.offsets.nbytes if isinstance(c, Jagged) else c.nbytes for c in columns)
 
     @property
     def token_counts(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, int64 [N]: what a row costs its reader; 1 where a row has none to count."""
+        """Tokens of each row, int64 [N]: the weight used to balance ranks; 1 for messages without tokens."""
         if not self.tokens:
             return np.ones(len(self), np.int64)
         return np.sum([getattr(self, name).lengths for name in self.tokens], axis=0)
 
     def check(self) -> None:
-        """Refuse a batch that does not mean anything: raises ValueError naming column, row and value."""
+        """Validate the values. Raises ValueError naming column, row and value."""
         for spec in columns_of(type(self)):
             _check_column(self, spec)
         if len(self) and int(self.sample_ids.min()) < 0:
@@ -227,7 +223,7 @@ B = TypeVar("B", bound=Batch)
 def _check_column(batch: Batch, spec: ColumnSpec) -> None:
     column = getattr(batch, spec.name)
     if isinstance(column, Jagged) != spec.jagged or column.dtype != np.dtype(spec.dtype):
-        raise ValueError(f"{spec.name}: want {'jagged ' if spec.jagged else ''}{spec.dtype}, got {column!r:.80}")
+        raise ValueError(f"{spec.name}: want {spec.form}, got {column!r:.80}")
     if not spec.jagged and column.ndim != 1:
         raise ValueError(f"{spec.name}: want one value a row, got shape {list(column.shape)}")
     if len(column) != len(batch.sample_ids):
@@ -239,28 +235,26 @@ def _check_column(batch: Batch, spec: ColumnSpec) -> None:
 
 @functools.cache
 def columns_of(kind: type[Batch]) -> tuple[ColumnSpec, ...]:
-    """The columns of a message type, in the order of their declaration."""
+    """The columns of a message type, in declaration order."""
     hints = get_type_hints(kind, include_extras=True)
     return tuple(_spec(name, hints[name]) for name in kind.__struct_fields__)
 
 
 def _spec(name: str, hint: Any) -> ColumnSpec:
-    if get_origin(hint) is not Annotated:
-        raise TypeError(_NO_SUCH_COLUMN.format(name))
-    base, marker = get_args(hint)[:2]
+    base, marker = get_args(hint)[:2] if get_origin(hint) is Annotated else (None, None)
     if not isinstance(marker, _Type):
-        raise TypeError(_NO_SUCH_COLUMN.format(name))
+        raise TypeError(f"{name} is no column type: annotate the field with a type of protocols.data.columns")
     return ColumnSpec(name, marker.dtype, base is Jagged)
 
 
 def take(batch: B, rows: npt.ArrayLike) -> B:
     """The given rows of a batch, in the given order."""
     index = np.asarray(rows, dtype=np.int64)
-    columns: dict[str, Any] = {}
-    for spec in columns_of(type(batch)):
-        column = getattr(batch, spec.name)
-        columns[spec.name] = column.take(index) if isinstance(column, Jagged) else _frozen(column[index])
-    return type(batch)(**columns)
+    columns = {spec.name: getattr(batch, spec.name) for spec in columns_of(type(batch))}
+    taken: dict[str, Any] = {
+        name: c.take(index) if isinstance(c, Jagged) else _frozen(c[index]) for name, c in columns.items()
+    }
+    return type(batch)(**taken)
 
 
 def concat(batches: Sequence[B]) -> B:
@@ -272,16 +266,11 @@ def concat(batches: Sequence[B]) -> B:
     kind = type(batches[0])
     if any(type(b) is not kind for b in batches):
         raise TypeError(f"concat of different messages: {sorted({type(b).__name__ for b in batches})}")
-    columns: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for spec in columns_of(kind):
         parts = [getattr(batch, spec.name) for batch in batches]
-        columns[spec.name] = Jagged.concat(parts) if spec.jagged else _frozen(np.concatenate(parts))
-    return kind(**columns)
-
-
-def split(batch: B, parts: int) -> list[B]:
-    """`parts` contiguous cuts whose sizes differ by at most one; some may be empty."""
-    return [take(batch, rows) for rows in np.array_split(np.arange(len(batch)), parts)]
+        joined[spec.name] = Jagged.concat(parts) if spec.jagged else _frozen(np.concatenate(parts))
+    return kind(**joined)
 
 
 def empty(kind: type[B]) -> B:
@@ -294,7 +283,7 @@ def empty(kind: type[B]) -> B:
 
 
 def rows_of(batch: Batch, sample_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Where the given ids stand in a batch. Raises KeyError naming the first id that is not there."""
+    """Row indices of the given ids. Raises KeyError naming the first id that is missing."""
     wanted = np.asarray(sample_ids, dtype=np.int64)
     order = np.argsort(batch.sample_ids, kind="stable")
     at = np.searchsorted(batch.sample_ids, wanted, sorter=order)

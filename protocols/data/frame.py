@@ -1,16 +1,19 @@
-"""A message's bytes: contiguous columns, cut into blocks of rows that are verified one by one.
+"""The frame format: contiguous columns, divided into blocks of rows that are verified one by one.
 
     magic b"AFLO" | u32 format | u64 header length | u32 CRC of header | header (msgpack) | arrays
 
-All integers are little endian. Arrays stand in the order of the header's columns, each on a multiple of 64
-bytes from the frame's start: a plain column is its N values; a jagged one is its N row lengths, uint32, then
-its values. A column is never interrupted, so any run of rows is a view of it.
+All integers are little endian. Arrays follow in the order of the header's columns, each on a multiple of 64 bytes from
+the frame's start: a plain column is its N values; a jagged one is its N row lengths, uint32, then its values. A column
+is contiguous, so any run of adjacent rows is a view of it.
 
-Blocks are runs of adjacent rows. The header's table holds, per block, its number of rows, its number of
-values in each jagged column, and the CRC32 of its bytes: a piece of every array, chained in their order. A
-piece reaches to where the next one starts, and the header to the first array, so padding belongs to them:
-every byte is under exactly one checksum. Places follow from the counts alone, so no frame can name
-overlapping or foreign bytes.
+Blocks are runs of adjacent rows. The header's table holds, per block, its number of rows, its number of values in each
+jagged column, and the CRC32 of its bytes: its piece of every array, chained in the order of the arrays. A piece
+reaches to the start of the next one, and the header to the first array, so padding is included: every byte is covered
+by exactly one checksum. Positions follow from the counts alone, so no frame can refer to overlapping or foreign bytes.
+
+Why not pyarrow's IPC format, which is columnar and zero-copy too: it has no checksums, and its reader trusts the
+buffers, while these frames cross machines and come from workers outside the run. Its record batches divide a column,
+so rows that cross a batch would be copied. And this package would need pyarrow, which only the file readers use.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Array
+from protocols.data.columns import Array, ColumnSpec
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 Buffer = bytes | bytearray | memoryview | Bytes
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
-LENGTHS = np.dtype("<u4")  # of the rows of a jagged column
-TABLE = np.dtype("<u4")  # what the header's table is made of
-ALIGNMENT = 64  # a cache line; what Ray's object store aligns a buffer to
+LENGTHS = np.dtype("<u4")  # row lengths of a jagged column
+TABLE = np.dtype("<u4")  # entries of the header's table
+ALIGNMENT = 64  # a cache line; Ray's object store aligns buffers to it too
 _NUMBERS = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMBERS.split()}
 
@@ -42,52 +45,44 @@ _FORMAT = 2
 _PROLOGUE = struct.Struct("<4sIQ")
 _CRC = struct.Struct("<I")
 _HEADER_START = _PROLOGUE.size + _CRC.size
-_MAX_COLUMNS = 256  # the one part of a header that takes more memory than its bytes
-_BLOCKS_AT_ONCE = 256  # places of so many blocks are listed at a time, however many a frame has
-_BLOCK_BYTES = (1 << 16, 1 << 20)  # smaller ones cost more calls than bytes; one larger is too much to read for a row
+_MAX_COLUMNS = 256  # decoded columns take more memory than their bytes, so their number is bounded
+_BLOCKS_AT_ONCE = 256  # positions are computed for this many blocks at a time, to bound memory
+_BLOCK_BYTES = (1 << 16, 1 << 20)  # smaller blocks cost more in calls than in bytes; larger ones read too much per row
 
 
 class BadFrame(Exception):
-    """Bytes that are no acceptable message; `reason` says why, for the quarantine."""
+    """The bytes are not an acceptable message; `reason` says why, for the quarantine."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class Column(msgspec.Struct, frozen=True):
-    """One column of a frame."""
-
-    name: str
-    dtype: str  # numpy's name
-    jagged: bool
-
-
 class Header(msgspec.Struct, frozen=True):
-    """What a frame says about itself."""
+    """The header of a frame."""
 
     schema: Count  # the message's schema_id
-    version: Count  # its schema_version, where it was written
+    version: Count  # the writer's schema_version
     term: Count  # lineage of the weights that the rows come from
     attempt: Count  # 0 for the first delivery
     rows: Count
-    columns: Annotated[tuple[Column, ...], msgspec.Meta(max_length=_MAX_COLUMNS)]
+    columns: Annotated[tuple[ColumnSpec, ...], msgspec.Meta(max_length=_MAX_COLUMNS)]
     blocks: bytes  # the table, see `table_of`
 
 
 _header_decoder = msgspec.msgpack.Decoder(Header)
 
 
-# --- where things lie
+# --- positions
 
 
-class Place(msgspec.Struct, frozen=True):
+class ArraySpan(msgspec.Struct, frozen=True):
     """An array of `count` values from byte `start` of the frame."""
 
     start: int
     count: int
     dtype: np.dtype[Any]
-    unit: int  # what it counts, and is cut by: 0 rows, 1 + j the values of jagged column j
+    unit: int  # the unit of `count`, by which blocks divide it: 0 rows, 1 + j the values of jagged column j
 
     @property
     def stop(self) -> int:
@@ -97,16 +92,16 @@ class Place(msgspec.Struct, frozen=True):
         return frame[self.start : self.stop].view(self.dtype)
 
 
-class Layout:
-    """Where the arrays of a frame lie: `places` in their order, up to byte `end`. In exact integers, for any counts."""
+class FrameLayout:
+    """The positions of a frame's arrays: `spans` in order, up to byte `end`. Exact integers, so no count overflows."""
 
-    __slots__ = ("_counts", "end", "places", "start")
+    __slots__ = ("_counts", "end", "spans", "start")
 
-    def __init__(self, columns: tuple[Column, ...], counts: Array, start: int) -> None:
-        """From the blocks' counts, [B, 1 + J] rows and values of jagged columns, and the first array's byte."""
+    def __init__(self, columns: tuple[ColumnSpec, ...], counts: Array, start: int) -> None:
+        """From the blocks' counts [B, 1 + J], rows and values of jagged columns, and the first array's byte."""
         self._counts = counts
         totals = counts.sum(axis=0, dtype=np.uint64).tolist()
-        self.places: list[Place] = []
+        self.spans: list[ArraySpan] = []
         self.start = self.end = start
         units = itertools.count(1)
         for column in columns:
@@ -116,39 +111,39 @@ class Layout:
             self._add(totals[unit], _DTYPES[column.dtype], unit)
 
     def _add(self, count: int, dtype: np.dtype[Any], unit: int) -> None:
-        place = Place(_boundary(self.end), count, dtype, unit)
-        self.places.append(place)
-        self.end = place.stop
+        span = ArraySpan(_boundary(self.end), count, dtype, unit)
+        self.spans.append(span)
+        self.end = span.stop
 
-    def by_column(self, columns: tuple[Column, ...]) -> dict[str, list[Place]]:
-        """The arrays of each column: its values, and before them its lengths where it is jagged."""
-        following = iter(self.places)
+    def by_column(self, columns: tuple[ColumnSpec, ...]) -> dict[str, list[ArraySpan]]:
+        """The arrays of each column: its values, preceded by its row lengths if it is jagged."""
+        following = iter(self.spans)
         return {column.name: [next(following) for _ in range(1 + column.jagged)] for column in columns}
 
-    def cut(self) -> Cuts:
-        """How blocks cut the arrays. Only of a layout whose `end` is known to be the frame's, so nothing overflows."""
+    def blocks(self) -> BlockBounds:
+        """How blocks divide the arrays. Call it only if `end` is the frame's end; then nothing overflows."""
         bounds = np.zeros((self._counts.shape[1], len(self._counts) + 1), np.int64)
         np.cumsum(self._counts.T, axis=1, dtype=np.int64, out=bounds[:, 1:])
-        return Cuts(
+        return BlockBounds(
             bounds,
-            units=np.array([place.unit for place in self.places]),
-            sizes=np.array([place.dtype.itemsize for place in self.places]),
-            starts=np.array([*(place.start for place in self.places), self.end]),
+            units=np.array([span.unit for span in self.spans]),
+            sizes=np.array([span.dtype.itemsize for span in self.spans]),
+            starts=np.array([*(span.start for span in self.spans), self.end]),
         )
 
 
-class Cuts(msgspec.Struct, frozen=True):
-    """Where blocks begin and the last one ends, in rows and in values, for the A arrays of a frame."""
+class BlockBounds(msgspec.Struct, frozen=True):
+    """Where the blocks begin and the last one ends, in rows and in values, for the A arrays of a frame."""
 
     bounds: Indices  # [1 + J, B + 1] row, and value of each jagged column
-    units: Indices  # [A] which of the bounds cut an array
+    units: Indices  # [A] which row of `bounds` divides an array
     sizes: Indices  # [A] bytes of one value
     starts: Indices  # [A + 1] first byte of each array, and the frame's end
 
     def checksums(self, frame: Bytes, blocks: Indices) -> list[int]:
-        """The CRC32 of each of the given blocks, as the frame's bytes are now."""
-        data, crc32 = frame.data, zlib.crc32  # a frame has thousands of pieces: the inner loop does just this
-        if self.bounds.shape[1] == 2:  # the pieces of a single block are the whole of what they cut
+        """The CRC32 of each of the given blocks, computed from the frame's bytes."""
+        data, crc32 = frame.data, zlib.crc32  # local names: a frame has thousands of pieces
+        if self.bounds.shape[1] == 2:  # a single block is all arrays in one piece
             return [crc32(data[int(self.starts[0]) : int(self.starts[-1])]) for _ in blocks]
         checksums = []
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
@@ -161,10 +156,10 @@ class Cuts(msgspec.Struct, frozen=True):
         return checksums
 
     def _pieces(self, blocks: Indices) -> tuple[Indices, Indices]:
-        """Where the pieces of blocks start and stop, [K, A] each, in bytes of the frame."""
+        """Start and stop of the blocks' pieces, [K, A] each, in bytes of the frame."""
         starts = self.bounds[self.units, blocks[:, None]] * self.sizes + self.starts[:-1]
         stops = self.bounds[self.units, blocks[:, None] + 1] * self.sizes + self.starts[:-1]
-        stops[blocks == self.bounds.shape[1] - 2] = self.starts[1:]  # the last block takes the padding
+        stops[blocks == self.bounds.shape[1] - 2] = self.starts[1:]  # the last block includes the padding
         return starts, stops
 
     def nbytes(self, blocks: npt.NDArray[np.bool_]) -> int:
@@ -176,10 +171,10 @@ class Cuts(msgspec.Struct, frozen=True):
 
 
 def cut_rows(ends: Indices, block_bytes: int | None) -> Indices:
-    """Cut rows into blocks of at most `block_bytes`, but at least one row: the first row of each, and N, int64 [B + 1].
+    """The first row of each block, and N, int64 [B + 1]: blocks of at most `block_bytes` and at least one row.
 
-    `ends` [N + 1] are the bytes of the rows before each row. By default a block is a 256th of the frame, within
-    64 KiB and 1 MiB: a reader of few rows reads little else, and a reader of all doesn't notice the blocks.
+    `ends` [N + 1] are the cumulative bytes of the rows. By default a block is 1/256 of the frame, within 64 KiB and
+    1 MiB: then a reader of few rows reads little else, and blocks cost a reader of all rows next to nothing.
     """
     rows = len(ends) - 1
     low, high = _BLOCK_BYTES
@@ -193,14 +188,14 @@ def cut_rows(ends: Indices, block_bytes: int | None) -> Indices:
 
 
 def aligned(nbytes: int) -> Bytes:
-    """Uninitialised memory that starts on a boundary, which numpy alone does not promise."""
+    """Uninitialised memory that starts on a multiple of ALIGNMENT, which numpy does not guarantee."""
     block = np.empty(nbytes + ALIGNMENT, np.uint8)
     first = -block.ctypes.data % ALIGNMENT
     return block[first : first + nbytes]
 
 
 def bytes_of(buffer: Buffer) -> Bytes:
-    """The buffer as read-only bytes, so that every view of it is read-only, too. Raises BadFrame."""
+    """The buffer as read-only bytes, so that every view of it is read-only too. Raises BadFrame."""
     try:
         data = (buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)).view()
     except (ValueError, BufferError) as error:
@@ -219,13 +214,13 @@ def _boundary(at: int) -> int:
 
 
 def pack(header: Header) -> tuple[bytes, int]:
-    """The header's bytes, and where the first array starts after them. Their number depends on no checksum."""
+    """The header's bytes, and the start of the first array. The length does not depend on the checksums."""
     packed = msgspec.msgpack.encode(header)
     return packed, _boundary(_HEADER_START + len(packed))
 
 
 def seal(frame: Bytes, packed: bytes) -> None:
-    """Write what stands before the arrays: the prologue, the header's bytes and its checksum."""
+    """Write everything before the arrays: the prologue, the header and its checksum."""
     head = _PROLOGUE.pack(_MAGIC, _FORMAT, len(packed))
     padded = packed.ljust(_boundary(_HEADER_START + len(packed)) - _HEADER_START, b"\0")
     head += _CRC.pack(zlib.crc32(padded, zlib.crc32(head))) + padded
@@ -233,7 +228,7 @@ def seal(frame: Bytes, packed: bytes) -> None:
 
 
 def unseal(data: Bytes) -> tuple[Header, int]:
-    """The verified header of a frame that may end after it, and where the first array starts. Raises BadFrame."""
+    """The verified header, and the start of the first array; the frame may end after the header. Raises BadFrame."""
     if len(data) < _HEADER_START:
         raise BadFrame(f"frame of {len(data)} bytes is shorter than the {_HEADER_START} before a header")
     view = data.data
@@ -259,7 +254,7 @@ def unseal(data: Bytes) -> tuple[Header, int]:
 
 
 def table_of(header: Header) -> Array:
-    """The header's blocks, uint32 [B, 2 + J]: rows, values of each jagged column, CRC32. Raises BadFrame."""
+    """The header's table of blocks, uint32 [B, 2 + J]: rows, values of each jagged column, CRC32. Raises BadFrame."""
     width = 2 + sum(column.jagged for column in header.columns)
     if len(header.blocks) % (width * TABLE.itemsize):
         raise BadFrame(f"table of {len(header.blocks)} bytes is not made of blocks of {width} numbers")

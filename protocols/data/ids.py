@@ -1,4 +1,4 @@
-"""A sample's id says where it comes from, so that a regenerated sample keeps its name.
+"""Sample ids: derived from the sample's place in the data, so a regenerated sample keeps its id.
 
 63 bits: data epoch (15) | prompt ordinal within the epoch (32) | sample index within the prompt (16).
 A prompt's id is the same number without the index. Two reserved values mark rows that are not trained:
@@ -21,7 +21,7 @@ Purpose = Literal["train", "baseline", "evaluate"]
 
 
 def prompt_id(epoch: int, ordinal: int) -> int:
-    """Pack a prompt's place in the data. Raises ValueError where a part does not fit its bits."""
+    """The id of the prompt at this place in the data. Raises ValueError if a part does not fit its bits."""
     if not (0 <= epoch <= EVALUATION_EPOCH and 0 <= ordinal < 1 << ORDINAL_BITS):
         raise ValueError(
             f"prompt at epoch {epoch}, ordinal {ordinal} does not fit {EPOCH_BITS} and {ORDINAL_BITS} bits"
@@ -30,7 +30,7 @@ def prompt_id(epoch: int, ordinal: int) -> int:
 
 
 def sample_id(prompt: int, index: int) -> int:
-    """The id of sample `index` of a prompt. Raises ValueError where the index does not fit."""
+    """The id of sample `index` of a prompt. Raises ValueError if the index does not fit."""
     if not 0 <= index <= BASELINE_INDEX:
         raise ValueError(f"sample index {index} does not fit {INDEX_BITS} bits")
     return prompt << INDEX_BITS | index
@@ -52,7 +52,7 @@ def index_of(sample: int) -> int:
 
 
 def purpose_of(sample: int) -> Purpose:
-    """What a row is for; only train rows are counted in admission and conservation."""
+    """The purpose of a row; admission and the ledger count only "train" rows."""
     if sample >> (INDEX_BITS + ORDINAL_BITS) == EVALUATION_EPOCH:
         return "evaluate"
     return "baseline" if index_of(sample) == BASELINE_INDEX else "train"
@@ -64,10 +64,10 @@ def place_of(prompt: int) -> tuple[int, int]:
 
 
 def sampling_seed(run_seed: int, sample: int, retry: int = 0, token: int = 0) -> int:
-    """The seed of a sample's random draws, 63 bits.
+    """The seed for generating a sample, 63 bits.
 
-    `retry` counts failure-policy retries, never re-execution after a crash, so a resumed run draws what
-    it would have drawn. `token` is where a continuation starts after its weights changed.
+    `retry` counts retries of the failure policy, never re-execution after a crash, so a resumed run generates the same
+    tokens. `token` is the first token of a continuation after the weights changed.
     """
     text = f"{run_seed}/{sample}/{retry}/{token}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

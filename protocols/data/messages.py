@@ -1,7 +1,7 @@
-"""One frozen batch type per stage of a sample's life.
+"""The messages: one frozen batch type per stage of a sample's life.
 
-The type's name is the stage; no record is half filled. N is the number of rows, T_i the number of
-response tokens of row i, P_i of its prompt. Ids are int64, tokens int32, everything learned float32.
+The type's name is the stage, and every column of it is filled. N is the number of rows, P_i and T_i are the numbers of
+prompt and response tokens of row i. Ids are int64, tokens int32, log-probs, values and rewards float32.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Finish(IntEnum):
     """Why a response ended."""
 
     STOP = 0  # end-of-sequence token, which is part of the response
-    LENGTH = 1  # max_tokens reached
+    LENGTH = 1  # reached max_tokens
 
 
 class Prompts(Batch, frozen=True, kw_only=True, eq=False):
-    """A request for one response per row; a prompt with n samples is n rows."""
+    """Requests for one response per row; a prompt with n samples has n rows."""
 
     schema_id: ClassVar[int] = 1
     schema_version: ClassVar[int] = 2
@@ -32,8 +32,8 @@ class Prompts(Batch, frozen=True, kw_only=True, eq=False):
     tokens: ClassVar[tuple[str, ...]] = ("prompts",)
 
     prompts: JaggedInt32  # [N, P_i] token ids
-    references: Text  # [N] the data row's reference answer, "" where there is none; for rewards and evaluation
-    min_versions: Int64  # [N] version at admission: only weights at least this new may generate the row
+    references: Text  # [N] reference answer of the data row, "" if it has none; for rewards and evaluation
+    min_versions: Int64  # [N] version at admission: only weights of this version or newer may generate the row
 
     def check(self) -> None:
         super().check()
@@ -52,9 +52,9 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
     prompts: JaggedInt32  # [N, P_i]
     references: Text  # [N]
     responses: JaggedInt32  # [N, T_i], with its end-of-sequence token where finish is STOP
-    log_probs: JaggedFloat32  # [N, T_i] behaviour log-probs, mu, under the weights that drew the token
-    versions: JaggedInt32  # [N, T_i] step of the weights that drew each token; their term is the frame's
-    loss_mask: JaggedUInt8  # [N, T_i] 1 where the policy drew the token and it is trained
+    log_probs: JaggedFloat32  # [N, T_i] mu: rollout log-probs, under the weights that sampled the token
+    versions: JaggedInt32  # [N, T_i] step of the weights that sampled each token; their term is the frame's
+    loss_mask: JaggedUInt8  # [N, T_i] 1 where the policy sampled the token and it is trained
     finishes: UInt8  # [N] Finish
 
     def check(self) -> None:
@@ -85,21 +85,21 @@ class Values(Batch, frozen=True, kw_only=True, eq=False):
     versions: Int64  # [N] step of the critic's weights
 
 
-_LEFT_OUT = Jagged.from_rows([])
+_OMITTED = Jagged.from_rows([])
 
 
 class Scores(Batch, frozen=True, kw_only=True, eq=False):
-    """A reward per response. Whoever has no parts to tell leaves them out: they become empty rows."""
+    """A reward per response. `parts` may be omitted; its rows are then empty."""
 
     schema_id: ClassVar[int] = 5
     schema_version: ClassVar[int] = 2
-    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"parts": ()}  # version 2 brought it
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"parts": ()}  # since version 2
 
     scores: Float32  # [N]
-    parts: JaggedFloat32 = _LEFT_OUT  # [N, K] of a mixed reward: its K parts' own numbers, before their weights
+    parts: JaggedFloat32 = _OMITTED  # [N, K] scores of a mixed reward's K parts, before their weights
 
     def __post_init__(self) -> None:
-        if self.parts is _LEFT_OUT:
+        if self.parts is _OMITTED:
             offsets = np.zeros(len(self.sample_ids) + 1, np.int64)
             msgspec.structs.force_setattr(self, "parts", Jagged(np.empty(0, np.float32), offsets))
 
@@ -113,7 +113,7 @@ class Costs(Batch, frozen=True, kw_only=True, eq=False):
 
 
 class Experience(Batch, frozen=True, kw_only=True, eq=False):
-    """What a trainer takes: exactly the rows of one batch, in its order."""
+    """The training batch: exactly the rows of one step, in the batch's order."""
 
     schema_id: ClassVar[int] = 7
     schema_version: ClassVar[int] = 3
@@ -132,21 +132,21 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
         ),
     )
     defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {
-        "reference": 0.0,  # version 2 brought it
-        "cost_returns": 0.0,  # version 3 brought them
-        "cost_values": 0.0,
+        "reference": 0.0,  # since version 2
+        "cost_returns": 0.0,  # since version 3
+        "cost_values": 0.0,  # since version 3
     }
 
     prompts: JaggedInt32  # [N, P_i]
     responses: JaggedInt32  # [N, T_i]
     loss_mask: JaggedUInt8  # [N, T_i]
     log_probs: JaggedFloat32  # [N, T_i] mu
-    advantages: JaggedFloat32  # [N, T_i] as the estimator leaves them, whitened where it whitens
-    returns: JaggedFloat32  # [N, T_i] the critic's targets; 0 where the algorithm has no critic
-    values: JaggedFloat32  # [N, T_i] the critic's values when the row was scored; 0 where there is none
-    reference: JaggedFloat32  # [N, T_i] log-probs under the reference, for a KL in the loss; 0 where there is none
-    cost_returns: JaggedFloat32  # [N, T_i] the cost critic's targets; 0 where the algorithm has none
-    cost_values: JaggedFloat32  # [N, T_i] its values when the row was scored; 0 where there is none
+    advantages: JaggedFloat32  # [N, T_i] whitened if the estimator whitens
+    returns: JaggedFloat32  # [N, T_i] the critic's targets; 0 without a critic
+    values: JaggedFloat32  # [N, T_i] the critic's values before the update; 0 without a critic
+    reference: JaggedFloat32  # [N, T_i] log-probs under the reference, for a KL in the loss; 0 without a reference
+    cost_returns: JaggedFloat32  # [N, T_i] the cost critic's targets; 0 without a cost critic
+    cost_values: JaggedFloat32  # [N, T_i] the cost critic's values before the update; 0 without a cost critic
 
     def check(self) -> None:
         super().check()
@@ -156,10 +156,10 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Measurements of one stage call: each value is a mean over its count, so metrics of replicas reduce."""
+    """Metrics of one stage call: each value is a mean over its count, so metrics of replicas can be averaged."""
 
     values: dict[str, float] = {}
-    counts: dict[str, float] = {}  # weight of each value; absent: 1
+    counts: dict[str, float] = {}  # weight of each value, by default 1
 
 
 SCHEMAS: dict[int, type[Batch]] = {
@@ -168,7 +168,7 @@ SCHEMAS: dict[int, type[Batch]] = {
 
 
 def _check_range(batch: Batch, name: str, high: int | None = None) -> None:
-    """Values of an integer column lie in [0, high]: no negative token, no mark that has no meaning."""
+    """The values of an integer column lie in [0, high]; None: no upper bound. Raises ValueError."""
     column = getattr(batch, name)
     values = column.values if isinstance(column, Jagged) else column
     if len(values) and int(values.min()) < 0:
@@ -178,7 +178,7 @@ def _check_range(batch: Batch, name: str, high: int | None = None) -> None:
 
 
 def _check_text(batch: Batch, name: str) -> None:
-    """Every row is UTF-8, so that `Jagged.text` holds for whoever reads it."""
+    """Every row is UTF-8, so that `Jagged.text` works for every reader. Raises ValueError."""
     column: Jagged = getattr(batch, name)
     values = column.values
     if not len(values) or int(values.max()) < 0x80:  # ASCII

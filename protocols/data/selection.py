@@ -1,7 +1,7 @@
-"""Rows of a frame, and no more of it than the blocks that hold them.
+"""Selects rows of a frame and the blocks that hold them.
 
-A run of rows is a view of each column; other rows are copied. Either way nothing is computed from bytes
-outside the rows' blocks, which nobody may have verified.
+Adjacent rows are read as a view of each column; other rows are copied. Either way nothing is computed from bytes
+outside the selected blocks, because only those are verified.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from protocols.data.frame import Indices
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Wanted rows, the blocks that hold them, and their place among all rows of those blocks.
+    """The selected rows, the blocks that hold them, and their positions among all rows of those blocks.
 
-    Slices where the wanted rows are a run, of which columns are views, and index arrays otherwise.
+    The fields are slices for adjacent rows (columns are views then) and index arrays otherwise.
     """
 
-    rows: slice | Indices  # wanted, of the frame
+    rows: slice | Indices  # selected, of the frame
     blocks: slice | Indices  # K, rising
     covered: slice | Indices  # every row of the blocks
     edges: Indices  # [K + 1] where the blocks begin in `covered`
-    at: slice | Indices  # the wanted rows' places in `covered`
+    at: slice | Indices  # positions of the selected rows in `covered`
 
     @classmethod
     def of(cls, bounds: Indices, rows: npt.ArrayLike | None) -> Selection:
-        """From the blocks' first rows and N, [B + 1]. See `codec.Frame.read` for what `rows` may be, and errors."""
+        """Select `rows` by the blocks' bounds [B + 1]. See `codec.Frame.read` for `rows` and errors."""
         wanted = _wanted(rows, int(bounds[-1]))
         if isinstance(wanted, slice):
             return cls._run(bounds, wanted.start, wanted.stop)
@@ -49,20 +49,20 @@ class Selection(msgspec.Struct, frozen=True):
 
     @property
     def nothing(self) -> bool:
-        """Whether no row is wanted."""
+        """Whether no row is selected."""
         return len(self.edges) == 1
 
     def plain(self, values: Array) -> Array:
-        """The wanted rows of a plain column, read-only."""
+        """The selected rows of a plain column, read-only."""
         chosen = values[self.rows]
         chosen.flags.writeable = False
         return chosen
 
     def jagged(self, values: Array, lengths: Array, bounds: Indices) -> Jagged:
-        """The wanted rows of a jagged column whose blocks begin at `bounds` [B + 1] of its values.
+        """The selected rows of a jagged column whose blocks begin at `bounds` [B + 1] of its values.
 
-        Reads nothing outside the blocks. Raises ValueError where lengths don't add up to what the header says:
-        no checksum holds one to the other.
+        Reads nothing outside the blocks. Raises ValueError if a block's row lengths do not add up to the number of
+        values in the header, which no checksum compares.
         """
         begins, ends = bounds[:-1][self.blocks], bounds[1:][self.blocks]
         counts = lengths[self.covered]
@@ -101,5 +101,5 @@ def _wanted(rows: npt.ArrayLike | None, total: int) -> slice | Indices:
         return slice(low, high + 1)
     ordered = np.sort(index)
     if (again := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-        raise ValueError(f"row {again[0]} is asked for twice")
+        raise ValueError(f"row {again[0]} is selected twice")
     return index

@@ -1,6 +1,6 @@
-"""Drawings of transfer protocols, made from their plans: what each rank reads, and whose outputs count.
+"""Draws transfer protocols as text, from their plans: the rows that each rank reads, and whose outputs are collected.
 
-`python -m protocols.layout.draw` prints those of the README, where a test holds them to what is printed.
+`python -m protocols.layout.draw` prints the drawings of protocols/README.md; a test compares the two.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ BUILT_IN = (
 
 
 def draw(name: str, rows: int, topology: Topology, *, generation: GenerationGrouping | None = None) -> str:
-    """The plan of one protocol as text: a line per rank with its coordinates, its rows, and its place in the result.
+    """The plan of one protocol: a line per rank with its coordinates, its rows, and its position in the result.
 
-    With `generation`, coordinates of generation stand beside: p_g, t_g and the micro-DP index m.
-    Raises as `protocol`, `distribute` and `collect` do.
+    With `generation` the coordinates in generation follow: p_g, t_g and the micro-DP index m. Raises like `protocol`,
+    `distribute` and `collect`.
     """
     chosen = protocol(name)
     plan = chosen.distribute(rows, topology, generation=generation)
@@ -57,7 +57,7 @@ def _coordinates(rank: int, topology: Topology, generation: GenerationGrouping |
 
 
 def _cells(part: Rows, rows: int) -> str:
-    """A column a row, a dot where the rank does not read it; rows out of order stand in the order of the plan."""
+    """One column per row, a dot for a row that the rank does not read; unsorted rows are listed in plan order."""
     width = len(str(max(rows - 1, 0)))
     read = part.tolist()
     if read != sorted(set(read)):
@@ -66,9 +66,9 @@ def _cells(part: Rows, rows: int) -> str:
 
 
 def _result(chosen: TransferProtocol, parts: list[Rows]) -> str:
-    """What the collected outputs are together, where an output has one row for each row read."""
+    """The collected result, for outputs with one row per row read."""
     if isinstance(chosen, MetricProtocol):
-        return f"{len(parts)} measurements, reduced to one"
+        return f"{len(parts)} metrics, reduced to one"
     rows = [row for part in parts for row in part.tolist()]
     if len(set(rows)) < len(rows):
         return f"a list of {len(parts)} outputs"

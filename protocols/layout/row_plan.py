@@ -1,9 +1,8 @@
-"""Row plans: what each rank reads of a message that lies in shards, whatever the two topologies are.
+"""Row plans: which segments of which shards a rank reads, for any pair of topologies.
 
-A producing service puts one shard a collecting rank; `Located` says in which shard each row lies. A consuming
-service cuts the same rows by its own transfer protocol. Where the two meet, `Located.segments` gives a destination
-rank the segments of its rows and nothing else. Neither side knows the other's topology, and only row numbers are
-touched.
+The producing service writes one shard per collected rank, and `Located` records the shard and row of every row. The
+consuming service partitions the rows by its own transfer protocol; `Located.segments` then gives the reads of one
+rank. Neither side knows the other's topology, and only row numbers are handled here.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Located(msgspec.Struct, frozen=True, eq=False):  # noqa: PLW1641 - rows have no hash
-    """Where each of N rows lies: `sources` int64 [N], index of a shard, and `rows` int64 [N], its row in that shard.
+    """The location of each of N rows: `sources` int64 [N], the shard, and `rows` int64 [N], the row in that shard.
 
-    Raises ValueError for arrays that are not such a pair, or hold a number below 0.
+    Raises ValueError for arrays of another form and for negative numbers.
     """
 
     sources: Rows
@@ -55,10 +54,10 @@ class Located(msgspec.Struct, frozen=True, eq=False):  # noqa: PLW1641 - rows ha
         return np.array_equal(self.sources, other.sources) and np.array_equal(self.rows, other.rows)
 
     def segments(self, index: npt.ArrayLike) -> list[Segment]:
-        """What has to be read, in order, for the rows at `index` [any number]; their concatenation is those rows.
+        """The segments whose concatenation is the rows at `index`, in order.
 
-        Rows that follow each other in one shard merge, so no two neighbouring segments could be one.
-        Raises ValueError for an index that is not flat integers, IndexError for a row that is not here.
+        Adjacent rows of one shard are merged into one segment. Raises ValueError for an index that is not flat
+        integers, IndexError for a row out of range.
         """
         wanted = np.asarray(index)
         if wanted.ndim != 1 or (len(wanted) and wanted.dtype.kind not in "iu"):

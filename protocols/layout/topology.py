@@ -1,7 +1,7 @@
-"""Ranks have coordinates: the 3D training topology, and how its ranks regroup for generation.
+"""Topologies: the coordinates of ranks in 3D-parallel training, and how the ranks regroup for generation.
 
-Rank r of a p-t-d topology is r = dp·(p·t) + pp·t + tp: tensor ranks are neighbours, then pipeline stages,
-then data-parallel replicas. All ranks are 0-based and global.
+Rank r of a p-t-d topology is r = dp·(p·t) + pp·t + tp: tensor ranks are neighbours, then pipeline stages, then
+data-parallel replicas. All ranks are 0-based and global.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal, get_args
 import msgspec
 
 Style = Literal["vanilla", "hybridflow", "deepspeed"]
-Backend = Literal["3d", "fsdp", "zero1", "zero2"]  # how the ranks of a model share it
+Backend = Literal["3d", "fsdp", "zero1", "zero2"]  # how the ranks of a model divide it
 
 
 class Coordinates(msgspec.Struct, frozen=True, order=True):
-    """A rank's place in a training topology: pipeline stage, tensor index, data-parallel replica."""
+    """A rank's coordinates in training: pipeline stage, tensor index, data-parallel replica."""
 
     pp: int
     tp: int
@@ -26,7 +26,7 @@ class Coordinates(msgspec.Struct, frozen=True, order=True):
 
 
 class GenerationCoordinates(msgspec.Struct, frozen=True, order=True):
-    """A rank's place in generation: stage and tensor index of its shard, micro-DP index in its replica, replica."""
+    """A rank's coordinates in generation: stage and tensor index of its shard, micro-DP index, training replica."""
 
     pp: int
     tp: int
@@ -47,7 +47,7 @@ class Topology(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """Read "p-t-d", or "p-t" for one replica. Raises ValueError naming the text."""
+        """Parse "p-t-d", or "p-t" for one replica. Raises ValueError naming the text."""
         sizes = text.strip().split("-")
         if len(sizes) not in (2, 3) or not all(size.isascii() and size.isdigit() for size in sizes):
             raise ValueError(f"topology {text!r}: write p-t-d, e.g. 1-2-2")
@@ -63,11 +63,11 @@ class Topology(msgspec.Struct, frozen=True):
 
     @property
     def replica_size(self) -> int:
-        """Ranks of one data-parallel replica, which together hold the model once."""
+        """Ranks of one data-parallel replica, which holds the model once."""
         return self.pp * self.tp
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank stands. Raises ValueError for a rank that the topology does not have."""
+        """The coordinates of a rank. Raises ValueError for a rank that the topology does not have."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not among the {self.world_size} ranks of topology {self}")
         dp, within = divmod(rank, self.replica_size)
@@ -75,7 +75,7 @@ class Topology(msgspec.Struct, frozen=True):
         return Coordinates(pp, tp, dp)
 
     def rank(self, coordinates: Coordinates) -> int:
-        """The rank that stands there. Raises ValueError for a place that the topology does not have."""
+        """The rank at these coordinates. Raises ValueError for coordinates outside the topology."""
         pp, tp, dp = coordinates.pp, coordinates.tp, coordinates.dp
         if not (0 <= pp < self.pp and 0 <= tp < self.tp and 0 <= dp < self.dp):
             raise ValueError(f"pp {pp}, tp {tp}, dp {dp} lies outside topology {self}")
@@ -100,10 +100,10 @@ class Topology(msgspec.Struct, frozen=True):
 class GenerationGrouping(msgspec.Struct, frozen=True):
     """How the ranks of `topology` generate with `pp` stages and `tp` tensor shards.
 
-    A training replica of p·t ranks becomes micro_dp = p·t / (pp·tp) generation replicas. The styles differ
-    in which shard a rank generates with: "vanilla" and "deepspeed" number the ranks consecutively,
-    "hybridflow" gives each rank a shard that contains the one it trains (HybridFlow, section 5.3).
-    Raises ValueError where pp does not divide p, tp does not divide t, or the style is unknown.
+    A training replica of p·t ranks becomes micro_dp = p·t / (pp·tp) generation replicas. The styles differ in the shard
+    that a rank generates with: "vanilla" and "deepspeed" number the ranks consecutively, "hybridflow" gives each rank a
+    shard that contains the one it trains (HybridFlow, section 5.3). Raises ValueError if pp does not divide p, tp does
+    not divide t, or the style is unknown.
     """
 
     topology: Topology
@@ -126,10 +126,10 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return self.topology.replica_size // (self.pp * self.tp)
 
     def coordinates(self, rank: int) -> GenerationCoordinates:
-        """Where a rank stands while generating. Raises ValueError for a rank that the topology does not have."""
+        """The coordinates of a rank in generation. Raises ValueError for a rank that the topology does not have."""
         at = self.topology.coordinates(rank)
         if self.style == "hybridflow":
-            stages, shards = self.topology.pp // self.pp, self.topology.tp // self.tp  # of training, in one of ours
+            stages, shards = self.topology.pp // self.pp, self.topology.tp // self.tp  # of training, per one here
             micro = at.pp % stages * shards + at.tp % shards
             return GenerationCoordinates(at.pp // stages, at.tp // shards, micro, at.dp)
         micro, within = divmod(at.pp * self.topology.tp + at.tp, self.pp * self.tp)
@@ -138,7 +138,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
 
     @property
     def tensor_groups(self) -> list[list[int]]:
-        """Ranks that generate one stage of one generation replica together."""
+        """Ranks that share one stage of one generation replica."""
         return self._groups(lambda c: (c.dp, c.micro_dp, c.pp))
 
     @property
@@ -152,7 +152,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return self._groups(lambda c: (c.dp, c.pp, c.tp))
 
     def received_bytes(self, m: int) -> Fraction:
-        """Bytes that the worst rank receives on the way from training to generation, for m parameter bytes.
+        """Most bytes that a rank receives in the transition from training to generation, for m parameter bytes.
 
         (tpd-1)/tpd·m for deepspeed (gathers from every rank), (tp-1)/tp·m for vanilla (gathers the replica),
         and for hybridflow what a rank needs less what it owns: (1/(t_g·p_g) - 1/(t·p))·m (paper, table 2).
@@ -162,7 +162,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return m - self._owned(m)
 
     def peak_bytes(self, m: int) -> Fraction:
-        """Parameter bytes that the worst rank holds during the transition: all m unless gathered shard by shard."""
+        """Most parameter bytes that a rank holds during the transition: all m unless gathered shard by shard."""
         if self.style == "hybridflow":
             return max(
                 self._needed(m) + self._owned(m) - self._kept(rank, m) for rank in range(self.topology.world_size)
@@ -170,10 +170,10 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return Fraction(m)
 
     def redundant_bytes(self, m: int) -> Fraction:
-        """Training bytes that the worst rank keeps while generating and does not generate with.
+        """Most training bytes that a rank keeps while generating without using them for generation.
 
-        deepspeed's flat ZeRO shards are never used in place: m/(tpd). Otherwise it is m/(tp) where some rank's
-        training shard lies outside its generation shard, and 0 where the grouping nests on every rank.
+        deepspeed's flat ZeRO shards are never used in place: m/(tpd). Otherwise it is m/(tp) if some rank's training
+        shard lies outside its generation shard, and 0 if the shards nest on every rank.
         """
         if self.style == "deepspeed":
             return self._owned(m)
@@ -190,7 +190,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return Fraction(m, self.pp * self.tp)
 
     def _kept(self, rank: int, m: int) -> Fraction:
-        """Bytes of a rank's training shard that its generation shard contains: the area where two tiles overlap."""
+        """Bytes of a rank's training shard that its generation shard contains: the overlap of two tiles."""
         train, generate = self.topology.coordinates(rank), self.coordinates(rank)
         layers = _overlap(train.pp, self.topology.pp, generate.pp, self.pp)
         columns = _overlap(train.tp, self.topology.tp, generate.tp, self.tp)
@@ -198,7 +198,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
 
 
 def _group(world_size: int, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Ranks with equal keys, each group rising, the groups ordered by their first rank."""
+    """Groups of ranks with equal keys, ordered by their first rank; each group is in rank order."""
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for rank in range(world_size):
         groups[key(rank)].append(rank)
@@ -206,7 +206,7 @@ def _group(world_size: int, key: Callable[[int], Hashable]) -> list[list[int]]:
 
 
 def _overlap(i: int, n: int, j: int, k: int) -> Fraction:
-    """Length of the unit interval that its i-th of n parts and its j-th of k parts have in common."""
+    """Overlap of the i-th of n equal parts of the unit interval with the j-th of k equal parts."""
     start, stop = max(Fraction(i, n), Fraction(j, k)), min(Fraction(i + 1, n), Fraction(j + 1, k))
     return max(stop - start, Fraction(0))
 
@@ -214,8 +214,8 @@ def _overlap(i: int, n: int, j: int, k: int) -> Fraction:
 def generating_topology(backend: Backend, topology: Topology) -> Topology:
     """The topology whose ranks a generation layout regroups.
 
-    Fully sharded ranks own parts of every matrix, cut as tensor shards are: they regroup as if they were S tensor
-    ranks, and so may generate with any number of tensor shards that divides S.
+    Each of S fully sharded ranks owns a part of every matrix, as tensor ranks do. So they regroup like S tensor ranks,
+    and can generate with any number of tensor shards that divides S.
     """
     if backend == "fsdp" and topology.replica_size == 1:
         return Topology(1, topology.dp, 1)
@@ -223,5 +223,5 @@ def generating_topology(backend: Backend, topology: Topology) -> Topology:
 
 
 def generation_grouping(backend: Backend, topology: Topology, layout: Topology) -> GenerationGrouping:
-    """The ranks of a topology as they generate in a layout p-t. Raises ValueError where that does not divide."""
+    """How the ranks of a topology generate in a layout p-t. Raises ValueError if the layout does not divide it."""
     return GenerationGrouping(generating_topology(backend, topology), layout.pp, layout.tp)

@@ -1,8 +1,8 @@
-"""Transfer protocols: which rows each rank of a model reads, and whose outputs count.
+"""Transfer protocols: which rows each rank of a model reads, and whose outputs are collected.
 
-A protocol is a pair of pure functions over ranks. `distribute` cuts N rows into one index array per rank;
-`collect` lists the source ranks whose outputs, concatenated in that order, are the result. Order comes from
-the topology, never from arrival. Neither sees a payload: planning touches row numbers only.
+A protocol is a pair of pure functions. `distribute` returns one array of row indices per rank; `collect` lists the
+ranks whose outputs, concatenated in that order, are the result. The order comes from the topology, never from arrival.
+Both work on row numbers only and never see a payload.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocols.layout.topology import Coordinates, GenerationGrouping, Topology
 
 
 class Distribute(Protocol):
-    """Row indices, int64, that each rank reads, in rank order; `groups` and `lengths` are int64 [rows] or None."""
+    """The int64 row indices of each rank, in rank order; `groups` and `lengths` are int64 [rows] or None."""
 
     def __call__(
         self,
@@ -35,13 +35,13 @@ class Distribute(Protocol):
 
 
 class Collect(Protocol):
-    """Ranks whose outputs make up the result, in its order; none twice."""
+    """The ranks whose outputs make up the result, in its order, each at most once."""
 
     def __call__(self, topology: Topology, *, generation: GenerationGrouping | None) -> Iterable[int]: ...
 
 
 class TransferProtocol(msgspec.Struct, frozen=True):
-    """A named pair of functions, held to the contract of `Distribute` and `Collect` at every call."""
+    """A named pair of functions; every call checks the contracts of `Distribute` and `Collect`."""
 
     name: str
     distributes: Distribute
@@ -56,12 +56,11 @@ class TransferProtocol(msgspec.Struct, frozen=True):
         groups: npt.ArrayLike | None = None,
         lengths: npt.ArrayLike | None = None,
     ) -> list[Rows]:
-        """One int64 array of row indices per rank of the topology; empty where a rank gets nothing.
+        """One int64 array of row indices per rank of the topology, possibly empty.
 
-        Where the built-in protocols cut rows, they cut as `cut` does: every part is contiguous, and parts differ
-        by at most one row. `groups` [rows] keeps rows of equal value in one part; `lengths` [rows] (tokens)
-        balances the parts by their sum instead of by rows. Raises ValueError where arguments, or the plan of a
-        protocol of your own, don't fit the topology.
+        Built-in protocols partition rows with `cut`: parts are contiguous and differ by at most one row. `groups`
+        [rows] keeps rows of equal value in one part; `lengths` [rows] (tokens) balances parts by their sum instead of
+        by rows. Raises ValueError if the arguments, or the plan of a user's protocol, do not fit the topology.
         """
         if rows < 0:
             raise ValueError(f"{self.name}: can't distribute {rows} rows")
@@ -76,20 +75,20 @@ class TransferProtocol(msgspec.Struct, frozen=True):
         return _checked_plan(self.name, plan, rows, topology)
 
     def collect(self, topology: Topology, *, generation: GenerationGrouping | None = None) -> list[int]:
-        """Ranks whose outputs count, in the order in which they are concatenated."""
+        """The ranks whose outputs are collected, in the order in which they are concatenated."""
         _check_generation(self.name, topology, generation)
         return _checked_ranks(self.name, self.collects(topology, generation=generation), topology)
 
 
 class MetricProtocol(TransferProtocol, frozen=True):
-    """A protocol whose collected outputs are measurements: they are reduced, not concatenated."""
+    """A protocol whose collected outputs are metrics: they are reduced, not concatenated."""
 
     def reduce(
         self, values: npt.ArrayLike, counts: npt.ArrayLike, *, how: Literal["mean", "sum", "max"] = "mean"
     ) -> float:
-        """One number from `values` [replicas]: their mean weighted by `counts` [replicas], their sum or maximum.
+        """Reduce `values` [replicas] to their mean weighted by `counts` [replicas], their sum or their maximum.
 
-        A replica with count 0 measured nothing: its value, often 0/0, takes no part. Nothing measured gives 0.
+        A value with count 0, often 0/0, is ignored. The result is 0 if all counts are 0.
         """
         measured, weights = np.asarray(values, dtype=np.float64), np.asarray(counts, dtype=np.float64)
         if measured.ndim != 1 or measured.shape != weights.shape or not (weights >= 0).all():
@@ -106,7 +105,7 @@ class MetricProtocol(TransferProtocol, frozen=True):
                 return float(measured.max())
 
     def combine(self, outputs: Sequence[Metrics]) -> Metrics:
-        """The metrics of all replicas as one: each value a mean over the replicas that report it, by its count."""
+        """Merge the metrics of all replicas: each value is the mean over the replicas that report it, by count."""
         names = dict.fromkeys(name for output in outputs for name in output.values)
         values, counts = {}, {}
         for name in names:
@@ -138,8 +137,8 @@ def _by_micro_replica(
     lengths: Rows | None,
 ) -> list[Rows]:
     grouping = _required(generation)
-    # Cut per replica, then within it: a flat cut into dp·micro_dp parts would not tile what 3D_PROTO gives a
-    # replica where rows don't divide.
+    # Partition per replica, then within it: if the rows do not divide evenly, a flat partition into dp·micro_dp parts
+    # would not match the rows that 3D_PROTO gives a replica.
     parts = [
         cut(replica, grouping.micro_dp, groups, lengths)
         for replica in cut(np.arange(rows), topology.dp, groups, lengths)
@@ -206,7 +205,7 @@ def protocol(name: Literal["METRIC"]) -> MetricProtocol: ...
 @overload
 def protocol(name: str) -> TransferProtocol: ...
 def protocol(name: str) -> TransferProtocol:
-    """The transfer protocol of that name. Raises LookupError naming those that exist."""
+    """The transfer protocol with this name. Raises LookupError listing the names that exist."""
     found = _REGISTRY.get(name)
     if found is None:
         raise LookupError(f"no transfer protocol {name!r}; there are {', '.join(protocols())}")
@@ -214,18 +213,18 @@ def protocol(name: str) -> TransferProtocol:
 
 
 def protocols() -> list[str]:
-    """Names of all protocols, built in and registered."""
+    """The names of all protocols, built-in and registered."""
     return sorted(_REGISTRY)
 
 
 def register(name: str, distribute: Distribute, collect: Collect) -> TransferProtocol:
-    """Add a protocol of your own: from now on `protocol(name)` finds it. Raises ValueError for a name in use."""
+    """Register a user's protocol, so that `protocol(name)` finds it. Raises ValueError if the name is taken."""
     if name in _REGISTRY:
         raise ValueError(f"a transfer protocol {name!r} exists already; choose another name")
     return _REGISTRY.setdefault(name, TransferProtocol(name, distribute, collect))
 
 
-# --- arguments and plans, checked at the door
+# --- checks of arguments and plans
 
 
 def _required(generation: GenerationGrouping | None) -> GenerationGrouping:
@@ -236,7 +235,7 @@ def _required(generation: GenerationGrouping | None) -> GenerationGrouping:
 
 def _check_generation(name: str, topology: Topology, generation: GenerationGrouping | None) -> None:
     if generation is not None and generation.topology != topology:
-        raise ValueError(f"{name}: the grouping regroups topology {generation.topology}, the ranks stand in {topology}")
+        raise ValueError(f"{name}: the grouping is for topology {generation.topology}, the ranks have {topology}")
 
 
 def _per_row(name: str, what: str, values: npt.ArrayLike | None, rows: int) -> Rows | None:

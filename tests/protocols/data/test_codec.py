@@ -238,7 +238,7 @@ def test_rows_are_judged_by_their_own_meaning():
     [
         ([2], IndexError, "row 2 of a frame of 2 rows"),
         ([0, -1], IndexError, "row -1 of a frame of 2 rows"),
-        ([1, 0, 1], ValueError, "row 1 is asked for twice"),
+        ([1, 0, 1], ValueError, "row 1 is selected twice"),
         ([True, False], ValueError, "flat row indices, got bool"),
         ([[0]], ValueError, "flat row indices, got int64"),
         ([0.5], ValueError, "flat row indices, got float64"),

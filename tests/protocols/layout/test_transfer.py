@@ -285,7 +285,7 @@ def test_arguments_that_do_not_fit_are_refused():
         ({"rows": 3, "groups": [1, 2]}, r"groups as one integer a row, \[3\], got int64 \[2\]"),
         ({"rows": 2, "lengths": [1.5, 2.0]}, r"lengths as one integer a row, \[2\], got float64"),
         ({"rows": 2, "lengths": [4, -2]}, "lengths holds -2 at row 1"),
-        ({"rows": 2, "generation": GenerationGrouping(Topology(dp=3))}, "regroups topology 1-1-3, .* stand in 1-1-2"),
+        ({"rows": 2, "generation": GenerationGrouping(Topology(dp=3))}, "is for topology 1-1-3, .* have 1-1-2"),
     ]
     for options, reason in cases:
         with pytest.raises(ValueError, match=f"3D_PROTO: .*{reason}"):
