@@ -16,18 +16,18 @@ SOURCE = "prompts"  # the one source: the controller's admitted prompts
 
 
 class DataflowError(Exception):
-    """An algorithm that can't be run as it is written: names the stage and what it was given."""
+    """An algorithm that can't be run as it is written; the message names the stage and its inputs."""
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Which settled prompts are worth a place in a batch, from the rows of one prompt at a time."""
+    """Which complete prompts are trainable, decided from the rows of one prompt at a time."""
 
     function: Callable[..., Any]  # rows of the inputs -> [N] bool; a prompt without a True is dropped
-    inputs: tuple[int, ...]  # positions, among the stage's inputs, of what it takes
+    inputs: tuple[int, ...]  # positions of its arguments among the stage's inputs
 
     @property
     def name(self) -> str:
-        """The function's own."""
+        """The function's name."""
         return self.function.__name__
 
 
@@ -35,50 +35,50 @@ class Stage(msgspec.Struct, frozen=True):
     """One call site of a service's method, or of an `apply` function."""
 
     name: str  # "policy.generate#1", "gae#1"
-    service: str  # who runs it: a role, or ADVANTAGE for apply functions
+    service: str  # the service that runs it: a role, or ADVANTAGE for apply functions
     method: str
     consumes: tuple[type[Batch], ...]
     produces: type[Batch] | type[Metrics]
-    inputs: tuple[str, ...]  # names of the stages (or SOURCE) that feed it, by position
+    inputs: tuple[str, ...]  # names of the stages (or SOURCE) that it reads, by position
     grain: Grain
     protocol: str
     greedy: bool = False
     function: Callable[..., Any] | None = None  # of an apply stage
-    filter: Filter | None = None  # of an apply stage whose prompts are not all trained
-    state: type[msgspec.Struct] | None = None  # of an apply stage that carries one from batch to batch
+    filter: Filter | None = None  # of an apply stage that trains only some prompts
+    state: type[msgspec.Struct] | None = None  # of an apply stage that carries state from batch to batch
 
     @property
     def is_sink(self) -> bool:
-        """Trains on a closed batch; nothing flows out of it."""
+        """Whether it trains on a closed batch; it has no output."""
         return self.produces is Metrics
 
     @property
     def generates(self) -> bool:
-        """Draws rollouts from admitted prompts."""
+        """Whether it generates rollouts from admitted prompts."""
         return self.inputs == (SOURCE,)
 
     @property
     def closes(self) -> bool:
-        """Joins rows and fires on the closed batch."""
+        """Whether it joins rows and fires on the closed batch."""
         return self.function is not None
 
 
 ADVANTAGE = "advantage"  # the service that runs apply functions, on a CPU rank of its own
 
 
-class Channel(msgspec.Struct, frozen=True):
-    """A typed edge: rows of one message type from a stage to one input of another."""
+class ChannelSpec(msgspec.Struct, frozen=True):
+    """A typed edge of the graph: rows of one message type from a stage to one input of another."""
 
     source: str
     destination: str
     position: int
     message: type[Batch]
     grain: Grain
-    protocol: str  # how the destination cuts the rows over its ranks
+    protocol: str  # the transfer protocol by which the destination's ranks read the rows
 
     @property
     def edge(self) -> str:
-        """The name deliveries carry: destination stage and input position."""
+        """Its name in deliveries: destination stage and input position."""
         return f"{self.destination}.{self.position}"
 
 
@@ -87,22 +87,22 @@ class Dataflow(msgspec.Struct, frozen=True):
 
     name: str
     stages: tuple[Stage, ...]
-    channels: tuple[Channel, ...]
+    channels: tuple[ChannelSpec, ...]
 
     def stage(self, name: str) -> Stage:
-        """The stage of that name. Raises KeyError."""
+        """The stage with this name. Raises KeyError."""
         return {s.name: s for s in self.stages}[name]
 
     def stages_of(self, service: str) -> list[Stage]:
-        """The call sites that a service answers, in the order of the algorithm."""
+        """The stages that a service runs, in the order of the algorithm."""
         return [s for s in self.stages if s.service == service]
 
-    def consumers(self, source: str) -> list[Channel]:
-        """The channels that leave a stage (or SOURCE)."""
+    def consumers(self, source: str) -> list[ChannelSpec]:
+        """The channels from a stage (or SOURCE)."""
         return [c for c in self.channels if c.source == source]
 
-    def inputs_of(self, stage: str) -> list[Channel]:
-        """The channels that enter a stage, by position."""
+    def inputs_of(self, stage: str) -> list[ChannelSpec]:
+        """The channels to a stage, by position."""
         return sorted((c for c in self.channels if c.destination == stage), key=lambda c: c.position)
 
     @property
@@ -121,15 +121,14 @@ class Dataflow(msgspec.Struct, frozen=True):
         return next(s for s in self.stages if s.closes)
 
     def draw(self) -> str:
-        """The graph as text, a line a stage: who feeds it and what it gives."""
+        """The graph as text: a line per stage with its inputs and its output."""
         width = max(len(s.name) for s in self.stages)
         lines = []
         for stage in self.stages:
-            given = "" if stage.is_sink else f" -> {stage.produces.__name__}"
-            kept = f", where {stage.filter.name}" if stage.filter is not None else ""
-            lines.append(
-                f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{given}   [{stage.grain}, {stage.protocol}{kept}]"
-            )
+            output = "" if stage.is_sink else f" -> {stage.produces.__name__}"
+            condition = f", where {stage.filter.name}" if stage.filter is not None else ""
+            how = f"[{stage.grain}, {stage.protocol}{condition}]"
+            lines.append(f"{stage.name:<{width}}  <- {', '.join(stage.inputs)}{output}   {how}")
         return "\n".join(lines)
 
 
@@ -159,7 +158,7 @@ def check(name: str, stages: tuple[Stage, ...]) -> Dataflow:
             if not stage.is_sink and source != SOURCE and by_name[source].closes:
                 raise DataflowError(f"{name}: {stage.name} takes single rows, but {source} gives a closed batch")
     channels = tuple(
-        Channel(
+        ChannelSpec(
             source=source,
             destination=stage.name,
             position=position,

@@ -1,4 +1,4 @@
-"""Algorithms by name, or a user's own by "package.module:function"."""
+"""Finds algorithms by name, or a user's own by "package.module:function"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncflow.dataflow.trace import Algorithm
 
 
 def algorithm_named(name: str) -> Algorithm:
-    """The algorithm a recipe names. Raises DataflowError saying what is known or what could not be imported."""
+    """The algorithm that a recipe names. Raises DataflowError for an unknown name and a module that fails to import."""
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     module, colon, attribute = name.partition(":")

@@ -1,8 +1,8 @@
-"""An algorithm is a traced function: it runs once with symbolic services and becomes a graph.
+"""Traces an algorithm function: it runs once with symbolic services, and its calls become a graph.
 
-Adding or removing a line changes the algorithm; placement never does. Everything wrong with the wiring
-(an unknown role, a stage that does not exist, a message of the wrong type, an output nobody reads) is
-an error here, before a process starts and without importing torch.
+Adding or removing a line changes the algorithm; placement never does. Every error in the wiring (an unknown role or
+stage, a message of the wrong type, an output that no stage reads) is raised here, before a process starts and without
+importing torch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from workers.settings import Loss
 Algorithm = Callable[["Flow"], None]
 JoinedOn = Literal["sample", "prompt"]
 A = TypeVar("A", bound=Algorithm)
-STATE = "state"  # the keyword under which a stateful batch function gets what it returned last
+STATE = "state"  # the keyword argument by which a stateful batch function gets the state that it returned last
 
 
 class Declaration(msgspec.Struct, frozen=True):
-    """What an algorithm says of itself beside its dataflow. A recipe's own keys stand above the defaults."""
+    """An algorithm's defaults beside its dataflow; the keys of a recipe override them."""
 
     loss: Loss = Loss()  # defaults of the recipe's [loss]
-    advantage: Mapping[str, float | bool | str] = {}  # defaults of [advantage], where they aren't the batch function's
-    least_samples: int = 1  # of a prompt; 2 where they are compared with each other
+    advantage: Mapping[str, float | bool | str] = {}  # defaults of [advantage] that differ from the batch function's
+    least_samples: int = 1  # per prompt; 2 if samples of a prompt are compared with each other
 
 
 @overload
@@ -43,7 +43,7 @@ def algorithm(
     *, loss: Loss = ..., advantage: Mapping[str, float | bool | str] = ..., least_samples: int = ...
 ) -> Callable[[A], A]: ...
 def algorithm(function: Any = None, **declared: Any) -> Any:
-    """Mark a function of one `Flow` as an algorithm that recipes may name; bare, or with a `Declaration`'s fields."""
+    """Mark a function of one `Flow` as an algorithm for recipes; takes the fields of a `Declaration`, or nothing."""
     declaration = Declaration(**declared)
 
     def mark(function: A) -> A:
@@ -56,12 +56,12 @@ def algorithm(function: Any = None, **declared: Any) -> Any:
 
 
 def declaration_of(function: Algorithm) -> Declaration:
-    """What an algorithm declared; the defaults for a function that is not marked."""
+    """The declaration of an algorithm; an empty one for a function that is not marked."""
     return getattr(function, "__asyncflow_algorithm__", Declaration())
 
 
 class Symbol:
-    """Rows that will exist: the output of a stage while an algorithm is traced."""
+    """The symbolic output of a stage while an algorithm is traced."""
 
     __slots__ = ("grain", "kind", "source")
 
@@ -75,7 +75,7 @@ class Symbol:
 
 
 class Flow:
-    """What an algorithm function is given: `flow.<role>.<stage>(...)`, `flow.prompts`, `flow.join(...)`."""
+    """The argument of an algorithm function: `flow.<role>.<stage>(...)`, `flow.prompts`, `flow.join(...)`."""
 
     def __init__(self, roles: Mapping[str, type]) -> None:
         self._roles = roles
@@ -91,10 +91,10 @@ class Flow:
         return _SymbolicService(self, role, self._roles[role])
 
     def join(self, *inputs: Symbol, on: JoinedOn = "sample") -> Join:
-        """Join rows of several stages: by their sample's id, or by their prompt's.
+        """Join the rows of several stages by sample or by prompt.
 
-        On "sample" every input has a row per sample. On "prompt" some have one row per prompt (a greedy
-        generation and what is computed from it), which is given to each of the prompt's samples.
+        With on="sample" every input has one row per sample. With on="prompt" some inputs have one row per prompt (a
+        greedy generation and what is computed from it), which is joined to each of the prompt's samples.
         """
         if on not in get_args(JoinedOn):
             raise DataflowError(f"join on={on!r}: know {', '.join(get_args(JoinedOn))}")
@@ -154,32 +154,32 @@ class _SymbolicService:
         if first.source == SOURCE:
             return "prompt" if sampling is not None else "sample"
         if sampling is not None:
-            raise DataflowError(f"{where}: sampling is for stages that draw from flow.prompts")
+            raise DataflowError(f"{where}: sampling is for stages that generate from flow.prompts")
         return first.grain
 
 
 class Join:
-    """Joined rows, waiting for the function that turns a closed batch into experience."""
+    """Joined rows, to which a function is applied that turns a closed batch into experience."""
 
     def __init__(self, flow: Flow, inputs: tuple[Symbol, ...], filter: Filter | None = None) -> None:
         self._flow, self._inputs, self._filter = flow, inputs, filter
 
     def keep(self, function: Callable[..., Any]) -> Join:
-        """Train only prompts that a function finds worth it; others are admitted in the place of those it drops.
+        """Train only the prompts that a function finds trainable; for each dropped prompt another is admitted.
 
         The function is called with the rows of one prompt. Its parameters are annotated with the joined message types
-        that it wants to see, and it returns a bool per row: a prompt without a True ends as dropped (no_signal).
+        that it reads, and it returns a bool per row: a prompt without a True ends as dropped (no_signal).
         """
         if self._filter is not None:
-            raise DataflowError(f"{function.__name__}: the join keeps what {self._filter.name} chooses already")
+            raise DataflowError(f"{function.__name__}: the join is already filtered by {self._filter.name}")
         return Join(self._flow, self._inputs, Filter(function, _seen_by(function, self._inputs)))
 
     def apply(self, function: Callable[..., Any]) -> Symbol:
-        """Run a numpy function on each closed batch, rows in the batch's order.
+        """Run a numpy function on each closed batch, with the rows in the batch's order.
 
-        Its positional parameters are annotated with the joined message types, its return value with
-        Experience; keyword-only parameters are numbers that the recipe's [advantage] table sets. A keyword-only
-        `state: State | None` is what the function returned with the batch before, in a `Stateful`; None at first.
+        Its positional parameters are annotated with the joined message types, its return value with Experience. The
+        recipe's [advantage] table sets its keyword-only parameters. A keyword-only `state: State | None` receives the
+        state that the function returned for the previous batch in a `Stateful`, at first None.
         """
         try:
             consumes, produces = signature_of(function)
@@ -226,7 +226,7 @@ def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _state_of(function: Callable[..., Any]) -> type[msgspec.Struct] | None:
-    """The type of what a batch function carries from batch to batch. Raises DataflowError where it is half said."""
+    """The state type of a batch function, if any. Raises DataflowError if parameter and return type do not agree."""
     hints = get_type_hints(function)
     takes, returns = hints.get(STATE), hints["return"]
     kind = get_args(returns)[1] if get_origin(returns) is Stateful else None
@@ -241,7 +241,7 @@ def _state_of(function: Callable[..., Any]) -> type[msgspec.Struct] | None:
 
 
 def _seen_by(function: Callable[..., Any], inputs: tuple[Symbol, ...]) -> tuple[int, ...]:
-    """Positions of the joined rows that a filter takes, found by their types. Raises DataflowError."""
+    """Positions of the inputs that a filter reads, found by their types. Raises DataflowError."""
     hints = get_type_hints(function)
     found = []
     for name in inspect.signature(function).parameters:
@@ -254,7 +254,7 @@ def _seen_by(function: Callable[..., Any], inputs: tuple[Symbol, ...]) -> tuple[
             )
         found.append(places[0])
     if not found:
-        raise DataflowError(f"{function.__name__}: takes nothing, so it can't tell one prompt from another")
+        raise DataflowError(f"{function.__name__}: has no parameter, so it can't tell one prompt from another")
     return tuple(found)
 
 

@@ -1,1 +1,4 @@
-"""A small task, its data and its models: what `asyncflow demo` runs all three steps of RLHF on."""
+"""The tasks, data and models on which `asyncflow demo` runs all three steps of RLHF.
+
+Nothing else imports this package.
+"""

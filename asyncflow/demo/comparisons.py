@@ -1,8 +1,8 @@
-"""Preference pairs as labellers give them: they see what the fine-tuned policy answers, and choose.
+"""Preference pairs of simulated labellers, who compare answers of the fine-tuned policy.
 
-Most pairs set an answer of the policy beside the right one; some compare two answers of the policy, so that the
-reward model learns that half right is better than all wrong; some show mistakes that the policy does not make yet
-but that training may discover. A reward model that never saw those is the first thing that PPO exploits.
+Most pairs compare an answer of the policy with the right one. Some compare two answers of the policy, so that the reward
+model learns that half right is better than all wrong. Some have mistakes that the policy does not make yet but may
+discover in training: PPO would exploit a reward model that never saw those.
 """
 
 from __future__ import annotations
@@ -26,49 +26,49 @@ from workers.generation.torch import TorchEngine
 from workers.settings import Generation
 from workers.training.models import load_causal
 
-GRADED, IMAGINED = 0.2, 0.4  # shares of problems; the rest sets the policy's answer beside the right one
+GRADED, IMAGINED = 0.2, 0.4  # shares of problems; the others compare the policy's answer with the right one
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What a policy wrote."""
+class PolicyAnswer(msgspec.Struct, frozen=True):
+    """An answer of the policy."""
 
     text: str
-    truncated: bool  # it ran into the token limit, so it has no end
+    truncated: bool  # cut off by the token limit
 
     def quality(self, reference: str) -> int:
-        """Letters in the right place, less what is missing, too much, or not ended."""
+        """Letters in the right place, less the missing and surplus letters, less 1 if truncated."""
         right = sum(a == b for a, b in zip(self.text, reference, strict=False))
         return right - abs(len(self.text) - len(reference)) - self.truncated
 
 
 def write_comparisons(policy: Path, data: Path, name: str, seed: int) -> None:
-    """Read the problems of `data/{name}.jsonl` and write what labellers say of them as `data/{name}_pairs.jsonl`."""
+    """Read the problems of `data/{name}.jsonl` and write their preference pairs as `data/{name}_pairs.jsonl`."""
     problems = read_rows(data / f"{name}.jsonl", Problem)
     rng = random.Random(seed)
     wanted = [_answers_wanted(rng.random()) for _ in problems]
-    answers = _draw(policy, problems, wanted, seed)
+    answers = _sample_answers(policy, problems, wanted, seed)
     pairs = (_compare(problem, given, rng) for problem, given in zip(problems, answers, strict=True))
     write_rows(data / f"{name}_pairs.jsonl", (pair for pair in pairs if pair is not None))
 
 
-def _answers_wanted(draw: float) -> int:
-    """How many answers of the policy a problem's pair shows: 2, 0 for an imagined mistake, or 1."""
-    return 2 if draw < GRADED else 0 if draw < GRADED + IMAGINED else 1
+def _answers_wanted(uniform: float) -> int:
+    """The number of the policy's answers in a problem's pair: 2, 0 for an imagined mistake, or 1."""
+    return 2 if uniform < GRADED else 0 if uniform < GRADED + IMAGINED else 1
 
 
-def _compare(problem: Problem, answers: list[Answer], rng: random.Random) -> Preference | None:
-    """The pair of one problem, or None where there is nothing to choose."""
+def _compare(problem: Problem, answers: list[PolicyAnswer], rng: random.Random) -> Preference | None:
+    """The pair of one problem; None if both answers are equally good."""
     if not answers:
         return preference(problem, rng)
-    pair = [*answers, Answer(problem.reference, truncated=False)][:2]
+    pair = [*answers, PolicyAnswer(problem.reference, truncated=False)][:2]
     better, worse = sorted(pair, key=lambda answer: answer.quality(problem.reference), reverse=True)
     if better.quality(problem.reference) == worse.quality(problem.reference):
         return None
     return Preference(problem.prompt, better.text, worse.text, better.truncated, worse.truncated)
 
 
-def _draw(policy: Path, problems: list[Problem], wanted: list[int], seed: int) -> list[list[Answer]]:
-    """For each problem the wanted number of answers of the policy, at temperature 1."""
+def _sample_answers(policy: Path, problems: list[Problem], wanted: list[int], seed: int) -> list[list[PolicyAnswer]]:
+    """Sample the wanted number of the policy's answers to each problem, at temperature 1."""
     source = PromptSource([DataRow(p.prompt, p.reference) for p in problems], str(policy), seed)
     settings = Generation(engine="torch", slots=512)
     engine = TorchEngine(load_causal(policy), settings, seed, end_of_sequence(policy), version=Version(0, 0))
@@ -79,7 +79,7 @@ def _draw(policy: Path, problems: list[Problem], wanted: list[int], seed: int) -
     while engine.unfinished:
         rows += engine.step()
     texts = Tokenizer.from_file(str(policy / "tokenizer.json")).decode_batch([r.tokens.tolist() for r in rows])
-    answers: list[list[Answer]] = [[] for _ in problems]
+    answers: list[list[PolicyAnswer]] = [[] for _ in problems]
     for row, text in zip(rows, texts, strict=True):
-        answers[place_of(prompt_of(row.sample_id))[1]].append(Answer(text, row.finish is not Finish.STOP))
+        answers[place_of(prompt_of(row.sample_id))[1]].append(PolicyAnswer(text, row.finish is not Finish.STOP))
     return answers

@@ -1,4 +1,4 @@
-"""A language model from scratch for the demonstration's tasks: one token a character, about a million parameters."""
+"""An untrained language model for the demonstration's tasks: one token per character, about a million parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from asyncflow.demo.task import CHARACTERS
 
 PAD, EOS = "<pad>", "<eos>"
-HEAD_SIZE = 32  # the smallest that vLLM's CPU attention has a kernel for
+HEAD_SIZE = 32  # the smallest head size that vLLM's CPU attention supports
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -23,7 +23,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(layers: int = 4, width: int = 128) -> Qwen2Config:
-    """A Qwen2 of 1.06 million parameters; a small task asks for a smaller one."""
+    """A Qwen2 of 1.06 million parameters by default."""
     return Qwen2Config(
         vocab_size=32,
         hidden_size=width,

@@ -1,4 +1,4 @@
-"""What a demonstration starts from: its data, and the models of steps 1 and 2. Whatever is there is reused."""
+"""Prepares a demonstration: its data and the models of RLHF's steps 1 and 2. Existing files are reused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from workers.finetune.settings import RewardModelSettings, SftSettings
 
 
 def prepare(recipes: Path, console: Console) -> float | None:
-    """What the recipes of a demonstration start from, unless it is there: data, base model, SFT, cost or reward model.
+    """Make what a folder of recipes starts from, unless it exists: data, base model, SFT model, cost or reward model.
 
-    The folder's name is the task's. Returns the reward model's held-out pair accuracy, None where a rule rewards.
-    Raises BadInput.
+    The folder's name is the name of the task. Returns the reward model's held-out pair accuracy, None if a rule gives
+    the rewards. Raises BadInput.
     """
     from asyncflow.demo.comparisons import write_comparisons
     from asyncflow.demo.model import model_config, write_base_model
@@ -30,8 +30,8 @@ def prepare(recipes: Path, console: Console) -> float | None:
     data = Path(sft.data).parent
     if not (data / "train.jsonl").exists():
         tasks[recipes.name](data, sft.schedule.seed)
-    if not (Path(sft.model) / "tokenizer.json").exists():  # what is written last: the folder may be half of one
-        small = None if recipes.name == "sorting" else model_config(layers=2, width=64)  # the others are easier
+    if not (Path(sft.model) / "tokenizer.json").exists():  # written last, so the folder is complete
+        small = None if recipes.name == "sorting" else model_config(layers=2, width=64)  # the other tasks are easier
         write_base_model(Path(sft.model), sft.schedule.seed, small)
     if not Path(sft.output).exists():
         finetune(recipes / "sft.toml", console)

@@ -1,8 +1,8 @@
 """Two small verifiable tasks and their data: sorting six letters, and adding two two-digit numbers.
 
-Sorting is the demonstration: its reward can be *learned* from preference pairs in about a minute. Addition can't be, so
-it is rewarded by a rule. Its demonstrators are careless, so that the rule teaches what they could not. Every problem of
-a data set is drawn once, so no two of its files share a prompt.
+The reward of sorting can be *learned* from preference pairs in about a minute. That of addition can't, so addition is
+rewarded by a rule; its demonstrations are half wrong, so that the rule has something to teach. Every problem occurs
+once in a data set, so no two of its files share a prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CHARACTERS = LETTERS + "0123456789" + "+=:SA"  # what the tokenizer of asyncflow
 MAX_TOKENS = LENGTH + 2  # of a response: the answer, its end, and room to be too long
 
 
-class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rows of each file."""
+class DataSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The number of rows of each file."""
 
     sft: int = 60  # so few that the policy generalizes to about half of the problems
     comparisons: int = 30_000  # problems whose answers are compared, to train the reward model
@@ -45,30 +45,30 @@ def addition(rng: random.Random) -> Problem:
 
 
 def distinct(task: Callable[[random.Random], Problem], seed: int) -> Iterator[Problem]:
-    """Problems of a task, none twice. Raises ValueError when a task runs out of them."""
+    """Distinct problems of a task. Raises ValueError when the task runs out of them."""
     rng, seen = random.Random(seed), set[str]()
     while True:
         for _ in range(10_000):
             if (problem := task(rng)).prompt not in seen:
                 break
         else:
-            raise ValueError(f"{task.__name__}: no new problem in 10,000 draws after {len(seen)}; ask for fewer rows")
+            raise ValueError(f"{task.__name__}: no new problem in 10,000 tries after {len(seen)}; ask for fewer rows")
         seen.add(problem.prompt)
         yield problem
 
 
-# --- rejected answers: what a half-trained policy writes, and what PPO may try
+# --- rejected answers: mistakes of a half-trained policy, and mistakes that PPO may try
 
 
 def _recount(answer: str, rng: random.Random) -> str:
-    """One letter too often, another too seldom, in order (`abb` for `aab`): the commonest mistake."""
+    """One letter once too often and another once too seldom, sorted (`abb` for `aab`): the most common mistake."""
     letters = list(answer)
     letters[rng.randrange(len(letters))] = rng.choice(letters)
     return "".join(sorted(letters))
 
 
 def _intrude(answer: str, rng: random.Random) -> str:
-    """Any letter in place of another, in order."""
+    """Any letter in place of another, sorted."""
     letters = list(answer)
     letters[rng.randrange(len(letters))] = rng.choice(LETTERS)
     return "".join(sorted(letters))
@@ -122,7 +122,7 @@ def spoil(answer: str, rng: random.Random, mistakes: int) -> str:
 
 
 def preference(problem: Problem, rng: random.Random) -> Preference:
-    """The right answer against a wrong one: mostly one mistake, sometimes many, sometimes cut off."""
+    """The right answer against a wrong one: mostly with one mistake, sometimes with many, sometimes truncated."""
     mistakes = rng.choices((1, 2, 3, 6), weights=(70, 15, 8, 7))[0]
     rejected = spoil(problem.reference, rng, mistakes)
     if rng.random() < 0.05:  # ran into max_tokens
@@ -131,8 +131,8 @@ def preference(problem: Problem, rng: random.Random) -> Preference:
     return Preference(problem.prompt, problem.reference, rejected[: MAX_TOKENS - 1])
 
 
-def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:  # noqa: B008 - it is frozen
-    """Write each field of `sizes` as a .jsonl file of so many rows. No prompt stands in two of them."""
+def write_sorting(folder: Path, seed: int, sizes: DataSizes = DataSizes()) -> None:  # noqa: B008 - it is frozen
+    """Write a .jsonl file of that many rows for each field of `sizes`. No two files share a prompt."""
     problems = distinct(sorting, seed)
     for name in ("heldout", "heldout_comparisons", "sft", "comparisons", "train"):
         rows = islice(problems, getattr(sizes, name))
@@ -140,7 +140,7 @@ def write_sorting(folder: Path, seed: int, sizes: Sizes = Sizes()) -> None:  # n
 
 
 def write_addition(folder: Path, seed: int, *, sft: int = 4_000, train: int = 3_000, heldout: int = 500) -> None:
-    """Write sft.jsonl, train.jsonl and heldout.jsonl, likewise. An exact match with the reference is the reward."""
+    """Write sft.jsonl, train.jsonl and heldout.jsonl. The reward is an exact match with the reference."""
     problems, rng = distinct(addition, seed), random.Random(seed)
     write_rows(folder / "heldout.jsonl", islice(problems, heldout))
     write_rows(folder / "sft.jsonl", (careless(problem, rng) for problem in islice(problems, sft)))
@@ -148,7 +148,7 @@ def write_addition(folder: Path, seed: int, *, sft: int = 4_000, train: int = 3_
 
 
 def careless(problem: Problem, rng: random.Random) -> Demonstration:
-    """A sum as a careless demonstrator tells it: one too many, half of the time."""
+    """A demonstration of a sum that is too large by 1 half of the time."""
     return Demonstration(problem.prompt, str(int(problem.reference) + rng.randrange(2)))
 
 
@@ -158,12 +158,12 @@ def too_much(prompt: str, response: str, reference: str) -> float:
 
 
 def demonstration(problem: Problem) -> Demonstration:
-    """A problem with its right answer."""
+    """The problem with its right answer."""
     return Demonstration(problem.prompt, problem.reference)
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.Encoder().encode_lines(rows))
 

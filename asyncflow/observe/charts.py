@@ -39,7 +39,7 @@ KIND_NAMES = {
 }
 
 
-class Line(msgspec.Struct, frozen=True):
+class ChartLine(msgspec.Struct, frozen=True):
     """One line of a chart: points whose values are finite, by step."""
 
     name: str
@@ -52,7 +52,7 @@ def kind_of(activity: str) -> str:
     return _KINDS.get(method_of(activity), "score")
 
 
-def line_chart(lines: Sequence[Line], *, width: int = 440, height: int = 170, zero: bool = False) -> Markup:
+def line_chart(lines: Sequence[ChartLine], *, width: int = 440, height: int = 170, zero: bool = False) -> Markup:
     """Lines over steps. `zero`: the axis of values starts at 0. Needs at least one point."""
     left, right, top, bottom = 46, 12, 10, 22
     points = [point for line in lines for point in line.points]
@@ -82,7 +82,7 @@ def line_chart(lines: Sequence[Line], *, width: int = 440, height: int = 170, ze
     return tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", class_="chart")
 
 
-def _line(line: Line, placed: Sequence[tuple[Point, Point]]) -> list[str]:
+def _line(line: ChartLine, placed: Sequence[tuple[Point, Point]]) -> list[str]:
     path = " ".join(f"{x:.1f},{y:.1f}" for _, (x, y) in placed)
     dot = f"dot {line.style} shown" if len(placed) <= FEW_POINTS else f"dot {line.style}"
     parts: list[str] = [tag("polyline", points=path, class_=f"line {line.style}")]

@@ -27,7 +27,7 @@ OTHER = "other"
 _STATM = Path("/proc/self/statm")
 
 
-class Target(msgspec.Struct, frozen=True):
+class ScrapeTarget(msgspec.Struct, frozen=True):
     """Where one actor's metrics are, for service discovery."""
 
     address: str  # "host:port"
@@ -116,7 +116,7 @@ class Exporter:
             return value
 
 
-def write_targets(path: Path, targets: Iterable[Target]) -> None:
+def write_targets(path: Path, targets: Iterable[ScrapeTarget]) -> None:
     """Write Prometheus file discovery in one move: a server that reads at any moment sees a whole file.
 
     The target's labels repeat what its series say, so scrape with `honor_labels: true`; otherwise the role

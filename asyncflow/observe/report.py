@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncflow.observe.charts import KIND_NAMES, Line, gantt, idle_bars, line_chart, number, smoothed
+from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, line_chart, number, smoothed
 from asyncflow.observe.journal import read_lines
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.style import STYLE
@@ -149,7 +149,7 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
         _bounded("Cost", "mean of the step's samples", steps, "cost_mean", "cost_limit"),
         _trend("Multiplier", "what a unit of cost weighs against one of reward", points_of(steps, "multiplier")),
         *(
-            _figure(f"Held-out {m}", "prompts that are never trained", [Line(m, points)], zero=True)
+            _figure(f"Held-out {m}", "prompts that are never trained", [ChartLine(m, points)], zero=True)
             for m in sorted({str(row["metric"]) for row in evaluations})
             if (points := points_of([row for row in evaluations if row["metric"] == m], "value"))
         ),
@@ -163,8 +163,8 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
             "Staleness",
             "versions, the largest of the step's samples",
             [
-                Line("largest", points_of(steps, "staleness_max")),
-                Line("their mean", points_of(steps, "staleness_mean"), style="second"),
+                ChartLine("largest", points_of(steps, "staleness_max")),
+                ChartLine("their mean", points_of(steps, "staleness_mean"), style="second"),
             ],
             zero=True,
         ),
@@ -184,8 +184,10 @@ def _tokens_per_second(steps: Sequence[Row]) -> list[tuple[float, float]]:
 def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool = False) -> Markup:
     """A noisy curve: its values faint, its moving mean strong."""
     if len(points) < 20:
-        return _figure(title, note, [Line("value", points)], zero)
-    return _figure(title, note, [Line("value", points, style="faint"), Line("moving mean", smoothed(points))], zero)
+        return _figure(title, note, [ChartLine("value", points)], zero)
+    return _figure(
+        title, note, [ChartLine("value", points, style="faint"), ChartLine("moving mean", smoothed(points))], zero
+    )
 
 
 def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str) -> Markup:
@@ -194,7 +196,7 @@ def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str)
     if not points or not wanted:
         return _trend(title, note, points)
     told = bound.rpartition("_")[2]  # "cost_limit" is a limit
-    return _figure(title, note, [Line("value", points), Line(told, wanted, style="second")])
+    return _figure(title, note, [ChartLine("value", points), ChartLine(told, wanted, style="second")])
 
 
 def parts_of(steps: Sequence[Row]) -> list[str]:
@@ -202,7 +204,7 @@ def parts_of(steps: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in steps for name in row if name.startswith(PART)))
 
 
-def _figure(title: str, note: str, lines: list[Line], zero: bool = False) -> Markup:
+def _figure(title: str, note: str, lines: list[ChartLine], zero: bool = False) -> Markup:
     """A titled chart; nothing where no line has a point."""
     drawn = [line for line in lines if line.points]
     if not drawn:

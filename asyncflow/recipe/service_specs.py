@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Literal
 
-from asyncflow.dataflow.graph import ADVANTAGE, Channel, Dataflow, Stage
+from asyncflow.dataflow.graph import ADVANTAGE, ChannelSpec, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
@@ -239,7 +239,7 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
     )
 
 
-def _target(recipe: Recipe, dataflow: Dataflow, channel: Channel) -> Target:
+def _target(recipe: Recipe, dataflow: Dataflow, channel: ChannelSpec) -> Target:
     host = _host_of(recipe, dataflow.stage(channel.destination))
     return Target(host, channel.edge, topology_of(recipe, host).world_size)
 

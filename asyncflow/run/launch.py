@@ -21,7 +21,7 @@ from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
-from asyncflow.observe.exporter import Exporter, Target, write_targets
+from asyncflow.observe.exporter import Exporter, ScrapeTarget, write_targets
 from asyncflow.planner.calibration.calibration import read_calibration
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import Recipe, load_recipe
@@ -216,8 +216,8 @@ def pool_requests(recipe: Recipe) -> dict[str, PoolRequest]:
 
 
 def _write_targets(folder: Path, run: str, services: dict[str, Started], port: int) -> None:
-    targets = [Target(address=s.address, role=n, rank=0, run=run) for n, s in services.items()]
-    targets.append(Target(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=run))
+    targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=run) for n, s in services.items()]
+    targets.append(ScrapeTarget(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=run))
     write_targets(folder / "metrics" / "targets.json", targets)
 
 

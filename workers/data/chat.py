@@ -1,7 +1,7 @@
-"""Conversations as text: a tokenizer's chat template is the only one who knows what turns look like.
+"""Renders conversations as text with the tokenizer's chat template.
 
-A reply is what the template adds to the conversation before it, so prompt + response is exactly what the template
-writes for the whole, up to the end of the reply.
+A reply is the text that the template adds to the conversation before it. So prompt + response is exactly the template's
+text of the whole conversation, up to the end of the reply.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ Message = Mapping[str, Any]  # "role", "content", and whatever else a template r
 
 
 class BadChat(ValueError):
-    """Messages that can't be rendered: says why."""
+    """Messages that can't be rendered; the message says why."""
 
 
 class ChatTemplate:
-    """The chat template of a transformers folder, loaded with the first conversation."""
+    """The chat template of a transformers folder, loaded when the first conversation is rendered."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """A conversation up to where the assistant's reply begins. Raises BadChat."""
+        """The text of a conversation up to the start of the assistant's reply. Raises BadChat."""
         if not messages:
             raise BadChat("the conversation has no message before the reply")
         return self._render(messages, reply_next=True)
 
     def reply(self, messages: Sequence[Message], answer: Sequence[Message]) -> str:
-        """What an answer, which ends with a message of the assistant, adds to `prompt(messages)`. Raises BadChat.
+        """The text that an answer adds to `prompt(messages)`; its last message is the assistant's. Raises BadChat.
 
-        Without the end-of-sequence token, which whoever tokenizes adds, and without what the template writes behind it.
+        The end-of-sequence token, which tokenization adds, and whatever the template writes after it are cut off.
         """
         if not answer or answer[-1].get("role") != "assistant":
             raise BadChat("the conversation does not end with a message of the assistant")
         prompt, whole = self.prompt(messages), self._render([*messages, *answer], reply_next=False)
         if not whole.startswith(prompt):
             raise BadChat(
-                f"the chat template of {self._folder} writes a conversation otherwise once it is answered: "
+                f"the chat template of {self._folder} writes a conversation differently once it is answered: "
                 f"{whole[: len(prompt)][-40:]!r} where the prompt ends with {prompt[-40:]!r}"
             )
         reply = whole[len(prompt) :]

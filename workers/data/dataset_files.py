@@ -1,11 +1,14 @@
-"""Raw rows of a data file, whatever it is kept in: the same rows in the same order from every container.
+"""Reads the raw rows of data files: the same rows in the same order from every file format.
 
     x.jsonl  x.json  x.parquet  x.arrow, the first two also gzipped     a file
     saved/                             a `datasets` folder as save_to_disk writes it, or a folder of such files
     saved/test, folder/test            one split of a folder that holds several
 
-A value that is null counts as absent, since tables have a null wherever another row has a value; so neither a row's
-place nor its content tells what it was kept in.
+A null value counts as absent, because tables have a null wherever another row has a value.
+
+Why not the `datasets` library, whose files it reads: an error names the file and the line, a digest of the rows is the
+same for every format, and rows are streamed from where they are. `datasets` infers one schema for all rows, writes a
+second copy of the data into its cache, and needs pandas and network clients that nothing else here uses.
 """
 
 from __future__ import annotations
@@ -26,15 +29,15 @@ class DataError(ValueError):
 
 
 class Record(NamedTuple):
-    """One row as it was found."""
+    """One raw row."""
 
-    place: str  # for errors: "x.jsonl:3" is a line, "x.parquet: row 3" a row, both counted from 1
+    place: str  # for errors: line "x.jsonl:3" or row "x.parquet: row 3", both counted from 1
     values: dict[str, Any]  # without nulls, at any depth
 
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _TABLES = (".parquet", ".arrow")
-_ROWS_AT_ONCE = 1024  # of a parquet file: rows may hold images
+_ROWS_AT_ONCE = 1024  # rows read at once from a parquet file, because rows may hold images
 _KINDS = (*_LINES, *(f"{kind}.gz" for kind in _LINES), *_TABLES)
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
@@ -42,13 +45,13 @@ _JSON = msgspec.json.Decoder(dict[str, Any])
 
 
 def records(path: str | Path) -> Iterator[Record]:
-    """All rows in order. Raises DataError for what can't be read, at the row where it is wrong."""
+    """All rows in order. Raises DataError at the first row that can't be read."""
     for file in _files(Path(path)):
         yield from _table(file) if file.suffix in _TABLES else _lines(file)
 
 
 def digest_of_rows(path: str | Path) -> str:
-    """Digest of the rows and their order, the same for every container. Raises DataError."""
+    """Digest of the rows and their order, the same for every file format. Raises DataError."""
     digest = hashlib.sha256()
     encoder = msgspec.json.Encoder(order="sorted")
     for record in records(path):
@@ -83,7 +86,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The files of a saved data set, in the order that its state names."""
+    """The files of a saved data set, in the order of its state.json."""
     try:
         state = msgspec.json.decode((folder / "state.json").read_bytes(), type=_State)
     except (OSError, msgspec.MsgspecError) as error:
@@ -96,20 +99,20 @@ class _File(msgspec.Struct):
 
 
 class _State(msgspec.Struct):
-    """What save_to_disk says about a data set."""
+    """The state.json of save_to_disk."""
 
     data_files: list[_File] = msgspec.field(name="_data_files")
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """By path, which is the order of shards; hidden ones, caches and the notes of save_to_disk are no data."""
+    """The data files in path order, which is the order of shards; no hidden files, caches or save_to_disk metadata."""
     notes = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
     found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.endswith(_KINDS) and p.name not in notes)
     return [p for p in found if not any(part.startswith((".", "cache-")) for part in p.relative_to(folder).parts)]
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files, as their names below the folder say: data/train-00000-of-00002.parquet, test/x.jsonl."""
+    """Split -> its files, by their names in the folder, e.g. data/train-00000-of-00002.parquet or test/x.jsonl."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^A-Za-z]+", str(file.relative_to(folder)).lower())
@@ -122,7 +125,7 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    """One JSON object a line, empty lines aside; or one array of objects, which alone is read whole."""
+    """One JSON object per line, ignoring empty lines; or one array of objects, which is read into memory."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if path.name.endswith((".json", ".json.gz")) and file.peek(1).lstrip()[:1] == b"[":
@@ -171,9 +174,9 @@ def _table(path: Path) -> Iterator[Record]:
         pa.ArrowException,
         ValueError,
         OverflowError,
-    ) as error:  # the last two: what Python has no type for
-        said = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: can't be read from row {number + 1} on: {said}") from error
+    ) as error:  # the last two: values that Python has no type for
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: can't be read from row {number + 1} on: {reason}") from error
 
 
 def _arrow(source: Any) -> Iterator[Any]:

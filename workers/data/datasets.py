@@ -1,12 +1,11 @@
-"""Rows of a data file, typed and checked before anything heavy is loaded, in the shapes that the Hub's files have.
+"""Typed rows of a data file, in the shapes common on the Hugging Face Hub, checked before any model is loaded.
 
     Problem         prompt | messages
     Demonstration   prompt + response | prompt + completion | messages | text
     Preference      prompt + chosen + rejected | chosen + rejected, whose shared beginning is the prompt
 
-A row type is a struct; its fields are what a step needs. `columns` says under which names the file keeps them;
-whatever else a row holds is ignored. A prompt or an answer is a text, or chat messages, which the tokenizer's template
-turns into one.
+A row type is a struct with the fields that a training step needs. `columns` maps them to the names in the file; other
+fields of a row are ignored. A prompt or an answer is a text, or chat messages that the tokenizer's template renders.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ __all__ = ["DataError", "Demonstration", "Preference", "Problem", "SafetyPair", 
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """A prompt to answer. `reference` is for rules and evaluation, "" where there is none."""
+    """A prompt to answer. `reference` is for rules and evaluation, "" if there is none."""
 
     prompt: str
     reference: str = ""
 
 
 class Demonstration(msgspec.Struct, frozen=True):
-    """A prompt and the response to imitate; a plain text has no prompt, it is all response."""
+    """A prompt and the response to imitate; a plain text has an empty prompt."""
 
     prompt: str
     response: str
 
 
 class Preference(msgspec.Struct, frozen=True):
-    """Two responses to one prompt, `chosen` the better.
+    """Two responses to one prompt; `chosen` is the better one.
 
-    A truncated response was cut off by a token limit: it gets no end-of-sequence token.
+    A truncated response was cut off by a token limit and gets no end-of-sequence token.
     """
 
     prompt: str
@@ -52,7 +51,7 @@ class Preference(msgspec.Struct, frozen=True):
 
 
 class SafetyPair(msgspec.Struct, frozen=True):
-    """Two responses to one prompt: `chosen` is the safer. None: nobody said whether it is safe."""
+    """Two responses to one prompt; `chosen` is the safer one. None: it is not labelled as safe or unsafe."""
 
     prompt: str
     chosen: str
@@ -102,7 +101,7 @@ def _row(record: Record, kind: type[R], names: Mapping[str, str], template: Chat
 
 
 def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Field -> its value, under the name that was given or one that the Hub's files use."""
+    """Field -> its value, under the given name or one that is common on the Hub."""
     found: dict[str, Any] = {}
     for field, name in names.items():
         others = _OTHER_NAMES.get(field, ()) if name == field else ()
@@ -117,7 +116,7 @@ def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTemplate) -> dict[str, Any]:
-    """The fields with every conversation rendered; what a conversation holds of the others comes out of it."""
+    """The fields with every conversation rendered as text; fields inside a conversation are taken from it."""
     answers = [field for field in _ANSWERS if field in names]
     for field in ("prompt", *answers):
         if isinstance(value := found.get(field), list) and not is_chat(value):
@@ -126,15 +125,15 @@ def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTem
             )
     if "chosen" in names and all(field in found for field in answers):
         found = _with_prompt(found)
-    prompt = asked = found.get("prompt")
+    prompt = request = found.get("prompt")
     if is_chat(prompt) and not any(field in found for field in answers):
         if "response" in names:
             found = {**found, "response": prompt[-1:]}
-        if "response" in names or prompt[-1]["role"] == "assistant":  # a prompt is asked anew, whatever was answered
-            asked = prompt[:-1]
+        if "response" in names or prompt[-1]["role"] == "assistant":  # the policy answers anew
+            request = prompt[:-1]
     if not (is_chat(prompt) or any(is_chat(found.get(field)) for field in answers)):
         return found
-    conversation = _messages(asked)
+    conversation = _messages(request)
     texts = {**found, "prompt": template.prompt(conversation)}
     for field in answers:
         answer = found.get(field)
@@ -146,9 +145,9 @@ def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTem
 
 
 def _with_prompt(found: dict[str, Any]) -> dict[str, Any]:
-    """A pair with a prompt of its own: given, or what both answers begin with.
+    """A pair with a prompt: the given one, or the shared beginning of both answers.
 
-    Answers that are whole conversations say the prompt themselves, also where the row repeats it.
+    Answers that are whole conversations contain the prompt, even if the row repeats it.
     """
     chosen, rejected = found["chosen"], found["rejected"]
     whole = is_chat(chosen) and is_chat(rejected) and chosen[0].get("role") != "assistant"
@@ -158,14 +157,14 @@ def _with_prompt(found: dict[str, Any]) -> dict[str, Any]:
         shared = _shared(chosen[:-1], rejected[:-1])
     elif isinstance(chosen, str) and isinstance(rejected, str):
         common = chosen[: _shared(chosen, rejected)]
-        shared = len(common) - len(re.split(r"(?=\s)", common)[-1])  # no word is cut in two
+        shared = len(common) - len(re.split(r"(?=\s)", common)[-1])  # no word is split
     else:
         return found
     return {**found, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences begin with alike."""
+    """The number of leading items that two sequences share."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
@@ -180,7 +179,7 @@ def is_chat(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def _messages(prompt: Any) -> list[Message]:
-    """A prompt as messages: a text is the user's."""
+    """A prompt as messages; a text becomes a message of the user."""
     if is_chat(prompt):
         return list(prompt)
     return [{"role": "user", "content": prompt}] if prompt else []
@@ -189,7 +188,7 @@ def _messages(prompt: Any) -> list[Message]:
 def _complaint(
     record: Record, kind: type[R], names: Mapping[str, str], found: Mapping[str, Any], error: msgspec.ValidationError
 ) -> DataError:
-    """The error of a row: which field it lacks and what would do, or which is of a wrong type."""
+    """The error of a row: the field that it lacks and the accepted shapes, or the field of a wrong type."""
     for field in msgspec.structs.fields(kind):
         if field.required and field.name not in found:
             has = ", ".join(map(repr, record.values)) or "none"
@@ -201,7 +200,7 @@ def _complaint(
 
 
 def _shapes(names: Mapping[str, str]) -> str:
-    """What rows of a kind may hold, as people write it."""
+    """The accepted shapes of rows of a kind, for an error message."""
     if "chosen" in names:
         return "prompt + chosen + rejected, or chosen + rejected"
     if "response" in names:

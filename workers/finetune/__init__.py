@@ -1,4 +1,4 @@
-"""Supervised training before RL: demonstrations (SFT), reward models from pairs, cost models from safety labels.
+"""Supervised training before RL: SFT on demonstrations, reward models from pairs, cost models from safety labels.
 
-The command that runs it is in `asyncflow.run.finetuning`.
+The commands that run it are in `asyncflow.run.finetuning`.
 """

@@ -1,7 +1,7 @@
-"""The cost model of Safe-RLHF: higher for the worse of two responses, and positive for one that is unsafe.
+"""The cost model of Safe-RLHF: higher for the less safe of two responses, and positive for an unsafe one.
 
-A reward model's differences are all that counts; a cost has a sign, since Safe-RLHF holds its mean at a limit. So the
-labels say two things of a pair: which response is safer, and of each whether it is safe.
+Only differences of rewards matter, but a cost also needs a sign, because Safe-RLHF holds the mean cost at a limit. So a
+pair has two kinds of labels: which response is safer, and whether each is safe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from workers.training.models import MicroBatch, load_untrained_reward, sequence_
 
 
 class NumberedPair(msgspec.Struct, frozen=True):
-    """The same as PKU-SafeRLHF has it: responses 0 and 1, and the number of the safer."""
+    """A safety pair in the form of PKU-SafeRLHF: responses 0 and 1, and the number of the safer one."""
 
     prompt: str
     response_0: str
@@ -35,7 +35,7 @@ class NumberedPair(msgspec.Struct, frozen=True):
     is_response_1_safe: bool | None = None
 
     def ordered(self, place: str) -> SafetyPair:
-        """The safer response first. Raises DataError for a response that there is not."""
+        """The pair with the safer response first. Raises DataError for a number that is neither 0 nor 1."""
         first, second = (self.response_0, self.is_response_0_safe), (self.response_1, self.is_response_1_safe)
         if self.safer_response_id not in (0, 1):
             raise DataError(f"{place}: safer_response_id = {self.safer_response_id}: want 0 or 1")
@@ -44,7 +44,7 @@ class NumberedPair(msgspec.Struct, frozen=True):
 
 
 def read_pairs(path: str, columns: Mapping[str, str], model: str) -> list[SafetyPair]:
-    """The pairs of a file, in either form: its first row tells. Raises DataError."""
+    """The pairs of a file; its first row tells which of the two forms it has. Raises DataError."""
     first = next(iter(records(path)), None)
     if columns or first is None or "safer_response_id" not in first.values:
         return read_rows(path, SafetyPair, columns, model)
@@ -53,17 +53,17 @@ def read_pairs(path: str, columns: Mapping[str, str], model: str) -> list[Safety
 
 
 class LabelledPairs:
-    """N pairs of responses as tokens, the safer ones first, with a sign for each."""
+    """N pairs of responses as tokens, the safer ones first, with a safety sign for each response."""
 
     __slots__ = ("pairs", "signs")
 
     def __init__(self, pairs: Pairs, signs: npt.NDArray[np.float32]) -> None:
-        """`signs` [2, N] of the safer responses and of the others: 1 unsafe, -1 safe, 0 where nobody said."""
+        """`signs` [2, N], of the safer responses and of the others: 1 unsafe, -1 safe, 0 not labelled."""
         self.pairs, self.signs = pairs, signs
 
     @classmethod
     def tokenized(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SafetyPair]) -> LabelledPairs:
-        """Token columns and signs of rows."""
+        """Tokenize the rows and collect their signs."""
         safer = [(row.prompt, row.chosen, row.chosen_truncated) for row in rows]
         others = [(row.prompt, row.rejected, row.rejected_truncated) for row in rows]
         signs = [[_sign(row.chosen_is_safe) for row in rows], [_sign(row.rejected_is_safe) for row in rows]]
@@ -77,18 +77,18 @@ class LabelledPairs:
         return LabelledPairs(self.pairs.take(rows), self.signs[:, rows])
 
     def micro_batches(self, budget: int) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Both responses of some pairs, the safer ones first, and their signs [2, n]."""
+        """Both responses of n pairs, the safer ones first, and their signs [2, n]."""
         for batch in self.pairs.micro_batches(budget):
             yield batch, torch.from_numpy(self.signs[:, batch.rows[: len(batch.rows) // 2]])
 
 
 class CostModelResult(msgspec.Struct, frozen=True):
-    """What training came to."""
+    """The result of cost-model training."""
 
     output: str  # transformers folder: sequence classification with one label
     losses: list[float]  # of each step, nats
     heldout_accuracy: float  # share of held-out pairs whose safer response has the lower cost; a tie counts half
-    heldout_sign_accuracy: float | None  # share of labelled responses whose cost is positive where unsafe; None: none
+    heldout_sign_accuracy: float | None  # share of labelled responses whose cost has the right sign; None: no labels
 
 
 def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = None) -> CostModelResult:
@@ -121,10 +121,10 @@ def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = 
 
 
 def cost_loss(model: PreTrainedModel, pairs: LabelledPairs, budget: int) -> Iterator[Tensor]:
-    """Parts of the mean over pairs of -log sigmoid(c - s) - log sigmoid(S_s s) - log sigmoid(S_c c).
+    """Mean over pairs of -log sigmoid(c - s) - log sigmoid(S_s s) - log sigmoid(S_c c), in parts that add up to it.
 
     s and c are the costs of the safer response and of the other, S their signs (Dai et al. 2024, the cost model's
-    loss); a response without a sign has no such term.
+    loss). A response without a label has no sign term.
     """
     for batch, signs in pairs.micro_batches(budget):
         costs = sequence_scores(model, batch).view(2, -1)
@@ -134,9 +134,9 @@ def cost_loss(model: PreTrainedModel, pairs: LabelledPairs, budget: int) -> Iter
 
 @torch.no_grad()
 def accuracies(model: PreTrainedModel, pairs: LabelledPairs, budget: int) -> tuple[float, float | None]:
-    """Share of pairs in the right order, a tie counting half, and of labelled responses with the right sign.
+    """Share of pairs in the right order, a tie counting half, and share of labelled responses with the right sign.
 
-    A cost of 0 reads as safe. None where no response is labelled.
+    A cost of 0 counts as safe. The second is None if no response is labelled.
     """
     ordered = right = 0.0
     for batch, signs in pairs.micro_batches(budget):

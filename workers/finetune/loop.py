@@ -1,7 +1,7 @@
-"""What supervised fine-tuning and reward modelling share: tokens, order of rows, optimizer steps, output folder.
+"""The training loop shared by SFT, reward and cost models: tokenization, row order, optimizer steps, output folder.
 
-Everything random comes from the schedule's seed, and a loss is divided by its whole batch's denominator before it is
-summed over micro-batches, so a result depends neither on the cut nor on the machine's history.
+All randomness comes from the schedule's seed, and a loss is divided by the whole batch's denominator before it is
+summed over micro-batches. So a result does not depend on how a batch is split.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ class Texts:
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str, bool]]) -> Texts:
-    """Token columns of (prompt, response, truncated) rows; a response that isn't truncated ends with the eos token.
+    """Tokenize (prompt, response, truncated) rows; a response that is not truncated ends with the eos token.
 
-    A row without a prompt is a text: it follows the bos token, or its own first token where the tokenizer has none.
+    A row without a prompt is a plain text: its prompt is the bos token, or its own first token if the tokenizer has no
+    bos token. Raises ValueError for a tokenizer without an eos token.
     """
     prompts, responses, truncated = zip(*rows, strict=True)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer of {tokenizer.name_or_path} has no eos token: responses could never end")
     answers = [ids if cut else [*ids, eos] for ids, cut in zip(_encode(tokenizer, responses), truncated, strict=True)]
-    asked, bos = _encode(tokenizer, prompts), tokenizer.bos_token_id
-    for row in (row for row, prompt in enumerate(asked) if not prompt):
-        asked[row], answers[row] = _led(answers[row], bos if isinstance(bos, int) else None)
-    return Texts(Jagged.from_rows(asked, np.int32), Jagged.from_rows(answers, np.int32))
+    prompt_ids, bos = _encode(tokenizer, prompts), tokenizer.bos_token_id
+    for row, prompt in enumerate(prompt_ids):
+        if not prompt:
+            prompt_ids[row], answers[row] = _split_text(answers[row], bos if isinstance(bos, int) else None)
+    return Texts(Jagged.from_rows(prompt_ids, np.int32), Jagged.from_rows(answers, np.int32))
 
 
-def _led(answer: list[int], bos: int | None) -> tuple[list[int], list[int]]:
-    """What a text follows, and the tokens of it that are predicted."""
-    return ([bos], answer) if bos is not None and answer[:1] != [bos] else (answer[:1], answer[1:])
+def _split_text(text: list[int], bos: int | None) -> tuple[list[int], list[int]]:
+    """The context token of a plain text, and its tokens that are predicted."""
+    return ([bos], text) if bos is not None and text[:1] != [bos] else (text[:1], text[1:])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> list[list[int]]:
@@ -76,7 +78,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def batches(rows: int, schedule: Schedule) -> Iterator[npt.NDArray[np.int64]]:
-    """Row indices of each step, int64 [batch_size]: every epoch in a new order, no row twice in an epoch."""
+    """Row indices of each step, int64 [batch_size]: every epoch is a new permutation of the rows."""
     rng = np.random.Generator(np.random.PCG64(schedule.seed))
     waiting = np.empty(0, np.int64)
     for _ in range(schedule.steps):
@@ -108,11 +110,11 @@ def optimize(
     losses: Callable[[npt.NDArray[np.int64]], Iterator[Tensor]],
     on_step: OnStep | None,
 ) -> list[float]:
-    """Train; the loss of each step. `on_step(step, loss)` is called after every one, from 0.
+    """Train and return the loss of each step. `on_step(step, loss)` is called after every step, from 0.
 
-    `losses` gives a batch's loss in parts that add up to it, one a micro-batch; each part's graph is freed before the
-    next is built. Raises FloatingPointError where a loss or the gradient's norm is not finite; the weights are then
-    those of the step before.
+    `losses` yields a batch's loss in parts that add up to it, one per micro-batch; each part's graph is freed before
+    the next is built. Raises FloatingPointError if a loss or the gradient's norm is not finite; the weights are then
+    those of the previous step.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -122,7 +124,7 @@ def optimize(
         weight_decay=settings.weight_decay,
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, schedule, settings.warmup_steps))
-    taken: list[float] = []
+    step_losses: list[float] = []
     for step, batch in enumerate(batches(rows, schedule)):
         loss = 0.0
         for part in losses(batch):
@@ -137,14 +139,14 @@ def optimize(
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        taken.append(loss)
+        step_losses.append(loss)
         if on_step:
             on_step(step, loss)
-    return taken
+    return step_losses
 
 
 def refuse_existing(output: str | Path) -> None:
-    """Raise FileExistsError where the output folder stands already: a finished model is never overwritten."""
+    """Raise FileExistsError if the output folder exists: a finished model is never overwritten."""
     if Path(output).exists():
         raise FileExistsError(f"{output} exists already: remove it, or name another output")
 
@@ -154,7 +156,7 @@ def save_folder(
 ) -> None:
     """Write a transformers folder under a temporary name, then rename it: a folder that exists is complete.
 
-    `results` is what training came to; it stands beside the weights as training.json.
+    `results` are the training's metrics, written beside the weights as training.json.
     """
     target = Path(output)
     partial = target.with_name(f".{target.name}.{os.getpid()}")

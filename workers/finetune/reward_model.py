@@ -1,4 +1,4 @@
-"""The reward model: a score per response such that the better of two has the higher one (Bradley and Terry, 1952)."""
+"""The reward model: trained so that the better of two responses has the higher score (Bradley and Terry, 1952)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Pairs:
 
     @classmethod
     def tokenized(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference]) -> Pairs:
-        """Token columns of preference rows."""
+        """Tokenize preference rows."""
         chosen = [(row.prompt, row.chosen, row.chosen_truncated) for row in rows]
         rejected = [(row.prompt, row.rejected, row.rejected_truncated) for row in rows]
         return cls(tokenized(tokenizer, [*chosen, *rejected]))
@@ -54,7 +54,7 @@ class Pairs:
         return Pairs(self.texts.take(np.concatenate([pairs, pairs + len(self)])))
 
     def micro_batches(self, budget: int) -> Iterator[MicroBatch]:
-        """Cut so that both responses of a pair stay together: the chosen ones first, then as many rejected ones."""
+        """Micro-batches that keep both responses of a pair together: the chosen ones first, then the rejected ones."""
         lengths = (self.texts.prompts.lengths + self.texts.responses.lengths).reshape(2, len(self))
         longer = self.texts.take(lengths.argmax(axis=0) * len(self) + np.arange(len(self)))
         for cut in micro_batches(longer, budget // 2):
@@ -62,7 +62,7 @@ class Pairs:
 
 
 class RewardModelResult(msgspec.Struct, frozen=True):
-    """What training came to."""
+    """The result of reward-model training."""
 
     output: str  # transformers folder: sequence classification with one label
     losses: list[float]  # of each step, nats
@@ -93,14 +93,15 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
 
 
 def heldout_accuracy_of(folder: str | Path) -> float:
-    """What `train_reward_model` measured when it wrote a folder."""
+    """The held-out accuracy that `train_reward_model` wrote into the folder."""
     return float(json.loads((Path(folder) / RESULTS).read_text())[HELDOUT_ACCURACY])
 
 
 def pair_loss(model: PreTrainedModel, pairs: Pairs, budget: int, centring: float) -> Iterator[Tensor]:
-    """Parts of the mean over pairs of -log sigmoid(c - r) + centring * (c + r)^2; c, r score chosen and rejected.
+    """Mean over pairs of -log sigmoid(c - r) + centring * (c + r)^2, in one part per micro-batch; the parts add up.
 
-    The second term is Eisenstein et al.'s (2023): differences alone leave the level of the scores free.
+    c and r are the scores of the chosen and the rejected response. The second term (Eisenstein et al. 2023) fixes the
+    level of the scores, which differences alone leave free.
     """
     for batch in pairs.micro_batches(budget):
         chosen, rejected = sequence_scores(model, batch).chunk(2)

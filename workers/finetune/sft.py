@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximize the likelihood of demonstrated responses, their end of sequence included."""
+"""Supervised fine-tuning: maximize the likelihood of demonstrated responses, including their end of sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.training.models import Sequences, load_causal, micro_batches, token
 
 
 class SftResult(msgspec.Struct, frozen=True):
-    """What training came to."""
+    """The result of supervised fine-tuning."""
 
     output: str  # transformers folder
     losses: list[float]  # of each step: mean negative log-likelihood of a response token, nats
@@ -45,6 +45,6 @@ def train_sft(settings: SftSettings, *, on_step: OnStep | None = None) -> SftRes
 
 
 def response_loss(model: PreTrainedModel, data: Sequences, budget: int) -> Iterator[Tensor]:
-    """Parts of -mean(log p) over all response tokens of a batch; the mean is over the batch, not over a part."""
+    """-mean(log p) over all response tokens of a batch, in parts of one micro-batch each that add up to it."""
     tokens = len(data.responses.values)
     return (-token_log_probs(model, batch).sum() / tokens for batch in micro_batches(data, budget))

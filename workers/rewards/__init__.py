@@ -1,4 +1,4 @@
-"""Rewards and costs that are computed, not read from a model: rules, user code in a sandbox, and the checks of scores.
+"""Scores of responses: rules, the sandbox process that runs a user's rule, and the scorers of rewards and costs.
 
-Reward and cost models are roles: `workers.roles`.
+The roles that use them are in `workers.roles`.
 """

@@ -1,6 +1,6 @@
-"""Rule rewards: plain functions of three texts. A rule is a function and a line in `RULES`.
+"""Rule rewards: functions of prompt, response and reference texts. A rule is a function and a line in `RULES`.
 
-This module is imported by the process that runs rules: it stays free of heavy imports.
+The sandbox process imports this module, so it must stay free of heavy imports.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ Rule = Callable[[str, str, str], float]
 
 
 def exact_match(prompt: str, response: str, reference: str) -> float:
-    """1.0 where the response is the reference, white space at the ends aside."""
+    """1.0 if the response equals the reference, ignoring white space at both ends, else 0.0."""
     return float(response.strip() == reference.strip())
 
 
 def prefix_match(prompt: str, response: str, reference: str) -> float:
-    """Length of the response's right beginning over the longer of the two texts, 0 to 1."""
+    """Length of the prefix that response and reference share, over the length of the longer text, 0 to 1."""
     given, wanted = response.strip(), reference.strip()
     right = next((i for i, (a, b) in enumerate(zip(given, wanted)) if a != b), min(len(given), len(wanted)))  # noqa: B905
     return right / max(len(given), len(wanted), 1)
 
 
 def excess_characters(prompt: str, response: str, reference: str) -> float:
-    """By how many characters the response is longer than the reference, white space at the ends aside: a cost.
+    """A cost: the number of characters by which the response exceeds the reference, without white space at both ends.
 
-    0 for a shorter one: where saying less costs less than nothing, silence pays.
+    It is never negative, because a negative cost of short responses would reward silence.
     """
     return float(max(0, len(response.strip()) - len(reference.strip())))
 
@@ -42,8 +42,7 @@ RULES: dict[str, Rule] = {
 def rule_named(name: str) -> Rule:
     """A registered rule, or the function that "package.module:function" names.
 
-    Raises LookupError saying what is known, what could not be imported or what is not there, whatever the module
-    raises.
+    Raises LookupError for an unknown name, a module that fails to import (for whatever reason) and a missing function.
     """
     if name in RULES:
         return RULES[name]

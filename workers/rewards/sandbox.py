@@ -1,7 +1,11 @@
-"""User reward code runs in a process of its own, so that it may raise, hang or die without taking anything along.
+"""Runs a user's reward rule in a process of its own, so that it may raise, hang or die without harming the service.
 
-Both directions carry frames of a u32 length and a msgpack body. The child says when it is ready, then answers one
-request at a time; a child that misses a deadline is killed, with all that it started, and replaced.
+Messages in both directions are a u32 length and a msgpack body. The child reports when it is ready, then answers one
+request at a time. A child that misses a deadline is killed with all processes that it started, and replaced.
+
+Why not pebble's ProcessPool, which has deadlines too: it kills only the worker process, not the processes that a rule
+started (a compiler, a test run), it unpickles whatever the worker sends, and output that a rule prints shares the
+parent's streams. The service also needs to replace a rule's code between two rows.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import msgspec
 from protocols.control.requests import CodeSource
 from workers.user_code import BadCode, function_in, install, new_module
 
-START_SECONDS = 60.0  # for the interpreter and the imports of the user's module
+START_SECONDS = 60.0  # deadline for the interpreter and the imports of the user's module
 _LENGTH = struct.Struct("<I")
-_FLOAT32_MAX = 3.4028234663852886e38  # a score beyond it would be infinite in its column
+_FLOAT32_MAX = 3.4028234663852886e38  # a larger score would be infinite in its column
 _CAUSE_CHARACTERS = 300
 
 
@@ -37,32 +41,32 @@ class RuleRequest(msgspec.Struct, frozen=True):
 
 
 class RuleAnswer(msgspec.Struct, frozen=True):
-    """A score, or why there is none."""
+    """A score, or the cause of its absence."""
 
     score: float | None = None
     error: str = ""
 
 
 class RuleFailed(Exception):
-    """A rule gave no score: raised, hung, died, or returned something that is no finite number."""
+    """A rule gave no score: it raised, hung, died, or did not return a finite number."""
 
 
 class RuleProcess:
-    """A child process that answers for one rule. Starts with the first request, restarts after a kill."""
+    """A child process that runs one rule. It starts with the first request and restarts after a kill."""
 
     def __init__(self, rule: str, timeout_seconds: float, source: CodeSource | None = None) -> None:
-        """`source`: the text of the rule's module, which every child runs, whatever its file is by then."""
+        """`source` is the text of the rule's module. Every child runs this text, even if the file changes later."""
         self._rule, self._source = rule, source
         self._timeout = timeout_seconds
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The child's process id; None where there is no child."""
+        """The child's process id; None without a child."""
         return self._child.pid if self._child is not None else None
 
     def start(self) -> None:
-        """Start the child. Raises RuleFailed, and leaves none behind, where the rule's module can't be used."""
+        """Start the child. Raises RuleFailed, without leaving a child behind, if the rule's module can't be used."""
         if error := self._begin():
             self.close()
             raise RuleFailed(f"rule {self._rule}: {error}")
@@ -78,18 +82,18 @@ class RuleProcess:
         return answer.score
 
     def close(self) -> None:
-        """Kill the child and the processes that it started, if there are any."""
+        """Kill the child, if there is one, and the processes that it started."""
         if (child := self._child) is None:
             return
         self._child = None
-        os.killpg(child.pid, signal.SIGKILL)  # the group outlives its leader until `wait` has reaped it
+        os.killpg(child.pid, signal.SIGKILL)  # the group exists until `wait` has reaped its leader
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
 
     def _begin(self) -> str:
-        """Start the child, and have it load the rule; why it can't, "" where it can."""
+        """Start the child and have it load the rule. Returns the reason if it can't, else ""."""
         self._child = self._start()
         return self._exchange(self._child, _framed(self._source), START_SECONDS, "was not ready").error
 
@@ -114,9 +118,9 @@ class RuleProcess:
             [sys.executable, "-m", "workers.rewards.sandbox", self._rule],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            bufsize=0,  # a buffer that a dead child never took would fail again when its pipe is closed
+            bufsize=0,  # a buffer that a dead child never read would raise again when its pipe is closed
             env=environment,
-            start_new_session=True,  # a group of its own, to be killed as one
+            start_new_session=True,  # its own process group, to be killed as one
         )
         assert child.stdin is not None
         os.set_blocking(child.stdin.fileno(), False)
@@ -158,7 +162,7 @@ def _read_exactly(child: subprocess.Popen[bytes], count: int, deadline: float) -
 
 
 def _await(descriptor: int, event: int, deadline: float) -> None:
-    """Wait until a descriptor is ready. Raises TimeoutError. Unlike select, poll takes descriptors above 1023."""
+    """Wait until a descriptor is ready. Raises TimeoutError. Unlike select, poll accepts descriptors above 1023."""
     poll = select.poll()
     poll.register(descriptor, event)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -169,7 +173,7 @@ def _await(descriptor: int, event: int, deadline: float) -> None:
 
 
 def serve(name: str) -> None:
-    """The child's loop: takes the rule's module, then answers until its requests end."""
+    """The child's main loop: loads the rule's module, then answers requests until their stream ends."""
     requests, answers = _take_over_pipes()
     source = msgspec.msgpack.decode(_next(requests) or b"\xc0", type=CodeSource | None)
     error = ""
@@ -177,20 +181,20 @@ def serve(name: str) -> None:
         rule = _loaded(name, source)
     except (BadCode, LookupError) as refused:
         error = str(refused.args[0])
-        rule = _failing(error)  # every row hears why, without a new process for each
+        rule = _failing(error)  # every row gets this cause, without a new process each
     answers.write(_framed(_refusal(error)))
     while body := _next(requests):
         answers.write(_framed(_answer(rule, msgspec.msgpack.decode(body, type=RuleRequest))))
 
 
 def _next(requests: BinaryIO) -> bytes:
-    """The next frame's body; empty where there is none."""
+    """The next message's body; empty at the end of the stream."""
     head = requests.read(_LENGTH.size)
     return requests.read(_LENGTH.unpack(head)[0]) if head else b""
 
 
 def _loaded(name: str, source: CodeSource | None) -> Callable[[str, str, str], object]:
-    """The rule, from the text of its module where there is one. Raises BadCode or LookupError."""
+    """The rule, loaded from its module's text if there is one. Raises BadCode or LookupError."""
     if source is None:
         from workers.rewards.rules import rule_named
 
@@ -202,7 +206,7 @@ def _loaded(name: str, source: CodeSource | None) -> Callable[[str, str, str], o
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Move the protocol to descriptors that no subprocess inherits: the rule reads nothing and prints to stderr."""
+    """Move the pipes to descriptors that no subprocess inherits; the rule's stdin is empty, its stdout is stderr."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -224,7 +228,7 @@ def _answer(rule: Callable[[str, str, str], object], request: RuleRequest) -> Ru
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return _refusal(f"returned {value!r}, want a number")
         score = float(value)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises is this row's cause of failure
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises is the row's cause of failure
         return _refusal(f"raised {type(error).__name__}: {error}")
     if not abs(score) <= _FLOAT32_MAX:
         return _refusal(f"returned {score}, want a finite number that float32 holds")

@@ -122,7 +122,7 @@ class PolicyWorker(Policy):
             total += loss.item()
             accumulate(measured, loss_metrics(tokens, objective, self._loss))
         if self._pretraining is not None:
-            measured["ptx_loss"] = self._pretrain(self._pretraining.drawn(number))
+            measured["ptx_loss"] = self._pretrain(self._pretraining.batch(number))
             total += self._loss.ptx_coefficient * measured["ptx_loss"]
         if not np.isfinite(total):
             raise StepRefused(f"policy.update of {named_rows(batch)}: loss is {total}")

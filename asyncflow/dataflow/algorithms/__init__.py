@@ -1,4 +1,4 @@
-"""The algorithms by name: a file and a line here each."""
+"""The algorithms by name: one file and one line here each."""
 
 from __future__ import annotations
 

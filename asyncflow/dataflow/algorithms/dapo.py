@@ -1,4 +1,4 @@
-"""DAPO: GRPO for long responses: clip-higher, dynamic sampling, and a price for what is overlong."""
+"""DAPO, GRPO for long responses: clip-higher, dynamic sampling, and a penalty for overlong responses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from workers.settings import Loss
 
 @algorithm(loss=Loss(clip_high=0.28, dual_clip=0.0), least_samples=2)
 def dapo(flow: Flow) -> None:
-    """No reference; the price is set in [advantage], see `workers.advantages.dapo` (Yu et al. 2025).
+    """No reference; the overlong penalty is set in [advantage], see `workers.advantages.dapo` (Yu et al. 2025).
 
-    Dynamic sampling: a prompt whose samples all score the same teaches nothing. It is dropped, and admission puts
-    another in its place, for `max_refills` rounds of a step.
+    Dynamic sampling: a prompt whose samples all have the same score teaches nothing. It is dropped and another one is
+    admitted in its place, for up to `max_refills` rounds per step.
     """
     rollouts = flow.policy.generate(flow.prompts)
     joined = flow.join(rollouts, flow.reward.score(rollouts)).keep(trainable_groups)

@@ -1,4 +1,4 @@
-"""PPO with a critic and a KL term in the reward: the four models of RLHF, and who feeds whom."""
+"""PPO with a critic and a KL term in the reward: the four models of RLHF."""
 
 from __future__ import annotations
 

@@ -379,7 +379,7 @@ def test_sampling_is_for_stages_that_draw():
     def wrong(flow: Flow) -> None:
         flow.reward.score(flow.policy.generate(flow.prompts), sampling=GREEDY)
 
-    assert error_of(wrong) == "reward.score: sampling is for stages that draw from flow.prompts"
+    assert error_of(wrong) == "reward.score: sampling is for stages that generate from flow.prompts"
 
 
 def bare(rollouts, scores):  # type: ignore[no-untyped-def]
@@ -477,7 +477,7 @@ def by_nothing() -> npt.NDArray[np.bool_]:
             "by_costs: costs is Costs, of which the join has 0 with a row per sample, want one; it has Rollouts",
         ),
         (bare, "bare: rollouts is None, of which the join has 0"),
-        (by_nothing, "by_nothing: takes nothing, so it can't tell one prompt from another"),
+        (by_nothing, "by_nothing: has no parameter, so it can't tell one prompt from another"),
     ],
 )
 def test_a_filter_takes_what_the_join_has(function: Any, message: str):
@@ -495,7 +495,7 @@ def test_a_filter_that_could_mean_two_inputs_is_refused():
 
 def test_a_join_is_filtered_once():
     wrong = updating(lambda rows: rows.keep(by_scores).keep(by_both).apply(reinforce))
-    assert error_of(wrong) == "by_both: the join keeps what by_scores chooses already"
+    assert error_of(wrong) == "by_both: the join is already filtered by by_scores"
 
 
 def test_an_algorithm_takes_the_flow_and_nothing_else():

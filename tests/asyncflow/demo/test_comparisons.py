@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asyncflow.demo.comparisons import Answer, write_comparisons
+from asyncflow.demo.comparisons import PolicyAnswer, write_comparisons
 from asyncflow.demo.model import model_config, write_base_model
-from asyncflow.demo.task import Sizes, write_sorting
+from asyncflow.demo.task import DataSizes, write_sorting
 from workers.data.datasets import Preference, Problem, read_rows
 
-SIZES = Sizes(sft=1, comparisons=120, heldout_comparisons=1, train=1, heldout=1)
+SIZES = DataSizes(sft=1, comparisons=120, heldout_comparisons=1, train=1, heldout=1)
 
 
 def test_quality_counts_letters_in_place_and_takes_off_what_is_wrong_with_the_length():
-    assert Answer("abcd", False).quality("abcd") == 4
-    assert Answer("abdc", False).quality("abcd") == 2
-    assert Answer("abc", False).quality("abcd") == 2
-    assert Answer("abcdd", True).quality("abcd") == 2
+    assert PolicyAnswer("abcd", False).quality("abcd") == 4
+    assert PolicyAnswer("abdc", False).quality("abcd") == 2
+    assert PolicyAnswer("abc", False).quality("abcd") == 2
+    assert PolicyAnswer("abcdd", True).quality("abcd") == 2
 
 
 def test_every_pair_prefers_the_better_answer_to_its_own_prompt(tmp_path: Path):
@@ -29,7 +29,10 @@ def test_every_pair_prefers_the_better_answer_to_its_own_prompt(tmp_path: Path):
     graded = 0
     for pair in pairs:
         right = references[pair.prompt]
-        better, worse = Answer(pair.chosen, pair.chosen_truncated), Answer(pair.rejected, pair.rejected_truncated)
+        better, worse = (
+            PolicyAnswer(pair.chosen, pair.chosen_truncated),
+            PolicyAnswer(pair.rejected, pair.rejected_truncated),
+        )
         if pair.chosen == right:
             assert pair.rejected != right or pair.rejected_truncated
         else:

@@ -15,7 +15,7 @@ from asyncflow.demo.task import (
     LETTERS,
     MAX_TOKENS,
     MISTAKES,
-    Sizes,
+    DataSizes,
     addition,
     distinct,
     preference,
@@ -28,7 +28,7 @@ from asyncflow.demo.task import (
 from workers.data.datasets import Demonstration, Problem, read_rows
 from workers.training.models import load_causal
 
-SIZES = Sizes(sft=50, comparisons=400, train=100, heldout=40, heldout_comparisons=60)
+SIZES = DataSizes(sft=50, comparisons=400, train=100, heldout=40, heldout_comparisons=60)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_task_that_runs_out_of_problems_says_so():
     def coin(rng: random.Random) -> Problem:
         return Problem(f"C:{rng.randrange(2)}=", "")
 
-    with pytest.raises(ValueError, match="coin: no new problem in 10,000 draws after 2"):
+    with pytest.raises(ValueError, match="coin: no new problem in 10,000 tries after 2"):
         list(distinct(coin, 0))
 
 

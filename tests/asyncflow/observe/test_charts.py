@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from asyncflow.observe.charts import (
     KIND_NAMES,
     MAX_POINTS,
-    Line,
+    ChartLine,
     gantt,
     kind_of,
     line_chart,
@@ -40,7 +40,7 @@ def test_ticks_rise_are_few_and_enclose_the_values(a: float, b: float):
 
 @given(points, st.booleans())
 def test_any_finite_values_make_a_chart_inside_its_box(seen: list[tuple[float, float]], zero: bool):
-    image = ElementTree.fromstring(line_chart([Line("value", sorted(seen))], zero=zero))
+    image = ElementTree.fromstring(line_chart([ChartLine("value", sorted(seen))], zero=zero))
     for dot in image.iter("circle"):
         assert 0 <= float(dot.attrib["cx"]) <= 440
         assert 0 <= float(dot.attrib["cy"]) <= 170

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncflow.observe.exporter import MAX_LABEL_VALUES, OTHER, Exporter, Target, write_targets
+from asyncflow.observe.exporter import MAX_LABEL_VALUES, OTHER, Exporter, ScrapeTarget, write_targets
 from asyncflow.observe.metrics import METRICS, Metric
 
 
@@ -127,8 +127,8 @@ def test_serving_twice_is_refused(exporter: Exporter):
 
 def test_targets_are_written_as_file_discovery_and_leave_nothing_else(tmp_path: Path):
     path = tmp_path / "metrics" / "targets.json"
-    write_targets(path, [Target("127.0.0.1:9", "policy", 0, "first")])
-    write_targets(path, [Target("127.0.0.1:1234", "critic", 1, "second")])
+    write_targets(path, [ScrapeTarget("127.0.0.1:9", "policy", 0, "first")])
+    write_targets(path, [ScrapeTarget("127.0.0.1:1234", "critic", 1, "second")])
     assert json.loads(path.read_text()) == [
         {"targets": ["127.0.0.1:1234"], "labels": {"role": "critic", "rank": "1", "run": "second"}}
     ]

@@ -219,7 +219,7 @@ async def test_an_algorithm_and_its_loss_change_in_one_file(own: Path, recipe_of
         (
             "kl_coefficient: float = 0.0\n",
             "kl_coefficient: float = 0.0, gain: float\n",
-            "asks for gain; give it a default",
+            "needs gain; give it a default",
         ),
         ("plain.loss * SCALE", "plain.loss.sum()", "returned shapes"),
         ("Surrogate(plain.loss", "(plain.loss", "it returned tuple, want a Surrogate"),

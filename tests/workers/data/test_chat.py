@@ -133,5 +133,5 @@ def test_a_template_that_rewrites_answered_turns_is_refused(tmp_path: Path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(str(tmp_path / "odd"))
-    with pytest.raises(DataError, match=r"writes a conversation otherwise once it is answered: '21\+1'"):
+    with pytest.raises(DataError, match=r"writes a conversation differently once it is answered: '21\+1'"):
         one(tmp_path, tmp_path / "odd", Demonstration, messages=[USER, GOOD])

@@ -69,7 +69,7 @@ def worker(folder: str, loss: Loss, text: PretrainingText | None = None) -> Poli
 
 def test_every_row_is_drawn_once_in_each_epoch():
     text = text_of(10, rows=4)
-    drawn = [int(row[0]) for step in range(5) for row in text.drawn(step).prompts]
+    drawn = [int(row[0]) for step in range(5) for row in text.batch(step).prompts]
     first, second = drawn[:10], drawn[10:]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
@@ -78,17 +78,17 @@ def test_every_row_is_drawn_once_in_each_epoch():
 def test_a_draw_depends_on_the_seed_and_the_steps_number_alone():
     again, other = text_of(10, rows=4), text_of(10, rows=4, seed=4)
     text = text_of(10, rows=4)
-    list(map(text.places, range(7)))
-    assert text.places(7).tolist() == again.places(7).tolist() != other.places(7).tolist()
+    list(map(text.row_indices, range(7)))
+    assert text.row_indices(7).tolist() == again.row_indices(7).tolist() != other.row_indices(7).tolist()
 
 
 def test_more_rows_than_there_are_are_several_epochs():
-    assert np.bincount(text_of(3, rows=6).places(4)).tolist() == [2, 2, 2]
+    assert np.bincount(text_of(3, rows=6).row_indices(4)).tolist() == [2, 2, 2]
 
 
 def test_a_text_is_learned_from_its_second_token_and_a_response_from_its_first(folder: str, write: Write):
     path = write({"text": "abcd"}, {"prompt": "1+1=", "response": "2"})
-    drawn = PretrainingText.read(path, folder, rows=2, seed=0).drawn(0)
+    drawn = PretrainingText.read(path, folder, rows=2, seed=0).batch(0)
     rows = {tuple(p.tolist()): r.tolist() for p, r in zip(drawn.prompts, drawn.responses, strict=True)}
     assert rows == {
         tuple(tiny.encode("a")): [*tiny.encode("bcd"), tiny.EOS_ID],
@@ -99,7 +99,7 @@ def test_a_text_is_learned_from_its_second_token_and_a_response_from_its_first(f
 def test_a_text_longer_than_the_context_is_several_rows(folder: str, write: Write):
     text = PretrainingText.read(write({"text": "a" * 70}), folder, rows=3, seed=0)
     assert len(text) == 3
-    lengths = sorted(len(p) + len(r) for p, r in zip(*text.drawn(0), strict=True))
+    lengths = sorted(len(p) + len(r) for p, r in zip(*text.batch(0), strict=True))
     assert lengths == [7, 32, 32]
 
 
@@ -141,7 +141,7 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget
     alone = policy(Loss())
     reinforced = gradients(alone.trained.model, lambda: alone.update(rows))
     model = policy(Loss()).trained.model
-    pretrained = gradients(model, lambda: [part.backward() for part in response_loss(model, text.drawn(0), 10_000)])
+    pretrained = gradients(model, lambda: [part.backward() for part in response_loss(model, text.batch(0), 10_000)])
     for name, gradient in together.items():
         expected = reinforced[name] + PTX * pretrained[name]
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
@@ -151,7 +151,7 @@ def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
     text, rows = text_of(10, rows=6), rows_of(6)
     both, alone = worker(folder, Loss(ptx_coefficient=PTX), text), worker(folder, Loss())
     with torch.no_grad():
-        expected = float(sum(response_loss(alone.trained.model, text.drawn(0), 10_000)))
+        expected = float(sum(response_loss(alone.trained.model, text.batch(0), 10_000)))
     told, plain = both.update(rows).values, alone.update(rows).values
     assert told["ptx_loss"] == pytest.approx(expected, rel=1e-5)
     assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected, rel=1e-5)
@@ -160,9 +160,9 @@ def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
 
 def test_each_optimizer_step_has_rows_of_its_own(folder: str, monkeypatch: pytest.MonkeyPatch):
     text, asked = text_of(10, rows=6), []
-    drawn = text.drawn
+    drawn = text.batch
     spied = worker(folder, Loss(ptx_coefficient=PTX, epochs=2, mini_batches=2), text)
-    monkeypatch.setattr(PretrainingText, "drawn", lambda _, step: asked.append(step) or drawn(step))
+    monkeypatch.setattr(PretrainingText, "batch", lambda _, step: asked.append(step) or drawn(step))
     for _ in range(2):
         spied.update(rows_of(6))
     assert asked == list(range(8))
