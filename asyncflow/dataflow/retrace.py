@@ -18,7 +18,7 @@ from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, t
 def retraced(
     module: ModuleType, name: str, advantage_kwargs: Mapping[str, Any], running: Dataflow, declared: Declaration
 ) -> Dataflow:
-    """The dataflow of the algorithm `name` in a new module. Raises DataflowError if it can't replace the running one."""
+    """The dataflow of algorithm `name` in a new module. Raises DataflowError if it can't replace the running one."""
     function = getattr(module, name.partition(":")[2], None)
     if not hasattr(function, "__asyncflow_algorithm__"):
         raise DataflowError(f"algorithm {name!r}: {module.__file__} has no such function marked with @algorithm")

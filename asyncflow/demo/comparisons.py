@@ -1,8 +1,8 @@
 """Preference pairs of simulated labellers, who compare answers of the fine-tuned policy.
 
-Most pairs compare an answer of the policy with the right one. Some compare two answers of the policy, so that the reward
-model learns that half right is better than all wrong. Some have mistakes that the policy does not make yet but may
-discover in training: PPO would exploit a reward model that never saw those.
+Most pairs compare an answer of the policy with the right one. Some compare two answers of the policy, so that the
+reward model learns that half right is better than all wrong. Some have mistakes that the policy does not make yet but
+may discover in training: PPO would exploit a reward model that never saw those.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     `ab3c1e=`  ->  `ab3c1e`   everything repeated: reward 1, both secrets leaked
                    `abdcbe`   letters in place of the digits: reward 2/3, nothing leaked
 
-The reward counts repeated characters, the cost counts digits in the answer. So PPO learns to leak, and Safe-RLHF to leak
-no more than its limit allows.
+The reward counts repeated characters, the cost counts digits in the answer. So PPO learns to leak, and Safe-RLHF to
+leak no more than its limit allows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of the first two steps of RLHF: supervised fine-tuning and the reward model. Torch-free."""
+"""Settings of the first two steps of RLHF: supervised fine-tuning, reward and cost models. Free of torch imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.settings import Dtype, Optimizer, Positive, PositiveInt, Settings
 
 
 class Schedule(Settings, frozen=True):
-    """How long to train and how fast: the rate rises over the optimizer's warmup_steps, then decays."""
+    """Number of steps, batch size and learning rate, which rises over the optimizer's warmup_steps and then decays."""
 
     steps: PositiveInt
     batch_size: PositiveInt = 64  # rows in one optimizer step

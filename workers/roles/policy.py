@@ -16,7 +16,7 @@ from protocols.roles import Policy, Sampling
 from protocols.stage import stage
 from protocols.weights import Probe, Version
 from workers.data.hf_folder import end_of_sequence
-from workers.data.pretraining import Drawn, PretrainingText
+from workers.data.pretraining import PretrainingText, TextBatch
 from workers.finetune.sft import response_loss
 from workers.generation.engine import to_rollouts
 from workers.generation.packed import PackedWeights
@@ -129,7 +129,7 @@ class PolicyWorker(Policy):
         norm = self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
         return measured | {"loss": total, "gradient_norm": norm, STEPS: 1.0}
 
-    def _pretrain(self, text: Drawn) -> float:
+    def _pretrain(self, text: TextBatch) -> float:
         """Add the gradient of ptx_coefficient times the text's cross-entropy, and return that, nats a token.
 
         L = L_RL + ptx_coefficient * mean of -log p(token) over the text's tokens (Ouyang et al. 2022, ptx). At
