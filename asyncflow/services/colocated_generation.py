@@ -1,10 +1,16 @@
-"""Generation by the ranks that train: rows wait, the ranks switch layouts, draw side by side, and switch back.
+"""Generation by the ranks that train: rows wait, the ranks switch layouts, generate side by side, and switch back.
 
-    prompts ──> mailbox ──> lease and turn: to_generation, 3D_ALL_MICRO_DP over the generation replicas, to_training
-                                 └──> rollouts leave from the ranks that drew them; rows never pass the coordinator
+    prompts ──> mailbox ──> lease: to_generation, 3D_ALL_MICRO_DP over the generation replicas, to_training
+                                 └──> rollouts leave from the ranks that generated them, not through the coordinator
 
-What is drawn together is taken together, so nothing waits in a slot; a firing takes as many rows as the replicas have
-slots, and training comes between two of them. The weights are those of the last update: never older than a prompt.
+ColocatedGeneratingStage.run
+    consumes      prompts from its mailbox, as many rows at once as the replicas have slots
+    waits for     rows; then the end of a pause; then the lease of its pool
+    unblocked by  a delivery; `pause(False)`; the controller's grant
+    produces      rollouts and failures for the next stages, a Generated notice for the controller
+
+All rows of a firing finish before the next one starts, so no row waits in a slot, and training comes between two
+firings. The weights are those of the last update: never older than a prompt's admission.
 """
 
 from __future__ import annotations
@@ -25,12 +31,12 @@ from protocols.roles import Sampling
 
 
 def replicas_of(grouping: GenerationGrouping) -> int:
-    """Copies of the model that generate side by side."""
+    """Number of generation replicas."""
     return grouping.micro_dp * grouping.topology.dp
 
 
 class ColocatedGeneration:
-    """Owns the switches of a service's ranks, and the pause."""
+    """Switches the ranks of one service between the layouts, and can be paused."""
 
     def __init__(self, host: StageContext) -> None:
         self._host = host
@@ -38,16 +44,16 @@ class ColocatedGeneration:
         self._going.set()
 
     def pause(self, paused: bool) -> None:
-        """Begin no more firings, or go on; what is being drawn is finished."""
+        """Start no more firings, or go on; rows that are being generated are finished."""
         if paused:
             self._going.clear()
         else:
             self._going.set()
 
-    async def draw(
+    async def generate(
         self, stage: StageSpec, samples: Sequence[int], inputs: Sequence[Sequence[Place]], sampling: Sampling
     ) -> Fired:
-        """Draw these rows, whose prompts are in `inputs`, when no pause is. Raises as `StageContext.fire` does."""
+        """Generate these rows, whose prompts are in `inputs`, unless paused. Raises as `StageContext.fire` does."""
         host = self._host
         await self._going.wait()
         async with host.lease(stage.name):
@@ -60,18 +66,18 @@ class ColocatedGeneration:
                     await host.ask_ranks(SwitchLayout("training"))
                 raise
             await host.ask_ranks(SwitchLayout("training"))
-        drawn = [sample for part in fired.parts for sample in part.shard.sample_ids]
+        generated = [sample for part in fired.parts for sample in part.shard.sample_ids]
         host.exporter.inc("tokens_generated_total", fired.drawn)
-        if drawn:
-            host.reports.notify(Generated(drawn, fired.drawn))
+        if generated:
+            host.reports.notify(Generated(generated, fired.drawn))
         return fired
 
     async def _to_generation(self) -> None:
-        """Switch, and note what it took on rank 0: every rank of a layout moves as much but for the end stages."""
+        """Switch, and export what it took on rank 0: all ranks receive as much, except in the first and last stages."""
         reply, _ = await self._host.ask_ranks(SwitchLayout("generation"))
         assert isinstance(reply, Done)
         if not (took := reply.values):
-            return  # the ranks' engine has these weights already
+            return  # the engine has these weights already
         self._host.exporter.observe("transition_seconds", took["seconds"])
         self._host.exporter.inc("transition_bytes_total", took["received_bytes"])
         self._host.exporter.set("transition_peak_bytes", took["peak_bytes"])
@@ -80,7 +86,7 @@ class ColocatedGeneration:
 
 
 class ColocatedGeneratingStage(RowStage):
-    """policy.generate of a service of several ranks: its rows are drawn between two switches."""
+    """policy.generate of a service of several ranks: its rows are generated between two switches."""
 
     def __init__(self, host: StageContext, spec: StageSpec, generation: ColocatedGeneration) -> None:
         super().__init__(host, spec)
@@ -93,7 +99,7 @@ class ColocatedGeneratingStage(RowStage):
         self._mailbox: Mailbox[Place] = Mailbox(1, sys.maxsize, in_id_order=True, ended=host.ended)
 
     async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
-        return await self._generation.draw(self.spec, samples, inputs, self._sampling)
+        return await self._generation.generate(self.spec, samples, inputs, self._sampling)
 
     def depth(self) -> tuple[int, int, int]:
         return self._mailbox.depth, 0, self._mailbox.peak

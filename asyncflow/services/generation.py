@@ -1,8 +1,20 @@
-"""Generation: one engine, driven step by step in the compute thread, fed by the generating stages' mailboxes.
+"""Generation: one engine, stepped in the service's compute thread, fed by the mailboxes of its generating stages.
 
-A row enters the engine only with weights at least as new as its prompt's admission (its `min_version`), checked
-before it takes a slot. Loads stand between two steps and preempt running rows. Finished rows leave through
-each stage's own sender, so a slow consumer never holds an engine slot; what waits there is bounded by admission.
+GenerationLoop.run
+    consumes      jobs (rows that were submitted together) and loads (published weights)
+    waits for     rows whose weights are installed, or a load; then the lease of its pool
+    unblocked by  `submit`, `load`, `pause`; the controller's grant
+    produces      finished rows for their jobs, receipts for loads, a Generated notice for the controller
+
+GeneratingStage.run
+    consumes      finished rows and failures of its jobs
+    waits for     the first of them; then credit at the consumers
+    unblocked by  a job that gives rows; the consumers' mailboxes
+    produces      rollouts and failures for the next stages
+
+A row enters the engine only with weights at least as new as its prompt's admission (its `min_version`), and that is
+checked before it takes a slot. Loads stand between two steps and preempt running rows. Finished rows leave through
+each stage's own sender, so a slow consumer never holds an engine slot; admission bounds what waits there.
 """
 
 from __future__ import annotations
@@ -33,7 +45,7 @@ STEPS_PER_TURN = 16
 
 
 class Job:
-    """Rows that were asked for together, and where they go as they finish."""
+    """Rows that were submitted together, and where they go as they finish."""
 
     def __init__(
         self, prompts: Prompts, sampling: Sampling, give: Callable[[Rollouts | None, list[Failure]], None], whole: bool
@@ -41,13 +53,13 @@ class Job:
         self.prompts = prompts
         self.sampling = sampling
         self._give = give
-        self._whole = whole  # hand over everything at once, in id order
+        self._whole = whole  # give everything at once, in id order
         self._open = set(prompts.sample_ids.tolist())
         self._finished: list[FinishedRow] = []
         self._failures: list[Failure] = []
 
     def finish(self, rows: list[FinishedRow], failures: list[Failure]) -> None:
-        """Take finished rows; pass them on."""
+        """Add rows that finished or failed, and give them on."""
         self._open -= {r.sample_id for r in rows} | {f.sample_id for f in failures}
         self._finished += rows
         self._failures += failures
@@ -61,7 +73,7 @@ class Job:
 
 
 class GenerationLoop:
-    """Owns an engine and decides, between its steps, what it does next."""
+    """Owns an engine and decides between two steps what it does next."""
 
     def __init__(self, host: StageContext, engine: Engine, load_trained: Callable[[], None] | None) -> None:
         self._host = host
@@ -92,11 +104,11 @@ class GenerationLoop:
 
     @property
     def waiting(self) -> int:
-        """Rows that have no slot yet."""
+        """Number of rows that have no slot yet."""
         return sum(len(rows) for _, rows in self._waiting)
 
     async def run(self) -> None:
-        """Take turns: loads first, then rows, one firing a lease."""
+        """Load first, then generate, with one firing per lease. Runs for ever."""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -114,7 +126,7 @@ class GenerationLoop:
 
     @property
     def _steppable(self) -> bool:
-        """Rows run, and under weights that are proven: an engine that refused a publication has none."""
+        """Whether rows run under proven weights: an engine that refused a publication has none."""
         return self._engine.unfinished > 0 and self._engine.version is not None and not self._paused
 
     def _ready_rows(self, rows: Prompts) -> np.ndarray:
@@ -122,23 +134,23 @@ class GenerationLoop:
         return rows.min_versions <= (version.step if version is not None else -1)
 
     async def _fire(self) -> None:
-        """Step until nothing runs. Alone on its devices it takes further rows in as slots fall free."""
+        """Step until nothing runs. Alone on its devices, an engine also admits rows as slots become free."""
         await self._start_rows()
         while self._steppable:
             finished = await self._host.compute("generate", advance, self._engine, self._load_trained)
-            self._hand_over(finished)
+            self._give_finished(finished)
             if self._loads:
                 await self._install()
             if not self._host.spec.leased:
                 await self._start_rows()
 
     async def _start_rows(self) -> None:
-        if self._paused:  # a load came by: rows without a slot wait outside
+        if self._paused:  # while the lease or a load was waited for
             return
         free = self._host.spec.slots - self._engine.unfinished
         for _ in range(len(self._waiting)):
             if self._host.spec.deterministic and self._engine.unfinished:
-                return  # what runs together decides the last bit: one job after the other
+                return  # which rows run together decides the last bit: one job after the other
             job, rows = self._waiting.popleft()
             ready = np.flatnonzero(self._ready_rows(rows))
             if not self._host.spec.deterministic:
@@ -152,12 +164,12 @@ class GenerationLoop:
 
     async def _start(self, job: Job, rows: Prompts) -> None:
         failures = await self._host.compute("generate.submit", submit_rows, self._engine, rows, job.sampling)
-        refused = {f.sample_id for f in failures}  # a row that runs already is refused, and stays its first job's
+        refused = {f.sample_id for f in failures}  # a row that runs already is refused, and remains its first job's
         self._running |= {s: job for s in rows.sample_ids.tolist() if s not in refused}
         if failures:
             job.finish([], failures)
 
-    def _hand_over(self, finished: list[FinishedRow]) -> None:
+    def _give_finished(self, finished: list[FinishedRow]) -> None:
         by_job: dict[int, tuple[Job, list[FinishedRow]]] = {}
         for row in finished:
             job = self._running.pop(row.sample_id)
@@ -187,9 +199,9 @@ class GenerationLoop:
 
 
 def advance(engine: Engine, load_trained: Callable[[], None] | None) -> list[FinishedRow]:
-    """Step until some rows finish or a few steps are done: a load never waits for longer than that.
+    """Step until some rows finish, for a few steps at most: a load never waits for longer.
 
-    An engine that shares the trained model first takes note of its version: an update may have come between.
+    An engine that shares the trained model first loads its newest version: there may have been an update.
     """
     for _ in range(STEPS_PER_TURN):
         if load_trained is not None:
@@ -212,7 +224,7 @@ class GeneratingStage(StageRunner):
     def __init__(self, host: StageContext, spec: StageSpec, loop: GenerationLoop) -> None:
         super().__init__(host, spec)
         self._loop = loop
-        self._asked: RowTable[int] = RowTable(1, host.ended)  # prompts that were submitted, so that none is drawn twice
+        self._submitted: RowTable[int] = RowTable(1, host.ended)  # submitted prompts, so that none is generated twice
         self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
 
@@ -227,9 +239,9 @@ class GeneratingStage(StageRunner):
             if batch is None:
                 continue
             assert isinstance(batch, Prompts)
-            arrival = self._asked.arrive(0, [(s, i) for i, s in enumerate(part.shard.sample_ids)], delivery.attempt)
+            arrival = self._submitted.arrive(0, [(s, i) for i, s in enumerate(part.shard.sample_ids)], delivery.attempt)
             refused += len(arrival.refused)
-            fresh = self._asked.take(arrival.settled).inputs[0]
+            fresh = self._submitted.take(arrival.settled).inputs[0]
             if fresh:
                 self._submit(batch if len(fresh) == len(batch) else take(batch, fresh), delivery.attempt)
         return refused
@@ -247,7 +259,7 @@ class GeneratingStage(StageRunner):
         self._finished.set()
 
     async def turn(self) -> None:
-        """Send finished rows on, as many at once as have gathered while the last send waited."""
+        """Send all rows that finished while the last send waited."""
         self.waits("rows", ", ".join(self.spec.sources))
         await self._finished.wait()
         self._finished.clear()
@@ -264,13 +276,13 @@ class GeneratingStage(StageRunner):
         return self._loop.waiting + len(self._out), 0, 0
 
     async def end(self, prompts: list[int]) -> None:
-        self._asked.end(prompts)
+        self._submitted.end(prompts)
 
 
 async def generate_now(
     loop: GenerationLoop, prompts: Prompts, sampling: Sampling
 ) -> tuple[Rollouts | None, list[Failure]]:
-    """Draw rows outside the dataflow (evaluation, a client's call) and wait for all of them."""
+    """Generate rows outside the dataflow (evaluation, a client's call) and wait for all of them."""
     if not len(prompts):
         return None, []
     done: asyncio.Future[tuple[Rollouts | None, list[Failure]]] = asyncio.get_running_loop().create_future()

@@ -181,7 +181,7 @@ class ColocatedMode(RankedMode):
             return await super().invoke(stage, request, parts)
         rows = places(parts)
         samples, inputs = [sample for sample, _ in rows], [[place for _, place in rows]]
-        return await self._generation.draw(stage, samples, inputs, request.sampling)
+        return await self._generation.generate(stage, samples, inputs, request.sampling)
 
     def pause(self, paused: bool) -> None:
         self._generation.pause(paused)

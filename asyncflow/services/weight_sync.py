@@ -1,9 +1,8 @@
-"""Publication: the policy's snapshot goes to every generator, and counts when each has proved that it is installed.
+"""Publication between services: the policy publishes a snapshot, and every generator loads it and proves that it did.
 
-    policy.update done -> lease back -> snapshot (a copy) -> load on each replica -> receipts -> commit
+    policy.update done -> lease returned -> snapshot (a copy) -> load on each replica -> receipts -> commit
 
-The proof is threefold: digests of the bytes as sent, the probe batch's log-probs within tolerance, and an empty
-prefix cache. Whatever goes wrong names the replica and the cause.
+`workers.generation.publication` says what a receipt proves. Every error names the replica and the cause.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class PublicationFailed(Exception):
 
 
 class Snapshot(NamedTuple):
-    """Weights as they were published, for whoever needs them later; they stay in the store as long as this is kept."""
+    """Published weights, for generators that start later; they stay in the store as long as this object exists."""
 
     manifest: WeightManifest
     payloads: list[Payload]
@@ -47,7 +46,7 @@ async def publish(
 
 
 async def install(generator: Requestable, snapshot: Snapshot) -> InstallReceipt:
-    """Have a generator take weights and prove it. Raises ServiceError."""
+    """Have a generator load weights and return its proof. Raises ServiceError."""
     reply, _ = await ask(generator, LoadWeights(snapshot.manifest), snapshot.payloads)
     assert isinstance(reply, Installed)
     return reply.receipt
@@ -56,7 +55,7 @@ async def install(generator: Requestable, snapshot: Snapshot) -> InstallReceipt:
 async def _publish(
     policy: Requestable, generators: Sequence[Requestable], version: Version, waiting: set[str]
 ) -> tuple[Snapshot, list[InstallReceipt]]:
-    """Snapshot, then load everywhere at once; `waiting` says at any moment who has not answered."""
+    """Take a snapshot, then load it everywhere at once; `waiting` always names who has not answered yet."""
     receipts: list[InstallReceipt] = []
     snapshot: Snapshot
 

@@ -1,4 +1,4 @@
-"""Generation engines (vLLM, torch) behind one interface, and the ways in which new weights reach them.
+"""Generation engines (vLLM, torch) behind one interface, and the roads by which new weights reach them.
 
-When a version is published is decided by the controller.
+The controller decides when a version is published; the training layout belongs to `workers.resharding`.
 """

@@ -1,12 +1,12 @@
-"""One set of weights in two layouts: trained p-t-d, generated with p_g-t_g-d_g-d, switched where it stands.
+"""One set of weights in two layouts: p-t-d for training and p_g-t_g-d_g-d for generation, switched in place.
 
-    to_generation:  each shard moves to its place in the generation weights and its parameter becomes a view of them;
-                    the other ranks' shards arrive around it, bucket by bucket (`sharding.transition` lists them)
-    to_training:    nothing is sent; each shard leaves to a storage of its own and the generation weights are freed
-    stream:         for an engine that has a copy of its own: the same bytes arrive, and are let go as it takes them
+    to_generation:  each shard is copied to its place in the generation weights, and its parameter becomes a view of
+                    them; the other ranks' shards arrive around it, bucket by bucket (`resharding.plan` lists them)
+    to_training:    nothing is sent; each shard gets a storage of its own again and the generation weights are freed
+    stream:         for an engine that has its own copy: the same bytes arrive, and are freed as the engine takes them
 
-No second copy of the weights exists at any time: besides them, one shard is held while it moves, and then one bucket
-while it is filled. Fully sharded ranks keep their 1/S beside: torch's `fully_shard` owns that storage.
+No second copy of the weights exists at any time: besides them, a rank holds one shard while it is copied, and then one
+bucket while it is filled. Fully sharded ranks also keep their 1/S, because torch's `fully_shard` owns that storage.
 """
 
 from __future__ import annotations
@@ -38,36 +38,25 @@ class Transition(msgspec.Struct, frozen=True):
     received_bytes: int
     seconds: float
     peak_bytes: int  # parameters in either layout and the bucket, at their highest
-    generation_bytes: int  # the weights to generate with, the training shard among them where it nests
-    redundant_bytes: int  # training shards beside them
-    copied_bytes: int = 0  # of the generation shard, where an engine of another kind has it a second time
+    generation_bytes: int  # the generation weights, which include the training shard where that lies inside them
+    redundant_bytes: int  # training shards held besides
+    copied_bytes: int = 0  # of the generation shard, where another engine (vLLM) has it a second time
 
 
 class HybridEngine:
-    """The generation layout of a model that trains in another one. All ranks call its methods together.
+    """The generation layout of a model that trains in another layout. All ranks call its methods together.
 
-    The grouping's style decides what is gathered: with hybridflow the generation shard; with vanilla and deepspeed the
-    whole model, of which a rank then keeps its part: they are here to be compared with. `keep` leaves the generation
-    weights in place while training, so that no switch but the first allocates or copies; without it, training holds
-    its shards only. The grouping is of the model's topology; fully sharded ranks with p = t = 1 may be regrouped as
-    S tensor ranks (`protocols.layout.topology`). Raises ValueError where grouping and model don't fit.
+    The grouping's style decides what is gathered: with hybridflow the generation shard; with vanilla and deepspeed,
+    which exist for comparison, the whole model, of which a rank then keeps its part. The grouping must be of the
+    model's topology; fully sharded ranks with p = t = 1 may be regrouped as S tensor ranks
+    (`protocols.layout.topology`). Raises ValueError where grouping and model don't fit.
     """
 
-    def __init__(
-        self,
-        model: ParallelModel,
-        grouping: GenerationGrouping,
-        *,
-        bucket_bytes: int = BUCKET_BYTES,
-        keep: bool = False,
-    ) -> None:
+    def __init__(self, model: ParallelModel, grouping: GenerationGrouping, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         _refuse_misfit(model, grouping)
-        self._nests = grouping.style == "hybridflow" and model.shares == 1
-        if keep and not self._nests:
-            raise ValueError(f"grouping style {grouping.style!r} frees what it gathers: there is nothing to keep")
         self.grouping, self.place = grouping, grouping.coordinates(model.rank)
         self.weights: dict[str, nn.Parameter] = {}  # of the generation shard, by checkpoint name; empty while training
-        self._model, self._keep = model, keep
+        self._model = model
         self._gathering = Gathering(model, grouping, bucket_bytes)
         join = partial(join_groups, rank=model.rank, timeout=model.timeout)
         self.tensor_group = join(grouping.tensor_groups)  # that generate a stage of a replica together
@@ -77,18 +66,17 @@ class HybridEngine:
 
     @torch.no_grad()
     def to_generation(self) -> Transition:
-        """Fill `weights` and `shard`. Raises RuntimeError while generating.
+        """Fill `weights` and `shard`. Raises RuntimeError in the generation layout.
 
-        The model's gradient is released; the model is trained again after `to_training` only.
+        The model's gradient is freed. Train again only after `to_training`.
         """
         if self.weights:
             raise RuntimeError("the hybrid engine is generating already: switch to training first")
         started, gathering = time.perf_counter(), self._gathering
         self._model.release_gradient()
         gathering.peak = gathering.held
-        if not gathering:
-            gathering.attach()
-        received = sum(gathering.receive(move) for move in gathering.moves)
+        gathering.attach()
+        received = sum(gathering.receive(collective) for collective in gathering.collectives)
         if self.grouping.style == "hybridflow":
             tensors = {name: gathering.shard(name) for name in gathering.specs}
         else:
@@ -102,41 +90,40 @@ class HybridEngine:
 
     @torch.no_grad()
     def to_training(self) -> None:
-        """Give the weights back to training, without communication. Raises RuntimeError while training."""
+        """Restore the training layout, without communication. Raises RuntimeError in the training layout."""
         if not self.weights:
             raise RuntimeError("the hybrid engine is training already: switch to generation first")
         if self.grouping.style != "hybridflow":  # the others are views of what is gathered
             for weight in self.weights.values():
-                self._gathering.forget(weight)
+                self._gathering.release(weight)
         self.weights = {}
         self.shard.clear()
-        if not self._keep:
-            self._gathering.detach_all()
+        self._gathering.detach_all()
 
     @torch.no_grad()
     def stream(self) -> Generator[dict[str, Tensor], None, Transition]:
-        """The weights to generate with, in parts, while the model stays as it trains; returns what it took.
+        """Yield the generation weights in parts, while the model stays in the training layout; returns what it took.
 
-        Each part are whole generation shards by checkpoint name. The engine lets them go with the next part: it holds
-        one bucket and the tensors that it fills. What a rank trains as it generates is its parameter itself. All ranks
-        iterate together, to the end. Raises RuntimeError while generating.
+        Each part holds whole generation shards by checkpoint name, and is freed with the next part: a rank holds one
+        bucket and the tensors that it fills. A tensor with the same shard in both layouts is the parameter itself. All
+        ranks iterate together, to the end. Raises RuntimeError in the generation layout.
         """
         gathering = self._gathering
-        if self.weights or gathering:
+        if self.weights:
             raise RuntimeError("the hybrid engine holds generation weights: stream from the training layout")
         if self.grouping.style != "hybridflow":
             raise RuntimeError(f"grouping style {self.grouping.style!r} gathers the model whole: it is not streamed")
         started, received, gathering.peak = time.perf_counter(), 0, gathering.held
-        last = {name: number for number, move in enumerate(gathering.moves) for name in move.names}
+        last = {name: number for number, collective in enumerate(gathering.collectives) for name in collective.names}
         for name in gathering.specs:
-            if name not in last:  # a shard that generates as it trains
+            if name not in last:  # the same shard in both layouts
                 yield {name: gathering.trained(name)}
-        for number, move in enumerate(gathering.moves):
-            for name in move.names:
+        for number, collective in enumerate(gathering.collectives):
+            for name in collective.names:
                 if name not in gathering:
                     gathering.copy_in(name)
-            received += gathering.receive(move)
-            complete = [name for name in move.names if last[name] == number]
+            received += gathering.receive(collective)
+            complete = [name for name in collective.names if last[name] == number]
             yield {name: gathering.shard(name) for name in complete}
             for name in complete:
                 gathering.free(name)

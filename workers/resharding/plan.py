@@ -1,24 +1,24 @@
-"""What moves when ranks that trained p-t-d are to generate p_g-t_g-d_g-d: a list of collectives, byte for byte.
+"""What is sent when ranks that trained p-t-d are to generate p_g-t_g-d_g-d: a list of collectives, byte for byte.
 
-A rank *gathers* the shard that its generation needs (hybridflow), or the whole model, of which it keeps its part
-(vanilla, deepspeed). A gathered tensor lies in memory along its cut, the shards of training one after another, the
-own one among them: so a piece is a name and a range of it, which its owners read and all others write.
+A rank *gathers* the shard that it needs for generation (hybridflow), or the whole model, of which it keeps its part
+(vanilla, deepspeed). A gathered tensor lies in memory along its cut: the training shards one after another, this
+rank's own among them. So a slice is a name and a range of entries, which its owners read and all others write.
 
-Matrices that are cut move inside micro-DP groups; norms, which every tensor rank has, move only between the stages of
-one tensor index. So with hybridflow a rank receives, exactly, what it needs less what it owns:
+Matrices that are cut travel inside micro-DP groups. Norms, which every tensor rank has, travel only between the stages
+of one tensor index. So with hybridflow a rank receives exactly what it needs less what it owns:
 
     layers                          (1/(t_g p_g) - 1/(t p)) M, as `GenerationGrouping.received_bytes` says
     norms of the layers             (1/p_g - 1/p) of them
     embedding (E bytes)             (1/t_g - 1/t) E on ranks that trained it, E/t_g on others that generate with it
     final norm, head                the same
-    tied, p_g = 1 < p               one matrix moves, from the first stage: the last one, which owns a copy of its
+    tied, p_g = 1 < p               one matrix is sent, from the first stage: the last one, which owns a copy of its
                                     shard, receives E/t_g like the stages between, E/t more than it lacks
 
 Fully sharded ranks own 1/d of each shard (S = p t d parts of a cut matrix), and gather from all replicas:
 
     layers                          (1/(t_g p_g) - 1/S) M
     norms of the layers             (1/p_g - 1/(p d)) of them, since tensor ranks own the same d parts
-    the ends                        likewise, with 1/d of what a rank's stage and tensor index trains
+    embedding, final norm, head     likewise, with 1/d of what a rank's stage and tensor index trains
 
 With p = t = 1 they may also regroup as S tensor ranks, and generate with any t_g that divides S.
 """
@@ -42,7 +42,7 @@ class TensorSlice(msgspec.Struct, frozen=True):
 
 
 class Collective(msgspec.Struct, frozen=True):
-    """One collective: each owner sends its pieces, a row of entries, to all members."""
+    """One collective: each owner sends its slices, as a row of entries, to all members."""
 
     members: tuple[int, ...]  # global ranks
     owners: tuple[int, ...]  # the members that send: all (an all-gather), or some (a broadcast from each)
@@ -51,7 +51,7 @@ class Collective(msgspec.Struct, frozen=True):
 
     @property
     def names(self) -> list[str]:
-        """The tensors that it brings parts of, in its order."""
+        """Names of the tensors that it carries parts of, in its order."""
         return list(dict.fromkeys(piece.name for row in self.pieces for piece in row))
 
     def received_elements(self, rank: int) -> int:
@@ -60,7 +60,7 @@ class Collective(msgspec.Struct, frozen=True):
 
 
 class Trained(msgspec.Struct, frozen=True):
-    """Who owns what while training: the topology, and the replicas that share each shard (1: each has it whole)."""
+    """Who owns what in training: the topology, and how many replicas share each shard (1: each has it whole)."""
 
     topology: Topology
     shares: int = 1
@@ -86,7 +86,7 @@ class Layouts(msgspec.Struct, frozen=True):
 
 
 def trained_by(grouping: GenerationGrouping) -> Trained:
-    """Who owns what where the ranks train as the grouping's style says: ZeRO leaves a share to each replica."""
+    """Who owns what when the ranks train as the grouping's style says: with ZeRO each replica owns a share."""
     return Trained(grouping.topology, grouping.topology.dp if grouping.style == "deepspeed" else 1)
 
 
@@ -127,7 +127,7 @@ def gathered_stage(grouping: GenerationGrouping, rank: int) -> int:
 
 
 def gathered_name(name: str, gathered: Container[str]) -> str:
-    """Where a trained tensor stands among gathered ones: a tied head's copy is its embedding once stages meet."""
+    """The gathered tensor of a trained one: a tied head's copy is the embedding once its stages are gathered."""
     return EMBEDDING if name == TOKEN_HEAD and name not in gathered else name
 
 
@@ -146,21 +146,21 @@ def transition(
     for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
         members = exchange if parameter.cut is not None else alike
         holders = tuple(r for r in members if topology.coordinates(r).pp == train.stage_of(parameter))
-        # Stages have equal layers, so theirs travel side by side; what one stage has alone comes from it alone.
+        # All stages have as many layers, so they send side by side; what only one stage has comes from that stage.
         owners = members if _is_in_layer(parameter) else holders
         rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
         for owner in holders:
             rows[owner].append(owned_piece(parameter, layouts, trained, topology.coordinates(owner)))
     return [
-        move
+        collective
         for (members, owners), rows in streams.items()
         if len(members) > 1
-        for move in _in_buckets(members, owners, rows, bucket_elements)
+        for collective in _in_buckets(members, owners, rows, bucket_elements)
     ]
 
 
 def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> TensorSlice:
-    """What an owner brings of a parameter: its shard, or its replica's share of it."""
+    """What an owner sends of a parameter: its shard, or its replica's share of that."""
     elements = layouts.train.shard_elements(parameter)
     width = -(-elements // trained.shares)
     first = min(width * (owner.dp if trained.shares > 1 else 0), elements)
@@ -200,7 +200,7 @@ def _in_rows(pieces: Sequence[TensorSlice], width: int) -> Iterator[list[TensorS
 
 
 def _is_shared(grouping: GenerationGrouping, trained: Trained | None) -> bool:
-    """Fully sharded ranks, whose shares a generation shard is gathered from."""
+    """Whether a generation shard is gathered from the shares of fully sharded ranks."""
     return trained is not None and trained.shares > 1 and grouping.style == "hybridflow"
 
 
@@ -217,7 +217,7 @@ def _refuse_uneven(train: ShardPlan, shares: int) -> None:
 
 
 def _alike(topology: Topology, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Ranks with equal keys, each group rising, the groups ordered by their first rank."""
+    """Groups of ranks with equal keys, each in rising order, ordered by their first rank."""
     groups: dict[Hashable, list[int]] = {}
     for rank in range(topology.world_size):
         groups.setdefault(key(rank), []).append(rank)

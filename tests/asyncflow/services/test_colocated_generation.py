@@ -236,5 +236,5 @@ async def test_after_a_fault_that_all_ranks_report_they_train_again():
     prompts = pack(world.store, tiny.make_prompts(["1+1="]), 0)
     samples = prompts.shard.sample_ids
     with pytest.raises(ValueError, match="no memory"):
-        await world.generation.draw(STAGE, samples, [[(prompts, 0)]], SAMPLING)
+        await world.generation.generate(STAGE, samples, [[(prompts, 0)]], SAMPLING)
     assert world.ranks.done == [BACK_AND_FORTH] * 4

@@ -86,10 +86,10 @@ class Trained(NamedTuple):
     received_bytes: list[int]  # of each switch
 
 
-def trained(folder: str, grouping: GenerationGrouping, switches: int, keep: bool) -> Trained:
+def trained(folder: str, grouping: GenerationGrouping, switches: int) -> Trained:
     """Two steps, each followed by so many switches to generation and back."""
     model = ParallelModel(folder, grouping.topology)
-    engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES, keep=keep)
+    engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
     optimizer = torch.optim.AdamW(model.parameters.values(), lr=1e-2)
     data, received = part(rows(), model.place.dp, grouping.topology.dp), []
     for _ in range(2):
@@ -294,13 +294,12 @@ def test_the_papers_example_in_shares_of_the_model(generate: Generate, folders, 
 # --- and back
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["freed", "kept"])
 @pytest.mark.parametrize("switch", ["1-2-2 -> 1-1", "2-2-2 -> 1-2"])
-def test_training_after_switching_back_is_unaffected(worlds, folders, switch: str, keep: bool):
+def test_training_after_switching_back_is_unaffected(worlds, folders, switch: str):
     grouping = grouping_of(switch)
     world = worlds[grouping.topology.world_size]
-    switched = world.call(trained, folders[True], grouping, 2, keep)
-    straight = world.call(trained, folders[True], grouping, 0, False)
+    switched = world.call(trained, folders[True], grouping, 2)
+    straight = world.call(trained, folders[True], grouping, 0)
     for ours, theirs in zip(switched, straight, strict=True):
         assert len(set(ours.received_bytes)) == 1  # the same every time
         assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
@@ -327,9 +326,3 @@ def test_a_grouping_of_another_topology_is_refused(folders):
     model = ParallelModel(folders[True], Topology())
     with pytest.raises(ValueError, match="the grouping is of topology 1-2-1, the model trains on 1-1-1"):
         HybridEngine(model, GenerationGrouping(Topology(1, 2, 1)))
-
-
-def test_only_what_nests_can_be_kept(folders):
-    model = ParallelModel(folders[True], Topology())
-    with pytest.raises(ValueError, match="'vanilla' frees what it gathers"):
-        HybridEngine(model, GenerationGrouping(Topology(), style="vanilla"), keep=True)
