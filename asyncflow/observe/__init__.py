@@ -1,1 +1,4 @@
-"""What is seen: metrics, journals, the timeline and the report. Reads events and spans; decides nothing."""
+"""Observation of a run: metrics, journals, the timeline and the report.
+
+It reads events and spans; no decision about a run is made here.
+"""

@@ -1,6 +1,9 @@
 """Charts as inline SVG: pure functions from numbers to markup.
 
-Colours and type come from the page's style sheet through classes, so that one image reads on light and dark.
+Colours and fonts come from the page's style sheet through classes, so one image works on light and dark backgrounds.
+
+Why not plotly: the report is one file that opens without network and without script, and its content security policy
+forbids both. A plotly figure needs several megabytes of JavaScript in every report, and its SVG export a browser.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from protocols.control.notices import Span
 
 Point = tuple[float, float]  # (step, value)
 
-MAX_POINTS = 400  # of one line: more can't be told apart at this width
-FEW_POINTS = 12  # are drawn as dots on their line; more only appear under the pointer
-MAX_SPANS = 4000  # of one Gantt chart: more would make a page that a browser can't scroll
+MAX_POINTS = 400  # per line: more can't be distinguished at this width
+FEW_POINTS = 12  # up to this many, points have visible dots; otherwise a dot appears under the pointer
+MAX_SPANS = 4000  # per Gantt chart: with more a browser can't scroll the page
 
 _KINDS = {
     "generate": "generate",
@@ -40,7 +43,7 @@ KIND_NAMES = {
 
 
 class ChartLine(msgspec.Struct, frozen=True):
-    """One line of a chart: points whose values are finite, by step."""
+    """One line of a chart: points with finite values, by step."""
 
     name: str
     points: list[Point]
@@ -48,12 +51,12 @@ class ChartLine(msgspec.Struct, frozen=True):
 
 
 def kind_of(activity: str) -> str:
-    """What an activity is to a reader of the timeline: a key of KIND_NAMES. Any other stage scores rows."""
+    """The kind of an activity, a key of KIND_NAMES. Stages that are not listed count as scoring."""
     return _KINDS.get(method_of(activity), "score")
 
 
 def line_chart(lines: Sequence[ChartLine], *, width: int = 440, height: int = 170, zero: bool = False) -> Markup:
-    """Lines over steps. `zero`: the axis of values starts at 0. Needs at least one point."""
+    """Lines over steps, with at least one point. `zero`: the value axis starts at 0."""
     left, right, top, bottom = 46, 12, 10, 22
     points = [point for line in lines for point in line.points]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
@@ -93,7 +96,7 @@ def _line(line: ChartLine, placed: Sequence[tuple[Point, Point]]) -> list[str]:
 
 
 class _Window(msgspec.Struct, frozen=True):
-    """A stretch of time (seconds) laid over a stretch of the image."""
+    """Maps an interval of time (seconds) to an interval of the image."""
 
     start: float
     end: float
@@ -101,13 +104,13 @@ class _Window(msgspec.Struct, frozen=True):
     width: float
 
     def x(self, at: float) -> float:
-        """Where a moment lies; one outside the window lies on its edge."""
+        """The position of a time; a time outside the window is on its edge."""
         inside = min(max(at, self.start), self.end)
         return self.left + (inside - self.start) / (self.end - self.start) * self.width
 
 
 def gantt(spans: Sequence[Span], start: float, end: float, *, width: int = 960) -> Markup:
-    """Who worked when between `start` and `end` (seconds): a row per service, a lane for each overlap."""
+    """The activities between `start` and `end` (seconds): a row per service, more lanes where its spans overlap."""
     top, lane_height = 20, 14
     window = _Window(start, end, left=128, width=width - 140)
     shown = [span for span in spans if span.end > start and span.start < end][-MAX_SPANS:]
@@ -138,7 +141,7 @@ def _bar(span: Span, window: _Window, y: float, height: float) -> Markup:
 
 
 def _step_marks(spans: Sequence[Span], window: _Window, top: float, bottom: float) -> list[str]:
-    """A line where the last training of each step ended."""
+    """A line at the end of each step's last training."""
     ends: dict[int, float] = {}
     for span in spans:
         if span.step >= 0 and method_of(span.activity) == "update" and span.end <= window.end:
@@ -158,7 +161,7 @@ def _time_axis(window: _Window, y: float) -> list[str]:
 
 
 def idle_bars(idle: Mapping[str, float], bounds: Mapping[str, float], *, width: int = 960) -> Markup:
-    """Idle share per service, 0 to 1, and as a mark the least that this work allows."""
+    """Idle share per service, 0 to 1, with a mark at the smallest share that this work allows."""
     left, right, row = 128, 190, 26
     scale = width - left - right
     parts: list[str] = []
@@ -178,21 +181,21 @@ def idle_bars(idle: Mapping[str, float], bounds: Mapping[str, float], *, width: 
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Mean over a centred window of about a tenth of the points, so that a trend stands out from its noise."""
+    """Moving mean over a centred window of about a tenth of the points, which shows the trend."""
     reach = len(points) // 20
     windows = (points[max(0, i - reach) : i + reach + 1] for i in range(len(points)))
     return [(step, sum(y for _, y in window) / len(window)) for (step, _), window in zip(points, windows, strict=True)]
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` points, spread evenly, the last one among them."""
+    """At most `limit` evenly spaced points, including the last one."""
     if len(points) <= limit:
         return list(points)
     return [points[round(i * (len(points) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers, 1, 2 or 5 times a power of ten apart, that enclose low and high."""
+    """About `count` round numbers that enclose low and high; their distance is 1, 2 or 5 times a power of ten."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # flat, as far as a float can tell
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
@@ -204,7 +207,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short for people: 12,345 and 0.0312 and 3e-05."""
+    """A short form for display: 12,345 and 0.0312 and 3e-05."""
     if value and not 1e-4 <= abs(value) < 1e15:
         return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""An actor's own metrics endpoint: exactly the names of the table, labels that stay bounded, a port of its own.
+"""The Prometheus endpoint of one actor: only metrics of the table, a bounded number of label values, its own port.
 
 actor: exporter.inc("tokens_generated_total", 812)  ->  registry  <-  GET /metrics  <-  Prometheus
 """
@@ -21,14 +21,14 @@ from prometheus_client import Metric as Family
 
 from asyncflow.observe.metrics import IDENTITY, METRICS, Kind, Metric, metric
 
-MAX_LABEL_VALUES = 64  # per label and metric; what comes later is counted as OTHER
+MAX_LABEL_VALUES = 64  # per label and metric; further values are counted as OTHER
 OTHER = "other"
 
 _STATM = Path("/proc/self/statm")
 
 
 class ScrapeTarget(msgspec.Struct, frozen=True):
-    """Where one actor's metrics are, for service discovery."""
+    """The address of one actor's metrics, for Prometheus service discovery."""
 
     address: str  # "host:port"
     role: str
@@ -39,8 +39,8 @@ class ScrapeTarget(msgspec.Struct, frozen=True):
 class Exporter:
     """One actor's metrics and their endpoint. Any thread may record; a series exists once it has a value.
 
-    `role` and `rank` are on every series. A metric whose own labels include `role` (the controller speaks of
-    its services) takes the role given with the value, and this actor's without one.
+    Every series has the labels `role` and `rank`. A metric that lists `role` among its own labels (the controller
+    reports about its services) uses the role given with the value, by default this actor's.
     """
 
     def __init__(self, role: str, rank: int = 0) -> None:
@@ -58,23 +58,23 @@ class Exporter:
             self._gauge("resident_memory_bytes").set_function(_resident_bytes)
 
     def inc(self, name: str, value: float = 1, **labels: str) -> None:
-        """Raise a counter. KeyError: no such metric; ValueError: it is no counter, or has other labels."""
+        """Increase a counter. Raises KeyError for an unknown metric, ValueError for another kind or other labels."""
         instrument = self._series(name, "counter", labels)
         assert isinstance(instrument, Counter)
         instrument.inc(value)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge. Errors as in `inc`."""
+        """Set a gauge. Raises like `inc`."""
         self._gauge(name, **labels).set(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one observation to a histogram. Errors as in `inc`."""
+        """Add one observation to a histogram. Raises like `inc`."""
         instrument = self._series(name, "histogram", labels)
         assert isinstance(instrument, Histogram)
         instrument.observe(value)
 
     def serve(self, host: str = "127.0.0.1") -> int:
-        """Answer GET /metrics on a free port of `host`, from a thread of its own, until `close`. Returns the port."""
+        """Serve GET /metrics on a free port of `host`, from a new thread, until `close`. Returns the port."""
         if self._server is not None:
             raise RuntimeError(
                 f"{self.role}.{self.rank} already serves its metrics on port {self._server[0].server_port}"
@@ -83,7 +83,7 @@ class Exporter:
         return self._server[0].server_port
 
     def close(self) -> None:
-        """Free the port and end the thread. Safe to call twice."""
+        """Free the port and end the thread. May be called twice."""
         if self._server is not None:
             server, thread = self._server
             self._server = None
@@ -107,7 +107,7 @@ class Exporter:
         return self._instruments[name].labels(**{"role": self.role, "rank": str(self.rank), **own})
 
     def _bounded(self, metric_name: str, label: str, value: str) -> str:
-        """A value that comes after too many others is OTHER: one bad caller can't flood the server with series."""
+        """The label value, or OTHER after MAX_LABEL_VALUES others, so that a faulty caller can't flood the server."""
         with self._lock:
             seen = self._seen.setdefault((metric_name, label), set())
             if value not in seen and len(seen) >= MAX_LABEL_VALUES:
@@ -117,10 +117,10 @@ class Exporter:
 
 
 def write_targets(path: Path, targets: Iterable[ScrapeTarget]) -> None:
-    """Write Prometheus file discovery in one move: a server that reads at any moment sees a whole file.
+    """Write the file of Prometheus file discovery atomically, so that a server always reads a complete file.
 
-    The target's labels repeat what its series say, so scrape with `honor_labels: true`; otherwise the role
-    that the controller reports about another service is renamed to `exported_role`.
+    The target's labels repeat those of its series, so scrape with `honor_labels: true`; otherwise the role that the
+    controller reports about another service is renamed to `exported_role`.
     """
     entries = [{"targets": [t.address], "labels": {"role": t.role, "rank": str(t.rank), "run": t.run}} for t in targets]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +130,9 @@ def write_targets(path: Path, targets: Iterable[ScrapeTarget]) -> None:
 
 
 class _Registry(CollectorRegistry):
-    """Leaves out the `_created` twin of every counter and histogram, which doubles the series and is never asked for.
+    """Omits the `_created` series of counters and histograms, which double the number of series and are not used.
 
-    The client library's own switch is global to the process, which other libraries share.
+    The client library's own switch for this is global to the process, which other libraries share.
     """
 
     def collect(self) -> Iterator[Family]:

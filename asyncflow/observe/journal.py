@@ -1,7 +1,7 @@
-"""metrics.jsonl and evaluations.jsonl: one JSON object a line, one line a step, whole after any crash.
+"""The journals metrics.jsonl and evaluations.jsonl: one JSON object per line and step, intact after any crash.
 
-The ledger decides which steps happened. A restart rewinds the journal to the step it resumes from, so no step
-is ever told twice.
+The ledger decides which steps happened. A restart rewinds the journal to the step from which it resumes, so no step
+occurs twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from protocols.control.events import Evaluated, StepCommitted
 class MetricsJournal:
     """An append-only file of steps or of evaluations.
 
-    A line is handed to the operating system before `append` returns, so the end of this process loses nothing;
-    a line that a power cut tore is removed when the journal is opened again.
+    A line is passed to the operating system before `append` returns, so a crash of this process loses nothing. A line
+    that a power cut left incomplete is removed when the journal is opened again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,13 +29,13 @@ class MetricsJournal:
         self._file = path.open("ab", buffering=0)
 
     def append(self, event: StepCommitted | Evaluated) -> None:
-        """Write one event as one line. Raises OSError where the disk refuses it, e.g. when it is full."""
+        """Write one event as one line. Raises OSError if the disk refuses it, e.g. because it is full."""
         line = msgspec.json.encode(line_of(event)) + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(f"{self._path}: the line of step {event.step} was not written whole; is the disk full?")
 
     def rewind(self, step: int) -> None:
-        """Forget every line of a step after `step`: it was not committed, or its lineage was rolled back."""
+        """Remove the lines of all steps after `step`, which were not committed or were rolled back."""
         kept = [line for line in whole_lines(self._path) if msgspec.json.decode(line)["step"] <= step]
         self._file.close()
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
@@ -49,19 +49,19 @@ class MetricsJournal:
 
 
 def line_of(event: StepCommitted | Evaluated) -> dict[str, Any]:
-    """An event as one flat object: its own fields, then its metrics by dotted name. NaN is written null."""
+    """An event as one flat object: its fields, then its metrics by dotted name. NaN is written as null."""
     fields = msgspec.structs.asdict(event)
     metrics = fields.pop("metrics", {})
     return {**fields, **{name: value for name, value in metrics.items() if name not in fields}}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a journal, e.g. of a run that still writes it; none where there is no file."""
+    """The objects of a journal, which a run may still be writing; none if there is no file."""
     return [msgspec.json.decode(line) for line in whole_lines(path)]
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file of JSON lines up to the last one that is whole; none where there is no file."""
+    """The lines of a JSON-lines file up to the last complete one; none if there is no file."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -69,7 +69,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def _drop_torn_end(path: Path) -> None:
-    """Cut the file behind its last line that is whole."""
+    """Truncate the file after its last complete line."""
     if path.exists():
         whole = _whole_bytes(path.read_bytes())
         with path.open("r+b") as file:
@@ -77,7 +77,7 @@ def _drop_torn_end(path: Path) -> None:
 
 
 def _whole_bytes(data: bytes) -> int:
-    """Length of the part of a journal that ends with a line that is whole: ended, and an object."""
+    """Length of the journal up to its last complete line, i.e. one that has a line end and is a JSON object."""
     end = data.rfind(b"\n") + 1
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1

@@ -1,4 +1,4 @@
-"""HTML and SVG built from values: every text is escaped unless it was built here."""
+"""Builds HTML and SVG from values; every text is escaped unless it was built here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is already markup and is not escaped again."""
 
     __slots__ = ()
 
@@ -15,7 +15,7 @@ Attribute = str | float | None
 
 
 def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
-    """An element. `class_` gives class, `stroke_width` stroke-width; an attribute that is None is left out."""
+    """An element. `class_` becomes class, `stroke_width` stroke-width; attributes that are None are omitted."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
         for key, value in attributes.items()
@@ -27,7 +27,7 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
 
 
 def join(children: tuple[str, ...] | list[str]) -> Markup:
-    """Children one after the other, texts escaped."""
+    """Concatenate children, escaping plain texts."""
     return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
 
 
@@ -35,5 +35,5 @@ _VOID = {"meta", "br", "hr"}
 
 
 def _text(value: str | float) -> str:
-    """Numbers as short as an image of this size needs."""
+    """An attribute's text; numbers with the five digits that an image of this size needs."""
     return f"{value:.5g}" if isinstance(value, float) else str(value)

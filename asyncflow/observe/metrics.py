@@ -1,8 +1,8 @@
-"""The one table of metric names: what is not listed here can't be exported, drawn or alerted on.
+"""The table of all metrics; a metric that is not listed here can't be exported.
 
-Names are given without their prefix and follow Prometheus: base units (seconds, bytes, ratio), `_total` for
-counters, histograms for durations. Every series also carries `role` and `rank`. Labels take few values, known
-beforehand: never a sample id, never a prompt.
+Names are written without their prefix and follow Prometheus: base units (seconds, bytes, ratio), `_total` for counters,
+histograms for durations. Every series also has the labels `role` and `rank`. Labels have few values that are known
+beforehand: never a sample id or a prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PREFIX = "asyncflow_"
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-IDENTITY = ("role", "rank")  # on every series: which actor says so
+IDENTITY = ("role", "rank")  # labels of every series: the actor that reports it
 
 QUICK = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)  # commits, loop lag
 SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0)  # steps, syncs, checkpoints
@@ -29,13 +29,13 @@ class Metric(msgspec.Struct, frozen=True):
     name: str  # without the prefix
     kind: Kind
     help: str
-    labels: tuple[str, ...] = ()  # its own, besides IDENTITY; a metric that lists "role" speaks of other services
+    labels: tuple[str, ...] = ()  # its own, beside IDENTITY; a metric that lists "role" is about another service
     buckets: tuple[float, ...] = ()  # upper bounds, histograms only
     group: str = ""
 
     @property
     def full_name(self) -> str:
-        """The name a Prometheus server knows."""
+        """The name with its prefix, as Prometheus sees it."""
         return PREFIX + self.name
 
 
@@ -54,47 +54,49 @@ def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "health": (
         _gauge("up", "1 while the actor answers."),
-        _gauge("build_info", "1; the labels say which program runs.", "version", "python"),
+        _gauge(
+            "build_info", "Always 1; the labels are the versions of the program and of Python.", "version", "python"
+        ),
         _gauge("start_time_seconds", "Unix time at which the actor started; uptime is time() minus this."),
         _gauge("last_step_timestamp_seconds", "Unix time of the last committed step."),
         _counter("restarts_total", "Services whose process died and was replaced.", "role"),
-        _gauge("controller_term", "Lineage of the run: rises with every restart, resume and fork."),
-        _histogram("event_loop_lag_seconds", "How late the event loop wakes what asked to be woken.", QUICK),
+        _gauge("controller_term", "Lineage of the run: increases with every restart, resume and fork."),
+        _histogram("event_loop_lag_seconds", "Delay between the time a task asked to wake and its waking.", QUICK),
     ),
     "ledger": (
-        _counter("samples_total", "Samples that reached a final state, and why.", "state", "reason"),
-        _gauge("ledger_imbalance", "Samples created less trained, dropped, failed and live. Anything but 0 is a bug."),
+        _counter("samples_total", "Samples that reached a final state, by state and reason.", "state", "reason"),
+        _gauge("ledger_imbalance", "Samples created less trained, dropped, failed and live. Any value but 0 is a bug."),
     ),
     "flow": (
-        _gauge("channel_depth", "Rows that wait in a channel.", "channel"),
-        _gauge("channel_capacity", "Rows that a channel may hold.", "channel"),
-        _histogram("channel_wait_seconds", "Time a side of a channel waited for the other.", SLOW, "channel", "side"),
-        _counter("channel_bytes_total", "Bytes that a channel's consumer read: of its own rows' blocks.", "channel"),
-        _counter("channel_inline_bytes_total", "Bytes of small frames that travelled inside a delivery.", "channel"),
-        _counter("duplicates_rejected_total", "Rows refused because they were here before, or came late.", "channel"),
-        _counter("rows_quarantined_total", "Rows whose frame was refused; they leave as failed.", "channel"),
+        _gauge("channel_depth", "Rows waiting in a channel.", "channel"),
+        _gauge("channel_capacity", "Most rows that a channel may hold.", "channel"),
+        _histogram("channel_wait_seconds", "Time one side of a channel waited for the other.", SLOW, "channel", "side"),
+        _counter("channel_bytes_total", "Bytes that a channel's consumer read, in blocks of its own rows.", "channel"),
+        _counter("channel_inline_bytes_total", "Bytes of small frames sent inside a delivery.", "channel"),
+        _counter("duplicates_rejected_total", "Rows refused as duplicates or as late.", "channel"),
+        _counter("rows_quarantined_total", "Rows whose frame was refused; they end as failed.", "channel"),
     ),
     "staleness": (
         _histogram(
             "trained_staleness_versions", "Versions between a trained sample's oldest token and its step.", VERSIONS
         ),
-        _gauge("staleness_bound_versions", "Largest staleness that the recipe admits."),
-        _gauge("weights_version", "Step of the weights that a replica holds.", "replica"),
-        _counter("straggler_wait_seconds_total", "Time from a commit until the next batch was formed."),
+        _gauge("staleness_bound_versions", "Largest staleness that the recipe allows."),
+        _gauge("weights_version", "Version of the weights that a replica has loaded.", "replica"),
+        _counter("straggler_wait_seconds_total", "Time from a commit until the next batch was complete."),
     ),
     "bubbles": (_counter("busy_seconds_total", "Time spent working; idle is 1 minus its rate.", "role", "activity"),),
     "weight sync": (
-        _histogram("weight_sync_seconds", "Time of one phase of a publication.", SLOW, "phase"),
+        _histogram("weight_sync_seconds", "Duration of one phase of publishing weights.", SLOW, "phase"),
         _counter("weight_sync_bytes_total", "Bytes of published weights."),
-        _histogram("transition_seconds", "Time of a switch from the training layout to that of generation.", SLOW),
-        _counter("transition_bytes_total", "Bytes of weights that rank 0 received in switches of layout."),
-        _gauge("transition_peak_bytes", "Most bytes of weights that rank 0 held in the last switch of layout."),
-        _gauge("transition_copied_bytes", "Bytes of weights that vLLM has a second time, of those rank 0 handed over."),
+        _histogram("transition_seconds", "Duration of a transition from the training to the generation layout.", SLOW),
+        _counter("transition_bytes_total", "Bytes of weights that rank 0 received in transitions."),
+        _gauge("transition_peak_bytes", "Most bytes of weights that rank 0 held during the last transition."),
+        _gauge("transition_copied_bytes", "Bytes of rank 0's weights that vLLM copied instead of sharing them."),
     ),
     "throughput": (
         _counter("steps_total", "Committed steps."),
         _histogram("step_seconds", "Time between two commits.", SLOW),
-        _counter("tokens_generated_total", "Response tokens that left the engine."),
+        _counter("tokens_generated_total", "Response tokens generated by the engine."),
         _counter("tokens_trained_total", "Response tokens of committed steps."),
         _counter("samples_trained_total", "Samples of committed steps."),
     ),
@@ -102,16 +104,16 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("reward_mean", "Mean reward of the last step's samples."),
         _gauge("reward_part_mean", "Mean of one part of a mixed reward, before its weight.", "part"),
         _gauge("cost_mean", "Mean cost of the last step's samples; above the limit is unsafe."),
-        _gauge("cost_multiplier", "What a unit of cost weighs against one of reward: Safe-RLHF's lambda."),
-        _gauge("kl_coefficient", "What a nat of KL costs in reward, where it is adaptive."),
+        _gauge("cost_multiplier", "Safe-RLHF's lambda: the weight of a unit of cost against a unit of reward."),
+        _gauge("kl_coefficient", "Reward per nat of KL, if the coefficient is adaptive."),
         _gauge("evaluation", "Last evaluation on held-out prompts.", "metric"),
-        _gauge("kl_reference_nats", "Mean per token of the behaviour policy's KL to the reference."),
+        _gauge("kl_reference_nats", "Mean KL per token of the rollout policy to the reference."),
         _gauge(
             "mismatch_kl_nats",
-            "Mean per token KL of the policy that drew to the one that trains; at staleness 0 the engine's error.",
+            "Mean KL per token of the rollout policy to the trained one; at staleness 0 the engine's numerical error.",
         ),
         _gauge("clip_fraction", "Share of tokens whose ratio was clipped."),
-        _gauge("gradient_norm", "Global norm before clipping.", "role"),
+        _gauge("gradient_norm", "Global gradient norm before clipping.", "role"),
         _gauge("loss", "Loss of the last step.", "role"),
     ),
     "durability": (
@@ -120,7 +122,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "last_checkpoint_timestamp_seconds", "Unix time of the last valid checkpoint; its age is time() minus this."
         ),
         _gauge("checkpoint_bytes", "Size of the last checkpoint."),
-        _histogram("ledger_commit_seconds", "Time of one durable ledger transaction.", QUICK),
+        _histogram("ledger_commit_seconds", "Duration of one durable ledger transaction.", QUICK),
     ),
     "resources": (_gauge("resident_memory_bytes", "Memory of the actor's process."),),
 }
@@ -131,7 +133,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """The row of the table with that name. Raises KeyError with the nearest name."""
+    """The row of the table with this name. Raises KeyError with the nearest name."""
     try:
         return METRICS[name]
     except KeyError:

@@ -1,7 +1,7 @@
-"""report.html: what a run learned, how its time was used and what became of its samples, in one file.
+"""report.html: learning curves, use of time and final states of the samples of a run, in one file.
 
-Everything is read from the run folder, also of a run that failed halfway. The page needs no network (its
-own policy forbids it) and no script.
+Everything is read from the run folder, even if the run failed halfway. The page needs no network (its content security
+policy forbids it) and no script.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from protocols.control.notices import Span
 Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
 Row = Mapping[str, Any]
 
-PART = "reward."  # what the means of a mixed reward's parts are called in the journal, before the part's own name
-
-GANTT_STEPS = 4  # the last steps that the Gantt chart shows
-GANTT_SECONDS = 60.0  # where no span says its step
+PART = "reward."  # prefix of the mean of a mixed reward's part in the journal
+GANTT_STEPS = 4  # number of last steps in the Gantt chart
+GANTT_SECONDS = 60.0  # its length if no span has a step
 
 
 def write_report(folder: Path, totals: Totals | None = None) -> Path:
-    """Write `folder`/report.html and return its path; a part whose file is missing says so in its place.
+    """Write `folder`/report.html and return its path; a section whose file is missing says so.
 
-    `totals` is how many samples ended where; without it the run's ledger.db is asked. Raises
-    msgspec.DecodeError, tomllib.TOMLDecodeError or sqlite3.Error where a file is there and is broken.
+    `totals` are the samples by final state, by default read from the run's ledger.db. Raises msgspec.DecodeError,
+    tomllib.TOMLDecodeError or sqlite3.Error for a broken file.
     """
     recipe_path, timeline_path = folder / "recipe.toml", folder / "timeline.json"
     recipe = recipe_path.read_text() if recipe_path.exists() else ""
@@ -52,7 +51,7 @@ def write_report(folder: Path, totals: Totals | None = None) -> Path:
 
 
 def ledger_totals(path: Path) -> dict[tuple[str, str], int]:
-    """Samples by (state, reason) in a ledger; none where there is no ledger."""
+    """Samples by (state, reason) in a ledger; empty without a ledger."""
     if not path.exists():
         return {}
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -68,7 +67,7 @@ def ledger_totals(path: Path) -> dict[tuple[str, str], int]:
 def report_page(
     *, name: str, recipe: str, steps: Sequence[Row], evaluations: Sequence[Row], spans: Sequence[Span], totals: Totals
 ) -> Markup:
-    """The page from what the run left."""
+    """The page, from the contents of the run folder."""
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -102,12 +101,8 @@ def _subtitle(recipe: str, steps: Sequence[Row]) -> str:
     facts = tomllib.loads(recipe)
     parts = [f"algorithm {facts['algorithm']}"] if "algorithm" in facts else []
     if steps:
-        minutes = sum(row["seconds"] or 0.0 for row in steps) / 60
-        parts += [
-            f"{steps[-1]['step']:,} steps",
-            f"{number(round(minutes, 1))} minutes",
-            f"weights {steps[-1]['version']}",
-        ]
+        last, minutes = steps[-1], sum(row["seconds"] or 0.0 for row in steps) / 60
+        parts += [f"{last['step']:,} steps", f"{number(round(minutes, 1))} minutes", f"weights {last['version']}"]
     return ", ".join(parts) or "No step was committed."
 
 
@@ -116,13 +111,11 @@ def _tiles(steps: Sequence[Row], evaluations: Sequence[Row], totals: Totals) -> 
     rewards = points_of(steps, "reward_mean")
     if rewards:
         trend = smoothed(rewards)
-        tiles.append(_tile("Reward", number(_short(trend[-1][1])), f"from {number(_short(trend[0][1]))}"))
+        tiles.append(_tile("Reward", _short(trend[-1][1]), f"from {_short(trend[0][1])}"))
     for metric in sorted({str(row["metric"]) for row in evaluations}):
         points = points_of([row for row in evaluations if row["metric"] == metric], "value")
         if points:
-            tiles.append(
-                _tile(f"Held-out {metric}", number(_short(points[-1][1])), f"from {number(_short(points[0][1]))}")
-            )
+            tiles.append(_tile(f"Held-out {metric}", _short(points[-1][1]), f"from {_short(points[0][1])}"))
     seconds = sum(row["seconds"] or 0.0 for row in steps)
     if seconds:
         tokens = sum(row["tokens_generated"] for row in steps)
@@ -147,7 +140,7 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
             for name in parts_of(steps)
         ),
         _bounded("Cost", "mean of the step's samples", steps, "cost_mean", "cost_limit"),
-        _trend("Multiplier", "what a unit of cost weighs against one of reward", points_of(steps, "multiplier")),
+        _trend("Multiplier", "weight of a unit of cost against one of reward", points_of(steps, "multiplier")),
         *(
             _figure(f"Held-out {m}", "prompts that are never trained", [ChartLine(m, points)], zero=True)
             for m in sorted({str(row["metric"]) for row in evaluations})
@@ -182,7 +175,7 @@ def _tokens_per_second(steps: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool = False) -> Markup:
-    """A noisy curve: its values faint, its moving mean strong."""
+    """A noisy curve: faint values and their moving mean."""
     if len(points) < 20:
         return _figure(title, note, [ChartLine("value", points)], zero)
     return _figure(
@@ -191,21 +184,21 @@ def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool 
 
 
 def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str) -> Markup:
-    """A curve and the number that it is held at, where the run has one."""
-    points, wanted = points_of(steps, name), points_of(steps, bound)
-    if not points or not wanted:
+    """A curve and its limit or target, if the run has one."""
+    points, bounds = points_of(steps, name), points_of(steps, bound)
+    if not points or not bounds:
         return _trend(title, note, points)
-    told = bound.rpartition("_")[2]  # "cost_limit" is a limit
-    return _figure(title, note, [ChartLine("value", points), ChartLine(told, wanted, style="second")])
+    label = bound.rpartition("_")[2]  # "cost_limit" is a limit
+    return _figure(title, note, [ChartLine("value", points), ChartLine(label, bounds, style="second")])
 
 
 def parts_of(steps: Sequence[Row]) -> list[str]:
-    """Names of the metrics that a mixed reward's parts have, in the order of the recipe."""
+    """Names of the metrics of a mixed reward's parts, in the order of the recipe."""
     return list(dict.fromkeys(name for row in steps for name in row if name.startswith(PART)))
 
 
 def _figure(title: str, note: str, lines: list[ChartLine], zero: bool = False) -> Markup:
-    """A titled chart; nothing where no line has a point."""
+    """A titled chart; empty if no line has a point."""
     drawn = [line for line in lines if line.points]
     if not drawn:
         return Markup("")
@@ -231,7 +224,7 @@ def _last_steps(spans: Sequence[Span]) -> list[Markup]:
 
 
 def gantt_window(spans: Sequence[Span]) -> tuple[float, float]:
-    """Start and end of the last GANTT_STEPS steps, or of the last GANTT_SECONDS where no span says its step."""
+    """Start and end of the last GANTT_STEPS steps, or of the last GANTT_SECONDS if no span has a step."""
     end = max(span.end for span in spans)
     last = max(span.step for span in spans)
     since = [span.start for span in spans if span.step > max(last - GANTT_STEPS, -1)]
@@ -297,11 +290,11 @@ def _cell(text: str) -> Markup:
     return tag("td", text, class_="number")
 
 
-def _short(value: float) -> float:
-    return round(value, 3)
+def _short(value: float) -> str:
+    return number(round(value, 3))
 
 
 def points_of(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows in which `name` is a number; a journal writes what is not finite as null."""
+    """(step, value) of the rows in which `name` is a number; a journal writes values that are not finite as null."""
     values = ((row["step"], row.get(name)) for row in rows)
     return [(float(step), float(v)) for step, v in values if isinstance(v, (int, float))]

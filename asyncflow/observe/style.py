@@ -1,4 +1,4 @@
-"""The report's style sheet: one set of names for colours, given twice, for light and for dark backgrounds."""
+"""The report's style sheet: one set of colour names with values for light and for dark backgrounds."""
 
 STYLE = """
 :root {

@@ -1,7 +1,7 @@
-"""Who worked when: spans are journaled while a run lives, drawn for Perfetto when it ends, and add up to idle time.
+"""The timeline of a run: spans of activity, journaled during the run, exported for Perfetto, summed up to idle shares.
 
-A service may do several things at once (generate while it loads, score two groups), so its busy time is the
-union of its spans, and its track has as many lanes as overlap.
+A service may do several things at once (generate while it loads, score two groups). So its busy time is the length of
+the union of its spans, and its track has one lane per overlap.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Interval = tuple[float, float]
 
 
 class Timeline:
-    """The last `keep` spans of a run, in memory and in a journal that a restart reads back.
+    """The last `keep` spans of a run, in memory and in a journal that a restart reads again.
 
-    Neither grows with the run: the journal is cut down to what is kept when it holds twice as much.
+    Neither grows with the run: the journal is rewritten when it has twice as many spans.
     """
 
     def __init__(self, journal: Path, keep: int = 50_000) -> None:
@@ -37,7 +37,7 @@ class Timeline:
         self._file = self._rewritten()
 
     def add(self, spans: Iterable[Span]) -> None:
-        """Take finished spans, in any order."""
+        """Add finished spans, in any order."""
         new = list(spans)
         self.spans.extend(new)
         self._lines += len(new)
@@ -59,7 +59,7 @@ class Timeline:
         self._file.close()
 
     def _rewritten(self) -> BinaryIO:
-        """The journal, holding exactly what is kept, open for more."""
+        """Rewrite the journal with exactly the kept spans; returns it open for appending."""
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         part.write_bytes(_encode(self.spans))
         part.replace(self._path)
@@ -68,7 +68,7 @@ class Timeline:
 
 
 def trace_of(spans: Iterable[Span]) -> dict[str, Any]:
-    """The spans as a Chrome trace: a process per service, a thread per lane, times in microseconds from the first.
+    """The spans as a Chrome trace: a process per service, a thread per lane, times in microseconds from the first span.
 
     Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU ("X" and "M" events).
     """
@@ -88,7 +88,7 @@ def trace_of(spans: Iterable[Span]) -> dict[str, Any]:
 
 
 def read_spans(path: Path) -> list[Span]:
-    """The spans of a timeline.json, by start. Raises msgspec.DecodeError where the file is none of ours."""
+    """The spans of a timeline.json, by start. Raises msgspec.DecodeError for a file of another form."""
     trace = msgspec.json.decode(path.read_bytes(), type=_Trace)
     services = {e.pid: str(e.args["name"]) for e in trace.trace_events if e.name == "process_name"}
     origin = trace.other_data["origin_seconds"]
@@ -108,7 +108,7 @@ def read_spans(path: Path) -> list[Span]:
 
 
 def lanes_of(spans: Iterable[Span]) -> list[list[Span]]:
-    """Fewest lanes in which no two spans overlap, each by start (greedy interval partitioning)."""
+    """The fewest lanes in which no two spans overlap, each sorted by start (greedy interval partitioning)."""
     lanes: list[list[Span]] = []
     free: list[tuple[float, int]] = []  # (end of the lane's last span, lane)
     for span in sorted(spans, key=lambda s: (s.start, s.end)):
@@ -123,7 +123,7 @@ def lanes_of(spans: Iterable[Span]) -> list[list[Span]]:
 
 
 def union_seconds(intervals: Iterable[Interval]) -> float:
-    """Length of the union of intervals, in seconds; an interval that ends before it starts has none."""
+    """Length of the union of intervals, in seconds; an interval that ends before it starts counts 0."""
     total, reach = 0.0, float("-inf")
     for start, end in sorted(intervals):
         if end > reach:
@@ -133,7 +133,7 @@ def union_seconds(intervals: Iterable[Interval]) -> float:
 
 
 class Occupancy(msgspec.Struct, frozen=True, kw_only=True):
-    """How a window of time was used."""
+    """How services used a window of time."""
 
     seconds: float  # length of the window
     busy: dict[str, float]  # service -> share of the window in which it worked, 0 to 1
@@ -142,24 +142,24 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def idle(self) -> dict[str, float]:
-        """Service -> share of the window in which it did nothing."""
+        """Service -> share of the window in which it was idle."""
         return {service: 1.0 - share for service, share in self.busy.items()}
 
     @property
     def idle_bounds(self) -> dict[str, float]:
-        """Service -> least idle share for this work: what is left when the busiest service never waits."""
+        """Service -> smallest idle share possible for this work, reached if the busiest service never waits."""
         busiest = max(self.busy.values(), default=0.0)
         return {service: 1.0 - share / busiest if busiest else 0.0 for service, share in self.busy.items()}
 
     @property
     def overlap_bound(self) -> float:
-        """(G + T) / max(G, T): the most that overlapping generation G and training T can gain, between 1 and 2."""
+        """(G + T) / max(G, T): the largest speed-up from overlapping generation G with training T, 1 to 2."""
         longer = max(self.generation_seconds, self.training_seconds)
         return (self.generation_seconds + self.training_seconds) / longer if longer else 1.0
 
     @property
     def overlap_speedup(self) -> float:
-        """(G + T) / window: the gain over doing nothing but one of the two at a time. At most `overlap_bound`."""
+        """(G + T) / window: the speed-up over running the two one after the other. At most `overlap_bound`."""
         both = self.generation_seconds + self.training_seconds
         return both / self.seconds if self.seconds else 1.0
 
@@ -170,9 +170,9 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def idle_ratios(spans: Sequence[Span], start: float, end: float) -> Occupancy:
-    """What each service did between `start` and `end` (seconds since the epoch); spans are cut at both.
+    """How each service used the time between `start` and `end` (seconds since the epoch); spans are clipped to it.
 
-    Raises ValueError where the window has no length.
+    Raises ValueError if the window is empty.
     """
     if end <= start:
         raise ValueError(f"idle ratios need a window with a length, got start {start} and end {end}")
@@ -192,7 +192,7 @@ def idle_ratios(spans: Sequence[Span], start: float, end: float) -> Occupancy:
 
 
 def method_of(activity: str) -> str:
-    """The method that an activity names: "policy.update#1" -> "update", "publish" -> "publish"."""
+    """The method in an activity's name: "policy.update#1" -> "update", "publish" -> "publish"."""
     return activity.partition("#")[0].rpartition(".")[2]
 
 
