@@ -102,7 +102,7 @@ def enumerated(models: int, devices: int) -> int:
 def simulated(devices: int, staleness: int) -> SimulationTiming:
     """Simulate the best placement of PPO's models."""
     cluster, workload, models = Cluster(CATALOGUE[DEVICE], devices), _workload(staleness), _models(4)
-    best = across_kinds(models, [cluster], workload, 1, lambda model, topology: True)[0][0]
+    best = across_kinds(models, [cluster], workload, 1, lambda model, layout: True)[0][0]
     assert best is not None, "the only kind of device has all models"
     scenario = of_placement(best, models, cluster, workload, trace(algorithm_named("ppo")))
     start = time.process_time()

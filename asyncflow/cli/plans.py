@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from asyncflow.planner import advice, auto, plan_file
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
+from asyncflow.planner.candidates import runs
 from asyncflow.planner.costs.devices import Cluster
 from asyncflow.planner.costs.workload import work_of
 from asyncflow.planner.search.plan import Placement, format_plan, make_plan
@@ -49,7 +51,8 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
         models = work_of(checked.dataflow, shapes)
         workload = workload_of(recipe, prompt_lengths(checked.train), calibration)
-        placed = make_plan(models, cluster, workload)
+        on_ray = msgspec.structs.replace(recipe, runtime="ray")  # the devices are not here, nor need the runtime be
+        placed = make_plan(models, cluster, workload, partial(runs, on_ray))
 
         def simulated(placement: Placement) -> SimulatedRun:
             return simulate(of_placement(placement, models, cluster, workload, checked.dataflow))

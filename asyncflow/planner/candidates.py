@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
 from asyncflow.planner.costs.devices import Cluster, Refused
+from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.workload import Lengths, ModelWork
 from asyncflow.planner.search.heterogeneous import KindPlacements, across_kinds
 from asyncflow.planner.search.mapper import placements
@@ -18,7 +20,6 @@ from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
 from asyncflow.recipe.model_checks import check_placement
 from asyncflow.recipe.service_specs import GENERATOR, REPLICATED
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
-from protocols.layout.topology import Topology
 
 HOPEFUL = 8  # of the mapper's placements of each way to generate
 
@@ -73,7 +74,7 @@ def candidates(
     else:
         workload = workload_of(recipe, prompt, kinds[0].calibration)
         mapped = across_kinds(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
-                            lambda model, topology: _runs(recipe, model, topology))  # fmt: skip
+                              partial(runs, recipe))  # fmt: skip
         placed = (_of_mapper(recipe, shared, kinds) for shared in mapped)
     for candidate in placed:
         try:
@@ -116,8 +117,13 @@ def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pool
     return msgspec.structs.replace(recipe, pools=pools, placement=placement, placed_by="")
 
 
-def _runs(recipe: Recipe, model: ModelWork, topology: Topology) -> bool:
-    """Whether this build runs a model at a topology: see `check_placement`, which has the last word."""
+def runs(recipe: Recipe, model: ModelWork, layout: Layout) -> bool:
+    """Whether this version runs a model of a recipe in a layout. `check_placement` has the last word."""
+    topology = layout.topology
+    if layout.recompute:  # no recipe can say it
+        return False
+    if layout.gen_pp > 1 and recipe.generation.engine == "vllm":
+        return False
     if model.receives_from or recipe.models[model.role].lora.rank:
         return topology.world_size == 1
     return recipe.runtime != "local" or topology.world_size == 1 or (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -18,6 +18,39 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 TOKEN_HEAD = "lm_head.weight"
+
+
+class DecoderSizes(Protocol):
+    """The sizes of a decoder that stages and tensor shards divide."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+
+
+def indivisible(sizes: DecoderSizes, pp: int, tp: int) -> str:
+    """Which size pp stages and tp tensor shards don't divide, with the numbers; "" where they divide all.
+
+    The one place that says what divides what: shard plans, the checks of a recipe and the planner ask it.
+    """
+    stages, ranks = f"over {pp} pipeline stages", f"over {tp} tensor-parallel ranks"
+    for what, size, parts, where in (
+        ("layers", sizes.layers, pp, stages),
+        ("attention heads", sizes.heads, tp, ranks),
+        ("key-value heads", sizes.kv_heads, tp, ranks),
+        ("intermediate size", sizes.intermediate, tp, ranks),
+        ("vocabulary", sizes.vocabulary, tp, ranks),
+    ):
+        if parts < 1 or size % parts:
+            return f"{what} {size} can't be divided {where}"
+    return ""
 
 
 class Decoder(msgspec.Struct, frozen=True):
@@ -90,16 +123,8 @@ class ShardPlan(msgspec.Struct, frozen=True):
     tp: int = 1
 
     def __post_init__(self) -> None:
-        d, ways = self.decoder, f"over {self.tp} tensor-parallel ranks"
-        self._divide("layers", d.layers, self.pp, f"over {self.pp} pipeline stages")
-        self._divide("attention heads", d.heads, self.tp, ways)
-        self._divide("key-value heads", d.kv_heads, self.tp, ways)
-        self._divide("intermediate size", d.intermediate, self.tp, ways)
-        self._divide("vocabulary", d.vocabulary, self.tp, ways)
-
-    def _divide(self, what: str, size: int, parts: int, ways: str) -> None:
-        if parts < 1 or size % parts:
-            raise ValueError(f"{self.decoder.family} decoder: {what} {size} can't be divided {ways}")
+        if reason := indivisible(self.decoder, self.pp, self.tp):
+            raise ValueError(f"{self.decoder.family} decoder: {reason}")
 
     def layers(self, stage: int) -> range:
         """The layers of a stage, by their number in the checkpoint. Raises ValueError for a stage that isn't there."""

@@ -1,4 +1,4 @@
-"""How models lie on the same devices: layouts, and choices of them with their seconds and bytes."""
+"""Layouts of models on the same devices, and choices of layouts with their seconds and bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import msgspec
 
 from asyncflow.planner.costs.shapes import Shape
 from protocols.layout.topology import Topology
+from workers.parallel.plan import indivisible
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """How a model lies on its devices: p-t-d, and p_g-t_g where it generates."""
+    """A model's parallel sizes on its devices: p-t-d, and p_g-t_g if it generates."""
 
     topology: Topology
     recompute: bool = False
@@ -28,19 +29,19 @@ class Layout(msgspec.Struct, frozen=True):
 
     @property
     def engines(self) -> int:
-        """Generation replicas."""
+        """The number of generation replicas."""
         return self.topology.world_size // (self.gen_pp * self.gen_tp)
 
 
 class LayoutChoice(NamedTuple):
-    """Layouts of a set of models on the same devices. Seconds a step, bytes a device."""
+    """Layouts of a set of models on the same devices, with seconds a step and bytes a device."""
 
     generation_s: float
     preparation_s: float
     training_s: float
     load_s: float
     resident: float
-    transient: float  # of the model that holds most while it runs
+    transient: float  # of the model that needs most while it runs
     layouts: tuple[tuple[int, Layout], ...]  # (model, layout)
 
     @property
@@ -53,11 +54,11 @@ class LayoutChoice(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """Bytes a device, keys and values aside."""
+        """Bytes a device, without keys and values."""
         return self.resident + self.transient
 
     def beside(self, other: LayoutChoice) -> LayoutChoice:
-        """Both on the same devices, one at a time."""
+        """Both choices on the same devices, which run one model at a time."""
         return LayoutChoice(
             generation_s=self.generation_s + other.generation_s,
             preparation_s=self.preparation_s + other.preparation_s,
@@ -72,19 +73,23 @@ class LayoutChoice(NamedTuple):
 NOTHING = LayoutChoice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
 
-def topologies(shape: Shape, devices: int, tensor_limit: int) -> Iterator[Topology]:
-    """Every p-t-d of exactly so many ranks: t divides the heads and stays in a node, p divides the layers."""
-    for tp in divisors(shape.heads):
-        for pp in divisors(shape.layers):
-            if tp <= tensor_limit and devices % (pp * tp) == 0:
+def topologies(shape: Shape, devices: int, tensor_limit: int, trains: bool = False) -> Iterator[Topology]:
+    """Every p-t-d of exactly `devices` ranks that a model can be built on, with tensor shards inside one node.
+
+    A family without a sharding plan is replicated whole, and trains on one device.
+    """
+    for tp in divisors(devices):
+        for pp in divisors(devices // tp):
+            whole = pp == tp == 1 and (shape.shardable or not trains or devices == 1)
+            if whole or (tp <= tensor_limit and shape.shardable and not indivisible(shape, pp, tp)):
                 yield Topology(pp, tp, devices // (pp * tp))
 
 
 def pareto_front(choices: Iterable[tuple[LayoutChoice, LayoutChoice]], usable: float) -> list[LayoutChoice]:
-    """Pairs that fit, as one, and that no other equals or beats in time, resident and transient memory; fastest first.
+    """The Pareto front of pairs that fit, each joined into one choice, fastest first.
 
-    Taken in order of time, a pair is beaten where the step it would stand on is as low: resident memory rises along
-    the steps and transient memory falls.
+    A pair is dropped if another one is at least as good in time, resident memory and transient memory. Pairs are taken
+    in order of time; those kept so far form a staircase, along which resident memory rises and transient memory falls.
     """
     keyed = [
         (one.total_s + more.total_s, one.resident + more.resident, max(one.transient, more.transient), one, more)
@@ -107,5 +112,5 @@ def pareto_front(choices: Iterable[tuple[LayoutChoice, LayoutChoice]], usable: f
 
 @cache
 def divisors(number: int) -> tuple[int, ...]:
-    """Rising, 1 and the number itself among them."""
+    """All divisors, in rising order."""
     return tuple(size for size in range(1, number + 1) if number % size == 0)

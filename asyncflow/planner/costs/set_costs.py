@@ -18,7 +18,7 @@ from asyncflow.planner.costs.workload import ModelWork, Workload
 from asyncflow.planner.search.mapper import Floats, Split, bounds, search, step_s, vectors_of
 from protocols.layout.topology import Topology
 
-Allows = Callable[[ModelWork, Topology], bool]
+Allows = Callable[[ModelWork, Layout], bool]
 
 
 class SetCosts:
@@ -35,7 +35,7 @@ class SetCosts:
         cluster: Cluster,
         workload: Workload,
         extra: int = 0,
-        allows: Allows = lambda model, topology: True,
+        allows: Allows = lambda model, layout: True,
     ) -> None:
         self.models, self.cluster, self.workload = tuple(models), cluster, workload
         self._allows = allows
@@ -157,15 +157,14 @@ class SetCosts:
         """One model's layouts that fit alone, fastest first; a generating model's with a cache for everything."""
         model = self.models[index]
         found = []
-        for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node):
-            if not self._allows(model, topology):
-                continue
+        for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node, model.trains):
             for recompute in (False, True) if model.trains else (False,):
                 base = self._base(model, topology, recompute)
                 if base.peak <= self.cluster.device.usable_bytes:
                     found += [
                         base._replace(generation_s=seconds, layouts=((index, layout),))
                         for layout, seconds in self._generating_layouts(model, topology, recompute)
+                        if self._allows(model, layout)
                     ]
         if model.generates:
             return sorted(found, key=lambda choice: choice.total_s)
@@ -217,7 +216,7 @@ class SetCosts:
         fits = [
             (needs.resident + needs.transient, str(topology), needs)
             for devices in range(1, self.cluster.count + 1)
-            for topology in topologies(model.shape, devices, device.devices_per_node)
+            for topology in topologies(model.shape, devices, device.devices_per_node, model.trains)
             for needs in (memory.footprint(model, topology, self.workload, recompute=model.trains),)
         ]
         size, topology, needs = min(fits, key=lambda fit: fit[0])

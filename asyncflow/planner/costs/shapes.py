@@ -1,4 +1,4 @@
-"""What a cost needs to know of a decoder: nine numbers, from a transformers config or by name."""
+"""The sizes of a decoder that its costs depend on, from a transformers config or by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+from workers.parallel.plan import Decoder
 
 WEIGHT_BYTES = 2  # bfloat16
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -24,6 +26,7 @@ class Shape(msgspec.Struct, frozen=True):
     head_size: int = 0  # 0: hidden / heads
     tied: bool = False  # one matrix embeds and unembeds
     outputs: int = 0  # columns of the head; 0: the vocabulary, 1: a critic's or a reward model's value
+    shardable: bool = True  # stages and tensor shards are implemented for its family
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary"):
@@ -34,7 +37,7 @@ class Shape(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Shape:
-        """Read a transformers config. Raises ValueError for a missing size, and for a mixture of experts."""
+        """Read a transformers config. Raises ValueError for a missing size or a mixture of experts."""
         if experts := next((config[key] for key in EXPERTS if config.get(key)), 0):
             raise ValueError(f"shape {name}: {experts} experts; only dense decoders are modelled")
         keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -51,6 +54,7 @@ class Shape(msgspec.Struct, frozen=True):
             vocabulary=vocabulary,
             head_size=int(config.get("head_dim") or 0),
             tied=bool(config.get("tie_word_embeddings", False)),
+            shardable=_has_plan(config),
         )
 
     def scoring(self) -> Shape:
@@ -64,13 +68,13 @@ class Shape(msgspec.Struct, frozen=True):
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer: query and output, keys and values, three feed-forward matrices, two norms."""
+        """Weights of one layer: four attention matrices, three feed-forward matrices, two norms."""
         attention = 2 * self.hidden * self.head_dimension * (self.heads + self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
     def head_parameters(self) -> int:
-        """Weights of the head, whether or not they are the embedding's."""
+        """Weights of the head, also if they are the embedding's."""
         return self.hidden * (self.outputs or self.vocabulary)
 
     @property
@@ -79,7 +83,7 @@ class Shape(msgspec.Struct, frozen=True):
         return self.stage_parameters(1)
 
     def stage_parameters(self, pp: int) -> int:
-        """Weights of the heaviest of pp stages: the embedding stands on the first, the head on the last."""
+        """Weights of the heaviest of pp stages. The first stage has the embedding, the last one the head."""
         ends = (self.vocabulary * self.hidden, self.head_parameters)
         layers = self.layer_parameters * self.layers // pp
         if pp == 1:
@@ -87,18 +91,26 @@ class Shape(msgspec.Struct, frozen=True):
         return layers + max(ends)
 
     def forward_flops(self, context: float) -> float:
-        """Flops of a token's forward pass behind `context` others: 2 a weight, 4 a column and token attended to."""
+        """Flops of a token's forward pass after `context` others: 2 a weight, 4 a column and token attended."""
         weights = self.layer_parameters * self.layers + self.head_parameters
         return 2 * weights + 4 * self.layers * context * self.heads * self.head_dimension
 
     def stage_flops(self, pp: int, context: float) -> float:
-        """Flops of a token's forward pass through the slowest of pp stages, the last: its layers and the head."""
+        """Flops of a token's forward pass through the slowest of pp stages: the last one, with the head."""
         layers = 2 * self.layer_parameters + 4 * context * self.heads * self.head_dimension
         return layers * self.layers / pp + 2 * self.head_parameters
 
     def kv_bytes(self, pp: int, tp: int) -> float:
-        """Bytes of keys and values of one token on one of pp x tp ranks; heads are repeated where tp exceeds them."""
+        """Bytes of one token's keys and values on one of pp x tp ranks; heads are repeated where tp exceeds them."""
         return 2 * WEIGHT_BYTES * self.layers / pp * -(-self.kv_heads // tp) * self.head_dimension
+
+
+def _has_plan(config: Mapping[str, Any]) -> bool:
+    try:
+        Decoder.of(config)
+    except ValueError:
+        return False
+    return True
 
 
 LLAMA = {

@@ -70,7 +70,9 @@ class Plan(msgspec.Struct, frozen=True):
     with_more: dict[int, float]  # further devices -> seconds a step
 
 
-def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload) -> Plan:
+def make_plan(
+    models: Sequence[ModelWork], cluster: Cluster, workload: Workload, allows: Allows = lambda model, layout: True
+) -> Plan:
     """Search the placements with the policy's own ranks generating, and with a generator apart from it.
 
     Raises Refused, with the numbers, where the models do not fit.
@@ -82,7 +84,7 @@ def make_plan(models: Sequence[ModelWork], cluster: Cluster, workload: Workload)
     steps: dict[int, list[float]] = {extra: [] for extra in extras}
     for works in ways_to_generate(models):
         try:
-            costs = SetCosts(works, cluster, workload, extra=max(extras))
+            costs = SetCosts(works, cluster, workload, extra=max(extras), allows=allows)
             ranked += [(split, costs) for split in costs.best(cluster.count, KEEP)]
             bounds.append(costs.bound_s(cluster.count))
             for extra, found in steps.items():

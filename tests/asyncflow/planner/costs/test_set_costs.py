@@ -29,7 +29,7 @@ def exhaustive(models: list[ModelWork], devices: int, device: Device, work: Work
     for model in models:
         found = []
         for p, t, d in paper_search.algorithm_2(
-            model.shape.heads, model.shape.layers, devices, device.devices_per_node
+            paper_search.shards(model.shape), model.shape.layers, devices, device.devices_per_node
         ):
             for recompute in (False, True):
                 pairs = product(range(1, p + 1), range(1, t + 1)) if model.generates else [(0, 0)]
@@ -70,7 +70,7 @@ def chosen(found: SetCosts, mask: int, devices: int) -> LayoutChoice:
 def test_a_set_gets_the_best_of_all_combinations_of_layouts(memory_gb: float):
     """The critic's activations outweigh the policy's, so that memory is resident state and passing state by turns."""
     device = msgspec.structs.replace(A100, memory_bytes=memory_gb * 1e9)
-    narrow = Shape("narrow", layers=2, hidden=1024, intermediate=4096, heads=4, kv_heads=2, vocabulary=2000)
+    narrow = Shape("narrow", layers=2, hidden=1024, intermediate=4096, heads=4, kv_heads=4, vocabulary=2000)
     deep = msgspec.structs.replace(narrow, layers=3).scoring()
     models = [
         ModelWork("policy", narrow, 1, 0, True),

@@ -1,20 +1,23 @@
-"""The paper's own search (HybridFlow, algorithms 1 and 2), corrected, kept as the oracle: enumerate everything.
+"""The paper's own search (HybridFlow, algorithms 1 and 2) with corrections: the oracle that enumerates everything.
 
-Corrected: data-parallel sizes are integral, t divides the heads, p divides the layers and stays in its range, and a
-split may leave devices idle. Plain Python, and nothing of the mapper's.
+Corrections: data-parallel sizes are integral, t divides the heads (and all else that tensor shards divide), p divides
+the layers and stays in its range, and a split may leave devices idle. Plain Python; it shares no code with the mapper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from math import gcd
+
+from asyncflow.planner.costs.shapes import Shape
 
 Vector = tuple[float, float, float, float]  # generation, preparation, training, load
 Costs = dict[frozenset[int], list[Vector | None]]  # by number of devices
 
 
 def partitions(items: Sequence[int]) -> Iterator[list[frozenset[int]]]:
-    """Every way to group items, each grouping once."""
+    """Every set partition of the items, once."""
     if not items:
         yield []
         return
@@ -26,19 +29,19 @@ def partitions(items: Sequence[int]) -> Iterator[list[frozenset[int]]]:
 
 
 def splits(devices: int, sets: int) -> Iterator[tuple[int, ...]]:
-    """Every split of at most so many devices, each set getting one or more."""
+    """Every split of at most `devices` devices in which each set gets at least one."""
     for cuts in combinations(range(1, devices + 1), sets):
         yield tuple(b - a for a, b in zip((0, *cuts), cuts, strict=False))
 
 
 def iteration_s(vectors: Sequence[Vector], staleness: int) -> float:
-    """Stages one after the other, sets side by side; s + 1 steps under way, each set busy with one at a time."""
+    """Seconds of a step: stages run one after the other, sets side by side, and s + 1 steps overlap."""
     chain = sum(max(vector[stage] for vector in vectors) for stage in range(3))
     return max(chain / (1 + staleness), *(vector[3] for vector in vectors))
 
 
 def algorithm_1(costs: Costs, models: int, devices: int, staleness: int) -> dict[frozenset[frozenset[int]], float]:
-    """The best step time of every placement that is possible."""
+    """The best step time of every possible placement."""
     best: dict[frozenset[frozenset[int]], float] = {}
     for sets in partitions(range(models)):
         for sizes in splits(devices, len(sets)):
@@ -51,8 +54,13 @@ def algorithm_1(costs: Costs, models: int, devices: int, staleness: int) -> dict
     return best
 
 
+def shards(shape: Shape) -> int:
+    """The largest number of tensor shards that divides all that they cut: its divisors are the possible t."""
+    return gcd(shape.heads, shape.kv_heads, shape.intermediate, shape.vocabulary)
+
+
 def algorithm_2(heads: int, layers: int, devices: int, node: int) -> set[tuple[int, int, int]]:
-    """Every p-t-d of so many devices for a model: t up to a node, p up to what is left."""
+    """Every p-t-d of `devices` devices for a model, with t up to the size of a node."""
     found = set()
     for t in range(1, min(node, devices) + 1):
         for p in range(1, devices // t + 1):

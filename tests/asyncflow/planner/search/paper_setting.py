@@ -9,8 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from asyncflow.planner.costs.devices import CATALOGUE, Cluster
+from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload
-from protocols.layout.topology import Topology
 
 MACHINE_NETWORK = 200e9 / 8  # bytes a second, for 8 devices
 DEVICE = msgspec.structs.replace(CATALOGUE["A100-80G"], network_bytes_per_s=MACHINE_NETWORK / 8)
@@ -21,6 +21,6 @@ def cluster(count: int) -> Cluster:
     return Cluster(DEVICE, count)
 
 
-def even(model: ModelWork, topology: Topology) -> bool:
+def even(model: ModelWork, layout: Layout) -> bool:
     """Whether a model's batches, mini-batches where it trains, fall into equal parts."""
-    return WORKLOAD.samples // (WORKLOAD.mini_batches if model.trains else 1) % topology.dp == 0
+    return WORKLOAD.samples // (WORKLOAD.mini_batches if model.trains else 1) % layout.topology.dp == 0

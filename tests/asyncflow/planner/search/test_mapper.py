@@ -73,7 +73,7 @@ def test_layouts_are_the_papers_second_enumeration(name: str):
     for devices in range(1, 65):
         ours = [(t.pp, t.tp, t.dp) for t in topologies(shape, devices, tensor_limit=8)]
         assert len(ours) == len(set(ours))
-        assert set(ours) == paper_search.algorithm_2(shape.heads, shape.layers, devices, node=8)
+        assert set(ours) == paper_search.algorithm_2(paper_search.shards(shape), shape.layers, devices, node=8)
 
 
 def test_a_synchronous_step_is_its_stages_in_turn_and_an_asynchronous_one_its_busiest_set():
