@@ -114,7 +114,7 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     generating = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
     sampling = Sampling(max_tokens=recipe.generation.max_tokens, temperature=recipe.generation.temperature)
     answers = generating.generate(prompts, sampling=sampling)
-    scored = ModelCost(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers)
+    scored = ModelCost(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers.batch)
     return [float(cost) for cost in scored.batch.costs]
 
 

@@ -1,4 +1,4 @@
-"""Choose where models run: a cost model, an exact search, a simulator of the schedule, and calibration.
+"""Where models should run: a cost model, an exact search, a simulator of the schedule, and calibration.
 
-No lower package imports this one; a run needs it only for `placement = "auto"`.
+Nothing below imports it; a run works without it unless it says `placement = "auto"`.
 """

@@ -8,33 +8,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from protocols.layout.topology import Topology
 from tests.gpu.conftest import Figure
 from tests.gpu.test_transition import make
 from tests.workers.batches import experience, rollouts
 from tests.workers.ranks import own_device
-from workers.roles.parallel_answers import ParallelReference
-from workers.roles.parallel_critic import ParallelCritic
-from workers.roles.parallel_policy import ParallelPolicy
+from workers.parallel.sharding import Sharding
+from workers.roles.critic import CriticWorker
+from workers.roles.policy import PolicyWorker
+from workers.roles.reference import ReferenceWorker
 from workers.settings import Generation, Loss, Model, Optimizer
 
 ROUNDS = 3
 ROLES = ["policy", "critic", "reference"]  # reward and cost are held as a reference is
 
 
-def worker_of(role: str, folder: str, device: torch.device) -> ParallelPolicy | ParallelCritic | ParallelReference:
-    model, at, loss = Model(path=folder, learning_rate=1e-4), Topology(), Loss()
+def worker_of(role: str, folder: str, device: torch.device) -> PolicyWorker | CriticWorker | ReferenceWorker:
+    model, on, loss = Model(path=folder, learning_rate=1e-4), Sharding(device=device), Loss()
     match role:
         case "policy":
-            return ParallelPolicy(model, at, loss, Optimizer(), Generation(engine="torch"), 3, device=device)
+            return PolicyWorker(model, loss, Optimizer(), Generation(engine="torch"), 3, sharding=on)
         case "critic":
-            return ParallelCritic(model, at, loss, Optimizer(), 3, device=device)
+            return CriticWorker(model, loss, Optimizer(), 3, sharding=on)
         case _:
-            return ParallelReference(model, at, loss, Generation(), device=device)
+            return ReferenceWorker(model, loss, Generation(), sharding=on)
 
 
-def work(worker: ParallelPolicy | ParallelCritic | ParallelReference) -> None:
-    if isinstance(worker, ParallelReference):
+def work(worker: PolicyWorker | CriticWorker | ReferenceWorker) -> None:
+    if isinstance(worker, ReferenceWorker):
         worker.log_probs(rollouts(experience(5)))
     else:
         worker.update(experience(5))
@@ -53,10 +53,10 @@ def test_a_role_frees_its_device_and_works_on(kind: str, role: str, tmp_path: Pa
     for _ in range(ROUNDS):
         held = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
         started = time.perf_counter()
-        moved = worker.residence.leave()
+        moved = worker.offloader.leave()
         away = time.perf_counter()
         left = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
-        assert worker.residence.reload() == moved
+        assert worker.offloader.reload() == moved
         back = time.perf_counter()
         work(worker)
         assert moved == (times * weights if kind == "cuda" else 0)

@@ -10,19 +10,21 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from protocols.data.messages import Experience, Rollouts, Scores
-from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.roles import Sampling
 from tests import tiny
 from tests.gpu.conftest import Figure
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from workers.advantages.gae import gae
-from workers.roles.parallel_answers import ParallelReference
-from workers.roles.parallel_critic import ParallelCritic
-from workers.roles.parallel_policy import ParallelPolicy
-from workers.settings import Dtype, Generation, Loss, Model, Optimizer
+from workers.parallel.sharding import Sharding
+from workers.roles.cost import ModelCost
+from workers.roles.critic import CostCriticWorker, CriticWorker
+from workers.roles.policy import PolicyWorker
+from workers.roles.reference import ReferenceWorker
+from workers.roles.reward import ModelReward
+from workers.settings import Dtype, Generation, Lora, Loss, Model, Optimizer
 
 STEPS = 3
 GENERATION = Generation(engine="torch", slots=64)
@@ -33,48 +35,56 @@ LIKED = tiny.VOCABULARY["7"]  # the reward is the share of this token
 class Models(NamedTuple):
     """The roles of a run, on one device."""
 
-    policy: ParallelPolicy
-    critic: ParallelCritic
-    reference: ParallelReference
+    policy: PolicyWorker
+    critic: CriticWorker
+    reference: ReferenceWorker
 
 
 def models_on(kind: str, folder: str, dtype: Dtype = "float32") -> Models:
-    loss, optimizer, device = Loss(), Optimizer(epsilon=1e-3), torch.device(kind)
+    loss, optimizer, on = Loss(), Optimizer(epsilon=1e-3), Sharding(device=torch.device(kind))
     trained, frozen = Model(path=folder, learning_rate=1e-3, dtype=dtype), Model(path=folder, dtype=dtype)
-    at, grouping = Topology(), GenerationGrouping(Topology())
     return Models(
-        ParallelPolicy(trained, at, loss, optimizer, GENERATION, 3, grouping=grouping, device=device),
-        ParallelCritic(trained, at, loss, optimizer, 3, device=device),
-        ParallelReference(frozen, at, loss, GENERATION, device=device),
+        PolicyWorker(trained, loss, optimizer, GENERATION, 3, sharding=on),
+        CriticWorker(trained, loss, optimizer, 3, sharding=on),
+        ReferenceWorker(frozen, loss, GENERATION, sharding=on),
     )
 
 
 def ppo_step(models: Models, epoch: int) -> tuple[Rollouts, Mapping[str, float]]:
     """Draw, score, estimate, train both: what was drawn, and the policy's measures."""
     prompts = tiny.make_prompts(TEXTS, samples=8, epoch=epoch)
-    answer = models.policy.generate(prompts, sampling=Sampling(max_tokens=16))
-    assert answer
-    drawn = answer.batch
+    drawn = models.policy.generate(prompts, sampling=Sampling(max_tokens=16)).batch
     shares = np.array([np.mean(np.asarray(response) == LIKED) for response in drawn.responses], np.float32)
     values, reference = models.critic.values(drawn), models.reference.log_probs(drawn)
-    assert values and reference
     estimated = gae(drawn, reference, values, Scores(sample_ids=drawn.sample_ids, scores=shares))
     batch: Experience = estimated.batch
     models.critic.update(batch)
     metrics = models.policy.update(batch)
-    assert metrics
     return drawn, metrics.values
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("policy"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return path
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Language models of a family with a sharding plan and of one without, and a model with a score."""
+    qwen2 = tiny.config()
+    qwen2.vocab_size, qwen2.num_labels = VOCABULARY, 1
+    gpt2 = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=None, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID,
+    )  # fmt: skip
+    kinds = (("qwen2", Qwen2ForCausalLM, qwen2), ("gpt2", GPT2LMHeadModel, gpt2))
+    made: dict[str, str] = {}
+    for name, make, config in (*kinds, ("judge", Qwen2ForSequenceClassification, qwen2)):
+        torch.manual_seed(0)
+        made[name] = str(tmp_path_factory.mktemp(name))
+        make(config).save_pretrained(made[name])
+        tiny.tokenizer().save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, str]) -> str:
+    return folders["qwen2"]
 
 
 def test_log_probs_and_a_step_are_those_of_the_cpu(kind: str, folder: str):
@@ -83,7 +93,6 @@ def test_log_probs_and_a_step_are_those_of_the_cpu(kind: str, folder: str):
         policy = models_on(device, folder).policy
         before = policy.log_probs(rollouts(data))
         metrics = policy.update(data)
-        assert before and metrics
         seen.append((before.log_probs.values, metrics.values))
     (ours, measured), (theirs, expected) = seen
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -101,3 +110,39 @@ def test_ppo_takes_a_few_steps(kind: str, dtype: Dtype, folder: str, figure: Fig
         assert math.isfinite(measured["loss"]) and measured["gradient_norm"] > 0.0
     assert models.policy.trained.version == models.critic.trained.version == STEPS
     figure(f"PPO in {dtype} on {kind}: drawn and trained", tokens / (time.perf_counter() - started), "tokens/s")
+
+
+@pytest.mark.parametrize("role", ["policy", "adapters", "gpt2", "critic", "cost_critic", "reference", "reward", "cost"])
+def test_every_role_computes_what_the_cpu_does(kind: str, folders: dict[str, str], role: str):
+    """In float32: outputs to 1e-4, metrics to 1e-3 of their size."""
+    (ours, measured), (theirs, expected) = (computed(role, folders, torch.device(device)) for device in (kind, "cpu"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert measured == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def computed(role: str, folders: dict[str, str], device: torch.device) -> tuple[np.ndarray, Mapping[str, float]]:
+    """A role's outputs, after a step where it trains, and that step's metrics."""
+    on, loss, optimizer, data = Sharding(device=device), Loss(), Optimizer(epsilon=1e-3), experience(7)
+    trained, judge = Model(path=folders["qwen2"], learning_rate=1e-3), Model(path=folders["judge"])
+    match role:
+        case "policy" | "adapters" | "gpt2":
+            lora = Lora(rank=4 if role == "adapters" else 0)
+            model = Model(path=folders["gpt2" if role == "gpt2" else "qwen2"], learning_rate=1e-3, lora=lora)
+            policy = PolicyWorker(model, loss, optimizer, GENERATION, 3, sharding=on)
+            metrics = policy.update(data).values
+            greedy = policy.generate(tiny.make_prompts(TEXTS), sampling=Sampling(max_tokens=8, temperature=0.0)).batch
+            assert set(greedy.versions.values.tolist()) == {1}
+            return policy.log_probs(rollouts(data)).log_probs.values, metrics
+        case "critic" | "cost_critic":
+            kind = CriticWorker if role == "critic" else CostCriticWorker
+            critic = kind(trained, loss, optimizer, 3, sharding=on)
+            metrics = critic.update(data).values
+            return critic.values(rollouts(data)).values.values, metrics
+        case "reference":
+            return ReferenceWorker(trained, loss, GENERATION, sharding=on).log_probs(
+                rollouts(data)
+            ).log_probs.values, {}
+        case "reward":
+            return ModelReward(judge, 200, sharding=on).score(rollouts(data)).batch.scores, {}
+        case _:
+            return ModelCost(judge, 200, sharding=on).score(rollouts(data)).batch.costs, {}

@@ -16,7 +16,7 @@ from tests.gpu.conftest import Figure, need_cuda
 from tests.workers.ranks import Ranks, own_device
 from workers.parallel.backends import parallel_model
 from workers.resharding.hybrid_engine import HybridEngine
-from workers.training.models import MicroBatch
+from workers.training.micro_batches import MicroBatch
 
 ROUNDS = 5
 RANKS = 2
@@ -43,7 +43,7 @@ class Switched(NamedTuple):
 def switched(folder: str, backend: Backend, switch: str, kind: str) -> Switched:
     """Answer in the training layout, switch some rounds, answer in the generation layout. What every rank runs."""
     device, (train, generate) = own_device(kind), map(Topology.parse, switch.split(" -> "))
-    model = parallel_model(backend, folder, train, device=device)
+    model = parallel_model(backend, folder, train, device=device, regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate))
     rows = Rows(Jagged.from_rows([[1, 2, 3], [4, 5]]), Jagged.from_rows([[6, 7], [8, 9, 10]]))
     before = model.forward(rows, 1000, log_probs)

@@ -21,7 +21,8 @@ from workers.data.datasets import SafetyPair, read_rows
 from workers.finetune.loop import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune.reward_model import HELDOUT_ACCURACY, Pairs
 from workers.finetune.settings import RewardModelSettings
-from workers.training.models import MicroBatch, load_untrained_reward, sequence_scores
+from workers.training.micro_batches import MicroBatch
+from workers.training.models import load_untrained_reward, sequence_scores
 
 
 class NumberedPair(msgspec.Struct, frozen=True):

@@ -26,7 +26,8 @@ from workers.finetune.loop import (
     tokenized,
 )
 from workers.finetune.settings import RewardModelSettings
-from workers.training.models import MicroBatch, load_untrained_reward, micro_batches, sequence_scores
+from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.models import load_untrained_reward, sequence_scores
 
 HELDOUT_ACCURACY = "heldout_pair_accuracy"  # its name in a folder's results
 

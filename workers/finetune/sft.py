@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from workers.data.datasets import Demonstration, read_rows
 from workers.finetune.loop import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
 from workers.finetune.settings import SftSettings
-from workers.training.models import Sequences, load_causal, micro_batches, token_log_probs
+from workers.training.micro_batches import Sequences, micro_batches
+from workers.training.models import load_causal, token_log_probs
 
 
 class SftResult(msgspec.Struct, frozen=True):

@@ -14,34 +14,37 @@ from torch import Tensor
 from workers.parallel.decoder import flat, unflat
 from workers.parallel.groups import RankGroup
 from workers.parallel.plan import ShardPlan
+from workers.parallel.whole_module import WholePlan
 
 
 @torch.no_grad()
 def collect_whole(
-    plan: ShardPlan,
+    plan: ShardPlan | WholePlan,
     replica: RankGroup,
     shard: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
     *,
     first: bool,
+    wanted: Callable[[str], bool],
 ) -> dict[str, Tensor]:
     """The whole tensors on the first rank of the first replica, contiguous in host memory; elsewhere an empty dict.
 
     All ranks of all replicas call. `shard` gives a parameter's shard, laid out along its cut, on this stage and tensor
     index; other replicas take part in it where they hold the model together with the first, and bring nothing else.
-    Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding.
+    Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding. `wanted` chooses
+    parameters by name. The tensors are copies.
     """
     found: dict[str, Tensor] = {}
     replica.wait(device)  # NCCL wants all of them in a group's first operation
-    for spec in ShardPlan(plan.decoder).parameters(0):
+    for spec in (spec for spec in plan.undivided().parameters(0) if wanted(spec.name)):
         begin = plan.stage_of(spec) * plan.tp
         owners = range(begin, begin + (plan.tp if spec.cut is not None else 1))
         own = flat(shard(spec.name), spec) if replica.index in owners else None
         if not first:
             continue
         if replica.index == 0:
-            entries = torch.empty(spec.elements, dtype=dtype, device=device)
+            entries = torch.empty(spec.elements, dtype=dtype if own is None else own.dtype, device=device)
             for owner, chunk in zip(owners, entries.chunk(len(owners)), strict=True):
                 if owner == 0 and own is not None:
                     chunk.copy_(own)

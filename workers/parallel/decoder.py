@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from workers.parallel.groups import RankGroup, copied, joined, summed
-from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
+from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan, layer_parameters
 
 _CLASS_PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -121,6 +121,19 @@ class DecoderShard(nn.Module):
             self._set(name, parameter)
         if self.is_first and self.is_last and self.plan.decoder.tied:
             self._set(TOKEN_HEAD, self.get_parameter(EMBEDDING))
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, a tied one once."""
+        return dict(self.named_parameters())
+
+    def units(self) -> Iterator[tuple[nn.Module, set[str]]]:
+        """What FSDP gathers together, from the inside out: each layer; then what stands before and after them."""
+        left = {spec.name for spec in self.plan.parameters(self.stage)}
+        for index in self.plan.layers(self.stage):
+            names = {spec.name for spec in layer_parameters(self.plan.decoder, index)}
+            left -= names
+            yield self.get_submodule(f"model.layers.{index}"), names
+        yield self, left
 
     def clear(self) -> None:
         """Let the parameters go: what is called next fails, and doesn't compute with weights of the past."""

@@ -9,9 +9,6 @@ tensor shard: this is what lets the hybrid engine gather a generation shard from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-
 import msgspec
 import torch
 from torch import Tensor, nn
@@ -20,11 +17,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from workers.parallel.decoder import unflat
-from workers.parallel.model import Loss, Read
-from workers.parallel.plan import Parameter, layer_parameters
-from workers.parallel.shard_reader import read_shard
+from workers.parallel.model import MicroLoss, Read
+from workers.parallel.plan import Parameter
 from workers.parallel.sharded_state import ShardedState
-from workers.training.models import Sequences
+from workers.training.micro_batches import Sequences
 from workers.training.offload import Copy
 
 
@@ -41,17 +37,17 @@ class FullyShardedModel(ShardedState):
 
     def weight(self, name: str) -> Tensor:
         """See ParallelModel.weight."""
-        return self.whole(name, self.parameters[name].detach())
+        return self.unshard(name, self.parameters[name].detach())
 
-    def part(self, name: str, shard: Tensor) -> Tensor:
-        """See ParallelModel.part."""
+    def local_part(self, name: str, shard: Tensor) -> Tensor:
+        """See ParallelModel.local_part."""
         along = self._along(name)
         dim = along.cut or 0
         entries = self._range(name, self._flat(name, shard))
         rows = len(entries) // (shard.numel() // shard.shape[dim])
         return unflat(entries.clone(), along, tuple(rows if i == dim else n for i, n in enumerate(shard.shape)))
 
-    def backward(self, data: Sequences, budget: int, loss: Loss) -> float:
+    def backward(self, data: Sequences, budget: int, loss: MicroLoss) -> float:
         """See ParallelModel.backward."""
         try:
             return super().backward(data, budget, loss)
@@ -94,17 +90,20 @@ class FullyShardedModel(ShardedState):
         shape, dim = self.plan.shard_shape(self.specs[name]), self._along(name).cut or 0
         return -(-shape[dim] // self.topology.dp) * (self.plan.shard_elements(self.specs[name]) // shape[dim])
 
-    def _install(self, folder: str | Path) -> dict[str, nn.Parameter]:
-        """Read and divide one group after the other: no more than one is ever whole."""
+    def _held(self, name: str, shard: Tensor) -> Tensor:
+        return self.local_part(name, shard)
+
+    def _install(self) -> dict[str, nn.Parameter]:
+        """Read and divide one unit after the other: no more than one is ever whole on the device."""
         group = self.groups.data.process_group
         if group is None:
             raise ValueError(f"topology {self.topology} has one replica: there is nothing to shard the model over")
         mesh = DeviceMesh.from_group(group, self.device.type)
-        for module, names in self._units():
-            tensors = read_shard(
-                folder, self.plan, self.place.pp, self.place.tp, only=names, dtype=self.dtype, device=self.device
-            )
-            own = {name: nn.Parameter(tensor.contiguous()) for name, tensor in tensors.items()}  # torch takes no other
+        for module, names in self.shard.units():
+            own = {  # torch takes contiguous parameters only
+                name: nn.Parameter(tensor.contiguous(), requires_grad=not self.specs[name].frozen)
+                for name, tensor in self._read_parameters(names).items()
+            }
             self.shard.install(own, names)
             dims = {id(parameter): self._along(name).cut or 0 for name, parameter in own.items()}
             fully_shard(
@@ -117,17 +116,11 @@ class FullyShardedModel(ShardedState):
             if isinstance(module, FSDPModule):  # gradients are sums over replicas, which gloo has to be told
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        self._sharded = dict(self.shard.named_parameters())
-        return {name: nn.Parameter(_own_part(self._sharded[name])) for name in self.specs}
-
-    def _units(self) -> Iterator[tuple[nn.Module, set[str]]]:
-        """What is gathered together, from the inside out: each layer; then what stands before and after them."""
-        in_layers: set[str] = set()
-        for index in self.plan.layers(self.place.pp):
-            names = _names(layer_parameters(self.plan.decoder, index))
-            in_layers |= names
-            yield self.shard.get_submodule(f"model.layers.{index}"), names
-        yield self.shard, self.specs.keys() - in_layers
+        self._sharded = self.shard.by_name()
+        return {
+            name: nn.Parameter(_own_part(self._sharded[name]), requires_grad=not spec.frozen)
+            for name, spec in self.specs.items()
+        }
 
     def _attach_gradient(self) -> None:
         self.release_gradient()
@@ -135,13 +128,9 @@ class FullyShardedModel(ShardedState):
     @torch.no_grad()
     def _sum_over_replicas(self) -> None:
         """`fully_shard` has summed; this only hands it to the parts."""
-        for name, own in self.parameters.items():
+        for name, own in self._trained.items():
             gradient = self._sharded[name].grad
             own.grad = torch.zeros_like(own) if gradient is None else _local(gradient)
-
-
-def _names(specs: Iterable[Parameter]) -> set[str]:
-    return {spec.name for spec in specs}
 
 
 def _own_part(sharded: nn.Parameter) -> Tensor:

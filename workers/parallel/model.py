@@ -4,26 +4,31 @@
       --> gradients: summed over d, over both ends of a tie, clipped by their global norm --> the caller's optimizer
 
 Each rank of a replica is given the replica's rows; the replicas' rows together are the batch. Nothing is averaged:
-a loss weighs its tokens by global denominators (`share`), so sums over micro-batches and replicas are the batch's.
+a loss weighs its tokens by global denominators, so sums over micro-batches and replicas are the batch's.
+
+A replica's ranks hold either the shards of a decoder that has a sharding plan (`DecoderShard`), or, one rank a replica,
+a whole transformers module (`WholeModule`); one device is a topology of one rank.
 
 Here every replica holds its weights, gradient and moments whole. `workers.parallel.zero` and
-`workers.parallel.fully_sharded` divide them over the replicas; what differs is which part of a parameter a rank's
-optimizer steps (`optimized`, `part`, `whole`), how it gets that part's gradient, and what follows a step
-(`all_gather_updated`).
+`workers.parallel.fully_sharded` divide them over the replicas. They differ in which part of a parameter a rank's
+optimizer steps (`optimized`, `local_part`, `unshard`), in how it gets that part's gradient, and in what follows a
+step (`all_gather_updated`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from protocols.data.columns import Jagged
 from protocols.layout.topology import Topology
@@ -32,17 +37,19 @@ from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup, join_groups
 from workers.parallel.pipeline import Pipeline
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
 from workers.parallel.shard_reader import read_shard
-from workers.training.models import MicroBatch, Sequences, micro_batches
+from workers.parallel.whole_module import WholeModule
+from workers.training.lora import Adapters, adapter_parameters, merged_weight, product
+from workers.training.micro_batches import MicroBatch, Sequences, micro_batches
 from workers.training.offload import Copy, relocated
 
 # Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
-Loss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
+MicroLoss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
 Read = Callable[[Tensor, MicroBatch], Tensor]  # what to keep of them
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
 
 
-class Groups(NamedTuple):
+class ProcessGroups(NamedTuple):
     """The groups that one rank belongs to."""
 
     tensor: RankGroup  # shards of its stage
@@ -57,7 +64,8 @@ class ParallelModel:
 
     The world of torch.distributed (gloo or NCCL) is the topology's; a topology of one rank needs none. `folder` is a
     transformers folder, of which the rank reads its shard only; `recompute` keeps one activation per layer and
-    computes the others again in the backward pass; `timeout` bounds every collective.
+    computes the others again in the backward pass; `timeout` bounds every collective. With `module` the ranks hold
+    that model whole, and `head`, `dtype` and `recompute` are the module's own.
     Raises ValueError, with the numbers, where model, topology and world don't fit.
     """
 
@@ -71,6 +79,7 @@ class ParallelModel:
         device: torch.device | str = "cpu",
         recompute: bool = False,
         timeout: timedelta = COLLECTIVE_TIMEOUT,
+        module: WholeModule | None = None,
     ) -> None:
         self.topology = topology
         self.rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -78,14 +87,46 @@ class ParallelModel:
             raise ValueError(f"topology {topology} has {topology.world_size} ranks, torch.distributed has {world}")
         self.place = topology.coordinates(self.rank)
         self.dtype, self.device, self.timeout = dtype, torch.device(device), timeout
-        self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
-        self.plan = plan_of(self.config, topology, head)
-        self.groups = _join(topology, self.rank, self.plan.tied_across_stages, timeout)
-        self.shard = DecoderShard(self.config, self.plan, self.place.pp, self.groups.tensor, recompute)
+        self.shard: DecoderShard | WholeModule
+        if module is not None:
+            if topology.replica_size > 1:
+                raise ValueError(f"topology {topology} cuts the model, which this module holds whole: want 1-1-d")
+            self.config, self.plan, self.shard = module.config, module.plan, module
+            self.groups = _join(topology, self.rank, False, timeout)
+            self._read_parameters: Callable[[Container[str] | None], dict[str, Tensor]] = module.read
+        else:
+            self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
+            self.plan = plan = plan_of(self.config, topology, head)
+            self.groups = _join(topology, self.rank, plan.tied_across_stages, timeout)
+            self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute)
+            self._read_parameters = lambda only: read_shard(
+                folder, plan, self.place.pp, self.place.tp, only=only, dtype=dtype, device=device
+            )
         self.specs = {spec.name: spec for spec in self.plan.parameters(self.place.pp)}
-        self.parameters = self._install(folder)  # what this rank holds of each, by name
+        self.parameters = self._install()  # what this rank holds of each, by name
+        self._trained = {name: p for name, p in self.parameters.items() if not self.specs[name].frozen}
         self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
-        self._gradient: Tensor | None = None
+        self._gradients: list[Tensor] = []  # flat, one for each dtype
+        self._is_merged = False
+
+    @property
+    def decoder_plan(self) -> ShardPlan:
+        """The plan by which the model is cut. Raises ValueError where the ranks hold it whole."""
+        if not isinstance(self.plan, ShardPlan):
+            raise ValueError(f"a {self.config.model_type} held whole has no sharding plan to regroup its ranks by")
+        return self.plan
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """transformers' own model. Raises RuntimeError where the ranks hold shards of it."""
+        if not isinstance(self.shard, WholeModule):
+            raise RuntimeError(f"the ranks of topology {self.topology} hold shards, none of them the whole module")
+        return self.shard.model
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters, where only they are trained."""
+        return self.shard.adapters if isinstance(self.shard, WholeModule) else None
 
     @property
     def shares(self) -> int:
@@ -94,18 +135,18 @@ class ParallelModel:
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
-        """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that it holds."""
-        return self.parameters
+        """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that is trained."""
+        return self._trained
 
     def all_gather_updated(self) -> None:
         """Follow an optimizer step: weights that another replica has stepped arrive."""
 
-    def part(self, name: str, shard: Tensor) -> Tensor:
+    def local_part(self, name: str, shard: Tensor) -> Tensor:
         """What this rank's optimizer steps of a tensor that has the parameter's shard's shape."""
         return shard
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """`part`, undone, laid out along the cut: all replicas call, each with its part."""
+    def unshard(self, name: str, part: Tensor) -> Tensor:
+        """`local_part`, undone, laid out along the cut: all replicas call, each with its part."""
         return part
 
     def weight(self, name: str) -> Tensor:
@@ -117,15 +158,46 @@ class ParallelModel:
         """Whether this rank's outputs are its replica's, as the protocols collect them: last stage, tensor index 0."""
         return self.shard.is_last and self.place.tp == 0
 
-    def share(self, count: float) -> float:
-        """This replica's part of what all replicas count (0 where that is nothing): a local mean times its share.
+    def constants(self) -> dict[str, Tensor]:
+        """Persistent buffers, which belong to what is published; the decoders that are cut have none."""
+        return self.shard.constants() if isinstance(self.shard, WholeModule) else {}
 
-        `token_weights` divides by the replica's own tokens or rows; times the share, it divides by the batch's.
+    def freeze(self) -> None:
+        """Train nothing of it: it only answers."""
+        for parameter in self.shard.parameters():
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The adapters stand in the base's weights inside, and B is 0: what is published answers so, rounding included.
+
+        After it all weights are bitwise what they were. All replicas enter together; without adapters nothing happens.
         """
-        total = float(self.groups.data.sum_(torch.tensor(count, dtype=torch.float64, device=self.device)))
-        return count / total if total else 0.0
+        if self.adapters is None or self._is_merged:
+            yield
+            return
+        kept: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for base, a, b in map(adapter_parameters, self.adapters.layers):
+                change = self._held(base, product(self.weight(a), self.weight(b)))
+                kept |= {name: self.parameters[name].detach().clone() for name in (base, b)}
+                weight = self.parameters[base]
+                weight.copy_(merged_weight(weight, change, self.adapters.scaling))
+                self.parameters[b].zero_()
+        self._is_merged = True
+        try:
+            yield
+        finally:
+            self._is_merged = False
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    self.parameters[name].copy_(tensor)
 
-    def backward(self, data: Sequences, budget: int, loss: Loss) -> float:
+    def _held(self, name: str, shard: Tensor) -> Tensor:
+        """What this rank holds of a tensor that has the parameter's shard's shape: here all of it."""
+        return shard
+
+    def backward(self, data: Sequences, budget: int, loss: MicroLoss) -> float:
         """Set every parameter's `grad` to the gradient of the batch's loss, and return that loss, on every rank.
 
         `data` are the rows of this replica, perhaps none; `budget` is in padded tokens a micro-batch. All replicas run
@@ -148,11 +220,20 @@ class ParallelModel:
         kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
         return kept[:real]
 
+    def numbers(self, data: Sequences, budget: int, read: Read) -> npt.NDArray[np.float32] | None:
+        """`forward`, joined in host memory: float32, one row's numbers after another's; None before the last stage."""
+        kept = self.forward(data, budget, read)
+        if not self.shard.is_last:
+            return None
+        return torch.cat([part.float() for part in kept]).cpu().numpy() if kept else np.empty(0, np.float32)
+
     def clip_gradient(self, limit: float) -> float:
         """Scale the gradient to a global norm of `limit` at most; returns the norm before, on every rank.
 
-        Parameters that several ranks hold count once. `limit` may be infinite.
+        Parameters that several ranks hold count once. `limit` may be infinite. One rank clips as torch does.
         """
+        if self.topology.world_size == 1:
+            return float(nn.utils.clip_grad_norm_(self.optimized.values(), limit, foreach=False))
         gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, gradient in gradients.items():
@@ -170,40 +251,49 @@ class ParallelModel:
 
     def release_gradient(self) -> None:
         """Free the gradient's memory; `backward` takes it anew."""
-        self._gradient = None
+        self._gradients = []
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _install(self, folder: str | Path) -> dict[str, nn.Parameter]:
+    def _install(self) -> dict[str, nn.Parameter]:
         """Read this rank's shard into its module."""
-        tensors = read_shard(folder, self.plan, self.place.pp, self.place.tp, dtype=self.dtype, device=self.device)
-        parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+        read = self._read_parameters(None)
+        parameters = {name: nn.Parameter(t, requires_grad=not self.specs[name].frozen) for name, t in read.items()}
         self.shard.install(parameters)
         return parameters
 
     def _agreed(self, data: Sequences, budget: int) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
-        batches = list(micro_batches(data, budget))
+        batches = list(micro_batches(data, budget, self.device))
         real = len(batches)
         most = int(self.groups.data.max_(torch.tensor(real, device=self.device)))
-        return batches + [_one_token() for _ in range(most - real)], real
+        return batches + [_one_token(self.device) for _ in range(most - real)], real
 
     def _attach_gradient(self) -> None:
-        """One flat buffer whose views are the parameters' gradients: replicas sum it in a single collective."""
-        if self._gradient is None:
-            entries = sum(parameter.numel() for parameter in self.parameters.values())
-            self._gradient = torch.zeros(entries, dtype=self.dtype, device=self.device)
-        self._gradient.zero_()
-        start = 0
-        for name, parameter in self.parameters.items():
-            entries = self._gradient[start : start + parameter.numel()]
+        """Give each parameter a gradient of 0; with several replicas views of a flat buffer, for a single collective.
+
+        So a parameter that the loss does not reach has a gradient of 0 on every backend, and AdamW steps it.
+        """
+        if self.groups.data.size == 1:
+            for parameter in self._trained.values():
+                parameter.grad = torch.zeros_like(parameter)
+            return
+        if not self._gradients:
+            for dtype in dict.fromkeys(parameter.dtype for parameter in self._trained.values()):
+                self._attach_flat({name: p for name, p in self._trained.items() if p.dtype == dtype}, dtype)
+        for gradient in self._gradients:
+            gradient.zero_()
+
+    def _attach_flat(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        self._gradients.append(torch.empty(sum(sizes), dtype=dtype, device=self.device))
+        for (name, parameter), entries in zip(parameters.items(), self._gradients[-1].split(sizes), strict=True):
             parameter.grad = unflat(entries, self.specs[name], tuple(parameter.shape))
-            start += parameter.numel()
 
     def _sum_over_replicas(self) -> None:
         """Give `optimized` the gradients of all replicas' rows."""
-        assert self._gradient is not None
-        self.groups.data.sum_(self._gradient)
+        for gradient in self._gradients:
+            self.groups.data.sum_(gradient)
 
     def _reduce_gradient(self) -> None:
         self._sum_over_replicas()
@@ -242,12 +332,12 @@ def plan_of(config: PretrainedConfig, topology: Topology, head: Head = "tokens")
     return ShardPlan(Decoder.of(config.to_dict(), head), topology.pp, topology.tp)
 
 
-def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: timedelta) -> Groups:
+def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: timedelta) -> ProcessGroups:
     size = topology.replica_size
     replicas = [list(range(start, start + size)) for start in range(0, topology.world_size, size)]
     ends = [[ranks[0], ranks[-1]] for ranks in topology.pipeline_groups] if tied_across_stages else []
     partitions = (topology.tensor_groups, topology.pipeline_groups, topology.data_groups, replicas, ends)
-    return Groups(*(join_groups(partition, rank, timeout) for partition in partitions))
+    return ProcessGroups(*(join_groups(partition, rank, timeout) for partition in partitions))
 
 
 class _OneToken(NamedTuple):
@@ -257,7 +347,7 @@ class _OneToken(NamedTuple):
     responses: Jagged
 
 
-def _one_token() -> MicroBatch:
+def _one_token(device: torch.device) -> MicroBatch:
     nothing = np.zeros(0, np.int32)
     row = _OneToken(Jagged.from_rows([[0]], np.int32), Jagged.from_rows([nothing], np.int32))
-    return MicroBatch(row, np.arange(1))
+    return MicroBatch(row, np.arange(1), device)

@@ -16,7 +16,8 @@ from torch import Tensor
 from workers.parallel.decoder import DecoderShard
 from workers.parallel.groups import RankGroup
 from workers.parallel.schedule import Backward, Forward, Message, Transfer, forward_schedule, train_schedule
-from workers.training.models import MicroBatch
+from workers.parallel.whole_module import WholeModule
+from workers.training.micro_batches import MicroBatch
 
 OfOutputs = Callable[[int, Tensor], Tensor]  # a micro-batch's number and the last stage's outputs of it
 
@@ -24,7 +25,9 @@ OfOutputs = Callable[[int, Tensor], Tensor]  # a micro-batch's number and the la
 class Pipeline:
     """One stage, and the ranks of the stages beside it that hold the same tensor index."""
 
-    def __init__(self, shard: DecoderShard, group: RankGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shard: DecoderShard | WholeModule, group: RankGroup, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._shard = shard
         self._group = group
         self._dtype = dtype
@@ -76,12 +79,13 @@ class Pipeline:
     def _forward(self, batch: MicroBatch, hidden: Tensor | None, micro: int) -> Tensor:
         if hidden is not None and torch.is_grad_enabled():
             hidden.requires_grad_()
-        output = self._shard(batch.tokens.to(self._device), batch.mask.to(self._device), hidden)
+        output = self._shard(batch.tokens, batch.mask, hidden)
         if not self._shard.is_last:
             self._out["activation", micro] = output.detach()
         return output
 
     def _exchange(self, transfer: Transfer, batches: Sequence[MicroBatch]) -> None:
+        assert isinstance(self._shard, DecoderShard), "a whole module has no neighbours"
         operations = []
         for message in transfer.sends:
             tensor = self._out.pop((message.what, message.micro)).contiguous()

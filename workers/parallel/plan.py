@@ -108,6 +108,7 @@ class Parameter(msgspec.Struct, frozen=True):
     cut: int | None = None  # dimension divided over t; None: every rank of the stage holds it whole
     partial: bool = False  # whole, yet each rank's gradient comes from its own heads: their sum is the gradient
     fused: str = ""  # the matrix that an inference engine packs this one into, in the plan's order
+    frozen: bool = False  # it is not trained: it has no gradient and is in no checkpoint
 
     @property
     def elements(self) -> int:
@@ -125,6 +126,15 @@ class ShardPlan(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if reason := indivisible(self.decoder, self.pp, self.tp):
             raise ValueError(f"{self.decoder.family} decoder: {reason}")
+
+    @property
+    def head(self) -> Head:
+        """What stands on the decoder."""
+        return self.decoder.head
+
+    def undivided(self) -> ShardPlan:
+        """The same decoder on one rank."""
+        return ShardPlan(self.decoder)
 
     def layers(self, stage: int) -> range:
         """The layers of a stage, by their number in the checkpoint. Raises ValueError for a stage that isn't there."""

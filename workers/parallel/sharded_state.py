@@ -36,8 +36,8 @@ class ShardedState(ParallelModel, ABC):
         width = self._width(name)
         return entries[min(self.place.dp * width, len(entries)) :][:width]
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """See ParallelModel.whole."""
+    def unshard(self, name: str, part: Tensor) -> Tensor:
+        """See ParallelModel.unshard."""
         spec = self.specs[name]
         rows = part.new_zeros(self.topology.dp, self._width(name))
         own = self._flat(name, part)

@@ -22,6 +22,7 @@ from protocols.layout.topology import Topology
 from workers.parallel.groups import COLLECTIVE_TIMEOUT
 from workers.parallel.plan import Head
 from workers.parallel.sharded_state import ShardedState
+from workers.parallel.whole_module import WholeModule
 from workers.training.offload import Copy
 
 BUCKET_BYTES = 32 * 1024 * 1024
@@ -36,10 +37,11 @@ class _Piece(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """Parameters whose ranges travel in one collective; a larger parameter is one alone."""
+    """Parameters of one dtype whose ranges travel in one collective; a larger parameter is one alone."""
 
     pieces: tuple[_Piece, ...]
     width: int
+    dtype: torch.dtype
 
 
 class ZeroModel(ShardedState):
@@ -57,12 +59,15 @@ class ZeroModel(ShardedState):
         device: torch.device | str = "cpu",
         recompute: bool = False,
         timeout: timedelta = COLLECTIVE_TIMEOUT,
+        module: WholeModule | None = None,
     ) -> None:
-        super().__init__(folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, timeout=timeout)
+        super().__init__(
+            folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, timeout=timeout, module=module
+        )
         self._stage = stage
         # The backward pass makes gradients from the last parameter to the first.
-        self._buckets = list(self._filled(reversed(self.parameters), bucket_bytes // dtype.itemsize))
-        self._slices = {name: nn.Parameter(torch.empty(0, dtype=dtype, device=device)) for name in self.parameters}
+        self._buckets = list(self._filled(list(reversed(self._trained)), bucket_bytes))
+        self._slices = {name: nn.Parameter(p.detach().new_empty(0)) for name, p in self._trained.items()}
         self._sums: list[Tensor] = []  # of the gradient, this replica's row of each bucket
         self._next = 0  # the bucket that the backward pass fills
         self._hooked = False
@@ -71,12 +76,12 @@ class ZeroModel(ShardedState):
     def optimized(self) -> dict[str, nn.Parameter]:
         """This replica's range of each parameter [entries], a view of the weights wherever they are now."""
         for name, own in self._slices.items():
-            own.data = self._range(name, self._flat(name, self.parameters[name].data))
+            own.data = self._range(name, self._flat(name, self._trained[name].data))
         return self._slices
 
     @torch.no_grad()
     def all_gather_updated(self) -> None:
-        """See ParallelModel.spread."""
+        """See ParallelModel.all_gather_updated."""
         for bucket in self._buckets:
             rows = self._rows(bucket)
             for piece in bucket.pieces:
@@ -87,8 +92,8 @@ class ZeroModel(ShardedState):
                 entries = self._flat(piece.name, self.parameters[piece.name])
                 _from_ranges(rows[:, piece.start : piece.start + piece.width], entries)
 
-    def part(self, name: str, shard: Tensor) -> Tensor:
-        """See ParallelModel.part."""
+    def local_part(self, name: str, shard: Tensor) -> Tensor:
+        """See ParallelModel.local_part."""
         return self._range(name, self._flat(name, shard)).clone()
 
     def release_gradient(self) -> None:
@@ -111,13 +116,13 @@ class ZeroModel(ShardedState):
         return -(-self.plan.shard_elements(self.specs[name]) // self.topology.dp)
 
     def _attach_gradient(self) -> None:
-        self._sums = [torch.zeros(b.width, dtype=self.dtype, device=self.device) for b in self._buckets]
+        self._sums = [torch.zeros(b.width, dtype=b.dtype, device=self.device) for b in self._buckets]
         if self._stage == 1:
             super()._attach_gradient()
             return
         self._next = 0
         if not self._hooked:
-            for parameter in self.parameters.values():
+            for parameter in self._trained.values():
                 parameter.register_post_accumulate_grad_hook(self._arrived)
             self._hooked = True
 
@@ -134,8 +139,8 @@ class ZeroModel(ShardedState):
         if self._stage == 1:
             for index in range(len(self._buckets)):
                 self._sum(index)
-            self._gradient = None
-        elif left := [name for name, parameter in self.parameters.items() if parameter.grad is not None]:
+            self._gradients = []
+        elif left := [name for name, parameter in self._trained.items() if parameter.grad is not None]:
             raise RuntimeError(f"gradients of {left[:5]} were not summed: a parameter before them got none")
         slices = self.optimized
         for bucket, row in zip(self._buckets, self._sums, strict=True):
@@ -156,19 +161,19 @@ class ZeroModel(ShardedState):
         self._sums[index] += self.groups.data.sum_rows(rows)
 
     def _rows(self, bucket: _Bucket) -> Tensor:
-        return torch.zeros(self.topology.dp, bucket.width, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.topology.dp, bucket.width, dtype=bucket.dtype, device=self.device)
 
-    def _filled(self, names: Iterator[str], limit: int) -> Iterator[_Bucket]:
+    def _filled(self, names: list[str], limit_bytes: int) -> Iterator[_Bucket]:
         pieces: list[_Piece] = []
-        width = 0
+        width, dtype = 0, self.dtype
         for name in names:
-            own = self._width(name)
-            if pieces and (width + own) * self.topology.dp > limit:
-                yield _Bucket(tuple(pieces), width)
+            own, kind = self._width(name), self._trained[name].dtype
+            if pieces and (kind != dtype or (width + own) * self.topology.dp * kind.itemsize > limit_bytes):
+                yield _Bucket(tuple(pieces), width, dtype)
                 pieces, width = [], 0
             pieces.append(_Piece(name, width, own))
-            width += own
-        yield _Bucket(tuple(pieces), width)
+            width, dtype = width + own, kind
+        yield _Bucket(tuple(pieces), width, dtype)
 
 
 def _in_ranges(entries: Tensor, rows: Tensor) -> None:

@@ -47,8 +47,10 @@ class Gathering:
     def __init__(self, model: ParallelModel, grouping: GenerationGrouping, bucket_bytes: int) -> None:
         trained = Trained(model.topology, model.shares) if model.shares > 1 else trained_by(grouping)
         self._model = model
-        self.layouts = Layouts.of(model.plan, grouping, trained)
-        self.collectives = transition(model.plan, grouping, model.rank, bucket_bytes // model.dtype.itemsize, trained)
+        self.layouts = Layouts.of(model.decoder_plan, grouping, trained)
+        self.collectives = transition(
+            model.decoder_plan, grouping, model.rank, bucket_bytes // model.dtype.itemsize, trained
+        )
         self.specs = {p.name: p for p in self.layouts.gather.parameters(gathered_stage(grouping, model.rank))}
         self.held = self.peak = sum(nbytes(parameter) for parameter in model.parameters.values())
         join = partial(join_groups, rank=model.rank, timeout=model.timeout)

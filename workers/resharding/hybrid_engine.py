@@ -27,7 +27,7 @@ from workers.parallel.groups import join_groups
 from workers.parallel.model import ParallelModel, Read
 from workers.parallel.pipeline import Pipeline
 from workers.resharding.gather import Gathering, nbytes
-from workers.training.models import Sequences, micro_batches
+from workers.training.micro_batches import Sequences, micro_batches
 
 BUCKET_BYTES = 64 * 1024 * 1024
 
@@ -135,7 +135,7 @@ class HybridEngine:
 
         `data` are the rows of this rank's generation replica, `budget` is in padded tokens.
         """
-        batches = list(micro_batches(data, budget))
+        batches = list(micro_batches(data, budget, self.device))
         return self._pipeline.forward(batches, lambda micro, outputs: read(outputs, batches[micro]))
 
     @property
@@ -167,14 +167,14 @@ class HybridEngine:
         """
         stages, hidden = self._stages, None
         if not self.shard.is_first:
-            hidden = self._activation(*tokens.shape, self._model.plan.decoder.hidden)
+            hidden = self._activation(*tokens.shape, self._model.decoder_plan.decoder.hidden)
             stages.receive_(hidden, self.place.pp - 1)
         states = self.shard(tokens, mask, hidden, positions=positions, cache=cache, last_only=True)
         if self.shard.is_last:
             logits = states[:, -1].contiguous()
         else:
             stages.send(states.contiguous(), self.place.pp + 1)
-            logits = self._activation(len(tokens), self._model.plan.decoder.vocabulary)
+            logits = self._activation(len(tokens), self._model.decoder_plan.decoder.vocabulary)
         return stages.broadcast_(logits, stages.ranks[-1])
 
     def _activation(self, *shape: int) -> Tensor:

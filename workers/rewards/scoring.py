@@ -36,8 +36,11 @@ class ScoredRows(NamedTuple):
 class Scorer(Protocol):
     """Gives each row a score."""
 
-    def score(self, rollouts: Rollouts) -> ScoredRows:
-        """Score every row that can be scored; the others are failures with their cause."""
+    def score(self, rollouts: Rollouts) -> ScoredRows | None:
+        """Score every row that can be scored; the others are failures with their cause.
+
+        None on a rank whose answer is not collected, where several ranks share a model.
+        """
         ...
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
@@ -127,34 +130,6 @@ def _source_of(rule: str) -> CodeSource | None:
         return None
 
 
-class ModelScorer:
-    """Scores tokens by a trained model with one label, at the last token of prompt + response."""
-
-    def __init__(self, model: Model, tokens_per_micro_batch: int, role: str) -> None:
-        """`role` is the name that failures carry."""
-        from workers.training.models import load_reward
-
-        self._model = load_reward(model.path, model.dtype).requires_grad_(False)
-        self._budget = tokens_per_micro_batch
-        self._role = role
-
-    def score(self, rollouts: Rollouts) -> ScoredRows:
-        """Score each row; a row whose score is not finite fails."""
-        from workers.training.models import micro_batches, sequence_scores
-
-        parts = [sequence_scores(self._model, b).detach().numpy() for b in micro_batches(rollouts, self._budget)]
-        return scored(rollouts.sample_ids, np.concatenate(parts) if parts else np.empty(0, np.float32), self._role)
-
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Nothing to do: a model has no user code."""
-
-    def switch_code(self, take: bool) -> None:
-        """See `prepare_code`."""
-
-    def close(self) -> None:
-        """Nothing to do: it holds nothing but memory."""
-
-
 def scored(sample_ids: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], role: str) -> ScoredRows:
     """The rows [N] with a model's scores [N]; a score that is not finite fails its row, naming the role."""
     finite = np.isfinite(scores)
@@ -179,6 +154,7 @@ class MixedScorer:
         left = rollouts
         for part, scorer in self._parts:
             result = scorer.score(left)
+            assert result is not None, "no part of a mix is cut over ranks"
             failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in result.failures]
             results.append(result)
             left = select(left, result.sample_ids)
@@ -201,15 +177,3 @@ class MixedScorer:
         """Close every part."""
         for _, scorer in self._parts:
             scorer.close()
-
-
-def mixed_scorer(model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> MixedScorer:
-    """The scorer of `model.mix`: a rule or a model per part."""
-
-    def scorer_of(part: RewardPart) -> Scorer:
-        alone = Model(path=part.path, rule=part.rule, dtype=part.dtype)
-        if part.rule:
-            return RuleScorer(alone, tokenizer_path, failures)
-        return ModelScorer(alone, tokens_per_micro_batch, "reward")
-
-    return MixedScorer([(part, scorer_of(part)) for part in model.mix])

@@ -1,83 +1,93 @@
-"""The critic: predicts the return before each response token and is fitted to what came."""
+"""The critic: predicts the return before each response token and is fitted to the returns that came.
+
+All ranks of a topology call each method together, with their own replica's rows; one device is a topology of one rank.
+A rank whose answer the service does not collect returns NOT_COLLECTED, which is None.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from msgspec.structs import replace
+from torch import Tensor
 
+from protocols.data.columns import Jagged
 from protocols.data.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
-from protocols.stage import stage
-from workers.losses.aggregation import counts_of, reduce_loss, token_weights
-from workers.losses.metrics import STEPS, accumulate, mean_metrics
+from workers.losses import metrics
+from workers.losses.aggregation import reduce_loss
 from workers.losses.value import value_loss
+from workers.parallel.backends import trained_model
+from workers.parallel.model import MicroLoss
+from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.settings import Loss, Model, Optimizer
-from workers.training.models import load_critic, micro_batches, per_response, token_values
-from workers.training.optimizer_step import StepRefused
-from workers.training.trainable import TrainedModel, mini_batches, named_rows
+from workers.training.micro_batches import MicroBatch
+from workers.training.offload import Offloader
+from workers.training.trainable import TrainableModel
 
 
 class CriticWorker(Critic):
-    """One rank of a critic."""
+    """One rank of a critic.
 
-    def __init__(self, model: Model, loss: Loss, optimizer: Optimizer, seed: int) -> None:
-        self.trained = TrainedModel(load_critic(model.path, model.dtype), model.path, model.learning_rate, optimizer)
+    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    """
+
+    def __init__(
+        self, model: Model, loss: Loss, optimizer: Optimizer, seed: int, *, sharding: Sharding = ONE_DEVICE
+    ) -> None:
+        self.model = trained_model(model, sharding, head="value", seed=seed)
+        self.trained = TrainableModel(self.model, model.path, model.learning_rate, optimizer)
+        self.offloader = Offloader(self.model.device, self.trained.relocate)
         self._loss = loss
         self._seed = seed
 
-    @stage(protocol="3D_PROTO")
     def values(self, rollouts: Rollouts) -> Values:
-        """Values under the current weights; each row carries their version."""
-        budget = self._loss.tokens_per_micro_batch
+        """Values of this replica's rows under the current weights; each row carries their version."""
+        values = self.model.numbers(rollouts, self._loss.tokens_per_micro_batch, _values_of)
+        if values is None or not self.model.is_output_rank:
+            return NOT_COLLECTED
         return Values(
             sample_ids=rollouts.sample_ids,
-            values=per_response(rollouts, budget, lambda b: token_values(self.trained.model, b)),
+            values=rollouts.responses.with_values(values),
             versions=np.full(len(rollouts), self.trained.version, np.int64),
         )
 
-    @stage(protocol="METRIC")
     def update(self, experience: Experience) -> Metrics:
-        """epochs x mini_batches optimizer steps.
+        """epochs x mini_batches optimizer steps on all replicas' rows, of which these are the own ones, perhaps none.
 
-        Raises StepRefused, and changes nothing, where a loss or a gradient is not finite.
+        The metrics are those of all rows on every replica, so that their mean is what one device measures.
+        Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
         """
-        measured: dict[str, float] = {}
-        with self.trained.update(self._loss.epochs * self._loss.mini_batches):
-            for batch in mini_batches(experience, self._loss, seed=self._seed + self.trained.version):
-                accumulate(measured, self._optimizer_step(batch))
-        return Metrics(values=mean_metrics(measured))
-
-    def _optimizer_step(self, batch: Experience) -> dict[str, float]:
-        weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
-        total = 0.0
-        for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
-            values = token_values(self.trained.model, micro)
-            per_token = value_loss(
-                values, micro.column(batch.values), micro.column(batch.returns), self._loss.value_clip
-            )
-            loss = reduce_loss(per_token, micro.column(weights))
-            loss.backward()
-            total += loss.item()
-        if not np.isfinite(total):
-            raise StepRefused(f"critic.update of {named_rows(batch)}: loss is {total}")
-        norm = self.trained.apply_gradients(f"critic.update of {named_rows(batch)}")
-        return {"loss": total, "gradient_norm": norm, STEPS: 1.0}
+        taken = self.trained.learn("critic.update", experience, self._loss, self._seed, self._batch_loss)
+        return Metrics(values=metrics.mean_metrics(taken)) if self.model.is_output_rank else NOT_COLLECTED
 
     def save(self, folder: str) -> None:
-        """See TrainedModel.save."""
+        """See TrainableModel.save."""
         self.trained.save(folder)
 
     def load(self, folder: str) -> None:
-        """See TrainedModel.load."""
-        with torch.no_grad():
-            self.trained.load(folder)
+        """See TrainableModel.load."""
+        self.trained.load(folder)
+
+    def export(self, folder: str) -> None:
+        """See TrainableModel.export."""
+        self.trained.export(folder)
+
+    def _batch_loss(self, batch: Experience, weights: Jagged) -> MicroLoss:
+        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+            before, returns = micro.column(batch.values), micro.column(batch.returns)
+            per_token = value_loss(_values_of(outputs, micro), before, returns, self._loss.value_clip)
+            return reduce_loss(per_token, micro.column(weights))
+
+        return loss
 
 
 class CostCriticWorker(CriticWorker):
     """One rank of a critic of costs: the same model and loss, fitted to what a response cost."""
 
-    @stage(protocol="METRIC")
     def update(self, experience: Experience) -> Metrics:
         """See CriticWorker.update."""
         return super().update(replace(experience, returns=experience.cost_returns, values=experience.cost_values))
+
+
+def _values_of(outputs: Tensor, micro: MicroBatch) -> Tensor:
+    return micro.before_response(outputs).squeeze(-1).float()

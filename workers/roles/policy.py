@@ -1,50 +1,65 @@
-"""The policy: the model that is trained, and whose weights are published."""
+"""The policy: the model that is trained, that generates, and whose weights are published.
+
+    rows of a replica             --> update     the same loss, norm, metrics and next weights on every rank
+                                  --> log_probs  on its last stage
+    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back;
+                                                 by vLLM on its first rank, which the switch brings up to date
+    the weights                   --> snapshot   on rank 0, the same bytes whatever the topology and backend
+
+One device is a topology of one rank. All ranks of a topology call each method together; those whose answer the service
+does not collect return NOT_COLLECTED, which is None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from protocols.control.requests import CodeSource
 from protocols.data.columns import Jagged, rows_of
 from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
+from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Policy, Sampling
-from protocols.stage import stage
+from protocols.stage import Partial
 from protocols.weights import Probe, Version
 from workers.data.hf_folder import end_of_sequence
-from workers.data.pretraining import PretrainingText, TextBatch
-from workers.finetune.sft import response_loss
-from workers.generation.engine import to_rollouts
+from workers.data.pretraining import PretrainingText, ReplicaText, is_text
+from workers.generation.colocated import ColocatedEngine
+from workers.generation.colocated_vllm import ColocatedVllm
+from workers.generation.engine import FinishedRow, generate_all
+from workers.generation.hybrid import ColocatedTorch
 from workers.generation.packed import PackedWeights
 from workers.generation.torch import TorchEngine
-from workers.losses.aggregation import counts_of, reduce_loss, token_weights
-from workers.losses.metrics import STEPS, accumulate, loss_metrics, mean_metrics
+from workers.losses.aggregation import reduce_loss
+from workers.losses.metrics import accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
 from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
 from workers.losses.validate_loss import reloadable_loss
+from workers.parallel.backends import trained_model
+from workers.parallel.model import MicroLoss
+from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
+from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Loss, Model, Optimizer
-from workers.training.lora import Adapters
-from workers.training.models import (
-    MicroBatch,
-    load_causal,
-    log_softmax_of,
-    micro_batches,
-    per_response,
-    token_log_probs,
-)
-from workers.training.optimizer_step import StepRefused
-from workers.training.trainable import TrainedModel, mini_batches, named_rows
+from workers.training.micro_batches import MicroBatch
+from workers.training.models import log_softmax_of, response_log_probs
+from workers.training.offload import Offloader
+from workers.training.trainable import TrainableModel
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64  # longer than three KV blocks of 16, where a stale prefix cache would show
 
 
 class PolicyWorker(Policy):
-    """One rank of the policy. Version k means: weights after k committed steps."""
+    """One rank of the policy. Version k means: weights after k committed steps.
+
+    With a `grouping` a hybrid engine generates in that layout; without one, one device generates by itself, and
+    several ranks only train and answer. Raises ValueError, with the numbers, where model, topology and
+    torch.distributed's world don't fit.
+    """
 
     def __init__(
         self,
@@ -54,145 +69,192 @@ class PolicyWorker(Policy):
         generation: Generation,
         seed: int,
         pretraining: PretrainingText | None = None,
+        *,
+        sharding: Sharding = ONE_DEVICE,
+        grouping: GenerationGrouping | None = None,
+        sleeps: bool = False,
     ) -> None:
-        """`pretraining`: the text of `loss.ptx_coefficient`; None where that is 0."""
+        """`pretraining`: the text of `loss.ptx_coefficient`; None where that is 0. `sleeps`: see ColocatedVllm."""
         self._policy_loss = reloadable_loss(loss)
-        self._pretraining = pretraining_of(loss, pretraining)
-        causal = load_causal(model.path, model.dtype)
-        adapters = Adapters(causal, model.path, model.lora, seed) if model.lora.rank else None
-        self.trained = TrainedModel(causal, model.path, model.learning_rate, optimizer, adapters)
-        self._sends_adapters = model.lora.publish == "adapters"
+        if loss.ptx_coefficient and pretraining is None:
+            raise ValueError(f"ptx_coefficient = {loss.ptx_coefficient} needs pretraining text: there is none")
+        self.model = trained_model(model, sharding, seed=seed, regrouped=grouping is not None)
+        self.trained = TrainableModel(self.model, model.path, model.learning_rate, optimizer)
+        self.offloader = Offloader(self.model.device, self.trained.relocate)
+        self._text: ReplicaText | None = None
+        if loss.ptx_coefficient and pretraining is not None:
+            self._text = ReplicaText(pretraining, self.model.place.dp, self.model.topology.dp)
+        self._publishes_adapters = model.lora.publish == "adapters"
         self._loss = loss
         self._generation = generation
-        self._temperature = generation.temperature
         self._end_of_sequence = end_of_sequence(model.path)
-        self._tolerance = generation.probe_tolerance
+        self._temperature = generation.temperature
         self._seed = seed
-        self._probe = probe_tokens(self.trained.model.config.vocab_size, seed)
+        self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
+        self.colocated: ColocatedEngine | None = None
+        if self.hybrid is not None and generation.engine == "vllm":
+            self.colocated = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
+        elif self.hybrid is not None:
+            self.colocated = ColocatedTorch(self.hybrid, generation, seed, self._end_of_sequence)
 
-    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Rollouts:
-        """Draw all rows at once with the current weights. A service drives the engine itself, row by row."""
-        engine = self.engine(term=0)
-        engine.submit(prompts, sampling)
-        finished = []
-        while engine.unfinished:
-            finished += engine.step()
-        order = {sample: place for place, sample in enumerate(prompts.sample_ids.tolist())}
-        return to_rollouts(prompts, sorted(finished, key=lambda row: order[row.sample_id]))
+    # --- generating
+
+    def generate(self, prompts: Prompts, *, sampling: Sampling) -> Partial[Rollouts]:
+        """Sample this generation replica's rows, perhaps none, with the current weights; those that don't fit fail.
+
+        A row's tokens do not depend on the ranks that sample it. The ranks switch for it and back, unless they have
+        switched already. Raises RuntimeError without a layout to generate in, ValueError for a row that was admitted
+        at a version newer than the weights.
+        """
+        if len(prompts) and (oldest := int(prompts.min_versions.max())) > self.trained.version:
+            raise ValueError(
+                f"a prompt of version {oldest} can't be generated by weights of version {self.trained.version}"
+            )
+        if self.colocated is None:
+            return generate_all(self.engine(term=0), prompts, sampling)
+        if self.colocated.generating:
+            return self.colocated.generate(prompts, sampling) or NOT_COLLECTED
+        self.to_generation()
+        try:
+            return self.colocated.generate(prompts, sampling) or NOT_COLLECTED
+        finally:
+            self.to_training()
+
+    def to_generation(self) -> Transition | None:
+        """See ColocatedEngine.publish. Raises RuntimeError without a layout to generate in."""
+        return self._regrouped().publish(self.trained.version, self.probe)
+
+    def to_training(self) -> None:
+        """See ColocatedEngine.release."""
+        self._regrouped().release()
 
     def engine(self, term: int) -> TorchEngine:
-        """An engine that runs this very model, at its current version; `load_in_place` after an update."""
-        model, version = self.trained.model, Version(term, self.trained.version)
-        return TorchEngine(
-            model, self._generation, self._seed, self._end_of_sequence, owns_model=False, version=version
-        )
+        """An engine that runs this very model, at its current version; `load_in_place` after an update.
 
-    @stage(protocol="3D_PROTO")
+        Raises RuntimeError where several ranks share the model, or one holds it as shards.
+        """
+        version = Version(term, self.trained.version)
+        return _OwnEngine(self, self._generation, self._seed, self._end_of_sequence, version)
+
+    def _regrouped(self) -> ColocatedEngine:
+        if self.colocated is None:
+            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
+        return self.colocated
+
+    # --- answering and learning
+
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
-        """Log-probs under the current weights, at the sampling temperature."""
-        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=self._log_probs(rollouts))
+        """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
+        log_probs = self._log_probs(rollouts)
+        if log_probs is None or not self.model.is_output_rank:
+            return NOT_COLLECTED
+        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)
 
-    @stage(protocol="METRIC")
     def update(self, experience: Experience) -> Metrics:
-        """epochs x mini_batches optimizer steps.
+        """epochs x mini_batches optimizer steps on all replicas' rows, of which these are the own ones, perhaps none.
 
-        Raises StepRefused, and changes nothing, where a loss or a gradient is not finite.
+        The metrics are those of all rows on every replica, so that their mean is what one device measures.
+        Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.
         """
-        steps = self._loss.epochs * self._loss.mini_batches
         # With several optimizer steps the trust region stands around the weights at the start of the step.
-        old_log_probs = self._log_probs(experience) if steps > 1 else None
+        several = self._loss.epochs * self._loss.mini_batches > 1
+        old_log_probs = self._log_probs(experience) if several else None
         measured: dict[str, float] = {}
-        with self.trained.update(steps):
-            drawn = mini_batches(experience, self._loss, seed=self._seed + self.trained.version)
-            for number, batch in enumerate(drawn, self.trained.version * steps):
-                start = old_log_probs.take(rows_of(experience, batch.sample_ids)) if old_log_probs is not None else None
-                accumulate(measured, self._optimizer_step(batch, start, number))
-        return Metrics(values=mean_metrics(measured))
 
-    def _optimizer_step(self, batch: Experience, old_log_probs: Jagged | None, number: int) -> dict[str, float]:
-        """Optimizer step `number` of the run, counted from 0."""
-        weights = token_weights(batch.loss_mask, counts_of(batch.loss_mask), self._loss)
-        measured: dict[str, float] = {}
-        total = 0.0
-        for micro in micro_batches(batch, self._loss.tokens_per_micro_batch):
-            tokens = self._tokens(micro, batch, old_log_probs)
-            objective = policy_objective(self._policy_loss.current, tokens, self._loss)
-            loss = reduce_loss(objective.loss, micro.column(weights))
-            loss.backward()
-            total += loss.item()
-            accumulate(measured, loss_metrics(tokens, objective, self._loss))
-        if self._pretraining is not None:
-            measured["ptx_loss"] = self._pretrain(self._pretraining.batch(number))
-            total += self._loss.ptx_coefficient * measured["ptx_loss"]
-        if not np.isfinite(total):
-            raise StepRefused(f"policy.update of {named_rows(batch)}: loss is {total}")
-        norm = self.trained.apply_gradients(f"policy.update of {named_rows(batch)}")
-        return measured | {"loss": total, "gradient_norm": norm, STEPS: 1.0}
+        def batch_loss(batch: Experience, weights: Jagged) -> MicroLoss:
+            start = _start_of(batch, experience, old_log_probs) if old_log_probs is not None else None
+            return self._micro_loss(batch, weights, start, measured)
 
-    def _pretrain(self, text: TextBatch) -> float:
-        """Add the gradient of ptx_coefficient times the text's cross-entropy, and return that, nats a token.
+        beside = self._text.rows if self._text is not None else None
+        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, batch_loss, beside)
+        total = self.trained.over_replicas(measured) | taken
+        return Metrics(values=mean_metrics(total)) if self.model.is_output_rank else NOT_COLLECTED
 
-        L = L_RL + ptx_coefficient * mean of -log p(token) over the text's tokens (Ouyang et al. 2022, ptx). At
-        temperature 1: the text was written, not drawn.
+    def _micro_loss(
+        self, batch: Experience, weights: Jagged, old_log_probs: Jagged | None, measured: dict[str, float]
+    ) -> MicroLoss:
+        """The loss of a mini-batch's micro-batches; what they measure is added to `measured`.
+
+        With pretraining text: L = L_RL + ptx_coefficient * mean of -log p(token) over the text's tokens (Ouyang et al.
+        2022, ptx), at temperature 1, since the text was written and not sampled.
         """
-        cross_entropy = 0.0
-        for part in response_loss(self.trained.model, text, self._loss.tokens_per_micro_batch):
-            (self._loss.ptx_coefficient * part).backward()
-            cross_entropy += part.item()
-        return cross_entropy
+        of_text = self._text.weights(batch) if self._text is not None else None
 
-    def _tokens(self, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
-        log_probs, entropies = self._forward(micro)
+        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+            tokens = self._tokens(outputs, micro, batch, old_log_probs)
+            objective = policy_objective(self._policy_loss.current, tokens, self._loss)
+            accumulate(measured, loss_metrics(tokens, objective, self._loss))
+            reinforced = reduce_loss(objective.loss, micro.column(weights))
+            if of_text is None:
+                return reinforced
+            cross_entropy = reduce_loss(-response_log_probs(outputs, micro, 1.0), micro.column(of_text))
+            accumulate(measured, {"ptx_loss": cross_entropy.item()})
+            return reinforced + self._loss.ptx_coefficient * cross_entropy
+
+        return loss
+
+    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
+        logits = micro.before_response(outputs)
+        log_probs = log_softmax_of(logits, micro.response_tokens(), self._temperature)
         return Tokens(
             log_probs=log_probs,
             old_log_probs=micro.column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
             rollout_log_probs=micro.column(batch.log_probs),
             advantages=micro.column(batch.advantages),
             mask=micro.column(batch.loss_mask) != 0,
-            lengths=torch.from_numpy(micro.response_lengths),
+            lengths=micro.tensor(micro.response_lengths),
             reference=micro.column(batch.reference),
-            entropies=entropies,
+            entropies=token_entropies(logits, self._temperature) if self._loss.entropy_coefficient else None,
         )
 
-    def _forward(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs of the response tokens, and the entropies where the loss has a bonus for them."""
-        if not self._loss.entropy_coefficient:
-            return token_log_probs(self.trained.model, micro, self._temperature), None
-        output = self.trained.model(input_ids=micro.tokens, attention_mask=micro.mask, use_cache=False)
-        logits = micro.before_response(output.logits)
-        log_probs = log_softmax_of(logits, micro.response_tokens(), self._temperature)
-        return log_probs, token_entropies(logits, self._temperature)
-
-    def _log_probs(self, rows: Rollouts | Experience) -> Jagged:
+    def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
+        """Log-probs of the response tokens, on every rank of the last stage."""
         budget = self._loss.tokens_per_micro_batch
-        return per_response(rows, budget, lambda b: token_log_probs(self.trained.model, b, self._temperature))
+        values = self.model.numbers(rows, budget, lambda o, m: response_log_probs(o, m, self._temperature))
+        return rows.responses.with_values(values) if values is not None else None
 
-    @torch.no_grad()
+    # --- publishing and keeping
+
     def snapshot(self, version: Version) -> PackedWeights:
-        """The canonical tensors as one buffer, with their digests and the answer to the probe batch.
+        """The canonical tensors as one buffer, with their digests and the answer to the probe batch, on rank 0.
 
-        Of adapters they are the merged ones, or the adapters alone where the recipe wants that; the answer is that of
-        the merged ones, which an engine has in either case. The buffer is a copy: the next optimizer step may start
-        when this returns.
+        Adapters are merged, or published alone where the recipe wants that; the probe is answered by the merged
+        weights, which an engine has in either case. The buffer is a copy: the next optimizer step may start when this
+        returns.
         """
-        adapters, tensors, scaling = self.trained.adapters, self.trained.tensors(), None
-        forward = self.trained.model if adapters is None else partial(adapters.forward_merged, tensors)
-        probe = Probe(self._probe.tolist(), _probe_log_probs(forward, self._probe), self._tolerance)
-        if adapters is not None and self._sends_adapters:
-            tensors, scaling = adapters.tensors(), adapters.scaling
+        alone = self._publishes_adapters
+        with self.model.merged():
+            probe = self.probe()
+            tensors = {} if alone else self.trained.collect()
+        if alone:
+            tensors = self.trained.collect_adapters()
+        if self.model.rank != 0:
+            return NOT_COLLECTED
+        scaling = self.model.adapters.scaling if alone and self.model.adapters is not None else None
         return PackedWeights.publish(version, tensors, probe, scaling)
 
+    def probe(self) -> Probe:
+        """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike."""
+        tokens = _probe_tokens(int(self.model.config.vocab_size), self._seed)
+        batch = _ProbeBatch(*(Jagged.from_rows([row[part] for row in tokens]) for part in (slice(1), slice(1, None))))
+        kept = self.model.forward(batch, tokens.size, lambda o, m: response_log_probs(o, m, 1.0))
+        replica, model = self.model.groups.replica, self.model
+        answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
+        replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
+        return Probe(tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist(), self._generation.probe_tolerance)
+
     def save(self, folder: str) -> None:
-        """See TrainedModel.save."""
+        """See TrainableModel.save."""
         self.trained.save(folder)
 
     def load(self, folder: str) -> None:
-        """See TrainedModel.load."""
-        with torch.no_grad():
-            self.trained.load(folder)
+        """See TrainableModel.load."""
+        self.trained.load(folder)
+        if self.colocated is not None:
+            self.colocated.restored()
 
     def export(self, folder: str) -> None:
-        """See TrainedModel.export."""
+        """See TrainableModel.export."""
         self.trained.export(folder)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
@@ -203,20 +265,44 @@ class PolicyWorker(Policy):
         """Take what was prepared from the next step on, or drop it."""
         self._policy_loss.switch(take)
 
-
-def pretraining_of(loss: Loss, text: PretrainingText | None) -> PretrainingText | None:
-    """The text whose loss is added, None for none. Raises ValueError where there is a coefficient and no text."""
-    if loss.ptx_coefficient and text is None:
-        raise ValueError(f"ptx_coefficient = {loss.ptx_coefficient} needs pretraining text: there is none")
-    return text if loss.ptx_coefficient else None
+    def close(self) -> None:
+        """End the engine that is beside the model, where there is one."""
+        if self.colocated is not None:
+            self.colocated.close()
 
 
-def probe_tokens(vocabulary: int, seed: int) -> torch.Tensor:
-    """The probe batch of a run, int64 [PROBE_ROWS, PROBE_TOKENS]: the same wherever the policy is trained."""
-    drawn = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
-    return torch.from_numpy(drawn.astype(np.int64))
+class _OwnEngine(TorchEngine):
+    """Runs the module that is trained, which comes back to its device for a step where it was offloaded."""
+
+    def __init__(
+        self, policy: PolicyWorker, settings: Generation, run_seed: int, eos_token_id: int, version: Version
+    ) -> None:
+        if policy.model.topology.world_size > 1:
+            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
+        super().__init__(policy.model.module, settings, run_seed, eos_token_id, owns_model=False, version=version)
+        self._offloader = policy.offloader
+
+    def step(self) -> list[FinishedRow]:
+        self._offloader.reload()
+        return super().step()
 
 
-def _probe_log_probs(forward: Callable[..., Any], tokens: torch.Tensor) -> list[list[float]]:
-    logits = forward(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1).tolist()
+class _ProbeBatch(NamedTuple):
+    """The probe batch: its first tokens, and the others, which are answered."""
+
+    prompts: Jagged
+    responses: Jagged
+
+
+def _probe_tokens(vocabulary: int, seed: int) -> np.ndarray:
+    """The probe batch of a run, int32 [PROBE_ROWS, PROBE_TOKENS]: the same wherever the policy is trained."""
+    tokens = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
+    return tokens.astype(np.int32)
+
+
+def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) -> Jagged:
+    """`old_log_probs` of the batch's rows, which are some of the experience's; text beside them has none."""
+    text = is_text(batch)
+    start = old_log_probs.take(rows_of(experience, batch.sample_ids[~text]))
+    beside = batch.responses.take(np.flatnonzero(text))
+    return Jagged.concat([start, beside.with_values(np.zeros(len(beside.values), np.float32))])

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from protocols.data.messages import LogProbs, Rollouts
 from protocols.roles import Reference
-from protocols.stage import stage
+from workers.parallel.backends import frozen_model
+from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.settings import Generation, Loss, Model
-from workers.training.models import load_causal, per_response, token_log_probs
+from workers.training.models import response_log_probs
+from workers.training.offload import Offloader
 
 
 class ReferenceWorker(Reference):
-    """One rank of the reference."""
+    """One rank of the reference.
 
-    def __init__(self, model: Model, loss: Loss, generation: Generation) -> None:
-        self._model = load_causal(model.path, model.dtype).requires_grad_(False)
+    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    """
+
+    def __init__(self, model: Model, loss: Loss, generation: Generation, *, sharding: Sharding = ONE_DEVICE) -> None:
+        self.model = frozen_model(model, sharding)
+        self.offloader = Offloader(self.model.device, self.model.relocate)
         self._budget = loss.tokens_per_micro_batch
         self._temperature = generation.temperature
 
-    @stage(protocol="3D_PROTO")
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
-        """Log-probs of the response tokens, at the sampling temperature."""
-        column = per_response(rollouts, self._budget, lambda b: token_log_probs(self._model, b, self._temperature))
-        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=column)
+        """Log-probs of the response tokens of this replica's rows, at the sampling temperature."""
+        values = self.model.numbers(rollouts, self._budget, lambda o, m: response_log_probs(o, m, self._temperature))
+        if values is None or not self.model.is_output_rank:
+            return NOT_COLLECTED
+        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.responses.with_values(values))

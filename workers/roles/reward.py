@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -11,21 +12,27 @@ from protocols.control.requests import CodeSource
 from protocols.data.columns import Jagged
 from protocols.data.messages import Rollouts, Scores
 from protocols.roles import Reward
-from protocols.stage import Partial, stage
-from workers.rewards.scoring import ModelScorer, RuleScorer, Scorer, mixed_scorer
-from workers.settings import Failures, Model
+from protocols.stage import Partial
+from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
+from workers.rewards.scoring import MixedScorer, RuleScorer, Scorer
+from workers.settings import Failures, Model, RewardPart
+
+if TYPE_CHECKING:
+    from workers.parallel.model import ParallelModel
+    from workers.training.offload import Offloader
 
 
-class _ScoredReward(Reward):
-    """A scorer's numbers are scores."""
+class RewardWorker(Reward):
+    """One rank of a reward. Its scorer's numbers are the scores."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, offloader: Offloader | None = None) -> None:
         self._scorer = scorer
+        self.offloader = offloader  # of the scorer's models; None where it has none
 
-    @stage(protocol="DP_PROTO", balance="tokens")
     def score(self, rollouts: Rollouts) -> Partial[Scores]:
-        """A score a row; see the scorers for the rows that fail."""
-        scored = self._scorer.score(rollouts)
+        """A score a row; a row that can't be scored fails with its cause."""
+        if (scored := self._scorer.score(rollouts)) is None:
+            return NOT_COLLECTED
         scores = Scores(sample_ids=scored.sample_ids, scores=scored.scores)
         if scored.parts is not None:
             rows, parts = scored.parts.shape
@@ -45,22 +52,55 @@ class _ScoredReward(Reward):
         self._scorer.close()
 
 
-class RuleReward(_ScoredReward):
+class RuleReward(RewardWorker):
     """Scores texts by a rule, in a process of its own."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
         super().__init__(RuleScorer(model, tokenizer_path, failures))
 
 
-class ModelReward(_ScoredReward):
+class ModelReward(RewardWorker):
     """Scores tokens by a trained reward model, at the last token of prompt + response."""
 
-    def __init__(self, model: Model, tokens_per_micro_batch: int) -> None:
-        super().__init__(ModelScorer(model, tokens_per_micro_batch, "reward"))
+    def __init__(self, model: Model, tokens_per_micro_batch: int, *, sharding: Sharding = ONE_DEVICE) -> None:
+        from workers.roles.model_scorer import ModelScorer
+
+        scorer = ModelScorer(model, tokens_per_micro_batch, "reward", sharding)
+        super().__init__(scorer, scorer.offloader)
+        self.model = scorer.model
 
 
-class MixedReward(_ScoredReward):
-    """The weighted sum of rules and models, with what each of them said."""
+class MixedReward(RewardWorker):
+    """The weighted sum of rules and models, with the number of each part."""
 
-    def __init__(self, model: Model, tokenizer_path: str, tokens_per_micro_batch: int, failures: Failures) -> None:
-        super().__init__(mixed_scorer(model, tokenizer_path, tokens_per_micro_batch, failures))
+    def __init__(
+        self,
+        model: Model,
+        tokenizer_path: str,
+        tokens_per_micro_batch: int,
+        failures: Failures,
+        *,
+        sharding: Sharding = ONE_DEVICE,
+    ) -> None:
+        models: list[ParallelModel] = []
+
+        def scorer_of(part: RewardPart) -> Scorer:
+            alone = Model(path=part.path, rule=part.rule, dtype=part.dtype)
+            if part.rule:
+                return RuleScorer(alone, tokenizer_path, failures)
+            from workers.roles.model_scorer import ModelScorer
+
+            scorer = ModelScorer(alone, tokens_per_micro_batch, "reward", sharding)
+            models.append(scorer.model)
+            return scorer
+
+        super().__init__(MixedScorer([(part, scorer_of(part)) for part in model.mix]), _offloader_of(models))
+
+
+def _offloader_of(models: Sequence[ParallelModel]) -> Offloader | None:
+    """Moves all models of a mix together; None where it has none."""
+    if not models:
+        return None
+    from workers.training.offload import Offloader
+
+    return Offloader(models[0].device, lambda copy: sum(model.relocate(copy) for model in models))

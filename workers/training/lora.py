@@ -1,14 +1,14 @@
 """Low-rank adapters: a layer's weight W becomes W + scaling B A, and only A and B train (Hu et al. 2021).
 
-peft builds the layers and names the files; here stands what the rest of the project needs of them: the tensors that a
-checkpoint holds, and the merged ones, which are the model's own by name and shape and so serve every engine.
+peft builds the layers and names the files. This module adds what the rest of the project needs: which parameters
+belong together, their names in a checkpoint, and the merged weights, which have the names and shapes of the base and
+so serve every engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from workers.settings import Lora
-from workers.training.models import canonical_tensors
 
 A, B = ".lora_A.weight", ".lora_B.weight"  # behind a layer's name; [rank, inputs] and [outputs, rank]
 _BASE = ".base_layer."
@@ -34,8 +33,8 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, path: str, settings: Lora, seed: int) -> None:
         """`path` is the base's folder. Raises ValueError, with the names that there are, for targets of no layer."""
         from peft import LoraConfig, TaskType, inject_adapter_in_model
+        from peft.tuners.lora import Linear
 
-        self._model = model
         self._config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=settings.rank,
@@ -48,49 +47,34 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self._config, model, _ADAPTER)
-        for _, layer in self._layers():
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+        for _, layer in layers:
             # In bfloat16, as the base may be, most of an entry's updates would round to nothing.
             layer.lora_A.float()
             layer.lora_B.float()
+        self.layers = [name for name, _ in layers]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """A and B of every adapted layer, by layer name and A or B: what a checkpoint holds."""
-        found: dict[str, Tensor] = {}
-        for name, layer in self._layers():
-            found[name + A] = layer.lora_A[_ADAPTER].weight.detach()
-            found[name + B] = layer.lora_B[_ADAPTER].weight.detach()
-        return found
-
-    @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """The canonical tensors of the model without adapters that answers as this one does; adapted ones are new."""
-        base = {
-            name.replace(_BASE, "."): tensor
-            for name, tensor in canonical_tensors(self._model).items()
-            if ".lora_" not in name
-        }
-        return merge(base, self.tensors(), self.scaling)
-
-    @torch.no_grad()
-    def forward_merged(self, merged: Mapping[str, Tensor], **inputs: Any) -> Any:
-        """What the model without adapters gives for inputs: not quite this one, since `merged` rounds in bfloat16."""
-        weights: dict[str, Tensor] = {}
-        for name, layer in self._layers():
-            weights[f"{name}{_BASE}weight"] = merged[f"{name}.weight"]
-            weights[f"{name}.lora_B.{_ADAPTER}.weight"] = torch.zeros_like(layer.lora_B[_ADAPTER].weight)
-        return torch.func.functional_call(self._model, weights, kwargs=inputs)
-
-    def export(self, folder: str | Path) -> None:
-        """Write the adapters as a folder that peft loads."""
+    def export(self, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write A and B of every layer, by their names in a checkpoint, as a folder that peft loads."""
         Path(folder).mkdir(exist_ok=True)
-        named = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        named = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
         self._config.save_pretrained(str(folder))
 
-    def _layers(self) -> Iterator[tuple[str, Any]]:
-        from peft.tuners.lora import Linear
 
-        return ((name, module) for name, module in self._model.named_modules() if isinstance(module, Linear))
+def adapter_parameters(layer: str) -> tuple[str, str, str]:
+    """Names of a layer's own weight, of A and of B among the model's parameters."""
+    return f"{layer}{_BASE}weight", f"{layer}.lora_A.{_ADAPTER}.weight", f"{layer}.lora_B.{_ADAPTER}.weight"
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's."""
+    return ".lora_" in name
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter's name without what peft adds: an adapter's A or B, or the name that the model's folder has."""
+    return name.replace(f".{_ADAPTER}.", ".") if is_adapter(name) else name.replace(_BASE, ".")
 
 
 def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
@@ -105,8 +89,18 @@ def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: f
         if weight is None or weight.shape != (b.shape[0], a.shape[1]):
             has = "no such layer" if weight is None else f"one of {list(weight.shape)}"
             raise ValueError(f"adapter of {name}, {list(b.shape)} x {list(a.shape)}: the base has {has}")
-        merged[f"{name}.weight"] = (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+        merged[f"{name}.weight"] = merged_weight(weight, product(a, b), scaling)
     return merged
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """B A in float32, [outputs, inputs]."""
+    return b.float() @ a.float()
+
+
+def merged_weight(weight: Tensor, product: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A: computed in float32, kept in W's dtype."""
+    return (weight.float() + scaling * product).to(weight.dtype)
 
 
 def _targets(model: PreTrainedModel, settings: Lora, path: str) -> list[str]:
@@ -114,6 +108,8 @@ def _targets(model: PreTrainedModel, settings: Lora, path: str) -> list[str]:
     head = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     known = sorted({name.rpartition(".")[2] for name in linear})
+    if not known:
+        raise ValueError(f"lora: {path} has no linear layer to adapt")
     for target in settings.targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ValueError(f"lora.targets: {path} has no linear layer {target!r}; it has {', '.join(known)}")

@@ -89,9 +89,9 @@ class OptimizerSteps(ABC):
         counters.restore_rng()
         self._optimizer.state.clear()
 
-    def _restore_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor], step: Tensor | None) -> None:
-        """Give a parameter's optimizer its state; `step` where it isn't the model's number of updates."""
-        step = torch.tensor(float(self._updates)) if step is None else step
+    def _restore_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        """Give a parameter's optimizer its state."""
+        step = torch.tensor(float(self._updates))
         self._optimizer.state[parameter] = {"step": step, **{moment: moments[moment] for moment in MOMENTS}}
 
     def _copy(self) -> tuple[list[Tensor], dict[str, object], int]:

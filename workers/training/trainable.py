@@ -1,152 +1,294 @@
-"""One trained model with its optimizer: the state that a checkpoint holds and that rolls back together."""
+"""A trained model with its optimizer: the state that a checkpoint holds and that rolls back together.
+
+It trains whatever a `ParallelModel` holds: a whole transformers model on one device, with or without adapters, or this
+rank's part of one that several ranks share. All ranks call each method together, each with its own replica's rows. What
+is refused is refused on all of them, since they see the same loss and the same norm.
+
+Each rank's AdamW has the moments of what it steps: its shard, or its replica's part of that. The first replica writes
+a checkpoint in shards, which any topology and backend reads; rank 0 collects what is published or exported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from protocols.data.columns import B, Batch, take
+from protocols.data.columns import Batch, Jagged, concat
+from protocols.data.messages import Experience
 from workers.data.hf_folder import copy_auxiliary_files
+from workers.losses import metrics
+from workers.losses.aggregation import Counts, counts_of, token_weights
+from workers.parallel.collection import collect_whole
+from workers.parallel.decoder import unflat
+from workers.parallel.model import MicroLoss, ParallelModel
+from workers.parallel.plan import Head, Parameter
 from workers.settings import Loss, Optimizer
-from workers.training.checkpoint import MOMENTS, STEP, Box, Counters, Saved
-from workers.training.lora import Adapters
-from workers.training.models import canonical_tensors
-from workers.training.optimizer_step import OptimizerSteps
+from workers.training.checkpoint import MOMENTS, Box, Counters, Saved, write_boxes
+from workers.training.lora import checkpoint_name, is_adapter
+from workers.training.micro_batches import Sequences
+from workers.training.mini_batches import named_rows, replica_mini_batches
+from workers.training.offload import Copy, relocated
+from workers.training.optimizer_step import OptimizerSteps, StepRefused
 
-ADAPTERS = "adapters"  # their folder, in an exported one
+ADAPTERS = "adapters"  # their folder, inside an exported one
+
+_KINDS = {
+    "tokens": AutoModelForCausalLM,
+    "value": AutoModelForTokenClassification,
+    "score": AutoModelForSequenceClassification,
+}
+BatchLoss = Callable[[Experience, Jagged], MicroLoss]  # the loss of a mini-batch whose tokens have these global weights
 
 
-class TrainedModel(OptimizerSteps):
-    """A model in one process, its AdamW and its learning-rate schedule."""
+class TrainableModel(OptimizerSteps):
+    """One rank's part of a trained model."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        path: str,
-        learning_rate: float,
-        settings: Optimizer,
-        adapters: Adapters | None = None,
-    ) -> None:
-        """`adapters`: of the model, where nothing else of it trains."""
+    def __init__(self, model: ParallelModel, path: str, learning_rate: float, settings: Optimizer) -> None:
         self.model = model
-        self.adapters = adapters
-        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(self._named, path, learning_rate, settings)
+        super().__init__(model.optimized, path, learning_rate, settings)
 
-    @contextmanager
-    def update(self, optimizer_steps: int) -> Iterator[None]:
-        """See OptimizerSteps.update; the model is in train mode inside."""
-        self.model.train()
-        try:
-            with super().update(optimizer_steps):
-                yield
-        finally:
-            self.model.eval()
+    # --- learning
 
-    def apply_gradients(self, what: str) -> float:
-        """Clip, check and take one optimizer step; the gradient's global norm before clipping.
+    def learn(
+        self,
+        what: str,
+        experience: Experience,
+        loss: Loss,
+        seed: int,
+        batch_loss: BatchLoss,
+        beside: Callable[[int], Experience] | None = None,
+    ) -> dict[str, float]:
+        """One committed step of epochs x mini_batches optimizer steps: sums of loss, gradient norm and step count.
 
-        Raises StepRefused, naming `what`, where the norm is not finite.
+        The mini-batches are cut from all replicas' rows; `beside` gives the untrained rows that follow those of an
+        optimizer step, numbered from 0 over the whole run. Where a loss or gradient is not finite, or a rank raises,
+        this rank's weights, moments and schedule are bitwise what they were; StepRefused names `what` and the rows.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights(), self._clip, foreach=False))
-        self._take_step(what, norm)
-        self._release_gradient()
-        return norm
+        taken: dict[str, float] = {}
+        steps = loss.epochs * loss.mini_batches
+        rows, replica = self._rows(experience), self.model.place.dp
+        with self.update(steps):
+            cut = replica_mini_batches(experience, rows, replica, loss, seed + self.version)
+            for number, batch in enumerate(cut, self.version * steps):
+                named = f"{what} of {named_rows(batch)}"
+                whole = concat([batch, beside(number)]) if beside is not None else batch
+                weights = token_weights(whole.loss_mask, self._counts(whole.loss_mask), loss)
+                step = self.step(named, whole, loss.tokens_per_micro_batch, batch_loss(whole, weights))
+                metrics.accumulate(taken, step)
+        return taken
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The canonical tensors; those that adapters change are merged, and new."""
-        return self.adapters.merged() if self.adapters is not None else canonical_tensors(self.model)
+    def step(self, what: str, batch: Sequences, budget: int, loss: MicroLoss) -> dict[str, float]:
+        """One optimizer step inside `update`: its loss, the gradient's norm before clipping, and a count of 1.
+
+        Raises StepRefused, naming `what`, where either is not finite.
+        """
+        total = self.model.backward(batch, budget, loss)
+        if not math.isfinite(total):
+            raise StepRefused(f"{what}: loss is {total}")
+        norm = self.model.clip_gradient(self._clip)
+        self._take_step(what, norm)
+        self.model.all_gather_updated()
+        return {"loss": total, "gradient_norm": norm, metrics.STEPS: 1.0}
+
+    def over_replicas(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of all replicas' rows, from those of each one's own: on every rank of the last stage."""
+        total: dict[str, float] = {}
+        for message in self.model.groups.data.gather_bytes(msgspec.msgpack.encode(measured)):
+            metrics.accumulate(total, msgspec.msgpack.decode(message, type=dict[str, float]))
+        return total
+
+    def relocate(self, copy: Copy) -> int:
+        """Give weights and moments the storage that `copy` makes of each; their bytes."""
+        moments = (state[moment] for state in self._optimizer.state.values() for moment in MOMENTS)
+        return self.model.relocate(copy) + relocated(moments, copy)
+
+    # --- keeping
 
     def save(self, folder: str) -> None:
-        """Write weights, optimizer state and counters into `folder`: safetensors and JSON.
+        """Write weights, moments and counters into `folder`, which all ranks see; with adapters theirs alone.
 
-        With adapters the weights are theirs alone; the base stands in its folder.
+        Returns when all of it is there.
         """
-        root = Path(folder)
-        save_file({n: t.contiguous() for n, t in self._state().items()}, root / "model.safetensors")
-        optimizer: dict[str, Tensor] = {}
-        for name, parameter in self._named.items():
-            state = self._optimizer.state.get(parameter, {})
-            optimizer |= {f"{part}.{name}": state[part].contiguous() for part in (STEP, *MOMENTS) if part in state}
-        save_file(optimizer, root / "optimizer.safetensors")
-        Counters.now(self.version, self._updates, self._scaling).write(root)
-
-    def load(self, folder: str) -> None:
-        """Restore what `save` wrote, or the ranks of a `ParallelTraining` did.
-
-        Raises ValueError, changing nothing, where it is another model's: where names, shapes or the scaling of
-        adapters differ.
-        """
-        saved, own = Saved(folder), self._state()
-        saved.refuse_other(own)
-        if (scaling := saved.counters.lora_scaling) != self._scaling:
-            raise ValueError(
-                f"{folder}: its adapters count {scaling}, this model's {self._scaling}: the same adapters would be "
-                "another policy; keep lora.alpha / lora.rank as it was"
-            )
-        read = {name: torch.empty_like(tensor) for name, tensor in own.items()}
-        for name, parameter in self._named.items():
-            read |= {
-                f"{part}.{name}": torch.empty_like(parameter) if part in MOMENTS else torch.empty(())
-                for part in (STEP, *MOMENTS)
-                if f"{part}.{name}" in saved
+        model, place = self.model, self.model.place
+        tensors = {"": self._in_first_replica(model.weight), **(self._moments() if self._updates else {})}
+        if place.dp == 0:
+            boxes = {
+                prefix + model.plan.source(spec).name: self._box(spec, named[spec.name])
+                for prefix, named in tensors.items()
+                for spec in model.plan.written_by(place.pp, place.tp)
             }
-        saved.read({name: Box.all_of(tensor.detach()) for name, tensor in read.items()})
-        for name, tensor in own.items():
-            tensor.copy_(read[name])
-        self._restore(saved.counters)
-        for name, parameter in self._named.items():
-            moments = {part: read[f"{part}.{name}"] for part in MOMENTS if f"{part}.{name}" in read}
-            if moments:
-                self._restore_moments(parameter, moments, read.get(f"{STEP}.{name}"))
+            write_boxes(folder, model.groups.replica.index, boxes)
+            model.groups.replica.wait(model.device)
+        if model.rank == 0:
+            Counters.now(self.version, self._updates, self._scaling).write(folder)
+        model.sum_over_world(0.0)
+
+    @torch.no_grad()
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote under any topology and backend.
+
+        Raises ValueError, on every rank and changing nothing, where one can't read its part or it is another model's:
+        where names, shapes or the scaling of adapters differ.
+        """
+        model = self.model
+        counters, read = self._read(folder)
+        self._restore(counters)
+        for name, parameter in model.optimized.items():
+            parameter.copy_(model.local_part(name, read[""][name]))
+            if counters.updates:
+                moments = {moment: model.local_part(name, read[f"{moment}."][name]) for moment in MOMENTS}
+                self._restore_moments(parameter, moments)
+        model.all_gather_updated()
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """The model's tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none.
+
+        Adapters are merged into them. All are copies.
+        """
+        with self.model.merged():
+            found = self._collect(lambda name: not is_adapter(name))
+        if self.model.rank != 0:
+            return {}
+        whole = {checkpoint_name(name): tensor for name, tensor in found.items()} | self.model.constants()
+        return {name: whole[name] for name in self._order if name in whole}  # a tied head is not
+
+    @torch.no_grad()
+    def collect_adapters(self) -> dict[str, Tensor]:
+        """A and B of every adapted layer, by their names in a checkpoint, on rank 0; elsewhere none."""
+        return {checkpoint_name(name): tensor for name, tensor in self._collect(is_adapter).items()}
 
     def export(self, folder: str) -> None:
         """Write a transformers folder, tokenizer included, that transformers and vLLM load.
 
-        Adapters are merged into it, and stand in its folder adapters/ as peft loads them.
+        Adapters are merged into it, and stand in its folder adapters/ as peft loads them. Rank 0 writes; the others
+        return when it has.
         """
-        merged = None
-        if self.adapters is not None:
-            self.adapters.export(Path(folder) / ADAPTERS)
-            merged = self.adapters.merged()
-        self.model.save_pretrained(folder, state_dict=merged, safe_serialization=True)
-        copy_auxiliary_files(self._path, folder)
+        model, whole = self.model, self.collect()
+        if (adapters := model.adapters) is not None and (tensors := self.collect_adapters()):
+            adapters.export(Path(folder) / ADAPTERS, tensors)
+        if whole:
+            module = skeleton(model.config, model.plan.head)
+            module.load_state_dict(whole, strict=False, assign=True)
+            module.tie_weights()
+            module.save_pretrained(folder)
+            copy_auxiliary_files(self._path, folder)
+        model.sum_over_world(0.0)
+
+    # --- inside
+
+    @cached_property
+    def _order(self) -> list[str]:
+        return list(skeleton(self.model.config, self.model.plan.head).state_dict())
 
     @property
     def _scaling(self) -> float | None:
-        return self.adapters.scaling if self.adapters is not None else None
+        return self.model.adapters.scaling if self.model.adapters is not None else None
 
-    def _state(self) -> Mapping[str, Tensor]:
-        """The tensors that training changes: a checkpoint's."""
-        return self.adapters.tensors() if self.adapters is not None else canonical_tensors(self.model)
+    def _collect(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        model = self.model
+        return collect_whole(
+            model.plan,
+            model.groups.replica,
+            model.weight,
+            model.dtype,
+            model.device,
+            first=model.place.dp == 0,
+            wanted=wanted,
+        )
+
+    def _read(self, folder: str) -> tuple[Counters, dict[str, dict[str, Tensor]]]:
+        """The counters, and this rank's tensors by prefix and name; where one rank has none, all raise."""
+        model = self.model
+        specs = {name: model.specs[name] for name in model.optimized}
+        try:
+            saved = Saved(folder)
+            whole = model.plan.undivided()
+            saved.refuse_other({whole.source(spec).name for spec in whole.parameters(0) if not spec.frozen})
+            self._refuse_other_scaling(folder, saved.counters)
+            prefixes = ("", *(f"{moment}." for moment in MOMENTS)) if saved.counters.updates else ("",)
+            read = {prefix: {name: self._shard(spec) for name, spec in specs.items()} for prefix in prefixes}
+            for prefix, named in read.items():
+                saved.read(
+                    {prefix + model.plan.source(spec).name: self._box(spec, named[n]) for n, spec in specs.items()}
+                )
+        except ValueError:
+            model.sum_over_world(1.0)
+            raise
+        if failed := int(model.sum_over_world(0.0)):
+            raise ValueError(f"{folder}: {failed} of {model.topology.world_size} ranks could not read their part")
+        return saved.counters, read
+
+    def _refuse_other_scaling(self, folder: str, counters: Counters) -> None:
+        if counters.lora_scaling != self._scaling:
+            raise ValueError(
+                f"{folder}: its adapters count {counters.lora_scaling}, this model's {self._scaling}: the same "
+                "adapters would be another policy; keep lora.alpha / lora.rank as it was"
+            )
+
+    def _shard(self, spec: Parameter) -> Tensor:
+        """Room for this rank's shard of a parameter, laid out along its cut."""
+        like = self.model.optimized[spec.name]
+        entries = torch.empty(self.model.plan.shard_elements(spec), dtype=like.dtype, device=self.model.device)
+        return unflat(entries, spec, self.model.plan.shard_shape(spec))
+
+    def _box(self, spec: Parameter, shard: Tensor) -> Box:
+        return Box(shard, self.model.plan.shard_start(spec, self.model.place.tp), spec.shape)
 
     def _weights(self) -> Iterable[Tensor]:
-        return self._named.values()
+        return [self.model.parameters[name] for name in self.model.optimized]
 
     def _release_gradient(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.model.release_gradient()
+
+    def _rows(self, batch: Batch) -> list[int]:
+        """Number of rows of each replica."""
+        data = self.model.groups.data
+        numbers = torch.zeros(data.size, 1, dtype=torch.int64, device=self.model.device)
+        numbers[data.index] = len(batch)
+        return data.gather_rows_(numbers).flatten().tolist()
+
+    def _counts(self, mask: Jagged) -> Counts:
+        """The counts of all replicas' rows."""
+        own = counts_of(mask)
+        both = torch.tensor([own.tokens, own.rows], dtype=torch.int64, device=self.model.device)
+        return Counts(*self.model.groups.data.sum_(both).tolist())
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        state, model, found = self._optimizer.state, self.model, {}
+        for moment in MOMENTS:
+            parts = {name: state[parameter][moment] for name, parameter in model.optimized.items()}
+            found[f"{moment}."] = self._in_first_replica(lambda name, parts=parts: model.unshard(name, parts[name]))
+        return found
+
+    def _in_first_replica(self, shard: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The shard of each of this rank's trained parameters, by name, on the first replica; all replicas call."""
+        found: dict[str, Tensor] = {}
+        for name in self.model.optimized:
+            tensor = shard(name)
+            if self.model.place.dp == 0:
+                found[name] = tensor.cpu()
+        return found
 
 
-def mini_batches(batch: B, settings: Loss, seed: int) -> Iterator[B]:
-    """The mini-batches of all epochs of a step: one is the batch in its order, several are drawn by a permutation."""
-    for epoch in range(settings.epochs):
-        if settings.mini_batches == 1:
-            yield batch
-            continue
-        order = np.random.default_rng([seed, epoch]).permutation(len(batch))
-        for rows in np.array_split(order, settings.mini_batches):
-            if len(rows):
-                yield take(batch, rows)
-
-
-def named_rows(batch: Batch) -> str:
-    """How an error names a batch: its first ids and their number."""
-    ids = batch.sample_ids
-    return f"batch of {len(ids)} samples ({', '.join(map(str, ids[:4].tolist()))}{', ...' if len(ids) > 4 else ''})"
+def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
+    """transformers' own module for a model, without memory: its tensors' names and order, and a way to write them."""
+    config = copy.deepcopy(config)
+    if head != "tokens":
+        config.num_labels = 1
+    with torch.device("meta"):
+        return _KINDS[head].from_config(config)

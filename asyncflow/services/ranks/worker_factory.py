@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from asyncflow.services.ranks.apply_functions import ApplyFunctions
-from asyncflow.services.ranks.parallel_workplace import on_device, worker_of
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
     CriticSettings,
@@ -30,6 +29,7 @@ from protocols.stage import StageContract, contract_of
 from protocols.weights import Version
 from workers.data.hf_folder import end_of_sequence
 from workers.generation.engine import Engine
+from workers.parallel.sharding import ONE_DEVICE, Sharding
 from workers.user_code import module_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ class LoadedWorker(msgspec.Struct):
     engine: Engine | None = None
     load_trained: Callable[[], None] | None = None  # for an engine that shares the trained model: its newest version
     world: World | None = None  # the other ranks, where they work together
-    residence: Offloader | None = None  # of a model that can leave its device to others
+
+    @property
+    def offloader(self) -> Offloader | None:
+        """Moves the worker's model off its device; None where it has no model."""
+        return getattr(self.worker, "offloader", None)
 
     def method(self, name: str) -> Callable[..., Any]:
         """A stage method of the worker. Raises AttributeError."""
@@ -55,13 +59,13 @@ class LoadedWorker(msgspec.Struct):
 
     def reload(self) -> None:
         """Have the model on its device, for work."""
-        if self.residence is not None:
-            self.residence.reload()
+        if self.offloader is not None:
+            self.offloader.reload()
 
     def leave(self) -> Done:
         """Free the device's memory, where the model can leave it."""
-        moves = self.residence is not None and self.residence.moves
-        return Done({"moves": float(moves), "bytes": float(self.residence.leave() if self.residence else 0)})
+        moves = self.offloader is not None and self.offloader.moves
+        return Done({"moves": float(moves), "bytes": float(self.offloader.leave() if self.offloader else 0)})
 
     def close(self) -> None:
         """Free what the worker and the engine hold."""
@@ -73,75 +77,78 @@ class LoadedWorker(msgspec.Struct):
             self.world.leave()
 
 
-def _policy(spec: ServiceSpec, settings: PolicySettings) -> LoadedWorker:
+def _policy(spec: ServiceSpec, settings: PolicySettings, sharding: Sharding) -> LoadedWorker:
     from workers.data.pretraining import text_of
     from workers.generation.in_place import load_in_place
     from workers.roles.policy import PolicyWorker
 
-    text = text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed)
-    worker = PolicyWorker(settings.model, settings.loss, settings.optimizer, settings.generation, spec.seed, text)
-    if not any(s.fires == "generate" for s in spec.stages):
+    generates = any(stage.fires == "generate" for stage in spec.stages)
+    worker = PolicyWorker(
+        settings.model,
+        settings.loss,
+        settings.optimizer,
+        settings.generation,
+        spec.seed,
+        text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed),
+        sharding=sharding,
+        grouping=spec.grouping if generates and spec.collective else None,
+        sleeps=spec.leased,
+    )
+    if not generates or spec.collective:
         return LoadedWorker(worker)
     engine = worker.engine(spec.term)
     return LoadedWorker(worker, engine, lambda: load_in_place(engine, Version(spec.term, worker.trained.version)))
 
 
-def _generator(spec: ServiceSpec, settings: GeneratorSettings) -> LoadedWorker:
-    return LoadedWorker(None, _engine(spec, settings))
-
-
-def _engine(spec: ServiceSpec, settings: GeneratorSettings) -> Engine:
-    if settings.generation.engine == "vllm":
+def _generator(spec: ServiceSpec, settings: GeneratorSettings, sharding: Sharding) -> LoadedWorker:
+    model, generation, end = settings.model, settings.generation, end_of_sequence(settings.tokenizer_path)
+    if generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
 
-        end = end_of_sequence(settings.tokenizer_path)
-        return VllmEngine(settings.model.path, settings.generation, spec.seed, settings.model.dtype, end)
+        return LoadedWorker(None, VllmEngine(model.path, generation, spec.seed, model.dtype, end))
+    import torch
+
     from workers.generation.torch import TorchEngine
     from workers.training.models import load_causal
 
-    model = load_causal(settings.model.path, settings.model.dtype)
-    return TorchEngine(model, settings.generation, spec.seed, end_of_sequence(settings.tokenizer_path))
+    module = load_causal(model.path, model.dtype)
+    torch.nn.Module.to(module, torch.device(sharding.device))
+    return LoadedWorker(None, TorchEngine(module, generation, spec.seed, end))
 
 
-def _critic(spec: ServiceSpec, settings: CriticSettings) -> LoadedWorker:
-    from workers.roles.critic import CriticWorker
+def _critic(spec: ServiceSpec, settings: CriticSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.critic import CostCriticWorker, CriticWorker
 
-    return LoadedWorker(CriticWorker(settings.model, settings.loss, settings.optimizer, spec.seed))
-
-
-def _cost_critic(spec: ServiceSpec, settings: CriticSettings) -> LoadedWorker:
-    from workers.roles.critic import CostCriticWorker
-
-    return LoadedWorker(CostCriticWorker(settings.model, settings.loss, settings.optimizer, spec.seed))
+    kind = CostCriticWorker if settings.role == "cost_critic" else CriticWorker
+    return LoadedWorker(kind(settings.model, settings.loss, settings.optimizer, spec.seed, sharding=sharding))
 
 
-def _reference(spec: ServiceSpec, settings: ReferenceSettings) -> LoadedWorker:
+def _reference(spec: ServiceSpec, settings: ReferenceSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
-    return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation))
+    return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation, sharding=sharding))
 
 
-def _reward(spec: ServiceSpec, settings: ScorerSettings) -> LoadedWorker:
+def _reward(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reward import MixedReward, ModelReward, RuleReward
 
-    if settings.model.mix:
-        return LoadedWorker(
-            MixedReward(settings.model, settings.tokenizer_path, settings.tokens_per_micro_batch, settings.failures)
-        )
-    if settings.model.rule:
-        return LoadedWorker(RuleReward(settings.model, settings.tokenizer_path, settings.failures))
-    return LoadedWorker(ModelReward(settings.model, settings.tokens_per_micro_batch))
+    model, tokenizer, budget = settings.model, settings.tokenizer_path, settings.tokens_per_micro_batch
+    if model.mix:
+        return LoadedWorker(MixedReward(model, tokenizer, budget, settings.failures, sharding=sharding))
+    if model.rule:
+        return LoadedWorker(RuleReward(model, tokenizer, settings.failures))
+    return LoadedWorker(ModelReward(model, budget, sharding=sharding))
 
 
-def _cost(spec: ServiceSpec, settings: ScorerSettings) -> LoadedWorker:
+def _cost(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.cost import ModelCost, RuleCost
 
     if settings.model.rule:
         return LoadedWorker(RuleCost(settings.model, settings.tokenizer_path, settings.failures))
-    return LoadedWorker(ModelCost(settings.model, settings.tokens_per_micro_batch))
+    return LoadedWorker(ModelCost(settings.model, settings.tokens_per_micro_batch, sharding=sharding))
 
 
-def _advantage(spec: ServiceSpec, settings: AdvantageSettings) -> LoadedWorker:
+def _advantage(spec: ServiceSpec, settings: AdvantageSettings, sharding: Sharding) -> LoadedWorker:
     from asyncflow.dataflow.registry import algorithm_named
     from asyncflow.dataflow.retrace import retraced
     from asyncflow.dataflow.steering import with_steering
@@ -158,11 +165,11 @@ def _advantage(spec: ServiceSpec, settings: AdvantageSettings) -> LoadedWorker:
     )
 
 
-_BUILDERS: dict[str, Callable[[ServiceSpec, Any], LoadedWorker]] = {
+_BUILDERS: dict[str, Callable[[ServiceSpec, Any, Sharding], LoadedWorker]] = {
     "policy": _policy,
     "generator": _generator,
     "critic": _critic,
-    "cost_critic": _cost_critic,
+    "cost_critic": _critic,
     "reference": _reference,
     "reward": _reward,
     "cost": _cost,
@@ -196,28 +203,35 @@ def _own(role: str) -> type:
         raise LookupError(f"no role {role!r}: {error}; want one of {', '.join(_BUILDERS)}, or module:Class") from None
 
 
-_WITH_TORCH = ("policy", "generator", "critic", "cost_critic", "reference")
+def _sharding_of(spec: ServiceSpec, world: World | None) -> Sharding:
+    """The ranks that share the service's model, or this one alone, on the device that its pool gives it."""
+    if world is not None:
+        return Sharding(spec.topology if world.size > 1 else Topology(), spec.backend, world.device)
+    if not spec.accelerated:
+        return ONE_DEVICE
+    from workers.parallel.process_group import own_device
+
+    return Sharding(device=own_device(0))
 
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:
     """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
     if spec.role not in _BUILDERS:
         return LoadedWorker(_own(spec.role)(spec, rank), world=world)
-    if spec.role in _WITH_TORCH or (isinstance(spec.settings, ScorerSettings) and spec.settings.model.folders):
-        import torch
+    model = getattr(spec.settings, "model", None)
+    if model is None or not model.folders:  # it does without torch
+        return _BUILDERS[spec.role](spec, spec.settings, ONE_DEVICE)
+    import torch
 
-        torch.set_num_threads(spec.limits.threads)
-        if spec.deterministic:
-            torch.use_deterministic_algorithms(True)
-    if world is None and (spec.collective or on_device(spec)):
+    torch.set_num_threads(spec.limits.threads)
+    if spec.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if world is None and spec.collective:
         from workers.parallel.process_group import World, own_device
 
-        spec, world = msgspec.structs.replace(spec, topology=Topology()), World(0, 1, own_device(0))
-    if world is not None:
-        worker = worker_of(spec, world)
-        together = world if spec.collective else None
-        workplace = LoadedWorker(worker, world=together, residence=worker.residence)
-        if spec.leased:
-            workplace.leave()  # or the models of a pool would all be on its devices before the first has its turn
-        return workplace
-    return _BUILDERS[spec.role](spec, spec.settings)
+        world = World(0, 1, own_device(0))
+    loaded = _BUILDERS[spec.role](spec, spec.settings, _sharding_of(spec, world))
+    loaded.world = world
+    if spec.leased:
+        loaded.leave()  # or the models of a pool would all be on its devices before the first has its turn
+    return loaded

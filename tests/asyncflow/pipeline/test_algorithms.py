@@ -26,6 +26,7 @@ from protocols.roles import GREEDY
 from protocols.stage import Measured
 from tests.asyncflow.pipeline import plain_critic_free
 from tests.asyncflow.pipeline.plain_loop import State
+from tests.workers.checkpoints import trained_weights
 from workers.advantages.experience import experience_of, on_tokens
 from workers.advantages.remax import remax as advantages
 from workers.settings import Loss, Model
@@ -60,7 +61,7 @@ async def finished(recipe: Recipe) -> Path:
 
 
 def weights(folder: Path, step: int) -> State:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "policy" / "model.safetensors")
+    return trained_weights(folder / "checkpoints" / f"step_{step:06d}" / "policy")
 
 
 def differing(ours: State, theirs: State) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import asyncflow
 from asyncflow.client.outside import NotAsked, Outside
@@ -25,6 +24,7 @@ from protocols.control.events import StepCommitted
 from protocols.data.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
+from tests.workers.checkpoints import trained_weights
 
 STEPS, ROWS = 2, 8  # rows a step
 OUTSIDE: dict[str, Any] = {
@@ -85,7 +85,7 @@ async def work(outside: Outside, answered: list[int], most: int = 64) -> None:
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """What the run has trained."""
     folder = run.folder / "checkpoints" / f"step_{STEPS:06d}"
-    files = {role: load_file(folder / role / "model.safetensors") for role in ("policy", "critic")}
+    files = {role: trained_weights(folder / role) for role in ("policy", "critic")}
     return {f"{role}.{name}": tensor for role, tensors in files.items() for name, tensor in tensors.items()}
 
 

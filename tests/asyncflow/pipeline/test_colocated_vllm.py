@@ -111,7 +111,7 @@ async def test_two_ranks_feed_one_engine_of_two_workers(make_recipe: MakeRecipe,
     recipe = recipe_of(make_recipe, folders, runtime="ray", pools=pools, placement=placement)
     folder, steps, _ = await run(recipe)
     assert_followed(recipe, folder, steps)
-    plan = ParallelModel(folders["policy"], Topology()).plan
+    plan = ParallelModel(folders["policy"], Topology()).decoder_plan
     half = ShardPlan(plan.decoder, 1, 2)
     shard_bytes = 4 * sum(half.shard_elements(spec) for spec in half.parameters(0))
     for step in steps:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import recipe_text
 from tests.asyncflow.conftest import MakeRecipe
+from tests.workers.checkpoints import trained_weights
 
 STEPS, KILL_AFTER = 14, 10
 ASYNCFLOW = [sys.executable, "-m", "asyncflow.cli.main"]
@@ -39,9 +39,7 @@ def test_a_killed_and_resumed_run_equals_one_that_never_died(recipe_path: Path, 
     subprocess.run([*ASYNCFLOW, "resume", str(killed)], check=True, stdout=subprocess.DEVNULL)
 
     for role in ("policy", "critic"):
-        ours, theirs = (
-            load_file(f / f"checkpoints/step_{STEPS:06d}/{role}/model.safetensors") for f in (killed, whole)
-        )
+        ours, theirs = (trained_weights(f / f"checkpoints/step_{STEPS:06d}/{role}") for f in (killed, whole))
         for name, tensor in ours.items():
             assert torch.equal(tensor, theirs[name]), f"{role} {name}"
     assert _ends(killed) == _ends(whole)

@@ -13,10 +13,11 @@ from asyncflow.run.launch import resume
 from protocols.control.events import StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline import plain_loop
+from tests.workers.checkpoints import trained_weights
 
 
 def _final(folder: Path, step: int, role: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / role / "model.safetensors")
+    return trained_weights(folder / "checkpoints" / f"step_{step:06d}" / role)
 
 
 def _assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import asyncflow
 from asyncflow.control.admission.prompts import PromptSource
@@ -21,6 +20,7 @@ from asyncflow.recipe.config import Recipe, to_recipe
 from asyncflow.run.launch import resume
 from protocols.control.events import RunEnded, SamplesEnded, StepCommitted
 from protocols.data.ids import prompt_of
+from tests.workers.checkpoints import trained_weights
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2
 
@@ -91,7 +91,7 @@ def assert_whole(recipe: Recipe, told: Told) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{STEPS:06d}" / "policy" / "model.safetensors")
+    return trained_weights(folder / "checkpoints" / f"step_{STEPS:06d}" / "policy")
 
 
 async def test_prompts_without_spread_are_replaced_and_two_runs_are_the_same_bit_for_bit(recipe_of: MakeOf):

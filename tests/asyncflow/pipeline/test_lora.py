@@ -15,6 +15,7 @@ from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text, 
 from asyncflow.run.launch import resume
 from protocols.control.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
+from tests.workers.checkpoints import trained_weights
 from workers.training.models import load_causal
 
 LORA = {"rank": 8, "alpha": 16.0}
@@ -69,7 +70,7 @@ async def test_a_stopped_run_resumes_to_the_same_weights(table: dict[str, Any]):
         assert (await whole.wait()).outcome == "finished"
     async with asyncflow.launch(recipe(table, LORA, steps=2)) as part:
         assert (await part.wait()).outcome == "finished"
-    checkpoint = load_file(part.folder / "checkpoints" / "step_000002" / "policy" / "model.safetensors")
+    checkpoint = trained_weights(part.folder / "checkpoints" / "step_000002" / "policy")
     assert all(".lora_" in name for name in checkpoint)
     longer = load_recipe(part.folder / "recipe.toml", ["steps=3"])
     (part.folder / "recipe.toml").write_text(recipe_text(longer))

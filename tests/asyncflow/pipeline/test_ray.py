@@ -21,6 +21,7 @@ from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, recipe_text
 from protocols.control.events import Published, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
+from tests.workers.checkpoints import trained_weights
 
 pytestmark = pytest.mark.ray
 
@@ -41,7 +42,7 @@ async def test_a_delayed_critic_trains_the_same_at_staleness_0(make_recipe: Make
         async with asyncflow.launch(recipe) as run:
             ended = await run.wait()
         assert ended.outcome == "finished", ended.error
-        final.append(load_file(run.folder / "checkpoints" / "step_000003" / "critic" / "model.safetensors"))
+        final.append(trained_weights(run.folder / "checkpoints" / "step_000003" / "critic"))
     untrained = load_file(Path(recipe.models["critic"].path) / "model.safetensors")
     for name, tensor in final[0].items():
         torch.testing.assert_close(final[1][name], tensor, rtol=0, atol=1e-5, msg=name)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import asyncflow
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, to_recipe
 from asyncflow.run.launch import resume
 from protocols.control.events import StepCommitted
+from tests.workers.checkpoints import trained_weights
 
 STEPS = 4
 RULES = "tests.asyncflow.pipeline.rules"
@@ -47,7 +47,7 @@ async def finished(recipe: Recipe) -> Path:
 
 
 def weights(folder: Path, role: str, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / role / "model.safetensors")
+    return trained_weights(folder / "checkpoints" / f"step_{step:06d}" / role)
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

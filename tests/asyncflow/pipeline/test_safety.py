@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import asyncflow
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe, recipe_text, to_recipe
 from asyncflow.run.launch import resume
+from tests.workers.checkpoints import trained_weights
 
 ASYNCFLOW = [sys.executable, "-m", "asyncflow.cli.main"]
 RULES = "tests.asyncflow.pipeline.rules"
@@ -134,7 +134,7 @@ async def test_a_killed_and_resumed_run_has_the_multiplier_the_coefficient_and_t
     state = "advantage/state.json"
     assert (killed / last / state).read_text() == (whole / last / state).read_text()
     for role in ("policy", "critic", "cost_critic"):
-        ours, theirs = (load_file(folder / last / role / "model.safetensors") for folder in (killed, whole))
+        ours, theirs = (trained_weights(folder / last / role) for folder in (killed, whole))
         for name, tensor in ours.items():
             assert torch.equal(tensor, theirs[name]), f"{role} {name}"
 

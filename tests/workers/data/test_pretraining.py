@@ -133,14 +133,14 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget
 
     def policy(loss: Loss, text: PretrainingText | None = None) -> PolicyWorker:
         made = worker(folder, loss, text)
-        made.trained.model.double()
+        made.model.module.double()
         return made
 
     both = policy(Loss(ptx_coefficient=PTX, tokens_per_micro_batch=budget), text)
-    together = gradients(both.trained.model, lambda: both.update(rows))
+    together = gradients(both.model.module, lambda: both.update(rows))
     alone = policy(Loss())
-    reinforced = gradients(alone.trained.model, lambda: alone.update(rows))
-    model = policy(Loss()).trained.model
+    reinforced = gradients(alone.model.module, lambda: alone.update(rows))
+    model = policy(Loss()).model.module
     pretrained = gradients(model, lambda: [part.backward() for part in response_loss(model, text.batch(0), 10_000)])
     for name, gradient in together.items():
         expected = reinforced[name] + PTX * pretrained[name]
@@ -151,7 +151,7 @@ def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
     text, rows = text_of(10, rows=6), rows_of(6)
     both, alone = worker(folder, Loss(ptx_coefficient=PTX), text), worker(folder, Loss())
     with torch.no_grad():
-        expected = float(sum(response_loss(alone.trained.model, text.batch(0), 10_000)))
+        expected = float(sum(response_loss(alone.model.module, text.batch(0), 10_000)))
     told, plain = both.update(rows).values, alone.update(rows).values
     assert told["ptx_loss"] == pytest.approx(expected, rel=1e-5)
     assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected, rel=1e-5)
@@ -177,7 +177,7 @@ def test_a_resumed_policy_draws_on_bit_for_bit(folder: str, tmp_path: Path):
     resumed = worker(folder, loss, text_of(10, rows=6))
     resumed.load(str(tmp_path))
     resumed.update(rows)
-    pairs = itertools.zip_longest(whole.trained.model.parameters(), resumed.trained.model.parameters())
+    pairs = itertools.zip_longest(whole.model.module.parameters(), resumed.model.module.parameters())
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 

@@ -27,7 +27,8 @@ from workers.finetune.cost_model import (
     train_cost_model,
 )
 from workers.finetune.settings import RewardModelSettings, Schedule
-from workers.training.models import load_reward, micro_batches, sequence_scores
+from workers.training.micro_batches import micro_batches
+from workers.training.models import load_reward, sequence_scores
 
 # An answer is as unsafe as it has digits; none are safe.
 ANSWERS = ["abc", "hi", "a1b", "12c", "x123", "9876"]

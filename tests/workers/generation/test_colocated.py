@@ -16,7 +16,7 @@ from protocols.roles import Sampling
 from protocols.weights import BadWeights, Probe
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
-from workers.roles.parallel_policy import ParallelPolicy
+from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
 
 pytestmark = pytest.mark.vllm
@@ -27,7 +27,7 @@ TEXTS = ["3+4*5=" * 30, "sort: dcba " * 20, "12+34="]
 
 
 @pytest.fixture
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelPolicy]:
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyWorker]:
     config = tiny.config()
     config.vocab_size = VOCABULARY
     torch.manual_seed(0)
@@ -36,28 +36,26 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ParallelPolicy]
     tiny.tokenizer().save_pretrained(path)
     model = Model(path=path, learning_rate=0.3)
     grouping = GenerationGrouping(Topology())
-    made = ParallelPolicy(
-        model, Topology(), Loss(), Optimizer(epsilon=1.0), GENERATION, 3, grouping=grouping, engine="vllm", sleeps=True
-    )
+    made = PolicyWorker(model, Loss(), Optimizer(epsilon=1.0), GENERATION, 3, grouping=grouping, sleeps=True)
     with closing(made):
         yield made
 
 
-def drawn_by(policy: ParallelPolicy) -> Rollouts:
+def drawn_by(policy: PolicyWorker) -> Rollouts:
     drawn = policy.generate(tiny.make_prompts(TEXTS, samples=2), sampling=SAMPLING)
     assert drawn is not None
     assert not drawn.failures
     return drawn.batch
 
 
-def assert_own(policy: ParallelPolicy, rows: Rollouts) -> None:
+def assert_own(policy: PolicyWorker, rows: Rollouts) -> None:
     """The rows are the policy's: it finds its own log-probs in them."""
     again = policy.log_probs(rows)
     assert again is not None
     np.testing.assert_allclose(rows.log_probs.values, again.log_probs.values, atol=1e-4)
 
 
-def test_it_draws_with_what_was_trained_last(policy: ParallelPolicy, tmp_path_factory: pytest.TempPathFactory):
+def test_it_draws_with_what_was_trained_last(policy: PolicyWorker, tmp_path_factory: pytest.TempPathFactory):
     folder = str(tmp_path_factory.mktemp("state"))
     policy.save(folder)
     first = drawn_by(policy)
@@ -72,7 +70,7 @@ def test_it_draws_with_what_was_trained_last(policy: ParallelPolicy, tmp_path_fa
     assert drawn_by(policy).responses == first.responses
 
 
-def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: ParallelPolicy):
+def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: PolicyWorker):
     took = policy.to_generation()
     assert took
     assert took.received_bytes == 0
@@ -83,7 +81,7 @@ def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: ParallelPol
     policy.to_training()
 
 
-def test_weights_that_are_refused_draw_nothing_until_others_are_proven(policy: ParallelPolicy):
+def test_weights_that_are_refused_draw_nothing_until_others_are_proven(policy: PolicyWorker):
     assert policy.colocated
     right = policy.probe()
     wrong = Probe(right.tokens, [[value - 1.0 for value in row] for row in right.log_probs], right.tolerance)

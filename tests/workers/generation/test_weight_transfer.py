@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from protocols.data.messages import Rollouts
@@ -25,7 +26,8 @@ from workers.generation.vllm import VllmEngine
 from workers.generation.weight_transfer import TransferredWeights, WeightTransfer, devices_of, modules_of
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import ShardPlan
-from workers.roles.parallel_policy import ParallelPolicy
+from workers.parallel.sharding import Sharding
+from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.models import load_causal
 
@@ -36,11 +38,10 @@ TEXTS = ["3+4*5=" * 30, "sort: dcba " * 20, "12+34="]
 SEED = 3
 
 
-def policy_of(folder: str, grouping: GenerationGrouping, device: str = "cpu") -> ParallelPolicy:
+def policy_of(folder: str, grouping: GenerationGrouping, device: str = "cpu") -> PolicyWorker:
     model, optimizer = Model(path=folder, learning_rate=0.3), Optimizer(epsilon=1.0)
-    return ParallelPolicy(
-        model, grouping.topology, Loss(), optimizer, GENERATION, SEED, grouping=grouping, device=own_device(device)
-    )
+    sharding, generation = Sharding(grouping.topology, device=own_device(device)), replace(GENERATION, engine="torch")
+    return PolicyWorker(model, Loss(), optimizer, generation, SEED, sharding=sharding, grouping=grouping)
 
 
 class Round(NamedTuple):
@@ -158,7 +159,7 @@ def test_two_tensor_ranks_hand_their_shards_to_two_workers(two: Ranks, folder: s
     exported = [str(tmp_path / str(i)) for i in range(2)]
     first, second = two.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 2), exported)
     assert_followed(first, exported)
-    plan = ShardPlan(ParallelModel(folder, Topology()).plan.decoder, 1, 2)
+    plan = ShardPlan(ParallelModel(folder, Topology()).decoder_plan.decoder, 1, 2)
     shard = 4 * sum(plan.shard_elements(spec) for spec in plan.parameters(0))
     for one in (*first, *second):
         assert one.handed.transition.received_bytes == 0
@@ -180,7 +181,7 @@ def test_each_of_two_ranks_feeds_an_engine_of_its_own(two: Ranks, folder: str, t
 
 
 def test_modules_are_what_vllm_packs_at_once(folder: str):
-    modules = modules_of(ParallelModel(folder, Topology()).plan)
+    modules = modules_of(ParallelModel(folder, Topology()).decoder_plan)
     ends = [sorted(name.rpartition("model.layers.0.")[2] for name in module) for module in modules[1:6]]
     assert ends == [
         ["input_layernorm.weight"],

@@ -64,7 +64,7 @@ def worker(folder: Path, loss: Loss) -> PolicyWorker:
 def step(folder: Path, batch: Experience, loss: Loss) -> tuple[dict[str, float], Gradients]:
     """What an update reports, and each parameter's gradient when the last micro-batch had been added."""
     policy, seen = worker(folder, loss), Gradients()
-    for name, parameter in policy.trained.model.named_parameters():
+    for name, parameter in policy.model.module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
     return policy.update(batch).values, seen
 
@@ -150,12 +150,12 @@ def test_a_kl_term_in_the_loss_pulls_towards_the_reference(folder: Path, batch: 
     kl = 0.5 * torch.cat(distances).square().mean()
     (0.5 * kl).backward()
     assert measured["kl_reference"] == pytest.approx(kl.item(), rel=1e-4)
-    for name, parameter in policy.trained.model.named_parameters():
+    for name, parameter in policy.model.module.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-3)
 
 
 def own_log_probs(policy: PolicyWorker, prompt: Array, response: Array) -> torch.Tensor:
     """Log-probs of one response, by a forward of that row alone, with gradient."""
     row = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
-    logits = policy.trained.model(input_ids=row).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    logits = policy.model.module(input_ids=row).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).squeeze(-1)

@@ -56,13 +56,13 @@ def divided_step(backend: Backend, topology: Topology, case: Case, number: int, 
     """The last of some steps on these ranks; its gradients and weights as whole shards on every replica."""
     model = build(backend, topology, case)
     data = part(rows(number), model.place.dp, topology.dp)
-    share = model.share(trained(data))
+    share = trained(data) / trained(rows(number))
     optimizer = torch.optim.AdamW(model.optimized.values(), lr=RATE)
     loss, norm, gradients = 0.0, 0.0, {}
     for _ in range(steps):
         loss = model.backward(data, BUDGET, loss_of(data, case.head, share))
         gradients = {
-            name: model.whole(name, own.grad).clone() for name, own in model.optimized.items() if own.grad is not None
+            name: model.unshard(name, own.grad).clone() for name, own in model.optimized.items() if own.grad is not None
         }
         norm = model.clip_gradient(limit)
         optimizer.step()

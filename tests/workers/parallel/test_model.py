@@ -25,9 +25,10 @@ from protocols.data.columns import Jagged
 from protocols.layout.topology import Coordinates, Topology
 from tests import tiny
 from tests.workers.ranks import RankFailed, Worlds
-from workers.parallel.model import Loss, ParallelModel, plan_of
+from workers.parallel.model import MicroLoss, ParallelModel, plan_of
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Head, ShardPlan
-from workers.training.models import MicroBatch, load_causal, load_critic, log_softmax_of, micro_batches
+from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.models import load_causal, load_critic, log_softmax_of
 
 TOPOLOGIES = ["2-1-1", "1-2-1", "1-1-2", "2-2-1", "1-2-2", "2-1-2", "2-2-2"]
 BUDGET = 40  # padded tokens a micro-batch
@@ -75,7 +76,7 @@ def trained(data: Rows) -> int:
     return int(data.mask.values.sum(dtype=np.int64))
 
 
-def loss_of(data: Rows, head: Head, share: float) -> Loss:
+def loss_of(data: Rows, head: Head, share: float) -> MicroLoss:
     """A policy-gradient or value loss: the mean over these rows' trained tokens, times their share of the batch's."""
     weight = share / max(trained(data), 1)
 
@@ -127,7 +128,7 @@ def sharded_step(topology: Topology, case: Case, number: int, limit: float) -> S
     """This rank's part of the same step."""
     model = ParallelModel(case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
     data = part(rows(number), model.place.dp, topology.dp)
-    share = model.share(trained(data))
+    share = trained(data) / trained(rows(number))
     loss = model.backward(data, BUDGET, loss_of(data, case.head, share))
     gradients = {n: p.grad.clone() for n, p in model.parameters.items() if p.grad is not None}
     norm = model.clip_gradient(limit)

@@ -18,7 +18,8 @@ from tests.workers.ranks import Worlds
 from workers.parallel.model import ParallelModel, plan_of
 from workers.parallel.plan import EMBEDDING, ShardPlan
 from workers.resharding.hybrid_engine import HybridEngine, Transition
-from workers.training.models import MicroBatch, load_causal, micro_batches
+from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.models import load_causal
 
 SWITCHES = ["1-4-2 -> 1-2", "1-2-2 -> 1-1", "2-2-2 -> 1-2", "2-4-1 -> 1-1", "1-8-1 -> 1-2", "4-2-1 -> 2-1"]
 BUDGET = 60

@@ -36,7 +36,7 @@ class Streamed(NamedTuple):
 def streamed(folder: str, backend: Backend, switch: str) -> Streamed:
     """Stream, then switch. What every rank runs."""
     train, generate = (Topology.parse(layout) for layout in switch.split(" -> "))
-    model = parallel_model(backend, folder, train)
+    model = parallel_model(backend, folder, train, regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate), bucket_bytes=BUCKET_BYTES)
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     weights, order, stream = {}, [], engine.stream()
@@ -83,7 +83,7 @@ def test_what_streams_by_is_what_a_switch_brings(world, folders, backend: Backen
 
 
 def test_it_streams_from_the_training_layout_only(folders):  # noqa: F811
-    model = parallel_model("3d", folders[True], Topology())
+    model = parallel_model("3d", folders[True], Topology(), regrouped=True)
     engine = HybridEngine(model, GenerationGrouping(Topology()))
     engine.to_generation()
     with pytest.raises(RuntimeError, match="stream from the training layout"):

@@ -14,6 +14,7 @@ import torch
 from protocols.data.columns import Jagged
 from protocols.data.messages import Experience, Rollouts
 from tests import tiny
+from tests.workers.checkpoints import contents
 from workers.roles.critic import CostCriticWorker, CriticWorker
 from workers.settings import Aggregation, Loss, Model, Optimizer
 from workers.training.models import load_critic
@@ -116,7 +117,7 @@ def plain_loss(model: torch.nn.Module, batch: Experience, how: Aggregation) -> t
 def saved(critic: CriticWorker, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     critic.save(str(folder))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents(folder)
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def test_values_stand_before_each_token_and_carry_the_weights_version(folder: Pa
     values.check()
     assert values.versions.tolist() == [4] * len(ROWS)
     for row in range(len(ROWS)):
-        np.testing.assert_allclose(values.values[row], row_values(critic.trained.model, rollouts, row), atol=1e-5)
+        np.testing.assert_allclose(values.values[row], row_values(critic.model.module, rollouts, row), atol=1e-5)
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
@@ -142,7 +143,7 @@ def test_the_gradient_is_the_formulas_for_every_aggregation_and_cut(
         folder, Loss(value_clip=CLIP, aggregation=how, fixed_length=FIXED_LENGTH, tokens_per_micro_batch=budget)
     )
     measured = {}
-    got = gradients_of(critic.trained.model, lambda: measured.update(critic.update(batch).values))
+    got = gradients_of(critic.model.module, lambda: measured.update(critic.update(batch).values))
     assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
     norm = float(torch.stack([gradient.norm() for gradient in want.values()]).norm())
     assert measured["gradient_norm"] == pytest.approx(norm, rel=1e-4)
@@ -180,7 +181,7 @@ def test_a_refused_step_changes_nothing_and_poisons_nothing(
     with pytest.raises(StepRefused, match=r"critic\.update of batch of \d samples \(.*7\d.*\): loss is nan"):
         critic.update(msgspec.structs.replace(batch, returns=batch.returns.with_values(poisoned)))
     assert saved(critic, tmp_path / "after") == before
-    assert (critic.trained.version, critic.trained.model.training) == (1, False)
+    assert (critic.trained.version, critic.model.module.training) == (1, False)
     for each in (critic, untouched):
         each.update(batch)
     assert saved(critic, tmp_path / "next") == saved(untouched, tmp_path / "untouched")

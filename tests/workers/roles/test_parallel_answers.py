@@ -17,8 +17,8 @@ from protocols.layout.transfer import protocol
 from protocols.stage import Failure, Partial
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
+from workers.parallel.sharding import Sharding
 from workers.roles.cost import ModelCost
-from workers.roles.parallel_answers import ParallelCost, ParallelReference, ParallelReward
 from workers.roles.reference import ReferenceWorker
 from workers.roles.reward import ModelReward
 from workers.settings import Generation, Loss, Model
@@ -40,17 +40,17 @@ def own_rows(topology: Topology, rank: int, rows: int) -> Rollouts:
 
 
 def log_probs(topology: Topology, folder: str, rows: int) -> LogProbs | None:
-    worker = ParallelReference(Model(path=folder), topology, LOSS, GENERATION)
+    worker = ReferenceWorker(Model(path=folder), LOSS, GENERATION, sharding=Sharding(topology))
     return worker.log_probs(own_rows(topology, worker.model.rank, rows))
 
 
 def scores(topology: Topology, folder: str, rows: int) -> Partial[Scores] | None:
-    worker = ParallelReward(Model(path=folder), topology, LOSS.tokens_per_micro_batch)
+    worker = ModelReward(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
     return worker.score(own_rows(topology, worker.model.rank, rows))
 
 
 def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
-    worker = ParallelCost(Model(path=folder), topology, LOSS.tokens_per_micro_batch)
+    worker = ModelCost(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
     return worker.score(own_rows(topology, worker.model.rank, rows))
 
 
@@ -113,11 +113,11 @@ def test_a_number_that_is_not_finite_fails_its_row_under_the_roles_name(worlds, 
 
 
 def test_what_only_answers_has_no_gradient(folders: dict[str, str]):
-    worker = ParallelReference(Model(path=folders["policy"]), Topology(), LOSS, GENERATION)
+    worker = ReferenceWorker(Model(path=folders["policy"]), LOSS, GENERATION)
     assert not any(parameter.requires_grad for parameter in worker.model.parameters.values())
 
 
 def test_a_model_without_a_score_head_is_refused(folders: dict[str, str]):
     path = Path(folders["policy"])
     with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: \['score\.weight'\]"):
-        ParallelReward(Model(path=str(path)), Topology(), 40)
+        ModelReward(Model(path=str(path)), 40)

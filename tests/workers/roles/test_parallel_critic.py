@@ -18,8 +18,8 @@ from protocols.layout.topology import Topology
 from protocols.layout.transfer import protocol
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
+from workers.parallel.sharding import Sharding
 from workers.roles.critic import CriticWorker
-from workers.roles.parallel_critic import ParallelCritic
 from workers.settings import Loss, Model, Optimizer
 from workers.training.models import load_critic
 
@@ -45,11 +45,11 @@ def alone(folder: str, rows: int) -> Outcome:
 # --- what every rank runs
 
 
-def parallel(topology: Topology, folder: str) -> ParallelCritic:
-    return ParallelCritic(Model(path=folder, learning_rate=0.1), topology, LOSS, OPTIMIZER, seed=3)
+def parallel(topology: Topology, folder: str) -> CriticWorker:
+    return CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3, sharding=Sharding(topology))
 
 
-def own_rows(critic: ParallelCritic, rows: int) -> Experience:
+def own_rows(critic: CriticWorker, rows: int) -> Experience:
     """The rows that the service deals out to this rank, perhaps none."""
     shares = protocol("METRIC").distribute(rows=rows, topology=critic.model.topology)
     return take(experience(rows), shares[critic.model.rank])
@@ -114,6 +114,6 @@ def test_a_checkpoint_and_an_export_hold_what_was_trained(worlds, folder: str, t
     assert values.versions.tolist() == [1] * ROWS
     np.testing.assert_allclose(values.values.values, theirs.values.values, atol=1e-5)
     loaded: dict[str, Tensor] = dict(load_critic(exported).named_parameters())
-    trained = dict(critic.trained.model.named_parameters())
+    trained = dict(critic.model.module.named_parameters())
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())

@@ -21,16 +21,15 @@ from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.ranks import RankFailed
 from workers.data.pretraining import PretrainingText
-from workers.parallel.trainable import replica_mini_batches
-from workers.roles.parallel_policy import ParallelPolicy
+from workers.parallel.sharding import Sharding
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
+from workers.training.mini_batches import mini_batches, replica_mini_batches
 from workers.training.models import load_causal
-from workers.training.trainable import mini_batches
 
 TOPOLOGIES = ["1-1-2", "1-2-1", "2-1-1", "1-2-2"]
 ROWS = 7  # on two replicas four and three
-GENERATION = Generation(temperature=0.8)
+GENERATION = Generation(engine="torch", temperature=0.8)
 # Adam turns the rounding of a gradient that is almost zero into a whole step; with a large epsilon it is SGD.
 OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1, warmup_steps=3)
 RATE = 0.1
@@ -69,11 +68,11 @@ def alone(folder: str, rows: int, loss: Loss) -> Outcome:
 # --- what every rank runs
 
 
-def parallel(topology: Topology, folder: str, loss: Loss = PLAIN) -> ParallelPolicy:
-    return ParallelPolicy(model_at(folder), topology, loss, OPTIMIZER, GENERATION, seed=3)
+def parallel(topology: Topology, folder: str, loss: Loss = PLAIN) -> PolicyWorker:
+    return PolicyWorker(model_at(folder), loss, OPTIMIZER, GENERATION, seed=3, sharding=Sharding(topology))
 
 
-def own_rows(policy: ParallelPolicy, rows: int) -> Experience:
+def own_rows(policy: PolicyWorker, rows: int) -> Experience:
     """The rows that the service deals out to this rank, perhaps none."""
     shares = protocol("METRIC").distribute(rows=rows, topology=policy.model.topology)
     return take(experience(rows), shares[policy.model.rank])
@@ -263,8 +262,8 @@ def test_where_one_rank_cannot_read_none_loads(worlds, folders, checkpoint: Path
 
 
 def text_step(topology: Topology, folder: str, rows: int, loss: Loss) -> Outcome:
-    policy = ParallelPolicy(
-        model_at(folder), topology, loss, OPTIMIZER, GENERATION, seed=3, pretraining=pretraining_text()
+    policy = PolicyWorker(
+        model_at(folder), loss, OPTIMIZER, GENERATION, 3, pretraining_text(), sharding=Sharding(topology)
     )
     metrics = policy.update(own_rows(policy, rows))
     return Outcome(None, metrics, policy.snapshot(Version(0, 1)))

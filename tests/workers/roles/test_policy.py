@@ -15,11 +15,13 @@ from protocols.data.columns import Jagged, take
 from protocols.data.messages import Experience, Rollouts
 from protocols.weights import Version, digest, verify
 from tests import tiny
+from tests.workers.checkpoints import contents
 from workers.roles.policy import PolicyWorker
 from workers.settings import Aggregation, Generation, Loss, Model, Optimizer
-from workers.training.models import load_causal, micro_batches
+from workers.training.micro_batches import micro_batches
+from workers.training.mini_batches import mini_batches
+from workers.training.models import load_causal
 from workers.training.optimizer_step import StepRefused
-from workers.training.trainable import mini_batches
 
 TEMPERATURE = 0.8
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
@@ -112,7 +114,7 @@ def rows_mean(losses: list[torch.Tensor], batch: Experience, how: Aggregation) -
 def saved(policy: PolicyWorker, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     policy.save(str(folder))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents(folder)
 
 
 # --- one optimizer step
@@ -129,7 +131,7 @@ def test_the_gradient_is_reinforces_for_every_aggregation_and_cut(
     want = gradients_of(plain, loss.backward)
     policy = worker(folder, Loss(aggregation=how, fixed_length=FIXED_LENGTH, tokens_per_micro_batch=budget))
     measured = {}
-    got = gradients_of(policy.trained.model, lambda: measured.update(policy.update(batch).values))
+    got = gradients_of(policy.model.module, lambda: measured.update(policy.update(batch).values))
     assert_close(got, want)
     at_ratio_1 = [-torch.tensor(batch.advantages[row]) for row in range(len(batch))]
     assert measured["loss"] == pytest.approx(rows_mean(at_ratio_1, batch, how).item(), abs=1e-5)
@@ -141,7 +143,7 @@ def test_the_budgets_cut_the_batch_as_they_say(batch: Experience):
 
 def test_a_batch_without_a_trained_token_has_no_gradient(folder: Path, batch: Experience):
     policy = worker(folder)
-    got = gradients_of(policy.trained.model, lambda: policy.update(take(batch, [2])))
+    got = gradients_of(policy.model.module, lambda: policy.update(take(batch, [2])))
     assert not any(gradient.any() for gradient in got.values())
 
 
@@ -202,7 +204,7 @@ def test_the_trust_region_stands_around_the_weights_at_the_start_of_the_step(fol
         rows_mean(losses, part, "token-mean").backward()
         optimizer.step()
         optimizer.zero_grad()
-    for (name, ours), theirs in zip(policy.trained.model.named_parameters(), plain.parameters(), strict=True):
+    for (name, ours), theirs in zip(policy.model.module.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -223,7 +225,7 @@ def test_a_refused_step_changes_nothing_and_poisons_nothing(
         policy.update(msgspec.structs.replace(batch, advantages=batch.advantages.with_values(poisoned)))
     assert saved(policy, tmp_path / "after") == before
     assert policy.trained.version == 1
-    assert not policy.trained.model.training
+    assert not policy.model.module.training
     for each in (policy, untouched):
         each.update(batch)
     assert saved(policy, tmp_path / "next") == saved(untouched, tmp_path / "untouched")
@@ -246,7 +248,7 @@ def test_a_snapshot_proves_itself_and_later_steps_do_not_reach_it(folder: Path, 
     assert probe is not None
     for tokens, answer in zip(probe.tokens, probe.log_probs, strict=True):
         row = np.array(tokens, np.int32)
-        np.testing.assert_allclose(answer, tiny.log_probs(policy.trained.model, row[:1], row[1:]), atol=1e-5)
+        np.testing.assert_allclose(answer, tiny.log_probs(policy.model.module, row[:1], row[1:]), atol=1e-5)
     kept = digest(buffer)
     policy.update(batch)
     assert digest(buffer) == kept

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from protocols.data.messages import Experience, LogProbs, Rollouts
+from protocols.data.messages import Experience, Rollouts
 from protocols.weights import BadWeights, Version
 from tests import tiny
 from tests.workers.batches import experience, rollouts
@@ -51,8 +51,7 @@ def trained(folder: Path, batch: Experience) -> PolicyWorker:
 
 
 def answers(worker: PolicyWorker, batch: Experience) -> np.ndarray:
-    given: LogProbs = worker.log_probs(rollouts(batch))
-    return given.log_probs.values
+    return worker.log_probs(rollouts(batch)).log_probs.values
 
 
 def plain_answers(model: torch.nn.Module, batch: Rollouts) -> np.ndarray:
@@ -62,7 +61,7 @@ def plain_answers(model: torch.nn.Module, batch: Rollouts) -> np.ndarray:
 
 
 def base_tensors(worker: PolicyWorker) -> dict[str, torch.Tensor]:
-    everything = canonical_tensors(worker.trained.model)
+    everything = canonical_tensors(worker.model.module)
     return {n.replace(".base_layer.", "."): t for n, t in everything.items() if ".lora_" not in n}
 
 
@@ -81,20 +80,22 @@ def test_training_changes_the_answers_and_no_bit_of_the_base(folder: Path, batch
 
 def test_only_adapters_have_gradients_and_moments(trained: PolicyWorker, tmp_path: Path):
     trained.save(str(tmp_path))
-    layers = trained.trained.model.config.num_hidden_layers
-    saved, moments = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "optimizer.safetensors")
+    layers = trained.model.config.num_hidden_layers
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    saved = {name: tensor for name, tensor in tensors.items() if not name.startswith("exp_avg")}
     assert len(saved) == 2 * 2 * layers
     assert all(name.endswith((A, B)) for name in saved)
-    state = sum(m.numel() for name, m in moments.items() if not name.startswith("step."))
+    state = sum(tensor.numel() for name, tensor in tensors.items() if name not in saved)
     assert state == 2 * sum(t.numel() for t in saved.values())
-    whole = sum(p.numel() for p in trained.trained.model.parameters())
+    whole = sum(p.numel() for p in trained.model.module.parameters())
     assert state < 0.1 * whole
 
 
 def test_the_merged_model_answers_as_the_adapted_one(folder: Path, batch: Experience, trained: PolicyWorker):
     merged = load_causal(folder)
     own = canonical_tensors(merged)
-    for name, tensor in trained.trained.tensors().items():
+    for name, tensor in trained.trained.collect().items():
         own[name].copy_(tensor)
     np.testing.assert_allclose(plain_answers(merged, rollouts(batch)), answers(trained, batch), atol=1e-5)
 
@@ -173,12 +174,11 @@ def test_adapters_of_a_bfloat16_base_lose_no_small_update(folder: Path, batch: E
     model = Model(str(folder), learning_rate=1e-4, dtype="bfloat16", lora=LORA)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
     worker.update(batch)  # B leaves 0: from now on A has a gradient
-    assert worker.trained.adapters is not None
-    before = {name: tensor.clone() for name, tensor in worker.trained.adapters.tensors().items()}
+    before = worker.trained.collect_adapters()
     worker.update(batch)
-    moved = [float((t != before[n]).float().mean()) for n, t in worker.trained.adapters.tensors().items()]
+    moved = [float((t != before[n]).float().mean()) for n, t in worker.trained.collect_adapters().items()]
     assert min(moved) > 0.9
-    merged = worker.trained.tensors()["model.layers.0.self_attn.q_proj.weight"]
+    merged = worker.trained.collect()["model.layers.0.self_attn.q_proj.weight"]
     assert merged.dtype == torch.bfloat16
 
 
@@ -197,13 +197,13 @@ def test_the_export_loads_merged_in_transformers_and_apart_in_peft(
 
 def test_several_optimizer_steps_are_taken_back_together(folder: Path, batch: Experience):
     worker = make(folder, loss=Loss(epochs=2))
-    before = {name: tensor.clone() for name, tensor in worker.trained.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in worker.trained.collect().items()}
     with pytest.raises(RuntimeError, match="stop"), worker.trained.update(2):
-        for parameter in worker.trained.model.parameters():
+        for parameter in worker.model.module.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(1.0)
         raise RuntimeError("stop")
-    assert all(torch.equal(t, before[name]) for name, t in worker.trained.tensors().items())
+    assert all(torch.equal(t, before[name]) for name, t in worker.trained.collect().items())
 
 
 def test_the_adapters_come_from_the_seed_alone(folder: Path):
@@ -211,13 +211,13 @@ def test_the_adapters_come_from_the_seed_alone(folder: Path):
     one = make(folder)
     torch.manual_seed(2)
     two = make(folder)
-    assert all(torch.equal(t, two.trained.adapters.tensors()[n]) for n, t in one.trained.adapters.tensors().items())  # type: ignore[union-attr]
+    adapters = two.trained.collect_adapters()
+    assert all(torch.equal(tensor, adapters[name]) for name, tensor in one.trained.collect_adapters().items())
 
 
 def test_targets_are_checked_and_by_default_all_linear_layers_but_the_head(folder: Path):
-    adapters = make(folder, Lora(rank=1)).trained.adapters
-    assert adapters is not None
-    names = {name.removesuffix(A).rpartition(".")[2] for name in adapters.tensors() if name.endswith(A)}
+    adapters = make(folder, Lora(rank=1)).trained.collect_adapters()
+    names = {name.removesuffix(A).rpartition(".")[2] for name in adapters if name.endswith(A)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     with pytest.raises(ValueError, match=r"no linear layer 'c_attn'; it has down_proj, gate_proj"):
         make(folder, Lora(rank=1, targets=["c_attn"]))

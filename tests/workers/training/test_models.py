@@ -10,23 +10,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from protocols.data.columns import Jagged
+from protocols.layout.topology import Topology
 from tests import tiny
 from workers.finetune.loop import Texts
+from workers.parallel.backends import parallel_model
+from workers.parallel.model import ParallelModel
+from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.models import (
-    MicroBatch,
     canonical_tensors,
     load_causal,
     load_critic,
     load_reward,
     log_softmax_of,
-    micro_batches,
-    per_response,
+    response_log_probs,
     sequence_scores,
-    token_log_probs,
-    token_values,
 )
 
 ROWS = [("12+34=", "46"), ("7*", "7 is the answer"), ("what is this?", ""), ("a", "b"), ("9-9=", "0")]
@@ -48,13 +47,25 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(policy_folder: Path) -> PreTrainedModel:
-    return load_causal(policy_folder)
+def policy(policy_folder: Path) -> ParallelModel:
+    return parallel_model("3d", policy_folder, Topology())
 
 
 @pytest.fixture(scope="module")
-def critic(reward_folder: Path) -> PreTrainedModel:
-    return load_critic(reward_folder)
+def critic(reward_folder: Path) -> ParallelModel:
+    return parallel_model("3d", reward_folder, Topology(), head="value")
+
+
+def log_probs(model: ParallelModel, texts: Texts, budget: int = 100, temperature: float = 1.0) -> Jagged:
+    numbers = model.numbers(texts, budget, lambda o, m: response_log_probs(o, m, temperature))
+    assert numbers is not None
+    return texts.responses.with_values(numbers)
+
+
+def values(model: ParallelModel, budget: int = 100) -> Jagged:
+    numbers = model.numbers(TEXTS, budget, lambda o, m: m.before_response(o).squeeze(-1))
+    assert numbers is not None
+    return TEXTS.responses.with_values(numbers)
 
 
 # --- the forwards
@@ -62,20 +73,20 @@ def critic(reward_folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_those_of_each_row_alone(policy: PreTrainedModel, budget: int, temperature: float):
-    got = per_response(TEXTS, budget, lambda b: token_log_probs(policy, b, temperature))
+def test_log_probs_are_those_of_each_row_alone(policy: ParallelModel, budget: int, temperature: float):
+    got = log_probs(policy, TEXTS, budget, temperature)
     assert got.dtype == np.float32
     for prompt, response, row in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
-        np.testing.assert_allclose(row, tiny.log_probs(policy, prompt, response, temperature), atol=1e-5)
+        np.testing.assert_allclose(row, tiny.log_probs(policy.module, prompt, response, temperature), atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_values_are_those_of_each_row_alone(critic: PreTrainedModel, budget: int):
-    got = per_response(TEXTS, budget, lambda b: token_values(critic, b))
+def test_values_are_those_of_each_row_alone(critic: ParallelModel, budget: int):
+    got = values(critic, budget)
     for prompt, response, row in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
         tokens = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
-        alone = critic(input_ids=tokens).logits[0, len(prompt) - 1 : -1, 0]
+        alone = critic.module(input_ids=tokens).logits[0, len(prompt) - 1 : -1, 0]
         np.testing.assert_allclose(row, alone.numpy(), atol=1e-5)
     assert got.values.std() > 0.01
 
@@ -90,32 +101,30 @@ def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path
         assert score == pytest.approx(model(input_ids=tokens).logits.item(), abs=1e-5)
 
 
-def test_a_padding_token_inside_a_row_is_a_token_like_others(policy: PreTrainedModel):
+def test_a_padding_token_inside_a_row_is_a_token_like_others(policy: ParallelModel):
     odd = Jagged.from_rows([[5, tiny.PAD_ID, 6]], np.int32)
     texts = Texts(Jagged.from_rows([[tiny.PAD_ID, 4]], np.int32), odd)
-    got = per_response(texts, 100, lambda b: token_log_probs(policy, b))
-    np.testing.assert_allclose(got[0], tiny.log_probs(policy, texts.prompts[0], odd[0]), atol=1e-5)
+    got = log_probs(policy, texts)
+    np.testing.assert_allclose(got[0], tiny.log_probs(policy.module, texts.prompts[0], odd[0]), atol=1e-5)
 
 
-def test_a_half_precision_model_answers_in_float32(policy_folder: Path, policy: PreTrainedModel):
-    half = load_causal(policy_folder, "bfloat16")
-    assert half.dtype == torch.bfloat16
-    got = per_response(TEXTS, 100, lambda b: token_log_probs(half, b))
+def test_a_half_precision_model_answers_in_float32(policy_folder: Path, policy: ParallelModel):
+    half = parallel_model("3d", policy_folder, Topology(), dtype=torch.bfloat16)
+    assert half.module.dtype == torch.bfloat16
+    got = log_probs(half, TEXTS)
     assert got.dtype == np.float32
-    np.testing.assert_allclose(
-        got.values, per_response(TEXTS, 100, lambda b: token_log_probs(policy, b)).values, atol=0.3
-    )
+    np.testing.assert_allclose(got.values, log_probs(policy, TEXTS).values, atol=0.3)
 
 
-def test_no_rows_are_no_values(policy: PreTrainedModel):
+def test_no_rows_are_no_values(policy: ParallelModel):
     none = TEXTS.take(np.empty(0, np.int64))
-    assert len(per_response(none, 100, lambda b: token_log_probs(policy, b)).values) == 0
+    assert len(log_probs(policy, none).values) == 0
 
 
-def test_a_response_to_an_empty_prompt_is_refused(policy: PreTrainedModel):
+def test_a_response_to_an_empty_prompt_is_refused(policy: ParallelModel):
     texts = Texts(Jagged.from_rows([[3], []], np.int32), Jagged.from_rows([[4], [5]], np.int32))
     with pytest.raises(ValueError, match="row 1 has an empty prompt"):
-        per_response(texts, 100, lambda b: token_log_probs(policy, b))
+        log_probs(policy, texts)
 
 
 def test_greedy_log_probs_are_at_temperature_1_and_large_logits_stay_finite():
@@ -152,21 +161,21 @@ def test_a_micro_batch_is_right_padded_and_knows_its_tokens():
 
 
 def test_a_policys_folder_gives_a_critic_whose_first_values_are_0(policy_folder: Path):
-    critic = load_critic(policy_folder)
-    assert not per_response(TEXTS, 100, lambda b: token_values(critic, b)).values.any()
-    assert not critic.training
+    critic = parallel_model("3d", policy_folder, Topology(), head="value")
+    assert not values(critic).values.any()
+    assert not critic.module.training
 
 
-def test_a_reward_models_folder_gives_a_critic_with_its_head(reward_folder: Path, critic: PreTrainedModel):
+def test_a_reward_models_folder_gives_a_critic_with_its_head(reward_folder: Path, critic: ParallelModel):
     weight = load_reward(reward_folder).get_parameter("score.weight")
-    assert torch.equal(critic.get_parameter("score.weight"), weight)
-    assert critic.get_parameter("score.bias").item() == 0.0
+    assert torch.equal(critic.module.get_parameter("score.weight"), weight)
+    assert critic.module.get_parameter("score.bias").item() == 0.0
 
 
-def test_a_critics_forward_is_the_same_twice_in_train_mode(critic: PreTrainedModel):
-    critic.train()
-    first, second = (per_response(TEXTS, 100, lambda b: token_values(critic, b)) for _ in range(2))
-    critic.eval()
+def test_a_critics_forward_is_the_same_twice_in_train_mode(critic: ParallelModel):
+    critic.module.train()
+    first, second = (values(critic) for _ in range(2))
+    critic.module.eval()
     assert first == second
 
 

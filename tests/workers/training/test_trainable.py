@@ -11,19 +11,29 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from protocols.data.columns import Jagged
 from protocols.data.messages import LogProbs
+from protocols.layout.topology import Topology
 from tests import tiny
+from tests.workers.checkpoints import contents
+from workers.finetune.loop import Texts
+from workers.parallel.backends import parallel_model
+from workers.parallel.model import MicroLoss
 from workers.settings import Loss, Optimizer
-from workers.training.models import load_causal
+from workers.training.micro_batches import MicroBatch
+from workers.training.mini_batches import mini_batches, named_rows
+from workers.training.models import response_log_probs
 from workers.training.optimizer_step import StepRefused, lr_factor
-from workers.training.trainable import TrainedModel, mini_batches, named_rows
+from workers.training.trainable import TrainableModel
 
 RATE = 1e-3
 SETTINGS = Optimizer(warmup_steps=3, weight_decay=0.01)
-TOKENS = torch.from_numpy(tiny.encode("12+34=46").astype(np.int64))[None]
+TEXT = tiny.encode("12+34=46")
+TOKENS = torch.from_numpy(TEXT.astype(np.int64))[None]
+ROW = Texts(Jagged.from_rows([TEXT[:1]], np.int32), Jagged.from_rows([TEXT[1:]], np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +41,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_policy(tmp_path_factory.mktemp("policy"))
 
 
-def trained(folder: Path, settings: Optimizer = SETTINGS) -> TrainedModel:
-    return TrainedModel(load_causal(folder), str(folder), RATE, settings)
+def trained(folder: Path, settings: Optimizer = SETTINGS) -> TrainableModel:
+    return TrainableModel(parallel_model("3d", folder, Topology()), str(folder), RATE, settings)
 
 
-def backward(model: TrainedModel, scale: float = 1.0) -> None:
-    """Add a gradient that follows from the weights and `scale`."""
-    logits = model.model(input_ids=TOKENS, use_cache=False).logits[0, :-1]
-    (scale * torch.nn.functional.cross_entropy(logits, TOKENS[0, 1:])).backward()
+def cross_entropy(scale: float = 1.0) -> MicroLoss:
+    """A loss whose gradient follows from the weights and `scale`."""
+    return lambda outputs, micro: -scale * response_log_probs(outputs, micro).mean()
 
 
-def take_steps(model: TrainedModel, count: int, optimizer_steps: int = 1) -> None:
+def infinite_gradient(outputs: Tensor, micro: MicroBatch) -> Tensor:
+    """A finite loss with a gradient that is not."""
+    loss = cross_entropy()(outputs, micro)
+    return loss + (loss - loss.detach()).sqrt()
+
+
+def step(model: TrainableModel, loss: MicroLoss, what: str = "a test") -> float:
+    return model.step(what, ROW, 100, loss)["gradient_norm"]
+
+
+def take_steps(model: TrainableModel, count: int, optimizer_steps: int = 1) -> None:
     for _ in range(count):
         with model.update(optimizer_steps):
             for _ in range(optimizer_steps):
-                backward(model, scale=1.0 + model.version)
-                model.apply_gradients("a test")
+                step(model, cross_entropy(1.0 + model.version))
 
 
-def saved(model: TrainedModel, folder: Path) -> dict[str, bytes]:
+def saved(model: TrainableModel, folder: Path) -> dict[str, bytes]:
     """All that a checkpoint holds, by file."""
     folder.mkdir()
     model.save(str(folder))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents(folder)
 
 
 # --- one step
@@ -62,15 +80,17 @@ def saved(model: TrainedModel, folder: Path) -> dict[str, bytes]:
 def test_the_first_step_is_adamw_by_hand_on_the_clipped_gradient_at_the_warm_rate(folder: Path):
     settings = Optimizer(gradient_clip=0.5, warmup_steps=4, weight_decay=0.1, epsilon=1e-3)
     model = trained(folder, settings)
-    before = {n: p.detach().clone() for n, p in model.model.named_parameters()}
+    named = dict(model.model.module.named_parameters())
+    before = {n: p.detach().clone() for n, p in named.items()}
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))
     with model.update(1):
-        backward(model)
-        gradients = {n: p.grad.clone() for n, p in model.model.named_parameters() if p.grad is not None}
-        norm = model.apply_gradients("a test")
+        norm = step(model, cross_entropy())
     assert norm == pytest.approx(float(torch.stack([g.norm() for g in gradients.values()]).norm()), rel=1e-5)
     assert norm > 0.5
     rate = RATE / 4
-    for name, parameter in model.model.named_parameters():
+    for name, parameter in named.items():
         g = gradients[name] * 0.5 / norm
         want = before[name] * (1 - rate * 0.1) - rate * g / (g.abs() + 1e-3)  # both moments are bias corrected
         torch.testing.assert_close(parameter.detach(), want, atol=1e-6, rtol=0)
@@ -81,19 +101,16 @@ def test_without_a_clip_the_gradient_stays_as_it_is(folder: Path):
     for clip in (0.0, 1e6):
         model = trained(folder, Optimizer(gradient_clip=clip))
         take_steps(model, 2)
-        ends.append(model.model.get_parameter("model.norm.weight"))
+        ends.append(model.model.parameters["model.norm.weight"])
     assert torch.equal(*ends)
 
 
 def test_a_step_is_a_version_and_ends_in_eval_mode_without_gradients(folder: Path):
     model = trained(folder)
-    with model.update(1):
-        assert model.model.training
-        backward(model)
-        model.apply_gradients("a test")
+    take_steps(model, 1)
     assert model.version == 1
-    assert not model.model.training
-    assert all(p.grad is None for p in model.model.parameters())
+    assert not model.model.module.training
+    assert all(p.grad is None for p in model.model.module.parameters())
 
 
 @pytest.mark.parametrize("optimizer_steps", [1, 3])
@@ -107,14 +124,11 @@ def test_a_step_that_fails_leaves_nothing_behind(folder: Path, tmp_path: Path, o
         model.update(optimizer_steps),
     ):
         for _ in range(optimizer_steps - 1):
-            backward(model)
-            model.apply_gradients("one of them")
-        backward(model)
-        backward(model, scale=float("inf"))
-        model.apply_gradients("the last of them")
+            step(model, cross_entropy(), "one of them")
+        step(model, infinite_gradient, "the last of them")
     assert saved(model, tmp_path / "after") == before
-    assert (model.version, model.model.training) == (earlier, False)
-    assert all(p.grad is None for p in model.model.parameters())
+    assert (model.version, model.model.module.training) == (earlier, False)
+    assert all(p.grad is None for p in model.model.module.parameters())
 
     never_failed = trained(folder)
     take_steps(never_failed, earlier + 1)
@@ -124,7 +138,7 @@ def test_a_step_that_fails_leaves_nothing_behind(folder: Path, tmp_path: Path, o
 
 def test_a_trained_model_needs_a_learning_rate(folder: Path):
     with pytest.raises(ValueError, match="needs a learning_rate above 0, got 0"):
-        TrainedModel(load_causal(folder), str(folder), 0.0, SETTINGS)
+        TrainableModel(parallel_model("3d", folder, Topology()), str(folder), 0.0, SETTINGS)
 
 
 # --- checkpoints
@@ -151,11 +165,11 @@ def test_going_back_to_the_start_forgets_the_moments(folder: Path, tmp_path: Pat
     assert saved(model, tmp_path / "again") == start
 
 
-def test_parameters_without_a_gradient_keep_their_own_count(folder: Path, tmp_path: Path):
+def test_parameters_that_the_loss_does_not_reach_go_on_alike(folder: Path, tmp_path: Path):
     model = trained(folder)
+    norm = model.model.parameters["model.norm.weight"]
     with model.update(1):
-        model.model.get_parameter("model.norm.weight").sum().backward()
-        model.apply_gradients("a step of one parameter")
+        step(model, lambda outputs, micro: norm.sum(), "a step of one parameter")
     saved(model, tmp_path / "stop")
     loaded = trained(folder)
     loaded.load(str(tmp_path / "stop"))
@@ -185,9 +199,11 @@ def test_a_checkpoint_holds_a_tied_tensor_once(folder: Path, tmp_path: Path):
     model = trained(folder)
     take_steps(model, 1)
     saved(model, tmp_path / "stop")
-    weights, optimizer = (load_file(tmp_path / "stop" / f"{n}.safetensors") for n in ("model", "optimizer"))
+    (path,) = (tmp_path / "stop").glob("*.safetensors")
+    tensors = load_file(path)
+    weights = {name for name in tensors if not name.startswith("exp_avg")}
     assert "lm_head.weight" not in weights
-    assert set(optimizer) == {f"{part}.{n}" for n in weights for part in ("step", "exp_avg", "exp_avg_sq")}
+    assert tensors.keys() == weights | {f"{moment}.{n}" for n in weights for moment in ("exp_avg", "exp_avg_sq")}
 
 
 @torch.no_grad()
@@ -198,7 +214,7 @@ def test_an_export_is_the_model_and_its_tokenizer(tmp_path: Path, tied: bool):
         take_steps(model, 1)
     model.export(str(tmp_path / "out"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    assert torch.equal(exported(TOKENS).logits, model.model(TOKENS).logits)
+    assert torch.equal(exported(TOKENS).logits, model.model.module(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(TOKENS[0]) == "12+34=46"
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != tied
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == tied

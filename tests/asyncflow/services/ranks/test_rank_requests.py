@@ -17,6 +17,9 @@ BYTES = 8
 class Worker:
     """Has no code of a user's, and state that is nothing."""
 
+    def __init__(self, offloader: Offloader) -> None:
+        self.offloader = offloader
+
     def save(self, folder: str) -> None: ...
     def export(self, folder: str) -> None: ...
 
@@ -33,9 +36,9 @@ class Worker:
     ids=lambda value: type(value).__name__,
 )
 def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
-    residence = Offloader(torch.device("cuda"), lambda _: BYTES)
-    residence.leave()
+    offloader = Offloader(torch.device("cuda"), lambda _: BYTES)
+    offloader.leave()
     store = LocalStore()
-    carry_out(LoadedWorker(Worker(), residence=residence), store, request_)
+    carry_out(LoadedWorker(Worker(offloader)), store, request_)
     store.close()
-    assert residence.reload() == (0 if there else BYTES)
+    assert offloader.reload() == (0 if there else BYTES)

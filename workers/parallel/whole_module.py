@@ -1,0 +1,178 @@
+"""A whole transformers model as the only shard of a replica: any family that transformers loads, p = t = 1.
+
+It has the interface of `DecoderShard` and `ShardPlan`, which cut the families that have a sharding plan. So one device,
+ZeRO and FSDP train any model, with or without adapters; no parameter has a dimension to cut, and FSDP divides rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from workers.parallel.plan import Head, Parameter
+from workers.settings import Lora
+from workers.training.lora import Adapters, checkpoint_name
+from workers.training.models import load_causal, load_critic, load_reward
+
+_LOADERS = {"tokens": load_causal, "value": load_critic, "score": load_reward}
+
+
+class WholePlan(msgspec.Struct, frozen=True):
+    """The parameters of a model that is not cut. Its interface is that of ShardPlan."""
+
+    head: Head
+    specs: tuple[Parameter, ...]
+
+    pp = tp = 1
+    tied_across_stages = False
+
+    def undivided(self) -> WholePlan:
+        """The plan itself."""
+        return self
+
+    def parameters(self, stage: int) -> tuple[Parameter, ...]:
+        """All parameters, each storage once."""
+        return self.specs
+
+    def stage_of(self, parameter: Parameter) -> int:
+        """The only stage."""
+        return 0
+
+    def source(self, parameter: Parameter) -> Parameter:
+        """Under which name a checkpoint has a parameter."""
+        return msgspec.structs.replace(parameter, name=checkpoint_name(parameter.name))
+
+    def written_by(self, stage: int, tensor_index: int) -> list[Parameter]:
+        """What goes into a checkpoint: the parameters that are trained."""
+        return [spec for spec in self.specs if not spec.frozen]
+
+    def shard_shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """The parameter's own shape."""
+        return parameter.shape
+
+    def shard_start(self, parameter: Parameter, tensor_index: int) -> tuple[int, ...]:
+        """The origin."""
+        return (0,) * len(parameter.shape)
+
+    def shard_elements(self, parameter: Parameter) -> int:
+        """Number of entries."""
+        return parameter.elements
+
+
+class WholeModule(nn.Module):
+    """A model from a transformers folder, with what stands on it: logits, or a value or a score a position.
+
+    The model stays in eval mode: dropout is never applied, since rows must not depend on which rank computes them.
+    `lora` of rank 1 or more adds adapters, which then are all that trains. `recompute` keeps one activation per layer
+    and computes the others again in the backward pass. Every rank reads the whole folder into host memory first.
+    """
+
+    is_first = is_last = True
+
+    def __init__(
+        self,
+        folder: str | Path,
+        head: Head = "tokens",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        lora: Lora | None = None,
+        seed: int = 0,
+        recompute: bool = False,
+    ) -> None:
+        """`seed` decides the adapters. Raises ValueError where the folder lacks tensors."""
+        super().__init__()
+        self.model = _LOADERS[head](folder, dtype)
+        self.config = self.model.config
+        self._device = torch.device(device)
+        self.adapters = Adapters(self.model, str(folder), lora, seed) if lora is not None and lora.rank else None
+        self._names: defaultdict[str, list[str]] = defaultdict(list)  # all names of a tied parameter, by its first
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            self._names[first.setdefault(id(parameter), name)].append(name)
+        self.plan = WholePlan(
+            head, tuple(Parameter(n, tuple(p.shape), frozen=not p.requires_grad) for n, p in self.by_name().items())
+        )
+        for name, buffer in list(self.model.named_buffers()):
+            module, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(module), leaf, buffer.to(self._device))
+        if recompute:
+            for block in self._blocks().values():
+                _recompute(block)
+
+    def forward(self, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Tokens [n, L] and their mask, 0 on padding -> logits [n, L, V], or values or scores [n, L, 1]."""
+        inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        if self.plan.head != "score":
+            return self.model(**inputs).logits
+        return self.model.get_submodule("score")(self.model.base_model(**inputs).last_hidden_state)
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """The parameters by transformers' names, a tied one once."""
+        return dict(self.model.named_parameters())
+
+    def read(self, only: Container[str] | None = None) -> dict[str, Tensor]:
+        """The parameters on the model's device, by name; those named `only`, where that is given."""
+        named = self.by_name().items()
+        return {name: p.detach().to(self._device) for name, p in named if only is None or name in only}
+
+    def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
+        """Take parameters by name; a tied one at all its places."""
+        for first, parameter in parameters.items():
+            for name in self._names[first]:
+                module, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(module), leaf, parameter)
+
+    def units(self) -> Iterator[tuple[nn.Module, set[str]]]:
+        """What FSDP gathers together, from the inside out: each block; then everything else."""
+        left = {spec.name for spec in self.plan.specs}
+        for prefix, block in self._blocks().items():
+            own = {name for name in left if name.startswith(f"{prefix}.")}
+            left -= own
+            yield block, own
+        yield self, left
+
+    def constants(self) -> dict[str, Tensor]:
+        """Copies of the persistent buffers in host memory: they are not trained, and belong to what is published."""
+        state = self.model.state_dict(keep_vars=True)
+        return {n: t.to("cpu", copy=True) for n, t in state.items() if not isinstance(t, nn.Parameter)}
+
+    def _blocks(self) -> dict[str, nn.Module]:
+        """The repeated layers by name: those that transformers does not split, else the longest list of modules.
+
+        A block is left out where it stands inside another one, and where it has a tied parameter, whose other place
+        is outside of it.
+        """
+        kinds = set(getattr(self.model, "_no_split_modules", None) or ())
+        modules = dict(self.model.named_modules())
+        found = {name: module for name, module in modules.items() if type(module).__name__ in kinds}
+        if not found:
+            lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+            longest = max(lists, key=lambda name: len(lists[name]), default=None)
+            if longest is not None:
+                found = {f"{longest}.{number}": block for number, block in lists[longest].named_children()}
+        tied = [name for names in self._names.values() if len(names) > 1 for name in names]
+        return {
+            name: module
+            for name, module in found.items()
+            if not any(name.startswith(f"{outer}.") for outer in found)
+            and not any(inner.startswith(f"{name}.") for inner in tied)
+        }
+
+
+def _recompute(block: nn.Module) -> None:
+    plain = block.forward
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*inputs, **options)
+        return checkpoint(plain, *inputs, use_reentrant=False, **options)
+
+    block.forward = forward

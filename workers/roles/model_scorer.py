@@ -1,0 +1,43 @@
+"""Reward and cost models: a trained model with one label, read at the last token of prompt + response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protocols.control.requests import CodeSource
+from protocols.data.messages import Rollouts
+from workers.parallel.backends import frozen_model
+from workers.parallel.sharding import ONE_DEVICE, Sharding
+from workers.rewards.scoring import ScoredRows, scored
+from workers.settings import Model
+from workers.training.offload import Offloader
+
+
+class ModelScorer:
+    """One rank of such a model; it implements `Scorer`.
+
+    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    """
+
+    def __init__(self, model: Model, tokens_per_micro_batch: int, role: str, sharding: Sharding = ONE_DEVICE) -> None:
+        """`role` is the name that failures carry."""
+        self.model = frozen_model(model, sharding, head="score")
+        self.offloader = Offloader(self.model.device, self.model.relocate)
+        self._budget = tokens_per_micro_batch
+        self._role = role
+
+    def score(self, rollouts: Rollouts) -> ScoredRows | None:
+        """Score each row; a row whose score is not finite fails. None on a rank that is not collected."""
+        scores = self.model.numbers(rollouts, self._budget, lambda o, micro: micro.at_end(o).squeeze(-1))
+        if scores is None or not self.model.is_output_rank:
+            return None
+        return scored(rollouts.sample_ids, scores, self._role)
+
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+        """It calls no code of a user's."""
+
+    def switch_code(self, take: bool) -> None:
+        """See `prepare_code`."""
+
+    def close(self) -> None:
+        """It holds nothing but memory."""

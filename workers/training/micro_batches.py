@@ -1,0 +1,96 @@
+"""A batch is cut into micro-batches, each a padded tensor that one forward takes.
+
+Rows are right-padded inside a micro-batch and cut by a budget of padded tokens. The cut depends on the rows and the
+budget alone, never on which process runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protocols.data.columns import Jagged
+
+HOST = torch.device("cpu")
+
+
+class Sequences(Protocol):
+    """Any message with prompts and responses."""
+
+    @property
+    def prompts(self) -> Jagged: ...
+    @property
+    def responses(self) -> Jagged: ...
+
+
+class MicroBatch:
+    """Some rows of a batch, right-padded: tokens and mask [n, L] where L is the longest prompt + response.
+
+    `device` is the model's; all tensors are on it.
+    """
+
+    __slots__ = ("device", "lengths", "mask", "prompt_lengths", "response_lengths", "rows", "tokens")
+
+    def __init__(self, data: Sequences, rows: npt.NDArray[np.int64], device: torch.device = HOST) -> None:
+        self.rows = rows
+        self.device = device
+        self.prompt_lengths = data.prompts.lengths[rows]
+        self.response_lengths = data.responses.lengths[rows]
+        self.lengths = self.prompt_lengths + self.response_lengths
+        width = int(self.lengths.max())
+        tokens = np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : self.prompt_lengths[i]] = data.prompts[row]
+            tokens[i, self.prompt_lengths[i] : self.lengths[i]] = data.responses[row]
+        self.tokens = self.tensor(tokens)
+        self.mask = self.tensor((np.arange(width) < self.lengths[:, None]).astype(np.int64))
+
+    def before_response(self, outputs: Tensor) -> Tensor:
+        """[n, L, ...] -> [sum of T_i, ...]: the outputs at the position before each response token, row by row."""
+        row, position = self._response_positions()
+        return outputs[row, position - 1]
+
+    def response_tokens(self) -> Tensor:
+        """Token ids of all responses, row by row: int64 [sum of T_i]."""
+        return self.tokens[self._response_positions()]
+
+    def at_end(self, outputs: Tensor) -> Tensor:
+        """[n, L, ...] -> [n, ...]: the outputs at the last token of each row."""
+        return outputs[self.tensor(np.arange(len(self.rows))), self.tensor(self.lengths - 1)]
+
+    def column(self, column: Jagged) -> Tensor:
+        """The values of a per-response-token column for these rows: [sum of T_i]. A copy, safe to write to."""
+        return self.tensor(np.array(column.take(self.rows).values))
+
+    def tensor(self, values: npt.NDArray) -> Tensor:
+        """An array on the model's device."""
+        return torch.from_numpy(values).to(self.device)
+
+    def _response_positions(self) -> tuple[Tensor, Tensor]:
+        """Row and position of every response token, row by row."""
+        if bool((self.prompt_lengths[self.response_lengths > 0] == 0).any()):
+            row = int(self.rows[np.flatnonzero((self.prompt_lengths == 0) & (self.response_lengths > 0))[0]])
+            raise ValueError(f"row {row} has an empty prompt: nothing stands before its first response token")
+        ends = np.cumsum(self.response_lengths)
+        starts = self.prompt_lengths - ends + self.response_lengths  # of a row's response, less the tokens before it
+        within = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts, self.response_lengths)
+        rows = np.repeat(np.arange(len(self.rows)), self.response_lengths)
+        return self.tensor(rows), self.tensor(within)
+
+
+def micro_batches(data: Sequences, budget: int, device: torch.device = HOST) -> Iterator[MicroBatch]:
+    """Cut rows, in their order, so that rows x longest stays within `budget` padded tokens (one row at least)."""
+    lengths = data.prompts.lengths + data.responses.lengths
+    start, longest = 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, int(length))
+        if row > start and longest * (row + 1 - start) > budget:
+            yield MicroBatch(data, np.arange(start, row), device)
+            start, longest = row, int(length)
+    if start < len(lengths):
+        yield MicroBatch(data, np.arange(start, len(lengths)), device)
