@@ -20,7 +20,7 @@ from asyncflow.planner.costs.devices import CATALOGUE, Cluster
 from asyncflow.planner.costs.set_costs import SetCosts
 from asyncflow.planner.costs.shapes import LLAMA
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo
-from asyncflow.planner.search.heterogeneous import across_kinds
+from asyncflow.planner.search.heterogeneous import heterogeneous_placements
 from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenarios import of_placement
 from asyncflow.planner.simulation.simulator import simulate
@@ -102,7 +102,7 @@ def enumerated(models: int, devices: int) -> int:
 def simulated(devices: int, staleness: int) -> SimulationTiming:
     """Simulate the best placement of PPO's models."""
     cluster, workload, models = Cluster(CATALOGUE[DEVICE], devices), _workload(staleness), _models(4)
-    best = across_kinds(models, [cluster], workload, 1, lambda model, layout: True)[0][0]
+    best = heterogeneous_placements(models, [cluster], workload, 1, lambda model, layout: True)[0][0]
     assert best is not None, "the only kind of device has all models"
     scenario = of_placement(best, models, cluster, workload, trace(algorithm_named("ppo")))
     start = time.process_time()

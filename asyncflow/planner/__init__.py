@@ -1,4 +1,4 @@
-"""Where models should run: a cost model, an exact search, a simulator of the schedule, and calibration.
+"""Choose where models run: a cost model, an exact search, a simulator of the schedule, and calibration.
 
-Nothing below imports it; a run works without it unless it says `placement = "auto"`.
+No lower package imports this one; a run needs it only for `placement = "auto"`.
 """

@@ -1,8 +1,7 @@
-"""`asyncflow plan --from RUN`: what a run's measured busy and idle times say about where its services stand.
+"""`asyncflow plan --from RUN`: advice for a better placement, from the measured times of a run.
 
-The run is simulated again with the speeds that it had; what that misses of the measured step is a factor that the
-predictions keep. Then every other grouping of its services on as many devices is simulated, and one more version
-of staleness.
+The run is simulated with its measured speeds; the ratio of measured to simulated step time scales all predictions.
+Then every other grouping of its services on as many devices is simulated, and one more version of staleness.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from asyncflow.recipe.service_specs import GENERATOR, hosts_of, pools_of
 from asyncflow.services.runtime import CPU_SLOT
 from protocols.control.notices import Span
 
-LEAST_STEPS = 3  # behind the warm-up, to call them steady
-TURN_TOKENS = 16  # of an engine that takes rows in between
-WORTH = 0.03  # share of a step below which a move is not advised
+LEAST_STEPS = 3  # after the warm-up, enough for a median
+TURN_TOKENS = 16  # of an engine that starts new rows while others run
+WORTH = 0.03  # minimum gain of a move that is advised, as a share of the step
 STEADY_STEPS = 6
 
 
 class Move(msgspec.Struct, frozen=True):
-    """Another placement, and what it is predicted to give."""
+    """Another placement, and its predicted gain."""
 
     what: str
     pools: dict[str, list[str]]  # pool -> services
@@ -47,28 +46,28 @@ class Move(msgspec.Struct, frozen=True):
 
 
 class Advice(msgspec.Struct, frozen=True):
-    """A run's times, and what would be faster."""
+    """Where a run spends its time, and which placements would be faster."""
 
     run: str
-    steps: int  # that were looked at
+    steps: int  # that were measured
     step_s: float  # measured, median
-    simulated_s: float  # the same placement, before it is scaled to the measured
-    busy: dict[str, float]  # service -> share of the time in which it worked
-    pool_idle: dict[str, float]  # pool -> share of the time in which nobody in it worked
+    simulated_s: float  # the same placement, not scaled to the measured time
+    busy: dict[str, float]  # service -> share of the time in which it was busy
+    pool_idle: dict[str, float]  # pool -> share of the time in which no service of it was busy
     batch_wait: float  # share of the time in which training waited for a batch
     moves: list[Move]  # best first
 
 
 def advise(folder: Path) -> Advice:
-    """Advice from a run's folder. Raises BadInput where its record is too short for it."""
+    """Advice from a run's folder. Raises BadInput if the run is too short for it."""
     recipe = load_recipe(folder / "recipe.toml")
     dataflow = trace(algorithm_named(recipe.algorithm))
     steps = read_lines(folder / "metrics.jsonl")
     skipped = WARM_UP + recipe.staleness
     if len(steps) < skipped + LEAST_STEPS or not (folder / "timeline.json").exists():
         raise BadInput(
-            f"plan --from {folder}: {len(steps)} steps are on record; advice needs an ended run of "
-            f"{skipped + LEAST_STEPS} or more, {skipped} of which fill its pipeline"
+            f"plan --from {folder}: {len(steps)} steps are on record; advice needs a finished run of "
+            f"{skipped + LEAST_STEPS} or more, the first {skipped} of which fill the pipeline"
         )
     spans = _steady(read_spans(folder / "timeline.json"), skipped)
     counted = steps[skipped : max(skipped + LEAST_STEPS, len(steps) - recipe.staleness)]
@@ -92,7 +91,7 @@ def format_advice(advice: Advice) -> str:
     """The advice as text."""
     lines = [
         f"{advice.run}: {advice.step_s:.3g} s a step over {advice.steps} steps "
-        f"({advice.simulated_s:.3g} s simulated with its own times)"
+        f"({advice.simulated_s:.3g} s simulated with its measured speeds)"
     ]
     lines += [f"  {service:<12} busy {share:4.0%}" for service, share in advice.busy.items()]
     lines += [f"  pool {pool:<12} idle {share:4.0%}" for pool, share in advice.pool_idle.items()]
@@ -104,11 +103,11 @@ def format_advice(advice: Advice) -> str:
     return "\n".join(lines)
 
 
-# --- the run as it was
+# --- the measured run
 
 
 def _steady(spans: list[Span], skipped: int) -> list[Span]:
-    """The spans since the warm-up's last training ended."""
+    """The spans after the last training of the warm-up."""
     since = max((span.end for span in spans if 0 <= span.step < skipped), default=0.0)
     return [span for span in spans if span.start >= since and span.service != "evaluator"]
 
@@ -155,11 +154,11 @@ def _idle(spans: list[Span], scenario: Scenario) -> dict[str, float]:
     return idle
 
 
-# --- and as it could be
+# --- alternatives
 
 
 def _others(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
-    """Other groupings of the services in pools on as many devices or fewer, and one more version of staleness."""
+    """Other groupings of the services in pools on at most as many devices, and one more version of staleness."""
     placed = [service for service, pool in scenario.pools.items() if pool]
     most = sum(scenario.devices.values())
     if all(count == 1 for count in scenario.devices.values()):
@@ -174,9 +173,9 @@ def _others(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
 
 def _grouped(scenario: Scenario, groups: list[list[str]]) -> Scenario:
     pools = {service: "+".join(group) for group in groups for service in group}
-    nowhere = {service: "" for service, pool in scenario.pools.items() if not pool}
+    without_device = {service: "" for service, pool in scenario.pools.items() if not pool}
     devices = {"+".join(group): 1 for group in groups}
-    return msgspec.structs.replace(scenario, pools={**pools, **nowhere}, devices=devices)
+    return msgspec.structs.replace(scenario, pools={**pools, **without_device}, devices=devices)
 
 
 def _move(what: str, other: Scenario, predicted_s: float, measured_s: float) -> Move:

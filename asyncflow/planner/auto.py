@@ -1,6 +1,6 @@
-"""`placement = "auto"`: the placements that this build can run on some devices, simulated, and the best of them taken.
+"""`placement = "auto"`: simulate the placements that this version can run, and choose the fastest.
 
-A bound passes over those that can't win.
+A lower bound on the step time skips candidates that can't win.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.config import BadInput, Recipe
 
 AUTO = "auto"
-SHORT_STEPS = 4  # that look alike, of each candidate's simulation
-SAME = 1.02  # steps that are this near count as equal: then fewer pools win
+SHORT_STEPS = 4  # steady steps of each candidate's simulation
+SAME = 1.02  # step times within this factor count as equal; then fewer pools win
 
 
 class SimulatedPlacement(msgspec.Struct, frozen=True):
-    """A placement that can be run, and how it did."""
+    """A candidate placement, and the result of its simulation."""
 
-    recipe: Recipe  # with its pools and its placement
+    recipe: Recipe  # with the pools and the placement of the candidate
     simulated: SimulatedRun
 
     @property
@@ -40,7 +40,7 @@ class SimulatedPlacement(msgspec.Struct, frozen=True):
 
 
 class PlacementChoice(msgspec.Struct, frozen=True):
-    """The best placement, the next one, and how many were looked at."""
+    """The best placement, the runner-up, and the number of candidates."""
 
     chosen: SimulatedPlacement
     runner_up: SimulatedPlacement | None
@@ -51,30 +51,30 @@ class PlacementChoice(msgspec.Struct, frozen=True):
 def place(
     recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration | None = None
 ) -> PlacementChoice:
-    """Choose pools and placement for a recipe. Raises BadInput, with the numbers, where nothing fits.
+    """Choose pools and placement for a recipe. Raises BadInput, with the numbers, if nothing fits.
 
-    `calibration` describes the devices; without it the recipe's pools do, or what is here.
+    The devices are those of `calibration`, else of the recipe's pools, else this machine's CPU slots.
     """
     kinds = device_kinds(recipe, calibration)
-    told = " + ".join(str(kind.cluster) for kind in kinds)
+    devices_text = " + ".join(str(kind.cluster) for kind in kinds)
     try:
         models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
-        hopeful = list(candidates(recipe, dataflow, models, kinds, prompt))
+        feasible = list(candidates(recipe, dataflow, models, kinds, prompt))
     except ValueError as error:
         raise BadInput(f"placement = 'auto': {error}") from None
-    if not hopeful:
+    if not feasible:
         names = ", ".join(model.label for model in models)
-        raise BadInput(f"placement = 'auto': this version runs no placement of {names} on {told}")
+        raise BadInput(f"placement = 'auto': this version runs no placement of {names} on {devices_text}")
     devices = {kind.device: kind.calibration.device for kind in kinds}
-    found = _simulated([(of_recipe(one, dataflow, prompt, kinds[0].calibration, devices), one) for one in hopeful])
+    found = _simulated([(of_recipe(one, dataflow, prompt, kinds[0].calibration, devices), one) for one in feasible])
     fastest = min(one.simulated.step_s for one in found)
     found.sort(key=lambda one: (one.simulated.step_s > SAME * fastest, len(one.recipe.pools), one.simulated.step_s))
     others = sorted(found[1:], key=lambda one: one.simulated.step_s)
-    return PlacementChoice(found[0], others[0] if others else None, len(hopeful), told)
+    return PlacementChoice(found[0], others[0] if others else None, len(feasible), devices_text)
 
 
 def check_devices(recipe: Recipe) -> Recipe:
-    """The recipe with its calibrations' files by full path. Raises BadInput for a device that nobody knows."""
+    """The recipe with absolute paths of calibration files. Raises BadInput for an unknown device."""
     pools = {}
     for name, pool in recipe.pools.items():
         known = not pool.device or pool.device in CATALOGUE
@@ -89,12 +89,12 @@ def check_devices(recipe: Recipe) -> Recipe:
 
 
 def _simulated(scenarios: list[tuple[Scenario, Recipe]]) -> list[SimulatedPlacement]:
-    """Those that could win, simulated; the most hopeful first, so that the bound passes over the others."""
-    hopeful = sorted(((bound_s(s), i) for i, (s, _) in enumerate(scenarios)), key=lambda pair: pair[0])
+    """Simulate candidates in order of their bounds; stop when the remaining bounds exceed the runner-up."""
+    by_bound = sorted(((bound_s(s), i) for i, (s, _) in enumerate(scenarios)), key=lambda pair: pair[0])
     found: list[SimulatedPlacement] = []
-    for bound, number in hopeful:
+    for bound, number in by_bound:
         if len(found) > 1 and bound > sorted(one.simulated.step_s for one in found)[1]:
-            break  # neither the best nor the runner-up
+            break  # it can be neither the best nor the runner-up
         scenario, candidate = scenarios[number]
         steps = min(scenario.pace.steps, scenario.steady.start + SHORT_STEPS + scenario.pace.staleness)
         pace = msgspec.structs.replace(scenario.pace, steps=steps)
@@ -103,8 +103,10 @@ def _simulated(scenarios: list[tuple[Scenario, Recipe]]) -> list[SimulatedPlacem
 
 
 def bound_s(scenario: Scenario) -> float:
-    """Seconds a step that no schedule beats: the busiest pool's work, and all work on the cores; at staleness 0 also
-    drawing and training one after the other.
+    """A lower bound on the seconds of a step, under any schedule.
+
+    The maximum of the busiest pool's work, of all work divided by the cores, and at staleness 0 of generation plus
+    training.
     """
     work = {service: sum(seconds) for service in scenario.pools if (seconds := _work_s(scenario, service))}
     pools: dict[str, float] = {}
@@ -113,16 +115,16 @@ def bound_s(scenario: Scenario) -> float:
             pools[pool] = pools.get(pool, 0.0) + seconds
     bounds = [*pools.values(), sum(work.values()) / scenario.cores if scenario.cores else 0.0]
     if not scenario.pace.staleness:
-        drawing = next(host for stage, host in scenario.hosts.items() if scenario.dataflow.stage(stage).generates)
-        bounds.append(_work_s(scenario, drawing)[0] + _work_s(scenario, "policy")[2])
+        generator = next(host for stage, host in scenario.hosts.items() if scenario.dataflow.stage(stage).generates)
+        bounds.append(_work_s(scenario, generator)[0] + _work_s(scenario, "policy")[2])
     return max(bounds)
 
 
 def _work_s(scenario: Scenario, service: str) -> tuple[float, float, float]:
-    """Seconds a step of drawing, inference and training, in calls as large as they can be."""
+    """Seconds a step of generation, inference and training, in calls of the whole batch."""
     speed, rows = scenario.speeds[service], scenario.samples_per_step
     prompt, response = scenario.prompt.mean, scenario.response.mean
-    drawing = inference = training = 0.0
+    generation = inference = training = 0.0
     for stage in scenario.dataflow.stages:
         if scenario.hosts[stage.name] != service:
             continue
@@ -130,9 +132,9 @@ def _work_s(scenario: Scenario, service: str) -> tuple[float, float, float]:
         if stage.generates:
             running = min(rows / speed.engines, speed.slots)
             rounds = rows / speed.engines / running
-            drawing += delay + rounds * response * speed.decode_s(running, prompt + response / 2)
+            generation += delay + rounds * response * speed.decode_s(running, prompt + response / 2)
         elif stage.is_sink:
             training += delay + speed.update_s([round(prompt + response)] * rows)
         else:
             inference += delay + speed.forward_s([round(prompt + response)] * rows)
-    return drawing, inference, training
+    return generation, inference, training

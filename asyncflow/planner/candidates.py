@@ -1,4 +1,4 @@
-"""The placements of a recipe that are worth simulating: on accelerators the mapper's, on CPU slots every grouping."""
+"""Candidate placements of a recipe: on accelerators the best of the search, on CPU slots every grouping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncflow.planner.calibration.calibration import Calibration, read_calibrat
 from asyncflow.planner.costs.devices import Cluster, Refused
 from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.workload import Lengths, ModelWork
-from asyncflow.planner.search.heterogeneous import KindPlacements, across_kinds
+from asyncflow.planner.search.heterogeneous import KindPlacements, heterogeneous_placements
 from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenarios import workload_of
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
@@ -21,11 +21,11 @@ from asyncflow.recipe.model_checks import check_placement
 from asyncflow.recipe.service_specs import GENERATOR, REPLICATED
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
 
-HOPEFUL = 8  # of the mapper's placements of each way to generate
+KEEP_PLACEMENTS = 8  # placements from the search that are simulated, for each way to generate
 
 
 class DeviceKind(msgspec.Struct, frozen=True):
-    """Devices of one kind, and what a recipe's pools call it; "" is what there is."""
+    """Devices of one kind, and their name in a recipe's pools; "" means the default device."""
 
     device: str
     count: int
@@ -37,20 +37,25 @@ class DeviceKind(msgspec.Struct, frozen=True):
 
 
 def device_kinds(recipe: Recipe, calibration: Calibration | None) -> list[DeviceKind]:
-    """The devices of a recipe's pools, or what is here. Raises BadInput.
+    """The devices of a recipe's pools, or this machine's CPU slots. Raises BadInput.
 
-    `calibration` describes them, where it is given: then they are of one kind.
+    A given `calibration` describes all of them; then they must be of one kind.
     """
     counts: dict[str, int] = {}
     for pool in recipe.pools.values():
         counts[pool.device] = counts.get(pool.device, 0) + pool.devices
     kinds = [_kind(device, count, calibration) for device, count in counts.items()]
     kinds = kinds or [_kind("", (os.cpu_count() or 1) * SLOTS_PER_CORE, calibration)]
-    told = ", ".join(str(kind.cluster) for kind in kinds)
+    devices_text = ", ".join(str(kind.cluster) for kind in kinds)
     if len({kind.device for kind in kinds}) < len(kinds):
-        raise BadInput(f"placement = 'auto': the pools have {told}: one calibration a kind of device")
+        raise BadInput(
+            f"placement = 'auto': the pools have {devices_text}: give one calibration for each kind of device"
+        )
     if len(kinds) > 1 and any(kind.cluster.device.name == CPU_SLOT for kind in kinds):
-        raise BadInput(f"placement = 'auto': CPU slots share their cores and are mapped alone, the pools have {told}")
+        raise BadInput(
+            f"placement = 'auto': CPU slots share their cores and can't be mixed with other devices, "
+            f"the pools have {devices_text}"
+        )
     return kinds
 
 
@@ -68,24 +73,24 @@ def _kind(device: str, count: int, calibration: Calibration | None) -> DeviceKin
 def candidates(
     recipe: Recipe, dataflow: Dataflow, models: list[ModelWork], kinds: Sequence[DeviceKind], prompt: Lengths
 ) -> Iterator[Recipe]:
-    """The recipe in every placement worth simulating that passes the checks of a run."""
+    """The recipe in every candidate placement that passes the checks of a run."""
     if kinds[0].cluster.device.name == CPU_SLOT:
         placed = _groupings(recipe, models, kinds[0])
     else:
         workload = workload_of(recipe, prompt, kinds[0].calibration)
-        mapped = across_kinds(models, [kind.cluster for kind in kinds], workload, HOPEFUL,
+        mapped = heterogeneous_placements(models, [kind.cluster for kind in kinds], workload, KEEP_PLACEMENTS,
                               partial(runs, recipe))  # fmt: skip
-        placed = (_of_mapper(recipe, shared, kinds) for shared in mapped)
+        placed = (_from_search(recipe, shared, kinds) for shared in mapped)
     for candidate in placed:
         try:
             check_placement(candidate, dataflow)
         except BadInput:
-            continue  # e.g. vLLM without a generator of its own
+            continue  # e.g. vLLM without a separate generator
         yield candidate
 
 
 def _groupings(recipe: Recipe, models: list[ModelWork], kind: DeviceKind) -> Iterator[Recipe]:
-    """Whole models on one slot each, in every grouping, with and without a generator of its own."""
+    """Whole models on one slot each, in every grouping, with and without a separate generator."""
     roles = [model.role for model in models]
     for services in (roles, [*roles, GENERATOR]):
         for sets in placements((1 << len(services)) - 1):
@@ -95,7 +100,7 @@ def _groupings(recipe: Recipe, models: list[ModelWork], kind: DeviceKind) -> Ite
                 yield _with_pools(recipe, groups, dict.fromkeys(groups, Pool(1, kind.device)))
 
 
-def _of_mapper(recipe: Recipe, shared: KindPlacements, kinds: Sequence[DeviceKind]) -> Recipe:
+def _from_search(recipe: Recipe, shared: KindPlacements, kinds: Sequence[DeviceKind]) -> Recipe:
     groups, pools = {}, {}
     for kind, placement in zip(kinds, shared, strict=True):
         for pool in placement.pools if placement else ():
@@ -120,7 +125,7 @@ def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pool
 def runs(recipe: Recipe, model: ModelWork, layout: Layout) -> bool:
     """Whether this version runs a model of a recipe in a layout. `check_placement` has the last word."""
     topology = layout.topology
-    if layout.recompute:  # no recipe can say it
+    if layout.recompute:  # a recipe has no key for it
         return False
     if layout.gen_pp > 1 and recipe.generation.engine == "vllm":
         return False

@@ -1,6 +1,6 @@
-"""A plan's file: the pools and the placement that were chosen, as TOML that a recipe's `placement` may name.
+"""Plan files: chosen pools and placement as TOML, which a recipe loads with `placement = "PATH"`.
 
-It may be edited in between: what is pinned passes the same checks as what a hand has written.
+The file may be edited; it passes the same checks as a placement written in the recipe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.settings import Settings
 
 
 class SavedPlan(Settings, frozen=True):
-    """A plan's file: what a recipe takes as its pools and its placement."""
+    """The contents of a plan file: the pools and the placement of a recipe."""
 
     pools: dict[str, Pool]
     placement: dict[str, Placed]
@@ -26,12 +26,12 @@ class SavedPlan(Settings, frozen=True):
 
 
 def save(choice: PlacementChoice, path: Path) -> None:
-    """Write a choice as a file that `placement` of a recipe may name."""
+    """Write a choice as a plan file."""
     path.write_text(text_of(choice))
 
 
 def text_of(choice: PlacementChoice) -> str:
-    """A choice as TOML, to be read, edited and pinned."""
+    """A choice as the TOML text of a plan file."""
     recipe = choice.chosen.recipe
     saved = SavedPlan(
         pools=recipe.pools,
@@ -43,11 +43,11 @@ def text_of(choice: PlacementChoice) -> str:
 
 
 def with_saved_plan(recipe: Recipe, path: str) -> Recipe:
-    """A recipe with the pools and the placement of a plan's file. Raises BadInput."""
+    """A recipe with the pools and the placement of a plan file. Raises BadInput."""
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise BadInput(f"placement = {path!r}: neither 'auto' nor a plan's file: {error.strerror}") from error
+        raise BadInput(f"placement = {path!r}: neither 'auto' nor a plan file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"placement = {path!r}: {error}") from error
     saved = to_settings(table, SavedPlan, f"placement = {path!r}")

@@ -1,4 +1,4 @@
-"""How fast this machine really is: a recipe's own calls, timed alone and beside each other.
+"""Measure how fast this machine is: a recipe's own calls, timed alone and concurrently.
 
-Results are speeds; what follows from them is computed in `asyncflow.planner.costs` and `asyncflow.planner.simulation`.
+The results are speeds; `asyncflow.planner.costs` and `asyncflow.planner.simulation` compute predictions from them.
 """

@@ -1,7 +1,7 @@
-"""What was measured here: a device with the reach that real code has on it, and what no data sheet says of a recipe.
+"""Calibrations: a measured device with the efficiency of real code, and a recipe's response lengths and rule times.
 
-A calibration is a file: `asyncflow calibrate RECIPE --output here.json`, and then `asyncflow plan RECIPE --device
-here.json`. The fits are least squares over a few sizes; they are pure, measuring is in `measuring`.
+`asyncflow calibrate RECIPE --output here.json` writes one, `asyncflow plan RECIPE --device here.json` uses it. This
+module fits measurements by least squares; `measuring` takes them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from asyncflow.planner.costs.workload import Lengths
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """A device, and what calls of services without a model take on it."""
+    """A device, and what was measured of a recipe on it."""
 
     device: Device
-    responses: Lengths | None = None  # tokens that the recipe's policy answered with; None: not known
-    limit: int = 0  # tokens that a response could have; 0: not known, none was cut
+    responses: Lengths | None = None  # response lengths of the recipe's policy; None: not known
+    limit: int = 0  # maximum tokens of a response; 0: not known, none was truncated
     row_s: dict[str, float] = {}  # service without a model -> seconds a row
-    measured: str = ""  # where and with what recipe
+    measured: str = ""  # the recipe, machine and runtime
 
     def responses_under(self, limit: int) -> Lengths | None:
-        """What the policy answers with where it may use up to `limit` tokens."""
+        """The predicted response lengths under a limit of `limit` tokens."""
         return self.responses and self.responses.under(limit, self.limit or self.responses.maximum + 1)
 
 
@@ -40,13 +40,13 @@ class LinearFit(msgspec.Struct, frozen=True):
 
 
 def fit(amounts: Sequence[float], seconds: Sequence[float]) -> LinearFit:
-    """The line of least squares of relative errors, neither part below 0.
+    """Least squares of the relative errors, with both coefficients >= 0.
 
-    Relative, since a small call matters as much to its own step as a large one to another.
+    The errors are relative because a small call matters as much to its step as a large call to another.
     """
     x, y = np.asarray(amounts, np.float64), np.asarray(seconds, np.float64)
     if len(x) != len(y) or not len(x) or not (y > 0).all():
-        raise ValueError(f"want a time above 0 for each amount, got {len(x)} amounts and times {y.tolist()}")
+        raise ValueError(f"a fit needs a time above 0 for each amount, got {len(x)} amounts and times {y.tolist()}")
     candidates = [
         np.array([0.0, np.dot(x / y, 1 / np.ones_like(y)) / np.dot(x / y, x / y)]),
         np.array([(1 / y).sum() / (1 / y**2).sum(), 0.0]),
@@ -61,64 +61,64 @@ def fit(amounts: Sequence[float], seconds: Sequence[float]) -> LinearFit:
 
 
 class Timed(msgspec.Struct, frozen=True):
-    """Padded tokens of some work, and its seconds."""
+    """The padded tokens of a call, and its seconds."""
 
     tokens: int
     seconds: float
 
 
 class ModelTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of a recipe's model on one slot."""
+    """The measured times of a recipe's policy on one slot."""
 
     shape: Shape
-    sample_tokens: float  # of the rows that were measured
+    sample_tokens: float  # of the measured rows
     steps: int  # optimizer steps of an update
     peak_flops: float
     bandwidth: float
-    forward: list[Timed]  # one micro-batch each
-    update: list[Timed]  # `steps` optimizer steps of one micro-batch each
-    decode: LinearFit  # seconds of a token for each of so many running sequences
+    forward: list[Timed]  # calls with one micro-batch
+    update: list[Timed]  # calls with `steps` optimizer steps of one micro-batch
+    decode: LinearFit  # seconds of a decoding step over the number of running sequences
     publish_s: float
 
 
 def fit_decode(steps: Sequence[tuple[float, float]]) -> LinearFit:
-    """Of (mean running sequences, seconds of a decoding step)."""
+    """Fit points of (mean number of running sequences, seconds of a decoding step)."""
     return fit([running for running, _ in steps], [seconds for _, seconds in steps])
 
 
-def efficiency_of(figures: ModelTimings) -> Efficiency:
-    """The reach with which the cost models give back what was measured."""
-    shape, steps = figures.shape, figures.steps
-    token_flops = shape.forward_flops(figures.sample_tokens / 2)
-    forward = fit([t.tokens for t in figures.forward], [t.seconds for t in figures.forward])
-    # With several optimizer steps the policy reads the batch once more before the first.
-    again = [forward.fixed_s + forward.slope_s * t.tokens if steps > 1 else 0.0 for t in figures.update]
-    once = [max(t.seconds - a, t.seconds / 2) / steps for t, a in zip(figures.update, again, strict=True)]
-    update = fit([t.tokens / steps for t in figures.update], once)
-    state_s = shape.parameters * STATE_BYTES / figures.bandwidth
-    compute = _share(token_flops, forward.slope_s, figures.peak_flops)
-    read_s = shape.parameters * WEIGHT_BYTES / figures.bandwidth
-    product_s = token_flops / (figures.peak_flops * compute)
+def efficiency_of(timings: ModelTimings) -> Efficiency:
+    """The efficiency with which the cost model reproduces the measured times."""
+    shape, steps = timings.shape, timings.steps
+    token_flops = shape.forward_flops(timings.sample_tokens / 2)
+    forward = fit([t.tokens for t in timings.forward], [t.seconds for t in timings.forward])
+    # Before several optimizer steps the policy makes an extra forward pass over the batch.
+    again = [forward.fixed_s + forward.slope_s * t.tokens if steps > 1 else 0.0 for t in timings.update]
+    once = [max(t.seconds - a, t.seconds / 2) / steps for t, a in zip(timings.update, again, strict=True)]
+    update = fit([t.tokens / steps for t in timings.update], once)
+    state_s = shape.parameters * STATE_BYTES / timings.bandwidth
+    compute = _share(token_flops, forward.slope_s, timings.peak_flops)
+    read_s = shape.parameters * WEIGHT_BYTES / timings.bandwidth
+    product_s = token_flops / (timings.peak_flops * compute)
     return Efficiency(
         compute=compute,
-        training=_share(3 * token_flops, update.slope_s, figures.peak_flops),
+        training=_share(3 * token_flops, update.slope_s, timings.peak_flops),
         bandwidth=1.0,
         link=1.0,
         layer_s=forward.fixed_s / (shape.layers + 1),
         optimizer_s=max(0.0, update.fixed_s - 3 * forward.fixed_s - state_s),
-        host_step_s=max(0.0, figures.decode.fixed_s - read_s),
-        host_sequence_s=max(0.0, figures.decode.slope_s - product_s),
-        publish_s=figures.publish_s,
+        host_step_s=max(0.0, timings.decode.fixed_s - read_s),
+        host_sequence_s=max(0.0, timings.decode.slope_s - product_s),
+        publish_s=timings.publish_s,
     )
 
 
 def _share(flops: float, seconds: float, peak: float) -> float:
-    """Of the peak, at most all of it; a time that was too short to see reads as all."""
+    """The share of the peak flops, at most 1; 1 also for a time that is too short to measure."""
     return min(1.0, flops / (seconds * peak)) if seconds else 1.0
 
 
 def read_calibration(given: str) -> Calibration:
-    """A calibration's file, or the name of a device of the catalogue. Raises Refused."""
+    """Read a calibration file, or take a device of the catalogue by name. Raises Refused."""
     if given in CATALOGUE:
         return Calibration(CATALOGUE[given])
     try:

@@ -1,4 +1,4 @@
-"""What a machine and a runtime do, whatever the model: products, copies, calls, records. Medians, seconds."""
+"""Measure a machine and a runtime, independent of the model: products, copies, calls, records. In median seconds."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from protocols.data.ids import sample_id
 from protocols.data.messages import Prompts, Scores
 from protocols.stage import stage
 
-MATRIX = 768  # rows and columns of the product that stands for the peak
+MATRIX = 768  # rows and columns of the product that measures peak flops
 COPIED_BYTES = 64 << 20
 STATES: tuple[State, ...] = ("generated", "scored", "batched")
 
 
 class CalibrationSizes(msgspec.Struct, frozen=True):
-    """How much is measured."""
+    """The sizes of the measurements."""
 
     rows: tuple[int, ...] = (1, 8, 32, 128)  # of a forward pass
     trained_rows: tuple[int, ...] = (4, 16, 48, 128)  # of an optimizer step
-    contention_rows: int = 48  # of services side by side
-    running: tuple[int, ...] = (1, 4, 16, 64)  # sequences that are drawn together
+    contention_rows: int = 48  # of calls of concurrent services
+    running: tuple[int, ...] = (1, 4, 16, 64)  # sequences that are generated together
     rounds: int = 5
     calls: int = 40
-    seconds: float = 2.0  # of working alone, and of working beside others
+    seconds: float = 2.0  # of repeated calls alone, and of concurrent calls
 
 
 QUICK = CalibrationSizes(
@@ -47,7 +47,7 @@ QUICK = CalibrationSizes(
 
 
 def peak_flops(sizes: CalibrationSizes) -> float:
-    """Flops a second of one large product, on as many threads as torch was told to use."""
+    """Flops per second of one large product, on the number of threads that torch uses."""
     import torch
 
     a = torch.randn(MATRIX, MATRIX)
@@ -55,14 +55,14 @@ def peak_flops(sizes: CalibrationSizes) -> float:
 
 
 def bandwidth(sizes: CalibrationSizes) -> float:
-    """Bytes a second that copying reads and writes."""
+    """Bytes per second read and written by a copy."""
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
     return 2 * COPIED_BYTES / median_s(lambda: np.copyto(target, source), sizes.rounds)
 
 
 async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: CalibrationSizes) -> float:
-    """Rows through a service that does nothing with them."""
+    """Seconds of a call to a service that does nothing with its rows."""
     spec = ServiceSpec(
         name="echo", settings=CustomSettings(f"{__name__}:EchoScores"),
         limits=Limits(mailbox_rows=64, firing_rows=64, inline_bytes=recipe.inline_bytes),
@@ -72,12 +72,12 @@ async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: 
     try:
         started = await runtime.start([spec])
         rows = source.requests([source.at(position) for position in range(16)], 1, 0)
-        return await _mediancall_s(started["echo"].endpoint, runtime.store, rows, sizes.calls)
+        return await _median_call_s(started["echo"].endpoint, runtime.store, rows, sizes.calls)
     finally:
         await runtime.stop()
 
 
-async def _mediancall_s(endpoint: Endpoint, store: Store, rows: Prompts, calls: int) -> float:
+async def _median_call_s(endpoint: Endpoint, store: Store, rows: Prompts, calls: int) -> float:
     seconds = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -88,10 +88,10 @@ async def _mediancall_s(endpoint: Endpoint, store: Store, rows: Prompts, calls: 
 
 
 class EchoScores:
-    """Scores every row 0, at once: what is left is the call."""
+    """Scores every row 0 immediately, so that only the overhead of the call is measured."""
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
-        """Takes what every service's worker is given, and needs none of it."""
+        """The arguments are those of every custom worker; none is used."""
 
     @stage(protocol="DP_PROTO")
     def score(self, prompts: Prompts) -> Scores:
@@ -100,7 +100,7 @@ class EchoScores:
 
 
 def record_s(recipe: Recipe, sizes: CalibrationSizes) -> float:
-    """A step's transactions, in the folder where the recipe's runs are."""
+    """Seconds of a step's ledger transactions, in the folder of the recipe's runs."""
     root = Path(recipe.folder)
     root.mkdir(parents=True, exist_ok=True)
     seconds = []
@@ -119,7 +119,7 @@ def record_s(recipe: Recipe, sizes: CalibrationSizes) -> float:
 
 
 def rate(work: Callable[[], object], seconds: float) -> float:
-    """How often a second some work is done."""
+    """Calls per second, after one that warms up."""
     work()
     start, count = time.perf_counter(), 0
     while (now := time.perf_counter()) < start + seconds:
@@ -129,7 +129,7 @@ def rate(work: Callable[[], object], seconds: float) -> float:
 
 
 def median_s(work: Callable[[], object], rounds: int) -> float:
-    """Seconds of some work, the median of several rounds behind one that warms up."""
+    """The median seconds of several calls, after one that warms up."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

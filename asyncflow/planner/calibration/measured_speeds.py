@@ -1,4 +1,4 @@
-"""Speeds as a run had them: its spans, less what other services took of the cores, as lines over rows."""
+"""Measured speeds of a run's services: linear fits over its spans, corrected for shared cores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NOTHING = LinearFit(0.0, 0.0)
 
 
 class MeasuredSpeed(msgspec.Struct, frozen=True):
-    """A service's calls as they were measured. Implements `Speed`."""
+    """The speed of a service from its measured calls. Implements `Speed`."""
 
     forward: LinearFit = NOTHING  # over rows
     update: LinearFit = NOTHING  # over rows
-    step_s: float = 0.0  # a decoding step of the engine, whoever runs in it
+    step_s: float = 0.0  # of a decoding step of the engine, however many sequences run
     engines: int = 1
     slots: int = 1 << 30
     switch_s: float = 0.0
@@ -33,7 +33,7 @@ class MeasuredSpeed(msgspec.Struct, frozen=True):
         return self.update.fixed_s + self.update.slope_s * len(lengths)
 
     def prefill_s(self, prompts: Sequence[int]) -> float:
-        """In the decoding steps already."""
+        """0: the measured decoding steps include it."""
         return 0.0
 
     def decode_s(self, running: float, context: float) -> float:
@@ -41,9 +41,9 @@ class MeasuredSpeed(msgspec.Struct, frozen=True):
 
 
 def own_work(spans: Sequence[Span], cores: float) -> list[float]:
-    """Seconds that each span would have taken alone: at any moment n spans on c cores advance at min(1, c/n) each.
+    """Seconds that each span would have taken alone, if n spans on c cores advance at min(1, c/n) each.
 
-    `cores` 0: they did not share.
+    `cores` 0 means that they did not share cores.
     """
     if not cores or not spans:
         return [span.end - span.start for span in spans]
@@ -60,10 +60,10 @@ def own_work(spans: Sequence[Span], cores: float) -> list[float]:
 def speeds_of(
     spans: Sequence[Span], services: Sequence[str], cores: float, tokens_per_span: float
 ) -> dict[str, MeasuredSpeed]:
-    """The speed of every service, from the spans of steps that look alike.
+    """The speed of every service, from the spans of steady steps.
 
     Args:
-        drawn_tokens: tokens of a sequence that one `generate` span draws.
+        tokens_per_span: tokens that one `generate` span generates for each sequence.
     """
     work: Mapping[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for span, seconds in zip(spans, own_work(spans, cores), strict=True):
@@ -82,8 +82,8 @@ def speeds_of(
             for call in calls
         ]
         speeds[service] = MeasuredSpeed(
-            forward=_line(inference),
-            update=_line(work.get((service, "update"), [])),
+            forward=_linear_fit(inference),
+            update=_linear_fit(work.get((service, "update"), [])),
             step_s=seconds_of(service, "generate") / tokens_per_span,
             publish_s=max(seconds_of(service, "publish"), seconds_of(service, "load")),
         )
@@ -96,6 +96,6 @@ NOT_INFERENCE = frozenset(
 )  # fmt: skip
 
 
-def _line(calls: Sequence[tuple[int, float]]) -> LinearFit:
+def _linear_fit(calls: Sequence[tuple[int, float]]) -> LinearFit:
     known = [(rows, seconds) for rows, seconds in calls if rows > 0]
     return fit([rows for rows, _ in known], [seconds for _, seconds in known]) if known else NOTHING

@@ -1,12 +1,12 @@
-"""`asyncflow calibrate`: half a minute of the recipe's own workers, at a few sizes each, on what is here.
+"""`asyncflow calibrate`: time the recipe's own workers on this machine at a few sizes; takes about half a minute.
 
-    matrix products, memory    what the processor could do
-    forward, update, decode    what the recipe's model gets of it, and what every call costs beside
-    copies of the weights      taking one, installing one
-    two at a time              how much work is done at once: cores, and the interpreter where they share one
-    a call, a record           rows through a service of the recipe's runtime; a step in the ledger
+    matrix products, memory    peak flops and bandwidth
+    forward, update, decode    the share that the recipe's model reaches, and fixed overheads
+    copies of the weights      publishing one, loading one
+    concurrent services        aggregate speed with shared cores, and a shared interpreter in one process
+    a call, a record           a call to a service of the recipe's runtime; a step in the ledger
 
-Medians, so that a moment's disturbance does not count. Everything is measured from outside the workers' classes.
+The times are medians, to ignore short disturbances. The workers contain no code for measuring.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.generation.packed import received
 async def measure(
     recipe: Recipe, dataflow: Dataflow, source: PromptSource, runtime: Runtime, sizes: CalibrationSizes
 ) -> Calibration:
-    """Calibrate on a recipe's models; `runtime` is one of the recipe's kind that has not been started."""
+    """Calibrate with a recipe's models; `runtime` is of the recipe's kind and not started."""
     call_s = await machine.call_s(runtime, recipe, source, sizes)
     return await asyncio.to_thread(_measure, recipe, dataflow, source, call_s, sizes)
 
@@ -50,25 +50,25 @@ async def measure(
 def _measure(
     recipe: Recipe, dataflow: Dataflow, source: PromptSource, call_s: float, sizes: CalibrationSizes
 ) -> Calibration:
-    with closing(WorkerHarness(recipe, dataflow, source, sizes)) as bench:
+    with closing(WorkerHarness(recipe, dataflow, source, sizes)) as harness:
         peak, bandwidth = machine.peak_flops(sizes), machine.bandwidth(sizes)
-        drawn = [_generate(bench, rows) for rows in sizes.running for _ in range(2)]
-        responses = Lengths.measured([length for draw in drawn for length in draw.lengths])
+        generations = [_generate(harness, rows) for rows in sizes.running for _ in range(2)]
+        responses = Lengths.measured([length for one in generations for length in one.lengths])
         tokens = round(responses.mean)
-        own = in_threads(bench, tokens) if recipe.runtime == "local" else in_processes(bench, tokens)
-        figures = ModelTimings(
+        own = in_threads(harness, tokens) if recipe.runtime == "local" else in_processes(harness, tokens)
+        timings = ModelTimings(
             shape=shapes_of(recipe)["policy"],
-            sample_tokens=float(bench.rollouts(max(sizes.rows), tokens).token_counts.mean()),
+            sample_tokens=float(harness.rollouts(max(sizes.rows), tokens).token_counts.mean()),
             steps=recipe.loss.epochs * recipe.loss.mini_batches,
             peak_flops=peak,
             bandwidth=bandwidth,
             forward=own.forward,
             update=own.update,
-            decode=fit_decode([(draw.tokens / draw.steps, draw.seconds / draw.steps) for draw in drawn]),
-            publish_s=_publish_s(bench),
+            decode=fit_decode([(one.tokens / one.steps, one.seconds / one.steps) for one in generations]),
+            publish_s=_publish_s(harness),
         )
-        efficiency = efficiency_of(figures)
-        rows = _without_models(bench, tokens)
+        efficiency = efficiency_of(timings)
+        rows = _without_models(harness, tokens)
         record = machine.record_s(recipe, sizes)
     slots = os.cpu_count() or 1
     device = Device(
@@ -91,7 +91,7 @@ def _measure(
 
 
 class TimedGeneration(msgspec.Struct, frozen=True):
-    """Sequences that were drawn together."""
+    """The lengths of sequences that were generated together, and the seconds."""
 
     lengths: list[int]
     seconds: float
@@ -105,42 +105,44 @@ class TimedGeneration(msgspec.Struct, frozen=True):
         return sum(self.lengths)
 
 
-def _generate(bench: WorkerHarness, rows: int) -> TimedGeneration:
-    engine = bench.engine
-    sampling = Sampling(max_tokens=bench.recipe.generation.max_tokens, temperature=bench.recipe.generation.temperature)
+def _generate(harness: WorkerHarness, rows: int) -> TimedGeneration:
+    engine = harness.engine
+    sampling = Sampling(
+        max_tokens=harness.recipe.generation.max_tokens, temperature=harness.recipe.generation.temperature
+    )
     start, finished = time.perf_counter(), []
-    engine.submit(bench.prompts(rows), sampling)
+    engine.submit(harness.prompts(rows), sampling)
     while engine.unfinished:
         finished += engine.step()
     return TimedGeneration([len(row.tokens) for row in finished], time.perf_counter() - start)
 
 
-def _publish_s(bench: WorkerHarness) -> float:
-    """A copy of the weights, taken or installed: the mean of the two. 0 where the policy generates itself."""
-    if GENERATOR not in bench.places:
+def _publish_s(harness: WorkerHarness) -> float:
+    """Seconds to publish or to load a copy of the weights: the mean of both. 0 if the policy generates itself."""
+    if GENERATOR not in harness.loaded:
         return 0.0
-    policy, engine = bench.places["policy"].worker, bench.engine
-    taken, installed = [], []
-    for step in range(1, bench.sizes.rounds + 1):
+    policy, engine = harness.loaded["policy"].worker, harness.engine
+    publish, load = [], []
+    for step in range(1, harness.sizes.rounds + 1):
         start = time.perf_counter()
         manifest, buffer = policy.snapshot(Version(1, step))
         middle = time.perf_counter()
-        engine.load(received(manifest, buffer, bench.recipe.models["policy"]))
-        taken.append(middle - start)
-        installed.append(time.perf_counter() - middle)
-    return (statistics.median(taken) + statistics.median(installed)) / 2
+        engine.load(received(manifest, buffer, harness.recipe.models["policy"]))
+        publish.append(middle - start)
+        load.append(time.perf_counter() - middle)
+    return (statistics.median(publish) + statistics.median(load)) / 2
 
 
-def _without_models(bench: WorkerHarness, tokens: int) -> dict[str, float]:
-    """Seconds a row of rules, and of the batch function."""
-    rows = max(bench.sizes.trained_rows)
-    rollouts = bench.rollouts(rows, tokens)
+def _without_models(harness: WorkerHarness, tokens: int) -> dict[str, float]:
+    """Seconds per row of rules and of the advantage function."""
+    rows = max(harness.sizes.trained_rows)
+    rollouts = harness.rollouts(rows, tokens)
     found = {}
     for name in ("reward", "cost"):
-        if name in bench.places and bench.recipe.models[name].rule:
-            found[name] = median_s(partial(bench.places[name].worker.score, rollouts), bench.sizes.rounds) / rows
-    closing_stage = bench.dataflow.batch_stage
-    inputs = [message_of(channel.message, rollouts) for channel in bench.dataflow.inputs_of(closing_stage.name)]
-    function = bench.places[ADVANTAGE].method(closing_stage.method)
-    found[ADVANTAGE] = median_s(partial(function, *inputs), bench.sizes.rounds) / rows
+        if name in harness.loaded and harness.recipe.models[name].rule:
+            found[name] = median_s(partial(harness.loaded[name].worker.score, rollouts), harness.sizes.rounds) / rows
+    closing_stage = harness.dataflow.batch_stage
+    inputs = [message_of(channel.message, rollouts) for channel in harness.dataflow.inputs_of(closing_stage.name)]
+    function = harness.loaded[ADVANTAGE].method(closing_stage.method)
+    found[ADVANTAGE] = median_s(partial(function, *inputs), harness.sizes.rounds) / rows
     return found

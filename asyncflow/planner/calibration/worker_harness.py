@@ -1,4 +1,4 @@
-"""A recipe's workers in this process, as its services would build them, and rows to give them."""
+"""Build a recipe's workers in this process, as its services do, with rows to call them on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.generation.packed import received
 
 
 class WorkerHarness:
-    """From its making until `close`."""
+    """The workers of a recipe; `close` frees them."""
 
     def __init__(
         self,
@@ -36,19 +36,19 @@ class WorkerHarness:
         sizes: CalibrationSizes,
         only: Collection[str] = (),
     ) -> None:
-        """`only` these services, and none of them generates; by default all."""
+        """`only` limits the services; these do not generate. By default all are built."""
         self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
         self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
         names = only or self.specs.keys() - {"evaluator"}
-        self.places = {name: build(_alone(self.specs[name], generates=not only)) for name in names}
+        self.loaded = {name: build(_alone(self.specs[name], generates=not only)) for name in names}
         self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
-        self._dice = np.random.default_rng(recipe.seed)
+        self._rng = np.random.default_rng(recipe.seed)
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that draws, with the policy's weights in it."""
-        policy = self.places["policy"]
-        engine = self.places[GENERATOR].engine if GENERATOR in self.places else policy.engine
+        """The generation engine, with the policy's weights loaded."""
+        policy = self.loaded["policy"]
+        engine = self.loaded[GENERATOR].engine if GENERATOR in self.loaded else policy.engine
         assert engine is not None
         if engine.version is None:
             manifest, buffer = policy.worker.snapshot(Version(0, 0))
@@ -57,8 +57,8 @@ class WorkerHarness:
 
     def close(self) -> None:
         """Free the workers."""
-        for place in self.places.values():
-            place.close()
+        for loaded in self.loaded.values():
+            loaded.close()
 
     def prompts(self, rows: int) -> Prompts:
         """The recipe's own prompts, one row each."""
@@ -66,9 +66,9 @@ class WorkerHarness:
         return self.source.requests(ids, 1, 0)
 
     def rollouts(self, rows: int, tokens: int) -> Rollouts:
-        """The recipe's own prompts with responses of so many random tokens."""
+        """The recipe's own prompts with responses of `tokens` random tokens."""
         prompts = self.prompts(rows)
-        responses = Jagged.from_rows(list(self._dice.integers(2, self._vocabulary, (rows, tokens)).astype(np.int32)))
+        responses = Jagged.from_rows(list(self._rng.integers(2, self._vocabulary, (rows, tokens)).astype(np.int32)))
         return Rollouts(
             sample_ids=prompts.sample_ids,
             prompts=prompts.prompts,
@@ -81,24 +81,24 @@ class WorkerHarness:
         )
 
     def experience(self, rows: int, tokens: int) -> Experience:
-        """Such rows with small random advantages."""
-        drawn = self.rollouts(rows, tokens)
-        noise = drawn.log_probs.with_values(self._dice.normal(0, 0.1, rows * tokens).astype(np.float32))
+        """Rows of `rollouts` with small random advantages."""
+        rollouts = self.rollouts(rows, tokens)
+        noise = rollouts.log_probs.with_values(self._rng.normal(0, 0.1, rows * tokens).astype(np.float32))
         columns = dict.fromkeys(("advantages", "returns", "values", "reference", "cost_returns", "cost_values"), noise)
         return Experience(
-            sample_ids=drawn.sample_ids, prompts=drawn.prompts, responses=drawn.responses,
-            loss_mask=drawn.loss_mask, log_probs=drawn.log_probs, **columns,
+            sample_ids=rollouts.sample_ids, prompts=rollouts.prompts, responses=rollouts.responses,
+            loss_mask=rollouts.loss_mask, log_probs=rollouts.log_probs, **columns,
         )  # fmt: skip
 
 
 def _alone(spec: ServiceSpec, generates: bool) -> ServiceSpec:
-    """The service as one that has no other ranks."""
+    """The spec of a service without other ranks."""
     stages = [stage for stage in spec.stages if generates or stage.fires != "generate"]
     return msgspec.structs.replace(spec, collective=False, stages=stages)
 
 
 def message_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
-    """A message of some type about the same rows."""
+    """A message of a type for the rows of some rollouts."""
     ids, rows = rollouts.sample_ids, len(rollouts)
     match kind.__name__:
         case "LogProbs":
@@ -113,25 +113,25 @@ def message_of(kind: type[Batch], rollouts: Rollouts) -> Batch:
             return rollouts
 
 
-def forward_calls(bench: WorkerHarness, tokens: int) -> list[Timed]:
-    """Inference of the policy's shape, over rows that fit one micro-batch."""
-    place = bench.places.get("reference") or bench.places["policy"]
+def forward_calls(harness: WorkerHarness, tokens: int) -> list[Timed]:
+    """Time forward passes of the policy's shape, on rows that fit one micro-batch."""
+    loaded = harness.loaded.get("reference") or harness.loaded["policy"]
     timed = []
-    for rows in bench.sizes.rows:
-        rollouts = bench.rollouts(rows, tokens)
-        if rollouts.token_counts.max() * rows <= bench.recipe.loss.tokens_per_micro_batch:
-            seconds = median_s(partial(place.worker.log_probs, rollouts), bench.sizes.rounds)
+    for rows in harness.sizes.rows:
+        rollouts = harness.rollouts(rows, tokens)
+        if rollouts.token_counts.max() * rows <= harness.recipe.loss.tokens_per_micro_batch:
+            seconds = median_s(partial(loaded.worker.log_probs, rollouts), harness.sizes.rounds)
             timed.append(Timed(int(rollouts.token_counts.sum()), seconds))
     return timed
 
 
-def update_calls(bench: WorkerHarness, tokens: int) -> list[Timed]:
-    """A step of the policy: all of its optimizer steps together."""
+def update_calls(harness: WorkerHarness, tokens: int) -> list[Timed]:
+    """Time updates of the policy: all of its optimizer steps together."""
     timed = []
-    for rows in bench.sizes.trained_rows:
-        experience = bench.experience(rows * bench.recipe.loss.mini_batches, tokens)
-        if rows * experience.token_counts.max() <= bench.recipe.loss.tokens_per_micro_batch:
-            work = partial(bench.places["policy"].worker.update, experience)
-            seconds = median_s(work, bench.sizes.rounds)
+    for rows in harness.sizes.trained_rows:
+        experience = harness.experience(rows * harness.recipe.loss.mini_batches, tokens)
+        if rows * experience.token_counts.max() <= harness.recipe.loss.tokens_per_micro_batch:
+            work = partial(harness.loaded["policy"].worker.update, experience)
+            seconds = median_s(work, harness.sizes.rounds)
             timed.append(Timed(int(experience.token_counts.sum()), seconds))
     return timed

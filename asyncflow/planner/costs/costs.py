@@ -1,7 +1,7 @@
-"""How long a model's part of a step takes in a layout: rooflines, collectives, bubbles, waves. Seconds throughout.
+"""Time of a model's stages in a layout: rooflines, collectives, pipeline bubbles, decoding. In seconds.
 
-One set of formulas and constants serves every model, size and placement. Times add up inside a rank; nothing is
-assumed to hide behind something else, except that a matrix product overlaps the reading of its own weights.
+One set of formulas and constants serves every model, size and placement. Times add up within a rank: nothing overlaps,
+except that a matrix product overlaps the reading of its own weights.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from protocols.layout.topology import Topology
 
 GRADIENT_BYTES = 4  # float32
 OPTIMIZER_BYTES = 12  # float32 master weight and Adam's two moments
-STATE_BYTES = GRADIENT_BYTES + WEIGHT_BYTES + 2 * OPTIMIZER_BYTES  # moved by an optimizer step, a parameter
+STATE_BYTES = GRADIENT_BYTES + WEIGHT_BYTES + 2 * OPTIMIZER_BYTES  # per parameter, moved by an optimizer step
 
 
 class Generation(NamedTuple):
-    """Seconds of generating a step's samples: until the last one is done, and of the engines' steady occupation."""
+    """Seconds to generate a step's samples: until the last one is finished, and while the engines are full."""
 
     latency_s: float
-    load_s: float  # less than the latency by the tail in which few sequences are left
+    load_s: float  # the latency without the tail in which few sequences are left
 
 
 class Pass(NamedTuple):
-    """What a pass over a micro-batch does, in units of a forward pass."""
+    """The cost of a pass over a micro-batch, in units of a forward pass."""
 
     computes: int
-    exchanges: int  # of activations between tensor-parallel ranks, and hand-overs between stages
+    exchanges: int  # of activations between tensor-parallel ranks, and between pipeline stages
     trains: bool
 
 
@@ -38,7 +38,7 @@ FORWARD, BACKWARD, RECOMPUTING = Pass(1, 1, False), Pass(3, 2, True), Pass(4, 3,
 
 
 def micro_rows(rows: int, pp: int, workload: Workload) -> int:
-    """Samples of a micro-batch: what the token budget holds, and no more than leaves every stage one to work on."""
+    """Samples of a micro-batch: within the token budget, and few enough for at least pp micro-batches."""
     return max(1, min(int(workload.micro_batch_tokens // workload.sample_tokens), rows // pp))
 
 
@@ -59,9 +59,9 @@ def forward_s(shape: Shape, topology: Topology, workload: Workload, device: Devi
 
 
 def update_s(shape: Shape, topology: Topology, workload: Workload, device: Device, recompute: bool) -> float:
-    """All optimizer steps of the step: forward and backward of each mini-batch, gradient exchange, optimizer.
+    """All optimizer steps of a step: forward and backward of each mini-batch, gradient exchange, optimizer.
 
-    A backward pass costs two forward ones, and a third where activations are recomputed.
+    A backward pass costs two forward passes, and a third if activations are recomputed.
     """
     rows = math.ceil(workload.samples / workload.mini_batches / topology.dp)
     micro = micro_rows(rows, topology.pp, workload)
@@ -72,16 +72,16 @@ def update_s(shape: Shape, topology: Topology, workload: Workload, device: Devic
 
 
 def optimizer_step_s(shape: Shape, topology: Topology, device: Device) -> float:
-    """What an optimizer step adds to its passes: the exchange of gradients and weights, and moving the state."""
+    """Time of an optimizer step beyond its passes: exchange of gradients and weights, memory traffic of the state."""
     own = shape.stage_parameters(topology.pp) / topology.tp
     state = own / topology.dp * STATE_BYTES / device.bandwidth
     return _gradients_s(own, topology, device) + state + device.efficiency.optimizer_s
 
 
 def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, context: float, over: Pass) -> float:
-    """One stage's turn on a micro-batch of `tokens` tokens with `context` others behind each on average.
+    """Time of one pipeline stage on a micro-batch of `tokens` tokens with a mean context of `context` tokens.
 
-    m micro-batches take m + p - 1 turns.
+    m micro-batches take m + p - 1 such turns.
     """
     pp, tp = topology.pp, topology.tp
     flops = device.training_flops if over.trains else device.flops
@@ -97,11 +97,11 @@ def turn_s(shape: Shape, topology: Topology, device: Device, tokens: float, cont
 def generation_s(
     shape: Shape, pp: int, tp: int, replicas: int, rows: int, capacity: float, workload: Workload, device: Device
 ) -> Generation:
-    """Generate `rows` samples with engines of pp x tp ranks whose caches hold `capacity` sequences each.
+    """Generate `rows` samples with engines of pp x tp ranks whose KV caches hold `capacity` sequences each.
 
-    A decoding step reads the weights once and every running sequence's cache; p_g groups of sequences follow each
-    other through the stages. Sequences replace finished ones at once, so a batch larger than the capacity takes
-    rows/capacity mean lengths, and then the tail: the expected longest of those that started last.
+    A decoding step reads the weights once and the cache of every running sequence; pp groups of sequences follow each
+    other through the stages. New sequences replace finished ones at once (continuous batching), so a batch larger than
+    the capacity takes rows/capacity mean lengths plus the tail: the expected longest of the last sequences.
     """
     mine = math.ceil(rows / replicas)
     running = max(1.0, min(mine, workload.running_sequences, capacity))
@@ -116,13 +116,13 @@ def generation_s(
 
 
 def prefill_s(shape: Shape, pp: int, tp: int, tokens: float, context: float, device: Device) -> float:
-    """Prompts of so many tokens in all, with `context` others behind each on average, into the caches."""
+    """Prefill prompts of `tokens` tokens in total, with a mean context of `context` tokens."""
     product = tokens * shape.forward_flops(context) / (pp * tp) / device.flops
     return product + all_reduce_s(2 * shape.layers / pp * tokens * shape.hidden * WEIGHT_BYTES, tp, device)
 
 
 def decode_s(shape: Shape, pp: int, tp: int, running: float, context: float, device: Device) -> float:
-    """A token for each of `running` sequences with `context` tokens behind them."""
+    """Decode one token for each of `running` sequences with a mean context of `context` tokens."""
     group = running / pp
     read = shape.parameters * WEIGHT_BYTES / tp + running * context * shape.kv_bytes(pp, tp)
     product = running * shape.forward_flops(context) / (pp * tp)
@@ -133,7 +133,7 @@ def decode_s(shape: Shape, pp: int, tp: int, running: float, context: float, dev
 
 
 def transition_s(shape: Shape, topology: Topology, pp: int, tp: int, device: Device) -> float:
-    """From training to generation on the same ranks: each receives (1/(t_g p_g) - 1/(t p)) of the weights."""
+    """Reshard from training to generation on the same ranks: each receives (1/(t_g p_g) - 1/(t p)) of the weights."""
     missing = 1 / (pp * tp) - 1 / topology.replica_size
     if missing == 0:
         return 0.0
@@ -144,14 +144,14 @@ def transition_s(shape: Shape, topology: Topology, pp: int, tp: int, device: Dev
 
 
 def publication_s(shape: Shape, pp: int, tp: int, device: Device) -> float:
-    """A new version's weights to engines in another pool: every rank receives its shard over the network."""
+    """Publish weights to engines in another pool: every rank receives its shard over the network."""
     return shape.parameters * WEIGHT_BYTES / (pp * tp) / (device.network_bytes_per_s * device.efficiency.link)
 
 
 def _gradients_s(own: float, topology: Topology, device: Device) -> float:
-    """Reduce-scatter the gradients of `own` parameters over the replicas and gather the updated weights.
+    """Reduce-scatter the gradients of `own` parameters over the replicas and all-gather the updated weights.
 
-    A node's replicas share its network: rings that run through it side by side have the whole of it together.
+    The replicas of a node share its network: their concurrent rings use all of it together.
     """
     if topology.dp == 1:
         return 0.0

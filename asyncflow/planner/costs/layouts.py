@@ -1,4 +1,4 @@
-"""Layouts of models on the same devices, and choices of layouts with their seconds and bytes."""
+"""Parallel layouts of models, and choices of layouts for models that share devices, with their time and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.parallel.plan import indivisible
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """A model's parallel sizes on its devices: p-t-d, and p_g-t_g if it generates."""
+    """The parallel sizes of a model: p-t-d, and p_g-t_g if it generates."""
 
     topology: Topology
     recompute: bool = False
@@ -34,7 +34,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class LayoutChoice(NamedTuple):
-    """Layouts of a set of models on the same devices, with seconds a step and bytes a device."""
+    """Layouts of a set of models that share devices, with seconds per step and bytes per device."""
 
     generation_s: float
     preparation_s: float
@@ -54,11 +54,11 @@ class LayoutChoice(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """Bytes a device, without keys and values."""
+        """Bytes per device, without the KV cache."""
         return self.resident + self.transient
 
     def beside(self, other: LayoutChoice) -> LayoutChoice:
-        """Both choices on the same devices, which run one model at a time."""
+        """Both choices together on the same devices, which run one model at a time."""
         return LayoutChoice(
             generation_s=self.generation_s + other.generation_s,
             preparation_s=self.preparation_s + other.preparation_s,

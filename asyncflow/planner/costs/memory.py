@@ -1,4 +1,4 @@
-"""What a model's ranks hold: always, while its own stage runs, and what is left for keys and values. Bytes a device."""
+"""Memory of a model's ranks: resident, transient while it runs, and the KV cache. Bytes per device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from protocols.layout.topology import Topology
 
 
 class Footprint(msgspec.Struct, frozen=True):
-    """Bytes of the heaviest rank of a layout, generation aside."""
+    """Bytes on the heaviest rank of a layout, without generation."""
 
     weights: float  # always
-    optimizer: float  # always: master weights and moments, sharded over every rank
+    optimizer: float  # always: master weights and moments, sharded over all ranks
     gradients: float  # while it trains
     activations: float  # while it trains or infers
 
     @property
     def resident(self) -> float:
-        """Held through the whole step, whoever runs."""
+        """Held during the whole step, whichever model runs."""
         return self.weights + self.optimizer
 
     @property
@@ -37,7 +37,7 @@ class Footprint(msgspec.Struct, frozen=True):
 
 
 def footprint(model: ModelWork, topology: Topology, workload: Workload, recompute: bool) -> Footprint:
-    """What training and inference hold."""
+    """The memory of training and inference."""
     own = model.shape.stage_parameters(topology.pp) / topology.tp
     rows = math.ceil(workload.samples / (workload.mini_batches if model.trains else 1) / topology.dp)
     tokens = max(micro_rows(rows, topology.pp, workload) * workload.sample_tokens, workload.longest_sample)
@@ -51,12 +51,12 @@ def footprint(model: ModelWork, topology: Topology, workload: Workload, recomput
 
 
 def generation_bytes(shape: Shape, topology: Topology, pp: int, tp: int) -> float:
-    """Weights that generation adds to the training shard it contains."""
+    """Bytes of weights that a generation shard adds to the training shard, which it contains."""
     return max(0.0, shape.parameters * WEIGHT_BYTES * (1 / (pp * tp) - 1 / topology.replica_size))
 
 
 def kv_capacity(shape: Shape, pp: int, tp: int, free: float, workload: Workload) -> float:
-    """Sequences of mean length whose keys and values fit in `free` bytes a rank; 0 where the longest one does not."""
+    """Sequences of mean length whose KV cache fits in `free` bytes per rank; 0 if the longest one does not fit."""
     token = shape.kv_bytes(pp, tp)
     if free < workload.longest_sample * token:
         return 0.0
@@ -66,8 +66,8 @@ def kv_capacity(shape: Shape, pp: int, tp: int, free: float, workload: Workload)
 def _activations(model: ModelWork, topology: Topology, tokens: float, recompute: bool) -> float:
     """Activations of the micro-batches in flight on the first stage, and the head's outputs in float32.
 
-    A layer keeps tokens x hidden x (10 + 24/t) bytes, attention's square not stored (Korthikanti et al., 2022);
-    with recomputation its input alone, and one layer at a time in full.
+    A layer keeps tokens x hidden x (10 + 24/t) bytes, without the attention matrix (Korthikanti et al., 2022); with
+    recomputation only its input, plus one layer at a time in full.
     """
     shape, pp, tp = model.shape, topology.pp, topology.tp
     layer = tokens * shape.hidden * (10 + 24 / tp)

@@ -1,8 +1,8 @@
-"""The table of costs: for every set of models and number of devices, the layouts in which they fit and are fastest.
+"""The table of costs: for every set of models and number of devices, the fastest layouts that fit.
 
-Colocated models share a memory: all of their resident state, the transient state of whoever runs, and what is left
-is the generator's for keys and values. So the others' layouts are combined first, as a front of time against
-memory, and the generating model takes the best of its layouts beside each.
+Colocated models share memory: the resident state of all, the transient state of the running one, and the KV cache in
+the rest. So the layouts of the other models are combined first, as a Pareto front of time against memory; then the
+generating model takes its best layout beside each of them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Allows = Callable[[ModelWork, Layout], bool]
 class SetCosts:
     """The best choices of every set of models, up to a cluster's size and `extra` devices beyond it.
 
-    `allows` says which topologies whoever is to run a model can run.
+    `allows` says which layouts of a model can be run.
 
-    Raises Refused where a model does not fit on the cluster even alone, or where more than one generates.
+    Raises Refused if a model does not fit on the cluster even alone, or if more than one generates.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class SetCosts:
             names = ", ".join(models[index].label for index in generating)
             raise Refused(f"one model generates in a step, not {len(generating)}: {names}")
         self._generating = generating[0] if generating else -1
-        self._strangers = self._never_together()
+        self._exclusive = self._exclusive_models()
         self._single = cache(self._candidates)
-        self._others = cache(self._combined)
+        self._others = cache(self._combine_others)
         self._generation = cache(self._generate)
         self.chosen = {mask: self._row(mask) for mask in range(1, 1 << len(models))}
         for index in range(len(models)):
@@ -58,7 +58,7 @@ class SetCosts:
         }
 
     def best(self, devices: int, keep: int = 1) -> list[Split]:
-        """The best placements on so many devices. Raises Refused where the models do not fit together."""
+        """The best placements on a number of devices. Raises Refused if the models do not fit together."""
         table = {mask: rows[: devices + 1] for mask, rows in self.table.items()}
         try:
             return search(table, len(self.models), devices, self.workload.staleness, keep)
@@ -72,13 +72,13 @@ class SetCosts:
             ) from None
 
     def bound_s(self, devices: int) -> float:
-        """Seconds a step that no placement on so many devices beats: each stage, and the load, at its own best."""
+        """A lower bound on the seconds of a step: each stage, and the load, at its own optimum."""
         table = {mask: rows[: devices + 1] for mask, rows in self.table.items()}
         least = bounds(table, len(self.models), devices)[(1 << len(self.models)) - 1][devices]
         return float(step_s(least, self.workload.staleness))
 
     def parts(self, choice: LayoutChoice) -> list[tuple[ModelWork, Layout, LayoutChoice]]:
-        """A choice taken apart: each model with its layout, its own seconds and its own bytes."""
+        """Split a choice: each model with its layout, its own seconds and its own bytes."""
         alone = []
         for index, layout in choice.layouts:
             model = self.models[index]
@@ -89,20 +89,20 @@ class SetCosts:
         return alone
 
     def cache_bytes(self, choice: LayoutChoice, layout: Layout) -> float:
-        """Bytes a device that are left for keys and values while a choice's generating model runs."""
+        """Bytes per device left for the KV cache while the generating model of a choice runs."""
         shape = self.models[self._generating].shape
         added = memory.generation_bytes(shape, layout.topology, layout.gen_pp, layout.gen_tp)
         return self.cluster.device.usable_bytes - choice.resident - added
 
-    def _never_together(self) -> int:
-        """A generator apart and the model whose weights it gets, as a mask: on shared devices they'd be one model."""
+    def _exclusive_models(self) -> int:
+        """A mask of a separate generator and its source of weights: on shared devices they would be one model."""
         if self._generating < 0 or not (source := self.models[self._generating].receives_from):
             return 0
-        sources = [index for index, model in enumerate(self.models) if model.role == source]  # none: it is elsewhere
+        sources = [index for index, model in enumerate(self.models) if model.role == source]  # [] on other devices
         return 1 << self._generating | 1 << sources[0] if sources else 0
 
     def _row(self, mask: int) -> list[LayoutChoice | None]:
-        """By number of devices, the fastest choice on at most so many: devices that only slow it stay idle."""
+        """The fastest choice on at most n devices, for every n: devices that would slow it down stay idle."""
         row: list[LayoutChoice | None] = [None]
         for devices in range(1, self._largest + 1):
             best, fewer = self._best(mask, devices), row[-1]
@@ -110,8 +110,8 @@ class SetCosts:
         return row
 
     def _best(self, mask: int, devices: int) -> LayoutChoice | None:
-        """The fastest choice on exactly so many devices; None where the set does not fit."""
-        if self._strangers and mask & self._strangers == self._strangers:
+        """The fastest choice on exactly `devices` devices; None if the set does not fit."""
+        if self._exclusive and mask & self._exclusive == self._exclusive:
             return None
         generator = 1 << self._generating if self._generating >= 0 else 0
         others = self._others(mask & ~generator, devices)
@@ -119,33 +119,33 @@ class SetCosts:
             return others[0] if others else None
         best: LayoutChoice | None = None
         for other in others:
-            for hoped in self._single(self._generating, devices):
-                if best and other.total_s + hoped.total_s >= best.total_s:
-                    break  # hopes rise from here on
-                real = self._beside(other, hoped, devices)
+            for optimistic in self._single(self._generating, devices):
+                if best and other.total_s + optimistic.total_s >= best.total_s:
+                    break  # the optimistic times only rise from here
+                real = self._beside(other, optimistic)
                 if real and (best is None or real.total_s < best.total_s):
                     best = real
         return best
 
-    def _beside(self, other: LayoutChoice, hoped: LayoutChoice, devices: int) -> LayoutChoice | None:
-        """The generating model beside the others, with the cache that memory leaves; None where it does not fit."""
+    def _beside(self, other: LayoutChoice, optimistic: LayoutChoice) -> LayoutChoice | None:
+        """The generating model beside the others, with the KV cache that fits; None if none does."""
         usable = self.cluster.device.usable_bytes
-        both = hoped.beside(other)
+        both = optimistic.beside(other)
         if both.peak > usable:
             return None
-        layout, shape = hoped.layouts[0][1], self.models[self._generating].shape
+        layout, shape = optimistic.layouts[0][1], self.models[self._generating].shape
         pp, tp = layout.gen_pp, layout.gen_tp
         capacity = memory.kv_capacity(shape, pp, tp, self.cache_bytes(both, layout), self.workload)
         if capacity < 1:
             return None
         had, has = self._generation(pp, tp, layout.engines, None), self._generation(pp, tp, layout.engines, capacity)
         latency = both.generation_s + has.latency_s - had.latency_s
-        alone = both.total_s == both.generation_s  # nobody waits for its devices while the tail drains
+        alone = both.total_s == both.generation_s  # no other model waits for its devices while the tail drains
         load = has.load_s + latency - has.latency_s if alone else latency + both.preparation_s + both.training_s
         return both._replace(generation_s=latency, load_s=load)
 
-    def _combined(self, mask: int, devices: int) -> list[LayoutChoice]:
-        """Models that don't generate: the front of time against memory, fastest first."""
+    def _combine_others(self, mask: int, devices: int) -> list[LayoutChoice]:
+        """Models that don't generate: the Pareto front of time against memory, fastest first."""
         if not mask:
             return [NOTHING]
         lowest = mask & -mask
@@ -154,7 +154,7 @@ class SetCosts:
         return pareto_front(product(singles, rest), self.cluster.device.usable_bytes)
 
     def _candidates(self, index: int, devices: int) -> list[LayoutChoice]:
-        """One model's layouts that fit alone, fastest first; a generating model's with a cache for everything."""
+        """Layouts of one model that fit alone, fastest first; for a generating model with an unlimited KV cache."""
         model = self.models[index]
         found = []
         for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node, model.trains):
@@ -184,7 +184,10 @@ class SetCosts:
     def _generating_layouts(
         self, model: ModelWork, topology: Topology, recompute: bool
     ) -> Iterator[tuple[Layout, float]]:
-        """The ways to generate from a training layout, with the hoped-for seconds; the layout itself if it can't."""
+        """The generation layouts of a training layout, with seconds for an unlimited KV cache.
+
+        For a model that does not generate, the training layout itself.
+        """
         if not model.generates:
             yield Layout(topology, recompute), 0.0
             return
@@ -196,7 +199,7 @@ class SetCosts:
                 yield layout, seconds + self._weights_s(model, layout)
 
     def _weights_s(self, model: ModelWork, layout: Layout) -> float:
-        """Seconds until the engines have the new version."""
+        """Seconds to bring a new version to the engines."""
         device, pp, tp = self.cluster.device, layout.gen_pp, layout.gen_tp
         if model.receives_from:
             return costs.publication_s(model.shape, pp, tp, device)
@@ -211,7 +214,7 @@ class SetCosts:
         )  # fmt: skip
 
     def _why_not(self, index: int) -> str:
-        """Why a model does not run alone on all devices."""
+        """Why a model does not fit alone on all devices, as a message."""
         model, device = self.models[index], self.cluster.device
         fits = [
             (needs.resident + needs.transient, str(topology), needs)
@@ -220,10 +223,10 @@ class SetCosts:
             for needs in (memory.footprint(model, topology, self.workload, recompute=model.trains),)
         ]
         size, topology, needs = min(fits, key=lambda fit: fit[0])
-        reason = f"its lightest layout, {topology}, holds {size / GB:.1f} GB a device ({needs})"
+        reason = f"its lightest layout, {topology}, needs {size / GB:.1f} GB a device ({needs})"
         if size <= device.usable_bytes:
             reason += f" and leaves no room for one sequence of {self.workload.longest_sample:.0f} tokens"
         return (
             f"{model.label} does not fit on {self.cluster}: {reason}, of {device.usable_bytes / GB:.1f} GB usable; "
-            "take more devices, larger ones, or shorter samples"
+            "use more or larger devices, or shorter samples"
         )

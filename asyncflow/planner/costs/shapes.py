@@ -1,4 +1,4 @@
-"""The sizes of a decoder that its costs depend on, from a transformers config or by name."""
+"""Model shapes: the sizes of a decoder that determine its cost, from a transformers config or by name."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Shape(msgspec.Struct, frozen=True):
     kv_heads: int
     vocabulary: int
     head_size: int = 0  # 0: hidden / heads
-    tied: bool = False  # one matrix embeds and unembeds
-    outputs: int = 0  # columns of the head; 0: the vocabulary, 1: a critic's or a reward model's value
-    shardable: bool = True  # stages and tensor shards are implemented for its family
+    tied: bool = False  # input and output embeddings share one matrix
+    outputs: int = 0  # columns of the head; 0: the vocabulary, 1: a value head
+    shardable: bool = True  # its family has a plan for pipeline stages and tensor shards
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary"):
             if (size := getattr(self, field)) < 1:
-                raise ValueError(f"shape {self.name}: {field} is {size}, and is at least 1")
+                raise ValueError(f"shape {self.name}: {field} is {size}, but must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"shape {self.name}: {self.kv_heads} KV heads do not divide {self.heads} heads")
 
@@ -39,7 +39,7 @@ class Shape(msgspec.Struct, frozen=True):
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Shape:
         """Read a transformers config. Raises ValueError for a missing size or a mixture of experts."""
         if experts := next((config[key] for key in EXPERTS if config.get(key)), 0):
-            raise ValueError(f"shape {name}: {experts} experts; only dense decoders are modelled")
+            raise ValueError(f"shape {name}: {experts} experts; only dense decoders are supported")
         keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [key for key in keys if not config.get(key)]:
             raise ValueError(f"shape {name}: the config has no {', '.join(missing)}")
@@ -58,7 +58,7 @@ class Shape(msgspec.Struct, frozen=True):
         )
 
     def scoring(self) -> Shape:
-        """The same trunk with a head of one value: a critic or a reward model."""
+        """The same model with a value head: a critic or a reward model."""
         return msgspec.structs.replace(self, outputs=1, tied=False)
 
     @property
@@ -79,11 +79,11 @@ class Shape(msgspec.Struct, frozen=True):
 
     @property
     def parameters(self) -> int:
-        """All weights."""
+        """Number of weights."""
         return self.stage_parameters(1)
 
     def stage_parameters(self, pp: int) -> int:
-        """Weights of the heaviest of pp stages. The first stage has the embedding, the last one the head."""
+        """Number of weights of the largest of pp stages. The first stage has the embedding, the last one the head."""
         ends = (self.vocabulary * self.hidden, self.head_parameters)
         layers = self.layer_parameters * self.layers // pp
         if pp == 1:
@@ -91,7 +91,7 @@ class Shape(msgspec.Struct, frozen=True):
         return layers + max(ends)
 
     def forward_flops(self, context: float) -> float:
-        """Flops of a token's forward pass after `context` others: 2 a weight, 4 a column and token attended."""
+        """Flops of a token's forward pass: 2 per weight, 4 per attention column and token of context."""
         weights = self.layer_parameters * self.layers + self.head_parameters
         return 2 * weights + 4 * self.layers * context * self.heads * self.head_dimension
 
@@ -101,7 +101,7 @@ class Shape(msgspec.Struct, frozen=True):
         return layers * self.layers / pp + 2 * self.head_parameters
 
     def kv_bytes(self, pp: int, tp: int) -> float:
-        """Bytes of one token's keys and values on one of pp x tp ranks; heads are repeated where tp exceeds them."""
+        """Bytes of one token's keys and values on one of pp x tp ranks; heads are repeated if tp exceeds them."""
         return 2 * WEIGHT_BYTES * self.layers / pp * -(-self.kv_heads // tp) * self.head_dimension
 
 

@@ -1,4 +1,4 @@
-"""How long one call of a service takes, for a simulation that knows the rows of each call. Seconds of its devices."""
+"""Time of one call of a service, given the lengths of its rows: the durations of a simulation, in seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asyncflow.planner.costs.workload import ModelWork, Workload
 
 
 class Speed(Protocol):
-    """One service's pace. Lengths are tokens of each row, prompt and response together."""
+    """The speed of one service. Lengths are tokens of each row, prompt and response together."""
 
     @property
     def engines(self) -> int:
@@ -24,17 +24,17 @@ class Speed(Protocol):
 
     @property
     def slots(self) -> int:
-        """Sequences that one engine runs at a time."""
+        """Maximum number of concurrent sequences of one engine."""
         ...
 
     @property
     def switch_s(self) -> float:
-        """From training to generation on the same devices."""
+        """Resharding from training to generation on the same devices."""
         ...
 
     @property
     def publish_s(self) -> float:
-        """Taking a copy of the weights, or installing one."""
+        """Publishing a copy of the weights, or loading one."""
         ...
 
     def forward_s(self, lengths: Sequence[int]) -> float:
@@ -46,11 +46,11 @@ class Speed(Protocol):
         ...
 
     def prefill_s(self, prompts: Sequence[int]) -> float:
-        """Prompts of these lengths into one engine's cache."""
+        """Prefill of prompts of these lengths on one engine."""
         ...
 
     def decode_s(self, running: float, context: float) -> float:
-        """A token for each of `running` sequences of one engine with `context` tokens behind them on average."""
+        """One token for each of `running` sequences of one engine with a mean context of `context` tokens."""
         ...
 
 
@@ -78,10 +78,10 @@ class FixedSpeed(msgspec.Struct, frozen=True):
 
 
 class ModelSpeed:
-    """A model in a layout on some devices, by the cost models. Implements `Speed`."""
+    """A model in a layout on some devices, by the cost model. Implements `Speed`."""
 
     def __init__(self, model: ModelWork, layout: Layout, device: Device, workload: Workload, cache_bytes: float = 0.0):
-        """`cache_bytes`: for keys and values on each device; 0: enough for all running sequences."""
+        """`cache_bytes` is the KV cache of each device; 0 means enough for all running sequences."""
         self._shape, self._topology, self._device, self._workload = model.shape, layout.topology, device, workload
         self._over = costs.RECOMPUTING if layout.recompute else costs.BACKWARD
         self._rereads = model.rereads and workload.epochs * workload.mini_batches > 1
@@ -101,7 +101,7 @@ class ModelSpeed:
         return self._passes_s(lengths, costs.FORWARD) if lengths else 0.0
 
     def update_s(self, lengths: Sequence[int]) -> float:
-        """As costs.update_s, over rows whose lengths are known; the policy first reads the batch once more."""
+        """As costs.update_s, for rows of known lengths; includes the policy's extra forward pass over the batch."""
         again = self.forward_s(lengths) if self._rereads else 0.0
         cut = min(self._workload.mini_batches, len(lengths))
         steps = (self._passes_s(lengths[i::cut], self._over) for i in range(cut))
@@ -117,7 +117,7 @@ class ModelSpeed:
         return costs.decode_s(self._shape, self._pp, self._tp, running, context, self._device)
 
     def _passes_s(self, lengths: Sequence[int], over: costs.Pass) -> float:
-        """The replica with most tokens decides; its micro-batches pass through the stages behind each other."""
+        """Time of the replica with the most tokens; its micro-batches follow each other through the stages."""
         dp, pp = self._topology.dp, self._topology.pp
         share = -(-len(lengths) // dp)
         mine = max((lengths[i : i + share] for i in range(0, len(lengths), share)), key=sum)
@@ -130,7 +130,7 @@ class ModelSpeed:
 
 
 def padded(lengths: Sequence[int], budget: float, rows: int) -> Iterator[int]:
-    """Padded tokens of each micro-batch: rows in their order, rows x longest within the budget, one row at least."""
+    """Padded tokens of each micro-batch: rows in order, rows x longest within the budget, at least one row."""
     start, longest = 0, 0
     for row, length in enumerate(lengths):
         most = max(longest, length)

@@ -1,4 +1,4 @@
-"""What one step asks of the models: how many samples of what lengths, and which model does what with them."""
+"""The workload of one step: the number and lengths of samples, and the calls of each model on them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.costs.devices import Refused
 from asyncflow.planner.costs.shapes import Shape
 
-QUANTILES = 64  # points that stand for a continuous distribution
+QUANTILES = 64  # points that represent a continuous distribution
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """A distribution of lengths in tokens: equally likely values, rising."""
+    """A distribution of lengths in tokens, as equally likely values in rising order."""
 
     tokens: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if not self.tokens or self.tokens[0] < 1 or any(a > b for a, b in pairwise(self.tokens)):
-            raise ValueError("lengths are one value or more, rising from at least 1 token")
+            raise ValueError("lengths must be one value or more, rising, of at least 1 token")
 
     @classmethod
     def fixed(cls, tokens: float) -> Lengths:
-        """Every length the same."""
+        """All lengths equal."""
         return cls((float(tokens),))
 
     @classmethod
     def measured(cls, lengths: Sequence[float]) -> Lengths:
-        """The lengths that were seen; of many, some evenly spaced in rank, the longest among them."""
+        """Measured lengths; more than QUANTILES are reduced to that many, evenly spaced in rank, with the longest."""
         tokens = sorted(map(float, lengths))
         if len(tokens) > QUANTILES:
             tokens = [tokens[i * (len(tokens) - 1) // (QUANTILES - 1)] for i in range(QUANTILES)]
@@ -40,16 +40,16 @@ class Lengths(msgspec.Struct, frozen=True):
 
     @classmethod
     def long_tailed(cls, median: float, sigma: float, limit: float) -> Lengths:
-        """Log-normal with this median and spread, cut at the token limit, at the middles of equal shares."""
+        """A log-normal distribution, cut at the token limit, sampled at the midpoints of equal quantiles."""
         normal = NormalDist()
         quantiles = (normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES))
         return cls(tuple(min(limit, max(1.0, median * 2.718281828459045 ** (sigma * z))) for z in quantiles))
 
     def under(self, limit: float, before: float) -> Lengths:
-        """The same source under a limit of so many tokens, where these lengths were seen under the limit `before`.
+        """Predict the lengths under another token limit, from lengths that were measured under the limit `before`.
 
-        Who was cut goes on as all did until then: each further token is the last one with the share that ends had of
-        the tokens that were seen.
+        Truncated samples continue with a constant hazard: each further token ends the sample with the probability
+        measured so far (ended samples / tokens).
         """
         ended = [length for length in self.tokens if length < before]
         hazard, cut = len(ended) / sum(self.tokens), len(self.tokens) - len(ended)
@@ -65,31 +65,33 @@ class Lengths(msgspec.Struct, frozen=True):
     def maximum(self) -> float:
         return self.tokens[-1]
 
-    def expected_maximum(self, draws: float) -> float:
-        """The expected longest of so many independent draws: the straggler that a batch waits for."""
+    def expected_maximum(self, samples: float) -> float:
+        """The expected maximum of independent samples: the straggler that a batch waits for."""
         count = len(self.tokens)
-        return sum(value * (((i + 1) / count) ** draws - (i / count) ** draws) for i, value in enumerate(self.tokens))
+        return sum(
+            value * (((i + 1) / count) ** samples - (i / count) ** samples) for i, value in enumerate(self.tokens)
+        )
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """One step's data, and how training and generation cut it."""
+    """The data of one step, and its division for training and generation."""
 
     prompts_per_step: int
     prompt: Lengths
     response: Lengths
     samples_per_prompt: int = 1
-    mini_batches: int = 1  # optimizer steps a pass over the batch
+    mini_batches: int = 1  # optimizer steps in each pass over the batch
     epochs: int = 1
-    staleness: int = 0  # versions that a sample may be old; 0 is synchronous
+    staleness: int = 0  # maximum age of a sample in versions; 0 is synchronous
     micro_batch_tokens: int = 8192
-    running_sequences: int = 256  # that one engine decodes together, memory allowing
+    running_sequences: int = 256  # maximum that one engine decodes together, if memory allows
 
     def __post_init__(self) -> None:
         for field in ("prompts_per_step", "samples_per_prompt", "mini_batches", "epochs", "running_sequences"):
             if (value := getattr(self, field)) < 1:
-                raise ValueError(f"workload.{field} is {value}, and is at least 1")
+                raise ValueError(f"workload.{field} is {value}, but must be at least 1")
         if self.staleness < 0:
-            raise ValueError(f"workload.staleness is {self.staleness} versions, and is at least 0")
+            raise ValueError(f"workload.staleness is {self.staleness} versions, but must be at least 0")
 
     @property
     def samples(self) -> int:
@@ -108,15 +110,15 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class ModelWork(msgspec.Struct, frozen=True):
-    """A model, and how often a step calls it over the whole batch."""
+    """A model, and the calls on the whole batch that a step makes of it."""
 
     role: str
     shape: Shape
     generates: int = 0
     forwards: int = 0
     trains: bool = False
-    receives_from: str = ""  # the role whose weights it is sent each version: a generator apart from the policy
-    rereads: bool = False  # reads the batch once more before it trains on it in several optimizer steps
+    receives_from: str = ""  # role that publishes its weights to it: set for a separate generator
+    rereads: bool = False  # an extra forward pass over the batch before several optimizer steps
 
     @property
     def label(self) -> str:
@@ -124,9 +126,9 @@ class ModelWork(msgspec.Struct, frozen=True):
 
 
 def work_of(dataflow: Dataflow, shapes: Mapping[str, Shape]) -> list[ModelWork]:
-    """The models of an algorithm and their calls; services without a shape run no model (rules, advantages).
+    """The models of an algorithm and their calls. Services without a shape run no model (rules, advantages).
 
-    Raises Refused where the policy has no shape.
+    Raises Refused if the policy has no shape.
     """
     if "policy" not in shapes:
         raise Refused(f"no shape for the policy; shapes are given for {', '.join(shapes) or 'no role'}")
@@ -139,8 +141,8 @@ def work_of(dataflow: Dataflow, shapes: Mapping[str, Shape]) -> list[ModelWork]:
     return works
 
 
-def apart(models: Sequence[ModelWork]) -> list[ModelWork]:
-    """The same work with generation in a model of its own, which is sent the policy's weights."""
+def with_separate_generator(models: Sequence[ModelWork]) -> list[ModelWork]:
+    """The same work with generation moved to a separate model, which loads the policy's weights."""
     split = []
     for model in models:
         if model.generates and model.trains:
@@ -151,9 +153,9 @@ def apart(models: Sequence[ModelWork]) -> list[ModelWork]:
 
 
 def ppo(policy: Shape, critic: Shape | None = None) -> list[ModelWork]:
-    """PPO's four models, policy and reference of one shape, critic and reward model of another, as the paper has them.
+    """The four models of PPO as in the HybridFlow paper: one shape for policy and reference, one for critic and reward.
 
-    The generator's own log-probs are the loss's: the policy does not read the batch once more.
+    The loss uses the log-probs of generation, so the policy makes no extra forward pass.
     """
     scorer = (critic or policy).scoring()
     return [

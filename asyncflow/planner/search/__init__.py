@@ -1,4 +1,4 @@
 """The exact search for the best placement, on one or several kinds of devices.
 
-It asks `asyncflow.planner.costs` for numbers and knows no recipe.
+It takes its numbers from `asyncflow.planner.costs` and does not depend on recipes.
 """

@@ -1,8 +1,8 @@
-"""Devices of several kinds: which models go to which, each kind mapped for its own.
+"""Placement on several kinds of devices: assign each model to a kind, then search each kind on its own.
 
-A set of models stands on devices of one kind, so a placement is one of each kind's, side by side: its stages are as
-long as the longest of theirs. Every way to share the models out is looked at, with the best placements of each kind
-by its own step; whoever wants to know which combination is best simulates the first few.
+Models that share devices use one kind, so a placement is one placement per kind, side by side, and each of its stages
+takes as long as the longest of theirs. Every assignment is tried, with the best placements of each kind by its own
+step time. That is a heuristic order: the caller simulates the first few to find the best combination.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from asyncflow.planner.costs.workload import ModelWork, Workload
 from asyncflow.planner.search.mapper import step_s
 from asyncflow.planner.search.plan import Placement, ranked, ways_to_generate
 
-EACH = 2  # placements of each kind's models that are combined
+EACH = 2  # placements of each kind that are combined
 
-KindPlacements = tuple[Placement | None, ...]  # of each kind's models; None where it has none
+KindPlacements = tuple[Placement | None, ...]  # by kind; None for a kind without models
 
 
-def across_kinds(
+def heterogeneous_placements(
     models: Sequence[ModelWork], clusters: Sequence[Cluster], workload: Workload, keep: int, allows: Allows
 ) -> list[KindPlacements]:
-    """The `keep` most hopeful placements of each way to generate. Raises Refused, with the numbers, where none fits."""
+    """The `keep` best placements for each way to generate. Raises Refused, with the numbers, if none fits."""
     each = keep if len(clusters) == 1 else EACH
     found: list[tuple[float, KindPlacements]] = []
     refusals: list[Refused] = []
@@ -42,14 +42,14 @@ def across_kinds(
             except Refused as refusal:
                 refusals.append(refusal)
                 continue
-            of_this += [(together_s(shared, workload.staleness), shared) for shared in product(*best)]
+            of_this += [(combined_step_s(shared, workload.staleness), shared) for shared in product(*best)]
         found += sorted(of_this, key=itemgetter(0))[:keep]
     if not found:
         raise refusals[0]
     return [shared for _, shared in sorted(found, key=itemgetter(0))]
 
 
-def together_s(shared: KindPlacements, staleness: int) -> float:
-    """Seconds a step of placements side by side."""
+def combined_step_s(shared: KindPlacements, staleness: int) -> float:
+    """Seconds a step of one placement per kind, side by side."""
     vectors = [[*p.stage_s.values(), max(pool.busy_s for pool in p.pools)] for p in shared if p]
     return float(step_s(np.max(np.array(vectors), axis=0), staleness))

@@ -1,9 +1,9 @@
-"""The search: which models share devices, and how many devices each set gets. Exact, over a table of costs. Pure.
+"""Exact search: which models share devices, and how many devices each set of models gets.
 
-A set of models on n devices costs a vector: seconds of generation, preparation and training in a step, and seconds
-that its devices are busy in all. Sets run side by side, so a placement's vector is the maximum over its sets, and
-its step time is the objective of that vector. Partial placements are extended set by set; of those over the same
-models only the undominated in (devices used, vector) live on, and only while a bound says that they can still win.
+The cost of a set of models on n devices is a vector: seconds of generation, preparation and training in a step, and
+the busy seconds of its devices. Sets run side by side, so a placement's vector is the maximum over its sets, and
+`step_s` maps it to the objective. Partial placements are extended set by set. Of those over the same models only the
+ones on the Pareto front of (devices used, vector) are kept, and only while a bound says that they can still win.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ WIDTH = LOAD + 1
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Table = Mapping[int, Floats]  # set of models as a bit mask -> [devices + 1, WIDTH] seconds; inf where it can't run
+Table = Mapping[int, Floats]  # set of models as a bit mask -> [devices + 1, WIDTH] seconds; inf if it can't run
 
 
 class Split(msgspec.Struct, frozen=True):
-    """A placement with the best split of the devices over its sets."""
+    """A placement, with the best split of the devices over its sets."""
 
     sets: tuple[tuple[int, int], ...]  # (mask of models, devices), the set of the lowest model first
     vector: tuple[float, ...]  # seconds: the stages, then the busiest set's load
@@ -35,15 +35,15 @@ class Split(msgspec.Struct, frozen=True):
 
     @property
     def placement(self) -> tuple[int, ...]:
-        """Which models share, however many devices they have."""
+        """The sets of models that share devices, without device counts."""
         return tuple(mask for mask, _ in self.sets)
 
 
 def step_s(vectors: Any, staleness: int) -> Any:
-    """Seconds a step, of vectors along the last axis.
+    """Seconds a step of cost vectors along the last axis.
 
-    Synchronous, a step is its stages one after the other. With a staleness of s versions s + 1 steps are under way
-    at once: their chain is shared, until the busiest set has no idle second left.
+    At staleness 0 the stages of a step run one after the other. At staleness s, s + 1 steps overlap: a step takes
+    1 / (s + 1) of that time, but no less than the busy time of the busiest set.
     """
     chain = vectors[..., :LOAD].sum(axis=-1) / (1 + staleness)
     return np.maximum(chain, vectors[..., LOAD])
@@ -72,7 +72,7 @@ def placements(mask: int) -> Iterator[tuple[int, ...]]:
 def search(table: Table, models: int, devices: int, staleness: int = 0, keep: int = 2) -> list[Split]:
     """The best splits of the `keep` best placements, best first; at most `devices` devices are used.
 
-    Raises Refused where no placement of all models fits.
+    Raises Refused if no placement of all models fits.
     """
     return _Search(table, models, devices, staleness, keep).run()
 
@@ -104,7 +104,7 @@ class _Search:
 
     @property
     def _limit(self) -> float:
-        """What a placement must beat."""
+        """The step time that a placement must beat."""
         return self.found[-1].step_s if len(self.found) == self.keep else np.inf
 
     def _extend(self, sets: tuple[int, ...], rest: int, states: _States) -> None:
@@ -117,13 +117,13 @@ class _Search:
         return None
 
     def _combine(self, states: _States, mask: int, rest: int) -> _States:
-        """Each state with each size of the next set, as far as it can win with the models that are left."""
+        """Extend each state with each size of the next set; keep those that can still win with the remaining models."""
         sizes = self._sizes(mask)
         rows, columns = np.nonzero(states.used[:, None] + sizes[None, :] <= self.devices)
         used = states.used[rows] + sizes[columns]
         vectors = np.maximum(states.vectors[rows], self.table[mask][sizes[columns]])
-        hopes = np.maximum(vectors, self.bounds[rest][self.devices - used]) if rest else vectors
-        able = np.nonzero(step_s(hopes, self.staleness) < self._limit)[0]
+        optimistic = np.maximum(vectors, self.bounds[rest][self.devices - used]) if rest else vectors
+        able = np.nonzero(step_s(optimistic, self.staleness) < self._limit)[0]
         splits = np.column_stack([states.splits[rows[able]], sizes[columns[able]]])
         longer = _States(used[able], vectors[able], splits)
         return (
@@ -133,7 +133,7 @@ class _Search:
         )
 
     def _sizes(self, mask: int) -> Ints:
-        """Sizes of a set that leave all other models enough to win."""
+        """Sizes of a set for which the placement can still win, whatever happens to the other models."""
         vectors = self.table[mask]
         if others := self.all ^ mask:
             vectors = np.maximum(vectors, self.bounds[others][::-1])
@@ -151,9 +151,9 @@ class _Search:
 
 
 def bounds(table: Table, models: int, devices: int) -> dict[int, Floats]:
-    """For every set of models, [devices + 1, WIDTH]: no placement of them on so many devices does better in any column.
+    """Lower bounds for every set of models, [devices + 1, WIDTH]: no placement does better in any column.
 
-    Each column on its own: the least maximum over the sets of any partition.
+    Each column is minimised on its own: the least maximum over the sets of any partition.
     """
     lowest: dict[int, Floats] = {}
     for mask in range(1, 1 << models):
@@ -169,16 +169,16 @@ def bounds(table: Table, models: int, devices: int) -> dict[int, Floats]:
 
 
 def least_maximum(a: Floats, b: Floats) -> Floats:
-    """min over i of max(a[i], b[n-i]) for every n, of falling a and b, by counting what each threshold needs."""
+    """min over i of max(a[i], b[n-i]) for every n, of falling a and b: counts the devices that each threshold needs."""
     thresholds = np.unique(np.concatenate([a, b]))
     thresholds = thresholds[np.isfinite(thresholds)]
-    needed = np.searchsorted(-a, -thresholds) + np.searchsorted(-b, -thresholds)  # falls as the threshold rises
+    needed = np.searchsorted(-a, -thresholds) + np.searchsorted(-b, -thresholds)  # non-increasing in the threshold
     reached = np.searchsorted(-needed, -np.arange(len(a)))
     return np.append(thresholds, np.inf)[reached]
 
 
 def undominated(points: Floats) -> Ints:
-    """Rows that no other row equals or beats in every column; of equal rows, one."""
+    """Indices of the Pareto front (smaller is better); one of several equal rows."""
     order = np.lexsort(points.T[::-1])
     points = points[order]
     place = 0
@@ -191,5 +191,5 @@ def undominated(points: Floats) -> Ints:
 
 
 def vectors_of(rows: Sequence[Sequence[float] | None]) -> Floats:
-    """A set's column of the table from its vectors by device count, None where it can't run."""
+    """A set's entry of the table, from its vectors by device count; None if it can't run."""
     return np.array([row if row is not None else (np.inf,) * WIDTH for row in rows], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The plan: the placement that the search chose, its times and memory, what lost to it, and what more would buy."""
+"""A plan: the best placement, its times and memory, the runner-up, and the gain from more devices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import msgspec
 from asyncflow.planner.costs.devices import GB, Cluster, Refused
 from asyncflow.planner.costs.layouts import Layout, LayoutChoice
 from asyncflow.planner.costs.set_costs import Allows, SetCosts
-from asyncflow.planner.costs.workload import ModelWork, Workload, apart
+from asyncflow.planner.costs.workload import ModelWork, Workload, with_separate_generator
 from asyncflow.planner.search.mapper import STAGES, Split
 
-VISIBLE = 1e-3  # share of a step below which a difference is not told
-KEEP = 2  # placements of each way to generate: the best and the one that lost to it
+VISIBLE = 1e-3  # differences below this share of a step are not reported
+KEEP = 2  # placements for each way to generate: the best and the runner-up
 
 
 class PlacedModel(msgspec.Struct, frozen=True):
@@ -23,20 +23,20 @@ class PlacedModel(msgspec.Struct, frozen=True):
     shape: str
     parallel: str  # p-t-d
     recompute: bool
-    generation: str  # p_g-t_g; "" where it does not generate
+    generation: str  # p_g-t_g; "" if it does not generate
     engines: int
     stage_s: dict[str, float]
     resident_gb: float
     transient_gb: float  # only while it trains or infers
-    cache_gb: float  # for keys and values, only while it generates
+    cache_gb: float  # of the KV cache, only while it generates
 
 
 class PlannedPool(msgspec.Struct, frozen=True):
     """Models that take turns on the same devices."""
 
-    devices: int  # more than its models use, where the rest would only slow them
-    busy_s: float  # seconds of a step in which one of them runs
-    peak_gb: float  # a device, keys and values aside
+    devices: int  # may be more than its models use, if more would slow them
+    busy_s: float  # seconds of a step in which one of the models runs
+    peak_gb: float  # of one device, without the KV cache
     models: tuple[PlacedModel, ...]
 
     @property
@@ -58,24 +58,24 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The best placement of some models on a cluster, and how it stands to others."""
+    """The best placement of some models on a cluster, compared with others."""
 
     cluster: str
-    usable_gb: float  # a device
+    usable_gb: float  # of one device
     staleness: int
     chosen: Placement
     runner_up: Placement | None
     reason: str  # why the runner-up lost
-    bound_s: float  # seconds a step that no placement beats
-    with_more: dict[int, float]  # further devices -> seconds a step
+    bound_s: float  # lower bound on the seconds of a step
+    with_more: dict[int, float]  # number of additional devices -> seconds a step
 
 
 def make_plan(
     models: Sequence[ModelWork], cluster: Cluster, workload: Workload, allows: Allows = lambda model, layout: True
 ) -> Plan:
-    """Search the placements with the policy's own ranks generating, and with a generator apart from it.
+    """Search placements in which the policy generates itself, and those with a separate generator.
 
-    Raises Refused, with the numbers, where the models do not fit.
+    Raises Refused, with the numbers, if the models do not fit.
     """
     extras = (1, cluster.device.devices_per_node)
     ranked: list[tuple[Split, SetCosts]] = []
@@ -117,7 +117,7 @@ def ranked(
 
 
 def why(chosen: Placement, other: Placement) -> str:
-    """What one placement loses to another, stage by stage."""
+    """Why `other` is slower than `chosen`, stage by stage."""
     differences = {stage: other.stage_s[stage] - chosen.stage_s[stage] for stage in STAGES}
     visible = VISIBLE * chosen.step_s
     slower = [f"{stage} takes {_s(more)} longer" for stage, more in differences.items() if more >= visible]
@@ -130,10 +130,10 @@ def why(chosen: Placement, other: Placement) -> str:
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as text: a block a pool, a line a model, then the step, the runner-up and what more would buy."""
+    """The plan as text: a block per pool, a line per model, then the stages, the runner-up and more devices."""
     best = plan.chosen
-    manner = "synchronous" if not plan.staleness else f"staleness {plan.staleness}"
-    lines = [f"{plan.cluster}, {manner}: {_s(best.step_s)} a step"]
+    mode = "synchronous" if not plan.staleness else f"staleness {plan.staleness}"
+    lines = [f"{plan.cluster}, {mode}: {_s(best.step_s)} a step"]
     for pool in best.pools:
         busy = 100 * pool.busy_s / best.step_s
         lines.append(f"+- {pool.devices} devices, busy {busy:.0f} %, {pool.peak_gb:.1f} of {plan.usable_gb:.1f} GB")
@@ -142,11 +142,11 @@ def format_plan(plan: Plan) -> str:
     if other := plan.runner_up:
         slower = 100 * (other.step_s / best.step_s - 1)
         lines.append(f"runner-up: {other.name}: {_s(other.step_s)}, {slower:.1f} % slower: {plan.reason}")
-    lines.append(f"bound: no placement takes less than {_s(plan.bound_s)}, were each stage at its own best at once")
+    lines.append(f"bound: no placement takes less than {_s(plan.bound_s)}, even with each stage at its own optimum")
     for extra, seconds in plan.with_more.items():
         saved = best.step_s - seconds
         gain = f"{_s(saved)} a step" if saved >= VISIBLE * best.step_s else "nothing"
-        lines.append(f"{extra} more device{'s' if extra > 1 else ''} would buy {gain}")
+        lines.append(f"{extra} more device{'s' if extra > 1 else ''} would save {gain}")
     return "\n".join(lines)
 
 
@@ -156,16 +156,17 @@ def _s(seconds: float) -> str:
 
 def _line(model: PlacedModel) -> str:
     times = ", ".join(f"{stage} {_s(seconds)}" for stage, seconds in model.stage_s.items() if seconds)
-    at = f", {model.engines} engines at {model.generation} with {model.cache_gb:.1f} GB of cache" * bool(model.engines)
+    cache = f"{model.cache_gb:.1f} GB of KV cache"
+    at = f", {model.engines} engines at {model.generation} with {cache}" if model.engines else ""
     recompute = ", recomputing" if model.recompute else ""
-    held = f"{model.resident_gb:.1f} GB held, {model.transient_gb:.1f} GB while it computes"
-    return f"{model.role:<10} {model.shape} at {model.parallel}{at}{recompute}: {times}; {held}"
+    memory = f"{model.resident_gb:.1f} GB resident, {model.transient_gb:.1f} GB while it computes"
+    return f"{model.role:<10} {model.shape} at {model.parallel}{at}{recompute}: {times}; {memory}"
 
 
 def ways_to_generate(models: Sequence[ModelWork]) -> list[list[ModelWork]]:
-    """The models as they are, and with a generator of its own where the policy both trains and generates."""
+    """The models unchanged and, if the policy both trains and generates, also with a separate generator."""
     together = list(models)
-    separate = apart(models)
+    separate = with_separate_generator(models)
     return [together] if separate == together else [together, separate]
 
 

@@ -1,4 +1,4 @@
-"""A pipeline in virtual time: the real admission and lease, with durations instead of models.
+"""Simulate a run in virtual time: the real admission and lease code, with durations in place of models.
 
-Where durations come from is the business of `asyncflow.planner.calibration` and `asyncflow.planner.costs`.
+The durations come from `asyncflow.planner.calibration` and `asyncflow.planner.costs`.
 """

@@ -1,4 +1,4 @@
-"""What is simulated: an algorithm's stages on services in pools, their speeds, and the lengths that are drawn."""
+"""The input of a simulation: an algorithm's stages, services in pools, their speeds, and length distributions."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from asyncflow.dataflow.graph import Dataflow
 from asyncflow.planner.costs.speeds import Speed
 from asyncflow.planner.costs.workload import Lengths
 
-WARM_UP = 2  # steps after which a run with staleness 0 repeats itself; each version of staleness adds one
+WARM_UP = 2  # steps until a run with staleness 0 is steady; each version of staleness adds one
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, as a simulation sees it."""
+    """Everything that a simulation needs to know about one run."""
 
     dataflow: Dataflow
-    hosts: Mapping[str, str]  # stage -> the service that answers it
-    pools: Mapping[str, str]  # service -> pool; "" where it needs no device
+    hosts: Mapping[str, str]  # stage -> the service that runs it
+    pools: Mapping[str, str]  # service -> pool; "" if it needs no device
     devices: Mapping[str, int]  # pool -> devices
-    speeds: Mapping[str, Speed]  # of every service
+    speeds: Mapping[str, Speed]  # by service
     pace: Pace
     prompt: Lengths
     response: Lengths
-    firing_rows: int = 64  # most rows of one call of a stage
-    mailbox_rows: int = 0  # of a plain mailbox; 0: one step's samples
-    whole_batches: bool = False  # the engine runs a batch to its end; else sequences replace finished ones
-    call_s: float = 0.0  # handing rows to a service, and firing it
-    record_s: float = 0.0  # writing a step down
-    cores: float = 0.0  # devices' worth of work that is done at once; 0: all of it
-    crowded: float = 0.0  # the same, while more want to work than there are cores; 0: as much
-    delays: Mapping[str, Mapping[str, float]] = {}  # service -> stage method -> seconds of waiting in each call
-    turn_tokens: int = 16  # that an engine draws before it looks for new weights and rows
-    dropped: float = 0.0  # share of prompts that are not worth training
+    firing_rows: int = 64  # maximum rows of one call of a stage
+    mailbox_rows: int = 0  # capacity of a mailbox with one input; 0: one step's samples
+    whole_batches: bool = False  # the engine finishes a batch before the next; else new sequences fill free slots
+    call_s: float = 0.0  # overhead of one call to a service
+    record_s: float = 0.0  # writing the durable record of a step
+    cores: float = 0.0  # how many devices' work runs at full speed at once; 0: no limit
+    crowded: float = 0.0  # the same while more devices are busy than there are cores; 0: equal to `cores`
+    delays: Mapping[str, Mapping[str, float]] = {}  # service -> stage method -> seconds added to each call
+    turn_tokens: int = 16  # that an engine generates before it looks for new weights and rows
+    dropped: float = 0.0  # share of prompts that are not trainable
     seed: int = 0
 
     @property
     def steady(self) -> range:
-        """The steps that look alike: neither filling the pipeline nor, towards the end, draining it."""
+        """The steady steps: those that neither fill the pipeline nor, at the end, drain it."""
         first = min(WARM_UP + self.pace.staleness, self.pace.steps - 1)
         return range(first, max(first + 1, self.pace.steps - self.pace.staleness))
 
     @property
     def samples_per_step(self) -> int:
-        """Rows of one batch."""
+        """Samples of one batch."""
         return self.pace.prompts_per_step * self.pace.samples_per_prompt

@@ -1,4 +1,4 @@
-"""From a recipe, or from a placement that the mapper chose, to what is simulated."""
+"""Build the scenario of a recipe, or of a placement that the search found."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from asyncflow.planner.costs.devices import GB, Cluster, Device
 from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.shapes import Shape
 from asyncflow.planner.costs.speeds import FixedSpeed, ModelSpeed, Speed
-from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, apart, work_of
+from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, with_separate_generator, work_of
 from asyncflow.planner.search.plan import PlacedModel, Placement
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
 from asyncflow.recipe.config import Pool, Recipe
 from asyncflow.recipe.service_specs import GENERATOR, hosts_of, layout_of, pools_of, topology_of
 from protocols.layout.topology import Topology
 
-MOST_PROMPTS = 4096  # whose lengths are looked at
-STEADY_STEPS = 6  # that look alike
-FINEST_TURN = 16  # tokens between two looks of an engine, as in the run
-TURNS_PER_RESPONSE = 16  # where responses are long it looks less often: a simulation's events, not its times
+MOST_PROMPTS = 4096  # whose lengths are measured
+STEADY_STEPS = 6  # that are measured
+FINEST_TURN = 16  # tokens between two checks of an engine for weights and rows, as in a run
+TURNS_PER_RESPONSE = 16  # long responses: check less often, to simulate fewer events
 
 
 def prompt_lengths(source: PromptSource) -> Lengths:
-    """Of the first prompts of a recipe's data, in tokens."""
+    """The lengths of the first prompts of a recipe's data, in tokens."""
     return Lengths.measured(source.evaluation(min_version=0, limit=MOST_PROMPTS).prompts.lengths.tolist())
 
 
 def shapes_of(recipe: Recipe) -> dict[str, Shape]:
-    """The models that a recipe reads from folders, by role. Raises ValueError for one that is not modelled."""
+    """Shapes of the models that a recipe reads from folders, by role. Raises ValueError for an unsupported model."""
     shapes = {}
     for role, model in recipe.models.items():
         if model.path:
@@ -45,7 +45,7 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
 
 
 def workload_of(recipe: Recipe, prompt: Lengths, calibration: Calibration) -> Workload:
-    """A recipe's step; where nothing is known of the responses they have all the tokens that they may have."""
+    """The workload of a recipe's step; without measured responses, each has the maximum number of tokens."""
     limit = recipe.generation.max_tokens
     return Workload(
         recipe.prompts_per_step,
@@ -61,15 +61,15 @@ def workload_of(recipe: Recipe, prompt: Lengths, calibration: Calibration) -> Wo
 
 
 def models_of(recipe: Recipe, dataflow: Dataflow) -> list[ModelWork]:
-    """The models of a recipe and their calls, with a generator of its own where the recipe places one."""
+    """The models of a recipe and their calls, with a separate generator if the recipe places one."""
     models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
-    return apart(models) if GENERATOR in recipe.placement else models
+    return with_separate_generator(models) if GENERATOR in recipe.placement else models
 
 
 def of_recipe(
     recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration, devices: Mapping[str, Device] = {}
 ) -> Scenario:
-    """A recipe in its own placement on calibrated devices; `devices` are those of pools that are of other kinds."""
+    """A recipe in its own placement on calibrated devices; `devices` describes other kinds, by the pool's device."""
     device, workload = calibration.device, workload_of(recipe, prompt, calibration)
     pools = {s: p for s, p in pools_of(recipe, dataflow).items() if s in {*dataflow.services, GENERATOR}}
     speeds: dict[str, Speed] = {s: FixedSpeed(row_s=calibration.row_s.get(s, 0.0)) for s in pools}
@@ -103,9 +103,9 @@ def of_recipe(
 def of_placement(
     placement: Placement, models: Sequence[ModelWork], cluster: Cluster, workload: Workload, dataflow: Dataflow
 ) -> Scenario:
-    """A placement of the mapper's. A stage takes all rows that are there: a pipeline is filled once a firing."""
+    """A placement from the search. A stage takes all available rows at once: each firing fills the pipeline once."""
     placed = {model.role: (pool, model) for pool in placement.pools for model in pool.models}
-    works = {model.role: model for model in (apart(models) if GENERATOR in placed else models)}
+    works = {model.role: model for model in (with_separate_generator(models) if GENERATOR in placed else models)}
     speeds: dict[str, Speed] = {service: FixedSpeed() for service in dataflow.services}
     for role, (_, model) in placed.items():
         cache = model.cache_gb * GB
@@ -128,7 +128,7 @@ def of_placement(
 
 
 def layout_of_placed(model: PlacedModel) -> Layout:
-    """The layout that a plan tells as text."""
+    """The layout of a model in a plan, which holds it as text."""
     pp, _, tp = model.generation.partition("-")
     return Layout(Topology.parse(model.parallel), model.recompute, int(pp or 0), int(tp or 0))
 

@@ -1,7 +1,7 @@
-"""Services in virtual time: mailboxes, firings and leases as in the run, work as long as its `Speed` says.
+"""Services in virtual time: mailboxes, firings and leases as in a run, with durations from `Speed`.
 
-The bookkeeping is the run's own code: RowTable and `has_room` for mailboxes, PoolLease for turns. What a real
-service computes is here a stretch of time on its devices.
+The bookkeeping is the code of a real run: RowTable and `has_room` for mailboxes, PoolLease for shared devices. Where a
+real service computes, a simulated one occupies its devices for some time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SampleLengths(msgspec.Struct, frozen=True):
 
 
 class SimulatedWorld:
-    """What all simulated services share."""
+    """State that all simulated services share: clock, cores, leases, sample lengths, busy times."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -49,15 +49,15 @@ class SimulatedWorld:
         self._grants: dict[int, Signal] = {}
 
     def speed(self, service: str) -> Speed:
-        """How fast a service works."""
+        """The speed of a service."""
         return self.scenario.speeds[service]
 
     async def call(self) -> None:
-        """Rows or a request travel to a service: work of nobody's devices."""
+        """The overhead of sending rows or a request to a service; it occupies no device."""
         await self.cores.work(self.scenario.call_s)
 
     async def compute(self, service: str, method: str, seconds: float, thread: int = 0, share: float = 1.0) -> None:
-        """Work in one of a service's compute threads; engines apart have one each, all else shares the first."""
+        """Work in a compute thread of a service: thread 0, or one per engine of a separate generator."""
         async with self.thread(service, thread):
             await self.work(service, method, seconds, share)
 
@@ -66,36 +66,36 @@ class SimulatedWorld:
         return self._threads.setdefault((service, number), Lock(self.clock))
 
     async def work(self, service: str, method: str, seconds: float, share: float = 1.0) -> None:
-        """Work of a share of a service's devices, on the machine's cores where they are shared."""
+        """Occupy a share of a service's devices, and the machine's cores if devices share them."""
         self.busy.add(service, share)
         await self.clock.sleep(self.scenario.delays.get(service, {}).get(method, 0.0))
         await self.cores.work(seconds)
         self.busy.add(service, -share)
 
     def shares(self, service: str) -> bool:
-        """Whether other services take turns with it."""
+        """Whether other services use the same devices."""
         return service in self._leases
 
     def lease(self, service: str, stage: str) -> LeaseTurn:
-        """The pool's devices, in calling order; free of charge where nobody shares them."""
+        """A turn on the pool's devices, in the order of calls; costs nothing if they are not shared."""
         return LeaseTurn(self, self._leases.get(service), Claim(service, next(self._tickets), stage))
 
     def wait_for(self, ticket: int) -> Signal:
-        """What tells a claim that it is its turn."""
+        """The signal that is sent when a claim is granted."""
         return self._grants.setdefault(ticket, Signal(self.clock))
 
     def grant(self, claim: Claim | None) -> None:
-        """Tell whose turn it is."""
+        """Signal that a claim is granted."""
         if claim is not None:
             self.wait_for(claim.ticket).send()
 
     def over(self, ticket: int) -> None:
-        """A claim has ended."""
+        """Forget a claim that has ended."""
         self._grants.pop(ticket, None)
 
 
 class LeaseTurn:
-    """One claim on a pool, held inside of `async with`."""
+    """One claim on a pool, held inside `async with`."""
 
     def __init__(self, world: SimulatedWorld, lease: PoolLease | None, claim: Claim) -> None:
         self._world, self._lease, self._claim = world, lease, claim
@@ -115,7 +115,7 @@ class LeaseTurn:
 
 
 class BusyTime:
-    """Seconds in which services, and pools of them, were at work; an engine of several is a part of its service."""
+    """Busy seconds of services and of pools; one of n engines counts as 1/n of its service."""
 
     def __init__(self, clock: Clock, pools: Mapping[str, str]) -> None:
         self._clock = clock
@@ -125,13 +125,13 @@ class BusyTime:
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by service, and by "pool NAME"
 
     def add(self, service: str, share: float) -> None:
-        """A share of a service starts to work, or (negative) is done."""
+        """A share of a service starts to work (positive) or stops (negative)."""
         for name in self._names[service]:
             self._count(name)
             self._level[name] += share
 
     def until_now(self) -> dict[str, float]:
-        """The seconds so far, also of what is at work."""
+        """Busy seconds up to now, including work in progress."""
         for name in self._level:
             self._count(name)
         return dict(self.seconds)
@@ -142,7 +142,7 @@ class BusyTime:
 
 
 class Inbox:
-    """A stage's mailbox: one edge gives credit, a join never refuses."""
+    """A stage's mailbox: bounded with one input edge; a join of several is unbounded."""
 
     def __init__(self, clock: Clock, edges: int, capacity: int) -> None:
         self._table: RowTable[None] = RowTable(edges)
@@ -150,14 +150,14 @@ class Inbox:
         self._changed = Signal(clock)
 
     async def put(self, position: int, samples: Sequence[int]) -> None:
-        """Hand rows in; returns when there was room for them."""
+        """Add rows; waits until there is room for them."""
         while self._capacity and not has_room(len(self._table), len(samples), self._capacity):
             await self._changed.wait()
         self._table.arrive(position, [(sample, None) for sample in samples])
         self._changed.send()
 
     async def take(self, most: int) -> list[int]:
-        """Whatever is settled, up to `most` rows."""
+        """Take up to `most` rows that have arrived on every edge; waits for at least one."""
         while not self._table.settled:
             await self._changed.wait()
         samples = self._table.next_settled(most)
@@ -166,12 +166,12 @@ class Inbox:
         return samples
 
     def end(self, prompts: Sequence[int]) -> None:
-        """These prompts are over."""
+        """Forget the rows of these finished prompts."""
         self._table.end(prompts)
 
 
 class SimulatedRowStage:
-    """log_probs, values, score: rows in, rows out."""
+    """A stage that maps rows to rows: log_probs, values, score."""
 
     def __init__(self, world: SimulatedWorld, stage: Stage, service: str, send: Send) -> None:
         scenario = world.scenario
@@ -179,7 +179,7 @@ class SimulatedRowStage:
         self.inbox = Inbox(world.clock, len(stage.inputs), scenario.mailbox_rows or scenario.samples_per_step)
 
     async def run(self) -> None:
-        """Fire for ever, on whatever is there."""
+        """Fire on available rows until the simulation ends."""
         world, service = self._world, self._service
         while True:
             samples = await self.inbox.take(world.scenario.firing_rows)

@@ -1,9 +1,9 @@
-"""A run in virtual time: what its steps, its idle devices and its staleness will be.
+"""Simulate a run in virtual time, to predict its step time, idle devices and staleness.
 
     admit --> generate --> ... --> join --> batcher --> advantages --> updates --> publish --> commit
 
-Admission, age, order and waiting are decided by the run's own InFlightPrompts; services take turns by the run's own
-lease. Lengths are drawn, so long tails show as stragglers and idle engines. Only time is made up.
+Admission, staleness, order and waiting are decided by the InFlightPrompts of a real run, turns on shared devices by its
+PoolLease. Lengths are sampled, so long tails appear as stragglers and idle engines. Only durations are simulated.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from protocols.data.messages import Values
 
 
 class SimulatedRun(msgspec.Struct, frozen=True):
-    """What a simulation found. Shares and means are over the steps that look alike."""
+    """The result of a simulation. Shares and means are over the steady steps."""
 
     step_s: float  # mean
-    steps_s: tuple[float, ...]  # of every step, the others too
-    pool_idle: dict[str, float]  # share of the time in which none of the pool's services worked
-    busy_s: dict[str, float]  # service -> seconds a step in which it worked
-    batch_wait_s: float  # seconds a step in which no batch could be formed
+    steps_s: tuple[float, ...]  # of every step, not only the steady ones
+    pool_idle: dict[str, float]  # share of the time in which no service of the pool was busy
+    busy_s: dict[str, float]  # service -> busy seconds a step
+    batch_wait_s: float  # seconds a step that training waited for a batch
     staleness: dict[int, float]  # versions -> share of the trained prompts
     events: int
     wall_s: float  # real seconds that the simulation took
 
     @property
     def mean_staleness(self) -> float:
-        """Versions."""
+        """Mean staleness of the trained prompts, in versions."""
         return sum(age * share for age, share in self.staleness.items())
 
 
 def simulate(scenario: Scenario) -> SimulatedRun:
-    """Run all steps of a scenario's pace.
+    """Simulate all steps of a scenario.
 
-    Raises Refused where it comes to a stop before the last step, as a run would that can't go on.
+    Raises Refused if the simulation deadlocks before the last step, as the run would.
     """
     started = time.perf_counter()
     run = _Run(scenario)
     run.world.clock.run(lambda: len(run.commits) == scenario.pace.steps)
     run.world.clock.close()
     if len(run.commits) < scenario.pace.steps:
-        raise Refused(f"nothing moves any more after {len(run.commits)} of {scenario.pace.steps} steps")
+        raise Refused(f"the simulated run stops after {len(run.commits)} of {scenario.pace.steps} steps")
     return run.outcome(scenario.steady, time.perf_counter() - started)
 
 
@@ -78,16 +78,16 @@ class _Run:
         self.scenario, self.world = scenario, SimulatedWorld(scenario)
         self.commits: list[_Commit] = []
         pace, flow, clock = scenario.pace, scenario.dataflow, self.world.clock
-        self._dice = random.Random(scenario.seed)
-        self._book = InFlightPrompts(Admission(pace.prompts_per_step, pace.staleness, pace.steps), pace.max_refills)
-        self._pulse = Signal(clock)
+        self._rng = random.Random(scenario.seed)
+        self._inflight = InFlightPrompts(Admission(pace.prompts_per_step, pace.staleness, pace.steps), pace.max_refills)
+        self._changed = Signal(clock)
         self._cursor = 0
         sources = [stage for stage in flow.stages if stage.generates]
         self._generating_service = scenario.hosts[sources[0].name]
-        self._apart = self._generating_service != "policy"
+        self._separate = self._generating_service != "policy"
         self._outgoing: dict[str, list[int]] = {stage.name: [] for stage in sources}
         self._outgoing_changed = {stage.name: Signal(clock) for stage in sources}
-        self._generator = Generator(self.world, self._generating_service, self._apart, self._generated)
+        self._generator = Generator(self.world, self._generating_service, self._separate, self._generated)
         rows = [s for s in flow.stages if not (s.generates or s.closes or s.is_sink)]
         self._rows = {s.name: SimulatedRowStage(self.world, s, scenario.hosts[s.name], self._send) for s in rows}
         self._awaited: dict[int, int] = {}  # prompt -> rows that have not reached the join
@@ -96,9 +96,9 @@ class _Run:
             for channel in flow.inputs_of(flow.batch_stage.name)
         )
         self._min_versions: dict[int, int] = {}  # live prompt -> version at its admission
-        self._unsettled: Counter[int] = Counter()  # such a version -> prompts whose rows have not all reached the join
-        self._oldest: dict[int, int] = {}  # prompt -> version of the oldest weights that drew a row of it
-        self._updates: Counter[str] = Counter()  # service -> steps that it has trained
+        self._incomplete: Counter[int] = Counter()  # version at admission -> prompts that wait for rows
+        self._oldest: dict[int, int] = {}  # prompt -> oldest version that generated or valued a row of it
+        self._updates: Counter[str] = Counter()  # service -> number of updates
         for stage in sources:
             clock.start(self._forward(stage))
         for row_stage in self._rows.values():
@@ -118,23 +118,23 @@ class _Run:
             ages = check_age(batch, step, self.scenario.pace.staleness)
             await self._train(batch, step)
             await self.world.clock.sleep(self.scenario.record_s)
-            self._book.commit(batch)
-            for prompt in self._book.take_finished():
+            self._inflight.commit(batch)
+            for prompt in self._inflight.take_finished():
                 self._forget(prompt)
             self.commits.append(_Commit(self.world.clock.now, self.world.busy.until_now(), waited, ages))
-            self._pulse.send()
+            self._changed.send()
 
     async def _admit(self) -> None:
-        admission = self._book.admission
+        admission = self._inflight.admission
         while True:
             while not (room := admission.room()):
-                await self._pulse.wait()
+                await self._changed.wait()
             prompts = list(range(self._cursor, self._cursor + room))
             self._cursor += room
-            self._book.admit(prompts)
+            self._inflight.admit(prompts)
             self._awaited |= dict.fromkeys(prompts, self._per_prompt)
             self._min_versions |= dict.fromkeys(prompts, admission.version)
-            self._unsettled[admission.version] += room
+            self._incomplete[admission.version] += room
             await self._hand_out(prompts, admission.version)
 
     async def _hand_out(self, prompts: Sequence[int], min_version: int) -> None:
@@ -148,28 +148,28 @@ class _Run:
             self._generator.submit(samples, min_version)
 
     def _random_lengths(self) -> SampleLengths:
-        scenario, dice = self.scenario, self._dice
-        return SampleLengths(round(dice.choice(scenario.prompt.tokens)), round(dice.choice(scenario.response.tokens)))
+        scenario, rng = self.scenario, self._rng
+        return SampleLengths(round(rng.choice(scenario.prompt.tokens)), round(rng.choice(scenario.response.tokens)))
 
     async def _form(self) -> list[CompletePrompt]:
         while True:
-            if self._may_form() and (batch := self._book.choose()) is not None:
+            if self._may_form() and (batch := self._inflight.choose()) is not None:
                 return batch
-            await self._pulse.wait()
+            await self._changed.wait()
 
     def _may_form(self) -> bool:
-        """Whether it is worth asking the book, which looks at every prompt: false only where it would refuse."""
+        """A cheap check before `choose`, which looks at every prompt: false only if `choose` would return None."""
         pace, step = self.scenario.pace, len(self.commits)
         due = [
-            sum(n for min_version, n in self._unsettled.items() if min_version <= step + j - pace.staleness)
+            sum(n for min_version, n in self._incomplete.items() if min_version <= step + j - pace.staleness)
             for j in range(2)
         ]
-        return self._book.ready >= pace.prompts_per_step and not due[0] and due[1] <= pace.prompts_per_step
+        return self._inflight.ready >= pace.prompts_per_step and not due[0] and due[1] <= pace.prompts_per_step
 
     async def _train(self, batch: list[CompletePrompt], step: int) -> None:
-        """Advantages, then every trainer; weights may go out before the critics are done."""
+        """Compute advantages, then run every trainer; weights may be published before the critics have finished."""
         world, closing = self.world, self.scenario.dataflow.batch_stage
-        samples = [s for prompt in self._book.notices_of(batch) for s in prompt.alive]
+        samples = [s for prompt in self._inflight.notices_of(batch) for s in prompt.alive]
         lengths = [world.rows[sample].length for sample in samples]
         await world.call()
         await world.compute(closing.service, closing.method, world.speed(closing.service).forward_s(lengths))
@@ -191,7 +191,7 @@ class _Run:
         self._updates[stage.service] += 1
 
     async def _publish(self, version: int) -> None:
-        if not self._apart:
+        if not self._separate:
             self._generator.follow(version)
             return
         await self.world.call()
@@ -199,24 +199,24 @@ class _Run:
         await self.world.call()
         await self._generator.load(version).wait()
 
-    # --- rows on their way
+    # --- rows between the stages
 
-    def _generated(self, drawn: Sequence[GeneratedSample]) -> None:
-        for sample, version in drawn:
+    def _generated(self, finished: Sequence[GeneratedSample]) -> None:
+        for sample, version in finished:
             self._note(sample, version)
         for stage in (s for s in self.scenario.dataflow.stages if s.generates):
-            mine = [d.sample for d in drawn if (d.sample & BASELINE_INDEX == BASELINE_INDEX) == stage.greedy]
+            mine = [d.sample for d in finished if (d.sample & BASELINE_INDEX == BASELINE_INDEX) == stage.greedy]
             if mine:
                 self._outgoing[stage.name] += mine
                 self._outgoing_changed[stage.name].send()
 
     def _note(self, sample: int, version: int) -> None:
-        """What drew a row, or valued it: its prompt is as old as the oldest of them."""
+        """Record the version that generated or valued a row; a prompt is as old as the oldest of its rows."""
         prompt = prompt_of(sample)
         self._oldest[prompt] = min(self._oldest.get(prompt, version), version)
 
     async def _forward(self, stage: Stage) -> None:
-        """Send finished rows on, as many at once as have gathered while the last send waited."""
+        """Send finished rows to the next stages; rows that finish during a send go out together with the next."""
         while True:
             while not self._outgoing[stage.name]:
                 await self._outgoing_changed[stage.name].wait()
@@ -235,37 +235,37 @@ class _Run:
                 self._join(samples)
 
     def _join(self, samples: Sequence[int]) -> None:
-        """Rows at the join before the batch; a prompt settles with its last one."""
+        """Rows arrive at the join before the batch; a prompt is complete with its last row."""
         for sample in samples:
             prompt = prompt_of(sample)
             self._awaited[prompt] -= 1
             if not self._awaited[prompt]:
-                self._settle(prompt)
-        self._pulse.send()
+                self._complete(prompt)
+        self._changed.send()
 
-    def _settle(self, prompt: int) -> None:
-        self._unsettled[self._min_versions[prompt]] -= 1
+    def _complete(self, prompt: int) -> None:
+        self._incomplete[self._min_versions[prompt]] -= 1
         samples = [sample_id(prompt, index) for index in range(self.scenario.pace.samples_per_prompt)]
-        trainable = self._dice.random() >= self.scenario.dropped
-        self._book.complete(
+        trainable = self._rng.random() >= self.scenario.dropped
+        self._inflight.complete(
             PromptSettled(prompt, samples, [], oldest_version=self._oldest[prompt], trainable=trainable)
         )
         if not trainable:
-            for ended in self._book.take_finished():
+            for ended in self._inflight.take_finished():
                 self._forget(ended)
 
     def _forget(self, prompt: int) -> None:
-        """A prompt is over: nobody needs its rows."""
+        """Drop the rows of a finished prompt."""
         for index in (*range(self.scenario.pace.samples_per_prompt), BASELINE_INDEX):
             self.world.rows.pop(sample_id(prompt, index), None)
         del self._awaited[prompt], self._min_versions[prompt], self._oldest[prompt]
         for row_stage in self._rows.values():
             row_stage.inbox.end([prompt])
 
-    # --- what came of it
+    # --- the result
 
     def outcome(self, steady: range, wall_s: float) -> SimulatedRun:
-        """Over the steps that look alike."""
+        """The result over the steady steps."""
         times = [0.0, *(commit.at for commit in self.commits)]
         nothing = _Commit(0.0, {}, 0.0, [])
         first, last = ([nothing, *self.commits][moment] for moment in (steady.start, steady.stop))

@@ -1,4 +1,4 @@
-"""Small scenarios with speeds that can be added up by hand: a call costs what its stage says, whatever its rows."""
+"""Small scenarios whose times can be added up by hand: a call takes its stage's seconds for any number of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenario import Scenario
 
 TOKENS = 16
-GENERATE, INFER, CRITIC, POLICY = 4.0, 1.0, 2.0, 3.0  # seconds of a batch's draw, a firing, and each update
+GENERATE, INFER, CRITIC, POLICY = 4.0, 1.0, 2.0, 3.0  # seconds of generating a batch, a firing, and each update
 
 COLOCATED = {"policy": "main", "critic": "main", "reference": "main", "reward": "main"}
 SPLIT = {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}
@@ -24,9 +24,9 @@ APART = {"policy": "a", "critic": "b", "reference": "c", "reward": "d", "generat
 def scene(
     pools: Mapping[str, str], staleness: int = 0, algorithm: str = "ppo", steps: int = 12, **changes: Any
 ) -> Scenario:
-    """Two prompts of two samples a step; every firing takes all rows that are there."""
+    """Two prompts of two samples a step; every firing takes all available rows."""
     dataflow = trace(algorithm_named(algorithm))
-    drawing = "generator" if "generator" in pools else "policy"
+    generating = "generator" if "generator" in pools else "policy"
     speed = {
         "policy": MeasuredSpeed(LinearFit(INFER, 0), LinearFit(POLICY, 0), GENERATE / TOKENS),
         "critic": MeasuredSpeed(LinearFit(INFER, 0), LinearFit(CRITIC, 0)),
@@ -37,7 +37,7 @@ def scene(
     inference = MeasuredSpeed(LinearFit(INFER, 0))
     settings: dict[str, Any] = {
         "dataflow": dataflow,
-        "hosts": {s.name: drawing if s.generates else s.service for s in dataflow.stages},
+        "hosts": {s.name: generating if s.generates else s.service for s in dataflow.stages},
         "pools": {service: pools.get(service, "") for service in services},
         "devices": dict.fromkeys(pools.values(), 1),
         "speeds": {s: speed.get(s, inference if s in pools else MeasuredSpeed()) for s in services},

@@ -1,4 +1,4 @@
-"""Advice from a run's record: what was busy, who waited, and which other placement would have been faster."""
+"""Advice from a run's folder: busy services, waits, and placements that would have been faster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = 6
 
 
 def recorded(make_recipe: MakeRecipe, folder: Path, steps: int = STEPS, **changes: Any) -> Path:
-    """The folder of a run in one pool, whose services took the seconds above one after the other."""
+    """The folder of a run in one pool, whose services ran one after the other for the seconds above."""
     recipe = check(make_recipe(deterministic=False, steps=steps, **changes)).recipe
     folder.mkdir()
     (folder / "recipe.toml").write_text(recipe_text(recipe))
@@ -70,19 +70,19 @@ def test_one_device_that_is_always_busy_can_not_be_shared_better(advice: Advice)
 def test_more_slots_let_services_work_side_by_side(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three pools with everybody in the first: two slots stand idle, and the advice is to use them."""
+    """Three pools with all services in the first: two slots are idle, and the advice is to use them."""
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     pools = {"main": {"devices": 1}, "spare": {"devices": 1}, "more": {"devices": 1}}
     placement = {"reward": {"pool": "spare"}, "reference": {"pool": "more"}}
     found = advise(recorded(make_recipe, tmp_path / "run", pools=pools, placement=placement))
     best = found.moves[0]
-    apart = {service for pool, services in best.pools.items() for service in services if "policy" in services}
-    assert "critic" not in apart, "the two that train long are no longer in each other's way"
+    beside_policy = {service for pool, services in best.pools.items() for service in services if "policy" in services}
+    assert "critic" not in beside_policy, "the two that train long are no longer in each other's way"
     assert best.gain > 0.2 and best.step_s == pytest.approx(found.step_s * (1 - best.gain))
     assert f"{best.gain:.0%} less" in format_advice(found)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_record_that_is_too_short_is_refused(make_recipe: MakeRecipe, tmp_path: Path, steps: int):
-    with pytest.raises(BadInput, match=f"{steps} steps are on record; advice needs an ended run of 5 or more"):
+    with pytest.raises(BadInput, match=f"{steps} steps are on record; advice needs a finished run of 5 or more"):
         advise(recorded(make_recipe, tmp_path / "run", steps=steps))

@@ -1,4 +1,4 @@
-"""`placement = "auto"` chooses what the simulator likes best, and what it chose can be saved, edited and pinned."""
+"""`placement = "auto"` chooses the fastest simulated placement, and the choice can be saved, edited and loaded."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_saved_plan_is_pinned_as_it_was_or_as_it_was_edited(asynchronous: Reci
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "neither 'auto' nor a plan's file: No such file"), ("pools = 3", "Expected `object`"), ("][", "Invalid")],
+    [(None, "neither 'auto' nor a plan file: No such file"), ("pools = 3", "Expected `object`"), ("][", "Invalid")],
 )
 def test_a_plan_that_can_not_be_read_is_refused(
     make_recipe: MakeRecipe, tmp_path: Path, text: str | None, message: str
@@ -122,7 +122,7 @@ def test_pools_of_two_kinds_keep_their_devices(asynchronous: Recipe):
 
 def test_cpu_slots_are_mapped_alone(asynchronous: Recipe):
     mixed = {"a": Pool(1, "cpu-slot"), "b": Pool(1, "H100")}
-    with pytest.raises(BadInput, match=r"CPU slots share their cores and are mapped alone, .* 1xcpu-slot, 1xH100"):
+    with pytest.raises(BadInput, match=r"CPU slots .* can't be mixed with other devices, .* 1xcpu-slot, 1xH100"):
         chosen(msgspec.structs.replace(asynchronous, pools=mixed), None)
 
 
@@ -138,7 +138,7 @@ def test_on_accelerators_the_mapper_proposes_and_the_checks_dispose(asynchronous
 
 
 def test_a_policy_of_adapters_stays_on_one_rank(asynchronous: Recipe):
-    """Where it has the choice the mapper trains whole weights on several: adapters have none to share."""
+    """The search would train whole weights on several devices; adapters train on one."""
     models, pools = asynchronous.models, {"main": Pool(8, "A100-80G")}
     recipe = msgspec.structs.replace(asynchronous, runtime="ray", pools=pools)
     adapted = models | {"policy": msgspec.structs.replace(models["policy"], lora=Lora(rank=4))}

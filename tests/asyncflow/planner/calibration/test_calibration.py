@@ -1,4 +1,4 @@
-"""From times to figures: lines through calls of several sizes, and a reach that gives the measured times back."""
+"""Fits of calls of several sizes, and an efficiency that reproduces the measured times."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_times_that_are_none_are_refused(seconds: list[float]):
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_cost_models_give_back_what_was_measured(steps: int):
-    """Rows of 40 tokens: calls of 1 to 64 of them, trained in as many optimizer steps as the recipe has."""
+    """Calls of 1 to 64 rows of 40 tokens, with the recipe's number of optimizer steps."""
     rows = (1, 8, 64)
     forward = [Timed(40 * n, 0.004 + 2e-6 * 40 * n) for n in rows]
     again = [t.seconds if steps > 1 else 0.0 for t in forward]

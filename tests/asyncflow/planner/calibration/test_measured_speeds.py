@@ -1,4 +1,4 @@
-"""Speeds from a run's spans: shared cores are taken out, and the calls of each kind make a line."""
+"""Speeds from a run's spans: corrected for shared cores, with a linear fit for each kind of call."""
 
 from __future__ import annotations
 

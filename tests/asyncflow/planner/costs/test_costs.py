@@ -1,4 +1,4 @@
-"""The cost models: exact where the arithmetic is known, monotone where only the direction is."""
+"""The cost model: exact where the arithmetic is known, monotone where only the direction is known."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_a_long_tail_delays_the_batch_and_occupies_the_engine_less():
     fixed = costs.generation_s(SMALL, 1, 1, 1, 64, 64, WORK, A100)
     assert fixed.latency_s == pytest.approx(fixed.load_s)
     tailed = msgspec.structs.replace(WORK, response=Lengths.long_tailed(700, 0.9, 8192))
-    drawn = costs.generation_s(SMALL, 1, 1, 1, 64, 64, tailed, A100)
-    assert drawn.latency_s > 1.5 * drawn.load_s
+    generation = costs.generation_s(SMALL, 1, 1, 1, 64, 64, tailed, A100)
+    assert generation.latency_s > 1.5 * generation.load_s
 
 
 @pytest.mark.parametrize(("p", "t", "pg", "tg"), [(1, 8, 1, 2), (2, 4, 1, 4), (4, 2, 2, 1), (1, 4, 1, 4)])

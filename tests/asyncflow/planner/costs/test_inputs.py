@@ -1,4 +1,4 @@
-"""Devices, shapes, lengths and work: what the cost models are given, and what they refuse to be given."""
+"""Inputs of the cost model: devices, shapes, lengths and work, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncflow.dataflow.algorithms.ppo import ppo as ppo_algorithm
 from asyncflow.dataflow.trace import trace
 from asyncflow.planner.costs.devices import CATALOGUE, Cluster, Efficiency, Refused
 from asyncflow.planner.costs.shapes import LLAMA, Shape
-from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, apart, ppo, work_of
+from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo, with_separate_generator, work_of
 
 CONFIG = {
     "num_hidden_layers": 24,
@@ -43,7 +43,7 @@ def test_an_empty_pool_is_refused():
 
 
 def test_a_share_is_a_share():
-    with pytest.raises(ValueError, match=r"reach.link is a share in \(0, 1\], not 1.5"):
+    with pytest.raises(ValueError, match=r"efficiency.link is a share in \(0, 1\], not 1.5"):
         Efficiency(link=1.5)
 
 
@@ -81,17 +81,17 @@ def test_a_config_that_is_not_modelled_is_refused(change: dict[str, int | None],
         Shape.from_config("odd", {**CONFIG, **change})
 
 
-def test_the_expected_longest_is_that_of_drawn_batches():
+def test_the_expected_longest_is_that_of_sampled_batches():
     lengths = Lengths.long_tailed(median=300, sigma=0.8, limit=2048)
-    drawn = np.random.default_rng(0).choice(lengths.tokens, (4000, 32))
-    assert lengths.expected_maximum(32) == pytest.approx(drawn.max(axis=1).mean(), rel=0.01)
+    samples = np.random.default_rng(0).choice(lengths.tokens, (4000, 32))
+    assert lengths.expected_maximum(32) == pytest.approx(samples.max(axis=1).mean(), rel=0.01)
     assert lengths.expected_maximum(1) == pytest.approx(lengths.mean)
     assert lengths.maximum <= 2048 and Lengths.fixed(7).expected_maximum(99) == 7
 
 
 @pytest.mark.parametrize("limit", [10, 40, 80, 400])
 def test_lengths_that_were_cut_are_those_of_the_larger_limit(limit: int):
-    """A source that ends with each token alike is found again from what it said under another limit."""
+    """Lengths with a constant hazard are predicted correctly from lengths under another limit."""
     dice = random.Random(0)
     whole = [1 + int(math.log(dice.random()) / math.log(1 - 1 / 30)) for _ in range(4000)]
     cut = Lengths(tuple(sorted(min(40.0, length) for length in whole)))
@@ -131,7 +131,7 @@ def test_the_work_is_read_from_the_dataflow():
 
 
 def test_generation_apart_is_a_model_that_receives_the_policys_weights():
-    generator, policy, *others = apart(ppo(LLAMA["7B"]))
+    generator, policy, *others = with_separate_generator(ppo(LLAMA["7B"]))
     assert generator == ModelWork("generator", LLAMA["7B"], generates=1, receives_from="policy")
     assert (policy.role, policy.generates, policy.trains) == ("policy", 0, True)
     assert others == ppo(LLAMA["7B"])[1:]

@@ -13,7 +13,7 @@ from asyncflow.planner.costs.devices import CATALOGUE, Cluster, Device, Refused
 from asyncflow.planner.costs.layouts import LayoutChoice
 from asyncflow.planner.costs.set_costs import SetCosts
 from asyncflow.planner.costs.shapes import LLAMA, Shape
-from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, apart, ppo
+from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo, with_separate_generator
 from protocols.layout.topology import Topology
 from tests.asyncflow.planner.search import paper_search
 from tests.asyncflow.planner.search.paper_setting import DEVICE, WORKLOAD, cluster, even
@@ -68,7 +68,7 @@ def chosen(found: SetCosts, mask: int, devices: int) -> LayoutChoice:
 
 @pytest.mark.parametrize("memory_gb", [0.6, 0.8, 1, 1.3, 1.8, 2.6, 4])  # from hardly fitting to roomy
 def test_a_set_gets_the_best_of_all_combinations_of_layouts(memory_gb: float):
-    """The critic's activations outweigh the policy's, so that memory is resident state and passing state by turns."""
+    """The critic's activations exceed the policy's, so the peak mixes resident and transient memory of two models."""
     device = msgspec.structs.replace(A100, memory_bytes=memory_gb * 1e9)
     narrow = Shape("narrow", layers=2, hidden=1024, intermediate=4096, heads=4, kv_heads=4, vocabulary=2000)
     deep = msgspec.structs.replace(narrow, layers=3).scoring()
@@ -116,7 +116,7 @@ def test_colocated_models_leave_the_generator_less_cache():
 
 
 def test_a_generator_apart_never_shares_devices_with_its_policy():
-    found = SetCosts(apart(ppo(SMALL)), Cluster(A100, 16), WORKLOAD)
+    found = SetCosts(with_separate_generator(ppo(SMALL)), Cluster(A100, 16), WORKLOAD)
     assert all(choice is None for choice in found.chosen[0b00011])
     assert chosen(found, 0b00101, 16)  # with the critic it may
 
@@ -126,7 +126,9 @@ def test_asynchrony_hides_the_shorter_of_rollout_and_training():
     steps = []
     for staleness in (0, 1, 2):
         work = msgspec.structs.replace(tailed, staleness=staleness)
-        ways = [SetCosts(models, Cluster(A100, 64), work) for models in (ppo(SMALL), apart(ppo(SMALL)))]
+        ways = [
+            SetCosts(models, Cluster(A100, 64), work) for models in (ppo(SMALL), with_separate_generator(ppo(SMALL)))
+        ]
         steps.append(min(way.best(64)[0].step_s for way in ways))
     assert steps[1] < 0.9 * steps[0] and steps[2] <= steps[1]
 
@@ -197,7 +199,7 @@ def test_splitting_34b_is_best_at_large_scale_only():
 
 
 def test_the_13b_policy_and_critic_part_where_batches_are_cut_evenly_over_96():
-    """3 divides neither the heads nor the layers nor the batch, so that together they have 80 of the 96 at most."""
+    """3 divides neither the heads nor the layers nor the batch, so shared layouts use at most 80 of the 96 devices."""
     found = SetCosts(ppo(LLAMA["13B"]), cluster(96), WORKLOAD, allows=even)
     assert sorted(count for _, count in found.best(96)[0].sets) == [32, 64]
     assert [len(found.best(devices)[0].sets) for devices in (32, 64)] == [1, 1]

@@ -22,5 +22,5 @@ def cluster(count: int) -> Cluster:
 
 
 def even(model: ModelWork, layout: Layout) -> bool:
-    """Whether a model's batches, mini-batches where it trains, fall into equal parts."""
+    """Whether a model's batches (mini-batches if it trains) divide into equal parts."""
     return WORKLOAD.samples // (WORKLOAD.mini_batches if model.trains else 1) % layout.topology.dp == 0

@@ -1,4 +1,4 @@
-"""The search finds what enumerating everything finds."""
+"""The search finds the same optimum as exhaustive enumeration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def members(mask: int) -> frozenset[int]:
 
 
 def random_costs(random: random.Random, models: int, devices: int) -> Costs:
-    """Tables of every temper: smooth or jagged, with sets that need many devices, and ties."""
+    """Random tables: smooth or jagged, with sets that need many devices, and ties."""
     jagged, hungry, grid = random.choice((0.0, 0.3, 2.0)), random.choice((0.0, 0.6)), random.choice((0.0, 1.0))
     costs: Costs = {}
     for mask in range(1, 1 << models):

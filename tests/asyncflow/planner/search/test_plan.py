@@ -1,4 +1,4 @@
-"""The plan says what was chosen, what it costs, what lost to it and what more devices would buy."""
+"""A plan reports the chosen placement, its costs, the runner-up and the gain from more devices."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_the_bound_is_beaten_by_nobody_and_is_no_empty_promise(plan: Plan):
     assert plan.chosen.step_s / 2 <= plan.bound_s <= plan.chosen.step_s
 
 
-def test_the_plan_is_drawn_with_its_numbers(plan: Plan):
+def test_the_plan_is_printed_with_its_numbers(plan: Plan):
     text = format_plan(plan)
     assert text.startswith("16xA100-80G, synchronous: ")
     for role in ("policy", "critic", "reference", "reward"):
         assert f"|  {role}" in text
     assert "runner-up: " in text and "% slower: " in text
-    assert "8 more devices would buy" in text and "bound: no placement takes less than" in text
+    assert "8 more devices would save" in text and "bound: no placement takes less than" in text
 
 
 def test_the_plan_travels_as_json(plan: Plan):

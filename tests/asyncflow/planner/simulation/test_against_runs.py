@@ -1,4 +1,4 @@
-"""The simulator against real runs: same rules, so the same steps, where injected delays are all that takes time.
+"""The simulator against real runs: equal steps if injected delays dominate the time.
 
 A real run also computes and hands rows on, so it is slower than its simulation, by as much as the machine is busy, and
 never faster. That the simulation itself is no faster than the rules allow is written out by hand.
@@ -44,7 +44,7 @@ PLACEMENTS: dict[str, tuple[int, dict[str, str], float]] = {  # staleness, servi
 
 
 async def both(make_recipe: MakeRecipe, staleness: int, pools: dict[str, str]) -> tuple[SimulatedRun, list[float]]:
-    """What is predicted, and the seconds of the real steps."""
+    """The predicted and the real seconds of the steps."""
     changes: dict[str, Any] = {
         "steps": STEPS,
         "staleness": staleness,

@@ -1,4 +1,4 @@
-"""A simulated run keeps the rules of time, and its times are those that can be added up by hand."""
+"""A simulated run is causal, and its times equal those added up by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_pools_work_side_by_side():
     assert found.pool_idle["b"] == pytest.approx(1 - busy / found.step_s)
 
 
-def test_staleness_lets_the_next_batch_be_drawn_while_this_one_trains():
+def test_staleness_lets_the_next_batch_be_generated_while_this_one_trains():
     synchronous, ahead = (simulate(scene(APART, staleness)).step_s for staleness in (0, 1))
     assert synchronous == pytest.approx(GENERATE + INFER + POLICY)
     assert ahead == pytest.approx(max(GENERATE, POLICY))
@@ -51,9 +51,11 @@ def test_cores_that_are_shared_bound_what_pools_gain():
 
 def test_a_long_tail_makes_engines_and_trainers_wait():
     tailed = Lengths((8.0,) * 7 + (72.0,))  # of the same mean as the fixed ones
-    fixed, drawn = (simulate(scene(APART, 0, response=lengths, steps=40)) for lengths in (Lengths.fixed(16), tailed))
-    assert drawn.batch_wait_s > 1.3 * fixed.batch_wait_s
-    assert drawn.pool_idle["a"] > fixed.pool_idle["a"]
+    fixed, generation = (
+        simulate(scene(APART, 0, response=lengths, steps=40)) for lengths in (Lengths.fixed(16), tailed)
+    )
+    assert generation.batch_wait_s > 1.3 * fixed.batch_wait_s
+    assert generation.pool_idle["a"] > fixed.pool_idle["a"]
 
 
 def test_waiting_in_a_call_takes_no_core():
@@ -104,7 +106,7 @@ def test_no_run_stops_and_no_sample_is_older_than_the_bound(
 
 
 def test_the_runs_own_admission_decides(monkeypatch: pytest.MonkeyPatch):
-    """The simulator holds no copy of the rule: a budget of one prompt shows in its times."""
+    """The simulator uses the run's admission rule: a budget of one prompt changes its times."""
     room = Admission.room
     monkeypatch.setattr(Admission, "room", lambda self: min(1, room(self)) if not self.incomplete else 0)
     one_by_one = simulate(scene(APART)).step_s
@@ -113,7 +115,7 @@ def test_the_runs_own_admission_decides(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_run_that_can_not_go_on_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Admission, "room", lambda self: 1 - self.live)
-    with pytest.raises(Refused, match="nothing moves any more after 0 of 12 steps"):
+    with pytest.raises(Refused, match="the simulated run stops after 0 of 12 steps"):
         simulate(scene(APART))
 
 

@@ -1,4 +1,4 @@
-"""Virtual time: who is woken when, and how much slower work gets that shares cores."""
+"""Virtual time: the order of wake-ups, and the slow-down of work on shared cores."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def test_sleepers_wake_in_the_order_of_their_times_and_ties_in_the_order_of_aski
 
 def test_a_signal_wakes_those_that_wait_and_nobody_later():
     clock = Clock()
-    told = Signal(clock)
+    signal = Signal(clock)
     woken: list[str] = []
 
     async def waiter(name: str, before: float) -> None:
         await clock.sleep(before)
-        await told.wait()
+        await signal.wait()
         woken.append(name)
 
     clock.start(waiter("in time", 0))
     clock.start(waiter("too late", 2))
-    clock.at(1.0, told.send)
+    clock.at(1.0, signal.send)
     run(clock)
     assert woken == ["in time"]
 
