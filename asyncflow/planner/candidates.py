@@ -107,7 +107,12 @@ def _from_search(recipe: Recipe, shared: KindPlacements, kinds: Sequence[DeviceK
             name = pool.name.replace("+", "_")
             pools[name] = Pool(pool.devices, kind.device)
             groups[name] = {
-                m.role: Placed("", parallel=m.parallel, generation=m.generation if m.role == "policy" else "")
+                m.role: Placed(
+                    "",
+                    parallel=m.parallel,
+                    generation=m.generation if m.role == "policy" else "",
+                    recompute=m.recompute,
+                )
                 for m in pool.models
             }
     return _with_pools(recipe, groups, pools)
@@ -125,8 +130,6 @@ def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pool
 def runs(recipe: Recipe, model: ModelWork, layout: Layout) -> bool:
     """Whether this version runs a model of a recipe in a layout. `check_placement` has the last word."""
     topology = layout.topology
-    if layout.recompute:  # a recipe has no key for it
-        return False
     if layout.gen_pp > 1 and recipe.generation.engine == "vllm":
         return False
     if model.receives_from or recipe.models[model.role].lora.rank:

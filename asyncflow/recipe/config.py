@@ -65,6 +65,7 @@ class Placed(Settings, frozen=True):
     parallel: str = "1-1-1"  # p-t-d; for a generator p-t
     generation: str = ""  # p-t in which a policy's ranks generate; "": as they train
     backend: Backend = "3d"  # how several ranks share a model
+    recompute: bool = False  # in training keep one activation per layer and recompute the others: less memory
     replicas: int = 1
 
 

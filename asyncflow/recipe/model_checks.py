@@ -94,6 +94,11 @@ def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
             f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
             f"where no {GENERATOR} is placed; leave it out"
         )
+    if placed.recompute and service in (*REPLICATED, GENERATOR):
+        raise BadInput(
+            f"placement.{service}.recompute = true: it saves memory in training, and {service} does not train; "
+            "leave it out"
+        )
     collective = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
     if placed.backend != "3d" and not (collective and service not in REPLICATED):
         raise BadInput(

@@ -114,6 +114,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             topology=topology_of(recipe, name),
             generation_layout=Topology(layout.pp, layout.tp),
             backend=recipe.placement[name].backend if name in recipe.placement else "3d",
+            recompute=name in recipe.placement and recipe.placement[name].recompute,
             collective=is_collective(recipe, name),
             leased=counts[pools[name]] > 1,
             samples_per_prompt=recipe.samples_per_prompt,

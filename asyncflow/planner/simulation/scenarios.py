@@ -76,7 +76,8 @@ def of_recipe(
     for model in models_of(recipe, dataflow):
         grouping = layout_of(recipe, model.role) if model.generates else None
         sizes = (grouping.pp, grouping.tp) if grouping else (0, 0)
-        layout = Layout(topology_of(recipe, model.role), False, *sizes)
+        recompute = model.role in recipe.placement and recipe.placement[model.role].recompute
+        layout = Layout(topology_of(recipe, model.role), recompute, *sizes)
         pool = recipe.pools.get(pools[model.role], Pool())
         speeds[model.role] = ModelSpeed(model, layout, devices.get(pool.device, device), workload)
     return Scenario(

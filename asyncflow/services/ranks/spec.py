@@ -162,6 +162,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     topology: Topology = Topology()  # of its ranks
     generation_layout: Topology = Topology()  # p-t in which they generate, where they do
     backend: Backend = "3d"  # how ranks that work together share a model
+    recompute: bool = False  # in training keep one activation per layer and recompute the others
     collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
     log_path: str = ""
     metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's own

@@ -206,12 +206,13 @@ def _own(role: str) -> type:
 def _sharding_of(spec: ServiceSpec, world: World | None) -> Sharding:
     """The ranks that share the service's model, or this one alone, on the device that its pool gives it."""
     if world is not None:
-        return Sharding(spec.topology if world.size > 1 else Topology(), spec.backend, world.device)
+        topology = spec.topology if world.size > 1 else Topology()
+        return Sharding(topology, spec.backend, world.device, spec.recompute)
     if not spec.accelerated:
-        return ONE_DEVICE
+        return ONE_DEVICE._replace(recompute=spec.recompute)
     from workers.parallel.process_group import own_device
 
-    return Sharding(device=own_device(0))
+    return Sharding(device=own_device(0), recompute=spec.recompute)
 
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:

@@ -451,6 +451,7 @@ def test_placements_that_this_build_does_not_run(
             {"parallel": "1-1-2", "backend": "zero1"},
             ".backend = 'zero1': it says how ranks that train share ",
         ),
+        ("reward", {"recompute": True}, ".recompute = true: it saves memory in training, and reward does not train"),
         (
             "policy",
             {"parallel": "1-1-3", "backend": "fsdp", "generation": "1-3"},
