@@ -53,7 +53,7 @@ def test_a_role_frees_its_device_and_works_on(kind: str, role: str, tmp_path: Pa
     for _ in range(ROUNDS):
         held = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
         started = time.perf_counter()
-        moved = worker.offloader.leave()
+        moved = worker.offloader.offload()
         away = time.perf_counter()
         left = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
         assert worker.offloader.reload() == moved

@@ -1,7 +1,6 @@
-"""Bringing a sharded model together on one rank, under the names of its checkpoint.
+"""Collects a sharded model on one rank, under the names of its checkpoint, for a publication or an exported folder.
 
-For what leaves the system whole: a publication, an exported folder. Nobody but the first rank holds more than its
-shard, and it holds the whole on the host.
+Only the first rank ever holds more than its shard, and it holds the whole in host memory.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Fully sharded data parallelism (ZeRO-3) by torch's `fully_shard`: weights, gradient and moments divided over d.
 
-Each layer is gathered when it computes and let go after it, in the backward pass again; embedding, final norm and head
-are one group more. A rank holds 1/(p t d) of the model, and one group's weights and gradient besides.
+Each layer is gathered before it computes and freed after it, in the backward pass again; all other parameters are one
+more unit. A rank holds 1/(p t d) of the model, plus one unit's weights and gradient.
 
 Matrices are divided along the dimension that tensor parallelism cuts, so that a replica's range of a shard is a finer
-tensor shard: this is what lets the hybrid engine gather a generation shard from just the ranks that own a part of it.
+tensor shard. This lets the hybrid engine gather a generation shard from only the ranks that own a part of it. A whole
+module has no such dimension: its parameters are divided by rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A set of ranks that communicate, and the few collectives that sharded models need, differentiable where asked.
+"""Groups of ranks, and the collectives that sharded models need, some of them differentiable.
 
 A group of one communicates nothing, so unsharded models run without torch.distributed at all.
 """

@@ -1,8 +1,8 @@
-"""Running a stage's schedule: activations go down the pipeline, gradients come back up.
+"""Runs a stage's schedule: activations go down the pipeline, gradients come back up.
 
-torch.distributed.pipelining does not serve here: it fixes one shape for all micro-batches, and ours are cut by a
-budget of tokens, so each has its own; and its 1F1B refuses fewer micro-batches than stages. All ranks of a replica
-hold the same rows, so the shape of every message is known at both ends and none is announced.
+torch.distributed.pipelining does not fit: it fixes one shape for all micro-batches, while ours are cut by a budget of
+tokens and each has its own; and its 1F1B refuses fewer micro-batches than stages. All ranks of a replica hold the same
+rows, so both ends know the shape of every message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ranks of one model find each other, and then form torch.distributed's world of their processes.
+"""The ranks of one model find each other and form torch.distributed's world of their processes.
 
-rank 0:  hosts a meeting (a store on a port of its own) --its address, by way of the front--> the others visit it
-all:     join the world through it: gloo on CPU, NCCL on CUDA
+rank 0:  opens a store on a free port; the coordinator passes its address to the other ranks, which connect
+all:     join the world through the store: gloo on CPU, NCCL on CUDA
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Rendezvous = TCPStore
 
 
 def create_store(host: str) -> tuple[Rendezvous, str]:
-    """A place to meet on a free port of this machine, and its address "host:port". For rank 0, which keeps it open."""
+    """Open a store on a free port of this machine; also its address "host:port". For rank 0, which keeps it open."""
     meeting = Rendezvous(host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
     return meeting, f"{host}:{meeting.port}"
 
 
 def connect_store(address: str) -> Rendezvous:
-    """The place that rank 0 hosts. Raises RuntimeError where nobody is there in time."""
+    """Connect to rank 0's store. Raises RuntimeError if it can't be reached in time."""
     host, _, port = address.rpartition(":")
     return Rendezvous(host, int(port), is_master=False, timeout=RENDEZVOUS)
 
@@ -45,19 +45,19 @@ class World:
         self._group = RankGroup(range(size), rank, dist.group.WORLD if size > 1 else None)
 
     def exchange(self, message: bytes) -> list[bytes]:
-        """What every rank says, in their order. All call it; meant for small messages."""
+        """Gather every rank's message, in rank order. All ranks call it; meant for small messages."""
         return self._group.gather_bytes(message)
 
     def leave(self) -> None:
-        """Give up the connections. The other ranks may have gone already."""
+        """Close the connections. The other ranks may have left already."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def join_world(meeting: Rendezvous, rank: int, size: int, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
-    """Become rank `rank` of `size`; returns when all have. `timeout` bounds this, and later every collective.
+    """Become rank `rank` of `size`; returns when all ranks have joined. `timeout` also bounds every later collective.
 
-    Raises RuntimeError where a rank does not come.
+    Raises RuntimeError if a rank does not join.
     """
     device = own_device(rank)
     if device.type == "cuda":

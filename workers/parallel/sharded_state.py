@@ -1,4 +1,4 @@
-"""What replicas that divide a model's training state have in common: each steps one d-th of every parameter.
+"""The common base of ZeRO and FSDP: each of d replicas steps one d-th of every parameter.
 
 A parameter's entries, in memory order, are d ranges of equal width (the last ones perhaps shorter or empty), and
 replica i steps range i. So a rank's state is 1/d of what it was whatever sizes the parameters have, and sums that

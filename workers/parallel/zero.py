@@ -1,11 +1,13 @@
-"""ZeRO-1 and ZeRO-2 (Rajbhandari et al. 2020): weights on every replica, what trains them divided over the replicas.
+"""ZeRO-1 and ZeRO-2 (Rajbhandari et al. 2020): every replica has all weights; the replicas divide the optimizer state.
 
-    stage 1   moments 1/d;            a step's gradient is summed into ranges once, after the last micro-batch
-    stage 2   moments, gradient 1/d;  each micro-batch's gradient is, bucket by bucket, as the backward pass makes it
-    both      each replica steps its ranges; then the others' arrive, bucket by bucket
+    stage 1   moments 1/d;            the gradient is reduced into ranges once a step, after the last micro-batch
+    stage 2   moments, gradient 1/d;  each micro-batch's gradient is reduced, bucket by bucket, in the backward pass
+    both      each replica steps its ranges, and gathers the others', bucket by bucket
 
-torch's ZeroRedundancyOptimizer was not taken: it deals out whole parameters, so that one embedding decides a rank's
-share, keeps all gradients, and sends views that the hybrid engine may have moved.
+FSDP2 with reshard_after_forward=False does not replace it: between steps its weights are sharded and `fully_shard` owns
+their storage, so the hybrid engine could not generate with the training shard in place, and each pass would gather the
+weights again. torch's ZeroRedundancyOptimizer assigns whole parameters, so one embedding decides a rank's share; it
+keeps all gradients, and broadcasts views that the hybrid engine may have moved.
 """
 
 from __future__ import annotations

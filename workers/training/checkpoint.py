@@ -1,12 +1,12 @@
-"""The checkpoint of a trained model: whatever ranks and backend wrote it, any others read just what they need of it.
+"""The checkpoint of a trained model: any topology and backend writes it, and any other reads its own part.
 
     trainer.json         version, optimizer steps, random state
-    *.safetensors        weights by checkpoint name, AdamW's moments under a prefix; each tensor whole (one process
-                         writes it so), or in boxes (of several ranks) whose offsets stand in the file's header
+    *.safetensors        weights by checkpoint name, AdamW's moments under a prefix; each tensor in boxes, whose offsets
+                         are in the file's header, or whole
 
-That is the format of torch.distributed.checkpoint's (DCP) Hugging Face storage: it writes the boxes, reads parts of
-them, and finds which ones cover a wanted box. DCP's own save and load stay out: their ranks agree by pickled messages,
-and a load does not notice that a file is missing.
+This is the Hugging Face storage format of torch.distributed.checkpoint (DCP), which writes boxes, reads parts of them,
+and finds those that cover a wanted box. DCP's own save and load are not used: their ranks agree by pickled messages,
+and a load does not notice a missing file.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "step"  # of one tensor, where tensors may have taken different numbers of steps
+STEP = "step"  # a tensor's number of steps, which earlier versions wrote; it is the model's
 _COUNTERS, _OLDER = "trainer.json", "shards.json"
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """What stands beside the tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     version: int
     updates: int  # optimizer steps taken
@@ -80,12 +80,12 @@ class Box(NamedTuple):
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The same as DCP says it."""
+        """The box in DCP's terms."""
         return ChunkStorageMetadata(offsets=torch.Size(self.start), sizes=self.values.shape)
 
 
 def write_boxes(folder: str | Path, writer: int, boxes: Mapping[str, Box]) -> None:
-    """Write one of several writers' file, by its number; no two writers have the same box."""
+    """Write the file of writer number `writer`. No two writers may write the same box."""
     items = [
         WriteItem(
             MetadataIndex(name, box.start),
@@ -99,7 +99,7 @@ def write_boxes(folder: str | Path, writer: int, boxes: Mapping[str, Box]) -> No
 
 
 class Saved:
-    """A checkpoint that was written. Raises ValueError, naming the file, where one can't be read."""
+    """A checkpoint to read. Raises ValueError, naming the file, if one can't be read."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -116,7 +116,7 @@ class Saved:
         self._tensors = metadata.state_dict_metadata
 
     def refuse_other(self, names: Collection[str]) -> None:
-        """Raise ValueError where the weights that it holds have other names than these."""
+        """Raise ValueError if the names of its weights are not these."""
         beside = tuple(f"{part}." for part in (*MOMENTS, STEP))
         held = {name for name in self._tensors if not name.startswith(beside)}
         if odd := sorted(held ^ set(names)):
@@ -126,7 +126,7 @@ class Saved:
         return name in self._tensors
 
     def read(self, boxes: Mapping[str, Box]) -> None:
-        """Fill the values of boxes. Raises ValueError where a tensor has another shape, or isn't all there."""
+        """Fill the values of boxes. Raises ValueError if a tensor has another shape or is incomplete."""
         items = [item for name, box in boxes.items() for item in self._items(name, box)]
         self._storage.read_data(LoadPlan(items), _Read(boxes)).wait()
 

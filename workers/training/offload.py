@@ -1,7 +1,7 @@
-"""Leaving a device to others: what a model holds on it goes to host memory, and comes back before it works again.
+"""Offloading: a model's tensors move to host memory while others use its device, and are reloaded before it computes.
 
-Each tensor keeps its identity and changes its storage only, so modules and optimizer need not know. On a CPU nothing
-moves: the device's memory is the host's.
+Each tensor keeps its identity and changes only its storage, so modules and optimizer do not notice. On a CPU nothing
+moves, because the device's memory is the host's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 HOST = torch.device("cpu")
 
 Copy = Callable[[Tensor], Tensor]  # the same values in another storage
-Relocate = Callable[[Copy], int]  # give all that a model holds between two calls the storage of such a copy; its bytes
+Relocate = Callable[[Copy], int]  # replaces the storage of all tensors that a model keeps; returns their bytes
 
 
 def relocated(tensors: Iterable[Tensor], copy: Copy) -> int:
@@ -27,14 +27,14 @@ def relocated(tensors: Iterable[Tensor], copy: Copy) -> int:
 
 
 class Offloader:
-    """Where a model is, which `relocate` moves."""
+    """Moves a model off its device and back by `relocate`, and knows where it is."""
 
     def __init__(self, device: torch.device, relocate: Relocate) -> None:
         self._device, self._relocate = device, relocate
         self.moves = device.type != HOST.type
         self._away = False
 
-    def leave(self) -> int:
+    def offload(self) -> int:
         """Move all to the host, and free the device's memory; returns the bytes that moved."""
         if not self.moves or self._away:
             return 0

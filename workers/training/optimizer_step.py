@@ -1,4 +1,4 @@
-"""What any trained model is, on one process or many: AdamW, its schedule, and steps that happen whole or not at all."""
+"""AdamW with its learning-rate schedule, and steps that are committed whole or rolled back."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class OptimizerSteps(ABC):
 
     @contextmanager
     def update(self, optimizer_steps: int) -> Iterator[None]:
-        """The frame of one committed step: a version more after it, or nothing at all.
+        """Context of one committed step: after it the version is one higher.
 
-        Where the body raises, weights, optimizer and schedule are bitwise what they were. Several optimizer steps
-        need a copy to go back to, of weights and moments, that is held until the last one.
+        If the body raises, weights, optimizer and schedule are bitwise what they were. Several optimizer steps need a
+        copy of weights and moments to roll back to, which is held until the last one.
         """
         before = self._copy() if optimizer_steps > 1 else None
         try:

@@ -111,7 +111,7 @@ class Rank:
         start = time.time()
         reply, payloads = carry_out(self._workplace, self._store, request)
         if isinstance(request, LoadState) and self._spec.leased:
-            self._workplace.leave()  # all services restore at once, when none of them has the devices
+            self._workplace.offload()  # all services restore at once, when none of them has the devices
         return RankAnswer(start, time.time(), reply), payloads
 
     def _put(self, stage: str, batch: Batch) -> list[ShardRef]:

@@ -32,7 +32,7 @@ BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # a user's code is tried out witho
 def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
     """Do what is asked of a rank. Blocking; raises what its worker raises."""
     if isinstance(request, YieldDevices):
-        return workplace.leave(), []
+        return workplace.offload(), []
     if isinstance(request, PrepareCode | SwitchCode):
         _take_code(workplace.worker, request)
         return Done(), []

@@ -62,10 +62,10 @@ class LoadedWorker(msgspec.Struct):
         if self.offloader is not None:
             self.offloader.reload()
 
-    def leave(self) -> Done:
+    def offload(self) -> Done:
         """Free the device's memory, where the model can leave it."""
         moves = self.offloader is not None and self.offloader.moves
-        return Done({"moves": float(moves), "bytes": float(self.offloader.leave() if self.offloader else 0)})
+        return Done({"moves": float(moves), "bytes": float(self.offloader.offload() if self.offloader else 0)})
 
     def close(self) -> None:
         """Free what the worker and the engine hold."""
@@ -234,5 +234,5 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Loade
     loaded = _BUILDERS[spec.role](spec, spec.settings, _sharding_of(spec, world))
     loaded.world = world
     if spec.leased:
-        loaded.leave()  # or the models of a pool would all be on its devices before the first has its turn
+        loaded.offload()  # or the models of a pool would all be on its devices before the first has its turn
     return loaded

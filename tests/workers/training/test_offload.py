@@ -35,16 +35,16 @@ def elsewhere(tensor: Tensor) -> Tensor:
 
 
 def counted() -> tuple[Offloader, list[Copy]]:
-    """The residence of a model of 12 bytes, and the copies that were asked of it."""
+    """The offloader of a model of 12 bytes, and the copies that were asked of it."""
     asked: list[Copy] = []
     return Offloader(DEVICE, lambda copy: asked.append(copy) or 12), asked
 
 
 def test_who_is_there_or_gone_already_moves_nothing():
-    residence, asked = counted()
-    assert residence.reload() == 0
-    assert [residence.leave(), residence.leave()] == [12, 0]
-    assert [residence.reload(), residence.reload()] == [12, 0]
+    offloader, asked = counted()
+    assert offloader.reload() == 0
+    assert [offloader.offload(), offloader.offload()] == [12, 0]
+    assert [offloader.reload(), offloader.reload()] == [12, 0]
     assert len(asked) == 2
 
 
@@ -52,8 +52,8 @@ def test_on_a_cpu_nothing_moves():
     def refuse(copy: Copy) -> int:
         raise AssertionError("it moves")
 
-    residence = Offloader(HOST, refuse)
-    assert (residence.moves, residence.leave(), residence.reload()) == (False, 0, 0)
+    offloader = Offloader(HOST, refuse)
+    assert (offloader.moves, offloader.offload(), offloader.reload()) == (False, 0, 0)
 
 
 # --- what moves

@@ -37,7 +37,7 @@ class Worker:
 )
 def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
     offloader = Offloader(torch.device("cuda"), lambda _: BYTES)
-    offloader.leave()
+    offloader.offload()
     store = LocalStore()
     carry_out(LoadedWorker(Worker(offloader)), store, request_)
     store.close()
