@@ -1,1 +1,1 @@
-"""How a program drives a run. Needs only protocols."""
+"""The client library with which a program drives and follows a run. It depends only on `protocols`."""

@@ -1,4 +1,4 @@
-"""`Channel`: what one stage sends, for a reader outside of the run, who holds nothing up."""
+"""Channel: an external reader's subscription to the messages of one stage."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from protocols.data.columns import Batch
 
 
 class ChannelLink(Protocol):
-    """The way to a run's channels."""
+    """The connection to a run's channels."""
 
     def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
-        """Batches and the rows that were missed before each; None where rows were missed and nothing follows yet."""
+        """Yield batches and how many rows were missed before each; None: rows were missed, and none follow yet."""
         ...
 
 
 class Channel:
-    """One stage's output. `async for batch in run.channel("policy.generate#1").subscribe()` reads along."""
+    """The output of one stage: `async for batch in run.channel("policy.generate#1").subscribe()`."""
 
     def __init__(self, link: ChannelLink, name: str) -> None:
         self.name = name  # of a stage, or of a message that only one stage sends
-        self.missed = 0  # rows that its readers were too slow for, or that could not be read
+        self.missed = 0  # rows that a reader was too slow for, or that could not be read
         self._link = link
 
     async def subscribe(self) -> AsyncGenerator[Batch]:
-        """Everything that the stage sends from now on, until the run is over: typed, read-only batches.
+        """Yield what the stage sends from now on until the run ends, as typed, read-only batches.
 
-        The run never waits for its readers. A slow one loses the oldest rows, counted in `missed`; one that asks for
-        nothing for a minute is forgotten. Rows that failed have no values, so they are not here; rows that had to be
-        made again come again. Leaving the `async for` ends the subscription.
+        The run never waits for its readers. A slow reader loses the oldest rows, which `missed` counts; a reader that
+        does not poll for a minute is dropped. Rows that failed have no values and are left out; rows that are computed
+        again are yielded again. Leaving the `async for` ends the subscription.
 
-        Raises BadInput, naming what is known, for a name that is nobody's or several stages'.
+        Raises BadInput, with the known names, for an unknown name or a message that several stages send.
         """
         async with aclosing(self._link.subscribe(self.name)) as batches:
             async for batch, missed in batches:

@@ -1,4 +1,4 @@
-"""`Outside`: a role of the run whose work is done here: by another program, a remote service, or a person."""
+"""Outside: an external worker of a role. Another program, a remote service or a person computes its answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from protocols.stage import Failure
 
 
 class OutsideLink(Protocol):
-    """The way to the roles of a run that are outside."""
+    """The connection to a run's external roles."""
 
     def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
-        """Rows that are asked of this worker, `most` at once."""
+        """Yield rows for this worker to answer, at most `most` at once."""
         ...
 
     async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
-        """Hand in values and failures; waits up to `seconds` for those that are not asked yet."""
+        """Put values and failures; waits up to `seconds` for rows that were not requested yet."""
         ...
 
 
 class NotAsked(Exception):
-    """Rows that nobody asked for in time. They were not taken, and can be put again; the others were taken."""
+    """Rows that the run did not request in time. They were not accepted and can be put again; the others were."""
 
     def __init__(self, role: str, sample_ids: Sequence[int], seconds: float) -> None:
         ids = ", ".join(map(str, sample_ids[:8])) + (", ..." if len(sample_ids) > 8 else "")
@@ -34,7 +34,7 @@ class NotAsked(Exception):
 
 
 class Outside:
-    """A worker of a role with `outside = true`. Several may work side by side: each row goes to one of them.
+    """A worker of a role with `outside = true`. Several can run concurrently: each row goes to one of them.
 
     async for rollouts in run.outside("reward").rows():
         await run.outside("reward").put(Scores(sample_ids=rollouts.sample_ids, scores=...))
@@ -45,12 +45,12 @@ class Outside:
         self._link = link
 
     async def rows(self, most: int = 64) -> AsyncGenerator[Rollouts]:
-        """Rows that wait for an answer, up to `most` at once, until the run is over.
+        """Yield rows that wait for an answer, at most `most` at once, until the run ends.
 
-        They are asked of this worker alone, until the recipe's `failures.outside_retake_seconds`; then others may get
-        them too, and the first answer counts. Rows without an answer after `failures.outside_timeout_seconds` fail.
+        A row goes to this worker alone. After the recipe's `failures.outside_retake_seconds` without an answer, another
+        worker may get it too, and the first answer counts. After `failures.outside_timeout_seconds` it fails.
 
-        Raises BadInput for a role that is not outside.
+        Raises BadInput for a role that is not external.
         """
         async with aclosing(self._link.take(self.role, most)) as batches:
             async for batch in batches:
@@ -58,16 +58,16 @@ class Outside:
                 yield batch
 
     async def put(self, answers: Batch, *, seconds: float = 60.0) -> dict[int, str]:
-        """Answer rows, in any order and in as many calls as you like; rows that are not asked yet wait until they are.
+        """Answer rows, in any order and number of calls. Waits for rows that the run has not requested yet.
 
-        Returns the rows that came too late, each with the reason: answered already, or over. The others were taken.
-        Raises BadInput for a message of another type or with values that mean nothing, and takes nothing of it;
-        NotAsked, naming them, for rows that were not asked for within `seconds`.
+        Returns the rows that came too late, each with the reason; the others were accepted. Raises BadInput, and
+        accepts nothing, for a message of another type or with invalid values; NotAsked, with their ids, for rows that
+        were not requested within `seconds`.
         """
         return await self._put(answers, [], seconds)
 
     async def fail(self, sample_ids: Iterable[int], cause: str, *, seconds: float = 60.0) -> dict[int, str]:
-        """Say that rows can't be answered, and why: they fail with that cause. Returns and raises as `put` does."""
+        """Let rows that can't be answered fail with a cause. Returns and raises as `put` does."""
         return await self._put(None, [Failure(int(sample), cause) for sample in sample_ids], seconds)
 
     async def _put(self, answers: Batch | None, failures: list[Failure], seconds: float) -> dict[int, str]:

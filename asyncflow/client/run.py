@@ -1,4 +1,4 @@
-"""`Run`: a running pipeline in the hands of a program. The command line uses nothing else."""
+"""Run: the handle with which a program follows and controls a running pipeline. The command line uses it too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocols.control.events import CodeReloaded, Evaluated, Event, RunEnded, S
 
 
 class Link(ChannelLink, OutsideLink, Protocol):
-    """The way to a run: in the same process, or across a network."""
+    """The connection to a run, in the same process or across a network."""
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]: ...
     async def pause(self) -> None: ...
@@ -37,7 +37,7 @@ class Run:
         self._seen = 0
 
     async def events(self, cursor: int = 0) -> AsyncIterator[Event]:
-        """All events from `cursor` on, until and including RunEnded. Several followers do not disturb each other."""
+        """Yield all events from `cursor` on, up to and including RunEnded. Several followers are independent."""
         async for behind, event in self._link.follow(cursor):
             if behind > self._seen:
                 self._seen = behind
@@ -45,7 +45,7 @@ class Run:
             yield event
 
     async def wait(self) -> RunEnded:
-        """Follow the run to its end; how it ended, also if that was seen before."""
+        """Wait for the end of the run. Returns at once if it was seen before."""
         if self._ended is None:
             async for event in self.events(self._seen):
                 if isinstance(event, RunEnded):
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def metrics(self) -> list[StepCommitted]:
-        """The committed steps that `events` or `wait` has seen; the whole record is metrics.jsonl."""
+        """The committed steps that `events` or `wait` has seen. All of them are in metrics.jsonl."""
         return list(self._steps)
 
     @property
@@ -64,7 +64,7 @@ class Run:
         return list(self._evaluations)
 
     async def pause(self) -> None:
-        """Stop admitting, drawing and forming batches. Rows in flight keep their place."""
+        """Stop admitting prompts, generating and closing batches. Rows in flight stay where they are."""
         await self._link.pause()
 
     async def resume(self) -> None:
@@ -72,32 +72,32 @@ class Run:
         await self._link.resume()
 
     async def checkpoint(self) -> Path:
-        """Write a checkpoint at the next boundary between steps, also while paused; its folder."""
+        """Write a checkpoint at the next boundary between steps, also while paused; returns its folder."""
         return Path(await self._link.checkpoint())
 
     async def reload(self) -> CodeReloaded:
-        """Take the changed files of the user's own losses, rewards and algorithm at the next boundary between steps.
+        """Load the changed files of the user's own losses, rewards and algorithm at the next boundary between steps.
 
-        Rows that are scored and batches that are closed from then on are of the new code; nothing in flight is lost.
-        Raises BadInput, with the error, for a file that can't be used: then all of them run on as they were.
+        From then on rows are scored and batches closed with the new code; nothing in flight is lost. Raises BadInput,
+        with the error, for a file that can't be used; then no file changes.
         """
         return await self._link.reload()
 
     async def statistics(self) -> list[ServiceStatistics]:
-        """What every service's channels did so far: rows, bytes by rank, duplicates refused, who waits on whom."""
+        """The statistics of every service: rows, bytes by rank, refused duplicates, and who waits on whom."""
         return await self._link.statistics()
 
     async def stop(self) -> RunEnded:
-        """Drain, write a checkpoint and end, within the recipe's deadline. The run can be resumed."""
+        """Drain, write a checkpoint and stop, within the recipe's deadline. The run can be resumed."""
         self._ended = await self._link.stop()
         return self._ended
 
     def channel(self, name: str) -> Channel:
-        """What a stage sends: by its name ("policy.generate#1"), or by a message's that it alone sends ("rollouts")."""
+        """The output of a stage, by its name ("policy.generate#1"), or by a message that only it sends ("rollouts")."""
         return Channel(self._link, name)
 
     def outside(self, role: str) -> Outside:
-        """Work on a role that the recipe keeps outside: `models.reward = { outside = true }`."""
+        """A worker of a role that the recipe makes external: `models.reward = { outside = true }`."""
         return Outside(self._link, role)
 
     def _note(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe to services: which roles the algorithm needs, who runs where, who sends to whom. Pure."""
+"""compose() turns a recipe and a dataflow into the specs of the run's services: roles, placement and edges. Pure."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from workers.user_code import module_of
 GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
-REPLICATED = ("reference", "reward", "cost")  # models that only answer: their replicas need not work together
+REPLICATED = ("reference", "reward", "cost")  # frozen models, whose replicas are independent
 
 
 def roles_of(dataflow: Dataflow) -> list[str]:
-    """The models that the algorithm calls."""
+    """The roles of the models that the algorithm calls."""
     return [s for s in dataflow.services if s != ADVANTAGE]
 
 
 def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
-    """service -> pool. A role without a placement goes to the first pool; what needs no device has none."""
+    """service -> pool. A role without a placement goes to the first pool; a service without a device to none."""
     first = next(iter(recipe.pools))
     services = [*roles_of(dataflow), *([GENERATOR] if GENERATOR in recipe.placement else [])]
     pools = {s: recipe.placement[s].pool if s in recipe.placement else first for s in services}
@@ -56,12 +56,12 @@ def _needs_no_device(model: Model) -> bool:
 
 
 def topology_of(recipe: Recipe, service: str) -> Topology:
-    """The ranks of a service."""
+    """The topology of a service's ranks."""
     return Topology.parse(recipe.placement[service].parallel) if service in recipe.placement else Topology()
 
 
 def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
-    """How a service's ranks stand when they generate. Raises ValueError where that does not divide the topology."""
+    """The grouping of a service's ranks for generation. Raises ValueError if it does not divide the topology."""
     topology, placed = topology_of(recipe, service), recipe.placement.get(service)
     if placed is None:
         return GenerationGrouping(topology)
@@ -72,9 +72,9 @@ def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
 
 
 def is_collective(recipe: Recipe, service: str) -> bool:
-    """Whether a service has ranks that work together: those that share one model, or train replicas of one.
+    """Whether a service's ranks compute together: they share one model, or train replicas of one.
 
-    A policy that generates with vLLM works as such ranks do, alone too: it draws in turn with what it trains.
+    A policy that generates with vLLM is collective even with one rank, since it alternates generation and training.
     """
     topology = topology_of(recipe, service)
     if service == "policy" and colocates_vllm(recipe):
@@ -83,7 +83,7 @@ def is_collective(recipe: Recipe, service: str) -> bool:
 
 
 def colocates_vllm(recipe: Recipe) -> bool:
-    """Whether the policy's own ranks generate, each replica of them with a vLLM beside the model that trains."""
+    """Whether the policy's ranks generate with vLLM, next to the model they train."""
     return recipe.generation.engine == "vllm" and GENERATOR not in recipe.placement
 
 
@@ -135,7 +135,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
 
 
 def _settings_of(recipe: Recipe, role: str) -> Settings:
-    """What the service of a role has beyond what all have. Raises ValueError for a role that nobody builds."""
+    """The settings of a role's service. Raises ValueError for an unknown role."""
     model = recipe.models[role]
     if model.outside:
         return ExternalSettings(role, recipe.failures)
@@ -160,15 +160,15 @@ def _scorer(recipe: Recipe, role: Literal["reward", "cost"], model: Model) -> Sc
 
 
 def _advantage_kwargs(recipe: Recipe) -> dict[str, float | bool | str]:
-    """What the batch function is called with."""
+    """The keyword arguments of the batch function."""
     fixed = recipe.advantage.get("kl", "fixed") == "fixed"
     return without_steering(recipe.advantage) if fixed else dict(recipe.advantage)
 
 
 def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, Stage]:
-    """Who sends what a reader calls by a stage's name ("policy.generate#1") or by a message's ("rollouts").
+    """Find a stage by its name ("policy.generate#1"), or by the name of a message that only it sends ("rollouts").
 
-    Returns the service that runs the stage, and the stage. Raises BadInput with the known names.
+    Returns the service that runs the stage, and the stage. Raises BadInput with the nearest known name.
     """
     sending = [stage for stage in dataflow.stages if not stage.is_sink]
     found = [stage for stage in sending if name in (stage.name, _snake(stage.produces.__name__))]
@@ -176,7 +176,7 @@ def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, S
         known = {stage.name for stage in sending} | {_snake(stage.produces.__name__) for stage in sending}
         raise BadInput(f"channel {name!r}: no stage and no message of this run{nearest(name, known)}")
     if len(found) > 1:
-        raise BadInput(f"channel {name!r}: sent by {', '.join(s.name for s in found)}; take one of these names")
+        raise BadInput(f"channel {name!r}: sent by {', '.join(s.name for s in found)}; use one of these names")
     return _host_of(recipe, found[0]), found[0]
 
 
@@ -186,7 +186,7 @@ def _snake(message: str) -> str:
 
 
 def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
-    """The modules of the user's own that a run's services call: those in "package.module:function"."""
+    """The user's modules that the services import, from recipe values such as "package.module:function"."""
     rules = [rule for role in roles_of(dataflow) for rule in recipe.models[role].rules]
     metric = [recipe.evaluation.metric] if recipe.data.eval else []
     named = [recipe.algorithm, recipe.loss.policy, *rules, *metric]
@@ -194,24 +194,24 @@ def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
 
 
 def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
-    """stage -> the service that answers it."""
+    """stage -> the service that runs it."""
     return {stage.name: _host_of(recipe, stage) for stage in dataflow.stages}
 
 
 def replaceable(recipe: Recipe) -> list[str]:
-    """Services that train nothing: one that dies is replaced. What outside workers were asked dies with its service."""
+    """The services that can be replaced when they die: those that train nothing and have no external workers."""
     answering = [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
     return answering + [GENERATOR] * (GENERATOR in recipe.placement)
 
 
 def stateful(dataflow: Dataflow) -> list[str]:
-    """Services whose state a checkpoint holds: those that train, and a batch function that carries one."""
+    """The services whose state a checkpoint holds: those that train, and a batch function with state."""
     carries = [ADVANTAGE] if dataflow.batch_stage.state is not None else []
     return list(dict.fromkeys([s.service for s in dataflow.sinks] + carries))
 
 
 def _stages_of(recipe: Recipe, dataflow: Dataflow, service: str) -> list[StageSpec]:
-    """The call sites that a service answers: its own, and the generating ones where it is the one that generates."""
+    """The stages that a service runs: its own, and if it is the generator those that generate."""
     return [_stage_spec(recipe, dataflow, s) for s in dataflow.stages if _host_of(recipe, s) == service]
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from asyncflow.services.channels.mailbox import Mailbox
-from asyncflow.services.channels.shard_refs import Place
+from asyncflow.services.channels.shard_refs import RowRef
 from asyncflow.services.ranks.spec import StageSpec
 from asyncflow.services.stage_context import Fired, StageContext
 from asyncflow.services.stages import RowStage
@@ -38,8 +38,8 @@ def replicas_of(grouping: GenerationGrouping) -> int:
 class ColocatedGeneration:
     """Switches the ranks of one service between the layouts, and can be paused."""
 
-    def __init__(self, host: StageContext) -> None:
-        self._host = host
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
         self._going = asyncio.Event()
         self._going.set()
 
@@ -51,54 +51,54 @@ class ColocatedGeneration:
             self._going.set()
 
     async def generate(
-        self, stage: StageSpec, samples: Sequence[int], inputs: Sequence[Sequence[Place]], sampling: Sampling
+        self, stage: StageSpec, samples: Sequence[int], inputs: Sequence[Sequence[RowRef]], sampling: Sampling
     ) -> Fired:
         """Generate these rows, whose prompts are in `inputs`, unless paused. Raises as `StageContext.fire` does."""
-        host = self._host
+        context = self._context
         await self._going.wait()
-        async with host.lease(stage.name):
-            host.reports.wait(stage.name)
+        async with context.lease(stage.name):
+            context.reports.wait(stage.name)
             await self._to_generation()
             try:
-                fired = await host.fire(stage, samples, inputs, sampling=sampling)
+                fired = await context.fire(stage, samples, inputs, sampling=sampling)
             except Exception:
-                if host.collective.in_step:
-                    await host.ask_ranks(SwitchLayout("training"))
+                if context.collective.in_step:
+                    await context.ask_ranks(SwitchLayout("training"))
                 raise
-            await host.ask_ranks(SwitchLayout("training"))
+            await context.ask_ranks(SwitchLayout("training"))
         generated = [sample for part in fired.parts for sample in part.shard.sample_ids]
-        host.exporter.inc("tokens_generated_total", fired.drawn)
+        context.exporter.inc("tokens_generated_total", fired.generated_tokens)
         if generated:
-            host.reports.notify(Generated(generated, fired.drawn))
+            context.reports.notify(Generated(generated, fired.generated_tokens))
         return fired
 
     async def _to_generation(self) -> None:
         """Switch, and export what it took on rank 0: all ranks receive as much, except in the first and last stages."""
-        reply, _ = await self._host.ask_ranks(SwitchLayout("generation"))
+        reply, _ = await self._context.ask_ranks(SwitchLayout("generation"))
         assert isinstance(reply, Done)
         if not (took := reply.values):
             return  # the engine has these weights already
-        self._host.exporter.observe("transition_seconds", took["seconds"])
-        self._host.exporter.inc("transition_bytes_total", took["received_bytes"])
-        self._host.exporter.set("transition_peak_bytes", took["peak_bytes"])
-        self._host.exporter.set("transition_copied_bytes", took["copied_bytes"])
-        self._host.reports.measure({f"transition.{name}": value for name, value in took.items()})
+        self._context.exporter.observe("transition_seconds", took["seconds"])
+        self._context.exporter.inc("transition_bytes_total", took["received_bytes"])
+        self._context.exporter.set("transition_peak_bytes", took["peak_bytes"])
+        self._context.exporter.set("transition_copied_bytes", took["copied_bytes"])
+        self._context.reports.measure({f"transition.{name}": value for name, value in took.items()})
 
 
 class ColocatedGeneratingStage(RowStage):
     """policy.generate of a service of several ranks: its rows are generated between two switches."""
 
-    def __init__(self, host: StageContext, spec: StageSpec, generation: ColocatedGeneration) -> None:
-        super().__init__(host, spec)
+    def __init__(self, context: StageContext, spec: StageSpec, generation: ColocatedGeneration) -> None:
+        super().__init__(context, spec)
         assert spec.sampling is not None
         self._sampling = spec.sampling
         self._generation = generation
-        slots = host.spec.slots * replicas_of(host.generation)
-        self._most = sys.maxsize if host.spec.deterministic else slots
+        slots = context.spec.slots * replicas_of(context.generation)
+        self._most = sys.maxsize if context.spec.deterministic else slots
         # Admission bounds what waits here.
-        self._mailbox: Mailbox[Place] = Mailbox(1, sys.maxsize, in_id_order=True, ended=host.ended)
+        self._mailbox: Mailbox[RowRef] = Mailbox(1, sys.maxsize, in_id_order=True, finished=context.finished)
 
-    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
+    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[RowRef]]) -> Fired:
         return await self._generation.generate(self.spec, samples, inputs, self._sampling)
 
     def depth(self) -> tuple[int, int, int]:

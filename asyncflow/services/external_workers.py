@@ -1,11 +1,11 @@
-"""Outside workers: a stage's rank that lives outside of the run, in a program or in a person's hands.
+"""External workers compute a stage's rows outside of the run: in another program, or by a person.
 
-    RowStage ──call──> rows that are asked <──TakeRows── workers, each of which reads what it took
-                                           <──PutRows─── answers, in several puts and any order
+    RowStage ──call──> pending rows <──TakeRows── workers, each of which reads the rows it took
+                                    <──PutRows─── answers, in several puts and any order
 
-Each row is given to one worker; one that is not answered for a while is given to another, and the first answer
-counts. `PendingRows` decides, told the time; `ExternalRank` waits and checks what was put; `take_rows` is the worker's
-end. Answers are read here and put again as the service's own, so none is lost with the process that sent it.
+Each row is given to one worker. A row without an answer for a while is given to another, and the first answer counts.
+`PendingRows` decides which rows to give; `ExternalRank` waits and checks the answers; `take_rows` is the worker's end.
+The service stores the answers again as its own, so none is lost with the process that sent it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import accumulate
 
 from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceGone, Store, ask
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
-from asyncflow.services.channels.shard_refs import Partitioning, Place, RankCallPlan, ShardRef, parts_of, plan_calls
+from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, RowRef, ShardRef, parts_of, plan_calls
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ExternalSettings
 from asyncflow.services.stage_context import StageContext
@@ -34,8 +34,8 @@ from protocols.roles import ROLES
 from protocols.stage import Failure, contract_of
 
 LONGEST_WAIT_SECONDS = 600.0  # of one request
-POLL_SECONDS = 1.0  # of a worker here: how long it may take to see that the run is over
-MOST_REMEMBERED = 100_000  # rows that were answered; what is put for an older one waits in vain and is named
+POLL_SECONDS = 1.0  # of `take_rows`: how long it may take to see that the run has ended
+MOST_REMEMBERED = 100_000  # answered rows; a put for an older one waits until its timeout, like an unknown row
 ANSWERED = "it was answered already"
 OVER = "its prompt is over"
 
@@ -43,7 +43,7 @@ Answer = tuple[Batch, int] | Failure | None  # a row of a batch, a tombstone, or
 
 
 class PendingCall:
-    """The rows of one firing: which may be given to a worker when, and what was answered."""
+    """The rows of one firing: when each may be given to a worker, and the answers so far."""
 
     def __init__(self, call: RankCall, payloads: Sequence[Payload]) -> None:
         self.call = call
@@ -51,15 +51,15 @@ class PendingCall:
         self.answers: dict[int, Answer] = {}
         self._position = {sample: i for i, sample in enumerate(call.sample_ids)}
         sources = [ShardRef(Shard([], 0), payload) for payload in payloads]
-        self._inputs: list[list[Place]] = [
+        self._inputs: list[list[RowRef]] = [
             [(sources[s.source], row) for s in reading.segments for row in range(s.start, s.stop)]
             for reading in call.readings
         ]
 
     def cut(self, samples: Sequence[int]) -> RankCallPlan:
-        """Some of its rows as a call of their own, which names only the payloads that they lie in."""
+        """A call for some of its rows, which names only the payloads it needs."""
         call = self.call
-        inputs = [[places[self._position[s]] for s in samples] for places in self._inputs]
+        inputs = [[refs[self._position[s]] for s in samples] for refs in self._inputs]
         schemas = [reading.schema for reading in call.readings]
         (planned,) = plan_calls(
             call.stage, call.method, Partitioning("DP_PROTO"), samples, inputs, schemas, Topology(), step=call.step
@@ -68,23 +68,23 @@ class PendingCall:
 
 
 class PendingRows:
-    """What is asked of outside workers. Pure: it is told the time, in seconds of any steady clock."""
+    """The rows that wait for external workers. Pure: the caller passes the time, in seconds of any steady clock."""
 
     def __init__(self, retake_seconds: float) -> None:
-        """`retake_seconds`: after which a row that was taken and not answered is given to another worker."""
+        """`retake_seconds`: after this time without an answer, a row is given to another worker."""
         self._retake = retake_seconds
         self._open: list[PendingCall] = []  # oldest first
         self._past: dict[int, str] = {}  # row -> what became of it
-        self._ended = FinishedPrompts()
+        self._finished = FinishedPrompts()
 
     def ask(self, call: RankCall, payloads: Sequence[Payload]) -> PendingCall:
-        """Rows wait for an answer from now on, also those that were answered before."""
+        """Request answers for rows, also for those that were answered before."""
         opened = PendingCall(call, payloads)
         self._open.append(opened)
         return opened
 
     def close(self, opened: PendingCall, cause: str) -> None:
-        """The asker has gone on: rows without an answer failed with a cause."""
+        """Stop waiting for a call: rows without an answer have failed with a cause."""
         self._open.remove(opened)
         answered = [sample for sample, answer in opened.answers.items() if answer is not None]  # others come again
         self._past |= dict.fromkeys(answered, ANSWERED) | dict.fromkeys(opened.free_at, cause)
@@ -92,7 +92,7 @@ class PendingRows:
             del self._past[next(iter(self._past))]
 
     def take(self, most: int, now: float) -> RankCallPlan | None:
-        """Give up to `most` rows of the oldest call that has free ones to a worker; None where there are none."""
+        """Give a worker up to `most` free rows of the oldest call that has some; None if there are none."""
         for opened in self._open:
             free = [sample for sample, at in opened.free_at.items() if at <= now][:most]
             if free:
@@ -101,11 +101,11 @@ class PendingRows:
         return None
 
     def next_free(self) -> float | None:
-        """When the next row without an answer may be given away; None where all are answered."""
+        """When the next row without an answer is free; None if all are answered."""
         return min((at for opened in self._open for at in opened.free_at.values()), default=None)
 
     def answer(self, answers: dict[int, Answer]) -> dict[int, str]:
-        """Take answers in and out of `answers`; what stays there is not asked yet. The refused rows, and why."""
+        """Accept answers, removing them from `answers`; unrequested rows stay. Returns the refused rows, and why."""
         refused = {}
         for sample in list(answers):
             opened = next((opened for opened in self._open if sample in opened.free_at), None)
@@ -118,47 +118,47 @@ class PendingRows:
         return refused
 
     def end(self, prompts: Iterable[int]) -> None:
-        """These prompts are over: what is put for their rows is refused."""
+        """These prompts are finished: refuse answers for their rows."""
         for prompt in prompts:
-            self._ended.add(prompt)
+            self._finished.add(prompt)
 
     def _why_late(self, sample: int) -> str:
         if any(sample in opened.answers for opened in self._open):
             return ANSWERED
-        return self._past.get(sample) or (OVER if prompt_of(sample) in self._ended else "")
+        return self._past.get(sample) or (OVER if prompt_of(sample) in self._finished else "")
 
 
 class ExternalRank:
-    """The single rank of a service whose model is outside. Implements `Ranks`."""
+    """The single rank of a service with external workers. Implements `Ranks`."""
 
-    def __init__(self, host: StageContext) -> None:
-        self._host = host
-        assert isinstance(host.spec.settings, ExternalSettings)
-        failures = host.spec.settings.failures
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+        assert isinstance(context.spec.settings, ExternalSettings)
+        failures = context.spec.settings.failures
         self._seconds = failures.outside_timeout_seconds
         self._asked = PendingRows(failures.outside_retake_seconds)
         self._changed = asyncio.Condition()
         self._stopped = False
-        role = ROLES[host.spec.role]
-        (self._kind,) = {contract_of(role, stage.method).produces for stage in host.spec.stages}
+        role = ROLES[context.spec.role]
+        (self._kind,) = {contract_of(role, stage.method).produces for stage in context.spec.stages}
 
     async def start(self) -> None:
         """Nothing is loaded here."""
 
     async def stop(self) -> None:
-        """Let everybody go who waits."""
+        """Wake all that wait."""
         async with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        """An outside model has no state that this run could keep. Raises ValueError."""
+        """Raises ValueError: the run keeps no state of an external model."""
         raise ValueError(f"{type(request).__name__}: the model of this service is outside of the run")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        """Ask for the rows and wait; those that are not answered in time fail with that cause."""
+        """Request answers for the rows and wait; rows without an answer in time fail with that cause."""
         start = time.time()
-        self._host.reports.wait(call.stage, "answers", "outside workers")
+        self._context.reports.wait(call.stage, "answers", "outside workers")
         cause = f"no answer from outside within {self._seconds:g} s"
         opened = self._asked.ask(call, payloads)
         try:
@@ -167,14 +167,14 @@ class ExternalRank:
                 await self._until(lambda: not opened.free_at, self._seconds)
         finally:
             self._asked.close(opened, cause)
-            self._host.reports.wait(call.stage)
+            self._context.reports.wait(call.stage)
         answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
         batch = _gathered([answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)])
-        parts = await self._host.pack(batch) if batch is not None else []
+        parts = await self._context.pack(batch) if batch is not None else []
         reply = RankReply(
             start=start,
             end=time.time(),
-            read_bytes=[],  # the workers read, and they are not ours to account for
+            read_bytes=[],  # the external workers read the rows
             shards=[part.shard for part in parts],
             failures=[answer for answer in answers.values() if isinstance(answer, Failure)],
             lost=[i for i, sample in enumerate(call.sample_ids) if answers[sample] is None],
@@ -182,7 +182,7 @@ class ExternalRank:
         return reply, [part.payload for part in parts]
 
     async def answer(self, request: TakeRows | PutRows, payloads: Sequence[Payload]) -> tuple[Reply, list[Payload]]:
-        """What a worker asks of the service."""
+        """Carry out a worker's request."""
         match request:
             case TakeRows():
                 taken = await self.take(request.most, request.seconds)
@@ -191,7 +191,7 @@ class ExternalRank:
                 return await self.put(request, parts_of(request.shards, payloads)), []
 
     async def take(self, most: int, seconds: float) -> RankCallPlan | None:
-        """Rows for a worker, as soon as there are some; None where there were none for `seconds`.
+        """Rows for a worker, as soon as there are some; None if there were none for `seconds`.
 
         Raises ValueError for less than one row.
         """
@@ -210,10 +210,10 @@ class ExternalRank:
         return None
 
     async def put(self, request: PutRows, parts: Sequence[ShardRef]) -> RowsPut:
-        """Take answers in; rows that are not asked yet wait until they are.
+        """Accept answers; waits for rows that were not requested yet.
 
-        Raises ValueError, and takes nothing, for a message of another type, a bad frame, or a row that comes twice;
-        PayloadLost for a frame that is gone.
+        Raises ValueError, and accepts nothing, for a message of another type, a bad frame, or a row that occurs twice;
+        PayloadLost for a lost frame.
         """
         answers = await self._answers(request, parts)
         refused: dict[int, str] = {}
@@ -230,7 +230,7 @@ class ExternalRank:
         return RowsPut(refused, list(answers))
 
     async def end(self, prompts: Iterable[int]) -> None:
-        """These prompts are over; whoever waits to put their rows is told."""
+        """These prompts are finished: wake the puts that wait for their rows, which refuse them."""
         async with self._changed:
             self._asked.end(prompts)
             self._changed.notify_all()
@@ -239,7 +239,7 @@ class ExternalRank:
         answers: list[tuple[int, Answer]] = [(f.sample_id, f) for f in request.failures]
         answers += [(sample, None) for sample in request.lost]
         for part in parts:
-            batch = await asyncio.to_thread(self._decode, await self._host.store.get(part.payload))
+            batch = await asyncio.to_thread(self._decode, await self._context.store.get(part.payload))
             answers += [(sample, (batch, row)) for row, sample in enumerate(batch.sample_ids.tolist())]
         found = dict(answers)
         if len(found) < len(answers):
@@ -258,7 +258,7 @@ class ExternalRank:
         return batch
 
     async def _until(self, reached: Callable[[], bool], seconds: float) -> None:
-        """Wait, inside the condition, until something is reached, the rank is stopped, or the time is up."""
+        """Wait, inside the condition, until `reached`, the rank is stopped, or the time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait_for(lambda: reached() or self._stopped)
@@ -270,7 +270,7 @@ class ExternalRank:
 
 
 def _gathered(rows: Sequence[tuple[Batch, int]]) -> Batch | None:
-    """Rows of several batches as one, in their order; None of none."""
+    """Rows of several batches as one batch, in order; None if there are none."""
     if not rows:
         return None
     batches = {id(batch): batch for batch, _ in rows}
@@ -280,9 +280,9 @@ def _gathered(rows: Sequence[tuple[Batch, int]]) -> Batch | None:
 
 
 async def take_rows(endpoint: Endpoint, store: Store, most: int, over: Callable[[], bool]) -> AsyncGenerator[Batch]:
-    """Rows that are asked of this worker, until the run is over; those that it can't read are answered here.
+    """Yield rows for this worker until the run ends; rows that can't be read are answered as failed or lost.
 
-    A service that is gone is asked again until it has a successor, or the run ends. Raises ServiceError where the
+    While the service is gone, it polls until the service is replaced or the run ends. Raises ServiceError if the
     service refuses.
     """
     while not over():

@@ -75,8 +75,8 @@ class Job:
 class GenerationLoop:
     """Owns an engine and decides between two steps what it does next."""
 
-    def __init__(self, host: StageContext, engine: Engine, load_trained: Callable[[], None] | None) -> None:
-        self._host = host
+    def __init__(self, context: StageContext, engine: Engine, load_trained: Callable[[], None] | None) -> None:
+        self._context = context
         self._engine = engine
         self._load_trained = load_trained  # for an engine that shares the trained model: loads its newest version
         self._waiting: deque[tuple[Job, Prompts]] = deque()
@@ -113,7 +113,7 @@ class GenerationLoop:
             await self._wake.wait()
             self._wake.clear()
             while self._loads or await self._startable():
-                async with self._host.lease(f"{self._host.spec.name}.generate"):
+                async with self._context.lease(f"{self._context.spec.name}.generate"):
                     await self._install()
                     await self._fire()
 
@@ -121,7 +121,7 @@ class GenerationLoop:
         if self._paused:
             return False
         if self._load_trained is not None and self._waiting:
-            await self._host.compute("generate.follow", self._load_trained)
+            await self._context.compute("generate.follow", self._load_trained)
         return self._steppable or any(self._ready_rows(rows).any() for _, rows in self._waiting)
 
     @property
@@ -137,23 +137,23 @@ class GenerationLoop:
         """Step until nothing runs. Alone on its devices, an engine also admits rows as slots become free."""
         await self._start_rows()
         while self._steppable:
-            finished = await self._host.compute("generate", advance, self._engine, self._load_trained)
+            finished = await self._context.compute("generate", advance, self._engine, self._load_trained)
             self._give_finished(finished)
             if self._loads:
                 await self._install()
-            if not self._host.spec.leased:
+            if not self._context.spec.leased:
                 await self._start_rows()
 
     async def _start_rows(self) -> None:
         if self._paused:  # while the lease or a load was waited for
             return
-        free = self._host.spec.slots - self._engine.unfinished
+        free = self._context.spec.slots - self._engine.unfinished
         for _ in range(len(self._waiting)):
-            if self._host.spec.deterministic and self._engine.unfinished:
+            if self._context.spec.deterministic and self._engine.unfinished:
                 return  # which rows run together decides the last bit: one job after the other
             job, rows = self._waiting.popleft()
             ready = np.flatnonzero(self._ready_rows(rows))
-            if not self._host.spec.deterministic:
+            if not self._context.spec.deterministic:
                 ready = ready[: max(free, 0)]
             kept = np.setdiff1d(np.arange(len(rows)), ready)
             if len(kept):
@@ -163,7 +163,7 @@ class GenerationLoop:
                 await self._start(job, take(rows, ready))
 
     async def _start(self, job: Job, rows: Prompts) -> None:
-        failures = await self._host.compute("generate.submit", submit_rows, self._engine, rows, job.sampling)
+        failures = await self._context.compute("generate.submit", submit_rows, self._engine, rows, job.sampling)
         refused = {f.sample_id for f in failures}  # a row that runs already is refused, and remains its first job's
         self._running |= {s: job for s in rows.sample_ids.tolist() if s not in refused}
         if failures:
@@ -178,22 +178,22 @@ class GenerationLoop:
             job.finish(rows, [])
         if finished:
             tokens = sum(len(r.tokens) for r in finished)
-            self._host.exporter.inc("tokens_generated_total", tokens)
-            self._host.reports.notify(Generated([r.sample_id for r in finished], tokens))
+            self._context.exporter.inc("tokens_generated_total", tokens)
+            self._context.reports.notify(Generated([r.sample_id for r in finished], tokens))
 
     async def _install(self) -> None:
-        settings = self._host.spec.settings
+        settings = self._context.spec.settings
         assert isinstance(settings, PolicySettings | GeneratorSettings)
         while self._loads:
             manifest, buffer, done = self._loads.popleft()
             try:
-                receipt = await self._host.compute("load", load, self._engine, manifest, buffer, settings.model)
+                receipt = await self._context.compute("load", load, self._engine, manifest, buffer, settings.model)
             except BadWeights as error:
                 if not done.cancelled():
                     done.set_exception(error)
                 continue
-            self._host.exporter.set("weights_version", manifest.version.step, replica="0")
-            self._host.exporter.observe("weight_sync_seconds", receipt.seconds, phase="load")
+            self._context.exporter.set("weights_version", manifest.version.step, replica="0")
+            self._context.exporter.observe("weight_sync_seconds", receipt.seconds, phase="load")
             if not done.cancelled():
                 done.set_result(receipt)
 
@@ -221,10 +221,12 @@ def load(engine: Engine, manifest: WeightManifest, buffer: Frame, model: Model) 
 class GeneratingStage(StageRunner):
     """policy.generate: prompts in, finished rollouts out in the order in which they finish."""
 
-    def __init__(self, host: StageContext, spec: StageSpec, loop: GenerationLoop) -> None:
-        super().__init__(host, spec)
+    def __init__(self, context: StageContext, spec: StageSpec, loop: GenerationLoop) -> None:
+        super().__init__(context, spec)
         self._loop = loop
-        self._submitted: RowTable[int] = RowTable(1, host.ended)  # submitted prompts, so that none is generated twice
+        self._submitted: RowTable[int] = RowTable(
+            1, context.finished
+        )  # submitted prompts, so that none is generated twice
         self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
 
@@ -233,7 +235,7 @@ class GeneratingStage(StageRunner):
             raise ValueError(f"{self.spec.name}: takes prompts, its edge carries schema {self.spec.schemas[position]}")
         refused = 0
         for part in parts:
-            batch, failures = await read_or_fail(self.host, part, Prompts, delivery.edge)
+            batch, failures = await read_or_fail(self.context, part, Prompts, delivery.edge)
             if failures:
                 self._give(None, failures, delivery.attempt)
             if batch is None:
@@ -252,7 +254,7 @@ class GeneratingStage(StageRunner):
         def give(rollouts: Rollouts | None, failures: list[Failure]) -> None:
             self._give(rollouts, failures, attempt)
 
-        self._loop.submit(Job(prompts, self.spec.sampling, give, whole=self.host.spec.deterministic))
+        self._loop.submit(Job(prompts, self.spec.sampling, give, whole=self.context.spec.deterministic))
 
     def _give(self, rollouts: Rollouts | None, failures: list[Failure], attempt: int) -> None:
         self._out.append((rollouts, failures, attempt))
@@ -269,8 +271,8 @@ class GeneratingStage(StageRunner):
         for attempt in dict.fromkeys(a for _, _, a in gathered):
             rows = [r for r, _, a in gathered if r is not None and a == attempt]
             failures = [f for _, fs, a in gathered for f in fs if a == attempt]
-            parts = await self.host.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
-            await self.host.send(self.spec, parts, failures, attempt=attempt)
+            parts = await self.context.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
+            await self.context.send(self.spec, parts, failures, attempt=attempt)
 
     def depth(self) -> tuple[int, int, int]:
         return self._loop.waiting + len(self._out), 0, 0

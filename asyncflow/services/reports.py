@@ -1,6 +1,6 @@
-"""What a service tells its controller: who waits for what, where its time went, and what happened, in order.
+"""Reports queues a service's notices for the controller: waits, working time and events, in order.
 
-The controller fetches it all by one long call; a service whose controller has gone may not gather it for ever.
+The controller fetches them with a long poll. The queue is bounded, since the controller of a service may be gone.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Mapping
 from asyncflow.observe.exporter import Exporter
 from protocols.control.notices import Busy, Notice, Span, Waiting
 
-MOST_NOTICES = 10_000  # a controller that reads nothing for this long has gone
+MOST_NOTICES = 10_000  # unread; with more the controller is considered gone
 
 
 class Reports:
-    """One service's."""
+    """The notices of one service."""
 
     def __init__(self, service: str, exporter: Exporter) -> None:
-        self.waits: dict[str, Waiting] = {}  # by who waits
+        self.waits: dict[str, Waiting] = {}  # by the waiting stage
         self._service, self._exporter = service, exporter
         self._measured: dict[str, float] = {}
         self._notices: deque[Notice] = deque()
         self._noticed = asyncio.Event()
 
     def wait(self, who: str, what: str = "", on: str = "", since: float | None = None) -> None:
-        """Somebody waits from now on, or no longer."""
+        """Report that `who` waits for `what` from now on; an empty `what`: it no longer waits."""
         waiting = Waiting(who, what, on, time.time() if since is None else since)
         if what:
             self.waits[who] = waiting
@@ -36,21 +36,21 @@ class Reports:
         self.notify(waiting)
 
     def spent(self, activity: str, start: float, end: float, rows: int = 0, step: int = -1) -> None:
-        """Account for time that was worked, in seconds of time.time()."""
+        """Account for working time, in seconds of time.time()."""
         self._exporter.inc("busy_seconds_total", end - start, activity=activity)
         self.notify(Busy([Span(self._service, activity, start, end, rows, step)]))
 
     def measure(self, values: Mapping[str, float]) -> None:
-        """Keep what was measured beside a step's own work: the next step's metrics tell the newest of it."""
+        """Keep metrics that belong to no step; the next step reports the newest value of each."""
         self._measured |= values
 
     def take_measured(self) -> dict[str, float]:
-        """What was measured since this was last asked."""
+        """The metrics kept since the last call."""
         taken, self._measured = self._measured, {}
         return taken
 
     def notify(self, notice: Notice) -> None:
-        """Queue something for the controller."""
+        """Queue a notice. Raises RuntimeError if the controller has stopped reading."""
         if len(self._notices) >= MOST_NOTICES:
             raise RuntimeError(f"service {self._service}: {MOST_NOTICES} notices that no controller has read")
         self._notices.append(notice)

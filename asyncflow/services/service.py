@@ -182,9 +182,9 @@ class ModelService:
 
     async def _end(self, mode: ServiceMode, request: EndPrompts) -> None:
         for run in request.runs:
-            self._context.ended.add_run(*run)
+            self._context.finished.add_run(*run)
         self._context.outbox.end(request.prompts)
-        self._context.losses.end(request.prompts)
+        self._context.lost_rows.end(request.prompts)
         for runner in self._runners.values():
             await runner.end(request.prompts)
         await mode.end(request.prompts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from asyncflow.services.channels.endpoint import Payload
-from asyncflow.services.channels.shard_refs import ShardRef, places
+from asyncflow.services.channels.shard_refs import ShardRef, row_refs
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
 from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
@@ -74,7 +74,7 @@ class ServiceMode:
 
     async def invoke(self, stage: StageSpec, request: Invoke, parts: Sequence[ShardRef]) -> Fired:
         """Fire once on these rows, outside of the dataflow."""
-        rows = places(parts)
+        rows = row_refs(parts)
         async with self._context.lease(stage.name):
             return await self._context.fire(stage, [sample for sample, _ in rows], [[place for _, place in rows]])
 
@@ -179,7 +179,7 @@ class ColocatedMode(RankedMode):
     async def invoke(self, stage: StageSpec, request: Invoke, parts: Sequence[ShardRef]) -> Fired:
         if request.sampling is None:
             return await super().invoke(stage, request, parts)
-        rows = places(parts)
+        rows = row_refs(parts)
         samples, inputs = [sample for sample, _ in rows], [[place for _, place in rows]]
         return await self._generation.generate(stage, samples, inputs, request.sampling)
 

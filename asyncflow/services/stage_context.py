@@ -1,7 +1,7 @@
-"""What a service's stages share: its ranks, the pool's lease, the way out, and the report to the controller.
+"""StageContext: what the stages of a service share: ranks, the pool's lease, sending, and reports to the controller.
 
-Waiting for credit suspends only the sending stage: no lease, no compute thread and no engine slot is held
-while `send` waits. The lease is asked for with all inputs in hand and returned before anything is sent.
+A stage that waits for credit in `send` holds no lease, no compute thread and no engine slot. It requests the lease once
+it has all its inputs, and returns it before it sends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from asyncflow.services.channels.lost_rows import LostRows
 from asyncflow.services.channels.outbox import Outbox
 from asyncflow.services.channels.shard_refs import (
     Partitioning,
-    Place,
     RankCallPlan,
+    RowRef,
     ShardRef,
     pack_apart,
     parts_of,
@@ -59,13 +59,13 @@ INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the eve
 
 
 class Fired(msgspec.Struct):
-    """What came of one firing."""
+    """The result of one firing."""
 
-    parts: list[ShardRef] = []  # outputs of the ranks that count, in the protocol's order
+    parts: list[ShardRef] = []  # the outputs of the collected ranks, in the protocol's order
     failures: list[Failure] = []
     metrics: Metrics | None = None
-    lost: list[int] = []  # samples whose bytes were gone
-    drawn: int = 0  # response tokens, where it generated
+    lost: list[int] = []  # samples whose bytes were lost
+    generated_tokens: int = 0  # response tokens, if it generated
 
 
 class OutboxEntry(msgspec.Struct, frozen=True):
@@ -77,22 +77,22 @@ class OutboxEntry(msgspec.Struct, frozen=True):
 
     @property
     def samples(self) -> list[int]:
-        """All that it names, alive or dead."""
+        """The samples it names: rows with values, and tombstones."""
         alive = [sample for shard in self.delivery.shards for sample in shard.sample_ids]
         return alive + [failure.sample_id for failure in self.delivery.failures]
 
 
 class StageContext:
-    """The inside of a service, as its stages see it."""
+    """The shared state of a service's stages."""
 
     def __init__(self, spec: ServiceSpec, store: Store, exporter: Exporter) -> None:
         self.spec = spec
         self.store = store
         self.exporter = exporter
         self.counts = ChannelCounts(exporter)
-        self.ended = FinishedPrompts()
-        self.outbox: Outbox[OutboxEntry] = Outbox(self.ended)
-        self.losses = LostRows()
+        self.finished = FinishedPrompts()
+        self.outbox: Outbox[OutboxEntry] = Outbox(self.finished)
+        self.lost_rows = LostRows()
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
@@ -110,7 +110,7 @@ class StageContext:
     async def compute(
         self, activity: str, function: Callable[..., T], *arguments: Any, rows: int = 0, step: int = -1
     ) -> T:
-        """Run blocking work in the service's own compute thread and account for its time."""
+        """Run blocking work in the service's compute thread and account for its time."""
         delay = self.spec.delay_seconds.get(activity.split("#", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1], 0.0)
         if delay:
             await asyncio.sleep(delay)
@@ -127,14 +127,14 @@ class StageContext:
         self,
         stage: StageSpec,
         samples: Sequence[int],
-        inputs: Sequence[Sequence[Place]],
+        inputs: Sequence[Sequence[RowRef]],
         *,
         sampling: Sampling | None = None,
         step: int = -1,
     ) -> Fired:
-        """Deal rows out to the ranks, let them work side by side, and collect what counts.
+        """Distribute rows over the ranks, run them concurrently, and collect their outputs.
 
-        Raises ValueError where a row did not leave exactly once, and whatever a rank's method raises.
+        Raises ValueError if a row did not leave exactly once, and what a rank's method raises.
         """
         assert self.ranks is not None, f"service {self.spec.name} is not started"
         cut = Partitioning(stage.protocol, stage.whole_groups, stage.balance == "tokens")
@@ -161,20 +161,20 @@ class StageContext:
         for planned, reply, payloads in (replies[rank] for rank in collected if rank in replies):
             _collect(fired, stage, planned, reply)
             fired.parts += parts_of(reply.shards, payloads)
-            fired.drawn += reply.drawn
+            fired.generated_tokens += reply.generated_tokens
             if reply.metrics is not None:
                 metrics.append(reply.metrics)
             for damaged in reply.damaged:
                 self.counts.damaged(stage.inputs[damaged.input], len(damaged.rows))
         if metrics:
             fired.metrics = protocol("METRIC").combine(metrics)
-        else:  # a protocol that deals out too few rows, or collects from too few ranks
+        else:  # a protocol could distribute too few rows, or collect from too few ranks
             given = [sample for part in fired.parts for sample in part.shard.sample_ids]
             check_complete(stage.name, samples, [*given, *(f.sample_id for f in fired.failures), *fired.lost])
         return fired
 
     def _layout(self, *, generates: bool) -> tuple[Topology, GenerationGrouping | None]:
-        """How the ranks stand for a firing. Fully sharded ones are replicas to train and tensor shards to generate."""
+        """The ranks' layout in a firing: fully sharded ranks are replicas in training, tensor shards in generation."""
         topology = self.generation.topology if generates else self.topology
         return topology, self.generation if self.generation.topology == topology else None
 
@@ -191,7 +191,7 @@ class StageContext:
         return {rank: task.result() for rank, task in tasks.items()}
 
     async def ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
-        """Have all ranks do something besides rows, account for its time, and return what rank 0 answers."""
+        """Have all ranks carry out a request, account for its time, and return the answer of rank 0."""
         assert self.ranks is not None, f"service {self.spec.name} is not started"
         what, ranks = activity_of(request), self.ranks
         parts = {rank: ranks.ask(rank, request) for rank in range(self.topology.world_size)}
@@ -201,7 +201,7 @@ class StageContext:
         return first.reply, payloads
 
     async def read(self, parts: Sequence[ShardRef], kind: type[B], edge: str) -> B:
-        """All rows of some parts, read by the service itself. Raises PayloadLost, codec.BadFrame."""
+        """Read all rows of some shards in the coordinator. Raises PayloadLost, codec.BadFrame."""
         frames = [await self.store.get(part.payload) for part in parts]
         nbytes = sum(frame.nbytes for frame in frames)
         try:
@@ -216,7 +216,7 @@ class StageContext:
         return batch
 
     async def pack(self, batch: Batch, attempt: int = 0, *, direct: bool = False) -> list[ShardRef]:
-        """Encode and put a batch that the service itself made."""
+        """Encode and store a batch that the coordinator computed."""
         spec = self.spec
         return await asyncio.get_running_loop().run_in_executor(
             self.thread,
@@ -229,13 +229,13 @@ class StageContext:
 
     @asynccontextmanager
     async def lease(self, stage: str) -> AsyncIterator[None]:
-        """The pool's devices, in calling order, and then the turn of ranks that work together."""
+        """Hold the pool's devices, granted in order of request, and then the exclusive use of collective ranks."""
         async with self._devices(stage), self.collective.exclusive():
             yield
 
     @asynccontextmanager
     async def _devices(self, stage: str) -> AsyncIterator[None]:
-        """Free of charge where nobody shares them."""
+        """Hold the pool's devices. Immediate if no other service shares them."""
         if not self.spec.leased:
             yield
             return
@@ -250,7 +250,7 @@ class StageContext:
             self.reports.notify(LeaseReturned(ticket))
 
     def grant(self, ticket: int) -> None:
-        """The controller gives the lease that was asked for; a ticket no longer waited for returns by itself."""
+        """Grant a requested lease. A ticket that nobody waits for any more was returned already."""
         future = self._grants.get(ticket)
         if future is not None and not future.done():
             future.set_result(None)
@@ -260,9 +260,9 @@ class StageContext:
     async def send(
         self, stage: StageSpec, parts: Sequence[ShardRef], failures: list[Failure], *, attempt: int = 0, step: int = -1
     ) -> None:
-        """Hand rows to every consumer of a stage; returns when all had room.
+        """Send rows to every consumer of a stage; returns when all had room.
 
-        What was sent is kept until its prompts end, so that a consumer that lost its memory can have it again.
+        The outbox keeps them until their prompts are finished, for consumers that lose their state.
         """
         if not parts and not failures:
             return
@@ -282,7 +282,7 @@ class StageContext:
         self.exporter.observe("channel_wait_seconds", time.time() - start, channel=stage.name, side="send")
 
     async def redeliver(self, edge: str) -> int:
-        """Send again what an edge may have lost; how many deliveries. They refuse what they had."""
+        """Send again what an edge may have lost. Returns the number of deliveries; duplicates are refused."""
         again, who = self.outbox.kept(edge), f"redelivery to {edge}"
         for kept in again:
             self.reports.wait(who, "credit", edge)
@@ -291,7 +291,7 @@ class StageContext:
         return len(again)
 
     async def _hand_over(self, who: str, kept: OutboxEntry, waiting: set[str]) -> None:
-        # Where the receiver is gone it stays in the outbox: the controller sees the same death and asks for it again.
+        # If the receiver is gone, the delivery stays in the outbox until the controller requests its redelivery.
         with contextlib.suppress(ServiceGone):
             await self.peers[kept.service].deliver(kept.delivery, [part.payload for part in kept.parts])
         waiting.discard(kept.delivery.edge)
@@ -301,8 +301,8 @@ class StageContext:
     # --- losses
 
     def ask_again(self, stage: str, samples: Sequence[int]) -> tuple[list[int], list[Failure]]:
-        """Rows whose bytes are gone: those that are sent again, and tombstones of those that were gone too often."""
-        again, failures = self.losses.note(stage, [s for s in samples if prompt_of(s) not in self.ended])
+        """Report lost rows. Returns those that will be sent again, and tombstones for those lost too often."""
+        again, failures = self.lost_rows.note(stage, [s for s in samples if prompt_of(s) not in self.finished])
         if again:
             self.reports.notify(RowsLost(stage, again))
         return again, failures
@@ -310,11 +310,11 @@ class StageContext:
     # --- the end
 
     async def finish(self, last: Callable[[], None]) -> None:
-        """Do one last thing in the compute thread, behind its current call, which may use what `last` frees."""
+        """Run `last` in the compute thread, after its current call, which may use what `last` frees."""
         await asyncio.get_running_loop().run_in_executor(self.thread, last)
 
     def close(self) -> None:
-        """End the compute thread when its current call is done."""
+        """Shut the compute thread down after its current call."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     def _account(self, stage: StageSpec, replies: list[tuple[int, RankReply]], rows: int, step: int) -> None:
@@ -328,7 +328,7 @@ class StageContext:
 
 
 def _collect(fired: Fired, stage: StageSpec, planned: RankCallPlan, reply: RankReply) -> None:
-    """Add one counting rank's failures to a firing; each of its rows has to leave exactly once."""
+    """Add the failures and lost rows of one rank, each of whose rows has to leave exactly once."""
     mine = planned.call.sample_ids
     lost = [mine[position] for position in reply.lost]
     failures = [Failure(mine[position], d.cause) for d in reply.damaged for position in d.rows] + reply.failures
@@ -340,7 +340,7 @@ def _collect(fired: Fired, stage: StageSpec, planned: RankCallPlan, reply: RankR
 
 
 def check_complete(name: str, taken: Sequence[int], given: Sequence[int]) -> None:
-    """Each row leaves exactly once, as a value or as a tombstone: one that vanished would be waited for at the join.
+    """Check that each row leaves exactly once, as a value or a tombstone: a join would wait for a missing one for ever.
 
     Raises ValueError naming the stage and the first samples.
     """

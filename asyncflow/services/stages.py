@@ -31,7 +31,7 @@ import numpy as np
 from asyncflow.services.channels.endpoint import PayloadLost
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.prompt_join import PromptJoin
-from asyncflow.services.channels.shard_refs import Place, ShardRef, arrivals, places
+from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, row_refs
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
 from asyncflow.services.stage_context import Fired, StageContext
@@ -48,17 +48,17 @@ from protocols.stage import Failure
 class StageRunner(ABC):
     """One call site of the dataflow: its mailbox and its loop."""
 
-    def __init__(self, host: StageContext, spec: StageSpec) -> None:
-        self.host = host
+    def __init__(self, context: StageContext, spec: StageSpec) -> None:
+        self.context = context
         self.spec = spec
 
     async def deliver(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> None:
         """Take a delivery in, and count it. Returns when there was room for it."""
         start = time.time()
         refused = await self.accept(position, delivery, parts)
-        inline = sum(self.host.store.inline_bytes(part.payload) for part in parts)
+        inline = sum(self.context.store.inline_bytes(part.payload) for part in parts)
         rows = delivery.rows + len(delivery.failures)
-        self.host.counts.arrived(delivery.edge, rows, refused, inline, time.time() - start)
+        self.context.counts.arrived(delivery.edge, rows, refused, inline, time.time() - start)
 
     @abstractmethod
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
@@ -82,18 +82,21 @@ class StageRunner(ABC):
 
     def waits(self, what: str, on: str) -> None:
         """Report what this stage waits for from now on; an empty `what`: it works."""
-        self.host.reports.wait(self.spec.name, what, on)
+        self.context.reports.wait(self.spec.name, what, on)
 
 
 class RowStage(StageRunner):
     """log_probs, values, score: rows in, rows out, tombstones passed on. Its coordinator reads no row."""
 
-    def __init__(self, host: StageContext, spec: StageSpec) -> None:
-        super().__init__(host, spec)
+    def __init__(self, context: StageContext, spec: StageSpec) -> None:
+        super().__init__(context, spec)
         # "The whole batch" needs no minimum: deterministic generation delivers whole waves.
-        self._most = sys.maxsize if host.spec.deterministic else host.spec.limits.firing_rows
-        self._mailbox: Mailbox[Place] = Mailbox(
-            len(spec.inputs), host.spec.limits.mailbox_rows, in_id_order=host.spec.deterministic, ended=host.ended
+        self._most = sys.maxsize if context.spec.deterministic else context.spec.limits.firing_rows
+        self._mailbox: Mailbox[RowRef] = Mailbox(
+            len(spec.inputs),
+            context.spec.limits.mailbox_rows,
+            in_id_order=context.spec.deterministic,
+            finished=context.finished,
         )
 
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
@@ -105,19 +108,19 @@ class RowStage(StageRunner):
         joined = await self._mailbox.take(self._most)
         fired = Fired()
         if joined.samples:
-            self.waits("lease", self.host.spec.pool)
+            self.waits("lease", self.context.spec.pool)
             fired = await self.fire(joined.samples, joined.inputs)
-        again, gone = self.host.ask_again(self.spec.name, fired.lost)
+        again, gone = self.context.ask_again(self.spec.name, fired.lost)
         if again:
             await self._mailbox.take_back(again)
         failures = joined.failures + fired.failures + gone
-        await self.host.send(self.spec, fired.parts, failures, attempt=joined.attempt)
+        await self.context.send(self.spec, fired.parts, failures, attempt=joined.attempt)
 
-    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[Place]]) -> Fired:
+    async def fire(self, samples: Sequence[int], inputs: Sequence[Sequence[RowRef]]) -> Fired:
         """Take the lease, and let the ranks work on rows that were joined."""
-        async with self.host.lease(self.spec.name):
+        async with self.context.lease(self.spec.name):
             self.waits("", "")
-            return await self.host.fire(self.spec, samples, inputs)
+            return await self.context.fire(self.spec, samples, inputs)
 
     def depth(self) -> tuple[int, int, int]:
         return self._mailbox.depth, self._mailbox.capacity, self._mailbox.peak
@@ -131,7 +134,7 @@ class ClosingStage(StageRunner):
 
     def __init__(
         self,
-        host: StageContext,
+        context: StageContext,
         spec: StageSpec,
         function: Callable[..., Any],
         filter: Callable[..., Any] | None = None,
@@ -141,11 +144,14 @@ class ClosingStage(StageRunner):
 
         `reward_parts`: names of a mixed reward's parts, whose means it reports.
         """
-        super().__init__(host, spec)
+        super().__init__(context, spec)
         self._function, self._reward_parts = function, reward_parts
         self._filter = filter
         self._join = PromptJoin(
-            spec.grains, host.spec.samples_per_prompt, host.ended, None if filter is None else self._is_trainable
+            spec.grains,
+            context.spec.samples_per_prompt,
+            context.finished,
+            None if filter is None else self._is_trainable,
         )
 
     def _is_trainable(self, rows: Mapping[int, Batch]) -> bool:
@@ -162,11 +168,13 @@ class ClosingStage(StageRunner):
         """Read each shard by itself, so that a damaged one costs only its own rows, as tombstones."""
         arrived = [self._join.arrive(position, None, delivery.failures, delivery.attempt)]
         for part in parts:
-            batch, failures = await read_or_fail(self.host, part, SCHEMAS[self.spec.schemas[position]], delivery.edge)
+            batch, failures = await read_or_fail(
+                self.context, part, SCHEMAS[self.spec.schemas[position]], delivery.edge
+            )
             arrived.append(self._join.arrive(position, batch, failures, delivery.attempt))
         for settled, _ in arrived:
             for prompt in settled:
-                self.host.reports.notify(prompt)
+                self.context.reports.notify(prompt)
         return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def turn(self) -> None:
@@ -176,7 +184,7 @@ class ClosingStage(StageRunner):
     async def close(self, request: CloseBatch) -> Done:
         """Fire on a closed batch and send its experience to the trainers."""
         inputs = self._join.take(request.sample_ids)
-        result = await self.host.compute(
+        result = await self.context.compute(
             self.spec.name,
             lambda: self._function(*inputs),
             rows=len(request.sample_ids),
@@ -184,7 +192,9 @@ class ClosingStage(StageRunner):
         )
         batch, _, metrics = unwrap(result)
         assert batch is not None
-        await self.host.send(self.spec, await self.host.pack(batch, direct=self.spec.direct), [], step=request.step)
+        await self.context.send(
+            self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
+        )
         parts = breakdown(inputs, self._reward_parts)
         return Done((metrics.values if metrics is not None else {}) | parts)
 
@@ -198,8 +208,8 @@ class ClosingStage(StageRunner):
 class TrainingStage(StageRunner):
     """update: trains on one closed batch after the other."""
 
-    def __init__(self, host: StageContext, spec: StageSpec) -> None:
-        super().__init__(host, spec)
+    def __init__(self, context: StageContext, spec: StageSpec) -> None:
+        super().__init__(context, spec)
         # The controller closes batch k + 1 after k is committed: one place is enough, and a second would hide a fault.
         self._batches: asyncio.Queue[tuple[int, list[ShardRef]]] = asyncio.Queue(1)
         self._newest = -1
@@ -216,34 +226,34 @@ class TrainingStage(StageRunner):
     async def turn(self) -> None:
         self.waits("batch", ", ".join(self.spec.sources))
         step, parts = await self._batches.get()
-        rows = places(parts)
-        self.waits("lease", self.host.spec.pool)
-        async with self.host.lease(self.spec.name):
+        rows = row_refs(parts)
+        self.waits("lease", self.context.spec.pool)
+        async with self.context.lease(self.spec.name):
             self.waits("", "")
-            fired = await self.host.fire(
+            fired = await self.context.fire(
                 self.spec, [sample for sample, _ in rows], [[place for _, place in rows]], step=step
             )
         if fired.failures or fired.lost:
             causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
             raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
         measured = fired.metrics.values if fired.metrics else {}
-        self.host.reports.notify(StepDone(self.spec.name, step, self.host.reports.take_measured() | measured))
+        self.context.reports.notify(StepDone(self.spec.name, step, self.context.reports.take_measured() | measured))
 
     def depth(self) -> tuple[int, int, int]:
         return self._batches.qsize(), 1, 1
 
 
 async def read_or_fail(
-    host: StageContext, part: ShardRef, kind: type[Batch], edge: str
+    context: StageContext, part: ShardRef, kind: type[Batch], edge: str
 ) -> tuple[Batch | None, list[Failure]]:
     """A shard's rows, or a tombstone for each where its frame is refused, or gone time and again; else neither."""
     try:
-        return await host.read([part], kind, edge), []
+        return await context.read([part], kind, edge), []
     except codec.BadFrame as error:
-        host.counts.damaged(edge, len(part.shard.sample_ids))
+        context.counts.damaged(edge, len(part.shard.sample_ids))
         return None, tombstones(part.shard.sample_ids, f"its frame was refused: {error.reason}")
     except PayloadLost:
-        _, failures = host.ask_again(edge.rpartition(".")[0], part.shard.sample_ids)
+        _, failures = context.ask_again(edge.rpartition(".")[0], part.shard.sample_ids)
         return None, failures
 
 

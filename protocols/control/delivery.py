@@ -1,7 +1,7 @@
-"""Rows on their way: what travels between services, and between a service's coordinator and its ranks.
+"""Messages that carry rows between services, and between a service's coordinator and its ranks.
 
-A shard is put once by the rank that made it. What moves from then on is its name: ids, lengths and a reference,
-which stands beside these messages as their payload. Only the rank that works on a row reads its bytes.
+The rank that computed a shard stores it once. These messages name its rows by id and length; a payload travels beside
+them and leads to the bytes. Only the rank that works on a row reads its bytes.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from protocols.stage import Failure
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """Rows of one message in one frame, in the frame's order."""
+    """The rows of one frame, in the frame's order."""
 
     sample_ids: list[int]
     nbytes: int  # of the frame
-    lengths: list[int] = []  # tokens of each row, for cuts that balance by them; empty: not told
+    lengths: list[int] = []  # the tokens of each row, to balance ranks by tokens; empty: unknown
 
 
 class Delivery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rows that arrived on one edge: values in one payload a shard beside it, and tombstones.
+    """Rows sent on one edge: one payload per shard beside it, and tombstones.
 
-    Over a run each row of the edge comes once, or again under its own name: receivers refuse what they had.
+    A delivery may be repeated; receivers refuse by id the rows they had before.
     """
 
-    edge: str  # "reward.score#1.0": consumer stage and input position
+    edge: str  # "reward.score#1.0": the consumer stage and its input position
     term: int
     shards: list[Shard] = []
     failures: list[Failure] = []
-    attempt: int = 0  # rises where a row is made anew because its bytes were lost
-    step: int = -1  # of a closed batch on its way to the trainers
+    attempt: int = 0  # rises when a row is regenerated because its bytes were lost
+    step: int = -1  # of a closed batch for the trainers
 
     @property
     def rows(self) -> int:
-        """Rows with values."""
+        """The number of rows with values."""
         return sum(len(shard.sample_ids) for shard in self.shards)
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What a rank reads of one input: the segments' sources are the payloads beside the call."""
+    """The rows a rank reads of one input. A segment's source is the position of a payload beside the call."""
 
-    schema: int  # the only message type that it accepts
+    schema: int  # the message type that the rank accepts
     segments: list[Segment]
 
 
@@ -56,12 +56,12 @@ class RankCall(msgspec.Struct, frozen=True):
     sample_ids: list[int]  # of its rows
     readings: list[Reading]
     step: int = -1
-    nbytes: int = 0  # of the frames that it reads from: how large an answer is to be expected
+    nbytes: int = 0  # of the frames it reads from, an estimate of the size of the answer
     sampling: Sampling | None = None  # of a call that generates
 
 
 class Damaged(msgspec.Struct, frozen=True):
-    """Rows of a call whose frame was refused: by which input, their positions in the call, and why."""
+    """Rows of a call whose frame was refused. `rows`: their positions in the call."""
 
     input: int
     rows: list[int]
@@ -69,39 +69,39 @@ class Damaged(msgspec.Struct, frozen=True):
 
 
 class RankReply(msgspec.Struct, frozen=True):
-    """What a rank did: its output's rows are in the payloads beside it, one a shard."""
+    """A rank's answer to a call. The rows of its output are in the payloads beside it, one per shard."""
 
     start: float  # seconds, time.time()
     end: float
-    read_bytes: list[int]  # by reading
+    read_bytes: list[int]  # by input
     shards: list[Shard] = []
     failures: list[Failure] = []
     metrics: Metrics | None = None
     damaged: list[Damaged] = []
-    lost: list[int] = []  # positions of rows whose bytes are gone: their owner died
-    drawn: int = 0  # response tokens, of a call that generates
+    lost: list[int] = []  # positions of the rows whose bytes were lost with their owner
+    generated_tokens: int = 0  # response tokens, of a call that generates
 
 
 class EdgeStatistics(msgspec.Struct, frozen=True):
-    """One channel as its consumer sees it, since the service started."""
+    """The counts of one channel at its consumer, since the service started."""
 
     edge: str
-    depth: int  # rows that wait
+    depth: int  # waiting rows
     capacity: int  # 0: bounded at the source
-    peak: int  # most rows that ever waited
-    rows: int  # taken in, tombstones included
-    refused: int  # sent again, late, or of a prompt that is over
+    peak: int  # the most rows that ever waited
+    rows: int  # accepted, tombstones included
+    refused: int  # duplicates, late rows, and rows of finished prompts
     damaged: int  # rows whose frame was refused
     inline_bytes: int  # of frames that travelled inside the delivery
-    read_bytes: dict[int, int]  # rank -> bytes of frames that it read; -1: the coordinator of several ranks
-    wait_seconds: float  # time that senders waited for room, summed
+    read_bytes: dict[int, int]  # rank -> bytes of the frames it read; -1: the coordinator of several ranks
+    wait_seconds: float  # total time that senders waited for room
 
 
 class ServiceStatistics(msgspec.Struct, frozen=True):
-    """The counts of a service's channels, and what its stages wait for."""
+    """The counts of a service's channels, and the waits of its stages."""
 
     service: str
     ranks: int
     edges: list[EdgeStatistics]
-    kept: int  # deliveries that are kept until their prompts end
+    kept: int  # deliveries in the outbox
     waits: dict[str, str]  # stage -> "what on whom"

@@ -1,4 +1,4 @@
-"""What a controller tells the people and programs that follow a run."""
+"""Events of a run, from the controller to the programs and people that follow it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from protocols.weights import InstallReceipt, Version
 
 
 class RunStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The run has started, or was resumed."""
+
     run: str
     folder: str
     steps: int
-    first_step: int = 0  # steps already committed when it (re)started
+    first_step: int = 0  # number of steps that were committed before
     term: int = 0
     services: list[str] = []
-    warnings: list[str] = []  # what a resumed run found and went on without: damaged checkpoints, a changed recipe
+    warnings: list[str] = []  # of a resumed run: damaged checkpoints, a changed recipe
 
 
 class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """One step is in the ledger; the fields are the line of metrics.jsonl."""
+    """A step is in the ledger. The fields are one line of metrics.jsonl."""
 
-    step: int  # 1 after the first
+    step: int  # 1 for the first
     version: str
     seconds: float  # since the previous commit
     samples: int
     tokens_generated: int  # response tokens trained in this step
     reward_mean: float
-    kl: float  # mean per token of mu to the reference
+    kl: float  # of mu to the reference, mean per token
     loss: float  # the policy's
     staleness_max: int  # versions
     staleness_mean: float
@@ -36,6 +38,8 @@ class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Evaluated(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The held-out prompts were evaluated."""
+
     step: int
     metric: str
     value: float
@@ -43,6 +47,8 @@ class Evaluated(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class CheckpointWritten(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A checkpoint is complete on disk."""
+
     step: int
     path: str
     seconds: float
@@ -50,6 +56,8 @@ class CheckpointWritten(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Published(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """New weights were published, and loaded by the engines of the receipts."""
+
     version: Version
     nbytes: int
     seconds: float
@@ -57,7 +65,7 @@ class Published(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class SamplesEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Samples that ended other than trained."""
+    """Samples that finished without being trained."""
 
     state: Literal["dropped", "failed"]
     reason: str
@@ -65,23 +73,23 @@ class SamplesEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class ServiceReplaced(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A service's process died; another one took its place and is sent again what it had not finished."""
+    """A service's process died and was replaced. The replacement receives the unfinished rows again."""
 
     service: str
-    number: int  # of its replacements
+    number: int  # of this service's replacements so far
     cause: str
     seconds: float
 
 
 class CodeReloaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Every service runs these files' new text; rows that were done before `step` committed steps are of the old."""
+    """All services use these files' new code. Rows computed before `step` steps were committed used the old code."""
 
     step: int
     digests: dict[str, str]  # module -> blake2b-128 of its file
 
 
 class CodeRefused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Files were not taken, and nothing changed: whose they are and what is wrong with them."""
+    """Changed files could not be used, so no code changed."""
 
     step: int
     digests: dict[str, str]
@@ -89,26 +97,30 @@ class CodeRefused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class StateChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The run was paused, resumed, or is stopping."""
+
     state: Literal["running", "paused", "draining", "stopped"]
 
 
 class WaitsChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Who waits on whom now, for the live view: stage -> "what on whom"."""
+    """Who waits on whom now, for the live view."""
 
-    waits: dict[str, str]
+    waits: dict[str, str]  # stage -> "what on whom"
     live_prompts: int
-    step_progress: float  # share of the current batch's prompts that are settled, 0 to 1
+    step_progress: float  # fraction of the current batch's prompts that are settled, 0 to 1
     tokens_per_second: float = 0.0
 
 
 class Stalled(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Nothing has moved for `seconds`: the wait-for graph, a line an edge."""
+    """The run made no progress for `seconds`. `graph`: the wait-for graph, one line per edge."""
 
     seconds: float
     graph: list[str]
 
 
 class RunEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The last event of a run."""
+
     outcome: Literal["finished", "stopped", "failed"]
     step: int
     error: str = ""

@@ -1,4 +1,4 @@
-"""What passed through a service's channels, counted where it passed."""
+"""ChannelCounts: the rows, bytes and waiting time of a service's channels, by edge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Edge:
 
 
 class ChannelCounts:
-    """Counts by edge: for the metrics endpoint, and for whoever asks."""
+    """Counts by edge, for the metrics endpoint and for GetStatistics."""
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
@@ -24,11 +24,11 @@ class ChannelCounts:
 
     @property
     def edges(self) -> list[str]:
-        """Edges on which something was counted: channels, and direct calls."""
+        """The edges with counts: channels, and direct calls."""
         return list(self._edges)
 
     def arrived(self, edge: str, rows: int, refused: int, inline_bytes: int, wait_seconds: float) -> None:
-        """A delivery was let in."""
+        """Count a delivery that a mailbox accepted."""
         counts = self._edges[edge]
         counts.rows += rows - refused
         counts.refused += refused
@@ -41,17 +41,17 @@ class ChannelCounts:
             self._exporter.inc("channel_inline_bytes_total", inline_bytes, channel=edge)
 
     def read(self, edge: str, rank: int, nbytes: int) -> None:
-        """A rank read bytes of frames that came over the edge."""
+        """Count the bytes that a rank read from frames of an edge."""
         self._edges[edge].read_bytes[rank] += nbytes
         self._exporter.inc("channel_bytes_total", nbytes, channel=edge)
 
     def damaged(self, edge: str, rows: int) -> None:
-        """Rows whose frame was refused."""
+        """Count rows whose frame could not be decoded."""
         self._edges[edge].damaged += rows
         self._exporter.inc("rows_quarantined_total", rows, channel=edge)
 
     def statistics(self, edge: str, depth: int, capacity: int, peak: int) -> EdgeStatistics:
-        """One edge as it stands."""
+        """The statistics of one edge since the service started."""
         counts = self._edges[edge]
         return EdgeStatistics(
             edge=edge,

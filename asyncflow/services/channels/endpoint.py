@@ -1,4 +1,7 @@
-"""How services reach each other: three calls, the same in one process and between Ray actors."""
+"""Endpoint and Store: how services call each other, and where the bytes of their rows are stored.
+
+An endpoint has three calls. They are the same in one process and between Ray actors.
+"""
 
 from __future__ import annotations
 
@@ -15,69 +18,69 @@ from protocols.control.notices import Notice
 from protocols.control.requests import Refused, Reply, Request
 
 Frame = npt.NDArray[np.uint8]
-Payload = Any  # what a Store made of a frame: the frame itself, bytes, or a reference to it
+Payload = Any  # what Store.put returns for a frame: the frame itself, its bytes, or a reference
 
 
 class Store(Protocol):
-    """Where frames wait: written once by the producer, read by each consumer without a copy."""
+    """Storage for frames. The producer writes a frame once; each consumer reads it without a copy."""
 
     def put(self, frame: Frame, direct: bool = False) -> Payload:
-        """Keep a frame; what comes back travels beside a message. May block: for compute threads.
+        """Store a frame; the payload that is returned travels beside a message. May block: call it in a thread.
 
-        `direct`: whoever gets the message reads the frame itself, so that more of it may travel inside.
+        `direct`: the receiver of the message reads the frame itself, so a larger frame may travel inside the message.
         """
         ...
 
     def piece_bytes(self, nbytes: int, direct: bool) -> int:
-        """The most bytes of a frame of a message of `nbytes`, for it to travel inside, cut; 0: leave it whole."""
+        """The most bytes a frame, if rows of `nbytes` should be cut to travel inside the message; 0: do not cut."""
         ...
 
     async def get(self, payload: Payload) -> Frame:
-        """The frame, read-only. Raises PayloadLost where the process that put it is gone, and the frame with it."""
+        """The frame, read-only. Raises PayloadLost if the frame was lost with the process that stored it."""
         ...
 
     def inline_bytes(self, payload: Payload) -> int:
-        """Bytes that travel inside the message itself, 0 for a reference."""
+        """The bytes that travel inside the message itself; 0 for a reference."""
         ...
 
 
 class Requestable(Protocol):
-    """A service as those see it who only ask."""
+    """The part of an endpoint that sends requests."""
 
     @property
     def name(self) -> str: ...
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        """Ask for something and wait for the reply."""
+        """Send a request and wait for the reply."""
         ...
 
 
 class Endpoint(Requestable, Protocol):
-    """A service as others see it."""
+    """A service, as the controller and the other services call it."""
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        """Hand rows to a mailbox, a payload a shard; returns when there was room. Raises ServiceGone."""
+        """Put rows into a mailbox, with one payload per shard; returns when there was room. Raises ServiceGone."""
         ...
 
     async def notices(self) -> list[Notice]:
-        """What the service has to report; waits until there is something."""
+        """The notices that are queued for the controller; waits until there is one."""
         ...
 
 
 class ServiceError(Exception):
-    """A service refused a request, or died: names the service, what was asked and why it was not done."""
+    """A service refused a request, or died. The text names the service, the request and the cause."""
 
 
 class ServiceGone(ServiceError):
-    """The service's process is gone: what it held has to be sent again to its successor."""
+    """The service's process is gone. Its rows have to be sent again to its replacement."""
 
 
 class PayloadLost(Exception):
-    """A frame can't be read any more: the process that owned it is gone."""
+    """A frame can't be read any more, because the process that owned it is gone."""
 
 
 async def ask(endpoint: Requestable, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-    """`request` that raises ServiceError where the service refuses."""
+    """Send a request. Raises ServiceError if the service refuses it."""
     reply, answers = await endpoint.request(request, payloads)
     if isinstance(reply, Refused):
         raise ServiceError(f"{endpoint.name}: {type(request).__name__}: {reply.error}")
@@ -85,7 +88,7 @@ async def ask(endpoint: Requestable, request: Request, payloads: Sequence[Payloa
 
 
 def causes(error: BaseException) -> str:
-    """What happened: the leaves of a group, each once, by type and message. A group's own text names none of them."""
+    """The type and message of an error; of an exception group those of its leaves, since its own text names none."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(causes(e) for e in error.exceptions))
     return str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
@@ -93,7 +96,7 @@ def causes(error: BaseException) -> str:
 
 @asynccontextmanager
 async def all_or_error() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose ServiceErrors come out as one, with every cause."""
+    """A task group that raises one ServiceError with the causes of all that its tasks raised."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group

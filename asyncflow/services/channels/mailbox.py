@@ -1,7 +1,8 @@
-"""Mailboxes: a stage's inputs, joined by id. A plain one (one edge) gives credit; a join never refuses.
+"""Mailbox: the inputs of a stage, joined by sample id, with a bounded number of rows.
 
-A join's memory is bounded at the source instead: a prompt is admitted only while fewer than a window of
-prompts are unsettled. With credits per edge a join can wait for the row that the full edge keeps out.
+A mailbox of one edge gives its senders credit: `put` waits for room. A join of several edges never makes a sender
+wait, because it could deadlock: it could wait for the very row that a full edge keeps out. Its memory is bounded at
+the source, where a prompt is admitted only while the number of unsettled prompts is below the window.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ V = TypeVar("V")
 
 
 def has_room(held: int, arriving: int, capacity: int) -> bool:
-    """Whether a delivery is let in. One that can never fit is let into an empty mailbox."""
+    """Whether a delivery fits. One that is larger than the capacity is accepted by an empty mailbox."""
     return not arriving or not held or held + arriving <= capacity
 
 
 class Mailbox(Generic[V]):
-    """`put` waits for room where there is one edge; `take` waits for rows, never for a minimum."""
+    """`put` waits for room if there is one edge; `take` waits for one row or more."""
 
     def __init__(
-        self, edges: int, capacity: int, in_id_order: bool = False, ended: FinishedPrompts | None = None
+        self, edges: int, capacity: int, in_id_order: bool = False, finished: FinishedPrompts | None = None
     ) -> None:
-        self._table: RowTable[V] = RowTable(edges, ended)
+        self._table: RowTable[V] = RowTable(edges, finished)
         self._capacity = capacity if edges == 1 else None
         self._in_id_order = in_id_order
         self._changed = asyncio.Condition()
@@ -36,16 +37,16 @@ class Mailbox(Generic[V]):
 
     @property
     def depth(self) -> int:
-        """Rows held."""
+        """The number of rows held."""
         return len(self._table)
 
     @property
     def capacity(self) -> int:
-        """Rows that fit, 0 for a join, which never refuses."""
+        """The most rows held; 0 for a join, which has no limit."""
         return self._capacity or 0
 
     async def put(self, position: int, rows: Sequence[tuple[int, V | Failure]], attempt: int = 0) -> Arrival:
-        """Hand rows of one edge in; returns when there was room for those that are new."""
+        """Put rows of one edge in; returns when there was room for the new ones."""
         async with self._changed:
             if self._capacity is not None:
                 room = self._capacity
@@ -59,7 +60,7 @@ class Mailbox(Generic[V]):
             return arrival
 
     async def take(self, most: int) -> Joined[V]:
-        """Whatever is settled, up to `most` rows."""
+        """Take up to `most` settled rows; waits until there is one."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._table.settled > 0)
             joined = self._table.take(self._table.next_settled(most, self._in_id_order))
@@ -67,13 +68,13 @@ class Mailbox(Generic[V]):
             return joined
 
     async def take_back(self, samples: Iterable[int]) -> None:
-        """Rows that were taken could not be read: let them be sent again."""
+        """Accept these rows again, because they were taken but could not be read."""
         async with self._changed:
             self._table.take_back(samples)
             self._changed.notify_all()
 
     async def end(self, prompts: Iterable[int]) -> None:
-        """These prompts are over: their rows make room, and what still comes of them is refused."""
+        """These prompts are finished: drop their rows, and refuse those that still arrive."""
         async with self._changed:
             self._table.end(prompts)
             self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""The join before the batch: rows by sample, samples by prompt. A prompt settles when all of its rows have arrived.
+"""PromptJoin joins rows by sample, and samples by prompt. A prompt settles when all of its rows have arrived.
 
-An edge has a grain. A sample edge brings one row a sample, a prompt edge one row a prompt (a greedy baseline's
-score), which the batch gives to every sample of the prompt.
+An edge has a grain. A sample edge brings one row per sample. A prompt edge brings one row per prompt, such as a greedy
+baseline's score, which the batch repeats for every sample of the prompt.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ IsTrainable = Callable[[Mapping[int, Batch]], bool]  # of one prompt's rows, by 
 
 
 class PromptJoin:
-    """Holds joined rows from the first arrival until the batch takes them, or the prompt dies or is of no use."""
+    """Holds rows from their arrival until the batch takes them, or their prompt fails or is not trainable."""
 
     def __init__(
         self,
         grains: Sequence[Grain],
         samples_per_prompt: int,
-        ended: FinishedPrompts | None = None,
+        finished: FinishedPrompts | None = None,
         trainable: IsTrainable | None = None,
     ) -> None:
-        """`trainable` says whether a prompt that settled alive should be trained; None: all are."""
+        """`trainable` decides whether a prompt that settled without a failure is trained; None: all are."""
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
-        self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), ended)
-        self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True), ended)
+        self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), finished)
+        self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True), finished)
         self._settled: defaultdict[int, set[int]] = defaultdict(set)
-        self._closed: dict[int, list[int]] = {}  # prompts that settled alive -> their samples
+        self._closed: dict[int, list[int]] = {}  # prompts that settled without a failure -> their samples
         self._per_prompt = samples_per_prompt
-        self._worth = trainable
+        self._trainable = trainable
         self.peak = 0
 
     @property
     def depth(self) -> int:
-        """Rows held, complete or not: samples, and baselines where the algorithm has them."""
+        """The number of rows held, complete or not: samples and baselines."""
         return len(self._samples) + len(self._baselines)
 
     def arrive(
         self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
     ) -> tuple[list[PromptSettled], Arrival]:
-        """Take rows of one edge; the prompts that settled by it, and what came of the rows."""
+        """Take rows of one edge. Returns the prompts that this settles, and which rows were refused."""
         table = self._baselines if self._by_prompt[position] else self._samples
         rows: list[tuple[int, Held | Failure]] = [(f.sample_id, f) for f in failures]
         if batch is not None:
             rows += [(sample, (batch, row)) for row, sample in enumerate(batch.sample_ids.tolist())]
-        over = [s for s, _ in rows if prompt_of(s) in self._closed]
+        late = [s for s, _ in rows if prompt_of(s) in self._closed]
         fresh = [(s, value) for s, value in rows if prompt_of(s) not in self._closed]
         arrival = table.arrive(self._place[position], fresh, attempt)
         self.peak = max(self.peak, self.depth)
@@ -67,10 +67,10 @@ class PromptJoin:
             for sample in arrival.settled:
                 self._settled[prompt_of(sample)].add(sample)
         closed = [self._close(p) for p in touched if self._is_complete(p)]
-        return closed, Arrival(arrival.settled, arrival.refused + over)
+        return closed, Arrival(arrival.settled, arrival.refused + late)
 
     def take(self, samples: list[int]) -> tuple[Batch, ...]:
-        """Take joined rows out, each input in the order of `samples`; a prompt's row stands for each of its samples."""
+        """Take joined rows out, each input in the order of `samples`; a prompt's row is repeated for its samples."""
         prompts = dict.fromkeys(map(prompt_of, samples))
         baselines = [self._baseline_of(s) for s in samples]
         columns = tuple(
@@ -84,7 +84,7 @@ class PromptJoin:
         return columns
 
     def end(self, prompts: Sequence[int]) -> None:
-        """These prompts are over: let go of them, and refuse what still comes."""
+        """These prompts are finished: drop their rows, and refuse those that still arrive."""
         self._samples.end(prompts)
         self._baselines.end(prompts)
         for prompt in prompts:
@@ -99,20 +99,20 @@ class PromptJoin:
 
     def _close(self, prompt: int) -> PromptSettled:
         samples = sorted(self._settled.pop(prompt))
-        dead = self._deaths(prompt, samples)
+        dead = self._failures(prompt, samples)
         if dead:
-            # A group that lost a member is not trained: its baseline and its count would be another's.
+            # A group that lost a member is not trained: its baseline and its sample count would be wrong.
             self.end([prompt])
             return PromptSettled(prompt, [s for s in samples if s not in {f.sample_id for f in dead}], dead)
         summary = self._summary(prompt, samples)
         if summary.trainable:
             self._closed[prompt] = samples
         else:
-            # Its rows leave before its place is told to be free: the prompt that refills it finds room here.
+            # Drop its rows before the controller learns that its place is free, so that the next prompt finds room.
             self.end([prompt])
         return summary
 
-    def _deaths(self, prompt: int, samples: list[int]) -> list[Failure]:
+    def _failures(self, prompt: int, samples: list[int]) -> list[Failure]:
         dead = [f for s in samples if (f := self._samples.failure_of(s)) is not None]
         if dead or not any(self._by_prompt):
             return dead
@@ -136,7 +136,7 @@ class PromptJoin:
                     reward += float(rows.scores.sum())
                 case Costs():
                     cost = (cost or 0.0) + float(rows.costs.sum())
-        trainable = self._worth is None or self._worth(columns)
+        trainable = self._trainable is None or self._trainable(columns)
         return PromptSettled(prompt, samples, [], oldest, critic, tokens, reward, cost, trainable)
 
     @staticmethod
@@ -145,7 +145,7 @@ class PromptJoin:
 
 
 def gather(held: Sequence[Held]) -> Batch:
-    """Rows of several batches as one, in order; runs of one batch are cut out together."""
+    """Rows of several batches as one batch, in order; consecutive rows of a batch are taken together."""
     parts: list[Batch] = []
     start = 0
     for end in range(1, len(held) + 1):

@@ -1,9 +1,8 @@
-"""Rows by id until every edge has brought theirs: each row of each edge counts once, whatever is sent again.
+"""RowTable joins the rows of several edges by sample id, and takes each row of each edge exactly once.
 
-Pure bookkeeping, no waiting. Deliveries may come in any order, twice, or late from an attempt that was given up:
-what counts is a row's name (sample id, attempt, edge). A row is *settled* when each edge brought a value or a
-tombstone, and dead if any was a tombstone. A row that left is remembered until its prompt has ended, and an ended
-prompt for ever, so memory is bounded by the prompts in flight.
+Deliveries may arrive in any order, twice, or late from an abandoned attempt; a row's key is (sample id, attempt, edge).
+A row is *settled* when every edge brought a value or a tombstone, and dead if any of them is a tombstone. The table
+remembers a row that left until its prompt is finished, so the prompts in flight bound its memory. It never waits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ V = TypeVar("V")
 
 
 class Joined(msgspec.Struct, Generic[V]):
-    """Rows that leave together: `inputs[position][i]` belongs to `samples[i]`; dead rows are one tombstone each."""
+    """Rows that leave together: `inputs[position][i]` belongs to `samples[i]`; each dead row is one tombstone."""
 
     samples: list[int]
     inputs: tuple[list[V], ...]
@@ -32,10 +31,10 @@ class Joined(msgspec.Struct, Generic[V]):
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """What a delivery changed."""
+    """The effect of one delivery."""
 
     settled: list[int]
-    refused: list[int]  # rows that were here before, or are of an attempt or a prompt that is over
+    refused: list[int]  # rows that arrived before, or belong to an abandoned attempt or a finished prompt
 
 
 class _Row(Generic[V]):
@@ -49,29 +48,29 @@ class _Row(Generic[V]):
 class RowTable(Generic[V]):
     """The rows of one stage's `edges` inputs."""
 
-    def __init__(self, edges: int, ended: FinishedPrompts | None = None) -> None:
-        """`ended`: the prompts that are over, where several tables share the knowledge."""
+    def __init__(self, edges: int, finished: FinishedPrompts | None = None) -> None:
+        """`finished`: the finished prompts, if several tables share them."""
         self._edges = edges
         self._held: dict[int, _Row[V]] = {}
         self._settled: dict[int, None] = {}  # in the order in which they settled
         self._left: dict[int, int] = {}  # sample -> the attempt that left
-        self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # every sample that is remembered
-        self._ended = ended if ended is not None else FinishedPrompts()
+        self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # prompt -> its samples, held or left
+        self._finished = finished if finished is not None else FinishedPrompts()
 
     def __len__(self) -> int:
         return len(self._held)
 
     @property
     def settled(self) -> int:
-        """Rows that could leave."""
+        """The number of rows that can leave."""
         return len(self._settled)
 
     def fresh(self, position: int, samples: Iterable[int], attempt: int = 0) -> list[int]:
-        """Those of `samples` that `arrive` would take."""
+        """The samples that `arrive` would take."""
         return [s for s in samples if self._wants(position, s, attempt)]
 
     def arrive(self, position: int, rows: Iterable[tuple[int, V | Failure]], attempt: int = 0) -> Arrival:
-        """Take (sample, value or tombstone) rows of one edge; a newer attempt discards what an older one brought."""
+        """Take (sample, value or tombstone) rows of one edge; a newer attempt replaces the rows of an older one."""
         settled, refused = [], []
         for sample, value in rows:
             if not self._wants(position, sample, attempt):
@@ -89,26 +88,26 @@ class RowTable(Generic[V]):
         return Arrival(settled, refused)
 
     def next_settled(self, most: int, in_id_order: bool = False) -> list[int]:
-        """Up to `most` settled rows of one attempt, oldest arrival first; in id order where asked. They stay."""
+        """Up to `most` settled rows of one attempt, without removing them; oldest first, or in id order."""
         ids = list(islice(self._settled, most))
         ids = [s for s in ids if self._held[s].attempt == self._held[ids[0]].attempt]
         return sorted(ids) if in_id_order else ids
 
     def is_settled(self, sample: int) -> bool:
-        """Whether a row could leave."""
+        """Whether a row can leave."""
         return sample in self._settled
 
     def failure_of(self, sample: int) -> Failure | None:
-        """Why a held row is dead, or None."""
+        """The tombstone of a held row that is dead, else None."""
         return next((v for v in self._held[sample].slots.values() if isinstance(v, Failure)), None)
 
     def column(self, position: int, samples: Sequence[int]) -> list[V]:
-        """What one edge brought for live rows, in their order; they stay."""
+        """The values one edge brought for live rows, in their order, without removing them."""
         values = [self._held[s].slots[position] for s in samples]
         return [v for v in values if not isinstance(v, Failure)]
 
     def take(self, samples: Sequence[int]) -> Joined[V]:
-        """Let settled rows leave, in the order given. Raises KeyError for a row that is not settled."""
+        """Remove settled rows, in the given order. Raises KeyError for a row that is not settled."""
         if missing := [s for s in samples if s not in self._settled]:
             raise KeyError(f"sample {missing[0]} is not settled here")
         dead = {s: f for s in samples if (f := self.failure_of(s)) is not None}
@@ -121,21 +120,21 @@ class RowTable(Generic[V]):
         return Joined(alive, inputs, list(dead.values()), attempt)
 
     def take_back(self, samples: Iterable[int]) -> None:
-        """Rows that left could not be read: forget that they were here, so that they can be sent again."""
+        """Accept these rows again, because they left but could not be read."""
         for sample in samples:
             self._left.pop(sample, None)
 
     def end(self, prompts: Iterable[int]) -> None:
-        """These prompts are trained, dropped or failed: let go of their rows, and refuse what still comes."""
+        """These prompts are finished: drop their rows, and refuse those that still arrive."""
         for prompt in prompts:
             for sample in self._of_prompt.pop(prompt, ()):
                 self._held.pop(sample, None)
                 self._settled.pop(sample, None)
                 self._left.pop(sample, None)
-            self._ended.add(prompt)
+            self._finished.add(prompt)
 
     def _wants(self, position: int, sample: int, attempt: int) -> bool:
-        if self._left.get(sample, -1) >= attempt or prompt_of(sample) in self._ended:
+        if self._left.get(sample, -1) >= attempt or prompt_of(sample) in self._finished:
             return False
         row = self._held.get(sample)
         return row is None or row.attempt < attempt or (row.attempt == attempt and position not in row.slots)

@@ -1,6 +1,7 @@
-"""A part is a shard and where its bytes are: what mailboxes hold, and what is cut into calls of ranks.
+"""ShardRef: the rows of one encoded frame, by id and length, and the payload that leads to their bytes.
 
-Whoever plans with parts needs their names and lengths alone; reading is for those who work on the rows.
+Mailboxes hold references to rows, and `plan_calls` distributes them over ranks. Neither reads the bytes: that is done
+by the rank that works on the rows.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ B = TypeVar("B", bound=Batch)
 
 
 class ShardRef(msgspec.Struct, frozen=True, eq=False):
-    """Rows of one message and where they are. Compared by identity: it stands for one frame."""
+    """The rows of one frame, and their payload. Compared by identity."""
 
     shard: Shard
     payload: Payload
 
 
-Place = tuple[ShardRef, int]  # a row of a part
+RowRef = tuple[ShardRef, int]  # a shard, and the row's position in it
 
 
 class Partitioning(msgspec.Struct, frozen=True):
-    """How a stage's rows are dealt out to its ranks."""
+    """How a stage's rows are distributed over its ranks."""
 
     protocol: str
     whole_groups: bool = False  # a prompt's samples stay together
-    by_tokens: bool = False  # shares of equal tokens instead of equal rows
+    by_tokens: bool = False  # balance the tokens of the ranks instead of their rows
 
 
 class RankCallPlan(msgspec.Struct, frozen=True):
-    """What one rank is asked."""
+    """The call of one rank, with the payloads it reads."""
 
     rank: int
     call: RankCall
@@ -53,7 +54,7 @@ class RankCallPlan(msgspec.Struct, frozen=True):
 
 
 def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False) -> ShardRef:
-    """Encode a batch once and put it, see `Store.put`. May block: for compute threads."""
+    """Encode a batch as one frame and store it, see `Store.put`. May block: call it in a thread."""
     frame = codec.encode(batch, term=term, attempt=attempt)
     shard = Shard(batch.sample_ids.tolist(), frame.nbytes, batch.token_counts.tolist() if batch.tokens else [])
     return ShardRef(shard, store.put(frame, direct))
@@ -62,10 +63,10 @@ def pack(store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: boo
 def pack_apart(
     store: Store, batch: Batch, term: int, attempt: int = 0, *, direct: bool = False, object_bytes: int = 0
 ) -> list[ShardRef]:
-    """Like `pack`, as small frames that travel inside the message where the store says so, and otherwise as objects.
+    """Like `pack`, but in several frames: small ones that travel inside the message, or objects of `object_bytes`.
 
-    Objects have about `object_bytes` each; 0: there is a single one. Where a reader shares the producer's memory, it
-    maps its rows of one object; another node fetches objects whole.
+    With `object_bytes` = 0 there is one object. A reader on the producer's node maps only its rows of an object; a
+    reader on another node fetches the whole object.
     """
     cuts: list[Rows] = []
     if within := store.piece_bytes(batch.nbytes, direct):
@@ -79,26 +80,26 @@ def pack_apart(
 
 
 def unpack(frames: Sequence[Frame], kind: type[B]) -> B:
-    """All rows of some frames as one batch. Raises codec.BadFrame."""
+    """The rows of some frames as one batch. Raises codec.BadFrame."""
     batches = [codec.decode(frame, schemas={kind.schema_id: kind}) for frame in frames]
     return concat([batch for batch in batches if isinstance(batch, kind)])
 
 
 def parts_of(shards: Sequence[Shard], payloads: Sequence[Payload]) -> list[ShardRef]:
-    """Shards with their payloads. Raises ValueError where the counts differ."""
+    """Pair shards with their payloads. Raises ValueError if the counts differ."""
     if len(shards) != len(payloads):
         raise ValueError(f"{len(shards)} shards came with {len(payloads)} payloads, want one each")
     return [ShardRef(shard, payload) for shard, payload in zip(shards, payloads, strict=True)]
 
 
-def places(parts: Iterable[ShardRef]) -> list[tuple[int, Place]]:
-    """Sample id and place of every row, in order."""
+def row_refs(parts: Iterable[ShardRef]) -> list[tuple[int, RowRef]]:
+    """The sample id and the reference of every row, in order."""
     return [(sample, (part, row)) for part in parts for row, sample in enumerate(part.shard.sample_ids)]
 
 
-def arrivals(parts: Iterable[ShardRef], failures: Iterable[Failure]) -> list[tuple[int, Place | Failure]]:
-    """Rows as a mailbox takes them: values and tombstones by id."""
-    return [*places(parts), *((f.sample_id, f) for f in failures)]
+def arrivals(parts: Iterable[ShardRef], failures: Iterable[Failure]) -> list[tuple[int, RowRef | Failure]]:
+    """Rows in the form a mailbox takes: references and tombstones by sample id."""
+    return [*row_refs(parts), *((f.sample_id, f) for f in failures)]
 
 
 def plan_calls(
@@ -106,7 +107,7 @@ def plan_calls(
     method: str,
     cut: Partitioning,
     samples: Sequence[int],
-    inputs: Sequence[Sequence[Place]],
+    inputs: Sequence[Sequence[RowRef]],
     schemas: Sequence[int],
     topology: Topology,
     *,
@@ -115,16 +116,16 @@ def plan_calls(
     sampling: Sampling | None = None,
     all_ranks: bool = False,
 ) -> list[RankCallPlan]:
-    """Deal the rows of a firing out: each rank reads, of every input, its own rows and nothing else.
+    """Distribute the rows of a firing: each rank reads only its own rows of every input.
 
     Args:
-        samples: ids of the N rows.
-        inputs: per input, where its N rows are, in the order of `samples`.
-        schemas: per input, the message type that its ranks accept.
-        sampling: of a method that generates.
-        all_ranks: those without rows are called as well, for they work together with the others.
+        samples: the ids of the N rows.
+        inputs: per input, the references of its N rows, in the order of `samples`.
+        schemas: per input, the message type that the ranks accept.
+        sampling: the sampling parameters of a method that generates.
+        all_ranks: also call the ranks without rows, because they take part in the others' collectives.
 
-    Returns a call for every rank that has rows, or for all.
+    Returns a call for every rank that has rows, or for all ranks.
     """
     shares = protocol(cut.protocol).distribute(
         rows=len(samples),
@@ -152,8 +153,8 @@ def plan_calls(
     return calls
 
 
-def _locate(inputs: Sequence[Sequence[Place]]) -> tuple[list[ShardRef], list[Located]]:
-    """The distinct parts of all inputs, and per input where its rows lie among them."""
+def _locate(inputs: Sequence[Sequence[RowRef]]) -> tuple[list[ShardRef], list[Located]]:
+    """The distinct shards of all inputs, and per input the position of its rows in them."""
     numbers: dict[int, int] = {}
     parts: list[ShardRef] = []
     located = []
@@ -169,8 +170,8 @@ def _locate(inputs: Sequence[Sequence[Place]]) -> tuple[list[ShardRef], list[Loc
     return parts, located
 
 
-def _tokens(inputs: Sequence[Sequence[Place]]) -> list[int] | None:
-    """Tokens of each row, from the first input whose shards tell them."""
+def _tokens(inputs: Sequence[Sequence[RowRef]]) -> list[int] | None:
+    """The tokens of each row, from the first input whose shards have lengths."""
     for rows in inputs:
         if rows and all(part.shard.lengths for part, _ in rows):
             return [part.shard.lengths[row] for part, row in rows]

@@ -1,10 +1,9 @@
-"""Subscriptions: outside readers of what a stage sends, whom the flow neither waits for nor notices.
+"""Subscriptions let external readers follow what a stage sends. The dataflow never waits for them.
 
-    Host.send ──offer──> one bounded queue a reader <──NextRows── the reader, which reads the bytes itself
+    StageContext.send ──offer──> one bounded queue per reader <──NextRows── the reader, which reads the bytes itself
 
-A queue holds names and references of the newest deliveries. A reader that is slower than the flow loses the oldest
-and is told how many rows it missed; one that stays away is forgotten. Both ends stand here: `Subscriptions` in the
-service, `follow` with the reader.
+A queue holds references to the newest deliveries. A reader that is too slow loses the oldest ones and learns how many
+rows it missed; a reader that stops polling is dropped. `Subscriptions` is the service's end, `follow` the reader's.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from protocols.data.columns import Batch
 
 B = TypeVar("B", bound=Batch)
 
-MOST_DELIVERIES = 64  # that wait for one reader
-MOST_READERS = 64  # of one service
-FORGET_SECONDS = 60.0  # without a poll
+MOST_DELIVERIES = 64  # in the queue of one reader
+MOST_READERS = 64  # per service
+FORGET_SECONDS = 60.0  # after which a reader that does not poll is dropped
 LONGEST_POLL_SECONDS = 30.0
-POLL_SECONDS = 1.0  # of a reader here: how long it may take to see that the run is over
+POLL_SECONDS = 1.0  # of `follow`: how long it may take to see that the run has ended
 
 
 class _Reader:
@@ -38,7 +37,7 @@ class _Reader:
     def __init__(self, stage: str, now: float) -> None:
         self.stage = stage
         self.seen_at = now
-        self.polls = 0  # that wait at the moment
+        self.polls = 0  # requests that wait at the moment
         self.missed = 0  # rows, since its last reply
         self.queue: deque[list[ShardRef]] = deque()
         self.offered = asyncio.Event()
@@ -58,19 +57,19 @@ class _Reader:
 
 
 class Subscriptions:
-    """The outside readers of one service. Memory: `MOST_READERS` times `MOST_DELIVERIES` references at most."""
+    """The external readers of one service. It holds at most `MOST_READERS` * `MOST_DELIVERIES` references."""
 
     def __init__(self, stages: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        """`stages`: those of the service that send rows; `clock` in seconds."""
+        """`stages`: the service's stages that send rows; `clock`: in seconds."""
         self._stages, self._clock = list(stages), clock
         self._readers: dict[int, _Reader] = {}
 
     def __len__(self) -> int:
-        """Readers that are not forgotten."""
+        """The number of readers."""
         return len(self._readers)
 
     async def answer(self, request: Subscribe | NextRows | Unsubscribe) -> tuple[Reply, list[Payload]]:
-        """What a reader asks of the service."""
+        """Carry out a reader's request."""
         match request:
             case Subscribe():
                 return Subscribed(self.open(request.stage)), []
@@ -82,25 +81,25 @@ class Subscriptions:
                 return Done(), []
 
     def open(self, stage: str) -> int:
-        """Begin to keep what a stage sends; the subscription's number.
+        """Start to queue what a stage sends; returns the subscription's number.
 
-        Raises LookupError for a stage that sends nothing here, RuntimeError where there are too many readers.
+        Raises LookupError for a stage that sends nothing here, RuntimeError if there are too many readers.
         """
         if stage not in self._stages:
             raise LookupError(f"no stage {stage!r} sends rows here; there is {', '.join(self._stages) or 'none'}")
         self._forget()
         if len(self._readers) >= MOST_READERS:
             raise RuntimeError(f"{MOST_READERS} subscriptions are open, no more are taken; end one of them first")
-        number = secrets.randbits(53)  # a reader of this service's predecessor must not hit on another's queue
+        number = secrets.randbits(53)  # random: after a restart, an old reader must not meet another's queue
         self._readers[number] = _Reader(stage, self._clock())
         return number
 
     def close(self, number: int) -> None:
-        """End a subscription; one that is not there is ended already."""
+        """End a subscription. Idempotent."""
         self._readers.pop(number, None)
 
     def offer(self, stage: str, parts: Sequence[ShardRef]) -> None:
-        """Show a delivery to the readers of its stage. Never waits."""
+        """Queue a delivery for the readers of its stage. Never waits."""
         if not self._readers or not parts:
             return
         self._forget()
@@ -109,15 +108,15 @@ class Subscriptions:
                 reader.offer(list(parts))
 
     async def next(self, number: int, seconds: float) -> tuple[list[ShardRef], int]:
-        """What waits for a reader and how many rows it missed; nothing where nothing came within `seconds`.
+        """A reader's queued shards, and how many rows it missed; empty if nothing arrives within `seconds`.
 
-        Raises LookupError for a subscription that is not there (any more).
+        Raises LookupError for an unknown subscription, or one that was dropped.
         """
         reader = self._readers.get(number)
         if reader is None:
             raise LookupError(
-                f"no subscription {number}: it was ended, or not read for {FORGET_SECONDS:g} s, "
-                "or made with this service's predecessor; subscribe again"
+                f"no subscription {number}: it was ended, or it was not read for {FORGET_SECONDS:g} s, "
+                "or the service was replaced; subscribe again"
             )
         reader.polls += 1
         try:
@@ -130,7 +129,7 @@ class Subscriptions:
         return reader.take()
 
     def _forget(self) -> None:
-        """Let go of the readers that stay away."""
+        """Drop the readers that stopped polling."""
         oldest = self._clock() - FORGET_SECONDS
         for number in [n for n, reader in self._readers.items() if not reader.polls and reader.seen_at < oldest]:
             del self._readers[number]
@@ -139,15 +138,15 @@ class Subscriptions:
 async def follow(
     endpoint: Endpoint, store: Store, stage: str, kind: type[B], over: Callable[[], bool]
 ) -> AsyncGenerator[tuple[B | None, int]]:
-    """What a stage sends from now on, until the run is over: each shard's rows, and how many were missed before them.
+    """Yield what a stage sends from now on until the run ends: each shard's rows, and how many were missed before them.
 
-    Rows that can't be read (refused, or their sender died) are missed too. (None, n) tells of rows that were missed
-    with nothing behind them. Leaving the iteration unsubscribes.
+    Rows that can't be read (a bad frame, or a dead sender) count as missed. (None, n) means that n rows were missed
+    and none follow yet. Leaving the iteration unsubscribes.
 
     Args:
-        over: whether the run has ended; what it sent until then is still read.
+        over: whether the run has ended; the rows sent until then are still read.
 
-    Raises ServiceError where the service is gone while the run goes on.
+    Raises ServiceError if the service is gone while the run goes on.
     """
     reply, _ = await ask(endpoint, Subscribe(stage))
     assert isinstance(reply, Subscribed)
@@ -178,7 +177,7 @@ async def _next(
     try:
         reply, payloads = await ask(endpoint, NextRows(number, seconds))
     except ServiceError:
-        if over():  # it was ended with its run
+        if over():  # the service ended with its run
             return Rows(), []
         raise
     assert isinstance(reply, Rows)

@@ -1,7 +1,7 @@
-"""The functions of a closing stage as a worker: its batch function, its filter, and the state between two batches.
+"""ApplyFunctions: a closing stage's batch function and filter as a worker, with the state between two batches.
 
-The state moves when a batch is closed. A checkpoint is written between two steps only, so what it holds is the
-state of its last committed step: a step that is given up takes the run back to a checkpoint, and the state with it.
+The state changes when a batch is closed. A checkpoint is written only between two steps, so it holds the state of the
+last committed step; a step that is abandoned returns the run, and this state, to a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from workers.user_code import install, new_module
 STATE = "state.json"
 
 
-Remake = Callable[[ModuleType], Stage]  # the stage as a new module of the algorithm has it; raises DataflowError
+Remake = Callable[[ModuleType], Stage]  # the stage in a new module of the algorithm; raises DataflowError
 
 
 class ApplyFunctions:
-    """The worker of the advantage service; its methods have the functions' names."""
+    """The worker of the advantage service. Its methods have the names of the functions."""
 
     def __init__(
         self, stage: Stage, module: str = "", remake: Remake | None = None, kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """`module`: the user's, where the algorithm is theirs; `remake` makes its stage anew.
+        """Args:
 
-        `kwargs`: the batch function is called with these, beside its inputs.
+        module: the name of the user's module, if the algorithm is theirs; `remake` builds its stage anew.
+        kwargs: further arguments of the batch function.
         """
         assert stage.function is not None, f"{stage.name} closes no batch"
         self._stage, self._function = stage, stage.function
@@ -44,9 +45,9 @@ class ApplyFunctions:
             setattr(self, stage.filter.name, self._filter)
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Make the functions anew where their file is among these. Raises BadCode, and DataflowError for other wiring.
+        """Prepare the functions of a changed file. Raises BadCode, or DataflowError if the dataflow has changed.
 
-        What is carried from batch to batch must be readable as the new function's state.
+        The current state must be readable as the new function's state.
         """
         self._next = None
         for source in sources:
@@ -56,7 +57,7 @@ class ApplyFunctions:
                     self._next = stage, self._read(msgspec.json.encode(self._state), stage), module
 
     def switch_code(self, take: bool) -> None:
-        """Take what was prepared from the next batch on, or drop it."""
+        """Use the prepared functions from the next batch on, or drop them."""
         if take and self._next is not None:
             self._stage, self._state, module = self._next
             assert self._stage.function is not None
@@ -72,9 +73,9 @@ class ApplyFunctions:
         return self._stage.filter.function(*inputs)
 
     def _carry(self, *inputs: Any) -> Stateful[Any, Any]:
-        """Call the batch function with the state that its last call returned. Raises TypeError where it returns none.
+        """Call the batch function with the state that its last call returned. Raises TypeError if it returns none.
 
-        Where the function raises the state stays as it was.
+        If the function raises, the state does not change.
         """
         name, kind = self._stage.name, self._stage.state
         assert kind is not None
@@ -89,10 +90,10 @@ class ApplyFunctions:
         (Path(folder) / STATE).write_bytes(msgspec.json.encode(self._state))
 
     def load(self, folder: str) -> None:
-        """Go on with a saved state. Raises msgspec.ValidationError where it is another function's."""
+        """Load a saved state. Raises msgspec.ValidationError if it is another function's."""
         self._state = self._read((Path(folder) / STATE).read_bytes(), self._stage)
 
     @staticmethod
     def _read(saved: bytes, stage: Stage) -> msgspec.Struct | None:
-        """A state as JSON, as one of a stage's."""
+        """Decode a saved state as the state of a stage."""
         return None if saved == b"null" else msgspec.json.decode(saved, type=stage.state)

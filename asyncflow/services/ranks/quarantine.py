@@ -1,4 +1,4 @@
-"""Frames that were refused, kept beside the run's logs with the reason: somebody will want to look at them."""
+"""Quarantine keeps refused frames beside the run's logs, each with the reason, so that a person can inspect them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asyncflow.services.channels.endpoint import Frame
 
-MOST_KEPT = 16  # of one process; later ones are counted alone
+MOST_KEPT = 16  # per process; later ones are only counted
 
 
 class Quarantine:
@@ -19,7 +19,7 @@ class Quarantine:
         self._kept = 0
 
     def keep(self, frame: Frame, reason: str) -> None:
-        """Write a frame and why it was refused. Blocking, and short: a process keeps a few."""
+        """Write a frame and the reason for its refusal. Blocking, but seldom: at most MOST_KEPT times."""
         self._kept += 1
         if self._folder is None or self._kept > MOST_KEPT:
             return

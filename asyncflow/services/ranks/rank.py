@@ -1,7 +1,7 @@
-"""A rank reads its own rows, calls its worker in one compute thread, and stores the output.
+"""Rank: it reads its rows, calls its worker in one compute thread, and stores the output.
 
-Frames become batches here, and batches frames. A damaged frame is quarantined with the reason and costs only its own
-rows, which leave as tombstones. A frame whose owner died costs only time: its rows are sent again.
+Frames are decoded to batches and batches encoded to frames here. A damaged frame is quarantined with the reason, and
+only its own rows fail. If the owner of a frame died, the rows are sent again.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Ranks(Protocol):
     """The ranks of a service, as its coordinator sees them."""
 
     async def start(self) -> None:
-        """Load every rank's model. Raises ServiceError naming the rank that could not."""
+        """Load every rank's model. Raises ServiceError naming the rank that failed."""
         ...
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        """One rank's part of a firing. An error of the method itself is raised."""
+        """Run one rank's part of a firing. Raises what the worker's method raises."""
         ...
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        """One rank's part of a request to all of them. An error of the worker is raised."""
+        """Run one rank's part of a request to all ranks. Raises what the worker raises."""
         ...
 
     async def stop(self) -> None:
-        """Free what they hold."""
+        """Free the models."""
         ...
 
 
@@ -53,7 +53,7 @@ class Rank:
     def __init__(
         self, spec: ServiceSpec, workplace: LoadedWorker, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
     ) -> None:
-        """`thread`: where `call` works; None where the process has nothing else to do and calls `work` itself."""
+        """`thread`: the thread of `call` and `ask`; None if the process calls `work` and `answer` itself."""
         self._spec, self._workplace, self._store, self._thread = spec, workplace, store, thread
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
         # The output of one of several ranks passes the coordinator by reference, so it must not travel inline.
@@ -61,7 +61,7 @@ class Rank:
         self._direct = {stage.name: self._alone and stage.direct for stage in spec.stages}
 
     async def call(self, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        """Fetch, then `work` in the compute thread: see `Ranks.call`."""
+        """Fetch the frames, then `work` in the compute thread. See `Ranks.call`."""
         frames = [await self._fetch(payload) for payload in payloads]
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.work, call, frames)
 
@@ -72,7 +72,7 @@ class Rank:
             return None
 
     def work(self, call: RankCall, frames: Sequence[Frame | None]) -> tuple[RankReply, list[Payload]]:
-        """Read, compute, put. Blocking. `None` stands for a frame that is gone."""
+        """Read the rows, compute, and store the output. Blocking. `None` stands for a lost frame."""
         start = time.time()
         if delay := self._spec.delay_seconds.get(call.method, 0.0):
             time.sleep(delay)
@@ -98,20 +98,20 @@ class Rank:
             metrics=metrics,
             damaged=read.damaged,
             lost=read.lost,
-            drawn=len(batch.responses.values) if isinstance(batch, Rollouts) else 0,
+            generated_tokens=len(batch.responses.values) if isinstance(batch, Rollouts) else 0,
         )
         return reply, [part.payload for part in parts]
 
     async def ask(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        """`answer` in the compute thread: see `Ranks.ask`."""
+        """Run `answer` in the compute thread. See `Ranks.ask`."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request)
 
     def answer(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        """Carry out a coordinator's request that has no rows. Blocking."""
+        """Carry out a coordinator's request, which has no rows. Blocking."""
         start = time.time()
         reply, payloads = carry_out(self._workplace, self._store, request)
         if isinstance(request, LoadState) and self._spec.leased:
-            self._workplace.offload()  # all services restore at once, when none of them has the devices
+            self._workplace.offload()  # all services restore at once, without a lease
         return RankAnswer(start, time.time(), reply), payloads
 
     def _put(self, stage: str, batch: Batch) -> list[ShardRef]:
@@ -128,7 +128,7 @@ class OwnRank:
         self._rank = rank
 
     async def start(self) -> None:
-        """The rank is built already."""
+        """Do nothing: the rank is built already."""
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         return await self._rank.call(call, payloads)
@@ -137,11 +137,11 @@ class OwnRank:
         return await self._rank.ask(request)
 
     async def stop(self) -> None:
-        """The coordinator frees it."""
+        """Do nothing: the coordinator frees the worker."""
 
 
 def unwrap(result: Any) -> tuple[Batch | None, list[Failure], Metrics | None]:
-    """Batch, failures and metrics in whatever a stage's method returned."""
+    """The batch, failures and metrics of a stage method's result, whatever its type."""
     match result:
         case Partial():
             return result.batch, result.failures, None

@@ -1,6 +1,6 @@
-"""Requests of a coordinator to its ranks: weights, state, code, layouts. All ranks carry them out; rank 0 answers.
+"""Requests from the coordinator to its ranks: weights, state, code, layouts. All ranks carry them out; rank 0 answers.
 
-Bytes don't pass the coordinator: the rank that has them stores them.
+Weights don't pass through the coordinator: the rank that has them stores them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from protocols.control.requests import (
     YieldDevices,
 )
 
-BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # a user's code is tried out without it, wherever it is
+BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # requests that need no model on its device
 
 
 def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
-    """Do what is asked of a rank. Blocking; raises what its worker raises."""
+    """Carry out a request on one rank. Blocking. Raises what the worker raises."""
     if isinstance(request, YieldDevices):
         return workplace.offload(), []
     if isinstance(request, PrepareCode | SwitchCode):
@@ -41,7 +41,7 @@ def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tu
     match request:
         case TakeSnapshot():
             taken = worker.snapshot(request.version)
-            if taken is None:  # a rank beside the one that collects
+            if taken is None:  # another rank gathers the weights
                 return Done(), []
             manifest, buffer = taken
             return SnapshotTaken(manifest), [store.put(buffer)]
@@ -53,7 +53,7 @@ def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tu
             worker.export(request.folder)
         case SwitchLayout():
             if request.to == "generation":
-                took = worker.to_generation()  # None: there was nothing to bring
+                took = worker.to_generation()  # None: the engine has the current weights already
                 values = msgspec.structs.asdict(took) if took is not None else {}
                 return Done({name: float(value) for name, value in values.items()}), []
             worker.to_training()
@@ -61,7 +61,7 @@ def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tu
 
 
 def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
-    """Of the workers that call a user's functions; the others have nothing to take."""
+    """Pass a change of code on to a worker that calls a user's functions; other workers ignore it."""
     if isinstance(request, PrepareCode) and (prepare := getattr(worker, "prepare_code", None)):
         prepare(request.sources)
     if isinstance(request, SwitchCode) and (switch := getattr(worker, "switch_code", None)):
@@ -80,5 +80,5 @@ _ACTIVITIES = {
 
 
 def activity_of(request: RankRequest) -> str:
-    """What the timeline calls it."""
+    """The request's name in the timeline."""
     return f"to_{request.to}" if isinstance(request, SwitchLayout) else _ACTIVITIES[type(request)]

@@ -60,7 +60,7 @@ class RowReader:
                     raise codec.BadFrame("it holds other rows than its shard names")
                 batches.append(batch)
                 there.append(span)
-            except (codec.BadFrame, IndexError) as error:  # or it has fewer rows than its shard names
+            except (codec.BadFrame, IndexError) as error:  # IndexError: it has fewer rows than its shard names
                 self.refused[source] = str(error)
                 cause = f"its frame was refused: {error}"
                 self.damaged.append(Damaged(input, span[readable[span]].tolist(), cause))
@@ -71,7 +71,7 @@ class RowReader:
 
 
 def _runs(segments: list[Segment]) -> list[tuple[int, list[Segment]]]:
-    """Neighbouring segments of one source together."""
+    """Group neighbouring segments of the same source."""
     runs: list[tuple[int, list[Segment]]] = []
     for segment in segments:
         if runs and runs[-1][0] == segment.source:

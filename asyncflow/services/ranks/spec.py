@@ -1,6 +1,6 @@
-"""ServiceSpec: all that a service needs to start. Plain values, which cross processes as msgpack.
+"""ServiceSpec: everything a service needs to start, as plain values that cross processes as msgpack.
 
-What every service has are its identity and its limits. What only its role has stands in `settings`, one struct a role.
+Its own fields are what every service has: identity, placement, limits. `settings` has one struct per role.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class StageSpec(msgspec.Struct, frozen=True):
     fires: Fires
     inputs: list[str]  # edges by position, "critic.values#1.0"
     schemas: list[int]  # message type of each edge, by position
-    sources: list[str]  # the stages behind the edges
+    sources: list[str]  # the stages that send on the edges
     outputs: list[Target]
     protocol: str
-    grains: list[Grain] = []  # of each edge, by position; of a closing stage
-    whole_groups: bool = False  # a prompt's samples go to one rank
+    grains: list[Grain] = []  # closing stage: the grain of each edge, by position
+    whole_groups: bool = False  # all samples of a prompt go to one rank
     balance: Literal["rows", "tokens"] = "rows"
     sampling: Sampling | None = None  # of a generating stage
-    filter: str = ""  # of a closing stage: the worker's method that says which prompts are worth training
-    filter_inputs: list[int] = []  # positions of the inputs that it takes
+    filter: str = ""  # closing stage: the worker's method that decides which prompts are trainable
+    filter_inputs: list[int] = []  # the positions of that method's inputs
 
     @property
     def direct(self) -> bool:
@@ -50,7 +50,7 @@ class StageSpec(msgspec.Struct, frozen=True):
 
 
 class PolicySettings(msgspec.Struct, frozen=True, tag="policy"):
-    """A policy that trains, and generates where no generator is placed."""
+    """A policy that trains, and generates unless a generator is placed."""
 
     role: ClassVar[str] = "policy"
     model: Model
@@ -58,7 +58,7 @@ class PolicySettings(msgspec.Struct, frozen=True, tag="policy"):
     optimizer: Optimizer = Optimizer()
     generation: Generation = Generation()
     tokenizer_path: str = ""
-    pretrain: str = ""  # JSON lines of pretraining text, where the loss has a term of it
+    pretrain: str = ""  # a JSON Lines file of pretraining text, if the loss has a pretraining term
 
 
 class GeneratorSettings(msgspec.Struct, frozen=True, tag="generator"):
@@ -103,19 +103,19 @@ class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
 
     role: ClassVar[str] = "advantage"
     algorithm: str  # where the function comes from
-    advantage_kwargs: dict[str, float | bool | str] = {}  # what it is called with, beside its inputs
-    reward_parts: list[str] = []  # names of a mixed reward's parts, in their order
+    advantage_kwargs: dict[str, float | bool | str] = {}  # further arguments of the function
+    reward_parts: list[str] = []  # the names of a mixed reward's parts, in order
 
 
 class ExternalSettings(msgspec.Struct, frozen=True, tag="external"):
-    """A role that a worker outside of the run computes."""
+    """A role that an external worker computes."""
 
     role: str
     failures: Failures = Failures()
 
 
 class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):
-    """A worker class that is no role of an algorithm: of a benchmark, a calibration, a test."""
+    """A worker class that is no role of an algorithm, as in a benchmark, a calibration or a test."""
 
     role: str  # "package.module:Class"
     options: dict[str, str] = {}  # for the class to read
@@ -134,14 +134,14 @@ Settings = (
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """The bounds of what a service holds, sends and takes at once."""
+    """The bounds on the rows, bytes and threads of a service."""
 
     mailbox_rows: int  # capacity of a plain mailbox
-    firing_rows: int  # most rows of one firing
+    firing_rows: int  # the most rows of one firing
     inline_bytes: int = 8192  # larger frames travel by reference
-    object_bytes: int = 0  # of one object of a larger shard, where readers are on other nodes; 0: one object a shard
-    shared_bytes: int = 0  # of the memory that processes of one node share, what each of them may hold at most
-    threads: int = 1  # of torch
+    object_bytes: int = 0  # size of the objects of a shard, if readers are on other nodes; 0: one object per shard
+    shared_bytes: int = 0  # the shared memory of a node that each process may hold
+    threads: int = 1  # torch's threads
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,41 +158,41 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     samples_per_prompt: int
     pool: str
     leased: bool  # other services share the pool's devices
-    accelerated: bool = False  # its ranks each have a device of their own, or a share of one
+    accelerated: bool = False  # its ranks run on accelerators
     topology: Topology = Topology()  # of its ranks
-    generation_layout: Topology = Topology()  # p-t in which they generate, where they do
-    backend: Backend = "3d"  # how ranks that work together share a model
+    generation_layout: Topology = Topology()  # the p-t in which its ranks generate, if they do
+    backend: Backend = "3d"  # how collective ranks share a model
     recompute: bool = False  # in training keep one activation per layer and recompute the others
-    collective: bool = False  # its ranks work together, be it one alone: each takes every call, without rows too
+    collective: bool = False  # its ranks compute together, so each takes part in every call, even without rows
     log_path: str = ""
-    metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's own
+    metrics_host: str = "127.0.0.1"  # address of the metrics endpoint; "node": the node's address
     delay_seconds: dict[str, float] = {}  # stage method -> injected delay, for experiments on timing
 
     @property
     def role(self) -> str:
-        """What it computes: a role of the algorithm, "generator", "advantage", or "package.module:Class"."""
+        """A role of the algorithm, "generator", "advantage", or "package.module:Class"."""
         return self.settings.role
 
     @property
     def external(self) -> bool:
-        """Whether a worker outside of the run computes it."""
+        """Whether external workers compute it."""
         return isinstance(self.settings, ExternalSettings)
 
     @property
     def grouping(self) -> GenerationGrouping:
-        """Its ranks as they generate. Raises ValueError where the layout does not divide the topology."""
+        """The grouping of its ranks for generation. Raises ValueError if the layout does not divide the topology."""
         return generation_grouping(self.backend, self.topology, self.generation_layout)
 
     @property
     def slots(self) -> int:
-        """Rows that it generates at the same time; 0 where it does not generate."""
+        """The number of rows it generates at the same time; 0 if it does not generate."""
         settings = self.settings
         return settings.generation.slots if isinstance(settings, PolicySettings | GeneratorSettings) else 0
 
 
 def effective_protocol(protocol: str, topology: Topology) -> str:
-    """The transfer protocol by which a stage's rows reach the ranks of a topology.
+    """The transfer protocol that distributes a stage's rows over the ranks of a topology.
 
-    DP_PROTO is for ranks that hold the whole model each: where several share one, its rows go to all of them.
+    DP_PROTO is for ranks that each hold the whole model. If several ranks share one, its rows go to all of them.
     """
     return "3D_PROTO" if protocol == "DP_PROTO" and topology.replica_size > 1 else protocol

@@ -1,4 +1,4 @@
-"""Where services live: Ray actors, or all in one process. Both give the same endpoints."""
+"""Runtimes start and stop services: as Ray actors, or all in one process. Both give the same endpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import msgspec
 from asyncflow.services.channels.endpoint import Endpoint, Store
 from asyncflow.services.ranks.spec import ServiceSpec
 
-CPU_SLOT = "cpu-slot"  # the device of machines without an accelerator
-SLOTS_PER_CORE = 4  # slots share the cores by time, so there may be more of them
+CPU_SLOT = "cpu-slot"  # the device of a machine without an accelerator
+SLOTS_PER_CORE = 4  # slots time-share the cores, so there can be more slots than cores
 
 
 class Started(msgspec.Struct):
@@ -21,21 +21,21 @@ class Started(msgspec.Struct):
 
 
 class Runtime(Protocol):
-    """Starts services and ends them."""
+    """Starts, replaces and stops services."""
 
     @property
     def store(self) -> Store:
-        """The controller's own access to frames."""
+        """The store through which the controller reads frames."""
         ...
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
-        """Start and connect all services; by name. Raises ServiceError naming the one that did not start."""
+        """Start and connect all services; returns them by name. Raises ServiceError naming one that did not start."""
         ...
 
     async def restart(self, name: str) -> Started:
-        """Replace a service by a new one of the same spec, with empty memory, and tell the others where it is."""
+        """Replace a service by a new one of the same spec, which starts without state, and reconnect the others."""
         ...
 
     async def stop(self) -> None:
-        """End all of them. Idempotent."""
+        """Stop all services. Idempotent."""
         ...

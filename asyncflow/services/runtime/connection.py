@@ -1,12 +1,12 @@
-"""A connection between two processes of one node: messages, and the shared frames that travel with them.
+"""Connection: messages between two processes of one node, with shared frames as file descriptors.
 
     u32 length | u32 number of frames | message
 
-A frame travels as its descriptor (SCM_RIGHTS). Descriptors keep the order of the messages that they belong to, and
-none overtakes its message. Sending never waits; `drain` does.
+A frame is sent as its file descriptor (SCM_RIGHTS). Descriptors arrive in the order of their messages, never after
+them. `send` never waits; `drain` waits until little is unsent.
 
-Reason against asyncio's streams, multiprocessing.connection and gRPC: none of them sends descriptors from an event
-loop, and without descriptors a frame would be copied through the socket, or through Ray's store.
+asyncio's streams, multiprocessing.connection and gRPC don't fit: none of them sends descriptors from an event loop, and
+without descriptors each frame would be copied through the socket or through Ray's store.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from collections.abc import Sequence
 
 from asyncflow.services.runtime.shared import SharedFrame
 
-MOST_BYTES = 64 << 20  # of a message; a longer one is garbage
-MOST_FRAMES = 4096  # beside one message
+MOST_BYTES = 64 << 20  # of a message; a longer one is treated as garbage
+MOST_FRAMES = 4096  # of one message
 _PROLOGUE = struct.Struct("<II")
 _USER = struct.Struct("3i")  # pid, uid, gid of the process behind a socket
-_AT_ONCE = 1 << 18  # bytes of one reading
-_AHEAD = 1 << 20  # bytes that are read before anybody has asked for them
-_UNSENT = 1 << 16  # bytes from which on `drain` waits
-_TOGETHER = 253  # descriptors that the kernel takes at once
+_READ_BYTES = 1 << 18  # of one recvmsg
+_READ_AHEAD_BYTES = 1 << 20  # that are buffered before `receive` is called
+_UNSENT_BYTES = 1 << 16  # above which `drain` waits
+_MOST_DESCRIPTORS = 253  # of one sendmsg, the kernel's SCM_MAX_FD
 _DESCRIPTOR = array.array("i").itemsize
-_AGAIN_SECONDS = 0.01  # after the kernel has taken no descriptors, for too many of this user's are on their way
+_RETRY_SECONDS = 0.01  # after ETOOMANYREFS: too many descriptors of this user are in flight
 
 
 class Garbage(Exception):
-    """What came is no message of ours, or not from us."""
+    """The received bytes are not a message of this protocol, or the other end belongs to another user."""
 
 
 class Connection:
-    """One end, of the event loop that it was made in. Ends when the other end does, or one of them is closed."""
+    """One end of a connection, used in the event loop that created it. It ends when either end is closed."""
 
     def __init__(self, connected: socket.socket) -> None:
-        """Takes the socket over, which does not block. Raises Garbage where another user is at its other end."""
+        """Takes ownership of a non-blocking socket. Raises Garbage if another user is at its other end."""
         try:
             _check_user(connected)
         except Garbage:
@@ -50,8 +50,8 @@ class Connection:
             raise
         self._socket = connected
         self._loop = asyncio.get_running_loop()
-        self._chunk = memoryview(bytearray(_AT_ONCE))
-        self._room_for_descriptors = socket.CMSG_SPACE(_TOGETHER * _DESCRIPTOR)
+        self._chunk = memoryview(bytearray(_READ_BYTES))
+        self._room_for_descriptors = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR)
         self._read = bytearray()
         self._descriptors: deque[int] = deque()
         self._reading = False
@@ -59,7 +59,7 @@ class Connection:
         self._unsent: deque[tuple[memoryview, Sequence[SharedFrame]]] = deque()
         self._unsent_bytes = 0
         self._writing = False
-        self._again: asyncio.TimerHandle | None = None  # while the kernel takes no descriptors
+        self._retry: asyncio.TimerHandle | None = None  # while the kernel accepts no descriptors
         self._little_unsent = asyncio.Event()
         self._little_unsent.set()
         self._over = False  # nothing more will be read
@@ -68,7 +68,7 @@ class Connection:
         self._read_on()
 
     async def receive(self) -> tuple[bytes, list[SharedFrame]] | None:
-        """One message and its frames; None where the connection has ended. Raises Garbage, OSError."""
+        """Receive a message and its frames; None if the connection has ended. Raises Garbage, OSError."""
         while (message := self._take()) is None:
             if self._over:
                 if self._broken is not None:
@@ -82,26 +82,26 @@ class Connection:
         return message
 
     def send(self, packed: bytearray, frames: Sequence[SharedFrame] = ()) -> None:
-        """Send a message that stands behind `PROLOGUE` free bytes. What can't be sent any more is dropped."""
+        """Send a message, which starts after `PROLOGUE` free bytes. It is dropped if the other end is gone."""
         if self.closed:
             return
         _PROLOGUE.pack_into(packed, 0, len(packed) - _PROLOGUE.size, len(frames))
         message, first = memoryview(packed), 0
-        while len(frames) - first > _TOGETHER:  # each lot of descriptors needs a byte to stand beside
-            self._unsent.append((message[:1], frames[first : first + _TOGETHER]))
-            message, first = message[1:], first + _TOGETHER
+        while len(frames) - first > _MOST_DESCRIPTORS:  # each sendmsg with descriptors must send at least a byte
+            self._unsent.append((message[:1], frames[first : first + _MOST_DESCRIPTORS]))
+            message, first = message[1:], first + _MOST_DESCRIPTORS
         self._unsent.append((message, frames[first:]))
         self._unsent_bytes += len(packed)
-        if not self._writing and self._again is None:
+        if not self._writing and self._retry is None:
             self._write()
         self._note_unsent()
 
     async def drain(self) -> None:
-        """Wait until little is left to be sent, or nothing can be any more."""
+        """Wait until little is left to send, or nothing can be sent any more."""
         await self._little_unsent.wait()
 
     def close(self) -> None:
-        """End it at once; what was not sent is dropped. Idempotent."""
+        """Close the connection at once and drop what was not sent. Idempotent."""
         if self.closed:
             return
         self.closed = self._over = True
@@ -109,8 +109,8 @@ class Connection:
             self._loop.remove_reader(self._socket)
         self._write_no_more()
         self._reading = False
-        if self._again is not None:
-            self._again.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
         self._socket.close()
         while self._descriptors:
             os.close(self._descriptors.popleft())
@@ -127,12 +127,12 @@ class Connection:
             self._loop.add_reader(self._socket, self._readable)
 
     def _readable(self) -> None:
-        # To the last byte, and so to the error behind it: uvloop looks no more at a socket that has one.
+        # Read to the last byte and the error behind it: uvloop no longer polls a socket that has an error.
         while self._reading and self._read_some():
             pass
 
     def _read_some(self) -> bool:
-        """Whether there may be more."""
+        """Read once. Returns whether there may be more."""
         try:
             count, beside, flags, _ = self._socket.recvmsg_into(
                 [self._chunk], self._room_for_descriptors, socket.MSG_CMSG_CLOEXEC
@@ -145,28 +145,28 @@ class Connection:
         for level, kind, content in beside:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._descriptors.extend(array.array("i", content[: len(content) - len(content) % _DESCRIPTOR]))
-        if flags & socket.MSG_CTRUNC:  # this process has no descriptors left
+        if flags & socket.MSG_CTRUNC:  # this process has no free descriptors
             self._end(Garbage("descriptors of frames were lost on the way: is the limit of open files too low?"))
             return False
         if not count:
             self._end(None)
             return False
         self._read += self._chunk[:count]
-        if len(self._read) > _AHEAD + self._wanted():
+        if len(self._read) > _READ_AHEAD_BYTES + self._wanted():
             self._reading = False
             self._loop.remove_reader(self._socket)
         self._something_read.set()
         return True
 
     def _end(self, error: Exception | None) -> None:
-        """Read no more."""
+        """Stop reading."""
         if self._reading:
             self._loop.remove_reader(self._socket)
         self._over, self._broken, self._reading = True, error, False
         self._something_read.set()
 
     def _wanted(self) -> int:
-        """Bytes of the message that is being read."""
+        """The length of the message that is being received."""
         return _PROLOGUE.unpack_from(self._read)[0] if len(self._read) >= _PROLOGUE.size else 0
 
     def _take(self) -> tuple[bytes, list[SharedFrame]] | None:
@@ -193,8 +193,8 @@ class Connection:
     # --- writing
 
     def _write(self) -> None:
-        """Send what the socket takes now, and the rest when it takes more."""
-        self._again = None
+        """Send as much as the socket accepts now, and the rest when it is writable again."""
+        self._retry = None
         try:
             while self._unsent:
                 message, frames = self._unsent[0]
@@ -213,7 +213,7 @@ class Connection:
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 self._write_no_more()
-                self._again = self._loop.call_later(_AGAIN_SECONDS, self._write)
+                self._retry = self._loop.call_later(_RETRY_SECONDS, self._write)
             else:
                 self._give_up(error)
         if not self._unsent:
@@ -226,27 +226,27 @@ class Connection:
             self._loop.remove_writer(self._socket)
 
     def _give_up(self, error: OSError) -> None:
-        """Send no more. Where the other end is gone, reading goes on: up to its last word."""
+        """Stop sending. If the other end is gone, reading goes on to its last message."""
         self._unsent.clear()
         self._unsent_bytes = 0
         if not isinstance(error, BrokenPipeError | ConnectionResetError):
             self._end(error)
 
     def _note_unsent(self) -> None:
-        if self._unsent_bytes > _UNSENT:
+        if self._unsent_bytes > _UNSENT_BYTES:
             self._little_unsent.clear()
         else:
             self._little_unsent.set()
 
 
-PROLOGUE = _PROLOGUE.size  # free bytes before a message that is to be sent
+PROLOGUE = _PROLOGUE.size  # free bytes that `Connection.send` needs before a message
 
 
-def opened() -> socket.socket:
-    """A socket that does not block, to listen or to connect with."""
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    made.setblocking(False)
-    return made
+def unix_socket() -> socket.socket:
+    """A new non-blocking Unix socket, to listen or to connect with."""
+    created = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    created.setblocking(False)
+    return created
 
 
 def _check_user(connected: socket.socket) -> None:

@@ -1,6 +1,6 @@
-"""All services in one process and one event loop: for tests, debugging and small machines.
+"""LocalRuntime runs all services in one process and one event loop: for tests, debugging and small machines.
 
-Nothing is simulated: the same ModelService, ranks, codec and mailboxes, with the frame itself as its reference.
+It uses the same ModelService, ranks, codec and mailboxes as the Ray runtime; a payload is the frame itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocols.control.requests import RankAnswer, RankRequest
 
 
 class LocalRanks:
-    """The ranks of one service side by side in threads: for ranks that don't talk to each other. Implements `Ranks`."""
+    """The independent ranks of one service, each in a thread. Implements `Ranks`."""
 
     def __init__(self, spec: ServiceSpec, store: LocalStore) -> None:
         self._spec, self._store = spec, store
@@ -30,7 +30,9 @@ class LocalRanks:
 
     async def start(self) -> None:
         if self._spec.collective:
-            raise ValueError(f"{self._spec.topology} ranks that work together need a process each: runtime = 'ray'")
+            raise ValueError(
+                f"collective ranks ({self._spec.topology}) need a process each: set runtime = 'ray' in the recipe"
+            )
         for number in range(self._spec.topology.world_size):
             thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
             self._threads.append(thread)
@@ -55,19 +57,19 @@ class LocalRuntime:
     """Implements `Runtime`."""
 
     def __init__(self, store_bytes: int = 0) -> None:
-        """`store_bytes`: memory of the rows in flight, 0 for a gigabyte; what exceeds it goes to files."""
+        """`store_bytes`: memory for the rows in flight, 0 for a gigabyte; frames beyond it are written to files."""
         self.store = LocalStore(store_bytes or DEFAULT_BUDGET)
         self._services: dict[str, ModelService] = {}
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
-        """Build the workers one after the other (they share the process), then connect."""
+        """Build the workers one after the other, since they share the process, then connect the services."""
         started = {spec.name: await self._start(spec) for spec in specs}
         for service in self._services.values():
             service.connect(self._services)
         return started
 
     async def restart(self, name: str) -> Started:
-        """End a service at once, as its process's death would, and start another in its place."""
+        """Stop a service at once, as the death of its process would, and start another in its place."""
         gone = self._services[name]
         await gone.stop()
         started = await self._start(gone.spec)

@@ -1,7 +1,7 @@
-"""Frames of one process: in memory up to a budget, beyond it in files. A sender never waits for memory.
+"""LocalStore keeps the frames of one process: in memory up to a budget, beyond it in files.
 
-Rows in flight are bounded by admission, so they fit somewhere; where they exceed the budget, the newest go to disk
-and are mapped when they are read. What waits for *room* is a mailbox's credit, which counts rows.
+Admission bounds the rows in flight, so a sender never waits for memory: frames beyond the budget go to disk, and are
+mapped when they are read. A sender waits only for a mailbox's credit, which counts rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_BUDGET = 1 << 30  # bytes
 
 
 class Spilled:
-    """A frame in a file, which lives as long as this does."""
+    """A frame in a file. The file is removed with this object."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
@@ -28,12 +28,13 @@ class Spilled:
 
 
 class LocalStore:
-    """Implements `Store`; read-only frames, since consumers share them. Thread-safe."""
+    """Implements `Store`. Frames are read-only, since consumers share them. Thread-safe."""
 
     def __init__(self, budget_bytes: int = DEFAULT_BUDGET) -> None:
         self._budget = budget_bytes
-        self._lock = threading.RLock()  # a collection inside `put` may free frames: their `_let_go` is then within it
-        self._held = 0  # bytes of the frames in memory that somebody still holds
+        # Reentrant: a garbage collection during `put` may free frames, whose finalizers call `_release`.
+        self._lock = threading.RLock()
+        self._held = 0  # bytes of the frames in memory that are still referenced
         self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -42,7 +43,7 @@ class LocalStore:
         with self._lock:
             if self._held + frame.nbytes <= self._budget:
                 self._held += frame.nbytes
-                weakref.finalize(frame, self._let_go, frame.nbytes)
+                weakref.finalize(frame, self._release, frame.nbytes)
                 return frame
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="asyncflow-spill-", ignore_cleanup_errors=True)
@@ -52,7 +53,7 @@ class LocalStore:
         return Spilled(path, frame.nbytes)
 
     def piece_bytes(self, nbytes: int, direct: bool) -> int:
-        """Nothing travels here, so nothing is cut."""
+        """0: no frame travels in a message, so none is cut."""
         return 0
 
     async def get(self, payload: Payload) -> Frame:
@@ -61,7 +62,7 @@ class LocalStore:
         return payload
 
     def inline_bytes(self, payload: Payload) -> int:
-        """Nothing travels here."""
+        """0: no frame travels in a message."""
         return 0
 
     def close(self) -> None:
@@ -69,6 +70,6 @@ class LocalStore:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _let_go(self, nbytes: int) -> None:
+    def _release(self, nbytes: int) -> None:
         with self._lock:
             self._held -= nbytes

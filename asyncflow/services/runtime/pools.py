@@ -1,8 +1,8 @@
-"""Pools on Ray: a placement group each, with a bundle for each device; services stand in their pool's bundles.
+"""ReservedPools reserves the devices of a run's pools on Ray: a placement group per pool, a bundle per device.
 
-A bundle belongs to one pool, so pools never overlap. A device is an accelerator of some type, or on machines
-without one a CPU slot: a quarter of a core in Ray's books, since slots share the cores by time anyway. What a
-cluster can't give is refused with the numbers, before any model loads.
+Services run in the bundles of their pool, and a bundle belongs to one pool, so pools never overlap. A device is an
+accelerator, or on a machine without one a CPU slot: a quarter of a core in Ray's accounting, since slots time-share the
+cores anyway. A request beyond the cluster's devices is refused with the numbers, before any model loads.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
 
-NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor that needs none
-RESERVE_SECONDS = 120.0  # for devices that another run is about to give back
-A_TRACE = 0.001  # of a resource that only says what a node has
+NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor without a device
+RESERVE_SECONDS = 120.0  # how long to wait for devices that another run is about to release
+TYPE_AMOUNT = 0.001  # of a resource that only names the type of a node's accelerators
 
-ACCELERATORS = {  # device -> the type that Ray finds on a node
+ACCELERATORS = {  # device -> the accelerator type that Ray detects on a node
     "A100-80G": "A100",
     "H100": "H100",
     "H200": "H200",
@@ -34,10 +34,10 @@ ACCELERATORS = {  # device -> the type that Ray finds on a node
 
 
 class PoolRequest(msgspec.Struct, frozen=True):
-    """Devices of one kind that a run wants for itself."""
+    """A pool's devices, all of one kind."""
 
     devices: int
-    device: str = ""  # "A100-80G", ..., "cpu-slot"; "": an accelerator where the cluster has any, else a CPU slot
+    device: str = ""  # "A100-80G", ..., "cpu-slot"; "": an accelerator if the cluster has any, else a CPU slot
 
 
 class ReservedPools:
@@ -50,7 +50,7 @@ class ReservedPools:
         self._tenants: Counter[tuple[str, int]] = Counter()  # (pool, bundle) -> actors that share it
 
     def reserve(self, specs: Sequence[ServiceSpec]) -> None:
-        """Take the devices; blocks. Raises ServiceError, with the numbers, where the cluster does not have them."""
+        """Reserve the devices; blocks. Raises ServiceError, with the numbers, if the cluster does not have them."""
         if not self._requests:
             return
         total = ray.cluster_resources()
@@ -72,7 +72,7 @@ class ReservedPools:
             raise
 
     def options(self, spec: ServiceSpec, rank: int = 0) -> dict[str, Any]:
-        """How the actor of a service's rank is scheduled: into its bundle, with its share of the device there."""
+        """Ray's options for the actor of a service's rank: its bundle, and its share of that device."""
         place = self._place(spec, rank)
         if place is None:
             return dict(NO_DEVICE)
@@ -86,7 +86,7 @@ class ReservedPools:
         return "GPU" in self._bundles.get(spec.pool, {})
 
     def release(self) -> None:
-        """Give the devices back. Idempotent."""
+        """Release the devices. Idempotent."""
         groups, self._groups = self._groups, {}
         self._tenants.clear()
         for group in groups.values():
@@ -101,26 +101,26 @@ class ReservedPools:
         free = ray.available_resources()
         there = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in wanted)
         return (
-            f"pool {name!r}: {self._requests[name].devices} x {_told(wanted)} were not free on one cluster within "
-            f"{RESERVE_SECONDS:g} s; free now: {there}; end what holds them, or ask for fewer"
+            f"pool {name!r}: {self._requests[name].devices} x {_format_bundle(wanted)} were not free on the cluster "
+            f"within {RESERVE_SECONDS:g} s; free now: {there}; stop what uses them, or request fewer"
         )
 
 
 def bundle_of(request: PoolRequest, total: Mapping[str, float]) -> dict[str, float]:
-    """Ray's resources of one device of a pool. Raises ServiceError for a kind that Ray has no type for."""
+    """Ray's resources for one device of a pool. Raises ServiceError for an unknown device."""
     if request.device == CPU_SLOT or (not request.device and not total.get("GPU")):
         return {"CPU": 1 / SLOTS_PER_CORE}
     if not request.device:
         return {"GPU": 1.0}
     if request.device not in ACCELERATORS:
         raise ServiceError(f"no device {request.device!r}; known: {', '.join([*ACCELERATORS, CPU_SLOT])}")
-    return {"GPU": 1.0, f"accelerator_type:{ACCELERATORS[request.device]}": A_TRACE}
+    return {"GPU": 1.0, f"accelerator_type:{ACCELERATORS[request.device]}": TYPE_AMOUNT}
 
 
 def refuse_shortage(
     requests: Mapping[str, PoolRequest], bundles: Mapping[str, Mapping[str, float]], total: Mapping[str, float]
 ) -> None:
-    """Raise ServiceError where pools ask for more than a cluster has altogether, with the numbers."""
+    """Raise ServiceError, with the numbers, if the pools request more devices than the cluster has."""
     wanted: Counter[str] = Counter()
     for name, request in requests.items():
         for kind, amount in bundles[name].items():
@@ -128,20 +128,20 @@ def refuse_shortage(
     for kind, amount in wanted.items():
         if amount > total.get(kind, 0.0) + 1e-9:
             each = {n: r.devices for n, r in requests.items() if kind in bundles[n]}
-            asked = ", ".join(f"{name} {devices}" for name, devices in each.items())
+            requested = ", ".join(f"{name} {devices}" for name, devices in each.items())
             has = f"{total.get(kind, 0.0):g} {kind}"
             slots = f", {int(total.get(kind, 0.0) * SLOTS_PER_CORE)} slots of a quarter each" if kind == "CPU" else ""
             raise ServiceError(
-                f"pools ask for {sum(each.values())} devices of {_told(bundles[next(iter(each))])} ({asked}); "
-                f"the cluster has {has}{slots}; take fewer devices, or a larger cluster"
+                f"pools ask for {sum(each.values())} devices of {_format_bundle(bundles[next(iter(each))])} "
+                f"({requested}); the cluster has {has}{slots}; take fewer devices, or a larger cluster"
             )
 
 
 def shares_of(bundle: Mapping[str, float], tenants: int) -> dict[str, float]:
-    """Ray's options for one of several actors that take turns on a device."""
+    """Ray's options for one of `tenants` actors that take turns on a device."""
     share = {"CPU": "num_cpus", "GPU": "num_gpus"}
     return {share[kind]: int(1e4 * amount / tenants) / 1e4 for kind, amount in bundle.items() if kind in share}
 
 
-def _told(bundle: Mapping[str, float]) -> str:
+def _format_bundle(bundle: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())

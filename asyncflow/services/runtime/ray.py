@@ -1,4 +1,4 @@
-"""One async Ray actor per service, and one more per rank where it has several: started, restarted and ended here."""
+"""RayRuntime runs each service as an async Ray actor, and each rank of a service with several as another actor."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from asyncflow.services.runtime.ray_store import RayStore
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
-OBJECT_BYTES = 1 << 20  # of what a reader on another node fetches whole
+OBJECT_BYTES = 1 << 20  # of one object, which a reader on another node fetches whole
 NO_POOLS: Mapping[str, PoolRequest] = MappingProxyType({})
-CONCURRENT_CALLS = 1000  # deliveries waiting for credit are calls in flight
+CONCURRENT_CALLS = 1000  # of one actor; each delivery that waits for credit is a call in flight
 
 
 class RayRuntime:
-    """Implements `Runtime`. Starts a Ray of its own where none is running, and then ends it too."""
+    """Implements `Runtime`. Without an address it starts a local Ray, and shuts it down at the end."""
 
     def __init__(
         self,
@@ -43,12 +43,13 @@ class RayRuntime:
         pools: Mapping[str, PoolRequest] = NO_POOLS,
         wired: bool = wire.AVAILABLE,
     ) -> None:
-        """`store_bytes`: memory of the object store of a Ray of our own, 0 for Ray's choice; what exceeds it spills.
+        """Args:
 
-        Where all is on one node, memory that its processes share takes up to half as much beside it.
-
-        `pools`: devices that services of these names stand on; the others need none. `wired`: processes of one node
-        also call each other over the wire, else by Ray alone.
+        inline_bytes: larger frames are stored instead of travelling inside a message.
+        store_bytes: memory of a local Ray's object store, 0 for Ray's default; objects beyond it spill to disk. On a
+            single node the processes' shared memory takes up to half as much in addition.
+        pools: the devices of the services placed in these pools; other services need none.
+        wired: processes of one node also call each other over sockets (wire.py); else through Ray alone.
         """
         self.store = RayStore(inline_bytes)
         self._address = address
@@ -64,10 +65,10 @@ class RayRuntime:
         self._restarting = asyncio.Lock()
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
-        """Start all actors side by side, wait until each has its model, connect them."""
+        """Start all actors concurrently, wait until each has loaded its model, then connect them."""
         try:
             await asyncio.to_thread(self._init)
-        except Exception as error:  # ray.init raises bare ones, too
+        except Exception as error:  # ray.init raises bare exceptions, too
             where = f"at {self._address}" if self._address else "on this machine"
             raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
         await asyncio.to_thread(self._pools.reserve, specs)
@@ -86,11 +87,12 @@ class RayRuntime:
         return started
 
     async def restart(self, name: str) -> Started:
-        """Replace a service whose process is gone, or that is to be ended; the others learn its new place.
+        """Replace a service whose process is gone or has to be killed, and reconnect the others.
 
-        Its memory is empty: who sends to it has to send again (`Redeliver`), and a generator needs its weights.
+        The replacement starts without state: its senders have to send again (`Redeliver`), and a generator has to load
+        its weights again.
         """
-        async with self._restarting:  # two that die together: none may be connected before it has started
+        async with self._restarting:  # of two that die together, none may be connected before it has started
             spec = self._specs[name]
             for actor in [self._actors[name], *self._ranks.get(name, [])]:
                 ray.kill(actor)
@@ -127,7 +129,7 @@ class RayRuntime:
                 group.create_task(self._connect_one(name, actor), name=f"connect {name}")
 
     async def _connect_one(self, name: str, actor: Any) -> None:
-        # One that died meanwhile is for whoever follows it: its replacement is connected, too.
+        # The controller notices a service that died meanwhile, and connects its replacement.
         with contextlib.suppress(ServiceGone):
             wires = {name: endpoint.wire for name, endpoint in self._endpoints.items()}
             await called(name, "connect", actor.connect, self._actors, wires)
@@ -149,7 +151,7 @@ class RayRuntime:
         started[spec.name] = Started(self._endpoints[spec.name], f"{host}:{port}")
 
     async def stop(self) -> None:
-        """Let each service free what it holds, then end its process, then Ray if it is ours."""
+        """Stop each service, then kill its processes, then shut down a Ray that this runtime started."""
         actors, self._actors = self._actors, {}
         await asyncio.gather(*(_end(actor) for actor in actors.values()))
         for endpoint in self._endpoints.values():
@@ -190,12 +192,12 @@ def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:
 
 
 def _shared_bytes(services: int) -> int:
-    """An equal part of half of Ray's store for each coordinator and the controller; ranks keep nothing."""
+    """An equal part of half of Ray's store for each coordinator and the controller; ranks hold no frames."""
     return int(ray.cluster_resources().get("object_store_memory", 0)) // 2 // (1 + services)
 
 
 async def _end(actor: Any) -> None:
-    # A service that is gone or stuck is ended all the same, one line below.
+    # A service that is gone or stuck is killed all the same, below.
     with contextlib.suppress(RayError, TimeoutError):
         async with asyncio.timeout(STOP_SECONDS):
             await actor.stop.remote()

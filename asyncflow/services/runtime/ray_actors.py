@@ -1,8 +1,8 @@
-"""The Ray actors: a service's coordinator, and its ranks. Bytes in, bytes out.
+"""The Ray actors of a service: its coordinator and its ranks. Their methods take and return bytes and payloads.
 
-A frame is put once by the rank that made it (ray_store.py); messages carry a payload that stands for it, and only the
-rank that reads it maps the bytes. Ray's own envelope carries bytes and references, nothing else. Each actor also
-listens on the wire (wire.py), for all but references; ray_peers.py calls either way.
+The rank that encodes a frame stores it once (ray_store.py). Messages carry a payload for it, and only the rank that
+reads the frame maps its bytes. Each actor also listens on a socket (wire.py) for calls without object references;
+ray_peers.py is the caller's side of both ways.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ServiceActor:
     """The Ray actor around a ModelService."""
 
     def __init__(self, spec: bytes, wire: str, ranks: Sequence[Any], rank_wires: Sequence[str]) -> None:
-        """`wire`: the name under which it is to listen, "" for not at all; `ranks` listen under theirs."""
+        """`wire`: the socket's name, "" for none; `ranks` listen under `rank_wires`."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
         name, meet = self._spec.name, self._spec.collective
@@ -53,7 +53,7 @@ class ServiceActor:
         self._peers: dict[str, RayEndpoint] = {}
 
     async def start(self) -> tuple[str, int]:
-        """(address, port) of the metrics endpoint"""
+        """Start the service. Returns the address and port of the metrics endpoint."""
         host = ray.util.get_node_ip_address() if self._spec.metrics_host == "node" else self._spec.metrics_host
         port = await self._service.start(host)
         if self._server is not None:
@@ -61,7 +61,7 @@ class ServiceActor:
         return host, port
 
     async def connect(self, actors: Mapping[str, Any], wires: Mapping[str, str]) -> None:
-        """Say where the others are; again when one of them was restarted."""
+        """Set the other services' actors and socket names; called again when one was replaced."""
         known = {peer.wire: peer for peer in self._peers.values() if peer.wire}
         self._peers = {
             name: known.get(wires[name]) or RayEndpoint(name, actor, wires[name], self._store)
@@ -82,7 +82,7 @@ class ServiceActor:
 
     async def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
-        assert self._server is not None, "nothing is kept where nobody listens"
+        assert self._server is not None, "an actor that does not listen keeps no answers"
         return await self._store.by_reference(self._server.collect(kept))
 
     async def _request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
@@ -91,14 +91,14 @@ class ServiceActor:
 
     async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
         match what:
-            case "deliver":  # to a mailbox, which keeps it; what a request brings is read at once
-                payloads[:] = await self._store.admit(payloads)  # in place, or the caller would hold what is let go
+            case "deliver":  # a mailbox keeps the payloads, while a request's are read at once
+                payloads[:] = await self._store.admit(payloads)  # in place, or the caller's list would keep the frames
                 return await self.deliver(body, payloads)
             case "request":
                 return await self._request(body, payloads)
             case "notices":
                 return await self.notices(body, payloads)
-        raise ValueError(f"{self._spec.name} can't be asked {what!r} over the wire")
+        raise ValueError(f"{self._spec.name} has no call {what!r} on its socket")
 
     async def stop(self) -> None:
         await self._service.stop()
@@ -107,13 +107,13 @@ class ServiceActor:
 
 
 class RankActor:
-    """The Ray actor around one rank of a service that has several: one call after the other, in one thread.
+    """The Ray actor around one rank of a service with several. It runs one call at a time, in its own thread.
 
-    That thread is not Ray's own, since calls come over the wire, too.
+    The thread is not Ray's, because calls arrive on the socket too.
     """
 
     def __init__(self, spec: bytes, wire: str, rank: int) -> None:
-        """`wire`: the name under which it is to listen, "" for not at all."""
+        """`wire`: the socket's name, "" for none."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         self._number = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
@@ -125,37 +125,37 @@ class RankActor:
             log_to(str(path.with_name(f"{path.stem}-{rank}{path.suffix}")))
 
     def create_store(self) -> str:
-        """The address of a place for all ranks to meet, which this one keeps open."""
+        """Create the rendezvous store of all ranks, which this process keeps open; returns its address."""
         from workers.parallel.process_group import create_store
 
         self._hosted, address = create_store(ray.util.get_node_ip_address())
         return address
 
     def start(self, meeting: str) -> None:
-        """Join the others at `meeting`, "" where each works by itself, load the model, then listen."""
+        """Join the others at `meeting` ("" for independent ranks), load the model, then listen."""
         self._in_thread(self._start, meeting)
         if self._server is not None:
             self._server.start()
 
     def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """One part of a firing: the reply with its payloads."""
+        """Run the rank's part of a firing; returns the reply and its payloads."""
         return self._in_thread(self._by_ray, self._call, call, payloads)
 
     def call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
-        """The same, and beside it the frame that stands as None among the payloads."""
+        """Like `call`, with a large frame as a second value: None stands for it among the payloads."""
         return self._in_thread(self._by_ray, self._call_large, call, payloads)
 
     def ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """A coordinator's request to all ranks: the answer with its payloads."""
+        """Carry out a coordinator's request to all ranks; returns the answer and its payloads."""
         return self._in_thread(self._by_ray, self._ask, request, [])
 
     def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
-        assert self._server is not None, "nothing is kept where nobody listens"
+        assert self._server is not None, "an actor that does not listen keeps no answers"
         return [referenced(payload) for payload in self._server.collect(kept)]
 
     def stop(self) -> None:
-        """Free the model, if it was loaded."""
+        """Stop listening, and free the model if it was loaded."""
         if self._server is not None:
             self._server.close()
         if self._workplace is not None:
@@ -197,7 +197,7 @@ class RankActor:
         try:
             return self._call(call, payloads), self._store.answer
         finally:
-            self._store.answers_apart, self._store.answer = False, None  # the frame of a call that failed, too
+            self._store.answers_apart, self._store.answer = False, None  # also after a call that failed
 
     def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         answer, payloads = self._rank.answer(_rank_requests.decode(request))
@@ -205,9 +205,9 @@ class RankActor:
 
 
 def log_to(path: str) -> None:
-    """Send this process's output to its own log file."""
+    """Redirect this process's output to its log file."""
     if path:
-        log = Path(path).open("a", buffering=1)  # noqa: SIM115 - it is open for as long as the process lives
+        log = Path(path).open("a", buffering=1)  # noqa: SIM115 - open for as long as the process lives
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout, sys.stderr = log, log

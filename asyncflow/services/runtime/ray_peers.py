@@ -1,7 +1,7 @@
-"""A Ray actor as others call it: a service, the ranks of one, and what becomes of each error on the way.
+"""Callers of Ray actors: of a service, and of its ranks. They turn Ray's errors into ServiceError and ServiceGone.
 
-All but references goes past Ray where both processes are on one node: over the wire (wire.py), whose caller falls
-back on Ray only where nothing was sent. So whatever is asked is asked once.
+If both processes are on one node, a call without object references goes over a socket (wire.py). It falls back on Ray
+only if nothing was sent, so no call is made twice.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from protocols.control.delivery import Delivery, RankCall, RankReply
 from protocols.control.notices import Notice
 from protocols.control.requests import RankAnswer, RankRequest, Reply, Request
 
-LARGE_CALL_BYTES = 1 << 20  # from here on a second value of the call costs less than what it spares
+LARGE_CALL_BYTES = 1 << 20  # above this, returning a frame as a second value is quicker than an object of its own
 
 _replies, _notices = msgspec.msgpack.Decoder(Reply), msgspec.msgpack.Decoder(list[Notice])
 _rank_replies, _rank_answers = msgspec.msgpack.Decoder(RankReply), msgspec.msgpack.Decoder(RankAnswer)
 
 
 class Peer:
-    """An actor in another process: over the wire where it is on this node and no reference travels, or by Ray."""
+    """Calls an actor: over its socket if it is on this node and no reference travels, else through Ray."""
 
     def __init__(self, name: str, actor: Any, wire: str, store: RayStore) -> None:
-        """`wire`: the name under which the actor listens; "": nowhere, all goes by Ray."""
+        """`wire`: the name of the actor's socket; "": it has none, so all calls go through Ray."""
         self.name, self.actor = name, actor
         self._wire = Wire(wire) if wire else None
         self._store = store
@@ -40,9 +40,9 @@ class Peer:
     async def call(
         self, method: str, body: bytes, payloads: Sequence[Payload], what: str = "", *, large: bool = False
     ) -> tuple[bytes, list[Payload]]:
-        """Call a method that takes and gives a body and payloads. Raises as `answered` does; `what` names the call.
+        """Call a method that takes and returns a body and payloads. Raises as `answered` does; `what` names the call.
 
-        `large`: the answer is, so that by Ray its method of that name serves better, see `RankActor.call_large`.
+        `large`: a large answer is expected, so through Ray use `<method>_large`, see `RankActor.call_large`.
         """
         what = what or method
         if self._wire is not None and travels(payloads, body):
@@ -57,7 +57,7 @@ class Peer:
         return reply, [[value] if a is None else a for a in answers]
 
     def close(self) -> None:
-        """End the connection to it."""
+        """Close the connection to the actor."""
         if self._wire is not None:
             self._wire.close()
 
@@ -67,7 +67,7 @@ class Peer:
         try:
             answer: Answered = await wire.call(method, body, payloads)
         except ConnectionLost as error:
-            await called(self.name, what, self.actor.__ray_ready__)  # which raises where its process is gone
+            await called(self.name, what, self.actor.__ray_ready__)  # raises ServiceGone if its process is gone
             raise ServiceError(f"{self.name}: {what}: {error}; it may have been done") from error
         if answer.error is not None:
             raise ServiceError(f"{self.name}: {what}: {answer.error}")
@@ -77,10 +77,10 @@ class Peer:
 
 
 class RayEndpoint:
-    """A service in another process."""
+    """A service in another process. Implements `Endpoint`."""
 
     def __init__(self, name: str, actor: Any, wire: str, store: RayStore) -> None:
-        """`wire`: where it listens, another one after a restart; "": nowhere. `store`: of the process that calls."""
+        """`wire`: the name of its socket, which changes when it is replaced; "": none. `store`: the caller's."""
         self.name, self.wire = name, wire
         self._peer = Peer(name, actor, wire, store)
 
@@ -96,20 +96,20 @@ class RayEndpoint:
         return _notices.decode(notices)
 
     def close(self) -> None:
-        """End the connection to it."""
+        """Close the connection to the service."""
         self._peer.close()
 
 
 class RayRanks:
     """The ranks of a service, each an actor of its own. Implements `Ranks`.
 
-    They fail together: where one is gone the coordinator ends its own process, which is what the controller sees.
+    They fail together: if one is gone, the coordinator ends its own process, and the controller sees that.
     """
 
     def __init__(
         self, name: str, actors: Sequence[Any], wires: Sequence[str], store: RayStore, *, meet: bool = False
     ) -> None:
-        """`wires`: where they listen, see `Peer`; `meet`: they work together, so they have to find each other."""
+        """`wires`: the names of their sockets, see `Peer`; `meet`: they are collective, so they join a rendezvous."""
         self._name, self._actors, self._meet = name, actors, meet
         self._peers = [
             Peer(f"{name} rank {rank}", actor, wire, store)
@@ -141,13 +141,13 @@ class RayRanks:
         return _rank_answers.decode(answer), payloads
 
     async def stop(self) -> None:
-        async with all_or_error() as group:  # side by side: ranks may wait for each other to leave their world
+        async with all_or_error() as group:  # concurrently: ranks may wait for each other to leave the process group
             for rank, actor in enumerate(self._actors):
                 group.create_task(called(f"{self._name} rank {rank}", "stop", actor.stop), name=f"stop rank {rank}")
 
 
 def _end_with(gone: ServiceGone) -> NoReturn:
-    """A service ends with any of its ranks: its process too, which is what the controller sees."""
+    """End this process, since a service ends with any of its ranks; the controller sees that it is gone."""
     sys.stderr.write(f"{gone}: the service ends with it\n")
     sys.stderr.flush()
     os._exit(1)
@@ -159,12 +159,12 @@ async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
 
 
 async def answered(name: str, what: str, answer: Any) -> Any:
-    """What an actor answers. Raises ServiceError with its cause, ServiceGone where its process is gone."""
+    """Wait for an actor's answer. Raises ServiceError with its cause, ServiceGone if its process is gone."""
     try:
         return await answer
     except RayTaskError as error:
         raise ServiceError(f"{name}: {what}: {causes(error.cause)}") from error
-    except ActorUnavailableError as error:  # it may live: whoever asked can't know what was done
+    except ActorUnavailableError as error:  # it may live: the caller can't know what was done
         raise ServiceError(f"{name}: {what}: can't be reached ({error})") from error
     except RayActorError as error:
         raise ServiceGone(f"{name}: {what}: its process is gone ({type(error).__name__}: {error})") from error

@@ -1,11 +1,11 @@
-"""A frame in memory that processes of one node share. It lives as long as any process holds it.
+"""SharedFrame: a frame in memory that the processes of one node share, for as long as any of them holds it.
 
-The memory is a file without a name (memfd), sealed once it is written: nobody can change it, or cut it off under a
-reader. Processes hand each other its descriptor, on the wire, and the kernel counts who has one. So nothing has to be
-released, a producer that dies takes no rows along, and processes that are killed leave nothing behind.
+The memory is an unnamed file (memfd), sealed once it is written, so nobody can change or truncate it under a reader.
+Processes send each other its descriptor over a socket, and the kernel counts the references. So no process has to
+release a frame explicitly, a producer that dies loses no rows, and a killed process leaks no memory.
 
-Reason against Ray's object store: there a frame is lost with the process that owns it, costs a call to the raylet, and
-may be spilled. Reason against multiprocessing.shared_memory: its names outlive processes that are killed.
+In Ray's object store a frame is lost with the process that owns it, costs a call to the raylet, and may be spilled. The
+names of multiprocessing.shared_memory outlive processes that are killed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 
 class SharedFrame:
-    """One frame, for as long as this object or one of its mappings lives, here or in any other process."""
+    """One frame. It lives as long as this object or one of its mappings, here or in any other process."""
 
     __slots__ = ("__weakref__", "fd", "nbytes")
 
     def __init__(self, fd: int, nbytes: int) -> None:
-        """Takes the descriptor over. For `of` and `received`."""
+        """Takes ownership of the descriptor. Use `of` or `received` instead."""
         self.fd, self.nbytes = fd, nbytes
         _holdings.add(1, nbytes)
 
@@ -44,7 +44,7 @@ class SharedFrame:
 
     @classmethod
     def of(cls, frame: Frame) -> SharedFrame:
-        """A copy of a frame that is not empty. Raises OSError where there is no memory, or no descriptor, for it."""
+        """Copy a frame, which is not empty. Raises OSError if there is no memory or no descriptor for it."""
         fd = os.memfd_create("asyncflow frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             rest = frame.data
@@ -58,7 +58,7 @@ class SharedFrame:
 
     @classmethod
     def received(cls, fd: int) -> SharedFrame:
-        """What another process handed over. Raises ValueError, and closes it, where it is not such a frame."""
+        """A frame that another process sent. Raises ValueError, and closes the descriptor, if it is no such frame."""
         try:
             seals, nbytes = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
         except OSError as error:  # no memfd
@@ -70,10 +70,10 @@ class SharedFrame:
         return cls(fd, nbytes)
 
     def map(self) -> Frame:
-        """Its bytes, without a copy, for as long as the array lives. Read-only."""
-        # What nevertheless writes through it, as a tensor made of the array can, writes a copy of its own.
+        """The bytes as a read-only array, without a copy."""
+        # A write through it, which a tensor made from the array allows, changes a private copy only.
         mapping = mmap.mmap(self.fd, self.nbytes, access=mmap.ACCESS_COPY)
-        _holdings.add(1, self.nbytes)  # it has a descriptor of its own, and outlives this object
+        _holdings.add(1, self.nbytes)  # a mapping has its own descriptor, and outlives this object
         weakref.finalize(mapping, _holdings.add, -1, -self.nbytes).atexit = False
         frame = np.frombuffer(mapping, np.uint8)
         frame.flags.writeable = False
@@ -81,22 +81,22 @@ class SharedFrame:
 
 
 class Holdings:
-    """How much of the shared memory this process holds; a frame and each of its mappings count alike."""
+    """The shared memory that this process holds; a frame and each of its mappings count the same."""
 
     def __init__(self) -> None:
-        # Reentrant: a frame may be let go by a collection that begins while another is counted.
+        # Reentrant: a garbage collection may free a frame while another is counted.
         self._lock = threading.RLock()
         self.frames = 0
         self.nbytes = 0
 
     def add(self, frames: int, nbytes: int) -> None:
-        """Count frames that came, or went."""
+        """Count frames that were added, or with negative numbers freed."""
         with self._lock:
             self.frames += frames
             self.nbytes += nbytes
 
     def room(self, most_bytes: int, more: int = 0) -> bool:
-        """Whether it may hold `more` bytes in another frame: within `most_bytes`, and a quarter of its descriptors."""
+        """Whether another frame of `more` bytes stays within `most_bytes` and a quarter of the descriptors."""
         most_frames = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
         with self._lock:
             return self.nbytes + more <= most_bytes and self.frames + bool(more) <= most_frames
@@ -106,5 +106,5 @@ _holdings = Holdings()
 
 
 def holdings() -> Holdings:
-    """This process's."""
+    """The holdings of this process."""
     return _holdings

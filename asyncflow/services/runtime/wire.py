@@ -1,8 +1,9 @@
-"""Calls between two processes of one node over a socket, beside Ray's calls, for all payloads but references.
+"""Wire: calls between two processes of one node over a Unix socket, with frames in shared memory.
 
-Reason against Ray's own calls and object store: an actor call costs Ray a task submission and a round through the
-driver's event loop, and a stored frame one copy in and a reference count over processes. `asyncflow bench channels`
-measures both. Ray still starts the processes, carries references, and is the road between nodes.
+It replaces Ray's actor calls and object store where both ends are on one node, because they cost more: a call is a task
+submission and a round through the driver's event loop, and a stored frame is a copy and a reference count over
+processes. `asyncflow bench channels` measures both. Ray still starts the processes, carries object references, and
+connects the nodes.
 
     caller ── Call(number, what, body, payloads) ──> a task a call ── Answer(number, body, payloads) ──> the caller
 
@@ -29,40 +30,40 @@ import uvloop
 
 from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.runtime import shared
-from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage, opened
+from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage, unix_socket
 from asyncflow.services.runtime.shared import SharedFrame
 
-AVAILABLE = shared.AVAILABLE  # no other system has abstract names, and tells the user behind a socket this way
-MOST_CALLS = 1000  # of one connection that wait for their answers
-ACCEPT_AGAIN_SECONDS = 1.0  # after no connection could be accepted, for want of descriptors
+AVAILABLE = shared.AVAILABLE  # other systems lack abstract socket names and SO_PEERCRED
+MOST_CALLS = 1000  # of one connection that are being answered
+ACCEPT_AGAIN_SECONDS = 1.0  # after a connection could not be accepted, for lack of descriptors
 
 Carried = bytes | SharedFrame
 Work = Callable[[str, bytes, list[Carried]], Awaitable[tuple[bytes, list[Any]]]]  # (what, body, payloads) -> the same
 
 
 class Call(msgspec.Struct, array_like=True, tag=0):
-    """What is asked."""
+    """A call of a server's method."""
 
     number: int
     what: str
     body: bytes
-    payloads: list[bytes | None]  # None: the next of the frames beside the message
+    payloads: list[bytes | None]  # None: the next of the frames that travel beside the message
 
 
 class Cancelled(msgspec.Struct, array_like=True, tag=1):
-    """Nobody will collect what was kept under this number."""
+    """Nobody will collect the answer that was kept under this number."""
 
     kept: int
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """What came of the call of that number."""
+    """The answer to the call of that number."""
 
     number: int
     body: bytes = b""
     payloads: list[bytes | None] = []
-    error: str | None = None  # why it was not done
-    kept: int = 0  # under which number `Server.collect` gives the payloads, where they do not travel
+    error: str | None = None  # why the call failed
+    kept: int = 0  # the number for `Server.collect`, if the payloads can't travel
 
 
 _calls = msgspec.msgpack.Decoder(Call | Cancelled)
@@ -71,18 +72,18 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class NotListening(Exception):
-    """Nobody listens under that name on this node."""
+    """No process listens under that name on this node."""
 
 
 class ConnectionLost(Exception):
-    """The connection ended before the answer came: whether the call was done is not known."""
+    """The connection ended before the answer arrived. The call may have been carried out."""
 
 
 class Server:
-    """Answers calls of other processes, each in a task of its own."""
+    """Answers the calls of other processes, each in a task of its own."""
 
     def __init__(self, name: str, work: Work) -> None:
-        """`work` does what is asked; what it raises is the caller's."""
+        """`work` carries out a call; its exceptions go to the caller."""
         self._name, self._work = name, work
         self._accepting: asyncio.Task[None] | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -91,8 +92,8 @@ class Server:
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
-        """Listen. Raises OSError where the name is taken."""
-        listener = opened()
+        """Listen. Raises OSError if the name is taken."""
+        listener = unix_socket()
         try:
             listener.bind(_address(self._name))
             listener.listen(MOST_CALLS)
@@ -102,12 +103,12 @@ class Server:
         self._accepting = asyncio.create_task(self._accept(listener), name=f"{self._name} listens")
 
     def collect(self, kept: int) -> list[Any]:
-        """The payloads of an answer that was kept. Raises KeyError where they were collected, or given up."""
+        """The payloads of an answer that was kept. Raises KeyError if they were collected or cancelled."""
         return self._kept.pop(kept)[1]
 
     async def close(self) -> None:
-        """Listen no longer, and end the connections and what is under way."""
-        # In this order: who listens begins connections, and a connection begins calls.
+        """Stop listening, close the connections and cancel the calls under way."""
+        # In this order: the listener starts connections, and a connection starts calls.
         for tasks in ([self._accepting] if self._accepting else [], self._connections, self._calls):
             for task in tasks:
                 task.cancel()
@@ -128,22 +129,22 @@ class Server:
                     task = asyncio.create_task(self._serve(connection), name=f"{self._name} serves")
                     self._connections.add(task)
                     task.add_done_callback(self._connections.discard)
-                    task.add_done_callback(lambda _, ended=connection: ended.close())  # also one that never began
+                    task.add_done_callback(lambda _, ended=connection: ended.close())  # also if the task never ran
 
     async def _serve(self, connection: Connection) -> None:
         room = asyncio.Semaphore(MOST_CALLS)
         try:
             while await self._take(connection, room):
-                pass  # with nothing of the last message in hand, or its frames would live until the next one
+                pass  # `_take` has returned, so the last message's frames are not held until the next one arrives
         except (Garbage, msgspec.MsgspecError, OSError) as error:
             sys.stderr.write(f"{self._name}: a connection is closed: {error}\n")
         finally:
-            connection.close()  # calls under way are done all the same, as Ray's are
+            connection.close()  # calls under way are finished all the same, as Ray's are
             for number in [number for number, (caller, _) in list(self._kept.items()) if caller is connection]:
                 self._kept.pop(number, None)
 
     async def _take(self, connection: Connection, room: asyncio.Semaphore) -> bool:
-        """Receive one message and begin what it asks; whether there was one."""
+        """Receive a message and start its call. Returns whether there was one."""
         if (received := await connection.receive()) is None:
             return False
         packed, frames = received
@@ -151,7 +152,7 @@ class Server:
             case Cancelled(kept):
                 self._kept.pop(kept, None)
             case Call() as call:
-                payloads = _joined(call.payloads, frames)
+                payloads = _join_payloads(call.payloads, frames)
                 await room.acquire()
                 self._begin(call, payloads, connection, room)
         return True
@@ -170,15 +171,15 @@ class Server:
         try:
             answer.body, answers = await self._work(call.what, call.body, payloads)
             _check_size(answer.body)
-        except Exception as error:  # noqa: BLE001 - it is not swallowed: the caller gets it, this process's log the rest
+        except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it, this process's log the traceback
             traceback.print_exc()
-            # A file's name in it may be no text, which no message can hold.
+            # A file name in the text may not be valid Unicode, which a message can't hold.
             answer.body, answer.error, answers = b"", causes(error).encode(errors="backslashreplace").decode(), []
-        if connection.closed:  # nobody waits
+        if connection.closed:  # the caller is gone
             return
         frames: list[SharedFrame] = []
         if travels(answers, answer.body):
-            answer.payloads, frames = _parted(answers)
+            answer.payloads, frames = _split_payloads(answers)
         else:
             answer.kept = next(self._numbers)
             self._kept[answer.kept] = connection, answers
@@ -187,7 +188,7 @@ class Server:
 
 
 class ServerThread:
-    """A server with an event loop of its own, for a process that has none."""
+    """A server with an event loop in a thread of its own, for a process without one."""
 
     def __init__(self, name: str, work: Work) -> None:
         self._server = Server(name, work)
@@ -201,7 +202,7 @@ class ServerThread:
         asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
 
     def close(self) -> None:
-        """See `Server.close`; then end the thread. Nothing where it was not started."""
+        """See `Server.close`; then stop the thread. Does nothing if it was not started."""
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
@@ -211,7 +212,7 @@ class ServerThread:
 
 
 class Wire:
-    """The way to one server, for the calls of one event loop; connects when first used."""
+    """A client of one server, for the calls of one event loop. It connects at the first call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -222,7 +223,7 @@ class Wire:
         self._numbers = itertools.count()
 
     async def call(self, what: str, body: bytes, payloads: Sequence[Carried] = ()) -> Answered:
-        """Ask, and wait for the answer. Raises NotListening where nothing was sent, Broken where nothing came back."""
+        """Call, and wait for the answer. Raises NotListening if nothing was sent, ConnectionLost if no answer came."""
         if self._connection is None:
             await self._connect()
         connection = self._connection
@@ -231,24 +232,24 @@ class Wire:
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            packed, frames = _parted(payloads)
+            packed, frames = _split_payloads(payloads)
             _send(connection, Call(number, what, body, packed), frames)
             await connection.drain()
             return await answer
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
-                self._let_go(answer.result().kept)
+                self._cancel(answer.result().kept)
             raise
         finally:
             del self._waiting[number]
 
     def close(self) -> None:
-        """End the connection; calls that wait for answers raise Broken."""
+        """Close the connection; calls that wait for an answer raise ConnectionLost."""
         if self._connection is not None:
             self._connection.close()
 
-    def _let_go(self, kept: int) -> None:
-        """Nobody waits for it any more."""
+    def _cancel(self, kept: int) -> None:
+        """Let the server drop an answer that nobody waits for any more."""
         if kept and self._connection is not None:
             _send(self._connection, Cancelled(kept))
 
@@ -257,8 +258,8 @@ class Wire:
             if self._connection is not None:
                 return
             try:
-                calling = opened()
-            except OSError as error:  # no descriptor is left
+                calling = unix_socket()
+            except OSError as error:  # no free descriptor
                 raise NotListening(f"{self.name}: {error}") from error
             try:
                 await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
@@ -275,33 +276,33 @@ class Wire:
     async def _listen(self, connection: Connection) -> None:
         try:
             while await self._take(connection):
-                pass  # with nothing of the last message in hand, as in `Server`
+                pass  # `_take` has returned, see `Server`
         except (Garbage, msgspec.MsgspecError, OSError) as error:
             sys.stderr.write(f"{self.name}: the connection is closed: {error}\n")
         finally:
-            self._connection = None  # whoever calls next connects anew, if anybody is there
+            self._connection = None  # the next call connects again
             connection.close()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(ConnectionLost(f"{self.name}: the connection ended"))
 
     async def _take(self, connection: Connection) -> bool:
-        """Receive one answer and give it to who waits for it; whether there was one."""
+        """Receive an answer and give it to its caller. Returns whether there was one."""
         if (received := await connection.receive()) is None:
             return False
         packed, frames = received
         answer = _answers.decode(packed)
-        payloads = _joined(answer.payloads, frames)
+        payloads = _join_payloads(answer.payloads, frames)
         future = self._waiting.get(answer.number)
         if future is None or future.done():
-            self._let_go(answer.kept)
+            self._cancel(answer.kept)
         else:
             future.set_result(Answered(answer.body, payloads, answer.error, answer.kept))
         return True
 
 
 class Answered(NamedTuple):
-    """What came of a call, as its caller has it; see `Answer`."""
+    """An answer as the caller gets it; see `Answer`."""
 
     body: bytes
     payloads: list[Carried]
@@ -310,21 +311,21 @@ class Answered(NamedTuple):
 
 
 def travels(payloads: Sequence[Any], body: bytes = b"") -> bool:
-    """Whether a message can take them all along: none is a reference, and they are not too many."""
+    """Whether the payloads fit into a message: none is a reference, and they are not too many or too large."""
     if not all(isinstance(payload, bytes | SharedFrame) for payload in payloads):
         return False
     inside = len(body) + sum(len(payload) for payload in payloads if isinstance(payload, bytes))
     return inside < MOST_BYTES // 2 and len(payloads) <= MOST_FRAMES
 
 
-def _parted(payloads: Sequence[Carried]) -> tuple[list[bytes | None], list[SharedFrame]]:
-    """What stands in the message, and the frames beside it."""
+def _split_payloads(payloads: Sequence[Carried]) -> tuple[list[bytes | None], list[SharedFrame]]:
+    """The payloads inside the message, and the frames beside it."""
     inside = [payload if isinstance(payload, bytes) else None for payload in payloads]
     return inside, [payload for payload in payloads if isinstance(payload, SharedFrame)]
 
 
-def _joined(inside: Sequence[bytes | None], frames: Sequence[SharedFrame]) -> list[Carried]:
-    """What was parted. Raises Garbage."""
+def _join_payloads(inside: Sequence[bytes | None], frames: Sequence[SharedFrame]) -> list[Carried]:
+    """The inverse of `_split_payloads`. Raises Garbage."""
     if inside.count(None) != len(frames):
         raise Garbage(f"a message names {inside.count(None)} frames, {len(frames)} came with it")
     following = iter(frames)
@@ -333,7 +334,7 @@ def _joined(inside: Sequence[bytes | None], frames: Sequence[SharedFrame]) -> li
 
 def _check_size(body: bytes) -> None:
     if not travels([], body):
-        raise ValueError(f"an answer of {len(body)} bytes beside its payloads, fewer than {MOST_BYTES // 2} can travel")
+        raise ValueError(f"an answer of {len(body)} bytes beside its payloads; the limit is {MOST_BYTES // 2}")
 
 
 def _send(connection: Connection, message: Call | Cancelled | Answer, frames: Sequence[SharedFrame] = ()) -> None:

@@ -64,15 +64,15 @@ class SomeAreGone(LocalStore):
 async def hosted(
     spec: ServiceSpec, *consumers: Consumer, store: LocalStore | None = None
 ) -> AsyncIterator[StageContext]:
-    """A host with its ranks at work."""
+    """A StageContext whose ranks are started."""
     store = store or LocalStore()
-    host = StageContext(spec, store, Exporter(spec.name))
-    host.peers = {consumer.name: consumer for consumer in consumers}
-    host.ranks = LocalRanks(spec, store)
-    await host.ranks.start()
+    context = StageContext(spec, store, Exporter(spec.name))
+    context.peers = {consumer.name: consumer for consumer in consumers}
+    context.ranks = LocalRanks(spec, store)
+    await context.ranks.start()
     try:
-        yield host
+        yield context
     finally:
-        await host.ranks.stop()
-        host.close()
+        await context.ranks.stop()
+        context.close()
         store.close()

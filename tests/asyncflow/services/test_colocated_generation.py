@@ -72,7 +72,7 @@ class Drawing:
         good = [sample for sample in call.sample_ids if sample % 2 == 0]
         failures = [Failure(sample, "odd") for sample in call.sample_ids if sample % 2]
         parts = [pack(self._store, rows.rollouts(good), 0)] if good else []
-        reply = RankReply(0.0, 1.0, [0], [part.shard for part in parts], failures, drawn=2 * len(good))
+        reply = RankReply(0.0, 1.0, [0], [part.shard for part in parts], failures, generated_tokens=2 * len(good))
         return reply, [part.payload for part in parts]
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
@@ -86,11 +86,11 @@ class World:
 
     def __init__(self, **changes: Any) -> None:
         self.store = LocalStore()
-        self.host = StageContext(spec(**changes), self.store, Exporter("policy"))
+        self.context = StageContext(spec(**changes), self.store, Exporter("policy"))
         self.ranks, self.consumer = Drawing(self.store), Consumer("b")
-        self.host.ranks, self.host.peers = self.ranks, {"b": self.consumer}
-        self.generation = ColocatedGeneration(self.host)
-        self.stage = ColocatedGeneratingStage(self.host, STAGE, self.generation)
+        self.context.ranks, self.context.peers = self.ranks, {"b": self.consumer}
+        self.generation = ColocatedGeneration(self.context)
+        self.stage = ColocatedGeneratingStage(self.context, STAGE, self.generation)
 
     async def deliver(self, *samples: int) -> int:
         """Hand prompts in; how many were refused."""
@@ -114,7 +114,7 @@ async def running(**changes: Any) -> AsyncIterator[World]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        world.host.close()
+        world.context.close()
         world.store.close()
 
 
@@ -168,9 +168,9 @@ async def test_what_a_switch_took_is_told_with_the_next_step_and_the_tokens_are_
     async with running() as world:
         await world.deliver(2, 4)
         await world.until(2)
-        assert world.host.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
-        assert world.host.reports.take_measured() == {}, "once"
-        notices = await world.host.reports.notices()
+        assert world.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+        assert world.context.reports.take_measured() == {}, "once"
+        notices = await world.context.reports.notices()
         assert [notice for notice in notices if isinstance(notice, Generated)] == [Generated([2, 4], 4)]
         spans = [span.activity for notice in notices if isinstance(notice, Busy) for span in notice.spans]
         assert spans == ["to_generation", "policy.generate#1", "to_training"]
@@ -183,7 +183,7 @@ async def test_a_switch_that_had_nothing_to_bring_leaves_what_the_last_one_took(
         world.ranks.took = {}
         await world.deliver(4)
         await world.until(2)
-        assert world.host.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+        assert world.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
 
 
 async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():
@@ -194,7 +194,7 @@ async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():
             await asyncio.sleep(0.001)
 
         async def snapshot() -> None:
-            async with world.host.collective.exclusive():
+            async with world.context.collective.exclusive():
                 world.ranks.done[0].append("snapshot")
 
         task = asyncio.create_task(snapshot())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, ServiceError, ask
-from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, ShardRef, places, plan_calls
+from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, ShardRef, plan_calls, row_refs
 from asyncflow.services.external_workers import (
     ANSWERED,
     OVER,
@@ -47,7 +47,7 @@ RETAKE = 10.0
 def asked_for(*shards: Sequence[int]) -> RankCallPlan:
     """A call for all rows of some shards."""
     parts = [rows.part(rows.rollouts(shard)) for shard in shards]
-    found = places(parts)
+    found = row_refs(parts)
     (call,) = plan_calls(
         STAGE,
         "score",
@@ -171,15 +171,15 @@ def outside_reward(seconds: float = 0.3) -> ServiceSpec:
 
 
 @pytest.fixture
-def host() -> Iterator[StageContext]:
+def context() -> Iterator[StageContext]:
     made = StageContext(outside_reward(), LocalStore(), Exporter("reward"))
     yield made
     made.close()
 
 
 @pytest.fixture
-def rank(host: StageContext) -> ExternalRank:
-    return ExternalRank(host)
+def rank(context: StageContext) -> ExternalRank:
+    return ExternalRank(context)
 
 
 def asking(rank: ExternalRank, *shards: Sequence[int]) -> asyncio.Task[tuple[RankReply, list[Payload]]]:
@@ -303,11 +303,11 @@ async def test_a_worker_takes_at_least_one_row(rank: ExternalRank):
         await rank.take(0, 1.0)
 
 
-async def test_who_waits_for_answers_is_told_to_the_controller(rank: ExternalRank, host: StageContext):
+async def test_who_waits_for_answers_is_told_to_the_controller(rank: ExternalRank, context: StageContext):
     call = asking(rank, [1])
     await put(rank, rows.scores([1]), seconds=5.0)
     await call
-    assert [(w.what, w.on) for w in await host.reports.notices() if isinstance(w, Waiting)] == [
+    assert [(w.what, w.on) for w in await context.reports.notices() if isinstance(w, Waiting)] == [
         ("answers", "outside workers"),
         ("", ""),
     ]

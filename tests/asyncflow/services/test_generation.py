@@ -54,9 +54,9 @@ def other(folders: list[Path]) -> PreTrainedModel:
 class Bench:
     """A loop with everything it needs, and what it gave."""
 
-    def __init__(self, host: StageContext, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
-        self.host, self.engine = host, engine
-        self.loop = GenerationLoop(host, engine, follow)
+    def __init__(self, context: StageContext, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
+        self.context, self.engine = context, engine
+        self.loop = GenerationLoop(context, engine, follow)
         self.rollouts: list[Rollouts] = []
         self.failures: list[Failure] = []
         self.on_give: Callable[[], None] = lambda: None
@@ -120,8 +120,8 @@ async def bench(
     )
     model = load_causal(folder)
     engine = TorchEngine(model, settings, 3, tiny.EOS_ID, owns_model=follows is None, version=version)
-    host = StageContext(spec, LocalStore(), Exporter(spec.name))
-    made = Bench(host, engine, (lambda: follows(engine)) if follows is not None else None)
+    context = StageContext(spec, LocalStore(), Exporter(spec.name))
+    made = Bench(context, engine, (lambda: follows(engine)) if follows is not None else None)
     running = asyncio.create_task(made.loop.run()) if run else None
     try:
         yield made
@@ -130,7 +130,7 @@ async def bench(
         if running is not None:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-        host.close()
+        context.close()
 
 
 def prompts(*texts: str, min_version: int = 0, first: int = 0) -> Prompts:
@@ -216,7 +216,7 @@ async def test_what_left_the_engine_is_reported(folders: list[Path]):
     async with bench(folders[0]) as b:
         b.job(prompts("1", "2"))
         await b.all_given(2)
-    reports = [n for n in await b.host.reports.notices() if isinstance(n, Generated)]
+    reports = [n for n in await b.context.reports.notices() if isinstance(n, Generated)]
     assert sorted(s for n in reports for s in n.sample_ids) == prompts("1", "2").sample_ids.tolist()
     assert sum(n.tokens for n in reports) == len(concat(b.rollouts).responses.values)
 
@@ -227,7 +227,7 @@ async def test_where_bits_count_two_jobs_never_share_a_forward(folders: list[Pat
         b.job(prompts("1", "2"), whole=True)
         b.job(prompts("3", first=5), replace(SAMPLING, temperature=0.0), whole=True)
         await b.all_given(3)
-    drawn = [notice.sample_ids for notice in await b.host.reports.notices() if isinstance(notice, Generated)]
+    drawn = [notice.sample_ids for notice in await b.context.reports.notices() if isinstance(notice, Generated)]
     assert drawn == [prompts("1", "2").sample_ids.tolist(), prompts("3", first=5).sample_ids.tolist()]
 
 
@@ -348,14 +348,14 @@ async def test_on_shared_devices_nothing_is_computed_before_the_lease_and_it_is_
         notices: list[Notice] = []
         b.job(prompts("1", "2"))
         while not any(isinstance(n, LeaseAsked) for n in notices):
-            notices += await asyncio.wait_for(b.host.reports.notices(), 20)
+            notices += await asyncio.wait_for(b.context.reports.notices(), 20)
         await asyncio.sleep(0.05)
         assert (b.engine.unfinished, b.given, b.loop.waiting) == (0, 0, 2)
         (asked,) = (n for n in notices if isinstance(n, LeaseAsked))
-        b.host.grant(asked.ticket)
+        b.context.grant(asked.ticket)
         await b.all_given(2)
         while LeaseReturned(asked.ticket) not in notices:
-            notices += await asyncio.wait_for(b.host.reports.notices(), 20)
+            notices += await asyncio.wait_for(b.context.reports.notices(), 20)
     assert sum(isinstance(n, LeaseAsked) for n in notices) == 1, "one firing a grant"
 
 
@@ -389,8 +389,8 @@ def arrived(consumer: Consumer) -> list[int]:
 @asynccontextmanager
 async def generating(b: Bench, consumer: Consumer) -> AsyncIterator[GeneratingStage]:
     """The stage at work on a bench's loop."""
-    b.host.peers = {consumer.name: consumer}
-    stage = GeneratingStage(b.host, STAGE, b.loop)
+    b.context.peers = {consumer.name: consumer}
+    stage = GeneratingStage(b.context, STAGE, b.loop)
     sending = asyncio.create_task(stage.run())
     yield stage
     sending.cancel()
@@ -421,7 +421,7 @@ async def test_a_prompt_that_is_delivered_twice_is_drawn_once(folders: list[Path
         await stage.deliver(0, *delivered("2", "3", first=1))
         await b.until(lambda: len(arrived(consumer)) == 3, "the one row that is new")
         assert not b.engine.unfinished
-        assert b.host.counts.statistics(STAGE.inputs[0], 0, 0, 0).refused == 3
+        assert b.context.counts.statistics(STAGE.inputs[0], 0, 0, 0).refused == 3
     assert arrived(consumer) == prompts(*"123").sample_ids.tolist()
 
 
@@ -459,5 +459,5 @@ async def test_prompts_that_can_not_be_read_are_tombstones_with_the_reason(folde
 async def test_a_generating_stage_takes_prompts(folders: list[Path]):
     async with bench(folders[0], run=False) as b:
         with pytest.raises(ValueError, match=r"policy.generate#1: takes prompts, its edge carries schema 5"):
-            stage = GeneratingStage(b.host, replace(STAGE, schemas=[Scores.schema_id]), b.loop)
+            stage = GeneratingStage(b.context, replace(STAGE, schemas=[Scores.schema_id]), b.loop)
             await stage.deliver(0, *delivered("1"))

@@ -70,8 +70,8 @@ async def until_sent(consumer: Consumer, deliveries: int = 1) -> list[list[int]]
 async def row_stage(stage: StageSpec = DOUBLE, **changes: Any) -> AsyncIterator[tuple[RowStage, Consumer]]:
     """A row stage at work, and the consumer of its rows."""
     consumer = Consumer("b")
-    async with hosted(specs.service("a", stage, **changes), consumer, store=SomeAreGone()) as host:
-        runner = RowStage(host, stage)
+    async with hosted(specs.service("a", stage, **changes), consumer, store=SomeAreGone()) as context:
+        runner = RowStage(context, stage)
         running = asyncio.create_task(runner.run())
         yield runner, consumer
         if running.done():
@@ -133,11 +133,11 @@ async def test_a_row_whose_bytes_are_gone_again_and_again_leaves_as_a_tombstone(
                 await asyncio.sleep(0.01)
         assert await until_sent(consumer) == [[2]]
         assert "bytes were gone" in consumer.arrived[0][0].failures[0].cause
-        asked = [notice for notice in await stage.host.reports.notices() if isinstance(notice, RowsLost)]
+        asked = [notice for notice in await stage.context.reports.notices() if isinstance(notice, RowsLost)]
         assert len(asked) == MOST_TIMES - 1
-        assert len(stage.host.losses) == 1
-        stage.host.losses.end([prompt_of(2)])
-        assert len(stage.host.losses) == 0
+        assert len(stage.context.lost_rows) == 1
+        stage.context.lost_rows.end([prompt_of(2)])
+        assert len(stage.context.lost_rows) == 0
 
 
 async def test_rows_whose_bytes_are_gone_leave_nothing_and_can_be_sent_again():
@@ -174,7 +174,7 @@ async def test_what_comes_again_or_late_is_refused_and_counted():
         await until_sent(consumer, 2)
         await stage.end([0])
         await deliver(stage, sent(4), dead=[5])
-        edge = stage.host.counts.statistics("a.double#1.0", *stage.depth())
+        edge = stage.context.counts.statistics("a.double#1.0", *stage.depth())
         assert (edge.rows, edge.refused, edge.depth) == (3, 3, 0)
 
 
@@ -185,14 +185,14 @@ def keep(batch: LogProbs, scale: float = 1.0) -> Measured[LogProbs]:
     return Measured(batch, Metrics(values={"rows": scale * len(batch)}))
 
 
-async def noticed(host: StageContext) -> list[Notice]:
+async def noticed(context: StageContext) -> list[Notice]:
     """What there is to report now."""
-    host.reports.wait("test")  # so that there is something
-    return await host.reports.notices()
+    context.reports.wait("test")  # so that there is something
+    return await context.reports.notices()
 
 
-async def settled(host: StageContext) -> list[PromptSettled]:
-    return [notice for notice in await noticed(host) if isinstance(notice, PromptSettled)]
+async def settled(context: StageContext) -> list[PromptSettled]:
+    return [notice for notice in await noticed(context) if isinstance(notice, PromptSettled)]
 
 
 @asynccontextmanager
@@ -200,18 +200,18 @@ async def closing_stage(
     function: Callable[..., Any] = keep, **changes: Any
 ) -> AsyncIterator[tuple[ClosingStage, Consumer]]:
     consumer = Consumer("b")
-    async with hosted(specs.service("a", CLOSE, **changes), consumer, store=SomeAreGone()) as host:
-        yield ClosingStage(host, CLOSE, function), consumer
+    async with hosted(specs.service("a", CLOSE, **changes), consumer, store=SomeAreGone()) as context:
+        yield ClosingStage(context, CLOSE, function), consumer
 
 
 async def test_settled_prompts_are_reported_once():
     async with closing_stage(samples_per_prompt=2) as (stage, _):
         first, second, third = sample_id(1, 0), sample_id(1, 1), sample_id(2, 0)
         await deliver(stage, sent(first, third))
-        assert await settled(stage.host) == []
+        assert await settled(stage.context) == []
         await deliver(stage, sent(second))
         await deliver(stage, sent(second))
-        assert [s.alive for s in await settled(stage.host)] == [[first, second]]
+        assert [s.alive for s in await settled(stage.context)] == [[first, second]]
         assert stage.depth()[0] == 3
 
 
@@ -222,13 +222,13 @@ def has_spread(batch: LogProbs) -> list[bool]:
 
 async def test_prompts_that_the_filter_drops_are_reported_and_held_no_longer():
     spec = replace(CLOSE, filter="has_spread", filter_inputs=[0])
-    async with hosted(specs.service("a", spec, samples_per_prompt=2), Consumer("b")) as host:
-        stage = ClosingStage(host, spec, keep, has_spread)
+    async with hosted(specs.service("a", spec, samples_per_prompt=2), Consumer("b")) as context:
+        stage = ClosingStage(context, spec, keep, has_spread)
         useful, useless = [sample_id(1, i) for i in range(2)], [sample_id(2, i) for i in range(2)]
         flat = rows.log_probs(useless)
         flat = replace(flat, log_probs=flat.log_probs.with_values(0 * flat.log_probs.values))
         await deliver(stage, sent(*useful), rows.part(flat))
-        assert {s.prompt_id: (s.alive, s.trainable) for s in await settled(host)} == {
+        assert {s.prompt_id: (s.alive, s.trainable) for s in await settled(context)} == {
             1: (useful, True),
             2: (useless, False),
         }
@@ -241,9 +241,9 @@ async def test_a_filter_that_raises_is_named():
         raise KeyError("scores")
 
     spec = replace(CLOSE, filter="broken", filter_inputs=[0])
-    async with hosted(specs.service("a", spec), Consumer("b")) as host:
+    async with hosted(specs.service("a", spec), Consumer("b")) as context:
         with pytest.raises(ValueError, match=r"a\.keep#1: broken of prompt 3 raised KeyError: 'scores'"):
-            await deliver(ClosingStage(host, spec, keep, broken), sent(sample_id(3, 0)))
+            await deliver(ClosingStage(context, spec, keep, broken), sent(sample_id(3, 0)))
 
 
 async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_step():
@@ -260,27 +260,27 @@ async def test_a_refused_shard_is_tombstones_at_the_join_and_costs_no_other():
     async with closing_stage() as (stage, _):
         good, bad = sample_id(1, 0), sample_id(2, 0)
         await deliver(stage, torn(bad), sent(good))
-        reported = {s.prompt_id: s for s in await settled(stage.host)}
+        reported = {s.prompt_id: s for s in await settled(stage.context)}
         assert reported[1].alive == [good]
         (dead,) = reported[2].dead
         assert dead.sample_id == bad
         assert "its frame was refused: rows 0 to 0 are damaged" in dead.cause
-        assert stage.host.counts.statistics("a.keep#1.0", 0, 0, 0).damaged == 1
+        assert stage.context.counts.statistics("a.keep#1.0", 0, 0, 0).damaged == 1
 
 
 async def test_a_shard_that_is_gone_is_awaited_from_its_senders_successor():
     async with closing_stage() as (stage, _):
         await deliver(stage, lost(sample_id(1, 0)))
-        assert await settled(stage.host) == []
+        assert await settled(stage.context) == []
         await deliver(stage, sent(sample_id(1, 0)))
-        assert len(await settled(stage.host)) == 1
+        assert len(await settled(stage.context)) == 1
 
 
 async def test_a_shard_that_is_not_what_it_is_said_to_be_is_refused():
     async with closing_stage() as (stage, _):
         named, foreign = sent(1, 2), rows.part(rows.scores([1, 2]))
         for payload, reason in ((foreign.payload, "unknown schema 5"), (sent(1).payload, "other rows")):
-            batch, failures = await read_or_fail(stage.host, ShardRef(named.shard, payload), LogProbs, "a.keep#1.0")
+            batch, failures = await read_or_fail(stage.context, ShardRef(named.shard, payload), LogProbs, "a.keep#1.0")
             assert batch is None
             assert [f.sample_id for f in failures] == [1, 2]
             assert all(reason in f.cause for f in failures)
@@ -291,19 +291,19 @@ async def test_a_shard_that_is_not_what_it_is_said_to_be_is_refused():
 
 @asynccontextmanager
 async def training_stage() -> AsyncIterator[tuple[TrainingStage, asyncio.Task[None]]]:
-    async with hosted(specs.service("a", TRAIN, topology=Topology(1, 1, 2)), store=SomeAreGone()) as host:
-        runner = TrainingStage(host, TRAIN)
+    async with hosted(specs.service("a", TRAIN, topology=Topology(1, 1, 2)), store=SomeAreGone()) as context:
+        runner = TrainingStage(context, TRAIN)
         running = asyncio.create_task(runner.run())
         yield runner, running
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def until_done(host: StageContext, steps: int) -> list[StepDone]:
+async def until_done(context: StageContext, steps: int) -> list[StepDone]:
     done: list[StepDone] = []
     async with asyncio.timeout(5):
         while len(done) < steps:
-            done += [notice for notice in await host.reports.notices() if isinstance(notice, StepDone)]
+            done += [notice for notice in await context.reports.notices() if isinstance(notice, StepDone)]
     return done
 
 
@@ -312,11 +312,11 @@ async def test_a_closed_batch_is_trained_once_by_all_replicas_together():
         await deliver(stage, sent(1, 2, 6), step=0)
         await deliver(stage, sent(1, 2, 6), step=0)
         await deliver(stage, sent(4), step=1)
-        assert await until_done(stage.host, 2) == [
+        assert await until_done(stage.context, 2) == [
             StepDone("a.count#1", 0, {"id": 3.0}),
             StepDone("a.count#1", 1, {"id": 4.0}),
         ]
-        assert stage.host.counts.statistics("a.count#1.0", 0, 0, 0).refused == 3
+        assert stage.context.counts.statistics("a.count#1.0", 0, 0, 0).refused == 3
 
 
 @pytest.mark.parametrize(("bad", "cause"), [(torn, "its frame was refused"), (lost, "their sender is gone")])

@@ -42,7 +42,7 @@ class WithoutGrain(PromptJoin):
 class BlindToBaselines(PromptJoin):
     """Keeps a prompt alive whose baseline failed."""
 
-    def _deaths(self, prompt: int, samples: list[int]) -> list[Failure]:
+    def _failures(self, prompt: int, samples: list[int]) -> list[Failure]:
         return [f for s in samples if (f := self._samples.failure_of(s)) is not None]
 
 
@@ -52,7 +52,7 @@ class SettlesAtTheFirstDeath(PromptJoin):
     def arrive(
         self, position: int, batch: Batch | None, failures: list[Failure], attempt: int = 0
     ) -> tuple[list[PromptSettled], Arrival]:
-        early = {prompt_of(f.sample_id) for f in failures if prompt_of(f.sample_id) not in self._samples._ended}
+        early = {prompt_of(f.sample_id) for f in failures if prompt_of(f.sample_id) not in self._samples._finished}
         settled, arrival = super().arrive(position, batch, failures, attempt)
         early -= {s.prompt_id for s in settled}
         self.end(sorted(early))
@@ -208,7 +208,7 @@ class ForgetsWhatEnded(RowTable[Any]):
     def end(self, prompts: Iterable[int]) -> None:
         for prompt in prompts:
             super().end([prompt])
-            self._ended = type(self._ended)()
+            self._finished = type(self._finished)()
 
 
 class NeverTakesBack(RowTable[Any]):

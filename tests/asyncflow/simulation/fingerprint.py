@@ -198,12 +198,12 @@ def _ended(facts: Facts) -> None:
     over = [p for p in known if p not in facts.world.controller.min_versions]
     if not over:
         return
-    holders: list[tuple[str, Any]] = [(s.name, s.outbox._ended) for s in facts.world.services.values()]
+    holders: list[tuple[str, Any]] = [(s.name, s.outbox._finished) for s in facts.world.services.values()]
     for stage in facts.world.stages.values():
         if isinstance(stage, RowStage | GeneratingStage):
-            holders.append((stage.name, stage.table._ended))
+            holders.append((stage.name, stage.table._finished))
         elif isinstance(stage, ClosingStage):
-            holders.append((stage.name, stage.join._samples._ended))
+            holders.append((stage.name, stage.join._samples._finished))
     for name, ended in holders:
         facts.each_prompt(("ended", name), [p for p in over if p in ended])
 

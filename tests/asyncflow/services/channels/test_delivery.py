@@ -35,7 +35,7 @@ class Delivery(RuleBasedStateMachine):
         self.per_prompt = samples
         self.patience = 4  # for what goes wrong: where everything dies at once, nothing else is seen
         self.live: dict[int, int] = {}  # prompt -> its attempt
-        self.ended: list[int] = []
+        self.finished: list[int] = []
         self.attempt_made: dict[int, int] = {}  # sample -> attempt that the living sender made
         self.outbox: Outbox[Rows] = Outbox()
         self.sender_lives = 0  # incarnation
@@ -50,7 +50,7 @@ class Delivery(RuleBasedStateMachine):
     @rule(prompts=st.integers(1, WINDOW))
     def admit(self, prompts: int) -> None:
         for _ in range(min(prompts, WINDOW - len(self.live))):
-            self.live[len(self.live) + len(self.ended)] = 0
+            self.live[len(self.live) + len(self.finished)] = 0
 
     @precondition(lambda self: self._unmade())
     @rule(data=st.data())
@@ -77,7 +77,7 @@ class Delivery(RuleBasedStateMachine):
     def end_prompt(self, data: st.DataObject) -> None:
         prompt = data.draw(st.sampled_from(sorted(self.live)))
         del self.live[prompt]
-        self.ended.append(prompt)
+        self.finished.append(prompt)
         self.outbox.end([prompt])
         self.table.end([prompt])
 
@@ -118,7 +118,7 @@ class Delivery(RuleBasedStateMachine):
         self.patience -= 1
         self.sender_lives += 1
         self.outbox = Outbox()
-        self.outbox.end(self.ended)
+        self.outbox.end(self.finished)
         self.attempt_made.clear()
         self.live = {prompt: attempt + draws for prompt, attempt in self.live.items()}
 
@@ -128,7 +128,7 @@ class Delivery(RuleBasedStateMachine):
         """Its successor is told what is over, and is sent what is kept."""
         self.patience -= 1
         self.table = RowTable(1)
-        self.table.end(self.ended)
+        self.table.end(self.finished)
         self.done.clear()
         self.network += self.outbox.kept(EDGE)
 
@@ -186,7 +186,7 @@ class Delivery(RuleBasedStateMachine):
             return False
         self.network.pop(which)
         self.largest = max(self.largest, len(samples))
-        before = {s for s in samples if prompt_of(s) in self.ended}
+        before = {s for s in samples if prompt_of(s) in self.finished}
         arrival = self.table.arrive(0, [(s, incarnation) for s in samples], attempt)
         assert before <= set(arrival.refused), "what is over is refused"
         assert sorted(arrival.settled + arrival.refused) == sorted(samples)

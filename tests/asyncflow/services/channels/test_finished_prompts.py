@@ -10,7 +10,7 @@ from asyncflow.services.channels.finished_prompts import FinishedPrompts
 PROMPTS = st.integers(0, 40)
 
 
-def ended(*prompts: int) -> FinishedPrompts:
+def finished(*prompts: int) -> FinishedPrompts:
     made = FinishedPrompts()
     for prompt in prompts:
         made.add(prompt)
@@ -19,20 +19,20 @@ def ended(*prompts: int) -> FinishedPrompts:
 
 @given(st.lists(PROMPTS))
 def test_it_holds_what_was_added_in_any_order_and_nothing_else(prompts: list[int]):
-    made = ended(*prompts)
+    made = finished(*prompts)
     assert [p for p in range(42) if p in made] == sorted(set(prompts))
 
 
 @given(st.lists(PROMPTS))
 def test_it_costs_a_run_of_ids_however_the_run_came_about(prompts: list[int]):
     starts = {p for p in prompts if p - 1 not in prompts}
-    assert len(ended(*prompts)) == len(starts)
+    assert len(finished(*prompts)) == len(starts)
 
 
 def test_prompts_that_end_in_order_cost_one_number_for_ever():
-    assert len(ended(*range(10_000))) == 1
+    assert len(finished(*range(10_000))) == 1
 
 
 def test_the_missing_prompt_joins_its_neighbours():
-    assert len(ended(1, 3)) == 2
-    assert len(ended(1, 3, 2)) == 1
+    assert len(finished(1, 3)) == 2
+    assert len(finished(1, 3, 2)) == 1

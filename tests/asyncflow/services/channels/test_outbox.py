@@ -1,4 +1,4 @@
-"""What was sent stays until the last prompt that needs it has ended, and not a moment longer."""
+"""What was sent stays until the last prompt that needs it has finished, and not a moment longer."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def outbox(*sent: tuple[str, list[int], str]) -> Outbox[str]:
 def test_an_edge_can_have_again_whatever_an_open_prompt_needs_in_the_order_of_sending(history: list[Step]):
     box: Outbox[int] = Outbox()
     sent: list[tuple[str, set[int]]] = []  # edge, prompts that are open
-    ended: set[int] = set()
+    finished: set[int] = set()
     for number, (what, edge, prompts) in enumerate(history):
         if what == "keep":
             box.keep(edge, [sample_id(p, 0) for p in prompts], number)
         else:
             box.end(prompts)
-            ended |= set(prompts)
+            finished |= set(prompts)
         sent.append((edge, set(prompts) if what == "keep" else set()))
         for edge_asked in EDGES:
-            assert box.kept(edge_asked) == [n for n, (e, ps) in enumerate(sent) if e == edge_asked and ps - ended]
-        assert len(box) == sum(bool(ps - ended) for _, ps in sent)
+            assert box.kept(edge_asked) == [n for n, (e, ps) in enumerate(sent) if e == edge_asked and ps - finished]
+        assert len(box) == sum(bool(ps - finished) for _, ps in sent)
 
 
 def test_edges_keep_apart():

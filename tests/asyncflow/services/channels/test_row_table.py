@@ -158,12 +158,12 @@ def test_a_row_that_stands_twice_in_one_delivery_counts_once():
 
 @given(arrivals(), st.lists(st.integers(0, 99), unique=True), st.integers(0, 2), st.integers(0, 1))
 def test_fresh_rows_are_those_that_would_be_taken(
-    case: tuple[int, set[int], list[Brought]], asked: list[int], attempt: int, ended: int
+    case: tuple[int, set[int], list[Brought]], asked: list[int], attempt: int, finished: int
 ):
     edges, _, deliveries = case
     table = table_of(edges, *deliveries[::2])
     take_all(table)
-    table.end([ended])
+    table.end([finished])
     asked = [*asked, sample_id(1, 0)]
     fresh = table.fresh(0, asked, attempt)
     refused = bring(table, Brought(0, asked), attempt).refused

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from asyncflow.services.channels.shard_refs import (
     Partitioning,
-    Place,
     RankCallPlan,
+    RowRef,
     ShardRef,
     arrivals,
     pack,
     pack_apart,
     parts_of,
-    places,
     plan_calls,
+    row_refs,
     unpack,
 )
 from asyncflow.services.ranks.rank import RowReader
@@ -40,15 +40,15 @@ KINDS = {LogProbs.schema_id: rows.log_probs, Values.schema_id: rows.values}
 SCHEMAS = list(KINDS)
 
 
-def lying(samples: Sequence[int], schema: int, cuts: Sequence[Sequence[int]]) -> list[Place]:
+def lying(samples: Sequence[int], schema: int, cuts: Sequence[Sequence[int]]) -> list[RowRef]:
     """Where the rows of `samples` are, in their order, when they lie in shards of the ids in `cuts`."""
-    found = dict(place for shard in cuts if shard for place in places([rows.part(KINDS[schema](shard))]))
+    found = dict(place for shard in cuts if shard for place in row_refs([rows.part(KINDS[schema](shard))]))
     return [found[sample] for sample in samples]
 
 
 def planned(
     samples: Sequence[int],
-    inputs: Sequence[Sequence[Place]],
+    inputs: Sequence[Sequence[RowRef]],
     cut: Partitioning,
     topology: Topology,
     generation: GenerationGrouping | None = None,
@@ -122,7 +122,7 @@ def test_without_whole_groups_a_prompt_is_cut():
     }
 
 
-def four_rows(tokens: list[int]) -> list[Place]:
+def four_rows(tokens: list[int]) -> list[RowRef]:
     """Rows 0 to 3 in a shard that tells their tokens, or none."""
     part = ShardRef(Shard([0, 1, 2, 3], 0, tokens), None)
     return [(part, row) for row in range(4)]

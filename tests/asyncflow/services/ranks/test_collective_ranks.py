@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from asyncflow.services.channels.shard_refs import Partitioning, pack, places, plan_calls
+from asyncflow.services.channels.shard_refs import Partitioning, pack, plan_calls, row_refs
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
@@ -52,7 +52,7 @@ def log_probs(folder: str, topology: str, torn_for: int) -> tuple[RankReply, lis
     number = torch.distributed.get_rank()
     store, data = LocalStore(), rollouts(experience(ROWS))
     parts = [pack(store, take(data, cut), 0) for cut in (range(4), range(4, ROWS))]
-    located = places(parts)
+    located = row_refs(parts)
     calls = plan_calls(
         STAGE.name,
         "log_probs",
