@@ -13,7 +13,7 @@ from asyncflow.cli.main import app
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
 from asyncflow.recipe.config import to_recipe
-from asyncflow.recipe.service_specs import check_placement, check_roles
+from asyncflow.recipe.model_checks import check_placement, check_roles
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()

@@ -18,7 +18,8 @@ from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenarios import workload_of
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
 from asyncflow.recipe.model_checks import check_placement
-from asyncflow.recipe.service_specs import GENERATOR, REPLICATED
+from asyncflow.recipe.service_specs import GENERATOR
+from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
 
 KEEP_PLACEMENTS = 8  # placements from the search that are simulated, for each way to generate
@@ -135,5 +136,5 @@ def runs(recipe: Recipe, model: ModelWork, layout: Layout) -> bool:
     if model.receives_from or recipe.models[model.role].lora.rank:
         return topology.world_size == 1
     return recipe.runtime != "local" or topology.world_size == 1 or (
-        topology.replica_size == 1 and model.role in REPLICATED
+        topology.replica_size == 1 and ROLE_SPECS[model.role].replicable
     )  # fmt: skip

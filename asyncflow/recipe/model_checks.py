@@ -14,7 +14,6 @@ from asyncflow.dataflow.graph import Dataflow
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
 from asyncflow.recipe.service_specs import (
     GENERATOR,
-    REPLICATED,
     colocates_vllm,
     is_collective,
     layout_of,
@@ -23,8 +22,9 @@ from asyncflow.recipe.service_specs import (
     stateful,
     topology_of,
 )
+from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.roles import ROLES
-from workers.parallel.plan import Decoder, Head, ShardPlan
+from workers.parallel.plan import FAMILIES, Decoder, ShardPlan
 from workers.rewards.rules import rule_named
 from workers.settings import Model
 
@@ -100,7 +100,7 @@ def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
             "leave it out"
         )
     collective = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
-    if placed.backend != "3d" and not (collective and service not in REPLICATED):
+    if placed.backend != "3d" and not (collective and not ROLE_SPECS[service].replicable):
         raise BadInput(
             f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
             f"{service} on {placed.parallel} has none such; leave it out"
@@ -226,17 +226,22 @@ def _check_lora(recipe: Recipe) -> None:
 
 
 def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
-    """The sizes of a model must divide by the ranks that share it. Raises BadInput."""
+    """Check that a model's sizes divide by the ranks that share it. Raises BadInput.
+
+    A family without a sharding plan stands whole on each rank: it can be replicated or fully sharded, not cut.
+    """
     for role in roles_of(dataflow):
-        topology = topology_of(recipe, role)
         if not is_collective(recipe, role):
             continue
-        head: Head = "tokens" if role in ("policy", "reference") else "score" if role in REPLICATED else "value"
+        config, topology = config_of(role, recipe.models[role].path), topology_of(recipe, role)
+        generates = role == "policy" and GENERATOR not in recipe.placement
+        if config.get("model_type") not in FAMILIES and topology.replica_size == 1 and not generates:
+            continue
         placed, layout = recipe.placement.get(role, Placed("")), layout_of(recipe, role)
         ways = {f"parallel = {placed.parallel!r}": topology, f"generation = {placed.generation!r}": layout}
         for where, cut in ways.items():
             try:
-                ShardPlan(Decoder.of(config_of(role, recipe.models[role].path), head), cut.pp, cut.tp)
+                ShardPlan(Decoder.of(config, ROLE_SPECS[role].head), cut.pp, cut.tp)
             except ValueError as error:
                 raise BadInput(f"placement.{role}.{where}: {error}") from error
 

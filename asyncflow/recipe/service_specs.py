@@ -8,6 +8,7 @@ from typing import Literal
 
 from asyncflow.dataflow.graph import ADVANTAGE, ChannelSpec, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Recipe, nearest
+from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
     CriticSettings,
@@ -34,7 +35,6 @@ from workers.user_code import module_of
 GENERATOR = "generator"
 EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
-REPLICATED = ("reference", "reward", "cost")  # frozen models, whose replicas are independent
 
 
 def roles_of(dataflow: Dataflow) -> list[str]:
@@ -79,7 +79,7 @@ def is_collective(recipe: Recipe, service: str) -> bool:
     topology = topology_of(recipe, service)
     if service == "policy" and colocates_vllm(recipe):
         return True
-    return topology.replica_size > 1 or (topology.dp > 1 and service not in REPLICATED)
+    return topology.replica_size > 1 or (topology.dp > 1 and not ROLE_SPECS[service].replicable)
 
 
 def colocates_vllm(recipe: Recipe) -> bool:
@@ -200,7 +200,7 @@ def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
 
 def replaceable(recipe: Recipe) -> list[str]:
     """The services that can be replaced when they die: those that train nothing and have no external workers."""
-    answering = [role for role, model in recipe.models.items() if role in REPLICATED and not model.outside]
+    answering = [role for role, model in recipe.models.items() if ROLE_SPECS[role].replicable and not model.outside]
     return answering + [GENERATOR] * (GENERATOR in recipe.placement)
 
 

@@ -16,10 +16,11 @@ from asyncflow.services.channels.shard_refs import ShardRef, row_refs
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
 from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank import OwnRank, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.ranks.spec import AdvantageSettings, StageSpec
-from asyncflow.services.ranks.worker_factory import LoadedWorker, build
+from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.stage_context import Fired, StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage
 from protocols.control.requests import (

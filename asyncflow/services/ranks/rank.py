@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Store
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank_requests import carry_out
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import LoadedWorker
 from protocols.control.delivery import RankCall, RankReply
 from protocols.control.requests import LoadState, RankAnswer, RankRequest
 from protocols.data.columns import Batch

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from asyncflow.services.channels.endpoint import Payload, Store
-from asyncflow.services.ranks.worker_factory import LoadedWorker
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from protocols.control.requests import (
     Done,
     ExportModel,

@@ -9,9 +9,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from asyncflow.services.channels.endpoint import Payload, ServiceError
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import LoadedWorker, build
+from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.runtime import Started
 from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService

@@ -19,9 +19,10 @@ import msgspec
 import ray
 
 from asyncflow.services.channels.endpoint import Frame, Payload
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import LoadedWorker, build
+from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
 from asyncflow.services.runtime.ray_store import RankStore, RayStore, referenced
 from asyncflow.services.runtime.wire import Carried, Server, ServerThread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -474,6 +475,37 @@ def test_ranks_that_a_model_or_a_runtime_has_no_place_for(
         runtime=runtime, deterministic=False, pools={"main": {}, "many": {"devices": 4}}, placement=placement
     )
     assert said.startswith(f"placement.{service}{message}")
+
+
+def without_a_plan(models: Path, folder: Path) -> dict[str, Any]:
+    """The recipe's policy and critic as another family, of which the checks read the config only."""
+    shutil.copytree(models / "policy", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    return {role: {"path": str(folder), "learning_rate": 1e-3} for role in ("policy", "critic")}
+
+
+RANKS = {"runtime": "ray", "deterministic": False, "pools": {"main": {}, "many": {"devices": 4}, "one": {}}}
+SHARDED = {"pool": "many", "parallel": "1-1-2", "backend": "fsdp"}
+
+
+def test_a_family_without_a_plan_is_fully_sharded(make_recipe: MakeRecipe, models: Path, tmp_path: Path):
+    placement = {"policy": SHARDED, "critic": SHARDED, "generator": {"pool": "one"}}
+    assert check(make_recipe(models=without_a_plan(models, tmp_path / "gpt2"), placement=placement, **RANKS)).recipe
+
+
+@pytest.mark.parametrize(
+    ("placement", "where"),
+    [
+        ({"policy": {"pool": "many", "parallel": "1-2-1"}, "generator": {"pool": "one"}}, "parallel = '1-2-1'"),
+        ({"policy": SHARDED}, "parallel = '1-1-2'"),  # its own ranks would generate in shards of a decoder
+    ],
+)
+def test_a_family_without_a_plan_is_not_cut(
+    refused: Any, models: Path, tmp_path: Path, placement: dict[str, Any], where: str
+):
+    said = refused(models=without_a_plan(models, tmp_path / "gpt2"), placement=placement, **RANKS)
+    assert said == f"placement.policy.{where}: model_type 'gpt2' has no sharding plan: one of llama, qwen2, qwen3"
 
 
 @pytest.mark.parametrize("reward", [{"rule": "exact_match"}, {"mix": [RIGHT]}])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank_requests import carry_out
-from asyncflow.services.ranks.worker_factory import LoadedWorker
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.requests import ExportModel, PrepareCode, RankRequest, SaveState, SwitchCode, YieldDevices
 from workers.training.offload import Offloader

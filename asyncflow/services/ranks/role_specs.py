@@ -1,0 +1,147 @@
+"""The registry of roles: one row a role, which says what it answers, what stands on its model, and how it is built.
+
+A new role is a row here, its contract in `protocols.roles`, and a class in `workers.roles`. Heavy imports stand inside
+the builders, so that a process imports only what its own role needs, and a recipe is checked without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from asyncflow.services.ranks.apply_functions import ApplyFunctions
+from asyncflow.services.ranks.loaded_worker import LoadedWorker
+from asyncflow.services.ranks.spec import (
+    AdvantageSettings,
+    CriticSettings,
+    GeneratorSettings,
+    PolicySettings,
+    ReferenceSettings,
+    ScorerSettings,
+    ServiceSpec,
+)
+from protocols.roles import ROLES
+from protocols.weights import Version
+from workers.data.hf_folder import end_of_sequence
+from workers.parallel.plan import Head
+from workers.parallel.sharding import Sharding
+from workers.user_code import module_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from asyncflow.dataflow.graph import Stage
+
+
+def _policy(spec: ServiceSpec, settings: PolicySettings, sharding: Sharding) -> LoadedWorker:
+    from workers.data.pretraining import text_of
+    from workers.generation.in_place import load_in_place
+    from workers.roles.policy import PolicyWorker
+
+    generates = any(stage.fires == "generate" for stage in spec.stages)
+    worker = PolicyWorker(
+        settings.model,
+        settings.loss,
+        settings.optimizer,
+        settings.generation,
+        spec.seed,
+        text_of(settings.loss, settings.pretrain, settings.tokenizer_path, spec.seed),
+        sharding=sharding,
+        grouping=spec.grouping if generates and spec.collective else None,
+        sleeps=spec.leased,
+    )
+    if not generates or spec.collective:
+        return LoadedWorker(worker)
+    engine = worker.engine(spec.term)
+    return LoadedWorker(worker, engine, lambda: load_in_place(engine, Version(spec.term, worker.trained.version)))
+
+
+def _generator(spec: ServiceSpec, settings: GeneratorSettings, sharding: Sharding) -> LoadedWorker:
+    model, generation, end = settings.model, settings.generation, end_of_sequence(settings.tokenizer_path)
+    if generation.engine == "vllm":
+        from workers.generation.vllm import VllmEngine
+
+        return LoadedWorker(None, VllmEngine(model.path, generation, spec.seed, model.dtype, end))
+    import torch
+
+    from workers.generation.torch import TorchEngine
+    from workers.training.models import load_causal
+
+    module = load_causal(model.path, model.dtype)
+    torch.nn.Module.to(module, torch.device(sharding.device))
+    return LoadedWorker(None, TorchEngine(module, generation, spec.seed, end))
+
+
+def _critic(spec: ServiceSpec, settings: CriticSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.critic import CostCriticWorker, CriticWorker
+
+    kind = CostCriticWorker if settings.role == "cost_critic" else CriticWorker
+    return LoadedWorker(kind(settings.model, settings.loss, settings.optimizer, spec.seed, sharding=sharding))
+
+
+def _reference(spec: ServiceSpec, settings: ReferenceSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.reference import ReferenceWorker
+
+    return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation, sharding=sharding))
+
+
+def _reward(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.reward import MixedReward, ModelReward, RuleReward
+
+    model, tokenizer, budget = settings.model, settings.tokenizer_path, settings.tokens_per_micro_batch
+    if model.mix:
+        return LoadedWorker(MixedReward(model, tokenizer, budget, settings.failures, sharding=sharding))
+    if model.rule:
+        return LoadedWorker(RuleReward(model, tokenizer, settings.failures))
+    return LoadedWorker(ModelReward(model, budget, sharding=sharding))
+
+
+def _cost(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.cost import ModelCost, RuleCost
+
+    if settings.model.rule:
+        return LoadedWorker(RuleCost(settings.model, settings.tokenizer_path, settings.failures))
+    return LoadedWorker(ModelCost(settings.model, settings.tokens_per_micro_batch, sharding=sharding))
+
+
+def _advantage(spec: ServiceSpec, settings: AdvantageSettings, sharding: Sharding) -> LoadedWorker:
+    from asyncflow.dataflow.registry import algorithm_named
+    from asyncflow.dataflow.retrace import retraced
+    from asyncflow.dataflow.steering import with_steering
+    from asyncflow.dataflow.trace import declaration_of, trace
+
+    algorithm = algorithm_named(settings.algorithm)
+    dataflow, declared = with_steering(trace(algorithm), settings.advantage_kwargs), declaration_of(algorithm)
+
+    def remake(module: ModuleType) -> Stage:
+        return retraced(module, settings.algorithm, settings.advantage_kwargs, dataflow, declared).batch_stage
+
+    return LoadedWorker(
+        ApplyFunctions(dataflow.batch_stage, module_of(settings.algorithm), remake, settings.advantage_kwargs)
+    )
+
+
+class RoleSpec(NamedTuple):
+    """What is particular to a role."""
+
+    build: Callable[[ServiceSpec, Any, Sharding], LoadedWorker]
+    contract: type | None = None  # of `protocols.roles`; None: its stages are the algorithm's own functions
+    head: Head = "tokens"  # on top of its model
+    trains: bool = False
+
+    @property
+    def replicable(self) -> bool:
+        """Whether replicas of its model need not work together, because they only answer."""
+        return self.contract is not None and not self.trains
+
+
+ROLE_SPECS: dict[str, RoleSpec] = {
+    "policy": RoleSpec(_policy, ROLES["policy"], trains=True),
+    "generator": RoleSpec(_generator, ROLES["policy"]),
+    "critic": RoleSpec(_critic, ROLES["critic"], "value", trains=True),
+    "cost_critic": RoleSpec(_critic, ROLES["cost_critic"], "value", trains=True),
+    "reference": RoleSpec(_reference, ROLES["reference"]),
+    "reward": RoleSpec(_reward, ROLES["reward"], "score"),
+    "cost": RoleSpec(_cost, ROLES["cost"], "score"),
+    "advantage": RoleSpec(_advantage),
+}
