@@ -94,7 +94,7 @@ def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
             f"placement.{service}.generation = {placed.generation!r}: only a policy's own ranks generate, "
             f"where no {GENERATOR} is placed; leave it out"
         )
-    if placed.recompute and service in (*REPLICATED, GENERATOR):
+    if placed.recompute and not ROLE_SPECS[service].trains:
         raise BadInput(
             f"placement.{service}.recompute = true: it saves memory in training, and {service} does not train; "
             "leave it out"
