@@ -211,10 +211,12 @@ def _check_lora(recipe: Recipe) -> None:
     adapted = [role for role, model in recipe.models.items() if model.lora.rank]
     if others := [role for role in adapted if role != "policy"]:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
-    if adapted and topology_of(recipe, "policy").world_size > 1:
+    topology = topology_of(recipe, "policy")
+    if adapted and (topology.replica_size > 1 or (topology.dp > 1 and GENERATOR not in recipe.placement)):
         raise BadInput(
-            "models.policy.lora: adapters train on one rank, "
-            f"placement.policy.parallel = {recipe.placement['policy'].parallel!r}: want '1-1-1', or no lora"
+            "models.policy.lora: adapters train on ranks that hold the whole model, "
+            f"placement.policy.parallel = {recipe.placement['policy'].parallel!r}: want '1-1-1', "
+            "or '1-1-d' and a [placement] of generator, or no lora"
         )
     if adapted and colocates_vllm(recipe):
         raise BadInput(

@@ -54,6 +54,27 @@ async def test_it_learns_from_a_generator_that_follows(table: dict[str, Any], pu
     _check_export(made, run.folder)
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(600)  # half a dozen processes that import torch, on two cores
+async def test_adapters_train_fully_sharded_on_ranks(table: dict[str, Any]):
+    placed = {"pools": {"train": {"devices": 2}, "rollout": {"devices": 1}}, "runtime": "ray"} | {
+        "placement": {
+            "policy": {"pool": "train", "parallel": "1-1-2", "backend": "fsdp"},
+            "reference": {"pool": "rollout"},
+            "generator": {"pool": "rollout"},
+        }
+    }
+    made = recipe(table, LORA | {"publish": "adapters"}, steps=2, **(APART | placed))
+    async with asyncflow.launch(made) as run:
+        events = [event async for event in run.events()]
+        ended = await run.wait()
+    assert ended.outcome == "finished", ended.error
+    published = [event for event in events if isinstance(event, Published)]
+    assert [event.version.step for event in published] == [0, 1, 2]
+    assert all(receipt.probe_difference < 1e-4 for event in published for receipt in event.receipts)
+    _check_export(made, run.folder)
+
+
 def _check_export(made: Recipe, folder: Path) -> None:
     """The exported policy is whole, and differs from its base in the layers that have adapters."""
     base, policy = (
@@ -87,7 +108,7 @@ def test_adapters_of_another_role_are_refused(make_recipe: MakeRecipe, table: di
     with pytest.raises(BadInput, match=r"lora: rank = 0 trains all weights"):
         to_recipe(table | {"models": models | {"policy": models["policy"] | {"lora": {"alpha": 2.0}}}})
     placed = {"policy": {"pool": "main", "parallel": "1-2-1"}}
-    with pytest.raises(BadInput, match=r"models\.policy\.lora: adapters train on one rank"):
+    with pytest.raises(BadInput, match=r"models\.policy\.lora: adapters train on ranks that hold the whole model"):
         check(recipe(table, LORA, placement=placed, pools={"main": {"devices": 2}}, runtime="ray", deterministic=False))
     with pytest.raises(BadInput, match=r"models\.policy\.lora: a vLLM beside the policy takes whole weights"):
         check(make_recipe(models=models | {"policy": models["policy"] | {"lora": LORA}}, generation={"engine": "vllm"}))
