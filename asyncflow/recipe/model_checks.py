@@ -24,7 +24,7 @@ from asyncflow.recipe.service_specs import (
 )
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.roles import ROLES
-from workers.parallel.plan import FAMILIES, Decoder, ShardPlan
+from workers.parallel.plan import Decoder, ShardPlan, has_plan
 from workers.rewards.rules import rule_named
 from workers.settings import Model
 
@@ -237,7 +237,7 @@ def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
             continue
         config, topology = config_of(role, recipe.models[role].path), topology_of(recipe, role)
         generates = role == "policy" and GENERATOR not in recipe.placement
-        if config.get("model_type") not in FAMILIES and topology.replica_size == 1 and not generates:
+        if topology.replica_size == 1 and not generates and not has_plan(config):
             continue
         placed, layout = recipe.placement.get(role, Placed("")), layout_of(recipe, role)
         ways = {f"parallel = {placed.parallel!r}": topology, f"generation = {placed.generation!r}": layout}

@@ -50,7 +50,7 @@ class ColocatedEngine(ABC):
         """Leave the devices to training, until the next `publish`."""
 
     def restored(self) -> None:
-        """The model was loaded from a checkpoint: what comes is newer than anything before, whatever its step."""
+        """The model was loaded from a checkpoint: later versions count as newer, whatever their step."""
         self._lineage += 1
 
     def close(self) -> None:  # noqa: B027 - an engine in the model's own process and memory has nothing to free

@@ -8,6 +8,7 @@ but activations and logits passes between them, and greedy and seeded rows are t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -35,7 +36,8 @@ class ColocatedTorch(ColocatedEngine):
         super().__init__()
         module = cast(PreTrainedModel, _Replica(hybrid))  # of a transformers module the engine uses just this much
         self._hybrid = hybrid
-        self.engine = TorchEngine(module, settings, run_seed, eos_token_id, owns_model=False)
+        self._new_engine = partial(TorchEngine, module, settings, run_seed, eos_token_id, owns_model=False)
+        self.engine = self._new_engine()
 
     @property
     def generating(self) -> bool:
@@ -47,7 +49,13 @@ class ColocatedTorch(ColocatedEngine):
         return transition
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts] | None:
-        generated = generate_all(self.engine, prompts, sampling)
+        try:
+            generated = generate_all(self.engine, prompts, sampling)
+        except BaseException:  # the failed call's rows are still queued: the next call must not generate them
+            version, self.engine = self.engine.version, self._new_engine()
+            if version is not None:
+                load_in_place(self.engine, version)
+            raise
         return generated if self._hybrid.is_output_rank else None
 
     def release(self) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from protocols.layout.topology import Backend, Topology
 from workers.parallel.fully_sharded import FullyShardedModel
 from workers.parallel.model import ParallelModel
-from workers.parallel.plan import Decoder, Head
+from workers.parallel.plan import Head, has_plan
 from workers.parallel.sharding import Sharding
 from workers.parallel.whole_module import WholeModule
 from workers.parallel.zero import ZeroModel
@@ -92,8 +92,4 @@ def _is_cut(folder: str | Path, topology: Topology, lora: Lora | None, regrouped
         return True
     if topology.dp == 1 or (lora is not None and lora.rank):
         return False
-    try:
-        Decoder.of(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).to_dict())
-    except ValueError:
-        return False
-    return True
+    return has_plan(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).to_dict())

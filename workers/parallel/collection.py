@@ -30,7 +30,7 @@ def collect_whole(
     """The whole tensors on the first rank of the first replica, contiguous in host memory; elsewhere an empty dict.
 
     All ranks of all replicas call. `shard` gives a parameter's shard, laid out along its cut, on this stage and tensor
-    index; other replicas take part in it where they hold the model together with the first, and bring nothing else.
+    index; replicas that share the shards with the first join the all-gather, and nothing else.
     Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding. `wanted` chooses
     parameters by name. The tensors are copies.
     """

@@ -94,7 +94,7 @@ class RankGroup:
 
 
 def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> RankGroup:
-    """Create every group of a partition of the ranks and return the own one; who is in none stands alone.
+    """Create every group of a partition of the ranks; return this rank's, or a group of itself where it is in none.
 
     Every process of the world calls this with the same partitions in the same order: torch waits for all of them.
     `timeout` bounds each collective: torch would not take the world's, but half an hour on gloo.
@@ -143,7 +143,7 @@ class _Joined(torch.autograd.Function):
 
 
 def copied(tensor: Tensor, group: RankGroup) -> Tensor:
-    """What all ranks have, handed to each one's own part of the work: the gradient is the sum of theirs."""
+    """Identity in the forward pass; sums the gradients of the ranks in the backward pass."""
     return _Copied.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]
 
 

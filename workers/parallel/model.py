@@ -169,23 +169,24 @@ class ParallelModel:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """The adapters stand in the base's weights inside, and B is 0: what is published answers so, rounding included.
+        """Context in which the adapters are merged into the base weights, as a published model has them.
 
-        After it all weights are bitwise what they were. All replicas enter together; without adapters nothing happens.
+        B is 0 inside, so forward passes have the published weights' rounding. All weights are bitwise restored at the
+        end. All replicas enter together; without adapters nothing happens.
         """
         if self.adapters is None or self._is_merged:
             yield
             return
         kept: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for base, a, b in map(adapter_parameters, self.adapters.layers):
-                change = self._held(base, product(self.weight(a), self.weight(b)))
-                kept |= {name: self.parameters[name].detach().clone() for name in (base, b)}
-                weight = self.parameters[base]
-                weight.copy_(merged_weight(weight, change, self.adapters.scaling))
-                self.parameters[b].zero_()
         self._is_merged = True
         try:
+            with torch.no_grad():
+                for base, a, b in map(adapter_parameters, self.adapters.layers):
+                    change = self._held(base, product(self.weight(a), self.weight(b)))
+                    kept |= {name: self.parameters[name].detach().clone() for name in (base, b)}
+                    weight = self.parameters[base]
+                    weight.copy_(merged_weight(weight, change, self.adapters.scaling))
+                    self.parameters[b].zero_()
             yield
         finally:
             self._is_merged = False

@@ -100,6 +100,15 @@ class Decoder(msgspec.Struct, frozen=True):
         )
 
 
+def has_plan(config: Mapping[str, Any]) -> bool:
+    """Whether a model with this transformers config can be cut over ranks."""
+    try:
+        Decoder.of(config)
+    except ValueError:
+        return False
+    return True
+
+
 class Parameter(msgspec.Struct, frozen=True):
     """One tensor of the checkpoint and how tensor-parallel ranks share it."""
 

@@ -1,4 +1,4 @@
-"""Over which ranks a role's model is laid, and how: what a worker is given beside its settings. Torch-free."""
+"""The ranks, the backend and the device of a role's model. Torch-free."""
 
 from __future__ import annotations
 

@@ -90,6 +90,8 @@ class WholeModule(nn.Module):
         """`seed` decides the adapters. Raises ValueError where the folder lacks tensors."""
         super().__init__()
         self.model = _LOADERS[head](folder, dtype)
+        if head == "score" and not hasattr(self.model, "score"):
+            raise ValueError(f"{folder}: {type(self.model).__name__} has no score head, want a decoder's reward model")
         self.config = self.model.config
         self._device = torch.device(device)
         self.adapters = Adapters(self.model, str(folder), lora, seed) if lora is not None and lora.rank else None

@@ -108,7 +108,7 @@ def exchange_groups(grouping: GenerationGrouping, trained: Trained | None = None
 def same_index_groups(grouping: GenerationGrouping, trained: Trained | None = None) -> list[list[int]]:
     """Ranks of an exchange group with the same tensor index: they gather what tensor ranks hold whole.
 
-    Where replicas share that too, all who generate the stage and trained with this index.
+    Where replicas shard that too: all ranks that generate the stage and trained with this tensor index.
     """
     topology = grouping.topology
     if trained and _is_shared(grouping, trained):

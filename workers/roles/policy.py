@@ -151,7 +151,7 @@ class PolicyWorker(Policy):
         return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)
 
     def update(self, experience: Experience) -> Metrics:
-        """epochs x mini_batches optimizer steps on all replicas' rows, of which these are the own ones, perhaps none.
+        """epochs x mini_batches optimizer steps on all replicas' rows. `experience` has this replica's, possibly none.
 
         The metrics are those of all rows on every replica, so that their mean is what one device measures.
         Raises StepRefused, on every rank, and changes nothing, where a loss or a gradient is not finite.

@@ -1,4 +1,4 @@
-"""The registry of roles: one row a role, which says what it answers, what stands on its model, and how it is built.
+"""The registry of roles: one row per role, with its contract, the head of its model, and its builder.
 
 A new role is a row here, its contract in `protocols.roles`, and a class in `workers.roles`. Heavy imports stand inside
 the builders, so that a process imports only what its own role needs, and a recipe is checked without torch.
