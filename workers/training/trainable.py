@@ -236,8 +236,8 @@ class TrainableModel(OptimizerSteps):
     def _refuse_other_scaling(self, folder: str, counters: Counters) -> None:
         if counters.lora_scaling != self._scaling:
             raise ValueError(
-                f"{folder}: adapter scaling is {counters.lora_scaling} in the checkpoint, {self._scaling} in this model: "
-                "the same adapters would be another policy; keep lora.alpha / lora.rank as it was"
+                f"{folder}: adapter scaling is {counters.lora_scaling} in the checkpoint, {self._scaling} in "
+                "this model: the same adapters would be another policy; keep lora.alpha / lora.rank as it was"
             )
 
     def _shard(self, spec: Parameter) -> Tensor:
