@@ -44,8 +44,9 @@ from workers.generation.engine import Engine
 class ServiceMode:
     """What all modes do alike: stages that need nothing but ranks, direct calls, requests to all ranks."""
 
-    def __init__(self, context: StageContext, ranks: Ranks) -> None:
-        self._context, self._ranks = context, ranks
+    def __init__(self, context: StageContext, ranks: Ranks, worker: LoadedWorker | None = None) -> None:
+        """`worker`: of the only rank, where that is in this process."""
+        self._context, self._ranks, self._worker = context, ranks, worker
         spec = context.spec
         # Whether its models can leave their devices. Assumed until the ranks answered: otherwise they could occupy
         # devices without a lease.
@@ -62,6 +63,8 @@ class ServiceMode:
     async def stop(self) -> None:
         """Free the ranks."""
         await self._ranks.stop()
+        if self._worker is not None:
+            await self._context.finish(self._worker.close)
 
     def runner(self, stage: StageSpec) -> StageRunner:
         """A stage at work. Raises ValueError for a stage that this mode can't run."""
@@ -116,20 +119,16 @@ class LocalMode(ServiceMode):
     """One rank, in the compute thread of this process."""
 
     def __init__(self, context: StageContext, worker: LoadedWorker) -> None:
-        super().__init__(context, OwnRank(Rank(context.spec, worker, context.store, context.thread)))
-        self._worker = worker
-
-    async def stop(self) -> None:
-        await super().stop()
-        await self._context.finish(self._worker.close)
+        super().__init__(context, _own_rank(context, worker), worker)
+        self._method = worker.method
 
     def runner(self, stage: StageSpec) -> StageRunner:
         if stage.fires != "closed":
             return super().runner(stage)
-        trainable = self._worker.method(stage.filter) if stage.filter else None
+        trainable = self._method(stage.filter) if stage.filter else None
         settings = self._context.spec.settings
         parts = settings.reward_parts if isinstance(settings, AdvantageSettings) else ()
-        return ClosingStage(self._context, stage, self._worker.method(stage.method), trainable, parts)
+        return ClosingStage(self._context, stage, self._method(stage.method), trainable, parts)
 
 
 class EngineMode(LocalMode):
@@ -165,11 +164,11 @@ class RankedMode(ServiceMode):
     """Several ranks that work independently, each in a process of its own."""
 
 
-class ColocatedMode(RankedMode):
-    """Ranks that work together. Where a stage generates, they switch layouts for it."""
+class ColocatedMode(ServiceMode):
+    """Ranks that work together, or one that generates with an engine of its own: they switch layouts to generate."""
 
-    def __init__(self, context: StageContext, ranks: Ranks) -> None:
-        super().__init__(context, ranks)
+    def __init__(self, context: StageContext, ranks: Ranks, worker: LoadedWorker | None = None) -> None:
+        super().__init__(context, ranks, worker)
         self._generation = ColocatedGeneration(context)
 
     def runner(self, stage: StageSpec) -> StageRunner:
@@ -218,4 +217,10 @@ async def mode_of(context: StageContext, ranks: Ranks | None) -> ServiceMode:
     if ranks is not None:
         return ColocatedMode(context, ranks) if spec.collective else RankedMode(context, ranks)
     worker = await context.compute("start", build, spec)
+    if spec.collective:
+        return ColocatedMode(context, _own_rank(context, worker), worker)
     return EngineMode(context, worker, worker.engine) if worker.engine is not None else LocalMode(context, worker)
+
+
+def _own_rank(context: StageContext, worker: LoadedWorker) -> OwnRank:
+    return OwnRank(Rank(context.spec, worker, context.store, context.thread))
