@@ -16,11 +16,6 @@ def end_of_sequence(folder: str | Path) -> int:
     raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
 
 
-def family_of(folder: str | Path) -> str:
-    """The model type of a folder's config.json, e.g. "qwen2"; "" where it has none."""
-    return str(json.loads((Path(folder) / "config.json").read_text()).get("model_type", ""))
-
-
 def context_of(folder: str | Path) -> int:
     """The model's context length: most tokens of prompt and response. Raises ValueError if its config has none."""
     limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")

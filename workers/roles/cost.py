@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from protocols.control.requests import CodeSource
 from protocols.data.messages import Costs, Rollouts
 from protocols.roles import Cost
 from protocols.stage import Partial
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
-from workers.rewards.scoring import RuleScorer, Scorer
+from workers.rewards.scoring import RuleScorer
+from workers.roles.scorer_role import ScorerRole
 from workers.settings import Failures, Model
 
 if TYPE_CHECKING:
-    from workers.training.offload import Offloader
+    pass
 
 
-class CostWorker(Cost):
+class CostWorker(ScorerRole, Cost):
     """One rank of a cost. Its scorer's numbers are the costs."""
-
-    def __init__(self, scorer: Scorer, offloader: Offloader | None = None) -> None:
-        self._scorer = scorer
-        self.offloader = offloader  # of the scorer's model; None where it has none
 
     def score(self, rollouts: Rollouts) -> Partial[Costs]:
         """A cost a row; a row that can't be scored fails with its cause."""
         if (scored := self._scorer.score(rollouts)) is None:
             return NOT_COLLECTED
         return Partial(Costs(sample_ids=scored.sample_ids, costs=scored.scores), scored.failures)
-
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Make the scorer's rule anew from its file. Raises BadCode."""
-        self._scorer.prepare_code(sources)
-
-    def switch_code(self, take: bool) -> None:
-        """Take what was prepared from the next row on, or drop it."""
-        self._scorer.switch_code(take)
-
-    def close(self) -> None:
-        """Free what the scorer holds."""
-        self._scorer.close()
 
 
 class RuleCost(CostWorker):

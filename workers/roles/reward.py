@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
-from protocols.control.requests import CodeSource
 from protocols.data.columns import Jagged
 from protocols.data.messages import Rollouts, Scores
 from protocols.roles import Reward
 from protocols.stage import Partial
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.rewards.scoring import MixedScorer, RuleScorer, Scorer
+from workers.roles.scorer_role import ScorerRole
 from workers.settings import Failures, Model, RewardPart
 
 if TYPE_CHECKING:
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from workers.training.offload import Offloader
 
 
-class RewardWorker(Reward):
+class RewardWorker(ScorerRole, Reward):
     """One rank of a reward. Its scorer's numbers are the scores."""
-
-    def __init__(self, scorer: Scorer, offloader: Offloader | None = None) -> None:
-        self._scorer = scorer
-        self.offloader = offloader  # of the scorer's models; None where it has none
 
     def score(self, rollouts: Rollouts) -> Partial[Scores]:
         """A score a row; a row that can't be scored fails with its cause."""
@@ -38,18 +34,6 @@ class RewardWorker(Reward):
             rows, parts = scored.parts.shape
             scores = replace(scores, parts=Jagged.from_lengths(scored.parts.ravel(), np.full(rows, parts)))
         return Partial(scores, scored.failures)
-
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Make the scorer's rules anew from their files. Raises BadCode."""
-        self._scorer.prepare_code(sources)
-
-    def switch_code(self, take: bool) -> None:
-        """Take what was prepared from the next row on, or drop it."""
-        self._scorer.switch_code(take)
-
-    def close(self) -> None:
-        """Free what the scorer holds."""
-        self._scorer.close()
 
 
 class RuleReward(RewardWorker):

@@ -42,11 +42,6 @@ class SimulatedRun(msgspec.Struct, frozen=True):
     events: int
     wall_s: float  # real seconds that the simulation took
 
-    @property
-    def mean_staleness(self) -> float:
-        """Mean staleness of the trained prompts, in versions."""
-        return sum(age * share for age, share in self.staleness.items())
-
 
 def simulate(scenario: Scenario) -> SimulatedRun:
     """Simulate all steps of a scenario.
