@@ -1,4 +1,4 @@
-"""A channel in the hands of a program: batches one by one, and a count of what it was too slow for."""
+"""The client of a channel yields batches and counts the rows that it was too slow to receive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.asyncflow.services import rows
 
 
 class Link:
-    """What a link brings: two batches, and rows that were missed before, between and after them."""
+    """A fake link with two batches, and with missed rows before and after them."""
 
     def __init__(self) -> None:
         self.left = 0

@@ -1,4 +1,4 @@
-"""An outside worker in the hands of a program: what it puts is told apart into taken, refused and not asked."""
+"""The client of an external worker: each answer is accepted, refused with a reason, or was never requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.asyncflow.services import rows
 
 
 class Link:
-    """A link that gives every put the same answer."""
+    """A fake link that gives the same reply to every put."""
 
     def __init__(self, answer: RowsPut) -> None:
         self.answer = answer

@@ -1,8 +1,9 @@
-"""A chain of small services, whatever they run on:
+"""A pipeline of three small services, on any runtime:
 
-    source (the test) -> a (four ranks) -> b (one rank) -> c, which reports every row that settles
+    source (the test) -> a (four ranks) -> b (one rank) -> c, which reports a PromptSettled for every row
 
-The source stands where the controller does: it delivers, asks, and reads notices. Both a and b double.
+The test takes the controller's part: it delivers rows, sends requests and reads notices. Both a and b double the
+values.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ PATIENCE_SECONDS = 15.0
 
 
 def samples_of(*prompts: int) -> list[int]:
-    """The one sample of each prompt."""
+    """The ids of the prompts' samples; each prompt has one."""
     return [sample_id(prompt, 0) for prompt in prompts]
 
 
 def chain_specs(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> list[ServiceSpec]:
-    """The three services; `a` and `b` are changes of their specs."""
+    """The specs of the three services; `a` and `b` hold fields to change."""
     first = specs.stage("a.double#1", outputs=[Target("b", B_EDGE)])
     second = specs.stage("b.double#1", sources=["a.double#1"], outputs=[Target("c", C_EDGE)])
     last = specs.stage("c.keep#1", sources=["b.double#1"], fires="closed", grains=["sample"], protocol="RANK_ZERO")
@@ -47,7 +48,7 @@ def chain_specs(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None
 
 
 class Chain:
-    """A running chain, from its two ends."""
+    """The running pipeline: the test feeds its first service and reads what its last one reports."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -59,30 +60,30 @@ class Chain:
         self.endpoints = {name: s.endpoint for name, s in (await self.runtime.start(list(services))).items()}
 
     async def restart(self, name: str) -> None:
-        """Start a successor in a service's place."""
+        """Replace a service by a new incarnation."""
         self.endpoints[name] = (await self.runtime.restart(name)).endpoint
 
     def put(self, batch: Batch) -> ShardRef:
-        """A shard of the source's own."""
+        """Put a batch into the test's own store."""
         return pack(self.runtime.store, batch, term=0)
 
     async def send(self, *parts: ShardRef, attempt: int = 0, to: str = A_EDGE) -> None:
-        """Deliver shards, as their sender would."""
+        """Deliver shards as their sending service would."""
         delivery = Delivery(to, 0, [part.shard for part in parts], attempt=attempt)
         await self.endpoints[to[0]].deliver(delivery, [part.payload for part in parts])
 
     async def redeliver(self, edge: str) -> None:
-        """Ask a sender for all that an edge may have lost."""
+        """Ask the sender of an edge to deliver everything again that its outbox holds."""
         sender = {B_EDGE: "a", C_EDGE: "b"}[edge]
         assert await ask(self.endpoints[sender], Redeliver(edge)) == (Done(), [])
 
     async def end(self, *prompts: int) -> None:
-        """Tell all that these prompts are over."""
+        """Tell every service that these prompts have ended."""
         for endpoint in self.endpoints.values():
             await ask(endpoint, EndPrompts(list(prompts)))
 
     async def until_settled(self, rows: int) -> list[PromptSettled]:
-        """All rows that have settled at the end of the chain, when there are so many."""
+        """Wait until `rows` rows have settled at the end of the pipeline, and return all that have."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while len(self.settled) < rows:
@@ -93,7 +94,7 @@ class Chain:
         return self.settled
 
     async def until(self, name: str, waits: str, depth: int) -> None:
-        """Wait until a service's stage waits like this, with so many rows in its mailbox."""
+        """Wait until a service's stage reports this wait and its mailbox holds `depth` rows."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while True:
@@ -105,24 +106,24 @@ class Chain:
             pytest.fail(f"{name} does not wait for {waits!r} with {depth} rows in its mailbox; {await self.state()}")
 
     async def values(self, samples: Sequence[int]) -> dict[int, float]:
-        """What settled rows hold at the end of the chain."""
+        """Sample id -> its value at the end of the pipeline."""
         reply, _ = await ask(self.endpoints["c"], CloseBatch(0, list(samples)))
         assert isinstance(reply, Done)
         return {int(sample): value for sample, value in reply.values.items()}
 
     async def statistics(self, name: str) -> ServiceStatistics:
-        """What a service says about its channels."""
+        """A service's own statistics."""
         reply, _ = await ask(self.endpoints[name], GetStatistics())
         assert isinstance(reply, Statistics)
         return reply.statistics
 
     async def edge(self, edge: str) -> EdgeStatistics:
-        """One channel, as its consumer sees it."""
+        """The consumer's statistics of one edge."""
         (found,) = [e for e in (await self.statistics(edge[0])).edges if e.edge == edge]
         return found
 
     async def state(self) -> str:
-        """Where every service stands, for whoever waited in vain."""
+        """Depths and waits of every service, for the message of a timeout."""
         services = [await self.statistics(name) for name in self.endpoints]
         depths = [f"{e.edge}: {e.depth} of {e.rows} rows" for s in services for e in s.edges]
         return f"{'; '.join(depths)}; waits {[s.waits for s in services]}"

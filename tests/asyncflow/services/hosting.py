@@ -1,4 +1,4 @@
-"""The inside of a service without its mailboxes and stages, and a consumer behind it."""
+"""A StageContext outside of a service, and a fake consumer that records its deliveries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from protocols.data.columns import Batch
 
 
 class Consumer:
-    """Keeps what it is sent, once its gate is open. Implements `Endpoint`."""
+    """Records deliveries; each waits until the gate is open. Implements `Endpoint`."""
 
     def __init__(self, name: str, *, is_open: bool = True, is_gone: bool = False) -> None:
         self.name = name
@@ -32,7 +32,7 @@ class Consumer:
 
     @property
     def samples(self) -> list[list[int]]:
-        """Ids of each delivery's rows, tombstones last."""
+        """The sample ids of each delivery, tombstones last."""
         return [
             [s for batch in batches for s in batch.sample_ids.tolist()] + [f.sample_id for f in delivery.failures]
             for delivery, batches in self.arrived
@@ -52,7 +52,7 @@ class Consumer:
 
 
 class SomeAreGone(LocalStore):
-    """A store of which some owners died: a payload of None stands for a frame that is gone."""
+    """A store in which a payload of None stands for a frame whose owner has died."""
 
     async def get(self, payload: Payload) -> Frame:
         if payload is None:
@@ -64,7 +64,7 @@ class SomeAreGone(LocalStore):
 async def hosted(
     spec: ServiceSpec, *consumers: Consumer, store: LocalStore | None = None
 ) -> AsyncIterator[StageContext]:
-    """A StageContext whose ranks are started."""
+    """A StageContext with running ranks; both are closed at the end."""
     store = store or LocalStore()
     context = StageContext(spec, store, Exporter(spec.name))
     context.peers = {consumer.name: consumer for consumer in consumers}

@@ -1,4 +1,4 @@
-"""Small batches whose every value names its row, so that a row in the wrong place is seen."""
+"""Small batches whose values identify their rows, so that a misplaced row is detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scores(samples: Sequence[int]) -> Scores:
 
 
 def log_probs(samples: Sequence[int], tokens: int = 0) -> LogProbs:
-    """Each row has `tokens` values, by default (id % 3) + 1, all of them minus its id."""
+    """Each row has `tokens` values (default: (id % 3) + 1), all equal to the negated id."""
     return LogProbs(
         sample_ids=np.array(samples, np.int64),
         log_probs=Jagged.from_rows([np.full(tokens or s % 3 + 1, -s) for s in samples], np.float32),
@@ -30,7 +30,7 @@ def log_probs(samples: Sequence[int], tokens: int = 0) -> LogProbs:
 
 
 def values(samples: Sequence[int], version: int = 0) -> Values:
-    """Values of a critic at a version."""
+    """A critic's values: each row has (id % 3) + 1 of them, all equal to its id."""
     return Values(
         sample_ids=np.array(samples, np.int64),
         values=Jagged.from_rows([np.full(s % 3 + 1, s) for s in samples], np.float32),
@@ -39,7 +39,7 @@ def values(samples: Sequence[int], version: int = 0) -> Values:
 
 
 def rollouts(samples: Sequence[int], versions: Sequence[Sequence[int]] | None = None) -> Rollouts:
-    """Responses of as many tokens as `versions` says, each the row's id modulo 50; by default two of version 0."""
+    """Responses whose tokens equal id % 50, one per entry of `versions` (default: two of version 0 per sample)."""
     tokens = [list(v) for v in versions] if versions is not None else [[0, 0] for _ in samples]
     responses = Jagged.from_rows([np.full(len(v), s % 50) for s, v in zip(samples, tokens, strict=True)], np.int32)
     return Rollouts(
@@ -55,27 +55,27 @@ def rollouts(samples: Sequence[int], versions: Sequence[Sequence[int]] | None = 
 
 
 def tombstones(samples: Sequence[int], cause: str = "timeout") -> list[Failure]:
-    """One a sample."""
+    """One failure per sample."""
     return [Failure(s, cause) for s in samples]
 
 
 def part(batch: Batch) -> ShardRef:
-    """A batch as it lies in a mailbox of the local runtime, whose payload is the frame itself."""
+    """A batch packed as the local runtime delivers it: the payload is the frame itself."""
     return pack(LocalStore(), batch, term=0)
 
 
 def damaged(frame: Frame, at: int = -1) -> Frame:
-    """A copy of a frame with one bit flipped, by default in its last row."""
+    """A copy of a frame with one bit flipped (default: in its last row)."""
     copy = frame.copy()
     copy[at] ^= 1
     return copy
 
 
 def remembered(table: RowTable[Any]) -> int:
-    """Rows that left a table and whose prompt is not finished."""
+    """How many rows have left a table while their prompt is still open."""
     return len(table._left)
 
 
 def held_bytes(store: LocalStore) -> int:
-    """Bytes of the frames in a store's memory that somebody still holds."""
+    """Bytes of the frames in a store's memory that are still referenced."""
     return store._held

@@ -1,4 +1,4 @@
-"""Specs of small services that do arithmetic instead of learning."""
+"""Specs of small services that do arithmetic instead of training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def service(
     firing_rows: int = 1024,
     **changes: Any,
 ) -> ServiceSpec:
-    """A service whose worker is a class of `workers`, unless it has other settings; a prompt has one sample."""
+    """A service whose worker is a class in `workers` (unless `settings` is given), with one sample per prompt."""
     fields = {
         "settings": CustomSettings(f"{WORKERS}:{worker}", options or {}),
         "limits": Limits(mailbox_rows, firing_rows),
@@ -50,7 +50,7 @@ def service(
 
 
 def settings_of(role: str, model: Model, generation: Generation | None = None) -> Settings:
-    """The settings of a role with such a model, all else as by default."""
+    """The settings of a role with this model, and defaults for everything else."""
     match role:
         case _ if generation is None:
             return settings_of(role, model, Generation())
@@ -71,7 +71,7 @@ def settings_of(role: str, model: Model, generation: Generation | None = None) -
 def stage(
     name: str, *, sources: Sequence[str] = ("source",), outputs: Sequence[Target] = (), **changes: Any
 ) -> StageSpec:
-    """A stage "service.method#1" with an input of log-probs for each source."""
+    """A stage "service.method#1" with one input of log-probs per source."""
     settings = {
         "method": name.split(".")[1].removesuffix("#1"),
         "fires": "rows",

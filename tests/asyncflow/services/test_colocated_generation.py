@@ -1,4 +1,4 @@
-"""Generation by ranks that train: a switch, a draw and a switch back, and nothing of the ranks' comes between."""
+"""Generation by the ranks that train: switch, generate and switch back, with no other work of the ranks in between."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STAGE = replace(
     sampling=SAMPLING,
 )
 TOOK = {"seconds": 0.5, "received_bytes": 64.0, "peak_bytes": 128.0, "copied_bytes": 0.0}
-BACK_AND_FORTH = ["generation", "draw", "training"]
+BACK_AND_FORTH = ["generation", "generate", "training"]
 
 
 def spec(slots: int = 256, **changes: Any) -> ServiceSpec:
@@ -46,8 +46,8 @@ def spec(slots: int = 256, **changes: Any) -> ServiceSpec:
     return specs.service("policy", STAGE, topology=Topology(1, 2, 2), collective=True, settings=settings, **changes)
 
 
-class Drawing:
-    """Four ranks that say what they did. Each draws two tokens a row; rows of odd ids fail. Implements `Ranks`."""
+class FakeRanks:
+    """Four ranks that record their work: two tokens per row; rows with odd ids fail. Implements `Ranks`."""
 
     def __init__(self, store: LocalStore) -> None:
         self.done: list[list[str]] = [[] for _ in range(4)]
@@ -55,7 +55,7 @@ class Drawing:
         self.gate = asyncio.Event()
         self.gate.set()
         self.raises: Exception | None = None
-        self.took = TOOK  # a switch to generation; nothing where it had nothing to bring
+        self.took = TOOK  # the report of a switch to generation; empty where no weights were moved
         self._store = store
 
     async def start(self) -> None: ...
@@ -64,7 +64,7 @@ class Drawing:
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         assert (call.method, call.sampling) == ("generate", SAMPLING)
-        self.done[rank].append("draw")
+        self.done[rank].append("generate")
         self.rows[rank] += call.sample_ids
         await self.gate.wait()
         if self.raises is not None:
@@ -81,41 +81,41 @@ class Drawing:
         return RankAnswer(0.0, 0.5, Done(self.took if request.to == "generation" else {})), []
 
 
-class World:
-    """A stage, its ranks and who is behind it."""
+class Bench:
+    """A stage, its ranks and the consumer of its rows."""
 
     def __init__(self, **changes: Any) -> None:
         self.store = LocalStore()
         self.context = StageContext(spec(**changes), self.store, Exporter("policy"))
-        self.ranks, self.consumer = Drawing(self.store), Consumer("b")
+        self.ranks, self.consumer = FakeRanks(self.store), Consumer("b")
         self.context.ranks, self.context.peers = self.ranks, {"b": self.consumer}
         self.generation = ColocatedGeneration(self.context)
         self.stage = ColocatedGeneratingStage(self.context, STAGE, self.generation)
 
     async def deliver(self, *samples: int) -> int:
-        """Hand prompts in; how many were refused."""
+        """Deliver prompts, and return how many were refused."""
         prompts = replace(tiny.make_prompts(["1+1="] * len(samples)), sample_ids=np.array(samples, np.int64))
         part = pack(self.store, prompts, 0)
         return await self.stage.accept(0, Delivery(EDGE, 0, [part.shard]), [ShardRef(part.shard, part.payload)])
 
     async def until(self, delivered: int) -> None:
-        """Wait for rows and tombstones at the consumer."""
+        """Wait until the consumer has received this many rows and tombstones."""
         async with asyncio.timeout(5):
             while sum(map(len, self.consumer.samples)) < delivered:
                 await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
-async def running(**changes: Any) -> AsyncIterator[World]:
-    world = World(**changes)
-    task = asyncio.create_task(world.stage.run())
+async def running(**changes: Any) -> AsyncIterator[Bench]:
+    bench = Bench(**changes)
+    task = asyncio.create_task(bench.stage.run())
     try:
-        yield world
+        yield bench
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        world.context.close()
-        world.store.close()
+        bench.context.close()
+        bench.store.close()
 
 
 def test_the_copies_that_generate_follow_from_both_layouts():
@@ -125,116 +125,116 @@ def test_the_copies_that_generate_follow_from_both_layouts():
 
 
 async def test_rows_are_dealt_to_all_copies_between_two_switches_and_leave_in_order():
-    async with running() as world:
-        await world.deliver(0, 2, 4, 6, 8)
-        await world.until(5)
-        assert world.ranks.done == [BACK_AND_FORTH] * 4
-        assert world.ranks.rows == [[0, 2], [4], [6], [8]]
-        assert world.consumer.samples == [[0, 2, 4, 6, 8]]
+    async with running() as bench:
+        await bench.deliver(0, 2, 4, 6, 8)
+        await bench.until(5)
+        assert bench.ranks.done == [BACK_AND_FORTH] * 4
+        assert bench.ranks.rows == [[0, 2], [4], [6], [8]]
+        assert bench.consumer.samples == [[0, 2, 4, 6, 8]]
 
 
 async def test_a_copy_without_rows_switches_and_draws_nothing():
-    async with running() as world:
-        await world.deliver(2)
-        await world.until(1)
-        assert world.ranks.done == [BACK_AND_FORTH] * 4
-        assert world.ranks.rows == [[2], [], [], []]
+    async with running() as bench:
+        await bench.deliver(2)
+        await bench.until(1)
+        assert bench.ranks.done == [BACK_AND_FORTH] * 4
+        assert bench.ranks.rows == [[2], [], [], []]
 
 
 async def test_a_row_that_can_not_be_drawn_is_a_tombstone():
-    async with running() as world:
-        await world.deliver(2, 3)
-        await world.until(2)
-        (delivery, _), *_ = world.consumer.arrived
+    async with running() as bench:
+        await bench.deliver(2, 3)
+        await bench.until(2)
+        (delivery, _), *_ = bench.consumer.arrived
         assert delivery.failures == [Failure(3, "odd")]
 
 
 async def test_a_prompt_that_is_sent_again_is_not_drawn_again():
-    async with running() as world:
-        await world.deliver(2, 4)
-        await world.until(2)
-        assert await world.deliver(2, 4) == 2
+    async with running() as bench:
+        await bench.deliver(2, 4)
+        await bench.until(2)
+        assert await bench.deliver(2, 4) == 2
 
 
 async def test_a_firing_takes_as_many_rows_as_the_copies_have_slots_and_all_where_the_wave_must_be_whole():
     for deterministic, firings in ((False, [4, 2]), (True, [6])):
-        async with running(slots=1, deterministic=deterministic) as world:
-            await world.deliver(0, 2, 4, 6, 8, 10)
-            await world.until(6)
-            assert [len(samples) for samples in world.consumer.samples] == firings
+        async with running(slots=1, deterministic=deterministic) as bench:
+            await bench.deliver(0, 2, 4, 6, 8, 10)
+            await bench.until(6)
+            assert [len(samples) for samples in bench.consumer.samples] == firings
 
 
 async def test_what_a_switch_took_is_told_with_the_next_step_and_the_tokens_are_counted():
-    async with running() as world:
-        await world.deliver(2, 4)
-        await world.until(2)
-        assert world.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
-        assert world.context.reports.take_measured() == {}, "once"
-        notices = await world.context.reports.notices()
+    async with running() as bench:
+        await bench.deliver(2, 4)
+        await bench.until(2)
+        assert bench.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+        assert bench.context.reports.take_measured() == {}, "once"
+        notices = await bench.context.reports.notices()
         assert [notice for notice in notices if isinstance(notice, Generated)] == [Generated([2, 4], 4)]
         spans = [span.activity for notice in notices if isinstance(notice, Busy) for span in notice.spans]
         assert spans == ["to_generation", "policy.generate#1", "to_training"]
 
 
 async def test_a_switch_that_had_nothing_to_bring_leaves_what_the_last_one_took():
-    async with running() as world:
-        await world.deliver(2)
-        await world.until(1)
-        world.ranks.took = {}
-        await world.deliver(4)
-        await world.until(2)
-        assert world.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
+    async with running() as bench:
+        await bench.deliver(2)
+        await bench.until(1)
+        bench.ranks.took = {}
+        await bench.deliver(4)
+        await bench.until(2)
+        assert bench.context.reports.take_measured() == {f"transition.{name}": value for name, value in TOOK.items()}
 
 
 async def test_nothing_else_is_asked_of_the_ranks_while_they_generate():
-    async with running() as world:
-        world.ranks.gate.clear()
-        await world.deliver(2)
-        while "draw" not in world.ranks.done[0]:
+    async with running() as bench:
+        bench.ranks.gate.clear()
+        await bench.deliver(2)
+        while "generate" not in bench.ranks.done[0]:
             await asyncio.sleep(0.001)
 
         async def snapshot() -> None:
-            async with world.context.collective.exclusive():
-                world.ranks.done[0].append("snapshot")
+            async with bench.context.collective.exclusive():
+                bench.ranks.done[0].append("snapshot")
 
         task = asyncio.create_task(snapshot())
         await asyncio.sleep(0.01)
-        world.ranks.gate.set()
+        bench.ranks.gate.set()
         await task
-        assert world.ranks.done[0] == [*BACK_AND_FORTH, "snapshot"]
+        assert bench.ranks.done[0] == [*BACK_AND_FORTH, "snapshot"]
 
 
 async def test_a_pause_lets_a_draw_finish_and_begins_no_other():
-    async with running() as world:
-        world.ranks.gate.clear()
-        await world.deliver(2)
-        while "draw" not in world.ranks.done[0]:
+    async with running() as bench:
+        bench.ranks.gate.clear()
+        await bench.deliver(2)
+        while "generate" not in bench.ranks.done[0]:
             await asyncio.sleep(0.001)
-        world.generation.pause(True)
-        world.ranks.gate.set()
-        await world.until(1)
-        await world.deliver(4)
+        bench.generation.pause(True)
+        bench.ranks.gate.set()
+        await bench.until(1)
+        await bench.deliver(4)
         await asyncio.sleep(0.01)
-        assert world.consumer.samples == [[2]]
-        world.generation.pause(False)
-        await world.until(2)
+        assert bench.consumer.samples == [[2]]
+        bench.generation.pause(False)
+        await bench.until(2)
 
 
 async def test_what_comes_in_a_pause_waits_for_its_end():
-    async with running() as world:
-        world.generation.pause(True)
-        await world.deliver(2)
+    async with running() as bench:
+        bench.generation.pause(True)
+        await bench.deliver(2)
         await asyncio.sleep(0.01)
-        assert world.ranks.done[0] == []
-        world.generation.pause(False)
-        await world.until(1)
+        assert bench.ranks.done[0] == []
+        bench.generation.pause(False)
+        await bench.until(1)
 
 
 async def test_after_a_fault_that_all_ranks_report_they_train_again():
-    world = World()
-    world.ranks.raises = ValueError("no memory")
-    prompts = pack(world.store, tiny.make_prompts(["1+1="]), 0)
+    bench = Bench()
+    bench.ranks.raises = ValueError("no memory")
+    prompts = pack(bench.store, tiny.make_prompts(["1+1="]), 0)
     samples = prompts.shard.sample_ids
     with pytest.raises(ValueError, match="no memory"):
-        await world.generation.generate(STAGE, samples, [[(prompts, 0)]], SAMPLING)
-    assert world.ranks.done == [BACK_AND_FORTH] * 4
+        await bench.generation.generate(STAGE, samples, [[(prompts, 0)]], SAMPLING)
+    assert bench.ranks.done == [BACK_AND_FORTH] * 4

@@ -1,4 +1,4 @@
-"""Rows for outside workers: each is given to one at a time, answered once, and never waited for for ever."""
+"""Rows for external workers: each is leased to one worker at a time, answered once, and waited for with a limit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RETAKE = 10.0
 
 
 def asked_for(*shards: Sequence[int]) -> RankCallPlan:
-    """A call for all rows of some shards."""
+    """A planned call for all rows of these shards."""
     parts = [rows.part(rows.rollouts(shard)) for shard in shards]
     found = row_refs(parts)
     (call,) = plan_calls(
@@ -61,33 +61,33 @@ def asked_for(*shards: Sequence[int]) -> RankCallPlan:
 
 
 def tombstones(*samples: int) -> dict[int, Answer]:
-    """Answers that need no batch."""
+    """Failures as answers, which need no batch."""
     return {sample: Failure(sample, "x") for sample in samples}
 
 
-# --- what is asked
+# --- pending rows
 
 
-def opened(asked: PendingRows, *shards: Sequence[int]) -> PendingCall:
-    """These rows are asked for."""
+def opened(pending: PendingRows, *shards: Sequence[int]) -> PendingCall:
+    """Add a call for these rows."""
     planned = asked_for(*shards)
-    return asked.ask(planned.call, planned.payloads)
+    return pending.ask(planned.call, planned.payloads)
 
 
 def test_each_row_is_given_to_one_worker():
-    asked = PendingRows(RETAKE)
-    opened(asked, [1, 2, 3])
-    first, second = asked.take(2, 0.0), asked.take(2, 0.0)
+    pending = PendingRows(RETAKE)
+    opened(pending, [1, 2, 3])
+    first, second = pending.take(2, 0.0), pending.take(2, 0.0)
     assert first is not None
     assert second is not None
     assert (first.call.sample_ids, second.call.sample_ids) == ([1, 2], [3])
-    assert asked.take(2, 0.0) is None
+    assert pending.take(2, 0.0) is None
 
 
 def test_a_worker_reads_its_own_rows_and_gets_only_their_frames():
-    asked = PendingRows(RETAKE)
-    opened(asked, [1, 2, 3], [4, 5], [6])
-    taken = [asked.take(2, 0.0) for _ in range(3)]
+    pending = PendingRows(RETAKE)
+    opened(pending, [1, 2, 3], [4, 5], [6])
+    taken = [pending.take(2, 0.0) for _ in range(3)]
     assert [len(call.payloads) for call in taken if call is not None] == [1, 2, 2]
     for call, samples in zip(taken, ([1, 2], [3, 4], [5, 6]), strict=True):
         assert call is not None
@@ -95,76 +95,76 @@ def test_a_worker_reads_its_own_rows_and_gets_only_their_frames():
 
 
 def test_rows_without_an_answer_are_given_away_again_after_a_while():
-    asked = PendingRows(RETAKE)
-    opened(asked, [1, 2])
-    asked.take(1, 0.0)
-    asked.take(1, 4.0)
-    assert asked.next_free() == RETAKE
-    assert asked.take(9, RETAKE - 0.1) is None
-    again = asked.take(9, RETAKE)
+    pending = PendingRows(RETAKE)
+    opened(pending, [1, 2])
+    pending.take(1, 0.0)
+    pending.take(1, 4.0)
+    assert pending.next_free() == RETAKE
+    assert pending.take(9, RETAKE - 0.1) is None
+    again = pending.take(9, RETAKE)
     assert again is not None
     assert again.call.sample_ids == [1]
 
 
 def test_the_oldest_call_goes_first():
-    asked = PendingRows(RETAKE)
-    opened(asked, [5])
-    opened(asked, [1])
-    first = asked.take(9, 0.0)
+    pending = PendingRows(RETAKE)
+    opened(pending, [5])
+    opened(pending, [1])
+    first = pending.take(9, 0.0)
     assert first is not None
     assert first.call.sample_ids == [5]
 
 
 def test_an_answer_counts_once():
-    asked = PendingRows(RETAKE)
-    call = opened(asked, [1, 2])
-    assert asked.answer(tombstones(1)) == {}
-    assert asked.answer(tombstones(1)) == {1: ANSWERED}
-    asked.close(call, "too late")
-    assert asked.answer(tombstones(1, 2)) == {1: ANSWERED, 2: "too late"}
+    pending = PendingRows(RETAKE)
+    call = opened(pending, [1, 2])
+    assert pending.answer(tombstones(1)) == {}
+    assert pending.answer(tombstones(1)) == {1: ANSWERED}
+    pending.close(call, "too late")
+    assert pending.answer(tombstones(1, 2)) == {1: ANSWERED, 2: "too late"}
 
 
 def test_what_is_not_asked_stays_with_the_asker():
-    asked = PendingRows(RETAKE)
-    opened(asked, [1])
+    pending = PendingRows(RETAKE)
+    opened(pending, [1])
     answers = tombstones(1, 7)
-    assert asked.answer(answers) == {}
+    assert pending.answer(answers) == {}
     assert list(answers) == [7]
 
 
 def test_a_row_that_is_asked_again_is_open_again():
-    asked = PendingRows(RETAKE)
-    asked.close(opened(asked, [1]), "its bytes are sent again")
-    opened(asked, [1])
-    assert asked.answer(tombstones(1)) == {}
+    pending = PendingRows(RETAKE)
+    pending.close(opened(pending, [1]), "its bytes are sent again")
+    opened(pending, [1])
+    assert pending.answer(tombstones(1)) == {}
 
 
 def test_rows_of_prompts_that_are_over_are_refused():
-    asked = PendingRows(RETAKE)
-    asked.end([5])
-    assert asked.answer(tombstones(5 << INDEX_BITS)) == {5 << INDEX_BITS: OVER}
+    pending = PendingRows(RETAKE)
+    pending.end([5])
+    assert pending.answer(tombstones(5 << INDEX_BITS)) == {5 << INDEX_BITS: OVER}
 
 
 @given(st.data())
 def test_however_rows_are_taken_and_put_each_is_answered_once(data: st.DataObject):
     samples = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True))
-    asked, now, accepted = PendingRows(RETAKE), 0.0, list[int]()
-    call = opened(asked, samples)
+    pending, now, accepted = PendingRows(RETAKE), 0.0, list[int]()
+    call = opened(pending, samples)
     while call.free_at:
         now += data.draw(st.sampled_from([0.0, 4.0, RETAKE]), label="time passes")
-        taken = asked.take(data.draw(st.integers(1, 5), label="most"), now)
+        taken = pending.take(data.draw(st.integers(1, 5), label="most"), now)
         put = set(taken.call.sample_ids if taken else []) | set(data.draw(st.lists(st.sampled_from(samples))))
-        refused = asked.answer(tombstones(*put))
+        refused = pending.answer(tombstones(*put))
         accepted += sorted(put - refused.keys())
     assert sorted(accepted) == sorted(samples)
-    assert asked.next_free() is None
+    assert pending.next_free() is None
 
 
-# --- the rank
+# --- the rank that answers for external workers
 
 
 def outside_reward(seconds: float = 0.3) -> ServiceSpec:
-    """A service whose reward is outside: answers within some seconds, rows given away again after 0.1 s."""
+    """A service with an external reward. Unanswered rows are offered again after 0.1 s and fail after `seconds`."""
     failures = Failures(outside_timeout_seconds=seconds, outside_retake_seconds=0.1)
     stage = specs.stage(STAGE, schemas=[Rollouts.schema_id])
     return specs.service("reward", stage, settings=ExternalSettings("reward", failures))
@@ -183,7 +183,7 @@ def rank(context: StageContext) -> ExternalRank:
 
 
 def asking(rank: ExternalRank, *shards: Sequence[int]) -> asyncio.Task[tuple[RankReply, list[Payload]]]:
-    """A firing that waits for its answers."""
+    """A call to the rank that waits for its answers."""
     planned = asked_for(*shards)
     return asyncio.create_task(rank.call(0, planned.call, planned.payloads))
 
@@ -215,7 +215,7 @@ async def test_rows_fail_with_the_workers_cause_and_rows_whose_bytes_were_gone_a
     reply, _ = await call
     assert [shard.sample_ids for shard in reply.shards] == [[1]]
     assert (reply.failures, reply.lost) == ([Failure(3, "unclear")], [1])
-    again = asking(rank, [2])  # its sender made it anew, and it is answered as if for the first time
+    again = asking(rank, [2])  # sent again by its sender: it is answered like a new row
     assert await put(rank, rows.scores([2]), seconds=5.0) == RowsPut()
     assert [shard.sample_ids for shard in (await again)[0].shards] == [[2]]
 
@@ -230,7 +230,7 @@ async def test_rows_without_an_answer_in_time_fail_and_what_comes_of_them_is_ref
 
 
 async def test_a_publisher_waits_until_its_rows_are_asked(rank: ExternalRank):
-    """The first of its rows is taken at once, though the second is asked for only when the first is answered."""
+    """The first row is accepted at once although the second is requested only after the first is answered."""
     putting = asyncio.create_task(put(rank, rows.scores([1, 2]), seconds=10.0))
     first, _ = await asking(rank, [1])
     assert not putting.done()
@@ -243,7 +243,7 @@ async def test_what_nobody_asks_for_is_named(rank: ExternalRank):
     assert await put(rank, rows.scores([7, 8]), seconds=0.05) == RowsPut({}, [7, 8])
 
 
-async def test_who_waits_is_let_go_when_the_service_stops(rank: ExternalRank):
+async def test_waiting_workers_are_released_when_the_service_stops(rank: ExternalRank):
     putting = asyncio.create_task(put(rank, rows.scores([7]), seconds=60.0))
     taking = asyncio.create_task(rank.take(1, 60.0))
     await asyncio.sleep(0.05)
@@ -253,7 +253,7 @@ async def test_who_waits_is_let_go_when_the_service_stops(rank: ExternalRank):
         assert await taking is None
 
 
-async def test_a_publisher_hears_that_a_prompt_is_over(rank: ExternalRank):
+async def test_a_publisher_learns_that_a_prompt_has_ended(rank: ExternalRank):
     sample = 5 << INDEX_BITS
     putting = asyncio.create_task(put(rank, rows.scores([sample]), seconds=60.0))
     await asyncio.sleep(0)
@@ -303,7 +303,7 @@ async def test_a_worker_takes_at_least_one_row(rank: ExternalRank):
         await rank.take(0, 1.0)
 
 
-async def test_who_waits_for_answers_is_told_to_the_controller(rank: ExternalRank, context: StageContext):
+async def test_the_wait_for_answers_is_reported_to_the_controller(rank: ExternalRank, context: StageContext):
     call = asking(rank, [1])
     await put(rank, rows.scores([1]), seconds=5.0)
     await call
@@ -313,11 +313,11 @@ async def test_who_waits_for_answers_is_told_to_the_controller(rank: ExternalRan
     ]
 
 
-# --- a worker and a service
+# --- a worker of a service
 
 
 class Unreadable(LocalStore):
-    """What a worker sees: the frame of row 1 is gone, that of row 2 damaged."""
+    """A store in which the frame of row 1 is gone and that of row 2 is damaged."""
 
     async def get(self, payload: Payload) -> Frame:
         (sample,) = codec.decode(payload).sample_ids.tolist()

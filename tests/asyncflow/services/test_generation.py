@@ -1,4 +1,4 @@
-"""The generation loop over a real engine: what it does between two steps, and in what order."""
+"""The generation loop with a real engine: what it does between two decoding steps, and in what order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTEXT = 32
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two policies of different weights."""
+    """Two policies with different weights."""
     root = tmp_path_factory.mktemp("policies")
     return [tiny.make_policy(root / str(seed), seed=seed, layers=1, context=CONTEXT) for seed in range(2)]
 
@@ -52,7 +52,7 @@ def other(folders: list[Path]) -> PreTrainedModel:
 
 
 class Bench:
-    """A loop with everything it needs, and what it gave."""
+    """A generation loop with its context and engine, and the rows that it has returned."""
 
     def __init__(self, context: StageContext, engine: TorchEngine, follow: Callable[[], None] | None) -> None:
         self.context, self.engine = context, engine
@@ -62,7 +62,7 @@ class Bench:
         self.on_give: Callable[[], None] = lambda: None
 
     def job(self, prompts: Prompts, sampling: Sampling = SAMPLING, whole: bool = False) -> None:
-        """Ask for rows that this bench collects."""
+        """Submit a job whose rows this bench collects."""
         self.loop.submit(Job(prompts, sampling, self._give, whole))
 
     def _give(self, rollouts: Rollouts | None, failures: list[Failure]) -> None:
@@ -80,7 +80,7 @@ class Bench:
         return {s: set(batch.versions[i].tolist()) for i, s in enumerate(batch.sample_ids.tolist())}
 
     async def until(self, reached: Callable[[], bool], what: str) -> None:
-        """Wait until something is so; `what` names it where it never is."""
+        """Wait for a condition; `what` names it in the message of a timeout."""
         try:
             async with asyncio.timeout(20):
                 while not reached():
@@ -103,7 +103,7 @@ async def bench(
     follows: Callable[[TorchEngine], None] | None = None,
     run: bool = True,
 ) -> AsyncIterator[Bench]:
-    """A running loop over a policy's folder. `follows` makes the engine one that shares a trained model."""
+    """A running loop for the policy in `folder`. With `follows` the engine shares a trained model's parameters."""
     settings = Generation(engine="torch", max_tokens=SAMPLING.max_tokens, slots=slots)
     spec = ServiceSpec(
         name="generator",
@@ -222,20 +222,20 @@ async def test_what_left_the_engine_is_reported(folders: list[Path]):
 
 
 async def test_where_bits_count_two_jobs_never_share_a_forward(folders: list[Path]):
-    """Sampled rows and greedy baselines may wait together, and the shape of a forward decides the last bit."""
+    """Sampled rows and greedy baselines may wait together, and the last bits depend on the shape of a forward pass."""
     async with bench(folders[0], deterministic=True) as b:
         b.job(prompts("1", "2"), whole=True)
         b.job(prompts("3", first=5), replace(SAMPLING, temperature=0.0), whole=True)
         await b.all_given(3)
-    drawn = [notice.sample_ids for notice in await b.context.reports.notices() if isinstance(notice, Generated)]
-    assert drawn == [prompts("1", "2").sample_ids.tolist(), prompts("3", first=5).sample_ids.tolist()]
+    generated = [notice.sample_ids for notice in await b.context.reports.notices() if isinstance(notice, Generated)]
+    assert generated == [prompts("1", "2").sample_ids.tolist(), prompts("3", first=5).sample_ids.tolist()]
 
 
 # --- versions
 
 
 async def test_a_row_waits_for_weights_as_new_as_its_prompt(folders: list[Path], other: PreTrainedModel):
-    """The rows that may run do; the one that may not holds no slot."""
+    """A row that waits for newer weights holds no slot, so the other rows run."""
     async with bench(folders[0], slots=1) as b:
         b.job(prompts("1", min_version=1, first=0))
         b.job(prompts("2", "3", min_version=0, first=1))
@@ -260,7 +260,7 @@ async def test_an_engine_without_weights_serves_nothing_until_the_first_load(
 
 
 async def test_a_load_does_not_wait_for_the_rows_that_run(folders: list[Path], other: PreTrainedModel):
-    """Six rows, one a step: the load that is asked for after the first row stands before the last."""
+    """Six rows, one per step: a load that is requested after the first row is done before the last."""
     loading: list[asyncio.Task[object]] = []
     async with bench(folders[0], slots=1, deterministic=True) as b:
 
@@ -272,9 +272,9 @@ async def test_a_load_does_not_wait_for_the_rows_that_run(folders: list[Path], o
         b.job(prompts(*"123456"))
         await b.all_given(6)
         await loading[0]
-    drawn_by = [versions for _, versions in sorted(b.versions().items())]
-    assert drawn_by[0] == {0}
-    assert drawn_by[-1] == {1}
+    versions_of_rows = [versions for _, versions in sorted(b.versions().items())]
+    assert versions_of_rows[0] == {0}
+    assert versions_of_rows[-1] == {1}
 
 
 async def test_weights_that_are_refused_reach_the_asker_and_the_loop_goes_on(
@@ -317,7 +317,7 @@ async def test_an_engine_that_shares_the_trained_model_follows_its_version(folde
     assert list(b.versions().values()) == [{0}, {2}]
 
 
-# --- pause and lease
+# --- pause and device lease
 
 
 async def test_a_paused_loop_draws_nothing_and_still_takes_weights(folders: list[Path], other: PreTrainedModel):
@@ -376,19 +376,19 @@ STAGE = StageSpec(
 
 
 def delivered(*texts: str, first: int = 0, attempt: int = 0) -> tuple[Delivery, list[ShardRef]]:
-    """Prompts as they come from the controller."""
+    """A delivery of prompts as the controller sends it."""
     part = rows.part(prompts(*texts, first=first))
     return Delivery(STAGE.inputs[0], 0, [part.shard], attempt=attempt), [part]
 
 
 def arrived(consumer: Consumer) -> list[int]:
-    """All samples that came, tombstones included, in the order of their ids."""
+    """All samples that have arrived, tombstones included, in ascending order of id."""
     return sorted(sample for samples in consumer.samples for sample in samples)
 
 
 @asynccontextmanager
 async def generating(b: Bench, consumer: Consumer) -> AsyncIterator[GeneratingStage]:
-    """The stage at work on a bench's loop."""
+    """A running stage that uses a bench's loop."""
     b.context.peers = {consumer.name: consumer}
     stage = GeneratingStage(b.context, STAGE, b.loop)
     sending = asyncio.create_task(stage.run())
@@ -407,12 +407,12 @@ async def test_a_slow_consumer_holds_no_engine_slot(folders: list[Path]):
         consumer.gate.set()
         await b.until(lambda: len(arrived(consumer)) == 5, "five rows at the consumer")
     assert {d.edge for d, _ in consumer.arrived} == {"reward.score#1.0"}
-    drawn = concat([batch for _, batches in consumer.arrived for batch in batches])
-    assert sorted(drawn.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
+    generated = concat([batch for _, batches in consumer.arrived for batch in batches])
+    assert sorted(generated.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
     assert [len(d.failures) for d, _ in consumer.arrived if d.failures] == [1], "its tombstone travels in its place"
 
 
-async def test_a_prompt_that_is_delivered_twice_is_drawn_once(folders: list[Path]):
+async def test_a_prompt_that_is_delivered_twice_is_generated_once(folders: list[Path]):
     consumer = Consumer("reward")
     async with bench(folders[0]) as b, generating(b, consumer) as stage:
         await stage.deliver(0, *delivered("1", "2"))
@@ -425,7 +425,7 @@ async def test_a_prompt_that_is_delivered_twice_is_drawn_once(folders: list[Path
     assert arrived(consumer) == prompts(*"123").sample_ids.tolist()
 
 
-async def test_a_prompt_whose_row_was_lost_is_drawn_again_in_a_new_attempt(folders: list[Path]):
+async def test_a_prompt_whose_row_was_lost_is_generated_again_in_a_new_attempt(folders: list[Path]):
     consumer = Consumer("reward")
     async with bench(folders[0]) as b, generating(b, consumer) as stage:
         await stage.deliver(0, *delivered("1"))
@@ -435,7 +435,7 @@ async def test_a_prompt_whose_row_was_lost_is_drawn_again_in_a_new_attempt(folde
     assert [delivery.attempt for delivery, _ in consumer.arrived] == [0, 1]
 
 
-async def test_a_prompt_that_is_over_is_not_drawn(folders: list[Path]):
+async def test_a_prompt_that_has_ended_is_not_generated(folders: list[Path]):
     consumer, (first, second) = Consumer("reward"), prompts("1", "2").sample_ids.tolist()
     async with bench(folders[0]) as b, generating(b, consumer) as stage:
         await stage.end([prompt_of(first)])

@@ -1,4 +1,4 @@
-"""Services in one process: rows pass a chain of them exactly once, through damage and a restart in the middle."""
+"""Services in one process: rows pass through a pipeline exactly once, despite damaged frames and a restart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None
 
 
 def alive(chain: Chain) -> list[int]:
-    """Rows that settled with a value, as often as they did."""
+    """The samples that settled with a value, in ascending order, repeated if they settled twice."""
     return sorted(sample for settled in chain.settled for sample in settled.alive)
 
 
@@ -73,7 +73,7 @@ async def test_a_service_that_restarts_in_the_middle_is_sent_all_of_it_again_and
 
 
 class Unknown(Batch, frozen=True, kw_only=True, eq=False):
-    """A message that this program does not know."""
+    """A message type that is not registered."""
 
     schema_id: ClassVar[int] = 99
 
@@ -112,7 +112,7 @@ async def test_a_frame_that_is_refused_becomes_tombstones_with_the_reason_and_th
     assert bool(kept) == (edge != C_EDGE), "c was given no folder"
 
 
-# --- what services say about themselves
+# --- statistics
 
 
 async def test_statistics_say_what_passed_each_channel_and_which_rank_read_how_much():

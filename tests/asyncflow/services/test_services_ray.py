@@ -1,4 +1,5 @@
-"""Services as Ray actors: each rank reads its own bytes, a coordinator none; a kill loses and doubles nothing."""
+"""Services as Ray actors: each rank reads its own rows only and a coordinator reads none; a killed process neither
+loses nor duplicates rows."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from tests.asyncflow.services.workers import process_of
 pytestmark = pytest.mark.ray
 
 INLINE_BYTES = 8192
-BLOCK_BYTES = 1 << 16  # the least that a block of a large frame holds
+BLOCK_BYTES = 1 << 16  # the smallest block of a large frame
 LONG = 20_000  # tokens: a row of them never travels inside a message
 
 
@@ -40,15 +41,15 @@ async def chain(
 
 
 def alive(chain: Chain) -> Counter[int]:
-    """How often each row settled with a value."""
+    """Sample id -> how often it settled with a value."""
     return Counter(sample for settled in chain.settled for sample in settled.alive)
 
 
 def shared_frames() -> set[tuple[int, str]]:
-    """Process and descriptor of every shared frame of this user that is held now."""
+    """(process, descriptor) of every shared frame that a process of this user holds."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):  # a process that ends meanwhile
+        with suppress(OSError):  # a process that has ended in the meantime
             if "asyncflow frame" in str(entry.readlink()):
                 found.add((int(entry.parts[2]), entry.name))
     return found
@@ -60,7 +61,7 @@ def kill(*processes: int) -> None:
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_front_reads_none():
+async def test_each_rank_reads_the_bytes_of_its_own_rows_and_a_coordinator_reads_none():
     samples, tokens, sources = samples_of(*range(256)), 4096, 2
     async with chain() as c:
         halves = [c.put(rows.log_probs(half, tokens)) for half in (samples[:128], samples[128:])]
@@ -94,7 +95,7 @@ async def test_services_call_each_other_by_ray_alone_where_there_is_no_wire(wire
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_a_small_batch_passes_a_front_in_pieces_of_which_a_rank_gets_its_own():
+async def test_a_small_batch_passes_through_a_coordinator_in_pieces_of_which_each_rank_gets_its_own():
     samples = samples_of(*range(16))
     async with chain() as c:
         batch = rows.log_probs(samples, 400)
@@ -136,7 +137,7 @@ async def test_a_consumer_that_is_killed_has_a_successor_that_is_sent_all_of_it_
 
 @pytest.mark.usefixtures("ray_started")
 async def test_shared_memory_is_free_when_its_prompts_are_over():
-    """Held by nobody, the kernel would say: neither a mailbox, an outbox, a rank nor a connection has a frame left."""
+    """No mailbox, outbox, rank or connection may still hold a descriptor; /proc shows whether one does."""
     samples, before = samples_of(*range(24)), shared_frames()
     async with chain() as c:
         for some in (samples[:12], samples[12:]):

@@ -1,4 +1,4 @@
-"""What a service does for its stages: it fires their ranks, sends what came out, and keeps it until nobody needs it."""
+"""The context of a stage calls the ranks, sends their outputs, and keeps these until no prompt needs them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def spec_of(stage: StageSpec, topology: Topology = FOUR) -> ServiceSpec:
 
 
 def firing(*parts: ShardRef) -> tuple[list[int], list[list[RowRef]]]:
-    """The rows of one input, as `fire` takes them."""
+    """Sample ids and row references of one input, as `fire` takes them."""
     located = row_refs(parts)
     return [sample for sample, _ in located], [[place for _, place in located]]
 
@@ -134,7 +134,7 @@ async def test_measurements_of_the_replicas_are_one_weighted_by_their_rows():
         assert fired.parts == []
 
 
-# --- reading for itself
+# --- reading in the coordinator
 
 
 async def test_a_service_reads_what_a_part_names_and_nothing_else():
@@ -233,7 +233,7 @@ async def test_whoever_waited_for_a_successor_waits_no_longer_when_it_has_the_ro
         assert context.reports.waits == {}
 
 
-# --- the lease
+# --- the device lease
 
 
 async def test_the_lease_is_asked_for_where_others_share_the_pool_and_always_returned():

@@ -1,4 +1,4 @@
-"""The stages: what makes each of them fire, what it makes of rows that can't be read, and what it refuses."""
+"""The stages: when each of them fires, how it handles unreadable rows, and what it refuses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lost(*samples: int) -> ShardRef:
 
 
 async def until_sent(consumer: Consumer, deliveries: int = 1) -> list[list[int]]:
-    """The samples of each delivery, when there are so many."""
+    """Wait for a number of deliveries, and return the samples of each."""
     try:
         async with asyncio.timeout(5):
             while len(consumer.arrived) < deliveries:
@@ -68,14 +68,14 @@ async def until_sent(consumer: Consumer, deliveries: int = 1) -> list[list[int]]
 
 @asynccontextmanager
 async def row_stage(stage: StageSpec = DOUBLE, **changes: Any) -> AsyncIterator[tuple[RowStage, Consumer]]:
-    """A row stage at work, and the consumer of its rows."""
+    """A running row stage and the consumer of its rows."""
     consumer = Consumer("b")
     async with hosted(specs.service("a", stage, **changes), consumer, store=SomeAreGone()) as context:
         runner = RowStage(context, stage)
         running = asyncio.create_task(runner.run())
         yield runner, consumer
         if running.done():
-            await running  # raises what ended it
+            await running  # raises the error that ended it
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -125,10 +125,10 @@ async def test_a_refused_frame_leaves_as_tombstones_and_the_stage_goes_on():
 
 
 async def test_a_row_whose_bytes_are_gone_again_and_again_leaves_as_a_tombstone():
-    """Its sender lives, and sends a reference to what is no more: the prompt fails instead of the run."""
+    """Its sender lives but keeps sending a reference to freed memory: the prompt fails, and the run goes on."""
     async with row_stage() as (stage, consumer):
         async with asyncio.timeout(5):
-            while not consumer.arrived:  # one that comes before the last is given back is a double, and no loss
+            while not consumer.arrived:  # a delivery before the last one is taken back counts as a duplicate
                 await deliver(stage, lost(2))
                 await asyncio.sleep(0.01)
         assert await until_sent(consumer) == [[2]]
@@ -148,8 +148,8 @@ async def test_rows_whose_bytes_are_gone_leave_nothing_and_can_be_sent_again():
         assert await until_sent(consumer, 2) == [[1], [2, 3]]
 
 
-async def test_rows_made_anew_take_the_place_of_those_whose_bytes_are_gone():
-    """Their sender's successor sends them before anybody knows that they are lost."""
+async def test_regenerated_rows_replace_those_whose_bytes_are_gone():
+    """The sender's successor sends them before their loss is noticed."""
     async with row_stage() as (stage, consumer):
         await deliver(stage, lost(1, 2))
         await deliver(stage, sent(1, 2), attempt=1)
@@ -157,7 +157,7 @@ async def test_rows_made_anew_take_the_place_of_those_whose_bytes_are_gone():
         assert stage.depth()[0] == 0
 
 
-async def test_rows_made_anew_carry_their_attempt_on():
+async def test_regenerated_rows_keep_their_attempt():
     async with row_stage() as (stage, consumer):
         await deliver(stage, sent(1))
         await until_sent(consumer)
@@ -186,8 +186,8 @@ def keep(batch: LogProbs, scale: float = 1.0) -> Measured[LogProbs]:
 
 
 async def noticed(context: StageContext) -> list[Notice]:
-    """What there is to report now."""
-    context.reports.wait("test")  # so that there is something
+    """The notices that are pending."""
+    context.reports.wait("test")  # so that `notices` returns
     return await context.reports.notices()
 
 
@@ -216,7 +216,7 @@ async def test_settled_prompts_are_reported_once():
 
 
 def has_spread(batch: LogProbs) -> list[bool]:
-    """Whether the first tokens of a prompt's rows differ."""
+    """Whether the rows of a prompt differ in their first token."""
     return [len({float(values[0]) for values in batch.log_probs}) > 1] * len(batch)
 
 

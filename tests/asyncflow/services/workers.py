@@ -1,4 +1,4 @@
-"""Workers of the tests' own services: what they do to a row can be told from the row."""
+"""Worker classes of the test services. Their arithmetic is simple enough to check every row by its id."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PATIENCE_SECONDS = 30.0
 
 
 def process_of(folder: Path, service: str, rank: int = 0) -> int:
-    """The process in which a Doubler that was given this folder works."""
+    """The process id of a Doubler whose `folder` option is this folder."""
     return int((folder / f"{service}-{rank}.pid").read_text())
 
 
 class Doubler:
-    """Doubles what it gets.
+    """Doubles its input.
 
-    `options` of its service may give a `folder`, where it says which process it is, and a `gate` there: a file
-    without which it doesn't go to work.
+    With the option `folder` it writes its process id there; with `gate` it waits before each call until that file
+    exists in the folder.
     """
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
@@ -42,45 +42,45 @@ class Doubler:
     def double(self, rows: LogProbs) -> LogProbs:
         """Twice the values."""
         if self._gate is not None:
-            _wait(self._gate.exists, f"{self._gate} to be there")
+            _wait(self._gate.exists, f"{self._gate} to exist")
         return replace(rows, log_probs=rows.log_probs.with_values(2 * rows.log_probs.values))
 
     @stage(protocol="DP_PROTO")
     def add(self, left: LogProbs, right: LogProbs) -> LogProbs:
-        """The sum of two inputs, which have to be of the same rows."""
+        """The sum of two inputs, which must hold the same rows in the same order."""
         assert left.sample_ids.tolist() == right.sample_ids.tolist()
         return replace(left, log_probs=left.log_probs.with_values(left.log_probs.values + right.log_probs.values))
 
     @stage(protocol="DP_PROTO")
     def refuse_odd(self, rows: LogProbs) -> LogProbs | Partial[LogProbs]:
-        """Rows of odd ids fail."""
+        """Rows with odd ids fail; the others are returned unchanged."""
         odd = [Failure(sample, "odd") for sample in rows.sample_ids.tolist() if sample % 2]
         return Partial(take(rows, np.flatnonzero(rows.sample_ids % 2 == 0)), odd)
 
     @stage(protocol="DP_PROTO")
     def lose_first(self, rows: LogProbs) -> LogProbs:
-        """A worker with a fault: its first row vanishes."""
+        """A faulty method: it returns neither a value nor a failure for its first row."""
         return take(rows, np.arange(1, len(rows)))
 
     @stage(protocol="METRIC")
     def count(self, rows: LogProbs) -> Metrics:
-        """The mean id of its rows, with their number as its weight."""
+        """The mean id of the rows, weighted by their number."""
         return Metrics(values={"id": float(rows.sample_ids.mean())}, counts={"id": float(len(rows))})
 
 
 class Keeper:
-    """The end of a chain: the closed batch's rows, told as measurements."""
+    """The last service of a pipeline: reports the rows of a closed batch as metrics."""
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
         pass
 
     @stage(protocol="RANK_ZERO")
     def keep(self, rows: LogProbs) -> Measured[LogProbs]:
-        """Sample id -> its value, which is the same for each of a row's tokens."""
+        """Metrics: sample id -> its value, which must be the same for all tokens of the row."""
         for values in rows.log_probs:
             assert (values == values[0]).all()
-        told = {str(s): float(v[0]) for s, v in zip(rows.sample_ids.tolist(), rows.log_probs, strict=True)}
-        return Measured(rows, Metrics(values=told))
+        by_sample = {str(s): float(v[0]) for s, v in zip(rows.sample_ids.tolist(), rows.log_probs, strict=True)}
+        return Measured(rows, Metrics(values=by_sample))
 
 
 def _wait(reached: Callable[[], bool], what: str) -> None:

@@ -1,9 +1,12 @@
-"""Between an outbox and a table deliveries are dropped, doubled and reordered, and either side dies: no row is lost
-or doubled.
+"""Exactly-once processing between an outbox and a row table, over a lossy network and through restarts.
 
-A source feeds a sender, which works and sends to a receiver, over a network without manners. What the receiver
-works on stays done until it dies itself. Whatever happened: once the network delivers and everybody sends again
-what was lost, each row of a prompt that has not ended has been done by the living receiver exactly once.
+A state machine drives the real Outbox and RowTable. A sender produces rows and delivers them to a receiver. The
+network drops, duplicates and reorders deliveries, and both sides may die at any time. What the receiver has processed
+counts until the receiver dies.
+
+Invariant: after the network has recovered and the outbox has been delivered again, the current receiver has processed
+each row of every open prompt exactly once. At all times no row is processed twice, and table and outbox hold no more
+than the open prompts need.
 """
 
 from __future__ import annotations
@@ -24,27 +27,27 @@ EDGE = "reward.score#1.0"
 CAPACITY = 3
 WINDOW = 3
 
-Rows = tuple[int, tuple[int, ...], int]  # attempt, samples, incarnation of the sender that holds their bytes
+Rows = tuple[int, tuple[int, ...], int]  # attempt, samples, incarnation of the sender that owns the bytes
 
 
 class Delivery(RuleBasedStateMachine):
-    """The world: what is true of the rows, and the real bookkeeping that has to agree with it."""
+    """The model (which rows exist and were processed) next to the real outbox and table, which must agree with it."""
 
     @initialize(samples=st.integers(1, 3))
     def begin(self, samples: int) -> None:
         self.per_prompt = samples
-        self.patience = 4  # for what goes wrong: where everything dies at once, nothing else is seen
+        self.faults_left = 4  # bounded: a schedule full of deaths exercises nothing else
         self.live: dict[int, int] = {}  # prompt -> its attempt
         self.finished: list[int] = []
-        self.attempt_made: dict[int, int] = {}  # sample -> attempt that the living sender made
+        self.attempt_made: dict[int, int] = {}  # sample -> attempt that the current sender produced
         self.outbox: Outbox[Rows] = Outbox()
         self.sender_lives = 0  # incarnation
         self.network: list[Rows] = []
         self.table: RowTable[int] = RowTable(1)
-        self.largest = 0  # delivery that came: it is let into an empty mailbox
-        self.done: Counter[tuple[int, int]] = Counter()  # (sample, attempt) -> times the living receiver did it
+        self.largest = 0  # rows of the largest delivery, which may enter an empty mailbox
+        self.done: Counter[tuple[int, int]] = Counter()  # (sample, attempt) -> times the current receiver processed it
 
-    # --- what is right
+    # --- normal steps
 
     @precondition(lambda self: len(self.live) < WINDOW)
     @rule(prompts=st.integers(1, WINDOW))
@@ -55,7 +58,7 @@ class Delivery(RuleBasedStateMachine):
     @precondition(lambda self: self._unmade())
     @rule(data=st.data())
     def make_and_send(self, data: st.DataObject) -> None:
-        """The sender makes some rows of one attempt, keeps them and sends them."""
+        """The sender produces some rows of one attempt, records them in its outbox and sends them."""
         unmade = self._unmade()
         attempt = self.live[prompt_of(unmade[0])]
         rows = [s for s in unmade if self.live[prompt_of(s)] == attempt]
@@ -64,7 +67,7 @@ class Delivery(RuleBasedStateMachine):
     @precondition(lambda self: self.network)
     @rule(data=st.data())
     def deliver(self, data: st.DataObject) -> None:
-        """Any of what flies comes, where there is room."""
+        """Any delivery in the network arrives, if there is room for it."""
         self._deliver(data.draw(st.integers(0, len(self.network) - 1)))
 
     @precondition(lambda self: self.table.settled)
@@ -81,58 +84,58 @@ class Delivery(RuleBasedStateMachine):
         self.outbox.end([prompt])
         self.table.end([prompt])
 
-    # --- what goes wrong
+    # --- faults
 
-    @precondition(lambda self: self.patience and self.network)
+    @precondition(lambda self: self.faults_left and self.network)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        self.patience -= 1
+        self.faults_left -= 1
         self.network.pop(data.draw(st.integers(0, len(self.network) - 1)))
 
-    @precondition(lambda self: self.patience and self.network)
+    @precondition(lambda self: self.faults_left and self.network)
     @rule()
     def drop_all(self) -> None:
-        self.patience -= 1
+        self.faults_left -= 1
         self.network.clear()
 
-    @precondition(lambda self: self.patience and self.network)
+    @precondition(lambda self: self.faults_left and self.network)
     @rule(data=st.data())
     def double(self, data: st.DataObject) -> None:
-        self.patience -= 1
+        self.faults_left -= 1
         self.network.append(data.draw(st.sampled_from(self.network)))
 
-    @precondition(lambda self: self.patience)
+    @precondition(lambda self: self.faults_left)
     @rule()
     def redeliver(self) -> None:
-        """Nobody asked, and it does no harm."""
-        self.patience -= 1
+        """The outbox is delivered again although nothing was lost."""
+        self.faults_left -= 1
         self.network += self.outbox.kept(EDGE)
 
-    @precondition(lambda self: self.patience)
-    @rule(draws=st.booleans())
-    def sender_dies(self, draws: bool) -> None:
-        """The bytes of its rows die with it, and what lives is made anew.
+    @precondition(lambda self: self.faults_left)
+    @rule(samples_anew=st.booleans())
+    def sender_dies(self, samples_anew: bool) -> None:
+        """The bytes of its rows are lost, and its successor produces the rows of all open prompts again.
 
-        One that draws makes other rows, under a higher attempt; one that computes makes the same rows again.
+        A sender that samples produces other rows, under a higher attempt; one that computes produces the same rows.
         """
-        self.patience -= 1
+        self.faults_left -= 1
         self.sender_lives += 1
         self.outbox = Outbox()
         self.outbox.end(self.finished)
         self.attempt_made.clear()
-        self.live = {prompt: attempt + draws for prompt, attempt in self.live.items()}
+        self.live = {prompt: attempt + samples_anew for prompt, attempt in self.live.items()}
 
-    @precondition(lambda self: self.patience)
+    @precondition(lambda self: self.faults_left)
     @rule()
     def receiver_dies(self) -> None:
-        """Its successor is told what is over, and is sent what is kept."""
-        self.patience -= 1
+        """Its successor learns which prompts have ended, and is sent everything in the outbox."""
+        self.faults_left -= 1
         self.table = RowTable(1)
         self.table.end(self.finished)
         self.done.clear()
         self.network += self.outbox.kept(EDGE)
 
-    # --- what must hold
+    # --- invariants
 
     @invariant()
     def nothing_is_done_twice(self) -> None:
@@ -149,7 +152,7 @@ class Delivery(RuleBasedStateMachine):
         assert len(self.outbox) <= living
 
     def teardown(self) -> None:
-        """In the end everything comes: each row is done once, and when all prompts ended nothing is left."""
+        """Finally everything is delivered: each row is processed once, and after all prompts end no memory is held."""
         if not hasattr(self, "table"):
             return
         while unmade := self._unmade():
@@ -166,7 +169,7 @@ class Delivery(RuleBasedStateMachine):
         self.table.end(list(self.live))
         assert (len(self.outbox), len(self.table), remembered(self.table)) == (0, 0, 0)
 
-    # --- the parts
+    # --- steps of both sides
 
     def _samples(self, prompt: int) -> list[int]:
         return [sample_id(prompt, i) for i in range(self.per_prompt)]
@@ -188,12 +191,12 @@ class Delivery(RuleBasedStateMachine):
         self.largest = max(self.largest, len(samples))
         before = {s for s in samples if prompt_of(s) in self.finished}
         arrival = self.table.arrive(0, [(s, incarnation) for s in samples], attempt)
-        assert before <= set(arrival.refused), "what is over is refused"
+        assert before <= set(arrival.refused), "rows of prompts that have ended are refused"
         assert sorted(arrival.settled + arrival.refused) == sorted(samples)
         return True
 
     def _work(self, most: int) -> None:
-        """Read what is there; what a dead sender holds can't be read and is taken back."""
+        """Process complete rows. Rows whose bytes died with an earlier sender are taken back and requested again."""
         joined = self.table.take(self.table.next_settled(most))
         lost = [s for s, owner in zip(joined.samples, joined.inputs[0], strict=True) if owner != self.sender_lives]
         self.table.take_back(lost)
@@ -202,7 +205,7 @@ class Delivery(RuleBasedStateMachine):
         self.done.update((s, joined.attempt) for s in joined.samples if s not in lost)
 
     def _settle_down(self) -> None:
-        """Deliver and work until there is nothing more to do."""
+        """Deliver and process until the network and the table are empty."""
         while self.network or self.table.settled:
             moved = any(self._deliver(which) for which in range(len(self.network)))
             if self.table.settled:
@@ -223,4 +226,4 @@ def test_a_delivery_is_kept_until_the_last_of_its_prompts_has_ended():
     outbox.end([2])
     assert outbox.kept(EDGE) == []
     outbox.keep(EDGE, [sample_id(1, 1)], "late")
-    assert len(outbox) == 0, "of prompts that are over nothing is kept"
+    assert len(outbox) == 0, "rows of ended prompts are not kept"

@@ -1,4 +1,4 @@
-"""Prompts that are over: a set that costs as many numbers as it has gaps."""
+"""The set of finished prompts stores one entry per run of consecutive ids."""
 
 from __future__ import annotations
 

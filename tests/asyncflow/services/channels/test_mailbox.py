@@ -1,4 +1,4 @@
-"""Mailboxes: what waits and for how long. Credit waits for room, joins don't, and nobody waits for a minimum."""
+"""Mailboxes: a put waits for room (except at a join), and a take waits for the first row, never for a minimum."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dead(samples: Iterable[int]) -> list[tuple[int, Value | Failure]]:
 
 
 async def soon(work: asyncio.Task[Any], what: str) -> None:
-    """Wait for something that is no longer held up; `what` names it where it is."""
+    """Wait for a task that must be able to finish now; `what` names it in the message of a timeout."""
     try:
         async with asyncio.timeout(5):
             await work
@@ -39,7 +39,7 @@ async def soon(work: asyncio.Task[Any], what: str) -> None:
 
 
 async def held_up(work: asyncio.Task[Any]) -> bool:
-    """Whether something still waits when everything has run that can."""
+    """Whether a task still waits after all other tasks have had their turns."""
     for _ in range(20):
         await asyncio.sleep(0)
     return not work.done()
@@ -77,7 +77,7 @@ async def test_tombstones_take_room_like_rows():
 
 
 async def test_only_new_rows_need_room():
-    """A sender that sends again has to get through a full mailbox: its rows are what fills it."""
+    """A repeated delivery must enter a full mailbox, because its own rows are what fills it."""
     box = mailbox(capacity=2)
     await box.put(0, values([1, 2]))
     async with asyncio.timeout(5):  # for a put that must not wait
@@ -99,7 +99,7 @@ async def test_rows_that_are_put_twice_at_once_come_in_once():
 
 
 async def test_a_delivery_larger_than_the_mailbox_goes_into_an_empty_one():
-    """It could never fit otherwise, and its sender would wait for ever."""
+    """Otherwise it would never fit, and its sender would wait forever."""
     box = mailbox(capacity=2)
     await box.put(0, values([1]))
     waiting = asyncio.create_task(box.put(0, values([2, 3, 4])))
@@ -110,7 +110,7 @@ async def test_a_delivery_larger_than_the_mailbox_goes_into_an_empty_one():
 
 
 async def test_a_join_never_waits():
-    """With credit for two rows each edge would be full of rows whose partners the other edge keeps out."""
+    """With a bound on each edge both could be full of rows whose partners the other edge keeps out: a deadlock."""
     box = mailbox(edges=2, capacity=2)
     async with asyncio.timeout(5):  # for puts that must not wait
         await box.put(0, values(range(10)))

@@ -1,4 +1,4 @@
-"""What was sent stays until the last prompt that needs it has finished, and not a moment longer."""
+"""The outbox holds a delivery until the last of its prompts has finished, and no longer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ steps = st.lists(
 
 
 def outbox(*sent: tuple[str, list[int], str]) -> Outbox[str]:
-    """An outbox that sent these: edge, prompts (the first sample of each), and what stands for the delivery."""
+    """An outbox with these deliveries: edge, prompts (the first sample of each), and the delivery's content."""
     made: Outbox[str] = Outbox()
     for edge, prompts, what in sent:
         made.keep(edge, [sample_id(p, 0) for p in prompts], what)

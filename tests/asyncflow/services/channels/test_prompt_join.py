@@ -1,4 +1,4 @@
-"""The join before the batch: a prompt settles once, when all rows of all its samples are there, alive or dead."""
+"""The join before training: a prompt settles once, when every row of all its samples has arrived or failed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def baseline(prompt: int) -> int:
 
 
 def join(edges: int = 2, samples: int = 2) -> PromptJoin:
-    """A join of sample edges."""
+    """A join whose edges all carry one row per sample."""
     grains: list[Grain] = ["sample"] * edges
     return PromptJoin(grains, samples)
 
@@ -39,7 +39,7 @@ def join(edges: int = 2, samples: int = 2) -> PromptJoin:
 def settled_by(
     join: PromptJoin, edge: int, batch: Batch | None, dead: Sequence[Failure] = (), attempt: int = 0
 ) -> list[PromptSettled]:
-    """Bring rows that are all new."""
+    """Deliver rows that must all be accepted, and return the prompts that they settle."""
     settled, arrival = join.arrive(edge, batch, list(dead), attempt)
     assert arrival.refused == []
     return settled
@@ -47,7 +47,7 @@ def settled_by(
 
 @st.composite
 def deliveries(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[int, list[int]]], set[int]]:
-    """Edges, prompts, samples a prompt, every row of every edge cut and mixed in any way, and who dies on edge 0."""
+    """Numbers of edges, prompts and samples per prompt; all rows in random deliveries; samples that fail on edge 0."""
     edges, prompts, samples = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     ids = [s for p in range(prompts) for s in group(p, samples)]
     parts = []
@@ -165,7 +165,7 @@ def test_without_a_critic_there_is_no_critic_version():
 
 
 def costs(samples: Sequence[int]) -> Costs:
-    """Each row costs its id."""
+    """Each row's cost is its id."""
     return Costs(sample_ids=np.array(samples, np.int64), costs=np.array(samples, np.float32))
 
 
@@ -178,35 +178,35 @@ def test_the_summary_adds_costs_up_where_there_are_some():
     assert without.cost_sum is None
 
 
-# --- prompts of no use
+# --- prompts that are not trainable
 
 
-def choosy(*trainable: int) -> PromptJoin:
-    """A join that finds these prompts worth training, by what is in their second sample edge."""
+def selective_join(*trainable: int) -> PromptJoin:
+    """A join that takes only these prompts to be trainable, by the rows of their second sample edge."""
 
-    def is_worth(rows: Mapping[int, Batch]) -> bool:
+    def is_trainable(rows: Mapping[int, Batch]) -> bool:
         assert list(rows) == [0, 2]
         return int(rows[2].sample_ids[0]) in {group(prompt)[0] for prompt in trainable}
 
-    return PromptJoin(("sample", "prompt", "sample"), 2, trainable=is_worth)
+    return PromptJoin(("sample", "prompt", "sample"), 2, trainable=is_trainable)
 
 
-def test_a_prompt_of_no_use_settles_alive_and_has_left_the_join_when_it_is_told():
-    joined = choosy(2)
+def test_a_prompt_that_is_not_trainable_settles_alive_and_leaves_the_join_at_once():
+    joined = selective_join(2)
     for prompt in (1, 2):
         settled_by(joined, 0, rows.log_probs(group(prompt)))
         settled_by(joined, 1, rows.scores([baseline(prompt)]))
-    (useless,) = settled_by(joined, 2, rows.scores(group(1)))
-    assert (useless.prompt_id, useless.alive, useless.dead, useless.trainable) == (1, group(1), [], False)
+    (dropped,) = settled_by(joined, 2, rows.scores(group(1)))
+    assert (dropped.prompt_id, dropped.alive, dropped.dead, dropped.trainable) == (1, group(1), [], False)
     assert joined.depth == 3, "rows of the other prompt, whose scores are still to come"
-    (useful,) = settled_by(joined, 2, rows.scores(group(2)))
-    assert useful.trainable
+    (taken,) = settled_by(joined, 2, rows.scores(group(2)))
+    assert taken.trainable
     assert joined.take(group(2))[0] == rows.log_probs(group(2))
 
 
 @pytest.mark.parametrize("attempt", [0, 1])
-def test_rows_of_a_prompt_of_no_use_are_refused_in_any_attempt(attempt: int):
-    joined, samples = choosy(), group(1)
+def test_rows_of_a_prompt_that_is_not_trainable_are_refused_in_any_attempt(attempt: int):
+    joined, samples = selective_join(), group(1)
     settled_by(joined, 0, rows.log_probs(samples))
     settled_by(joined, 1, rows.scores([baseline(1)]))
     settled_by(joined, 2, rows.scores(samples))
@@ -214,15 +214,15 @@ def test_rows_of_a_prompt_of_no_use_are_refused_in_any_attempt(attempt: int):
     assert joined.depth == 0
 
 
-def test_a_group_that_lost_a_member_is_dead_whatever_its_use():
-    joined, (first, second) = choosy(), group(1)
+def test_a_group_that_lost_a_member_is_dead_whether_trainable_or_not():
+    joined, (first, second) = selective_join(), group(1)
     settled_by(joined, 0, rows.log_probs([first]), rows.tombstones([second]))
     settled_by(joined, 1, rows.scores([baseline(1)]))
     (settled,) = settled_by(joined, 2, rows.scores([first, second]))
     assert (settled.dead, settled.trainable) == (rows.tombstones([second]), True)
 
 
-# --- a row a prompt: baselines
+# --- edges with one row per prompt: baselines
 
 REMAX: tuple[Grain, ...] = ("sample", "prompt")
 
@@ -291,7 +291,7 @@ def test_a_dead_sample_lets_go_of_the_baseline_too():
     assert joined.depth == 0
 
 
-# --- late
+# --- late rows
 
 
 def test_a_row_that_comes_twice_is_refused():
@@ -302,7 +302,7 @@ def test_a_row_that_comes_twice_is_refused():
 
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_rows_of_a_prompt_that_has_settled_are_refused_in_any_attempt(attempt: int):
-    """The controller has been told of its rows, and counts on them."""
+    """The controller has been told of the prompt's rows and may put them into a batch."""
     joined, samples = with_baseline(), group(0)
     settled_by(joined, 0, rows.scores(samples))
     settled_by(joined, 1, rows.scores([baseline(0)]))

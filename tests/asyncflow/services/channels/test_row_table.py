@@ -1,4 +1,4 @@
-"""Rows by id: each row of each edge counts once, whatever the order, and what is sent again or late is refused."""
+"""The row table accepts each row of each edge once, in any order, and refuses repeated and late rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = tuple[int, int]  # edge and sample: names the row that it belongs to
 
 
 class Brought(NamedTuple):
-    """Rows that come together on one edge, values and tombstones."""
+    """One delivery on one edge: values and tombstones."""
 
     edge: int
     values: list[int]
@@ -34,7 +34,7 @@ class Brought(NamedTuple):
 
 @st.composite
 def arrivals(draw: st.DrawFn, max_edges: int = 3, max_rows: int = 8) -> tuple[int, set[int], list[Brought]]:
-    """Edges, the ids of all rows, and any cut of them into deliveries, in any order over the edges."""
+    """The number of edges, the ids of all rows, and random deliveries of them, in random order over the edges."""
     edges = draw(st.integers(1, max_edges))
     samples = draw(st.lists(st.integers(0, 99), min_size=1, max_size=max_rows, unique=True))
     deliveries = []
@@ -122,7 +122,7 @@ def test_a_row_that_is_not_settled_does_not_leave_and_holds_back_those_it_was_as
     assert take_all(table).samples == [1]
 
 
-# --- again
+# --- repeated deliveries
 
 
 @given(arrivals(), st.data())
@@ -216,7 +216,7 @@ def test_rows_of_two_attempts_do_not_leave_together():
     assert take_all(table) == Joined([3], ([(0, 3)],), [], attempt=1)
 
 
-# --- taken back
+# --- rows that are taken back
 
 
 def test_rows_that_were_taken_back_can_be_sent_again():

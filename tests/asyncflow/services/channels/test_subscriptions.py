@@ -1,4 +1,5 @@
-"""Outside readers: each sees what is sent in its order, and none can hold up, or fill up, the service that sends."""
+"""Subscribers of a stage's output: each gets the deliveries in order, and none can block the service or fill its
+memory."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ STAGE = "a.double#1"
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -145,11 +146,11 @@ def test_a_stage_that_sends_nothing_has_no_readers(subscriptions: Subscriptions)
         subscriptions.open("a.count#1")
 
 
-# --- a reader and a service
+# --- a subscriber of a running service
 
 
 class Doubling:
-    """A service that doubles log-probs and sends them to one that keeps them in a join."""
+    """A service that doubles log-probs and sends them to a service that holds them in a join."""
 
     def __init__(self, runtime: LocalRuntime, endpoint: Endpoint) -> None:
         self.store = runtime.store
@@ -189,7 +190,7 @@ async def test_a_reader_reads_typed_rows_until_the_run_is_over_and_no_queue_is_l
 
 
 class Unreadable(LocalStore):
-    """What a reader sees whose first frame is gone, and whose second is damaged."""
+    """A store in which the first frame that is read is gone and the second is damaged."""
 
     reads = 0
 
@@ -220,7 +221,7 @@ async def test_leaving_the_iteration_ends_the_subscription(service: Doubling):
     await service.feed(1)
     await reading
     await following.aclose()
-    for _ in range(MOST_READERS):  # there is room for as many as ever
+    for _ in range(MOST_READERS):  # all slots are free again
         await ask(service.endpoint, Subscribe(STAGE))
 
 

@@ -1,4 +1,4 @@
-"""A batch function's state: given back with the next batch, saved, restored, and untouched by a call that failed."""
+"""A batch function's state: passed to the next call, saved, restored, and unchanged by a call that fails."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.asyncflow.services import rows
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """How many rows were seen."""
+    """A state: the number of rows so far."""
 
     count: int
 
 
 class Other(msgspec.Struct, frozen=True):
-    """Another function's."""
+    """The state of another function."""
 
     name: str
 
 
 def add_up(batch: Any, *, state: Seen | None = None, step: int = 1) -> Stateful[Any, Any]:
-    """Refuses batches of one row."""
+    """Counts rows; fails for a batch of one row."""
     if len(batch) == 1:
         raise ValueError("one row")
     before = state.count if state is not None else 0
@@ -81,7 +81,7 @@ def test_a_restored_state_goes_on_where_it_was_saved(tmp_path: Path, batches: in
     for _ in range(batches):
         whole.add_up(TWO)
     whole.save(str(tmp_path))
-    restored.add_up(TWO)  # of a lineage that is given up
+    restored.add_up(TWO)  # of an abandoned lineage
     restored.load(str(tmp_path))
     assert restored.add_up(TWO).state == whole.add_up(TWO).state == Seen(2 * batches + 2)
 

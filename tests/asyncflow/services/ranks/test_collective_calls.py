@@ -1,4 +1,4 @@
-"""What ranks do together is done by all, one thing at a time; where one fails the others are not waited for in vain."""
+"""Collective calls run on all ranks, one at a time; if one rank fails, the call ends without waiting for the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_the_parts_of_all_ranks_come_back_by_rank():
 
 
 async def test_a_fault_that_all_ranks_report_is_raised_and_they_stay_in_step():
-    """As a refused step is: every rank sees the same loss."""
+    """For example a refused optimizer step: every rank sees the same loss."""
     work = calls_of()
     with pytest.raises(ValueError, match="loss is nan"):
         await work.run("update", {0: failing("loss is nan"), 1: failing("loss is nan", after=0.01)})
@@ -68,7 +68,7 @@ async def test_the_cause_is_what_failed_first_not_what_followed_from_it():
         await calls_of().run("update", {0: failing("connection closed by peer", after=0.01), 1: failing("no room")})
 
 
-async def test_a_turn_is_had_alone():
+async def test_an_exclusive_section_is_entered_by_one_at_a_time():
     work, order = calls_of(), []
 
     async def take(name: str) -> None:
@@ -81,14 +81,14 @@ async def test_a_turn_is_had_alone():
     assert order == ["update begins", "update ends", "snapshot begins", "snapshot ends"]
 
 
-async def test_ranks_that_work_apart_need_no_turn():
+async def test_ranks_that_are_not_collective_need_no_exclusion():
     work = calls_of(collective=False)
     async with asyncio.timeout(1), work.exclusive(), work.exclusive():
         pass
 
 
-async def test_of_ranks_that_work_apart_one_that_fails_has_nobody_wait_in_vain():
-    """The other may be busy with its rows for longer than any grace."""
+async def test_a_failing_rank_that_is_not_collective_leaves_the_others_working():
+    """The other rank may need longer for its rows than the grace period."""
     work = calls_of(collective=False)
     with pytest.raises(ValueError, match="no such file"):
         await work.run("reload", {0: failing("no such file"), 1: asyncio.sleep(0.2, 1)})

@@ -1,4 +1,4 @@
-"""Ranks that share a model, in real processes on gloo: each works on what it is dealt, and none waits for ever."""
+"""Ranks that share a model, as processes on gloo: each computes its own rows, and a damaged frame blocks no rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rank_of(own: ServiceSpec, number: int) -> Rank:
 
 
 def log_probs(folder: str, topology: str, torn_for: int) -> tuple[RankReply, list[LogProbs]]:
-    """This rank's part of a firing on two frames, of which the second is damaged on its way to rank `torn_for`."""
+    """This rank's reply in a firing on two frames, the second of which is damaged for rank `torn_for`."""
     number = torch.distributed.get_rank()
     store, data = LocalStore(), rollouts(experience(ROWS))
     parts = [pack(store, take(data, cut), 0) for cut in (range(4), range(4, ROWS))]
@@ -71,7 +71,7 @@ def log_probs(folder: str, topology: str, torn_for: int) -> tuple[RankReply, lis
 
 
 def requests(folder: str, checkpoint: str) -> list[str]:
-    """What this rank of a policy answers."""
+    """A description of this policy rank's answer to each request."""
     rank = rank_of(spec(folder, "policy", "1-2-1"), torch.distributed.get_rank())
     said = []
     for request in (TakeSnapshot(Version(0, 0)), SaveState(checkpoint), YieldDevices()):
@@ -93,7 +93,7 @@ def switched_without_a_layout(folder: str) -> str:
     return ""
 
 
-# --- the world
+# --- the process group
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every model computes on the device that its pool provides, and can leave it."""
+"""Every role's model is on the device of its pool, and can be offloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.workers.batches import experience, rollouts
 from workers.parallel import process_group
 from workers.settings import Lora, Model, RewardPart
 
-CARD = torch.device("meta")  # a device that every machine has, on which a forward computes nothing
+CARD = torch.device("meta")  # stands for an accelerator: a device of every machine that computes nothing
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny.make_reward(tmp_path_factory.mktemp("judge")))
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.make_reward(tmp_path_factory.mktemp("reward")))
 
 
 def spec_of(kind: str, model: Model, *fires: str, **changes: Any) -> ServiceSpec:
@@ -43,18 +43,18 @@ def scorer(model: Model, tokenizer: str) -> ScorerSettings:
 
 
 def rows() -> Rollouts:
-    drawn = rollouts(experience(5))
+    batch = rollouts(experience(5))
     return msgspec.structs.replace(
-        drawn,
-        prompts=drawn.prompts.with_values(drawn.prompts.values % 20),
-        responses=drawn.responses.with_values(drawn.responses.values % 20),
+        batch,
+        prompts=batch.prompts.with_values(batch.prompts.values % 20),
+        responses=batch.responses.with_values(batch.responses.values % 20),
     )
 
 
 @pytest.mark.parametrize("kind", ["policy", "critic", "cost_critic", "reference", "reward", "cost", "adapters"])
-def test_the_model_of_every_role_is_on_it(kind: str, folder: str, judge: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_model_of_every_role_is_on_it(kind: str, folder: str, reward_model: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(process_group, "own_device", lambda rank: CARD)
-    path = judge if kind in ("reward", "cost") else folder
+    path = reward_model if kind in ("reward", "cost") else folder
     model = Model(path=path, learning_rate=1e-3, lora=Lora(rank=2 if kind == "adapters" else 0))
     spec = spec_of("policy" if kind == "adapters" else kind, model, "generate" if kind == "adapters" else "rows")
     for accelerated, device in ((True, CARD), (False, torch.device("cpu"))):
@@ -63,12 +63,14 @@ def test_the_model_of_every_role_is_on_it(kind: str, folder: str, judge: str, mo
         assert worker.offloader.moves == accelerated
 
 
-def test_the_models_of_a_mixed_reward_are_on_it_and_its_rules_need_none(judge: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_models_of_a_mixed_reward_are_on_it_and_its_rules_need_none(
+    reward_model: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(process_group, "own_device", lambda rank: CARD)
     rule = RewardPart(name="exact", rule="exact_match")
-    mixed, alone = Model(mix=[rule, RewardPart(name="liked", path=judge)]), Model(rule="exact_match")
+    mixed, alone = Model(mix=[rule, RewardPart(name="liked", path=reward_model)]), Model(rule="exact_match")
     with_model, without = (
-        build(service("reward", accelerated=True, settings=scorer(model, judge))) for model in (mixed, alone)
+        build(service("reward", accelerated=True, settings=scorer(model, reward_model))) for model in (mixed, alone)
     )
     assert with_model.offloader is not None
     assert with_model.offloader.moves
@@ -81,7 +83,7 @@ def test_the_models_of_a_mixed_reward_are_on_it_and_its_rules_need_none(judge: s
 def test_a_replica_answers_alike_with_and_without_it(folder: str, topology: Topology):
     spec = spec_of("reference", Model(path=folder), "rows", topology=topology)
     ours, theirs = build(spec), build(msgspec.structs.replace(spec, accelerated=False))
-    given, expected = (place.method("log_probs")(rows()) for place in (ours, theirs))
+    given, expected = (worker.method("log_probs")(rows()) for worker in (ours, theirs))
     np.testing.assert_allclose(given.log_probs.values, expected.log_probs.values, atol=1e-5)
-    for place in (ours, theirs):
-        place.close()
+    for worker in (ours, theirs):
+        worker.close()

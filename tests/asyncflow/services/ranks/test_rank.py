@@ -1,4 +1,4 @@
-"""A rank: it reads its own rows, what can't be read costs those rows alone, and each of them is accounted for."""
+"""A rank reads only its own rows; an unreadable row fails alone, and every row is accounted for exactly once."""
 
 from __future__ import annotations
 
@@ -132,15 +132,15 @@ def test_inputs_stay_aligned_whichever_frames_could_not_be_read(data: st.DataObj
     assert sorted(samples[row] for row in accounted) == sorted(unreadable)
 
 
-# --- how much is read
+# --- bytes read
 
-ROW_BYTES = 8 + 4 + 4 * 16  # of a row of 16 log-probs: id, length, values
+ROW_BYTES = 8 + 4 + 4 * 16  # a row of 16 log-probs: id, length, values
 BLOCK_BYTES = 4 * ROW_BYTES
 SAMPLES = range(64)
 
 
 def in_blocks() -> Frame:
-    """64 rows of equal size, four to a block."""
+    """64 rows of equal size, four per block."""
     return codec.encode(rows.log_probs(SAMPLES, tokens=16), block_bytes=BLOCK_BYTES)
 
 
@@ -160,7 +160,7 @@ def test_damage_in_a_block_that_is_not_needed_goes_unnoticed():
     assert RowReader(call(range(60, 64), reading((0, 60, 64))), [torn]).rows == 0
 
 
-def test_bytes_are_told_by_input():
+def test_bytes_read_are_reported_per_input():
     both = [codec.encode(rows.log_probs([1])), codec.encode(rows.values([1]))]
     readings = (reading((0, 0, 1)), reading((1, 0, 1), schema=Values.schema_id))
     assert RowReader(call([1], *readings), both).read_bytes == [frame.nbytes for frame in both]
@@ -172,7 +172,7 @@ def test_bytes_are_told_by_input():
 
 @pytest.fixture
 def rank(tmp_path: Path) -> Iterator[Rank]:
-    """Rank 2 of service "a", whose logs are in a folder of the test."""
+    """Rank 2 of service "a", whose log folder is below the test's."""
     spec = specs.service("a", log_path=str(tmp_path / "logs" / "a.log"), term=4)
     with ThreadPoolExecutor(1) as thread:
         yield Rank(spec, build(spec, 2), SomeAreGone(), thread, 2)
@@ -223,7 +223,7 @@ async def test_the_quarantine_does_not_fill_the_disk(rank: Rank, tmp_path: Path)
     assert len(list((tmp_path / "logs" / "quarantine").glob("*.frame"))) == MOST_KEPT
 
 
-async def test_failures_of_its_rows_are_told(rank: Rank):
+async def test_failures_of_its_rows_are_reported(rank: Rank):
     reply, payloads = await rank.call(call([1, 2, 3], reading((0, 0, 3)), method="refuse_odd"), frames([1, 2, 3]))
     assert reply.failures == [Failure(1, "odd"), Failure(3, "odd")]
     assert codec.decode(payloads[0]) == rows.log_probs([2])

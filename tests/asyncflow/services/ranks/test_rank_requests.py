@@ -1,4 +1,4 @@
-"""What is asked of a rank besides rows has the model on its device, but for what needs none of it."""
+"""Requests that need the model reload it to the device first; the other requests leave it offloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = 8
 
 
 class Worker:
-    """Has no code of a user's, and state that is nothing."""
+    """A worker without user code and with empty state."""
 
     def __init__(self, offloader: Offloader) -> None:
         self.offloader = offloader
@@ -35,7 +35,7 @@ class Worker:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_only_who_works_with_the_model_brings_it_back(request_: RankRequest, there: bool):
+def test_only_requests_that_need_the_model_reload_it(request_: RankRequest, there: bool):
     offloader = Offloader(torch.device("cuda"), lambda _: BYTES)
     offloader.offload()
     store = LocalStore()

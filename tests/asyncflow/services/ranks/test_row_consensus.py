@@ -1,4 +1,4 @@
-"""Ranks that share a model go on with the rows that all of them can read, and account alike for the others."""
+"""Ranks that share a model agree on the rows that all of them can read, and report the others alike."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from tests.asyncflow.services import rows
 SAMPLES = [4, 2, 3, 6]
 
 
-class Table:
-    """Ranks that sit around it say something and hear what all say; each in a thread of its own."""
+class AllGather:
+    """An all-gather of bytes between ranks that run in one thread each."""
 
     def __init__(self, size: int) -> None:
-        self._said: list[bytes] = [b""] * size
+        self._messages: list[bytes] = [b""] * size
         self._barrier = Barrier(size)
 
-    def seat(self, rank: int) -> Callable[[bytes], list[bytes]]:
+    def of_rank(self, rank: int) -> Callable[[bytes], list[bytes]]:
         def exchange(message: bytes) -> list[bytes]:
-            self._said[rank] = message
+            self._messages[rank] = message
             self._barrier.wait(10)
-            return list(self._said)
+            return list(self._messages)
 
         return exchange
 
 
 def call(samples: Sequence[int] = SAMPLES) -> RankCall:
-    """Each row is a frame of its own."""
+    """A call whose rows come in one frame each."""
     return RankCall(
         "a.double#1",
         "double",
@@ -57,13 +57,13 @@ def frames(samples: Sequence[int], damaged: Sequence[int] = (), lost: Sequence[i
 
 
 def agreed(*ranks: tuple[RankCall, list[Frame | None]]) -> list[RowReader]:
-    """What each rank goes on with."""
-    table = Table(len(ranks))
+    """Each rank's reader after the exchange."""
+    gather = AllGather(len(ranks))
 
     def read(rank: int) -> RowReader:
         asked, given = ranks[rank]
         reader = RowReader(asked, given)
-        exchange_unreadable_rows(asked, reader, table.seat(rank))
+        exchange_unreadable_rows(asked, reader, gather.of_rank(rank))
         return reader
 
     with ThreadPoolExecutor(len(ranks)) as threads:
@@ -71,7 +71,7 @@ def agreed(*ranks: tuple[RankCall, list[Frame | None]]) -> list[RowReader]:
 
 
 def accounts(reader: RowReader) -> tuple[list[int], list[int], list[int]]:
-    """Samples that are worked on, failed and lost."""
+    """The samples that are kept, failed and lost."""
     samples = reader.inputs[0].sample_ids.tolist()
     failed = sorted(SAMPLES[row] for damage in reader.damaged for row in damage.rows)
     return samples, failed, sorted(SAMPLES[row] for row in reader.lost)

@@ -1,4 +1,4 @@
-"""A connection keeps messages and their frames together and in order, holds back who sends too much, leaks nothing."""
+"""A connection delivers messages with their frames, whole and in order, slows a fast sender down, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def connected() -> AsyncIterator[tuple[Connection, Connection]]:
 
 @asynccontextmanager
 async def half_connected() -> AsyncIterator[tuple[socket.socket, Connection]]:
-    """What the test writes by hand, and who reads it."""
+    """A raw socket for the test to write to, and the connection that reads from it."""
     raw, end = socket.socketpair()
     end.setblocking(False)
     there = Connection(end)
@@ -80,7 +80,7 @@ async def test_a_message_arrives_with_its_frames():
 
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 300, 70_000, 600_000]), st.integers(0, 3)), max_size=12))
 def test_whatever_is_sent_arrives_whole_and_in_order(sent: list[tuple[int, int]]):
-    """More than a socket takes at once, so that messages and descriptors leave in pieces."""
+    """Messages larger than the socket's buffer, so that bytes and descriptors leave in pieces."""
 
     async def run() -> None:
         async with connected() as (here, there):
@@ -178,7 +178,7 @@ async def test_frames_that_nobody_took_are_closed_with_the_connection():
     async with connected() as (here, there):
         for number in range(5):
             here.send(message(b"x"), [frame(number)])
-        here.send(message(bytes(1 << 20)), [frame(5)])  # and one that is still on its way
+        here.send(message(bytes(1 << 20)), [frame(5)])  # and one that is still in flight
         await there.receive()
     assert open_files() == before
 
@@ -192,7 +192,7 @@ async def test_a_process_without_descriptors_left_says_so(monkeypatch: pytest.Mo
 
 
 class Refusing:
-    """A socket whose kernel refuses to send, so many times."""
+    """A socket that fails to send with `error` the first `times` times."""
 
     def __init__(self, real: socket.socket, error: int, times: int) -> None:
         self._real, self._error, self.times = real, error, times
@@ -207,7 +207,7 @@ class Refusing:
         return getattr(self._real, name)
 
 
-async def test_while_too_many_descriptors_are_on_their_way_a_message_waits(monkeypatch: pytest.MonkeyPatch):
+async def test_a_message_waits_while_too_many_descriptors_are_in_flight(monkeypatch: pytest.MonkeyPatch):
     async with connected() as (here, there):
         refusing = Refusing(here._socket, errno.ETOOMANYREFS, 3)
         monkeypatch.setattr(here, "_socket", refusing)
@@ -219,8 +219,8 @@ async def test_while_too_many_descriptors_are_on_their_way_a_message_waits(monke
         monkeypatch.undo()
 
 
-async def test_while_it_waits_for_descriptors_it_asks_now_and_then(monkeypatch: pytest.MonkeyPatch):
-    """Also where the socket was full before: a writable socket is no reason to ask again."""
+async def test_it_retries_at_intervals_while_too_many_descriptors_are_in_flight(monkeypatch: pytest.MonkeyPatch):
+    """Also if the socket was full before: that it is writable again must not cause a busy loop."""
     async with connected() as (here, there):
         here.send(message(bytes(2_000_000)), [frame(1)])  # more than the socket takes
         here.send(message(b"late"), [frame(2)])
@@ -238,14 +238,14 @@ async def test_while_it_waits_for_descriptors_it_asks_now_and_then(monkeypatch: 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_peer_that_dies_with_something_unread_ends_the_connection(loop: Callable[[], asyncio.AbstractEventLoop]):
-    """Whose last words come first. uvloop gives up a socket with an error after one more look at it."""
+    """What it sent before comes first. uvloop abandons a socket with an error after one more read."""
 
     async def run() -> None:
         async with half_connected() as (raw, there):
             there.send(message(b"never read"))
             raw.send(struct.pack("<II", 4, 0) + b"last" + struct.pack("<II", 400_000, 0))
             raw.send(bytes(100_000))
-            raw.close()  # with a message in its queue: the other end has an error, and not only an end
+            raw.close()  # with an unread message in its queue: the other end gets an error, not an end of file
             received = await there.receive()
             assert received is not None
             assert received[0] == b"last"
@@ -257,7 +257,7 @@ def test_a_peer_that_dies_with_something_unread_ends_the_connection(loop: Callab
 
 
 async def test_what_can_not_be_sent_ends_the_connection_with_its_cause(monkeypatch: pytest.MonkeyPatch):
-    """Or whoever waits for an answer would wait for ever."""
+    """Otherwise the caller would wait for an answer forever."""
     async with connected() as (here, _):
         monkeypatch.setattr(here, "_socket", Refusing(here._socket, errno.ENOBUFS, 1))
         here.send(message(bytes(100_000)), [frame(1)])

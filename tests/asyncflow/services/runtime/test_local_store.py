@@ -1,4 +1,4 @@
-"""The store of one process: within its budget frames stay in memory, beyond it they go to disk, and read the same."""
+"""The store of one process keeps frames in memory within its budget and on disk beyond it; both read the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools on Ray: whose bundle an actor stands in, and what a cluster that is too small answers."""
+"""Pools on Ray: actors are placed in their pool's bundle, and a cluster that is too small is refused with numbers."""
 
 from __future__ import annotations
 
@@ -45,14 +45,18 @@ def shortage(requests: dict[str, PoolRequest], total: dict[str, float]) -> str:
 
 
 def test_too_few_devices_are_refused_with_the_numbers():
-    told = shortage({"train": PoolRequest(6), "rollout": PoolRequest(4)}, CPUS)
-    assert told.startswith("pools ask for 10 devices of 0.25 CPU (train 6, rollout 4); the cluster has 2 CPU, 8 slots")
-    told = shortage({"train": PoolRequest(8, "A100-80G"), "rollout": PoolRequest(1, "A100-80G")}, GPUS)
-    assert told.startswith("pools ask for 9 devices of 1 GPU and 0.001 accelerator_type:A100 (train 8, rollout 1); the")
-    assert "the cluster has 8 GPU" in told
+    message = shortage({"train": PoolRequest(6), "rollout": PoolRequest(4)}, CPUS)
+    assert message.startswith(
+        "pools ask for 10 devices of 0.25 CPU (train 6, rollout 4); the cluster has 2 CPU, 8 slots"
+    )
+    message = shortage({"train": PoolRequest(8, "A100-80G"), "rollout": PoolRequest(1, "A100-80G")}, GPUS)
+    assert message.startswith(
+        "pools ask for 9 devices of 1 GPU and 0.001 accelerator_type:A100 (train 8, rollout 1); the"
+    )
+    assert "the cluster has 8 GPU" in message
 
 
-def test_another_kind_than_is_there_is_refused():
+def test_a_kind_of_device_that_the_cluster_lacks_is_refused():
     assert "the cluster has 0 accelerator_type:H100" in shortage({"train": PoolRequest(1, "H100")}, GPUS)
 
 
@@ -64,15 +68,15 @@ def test_services_that_share_a_device_fit_on_it(tenants: int):
         assert 0.9 * bundle[option[4:-1].upper()] < tenants * share[option] <= bundle[option[4:-1].upper()]
 
 
-# --- on a real Ray
+# --- on a Ray cluster
 
 
 @ray.remote
 class Where:
-    """Says where it was put."""
+    """An actor that reports its placement."""
 
     def bundle(self) -> str | None:
-        """The placement group that it stands in."""
+        """The id of its placement group."""
         return ray.get_runtime_context().get_placement_group_id()
 
 
@@ -100,7 +104,7 @@ def groups_of(reserved: ReservedPools, specs: Sequence[ServiceSpec]) -> dict[str
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cores")
-def test_services_stand_in_their_own_pools_bundles():
+def test_services_are_placed_in_the_bundles_of_their_pools():
     specs = [service("policy", pool="train"), service("critic", pool="train"), service("generator", pool="rollout")]
     specs.append(service("advantage", pool=""))
     reserved = ReservedPools({"train": PoolRequest(1), "rollout": PoolRequest(2)})

@@ -1,4 +1,4 @@
-"""What Ray's actors do without Ray: a rank that could not start is ended like any other."""
+"""The classes of the Ray actors, without Ray: a rank that failed to start can be stopped like any other."""
 
 from __future__ import annotations
 

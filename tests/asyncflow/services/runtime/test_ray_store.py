@@ -1,4 +1,4 @@
-"""Where frames wait under our services on Ray: within the bound in shared memory, beyond it in a store that spills."""
+"""The frame store on Ray: shared memory within the bound, and beyond it Ray's object store, which spills to disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncflow.services.runtime.shared import SharedFrame, holdings
 
 pytestmark = pytest.mark.ray
 
-STORE_BYTES = 80 << 20  # the least that Ray takes
+STORE_BYTES = 80 << 20  # the smallest that Ray accepts
 FRAME_BYTES = 8 << 20
 
 

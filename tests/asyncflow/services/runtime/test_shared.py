@@ -1,4 +1,4 @@
-"""Frames in shared memory: sealed, read without a copy, and gone with whoever held them last."""
+"""Frames in shared memory are sealed, read without a copy, and freed with their last descriptor."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ FRAME = np.arange(256, dtype=np.uint8).repeat(1000)
 
 
 def memory_of(frame: SharedFrame) -> tuple[int, int]:
-    """What the kernel calls it."""
+    """The frame's device and inode numbers, which identify its memory."""
     status = os.fstat(frame.fd)
     return status.st_dev, status.st_ino
 
 
 def held_by(process: int | str) -> set[tuple[int, int]]:
-    """The memory behind the frames that a process has a descriptor of."""
+    """The memory of all frames that a process has a descriptor of."""
     found: set[tuple[int, int]] = set()
     for entry in Path(f"/proc/{process}/fd").iterdir():
         try:
             if "asyncflow frame" in str(entry.readlink()):
                 status = entry.stat()
                 found.add((status.st_dev, status.st_ino))
-        except FileNotFoundError:  # the one that lists them
+        except FileNotFoundError:  # the descriptor that lists this folder
             pass
     return found
 
@@ -152,8 +152,8 @@ def test_what_is_no_frame_is_refused_and_closed(descriptor: Any):
         os.fstat(fd)
 
 
-def hand_over(to: socket.socket) -> None:
-    """Another process: it writes a frame, hands it over, and waits for its end."""
+def send_frame(to: socket.socket) -> None:
+    """Run in another process: write a frame, send its descriptor, and wait to be killed."""
     frame = SharedFrame.of(FRAME)
     socket.send_fds(to, [b"."], [frame.fd])
     to.recv(1)
@@ -161,7 +161,7 @@ def hand_over(to: socket.socket) -> None:
 
 def test_a_frame_outlives_the_process_that_wrote_it_and_is_gone_with_the_one_that_has_it():
     here, there = socket.socketpair()
-    process = multiprocessing.get_context("fork").Process(target=hand_over, args=(there,))
+    process = multiprocessing.get_context("fork").Process(target=send_frame, args=(there,))
     process.start()
     assert process.pid is not None
     _, [fd], _, _ = socket.recv_fds(here, 1, 1)

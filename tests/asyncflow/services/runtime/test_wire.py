@@ -1,4 +1,5 @@
-"""The wire between two real processes: every call its own answer, a loss is told, garbage ends only what sent it."""
+"""The wire between two processes: every call gets its own answer, a lost connection is reported, and invalid bytes
+end only the connection that sent them."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ from asyncflow.services.runtime.wire import (
 PATIENCE_SECONDS = 10.0
 
 
-class Requestable:
-    """Work that is held back until it is let go."""
+class Gated:
+    """Work whose answers wait until `go` is set."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -59,7 +60,7 @@ async def answer(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, li
 
 
 def serve(name: str, ready: Any) -> None:
-    """The other process."""
+    """Run in another process: serve until killed."""
     ServerThread(name, answer).start()
     ready.set()
     threading.Event().wait()
@@ -67,13 +68,13 @@ def serve(name: str, ready: Any) -> None:
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[tuple[str, int]]:
-    """Name and process id of a server in a process of its own, for tests that leave it alive."""
+    """Name and process id of a server in its own process, for tests that do not kill it."""
     with running() as (name, pid):
         yield name, pid
 
 
 class running:
-    """A server in a process of its own."""
+    """A server in its own process."""
 
     def __enter__(self) -> tuple[str, int]:
         spawn = multiprocessing.get_context("spawn")
@@ -138,7 +139,7 @@ async def test_frames_in_shared_memory_travel_with_a_call_and_with_its_answer(ot
 
 
 async def test_no_frame_is_held_once_its_call_is_over():
-    """Neither by a connection that waits for the next message, nor by a call that is done."""
+    """Neither the waiting connection nor the completed call may hold a reference to a frame."""
 
     async def take(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, list[Any]]:
         return b"", [SharedFrame.of(payloads[0].map())]
@@ -149,7 +150,7 @@ async def test_no_frame_is_held_once_its_call_is_over():
             back = await to.call("", b"", [SharedFrame.of(np.ones(100_000, np.uint8))])
             assert list(map(type, back.payloads)) == [SharedFrame]
             del back
-            await asyncio.sleep(0)  # the server's task of the call ends behind its answer
+            await asyncio.sleep(0)  # the server's task ends after it has sent the answer
         assert holdings().frames == before
 
 
@@ -206,7 +207,7 @@ async def test_an_answer_that_is_not_bytes_is_kept_and_collected_once():
 
 
 async def test_nothing_is_kept_for_a_caller_that_gave_up():
-    name, work = named(), Requestable()
+    name, work = named(), Gated()
     async with served(name, work) as server, wired(name) as to:
         waiting = asyncio.create_task(to.call("", b""))
         while not server._calls:
@@ -231,7 +232,7 @@ async def test_nothing_is_kept_for_a_caller_that_gave_up_as_its_answer_came():
 
 
 async def test_nothing_is_kept_for_a_caller_that_is_gone():
-    name, work = named(), Requestable()
+    name, work = named(), Gated()
     work.go.set()
     async with served(name, work) as server:
         async with wired(name) as to:
@@ -259,7 +260,7 @@ def test_bytes_and_frames_travel_and_not_too_many():
     assert not travels([], bytes(MOST_BYTES // 2))
 
 
-# --- losses
+# --- lost connections
 
 
 async def test_nobody_listens_under_an_unknown_name():
@@ -371,7 +372,7 @@ def test_a_thread_that_was_never_started_is_closed_at_once():
 
 
 def test_a_call_is_an_array_of_numbered_parts():
-    """Both ends are of one release; the order of the fields is all there is."""
+    """Both ends run the same release, so fields are identified by their position."""
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(Call(1, "deliver", b"b", [b"p"]))) == [
         0,
         1,
