@@ -132,7 +132,9 @@ class Loss(Settings, frozen=True):
     """
 
     policy: str = "ppo"  # a name of workers.losses, or "package.module:function"
-    old: Literal["prox", "mu"] = "prox"  # whose probability the ratio divides by
+    # The ratio divides by the token's probability under "prox", the weights at the start of the step, or under "mu", the
+    # (older) weights that sampled it.
+    old: Literal["prox", "mu"] = "prox"
     clip_low: Fraction = 0.2
     clip_high: NonNegative = 0.2
     dual_clip: float = 3.0  # bound on the loss where the advantage is negative, more than 1; 0: none

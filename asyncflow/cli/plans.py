@@ -22,6 +22,7 @@ from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import BadInput, Pool, Recipe
 from asyncflow.run.prepare import prepare
+from asyncflow.run.run_folder import recipe_of
 
 
 def print_dataflow(out: Console, checked: Checked, device: str) -> None:
@@ -89,7 +90,7 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
 
 def print_advice(out: Console, run: Path, as_json: bool) -> None:
     """Print what a run's measured times say about its placement."""
-    found = advice.advise(run)
+    found = advice.advise(run, recipe_of(run))
     text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.format_advice(found)
     out.print(text, markup=False, soft_wrap=True)
 

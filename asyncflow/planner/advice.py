@@ -25,7 +25,7 @@ from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
 from asyncflow.planner.simulation.simulator import simulate
-from asyncflow.recipe.config import BadInput, Recipe, load_recipe
+from asyncflow.recipe.config import BadInput, Recipe
 from asyncflow.recipe.service_specs import GENERATOR, hosts_of, pools_of
 from asyncflow.services.runtime import CPU_SLOT
 from protocols.control.notices import Span
@@ -58,9 +58,8 @@ class Advice(msgspec.Struct, frozen=True):
     moves: list[Move]  # best first
 
 
-def advise(folder: Path) -> Advice:
-    """Advice from a run's folder. Raises BadInput if the run is too short for it."""
-    recipe = load_recipe(folder / "recipe.toml")
+def advise(folder: Path, recipe: Recipe) -> Advice:
+    """Advice from a run's folder and its recipe. Raises BadInput if the run is too short for it."""
     dataflow = trace(algorithm_named(recipe.algorithm))
     steps = read_lines(folder / "metrics.jsonl")
     skipped = WARM_UP + recipe.staleness

@@ -16,7 +16,7 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe, nearest
-from asyncflow.recipe.model_checks import check_models, check_placed, check_placement, check_roles, config_of, is_module
+from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, config_of, is_module
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.data.datasets import DataError, Problem, read_rows
 from workers.data.pretraining import text_of
@@ -37,7 +37,7 @@ def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files. Raises BadInput.
 
     A recipe without a placement (`placed_by` is set) passes all other checks; `asyncflow.run.prepare` then finds a
-    placement and calls `check_placed`.
+    placement that passes `check_placement` and calls `check_shards`.
     """
     try:
         algorithm = algorithm_named(recipe.algorithm)
@@ -55,7 +55,8 @@ def check(recipe: Recipe) -> Checked:
     _check_kl_has_reference(recipe, dataflow)
     recipe = _with_absolute_paths(recipe)
     check_models(recipe, dataflow)
-    check_placed(recipe, dataflow)
+    if not recipe.placed_by:
+        check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
     train, heldout = _sources(recipe)
     _check_context_length(recipe, train, heldout)

@@ -65,6 +65,8 @@ def check_placement(recipe: Recipe, dataflow: Dataflow) -> None:
             f"and vLLM is fed in one: generation = '1-{layout.tp}', or generation.engine = 'torch', "
             f"or a [placement] of {GENERATOR}"
         )
+    if recipe.models["policy"].lora.rank:
+        _check_adapters_placed(recipe)
 
 
 def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
@@ -112,6 +114,22 @@ def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
         )
 
 
+def _check_adapters_placed(recipe: Recipe) -> None:
+    """Refuse to train a policy's adapters where its ranks share the model or generate with vLLM. Raises BadInput."""
+    topology = topology_of(recipe, "policy")
+    if topology.replica_size > 1 or (topology.dp > 1 and GENERATOR not in recipe.placement):
+        raise BadInput(
+            "models.policy.lora: adapters train on ranks that hold the whole model, "
+            f"placement.policy.parallel = {recipe.placement['policy'].parallel!r}: want '1-1-1', "
+            "or '1-1-d' and a [placement] of generator, or no lora"
+        )
+    if colocates_vllm(recipe):
+        raise BadInput(
+            "models.policy.lora: a vLLM beside the policy takes whole weights, no adapters: "
+            "want generation.engine = 'torch', or a [placement] of generator"
+        )
+
+
 def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     """Check that each role has one model, that its files exist, and that all share a tokenizer. Raises BadInput."""
     trained = stateful(dataflow)
@@ -133,6 +151,7 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
                 raise BadInput(f"models.{role}.rule = {model.rule!r}: only rewards and costs are rules")
         elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
+    _check_lora(recipe)
     if recipe.data.eval:
         _check_rule("evaluation.metric", recipe.evaluation.metric)
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
@@ -207,27 +226,15 @@ def _digest(path: Path) -> str:
 
 
 def _check_lora(recipe: Recipe) -> None:
-    """Refuse adapters that this version can't train. Raises BadInput."""
+    """Refuse adapters that this version can't train, wherever they are placed. Raises BadInput."""
     adapted = [role for role, model in recipe.models.items() if model.lora.rank]
     if others := [role for role in adapted if role != "policy"]:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
-    topology = topology_of(recipe, "policy")
-    if adapted and (topology.replica_size > 1 or (topology.dp > 1 and GENERATOR not in recipe.placement)):
-        raise BadInput(
-            "models.policy.lora: adapters train on ranks that hold the whole model, "
-            f"placement.policy.parallel = {recipe.placement['policy'].parallel!r}: want '1-1-1', "
-            "or '1-1-d' and a [placement] of generator, or no lora"
-        )
-    if adapted and colocates_vllm(recipe):
-        raise BadInput(
-            "models.policy.lora: a vLLM beside the policy takes whole weights, no adapters: "
-            "want generation.engine = 'torch', or a [placement] of generator"
-        )
     if adapted and not is_module("peft"):
         raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")
 
 
-def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
+def check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
     """Check that a model's sizes divide by the ranks that share it. Raises BadInput.
 
     A family without a sharding plan stands whole on each rank: it can be replicated or fully sharded, not cut.
@@ -246,12 +253,6 @@ def _check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
                 ShardPlan(Decoder.of(config, ROLE_SPECS[role].head), cut.pp, cut.tp)
             except ValueError as error:
                 raise BadInput(f"placement.{role}.{where}: {error}") from error
-
-
-def check_placed(recipe: Recipe, dataflow: Dataflow) -> None:
-    """Check that each model can be built where it is placed. Raises BadInput."""
-    _check_lora(recipe)
-    _check_shards(recipe, dataflow)
 
 
 def config_of(role: str, folder: str) -> dict[str, Any]:

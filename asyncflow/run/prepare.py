@@ -9,8 +9,9 @@ import msgspec
 
 from asyncflow.planner import auto, plan_file
 from asyncflow.planner.simulation.scenarios import prompt_lengths
-from asyncflow.recipe.checks import Checked, check, check_placed
+from asyncflow.recipe.checks import Checked, check
 from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.model_checks import check_shards
 
 
 def prepare(recipe: Recipe) -> Checked:
@@ -21,5 +22,5 @@ def prepare(recipe: Recipe) -> Checked:
     if not checked.recipe.placed_by:
         return checked
     choice = auto.place(checked.recipe, checked.dataflow, prompt_lengths(checked.train))
-    check_placed(choice.chosen.recipe, checked.dataflow)
+    check_shards(choice.chosen.recipe, checked.dataflow)
     return msgspec.structs.replace(checked, recipe=choice.chosen.recipe, plan=plan_file.text_of(choice))

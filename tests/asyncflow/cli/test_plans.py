@@ -42,6 +42,12 @@ def recipe(make_recipe: MakeRecipe) -> Recipe:
     return make_recipe(deterministic=False)
 
 
+def test_advice_from_the_folder_of_an_older_run_names_its_format(paper: Paper, tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text("a_key_of_another_time = 1")
+    with pytest.raises(BadInput, match="was written by an older asyncflow"):
+        plans.print_advice(paper.out, tmp_path, as_json=False)
+
+
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
     """A calibration's file."""

@@ -11,7 +11,7 @@ import pytest
 from asyncflow.observe.timeline import trace_of
 from asyncflow.planner.advice import Advice, advise, format_advice
 from asyncflow.recipe.checks import check
-from asyncflow.recipe.config import BadInput, recipe_text
+from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
 from protocols.control.notices import Span
 from tests.asyncflow.conftest import MakeRecipe
 
@@ -47,10 +47,14 @@ def recorded(make_recipe: MakeRecipe, folder: Path, steps: int = STEPS, **change
     return folder
 
 
+def advised(folder: Path) -> Advice:
+    return advise(folder, load_recipe(folder / "recipe.toml"))
+
+
 @pytest.fixture
 def advice(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Advice:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    return advise(recorded(make_recipe, tmp_path / "run", pools={"main": {"devices": 1}}))
+    return advised(recorded(make_recipe, tmp_path / "run", pools={"main": {"devices": 1}}))
 
 
 def test_the_run_is_told_as_it_was(advice: Advice):
@@ -74,7 +78,7 @@ def test_more_slots_let_services_work_side_by_side(
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     pools = {"main": {"devices": 1}, "spare": {"devices": 1}, "more": {"devices": 1}}
     placement = {"reward": {"pool": "spare"}, "reference": {"pool": "more"}}
-    found = advise(recorded(make_recipe, tmp_path / "run", pools=pools, placement=placement))
+    found = advised(recorded(make_recipe, tmp_path / "run", pools=pools, placement=placement))
     best = found.moves[0]
     beside_policy = {service for pool, services in best.pools.items() for service in services if "policy" in services}
     assert "critic" not in beside_policy, "the two that train long are no longer in each other's way"
@@ -85,4 +89,4 @@ def test_more_slots_let_services_work_side_by_side(
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_record_that_is_too_short_is_refused(make_recipe: MakeRecipe, tmp_path: Path, steps: int):
     with pytest.raises(BadInput, match=f"{steps} steps are on record; advice needs a finished run of 5 or more"):
-        advise(recorded(make_recipe, tmp_path / "run", steps=steps))
+        advised(recorded(make_recipe, tmp_path / "run", steps=steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -150,6 +151,16 @@ def test_a_policy_of_adapters_stays_on_one_rank(asynchronous: Recipe):
         )
     ]
     assert ranks[0] > ranks[1] == 1
+
+
+def test_adapters_that_vllm_generates_with_get_a_generator_of_their_own(table: dict[str, Any]):
+    """A vLLM beside the policy takes no adapters. Only the placement that is found can be checked for that."""
+    table["models"]["policy"] = {**table["models"]["policy"], "lora": {"rank": 4}}
+    changes = {"deterministic": False, "placement": "auto", "generation": {"engine": "vllm"}}
+    placed = prepare(to_recipe(table | changes | {"pools": {"main": {"devices": 4}}})).recipe.placement
+    assert placed["generator"].pool != placed["policy"].pool
+    with pytest.raises(BadInput, match="this version runs no placement"):
+        prepare(to_recipe(table | changes | {"pools": {"main": {"devices": 1}}}))
 
 
 def test_a_resolved_recipe_reads_back(make_recipe: MakeRecipe, tmp_path: Path):
