@@ -132,8 +132,8 @@ class Loss(Settings, frozen=True):
     """
 
     policy: str = "ppo"  # a name of workers.losses, or "package.module:function"
-    # The ratio divides by the token's probability under "prox", the weights at the start of the step, or under "mu", the
-    # (older) weights that sampled it.
+    # The ratio divides by the token's probability under "prox", the weights at the start of the step, or under "mu",
+    # the weights that sampled it, which may be older.
     old: Literal["prox", "mu"] = "prox"
     clip_low: Fraction = 0.2
     clip_high: NonNegative = 0.2
