@@ -12,7 +12,7 @@ class Channel:
     """The output of one stage: `async for batch in run.channel("policy.generate#1").subscribe()`."""
 
     def __init__(self, name: str, follow: Callable[[], AsyncGenerator[tuple[Batch | None, int]]]) -> None:
-        """`follow` yields batches and how many rows were missed before each; None: rows were missed, and none follow."""
+        """`follow` yields batches and how many rows were missed before each; None: missed rows, and no batch yet."""
         self.name = name  # of a stage, or of a message that only one stage sends
         self.missed = 0  # rows that a reader was too slow for, or that could not be read
         self._follow = follow
