@@ -1,1 +1,1 @@
-"""The client library with which a program drives and follows a run. It starts nothing: `asyncflow.run` does."""
+"""The client library with which a program drives and follows a run. It depends only on `protocols`."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
-from asyncflow.recipe.config import BadInput
-from asyncflow.services.channels.endpoint import Requestable, ServiceError, ServiceGone, Store, ask
-from asyncflow.services.channels.shard_refs import pack
-from asyncflow.services.external_workers import take_rows
-from protocols.control.requests import PutRows, RowsPut
+from protocols.control.requests import RowsPut
 from protocols.data.columns import Batch
 from protocols.data.messages import Rollouts
 from protocols.stage import Failure
+
+
+class OutsideLink(Protocol):
+    """The connection to a run's external roles."""
+
+    def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
+        """Yield rows for this worker to answer, at most `most` at once."""
+        ...
+
+    async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
+        """Put values and failures; waits up to `seconds` for rows that were not requested yet."""
+        ...
 
 
 class NotAsked(Exception):
@@ -32,18 +40,19 @@ class Outside:
         await run.outside("reward").put(Scores(sample_ids=rollouts.sample_ids, scores=...))
     """
 
-    def __init__(self, role: str, service: Requestable, store: Store, over: Callable[[], bool]) -> None:
-        """`over`: whether the run has ended."""
+    def __init__(self, link: OutsideLink, role: str) -> None:
         self.role = role
-        self._service, self._store, self._over = service, store, over
+        self._link = link
 
     async def rows(self, most: int = 64) -> AsyncGenerator[Rollouts]:
         """Yield rows that wait for an answer, at most `most` at once, until the run ends.
 
         A row goes to this worker alone. After the recipe's `failures.outside_retake_seconds` without an answer, another
         worker may get it too, and the first answer counts. After `failures.outside_timeout_seconds` it fails.
+
+        Raises BadInput for a role that is not external.
         """
-        async with aclosing(take_rows(self._service, self._store, most, self._over)) as batches:
+        async with aclosing(self._link.take(self.role, most)) as batches:
             async for batch in batches:
                 assert isinstance(batch, Rollouts)
                 yield batch
@@ -62,15 +71,7 @@ class Outside:
         return await self._put(None, [Failure(int(sample), cause) for sample in sample_ids], seconds)
 
     async def _put(self, answers: Batch | None, failures: list[Failure], seconds: float) -> dict[int, str]:
-        try:
-            parts = [await asyncio.to_thread(pack, self._store, answers, 0)] if answers is not None else []
-            request = PutRows([part.shard for part in parts], failures, seconds=seconds)
-            done, _ = await ask(self._service, request, [part.payload for part in parts])
-        except ServiceGone:
-            raise
-        except (ServiceError, ValueError) as error:  # the service refused, or the batch is invalid
-            raise BadInput(f"outside {self.role}: {error}") from error
-        assert isinstance(done, RowsPut)
+        done = await self._link.put(self.role, answers, failures, seconds)
         if done.waiting:
             raise NotAsked(self.role, done.waiting, seconds)
         return done.refused

@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Protocol
 
-from asyncflow.client.channel import Channel
-from asyncflow.client.outside import Outside
-from asyncflow.control.controller import Controller
-from asyncflow.recipe.checks import Checked
-from asyncflow.recipe.config import BadInput
-from asyncflow.recipe.service_specs import channel_named
-from asyncflow.services.channels.endpoint import Payload, ServiceGone, Store
-from asyncflow.services.channels.subscriptions import follow
-from asyncflow.services.runtime import Started
+from asyncflow.client.channel import Channel, ChannelLink
+from asyncflow.client.outside import Outside, OutsideLink
 from protocols.control.delivery import ServiceStatistics
 from protocols.control.events import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
-from protocols.control.requests import Reply, Request
-from protocols.data.messages import Metrics
-from workers.user_code import BadCode
 
 
-class CurrentService:
-    """A service or its current replacement, as long as the run has services. Implements `Requestable`."""
+class Link(ChannelLink, OutsideLink, Protocol):
+    """The connection to a run, in the same process or across a network."""
 
-    def __init__(self, name: str, services: Mapping[str, Started]) -> None:
-        """`services` holds the current endpoint of each service; it is empty once the run's services are stopped."""
-        self.name = name
-        self._services = services
-
-    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        started = self._services.get(self.name)
-        if started is None:  # a request to a dead actor would make Ray start again
-            raise ServiceGone(f"{self.name}: its run is over")
-        return await started.endpoint.request(request, payloads)
+    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]: ...
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    async def checkpoint(self) -> str: ...
+    async def reload(self) -> CodeReloaded: ...
+    async def statistics(self) -> list[ServiceStatistics]: ...
+    async def stop(self) -> RunEnded: ...
 
 
 class Run:
     """One run. `async for event in run.events()` follows it; the last event is RunEnded."""
 
-    def __init__(
-        self,
-        folder: Path,
-        controller: Controller,
-        task: asyncio.Task[RunEnded],
-        checked: Checked,
-        services: Mapping[str, Started],
-        store: Store,
-    ) -> None:
-        """`task` runs the controller; `services` are those of `CurrentService`."""
+    def __init__(self, link: Link, name: str, folder: Path) -> None:
+        self.name = name
         self.folder = folder
-        self._controller, self._task, self._checked = controller, task, checked
-        self._services, self._store = services, store
+        self._link = link
         self._steps: list[StepCommitted] = []
         self._evaluations: list[Evaluated] = []
         self._ended: RunEnded | None = None
@@ -61,7 +38,7 @@ class Run:
 
     async def events(self, cursor: int = 0) -> AsyncIterator[Event]:
         """Yield all events from `cursor` on, up to and including RunEnded. Several followers are independent."""
-        async for behind, event in self._controller.events.follow(cursor):
+        async for behind, event in self._link.follow(cursor):
             if behind > self._seen:
                 self._seen = behind
                 self._note(event)
@@ -88,15 +65,15 @@ class Run:
 
     async def pause(self) -> None:
         """Stop admitting prompts, generating and closing batches. Rows in flight stay where they are."""
-        await self._controller.pause()
+        await self._link.pause()
 
     async def resume(self) -> None:
         """Go on after a pause."""
-        await self._controller.resume()
+        await self._link.resume()
 
     async def checkpoint(self) -> Path:
         """Write a checkpoint at the next boundary between steps, also while paused; returns its folder."""
-        return Path(await self._controller.checkpoint())
+        return Path(await self._link.checkpoint())
 
     async def reload(self) -> CodeReloaded:
         """Load the changed files of the user's own losses, rewards and algorithm at the next boundary between steps.
@@ -104,40 +81,24 @@ class Run:
         From then on rows are scored and batches closed with the new code; nothing in flight is lost. Raises BadInput,
         with the error, for a file that can't be used; then no file changes.
         """
-        try:
-            return await self._controller.reload()
-        except BadCode as error:
-            raise BadInput(f"reload: {error}") from error
+        return await self._link.reload()
 
     async def statistics(self) -> list[ServiceStatistics]:
         """The statistics of every service: rows, bytes by rank, refused duplicates, and who waits on whom."""
-        return await self._controller.statistics()
+        return await self._link.statistics()
 
     async def stop(self) -> RunEnded:
         """Drain, write a checkpoint and stop, within the recipe's deadline. The run can be resumed."""
-        self._controller.stop()
-        self._ended = ended = await asyncio.shield(self._task)
-        return ended
+        self._ended = await self._link.stop()
+        return self._ended
 
     def channel(self, name: str) -> Channel:
-        """The output of a stage, by its name ("policy.generate#1"), or by a message that only it sends ("rollouts").
-
-        Raises BadInput, with the known names, for an unknown name or a message that several stages send.
-        """
-        service, stage = channel_named(self._checked.recipe, self._checked.dataflow, name)
-        assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
-        current = CurrentService(service, self._services)
-        return Channel(name, partial(follow, current, self._store, stage.name, stage.produces, self._task.done))
+        """The output of a stage, by its name ("policy.generate#1"), or by a message that only it sends ("rollouts")."""
+        return Channel(self._link, name)
 
     def outside(self, role: str) -> Outside:
-        """A worker of a role that the recipe makes external: `models.reward = { outside = true }`.
-
-        Raises BadInput for a role that is not external.
-        """
-        outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
-        if role not in outside:
-            raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
-        return Outside(role, CurrentService(role, self._services), self._store, self._task.done)
+        """A worker of a role that the recipe makes external: `models.reward = { outside = true }`."""
+        return Outside(self._link, role)
 
     def _note(self, event: Event) -> None:
         match event:

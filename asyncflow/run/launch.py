@@ -36,6 +36,7 @@ from asyncflow.recipe.service_specs import (
     user_modules,
 )
 from asyncflow.run import run_folder
+from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
 from asyncflow.services.channels.endpoint import Endpoint, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
@@ -97,8 +98,9 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         _write_targets(folder, name, services, port)
         controller = _controller(checked, folder, start, runtime, services, code, exporter, port)
         task = asyncio.create_task(controller.run(), name=f"controller of {name}")
+        link = LocalLink(controller, task, checked, services, runtime.store)
         try:
-            yield Run(folder, controller, task, checked, services, runtime.store)
+            yield Run(link, name, folder)
         except asyncio.CancelledError:  # end without draining; a resume uses the last checkpoint
             task.cancel()
             raise
@@ -107,7 +109,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
             try:
                 await asyncio.gather(task, return_exceptions=True)
             finally:
-                services.clear()  # for clients that still read or answer
+                link.close()
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)

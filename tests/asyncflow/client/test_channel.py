@@ -9,13 +9,13 @@ from protocols.data.columns import Batch
 from tests.asyncflow.services import rows
 
 
-class Stage:
+class Link:
     """A fake link with two batches, and with missed rows before and after them."""
 
     def __init__(self) -> None:
         self.left = 0
 
-    async def follow(self) -> AsyncGenerator[tuple[Batch | None, int]]:
+    async def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
         try:
             yield rows.scores([1]), 2
             yield rows.scores([2, 3]), 0
@@ -25,14 +25,14 @@ class Stage:
 
 
 async def test_a_reader_gets_the_batches_and_the_channel_counts_what_was_missed():
-    channel = Channel("scores", Stage().follow)
+    channel = Channel(Link(), "scores")
     assert [batch async for batch in channel.subscribe()] == [rows.scores([1]), rows.scores([2, 3])]
     assert channel.missed == 7
 
 
-async def test_leaving_the_iteration_leaves_the_stage():
-    stage = Stage()
-    batches = Channel("scores", stage.follow).subscribe()
+async def test_leaving_the_iteration_leaves_the_link():
+    link = Link()
+    batches = Channel(link, "scores").subscribe()
     assert await anext(batches) == rows.scores([1])
     await batches.aclose()
-    assert stage.left == 1
+    assert link.left == 1

@@ -1,0 +1,127 @@
+"""Connects a client to a run whose controller is in the same process: requests become direct calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+
+from asyncflow.control.controller import Controller
+from asyncflow.recipe.checks import Checked
+from asyncflow.recipe.config import BadInput
+from asyncflow.recipe.service_specs import channel_named
+from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceError, ServiceGone, Store, ask
+from asyncflow.services.channels.shard_refs import pack
+from asyncflow.services.channels.subscriptions import follow
+from asyncflow.services.external_workers import take_rows
+from asyncflow.services.runtime import Started
+from protocols.control.delivery import Delivery, ServiceStatistics
+from protocols.control.events import CodeReloaded, Event, RunEnded
+from protocols.control.notices import Notice
+from protocols.control.requests import PutRows, Reply, Request, RowsPut
+from protocols.data.columns import Batch
+from protocols.data.messages import Metrics
+from protocols.stage import Failure
+from workers.user_code import BadCode
+
+
+class ServiceHandle:
+    """A service or its current replacement, until the runtime stops. Implements `Endpoint`.
+
+    After that it raises ServiceGone: a request to a dead actor would make Ray start again.
+    """
+
+    def __init__(self, name: str, services: Mapping[str, Started]) -> None:
+        """`services` holds the current endpoint of each service; a replacement changes it."""
+        self.name = name
+        self._services: Mapping[str, Started] | None = services
+
+    def detach(self) -> None:
+        """From now on every request raises ServiceGone."""
+        self._services = None
+
+    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
+        await self._attached.deliver(delivery, payloads)
+
+    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        return await self._attached.request(request, payloads)
+
+    async def notices(self) -> list[Notice]:
+        return await self._attached.notices()
+
+    @property
+    def _attached(self) -> Endpoint:
+        if self._services is None:
+            raise ServiceGone(f"{self.name}: its run is over")
+        return self._services[self.name].endpoint
+
+
+class LocalLink:
+    """Implements `client.run.Link` for a controller in the same process."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        task: asyncio.Task[RunEnded],
+        checked: Checked,
+        services: Mapping[str, Started],
+        store: Store,
+    ) -> None:
+        self._controller, self._task, self._checked, self._store = controller, task, checked, store
+        self._services = {name: ServiceHandle(name, services) for name in services}
+
+    def close(self) -> None:
+        """Send no request to the services from now on, because they are about to end."""
+        for service in self._services.values():
+            service.detach()
+
+    def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
+        service, stage = channel_named(self._checked.recipe, self._checked.dataflow, channel)
+        assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
+        return follow(self._services[service], self._store, stage.name, stage.produces, self._task.done)
+
+    def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
+        return take_rows(self._outside(role), self._store, most, self._task.done)
+
+    async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
+        service = self._outside(role)
+        try:
+            parts = [await asyncio.to_thread(pack, self._store, answers, 0)] if answers is not None else []
+            request = PutRows([part.shard for part in parts], list(failures), seconds=seconds)
+            reply, _ = await ask(service, request, [part.payload for part in parts])
+        except ServiceGone:
+            raise
+        except (ServiceError, ValueError) as error:  # the service refused, or the batch is invalid
+            raise BadInput(f"outside {role}: {error}") from error
+        assert isinstance(reply, RowsPut)
+        return reply
+
+    def _outside(self, role: str) -> Endpoint:
+        outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
+        if role not in outside:
+            raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
+        return self._services[role]
+
+    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
+        return self._controller.events.follow(cursor)
+
+    async def pause(self) -> None:
+        await self._controller.pause()
+
+    async def resume(self) -> None:
+        await self._controller.resume()
+
+    async def checkpoint(self) -> str:
+        return await self._controller.checkpoint()
+
+    async def reload(self) -> CodeReloaded:
+        try:
+            return await self._controller.reload()
+        except BadCode as error:
+            raise BadInput(f"reload: {error}") from error
+
+    async def statistics(self) -> list[ServiceStatistics]:
+        return await self._controller.statistics()
+
+    async def stop(self) -> RunEnded:
+        self._controller.stop()
+        return await asyncio.shield(self._task)
