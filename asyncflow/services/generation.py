@@ -243,7 +243,7 @@ class GeneratingStage(StageRunner):
             assert isinstance(batch, Prompts)
             arrival = self._submitted.arrive(0, [(s, i) for i, s in enumerate(part.shard.sample_ids)], delivery.attempt)
             refused += len(arrival.refused)
-            fresh = self._submitted.take(arrival.settled).inputs[0]
+            fresh = self._submitted.take(arrival.complete).inputs[0]
             if fresh:
                 self._submit(batch if len(fresh) == len(batch) else take(batch, fresh), delivery.attempt)
         return refused

@@ -172,9 +172,9 @@ class ClosingStage(StageRunner):
                 self.context, part, SCHEMAS[self.spec.schemas[position]], delivery.edge
             )
             arrived.append(self._join.arrive(position, batch, failures, delivery.attempt))
-        for settled, _ in arrived:
-            for prompt in settled:
-                self.context.reports.notify(prompt)
+        for notices, _ in arrived:
+            for notice in notices:
+                self.context.reports.notify(notice)
         return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def turn(self) -> None:

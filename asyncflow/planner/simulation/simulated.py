@@ -158,9 +158,9 @@ class Inbox:
 
     async def take(self, most: int) -> list[int]:
         """Take up to `most` rows that have arrived on every edge; waits for at least one."""
-        while not self._table.settled:
+        while not self._table.complete:
             await self._changed.wait()
-        samples = self._table.next_settled(most)
+        samples = self._table.next_complete(most)
         self._table.take(samples)
         self._changed.send()
         return samples

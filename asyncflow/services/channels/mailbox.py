@@ -2,7 +2,7 @@
 
 A mailbox of one edge gives its senders credit: `put` waits for room. A join of several edges never makes a sender
 wait, because it could deadlock: it could wait for the very row that a full edge keeps out. Its memory is bounded at
-the source, where a prompt is admitted only while the number of unsettled prompts is below the window.
+the source, where a prompt is admitted only while the number of prompts in flight is below the window.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Mailbox(Generic[V]):
             return arrival
 
     async def take(self, most: int) -> Joined[V]:
-        """Take up to `most` settled rows; waits until there is one."""
+        """Take up to `most` complete rows; waits until there is one."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._table.settled > 0)
-            joined = self._table.take(self._table.next_settled(most, self._in_id_order))
+            await self._changed.wait_for(lambda: self._table.complete > 0)
+            joined = self._table.take(self._table.next_complete(most, self._in_id_order))
             self._changed.notify_all()
             return joined
 

@@ -39,7 +39,7 @@ class PromptJoin:
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
         self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), finished)
         self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True), finished)
-        self._settled: defaultdict[int, set[int]] = defaultdict(set)
+        self._complete: defaultdict[int, set[int]] = defaultdict(set)
         self._closed: dict[int, list[int]] = {}  # prompts that settled without a failure -> their samples
         self._per_prompt = samples_per_prompt
         self._trainable = trainable
@@ -62,12 +62,12 @@ class PromptJoin:
         fresh = [(s, value) for s, value in rows if prompt_of(s) not in self._closed]
         arrival = table.arrive(self._place[position], fresh, attempt)
         self.peak = max(self.peak, self.depth)
-        touched = dict.fromkeys(map(prompt_of, arrival.settled))
+        touched = dict.fromkeys(map(prompt_of, arrival.complete))
         if table is self._samples:
-            for sample in arrival.settled:
-                self._settled[prompt_of(sample)].add(sample)
+            for sample in arrival.complete:
+                self._complete[prompt_of(sample)].add(sample)
         closed = [self._close(p) for p in touched if self._is_complete(p)]
-        return closed, Arrival(arrival.settled, arrival.refused + late)
+        return closed, Arrival(arrival.complete, arrival.refused + late)
 
     def take(self, samples: list[int]) -> tuple[Batch, ...]:
         """Take joined rows out, each input in the order of `samples`; a prompt's row is repeated for its samples."""
@@ -89,16 +89,16 @@ class PromptJoin:
         self._baselines.end(prompts)
         for prompt in prompts:
             self._closed.pop(prompt, None)
-            self._settled.pop(prompt, None)
+            self._complete.pop(prompt, None)
 
     def _is_complete(self, prompt: int) -> bool:
-        samples = self._settled.get(prompt, set())
-        if len(samples) < self._per_prompt or not all(map(self._samples.is_settled, samples)):
+        samples = self._complete.get(prompt, set())
+        if len(samples) < self._per_prompt or not all(map(self._samples.is_complete, samples)):
             return False
-        return not any(self._by_prompt) or self._baselines.is_settled(sample_id(prompt, BASELINE_INDEX))
+        return not any(self._by_prompt) or self._baselines.is_complete(sample_id(prompt, BASELINE_INDEX))
 
     def _close(self, prompt: int) -> PromptSettled:
-        samples = sorted(self._settled.pop(prompt))
+        samples = sorted(self._complete.pop(prompt))
         dead = self._failures(prompt, samples)
         if dead:
             # A group that lost a member is not trained: its baseline and its sample count would be wrong.

@@ -1,7 +1,7 @@
 """RowTable joins the rows of several edges by sample id, and takes each row of each edge exactly once.
 
 Deliveries may arrive in any order, twice, or late from an abandoned attempt; a row's key is (sample id, attempt, edge).
-A row is *settled* when every edge brought a value or a tombstone, and dead if any of them is a tombstone. The table
+A row is *complete* when every edge brought a value or a tombstone, and dead if any of them is a tombstone. The table
 remembers a row that left until its prompt is finished, so the prompts in flight bound its memory. It never waits.
 """
 
@@ -33,7 +33,7 @@ class Joined(msgspec.Struct, Generic[V]):
 class Arrival(msgspec.Struct, frozen=True):
     """The effect of one delivery."""
 
-    settled: list[int]
+    complete: list[int]
     refused: list[int]  # rows that arrived before, or belong to an abandoned attempt or a finished prompt
 
 
@@ -52,7 +52,7 @@ class RowTable(Generic[V]):
         """`finished`: the finished prompts, if several tables share them."""
         self._edges = edges
         self._held: dict[int, _Row[V]] = {}
-        self._settled: dict[int, None] = {}  # in the order in which they settled
+        self._complete: dict[int, None] = {}  # in the order in which they became complete
         self._left: dict[int, int] = {}  # sample -> the attempt that left
         self._of_prompt: defaultdict[int, set[int]] = defaultdict(set)  # prompt -> its samples, held or left
         self._finished = finished if finished is not None else FinishedPrompts()
@@ -61,9 +61,9 @@ class RowTable(Generic[V]):
         return len(self._held)
 
     @property
-    def settled(self) -> int:
+    def complete(self) -> int:
         """The number of rows that can leave."""
-        return len(self._settled)
+        return len(self._complete)
 
     def fresh(self, position: int, samples: Iterable[int], attempt: int = 0) -> list[int]:
         """The samples that `arrive` would take."""
@@ -71,7 +71,7 @@ class RowTable(Generic[V]):
 
     def arrive(self, position: int, rows: Iterable[tuple[int, V | Failure]], attempt: int = 0) -> Arrival:
         """Take (sample, value or tombstone) rows of one edge; a newer attempt replaces the rows of an older one."""
-        settled, refused = [], []
+        complete, refused = [], []
         for sample, value in rows:
             if not self._wants(position, sample, attempt):
                 refused.append(sample)
@@ -79,23 +79,23 @@ class RowTable(Generic[V]):
             row = self._held.get(sample)
             if row is None or row.attempt < attempt:
                 row = self._held[sample] = _Row(attempt)
-                self._settled.pop(sample, None)
+                self._complete.pop(sample, None)
                 self._of_prompt[prompt_of(sample)].add(sample)
             row.slots[position] = value
             if len(row.slots) == self._edges:
-                self._settled[sample] = None
-                settled.append(sample)
-        return Arrival(settled, refused)
+                self._complete[sample] = None
+                complete.append(sample)
+        return Arrival(complete, refused)
 
-    def next_settled(self, most: int, in_id_order: bool = False) -> list[int]:
-        """Up to `most` settled rows of one attempt, without removing them; oldest first, or in id order."""
-        ids = list(islice(self._settled, most))
+    def next_complete(self, most: int, in_id_order: bool = False) -> list[int]:
+        """Up to `most` complete rows of one attempt, without removing them; oldest first, or in id order."""
+        ids = list(islice(self._complete, most))
         ids = [s for s in ids if self._held[s].attempt == self._held[ids[0]].attempt]
         return sorted(ids) if in_id_order else ids
 
-    def is_settled(self, sample: int) -> bool:
+    def is_complete(self, sample: int) -> bool:
         """Whether a row can leave."""
-        return sample in self._settled
+        return sample in self._complete
 
     def failure_of(self, sample: int) -> Failure | None:
         """The tombstone of a held row that is dead, else None."""
@@ -107,16 +107,16 @@ class RowTable(Generic[V]):
         return [v for v in values if not isinstance(v, Failure)]
 
     def take(self, samples: Sequence[int]) -> Joined[V]:
-        """Remove settled rows, in the given order. Raises KeyError for a row that is not settled."""
-        if missing := [s for s in samples if s not in self._settled]:
-            raise KeyError(f"sample {missing[0]} is not settled here")
+        """Remove complete rows, in the given order. Raises KeyError for a row that is not complete."""
+        if missing := [s for s in samples if s not in self._complete]:
+            raise KeyError(f"sample {missing[0]} is incomplete")
         dead = {s: f for s in samples if (f := self.failure_of(s)) is not None}
         alive = [s for s in samples if s not in dead]
         inputs = tuple(self.column(p, alive) for p in range(self._edges))
         attempt = max((self._held[s].attempt for s in samples), default=0)
         for sample in samples:
             self._left[sample] = self._held.pop(sample).attempt
-            del self._settled[sample]
+            del self._complete[sample]
         return Joined(alive, inputs, list(dead.values()), attempt)
 
     def take_back(self, samples: Iterable[int]) -> None:
@@ -129,7 +129,7 @@ class RowTable(Generic[V]):
         for prompt in prompts:
             for sample in self._of_prompt.pop(prompt, ()):
                 self._held.pop(sample, None)
-                self._settled.pop(sample, None)
+                self._complete.pop(sample, None)
                 self._left.pop(sample, None)
             self._finished.add(prompt)
 

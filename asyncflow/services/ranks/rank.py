@@ -51,10 +51,10 @@ class Rank:
     """One rank: its worker, its store and its quarantine."""
 
     def __init__(
-        self, spec: ServiceSpec, workplace: LoadedWorker, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
+        self, spec: ServiceSpec, loaded: LoadedWorker, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
     ) -> None:
         """`thread`: the thread of `call` and `ask`; None if the process calls `work` and `answer` itself."""
-        self._spec, self._workplace, self._store, self._thread = spec, workplace, store, thread
+        self._spec, self._loaded, self._store, self._thread = spec, loaded, store, thread
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
         # The output of one of several ranks passes the coordinator by reference, so it must not travel inline.
         self._alone = spec.topology.world_size == 1
@@ -80,13 +80,13 @@ class Rank:
         for number, reason in read.refused.items():
             if (frame := frames[number]) is not None:
                 self._quarantine.keep(frame, f"{call.stage}: {reason}")
-        if self._workplace.world is not None:
-            exchange_unreadable_rows(call, read, self._workplace.world.exchange)
+        if self._loaded.world is not None:
+            exchange_unreadable_rows(call, read, self._loaded.world.exchange)
         result: Any = None
         if read.rows or self._spec.collective:
-            self._workplace.reload()
+            self._loaded.reload()
             options = {} if call.sampling is None else {"sampling": call.sampling}
-            result = self._workplace.method(call.method)(*read.inputs, **options)
+            result = self._loaded.method(call.method)(*read.inputs, **options)
         batch, failures, metrics = unwrap(result)
         parts = self._put(call.stage, batch) if batch is not None and len(batch) else []
         reply = RankReply(
@@ -109,9 +109,9 @@ class Rank:
     def answer(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
         """Carry out a coordinator's request, which has no rows. Blocking."""
         start = time.time()
-        reply, payloads = carry_out(self._workplace, self._store, request)
+        reply, payloads = carry_out(self._loaded, self._store, request)
         if isinstance(request, LoadState) and self._spec.leased:
-            self._workplace.offload()  # all services restore at once, without a lease
+            self._loaded.offload()  # all services restore at once, without a lease
         return RankAnswer(start, time.time(), reply), payloads
 
     def _put(self, stage: str, batch: Batch) -> list[ShardRef]:

@@ -29,15 +29,15 @@ from protocols.control.requests import (
 BESIDE_THE_MODEL = (PrepareCode, SwitchCode)  # requests that need no model on its device
 
 
-def carry_out(workplace: LoadedWorker, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
+def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple[Reply, list[Payload]]:
     """Carry out a request on one rank. Blocking. Raises what the worker raises."""
     if isinstance(request, YieldDevices):
-        return workplace.offload(), []
+        return loaded.offload(), []
     if isinstance(request, PrepareCode | SwitchCode):
-        _take_code(workplace.worker, request)
+        _take_code(loaded.worker, request)
         return Done(), []
-    workplace.reload()
-    worker: Any = workplace.worker
+    loaded.reload()
+    worker: Any = loaded.worker
     match request:
         case TakeSnapshot():
             taken = worker.snapshot(request.version)

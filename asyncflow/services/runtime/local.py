@@ -26,7 +26,7 @@ class LocalRanks:
     def __init__(self, spec: ServiceSpec, store: LocalStore) -> None:
         self._spec, self._store = spec, store
         self._ranks: list[Rank] = []
-        self._workplaces: list[LoadedWorker] = []
+        self._workers: list[LoadedWorker] = []
         self._threads: list[ThreadPoolExecutor] = []
 
     async def start(self) -> None:
@@ -37,9 +37,9 @@ class LocalRanks:
         for number in range(self._spec.topology.world_size):
             thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
             self._threads.append(thread)
-            workplace = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
-            self._workplaces.append(workplace)
-            self._ranks.append(Rank(self._spec, workplace, self._store, thread, number))
+            loaded = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
+            self._workers.append(loaded)
+            self._ranks.append(Rank(self._spec, loaded, self._store, thread, number))
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         return await self._ranks[rank].call(call, payloads)
@@ -48,8 +48,8 @@ class LocalRanks:
         return await self._ranks[rank].ask(request)
 
     async def stop(self) -> None:
-        for thread, workplace in zip(self._threads, self._workplaces, strict=False):
-            await asyncio.get_running_loop().run_in_executor(thread, workplace.close)
+        for thread, loaded in zip(self._threads, self._workers, strict=False):
+            await asyncio.get_running_loop().run_in_executor(thread, loaded.close)
         for thread in self._threads:
             thread.shutdown(wait=False, cancel_futures=True)
 

@@ -119,7 +119,7 @@ class RankActor:
         self._number = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
         self._server = ServerThread(wire, self._answer) if wire else None
-        self._workplace: LoadedWorker | None = None
+        self._loaded: LoadedWorker | None = None
         self._hosted: Rendezvous | None = None
         if self._spec.log_path:
             path = Path(self._spec.log_path)
@@ -159,8 +159,8 @@ class RankActor:
         """Stop listening, and free the model if it was loaded."""
         if self._server is not None:
             self._server.close()
-        if self._workplace is not None:
-            self._in_thread(self._workplace.close)
+        if self._loaded is not None:
+            self._in_thread(self._loaded.close)
         self._thread.shutdown()
 
     def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -178,9 +178,9 @@ class RankActor:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, body, payloads)
 
     def _start(self, meeting: str) -> None:
-        self._workplace = build(self._spec, self._number, self._join(meeting) if meeting else None)
+        self._loaded = build(self._spec, self._number, self._join(meeting) if meeting else None)
         self._store = RankStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
-        self._rank = Rank(self._spec, self._workplace, self._store, None, self._number)
+        self._rank = Rank(self._spec, self._loaded, self._store, None, self._number)
 
     def _join(self, meeting: str) -> World:
         from workers.parallel.process_group import connect_store, join_world

@@ -173,7 +173,7 @@ def _table(
 
     Those leave it together, as old as their oldest row.
     """
-    for place, sample in enumerate(table._settled):
+    for place, sample in enumerate(table._complete):
         facts.row((*where, "settled", place // apart if closed is None else -1), sample)
     for sample, held in table._held.items():
         whole = closed is not None and not facts.comes_again and prompt_of(sample) in closed

@@ -58,7 +58,7 @@ class GeneratingStage(CallSite):
     def next_request(self, version: int) -> int | None:
         """The oldest request that weights of a version may serve."""
         check = self.world.rules.min_version == "before the slot"
-        for sample in self.table.next_settled(len(self.table)):
+        for sample in self.table.next_complete(len(self.table)):
             (request,) = self.table.column(0, [sample])
             if not check or request.min_version <= version:
                 return sample
@@ -211,7 +211,7 @@ class Engine:
         return [s for stage in self.world.generating if (s := stage.next_request(self.version)) is not None]
 
     def _start(self, sample: int) -> None:
-        stage = next(s for s in self.world.generating if s.table.is_settled(sample))
+        stage = next(s for s in self.world.generating if s.table.is_complete(sample))
         running = self.running[sample] = stage.start(sample)
         running.failing = self.world.is_doomed(self.name, sample)
 

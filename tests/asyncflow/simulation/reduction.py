@@ -324,7 +324,7 @@ def _start_is_free(world: World, engine: Engine, sample: int) -> bool:
         still = _is_still(world, {prompt_of(sample)})
         if waiting > room or any(_may_come(world, s, still) for s in world.generating):
             return False
-    return any(next(iter(s.table._settled), None) == sample for s in world.generating)
+    return any(next(iter(s.table._complete), None) == sample for s in world.generating)
 
 
 def _load_is_free(world: World, engine: Engine) -> bool:

@@ -107,7 +107,7 @@ class RowStage(CallSite):
             self.world.watch.bound("middle join", self.name, len(self.table), prompts * self.world.config.samples)
 
     def actions(self) -> Iterator[Action]:
-        if self.phase == "idle" and self.table.settled >= self.world.rules.fires_on:
+        if self.phase == "idle" and self.table.complete >= self.world.rules.fires_on:
             yield Action(self.name, "take")
         elif self.phase == "working":
             yield Action(self.name, "finish")
@@ -131,7 +131,7 @@ class RowStage(CallSite):
 
     def _take(self) -> None:
         """Take the rows that are there; unreadable rows are taken back and requested again."""
-        joined = self.table.take(self.table.next_settled(self.world.config.firing_rows, self.world.rules.in_id_order))
+        joined = self.table.take(self.table.next_complete(self.world.config.firing_rows, self.world.rules.in_id_order))
         self.world.watch.fired(self.name, joined.samples)
         read = list(zip(joined.samples, zip(*joined.inputs, strict=True), strict=False))
         lost = [s for s, inputs in read if not all(self.world.readable(row.owner) for row in inputs)]

@@ -251,7 +251,7 @@ class World:
         """The state of every part, for the message of a deadlock."""
         for stage in self.stages.values():
             if isinstance(stage, RowStage):
-                yield f"{stage.name} {stage.phase}, {len(stage.table)} rows, {stage.table.settled} settled"
+                yield f"{stage.name} {stage.phase}, {len(stage.table)} rows, {stage.table.complete} settled"
             elif isinstance(stage, GeneratingStage):
                 yield f"{stage.name} {len(stage.table)} asked, {len(stage.running)} running, {len(stage.out)} out"
         for engine in self.engines:

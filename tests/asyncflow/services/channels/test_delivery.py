@@ -70,7 +70,7 @@ class Delivery(RuleBasedStateMachine):
         """Any delivery in the network arrives, if there is room for it."""
         self._deliver(data.draw(st.integers(0, len(self.network) - 1)))
 
-    @precondition(lambda self: self.table.settled)
+    @precondition(lambda self: self.table.complete)
     @rule(most=st.integers(1, 4))
     def work(self, most: int) -> None:
         self._work(most)
@@ -192,12 +192,12 @@ class Delivery(RuleBasedStateMachine):
         before = {s for s in samples if prompt_of(s) in self.finished}
         arrival = self.table.arrive(0, [(s, incarnation) for s in samples], attempt)
         assert before <= set(arrival.refused), "rows of prompts that have ended are refused"
-        assert sorted(arrival.settled + arrival.refused) == sorted(samples)
+        assert sorted(arrival.complete + arrival.refused) == sorted(samples)
         return True
 
     def _work(self, most: int) -> None:
         """Process complete rows. Rows whose bytes died with an earlier sender are taken back and requested again."""
-        joined = self.table.take(self.table.next_settled(most))
+        joined = self.table.take(self.table.next_complete(most))
         lost = [s for s, owner in zip(joined.samples, joined.inputs[0], strict=True) if owner != self.sender_lives]
         self.table.take_back(lost)
         if lost:
@@ -206,9 +206,9 @@ class Delivery(RuleBasedStateMachine):
 
     def _settle_down(self) -> None:
         """Deliver and process until the network and the table are empty."""
-        while self.network or self.table.settled:
+        while self.network or self.table.complete:
             moved = any(self._deliver(which) for which in range(len(self.network)))
-            if self.table.settled:
+            if self.table.complete:
                 self._work(1)
                 moved = True
             assert moved, f"nothing fits: {self.network}, {len(self.table)} held"

@@ -104,7 +104,7 @@ def test_rows_that_come_again_at_any_time_settle_nothing_twice(
         bring(edge, part)
         edge_again, part_again = parts[data.draw(st.integers(0, number), label="sent again")]
         again = bring(edge_again, part_again)
-        assert (again.settled, sorted(again.refused)) == ([], sorted(part_again))
+        assert (again.complete, sorted(again.refused)) == ([], sorted(part_again))
     assert sorted(settled) == list(range(prompts))
 
 

@@ -60,7 +60,7 @@ def bring(table: RowTable[Value], brought: Brought, attempt: int = 0) -> Arrival
 
 
 def take_all(table: RowTable[Value]) -> Joined[Value]:
-    return table.take(table.next_settled(99))
+    return table.take(table.next_complete(99))
 
 
 # --- joining
@@ -75,9 +75,9 @@ def test_every_row_leaves_once_joined_by_id_or_as_one_tombstone(
     for brought in deliveries:
         bring(table, brought)
         if brought.edge % 2:  # let rows leave now and then, and not only at the end
-            left.append(table.take(table.next_settled(most, in_id_order)))
-    while table.settled:
-        left.append(table.take(table.next_settled(most, in_id_order)))
+            left.append(table.take(table.next_complete(most, in_id_order)))
+    while table.complete:
+        left.append(table.take(table.next_complete(most, in_id_order)))
     alive = [s for joined in left for s in joined.samples]
     dead = [f.sample_id for joined in left for f in joined.failures]
     expected_dead = {s for brought in deliveries for s in brought.dead}
@@ -98,9 +98,9 @@ def test_a_row_settles_with_its_last_edge_and_not_before(case: tuple[int, set[in
     for brought in deliveries:
         for sample in brought.samples:
             seen[sample] += 1
-        now = bring(table, brought).settled
+        now = bring(table, brought).complete
         assert set(now) == {s for s in brought.samples if seen[s] == edges}
-        assert all(map(table.is_settled, now))
+        assert all(map(table.is_complete, now))
         settled += now
     assert sorted(settled) == sorted(samples)
 
@@ -115,9 +115,9 @@ def test_a_row_that_died_on_two_edges_is_one_tombstone():
     assert (joined.samples, joined.failures) == ([], [Failure(1, "edge 1")])
 
 
-def test_a_row_that_is_not_settled_does_not_leave_and_holds_back_those_it_was_asked_with():
+def test_a_row_that_is_not_complete_does_not_leave_and_holds_back_those_it_was_asked_with():
     table = table_of(2, Brought(0, [1, 2]), Brought(1, [1]))
-    with pytest.raises(KeyError, match="sample 2 is not settled"):
+    with pytest.raises(KeyError, match="sample 2 is incomplete"):
         table.take([1, 2])
     assert take_all(table).samples == [1]
 
@@ -175,16 +175,16 @@ def test_fresh_rows_are_those_that_would_be_taken(
 
 def test_a_newer_attempt_discards_what_an_older_one_brought():
     table = table_of(2, Brought(0, [7]))
-    assert bring(table, Brought(1, [7]), attempt=1).settled == [], "values of two attempts are not one row's"
-    assert bring(table, Brought(0, [7]), attempt=1).settled == [7]
+    assert bring(table, Brought(1, [7]), attempt=1).complete == [], "values of two attempts are not one row's"
+    assert bring(table, Brought(0, [7]), attempt=1).complete == [7]
     assert take_all(table).attempt == 1
 
 
-def test_a_newer_attempt_takes_back_that_a_row_was_settled():
+def test_a_newer_attempt_takes_back_that_a_row_was_complete():
     table = table_of(2, Brought(0, [7]), Brought(1, [7]))
     bring(table, Brought(0, [7]), attempt=1)
-    assert table.settled == 0
-    assert not table.is_settled(7)
+    assert table.complete == 0
+    assert not table.is_complete(7)
 
 
 def test_a_newer_attempt_raises_the_dead():
@@ -196,7 +196,7 @@ def test_a_newer_attempt_raises_the_dead():
 def test_a_late_row_of_an_older_attempt_is_refused():
     table = table_of(2, Brought(0, [7]), attempt=1)
     assert bring(table, Brought(1, [7])).refused == [7]
-    assert table.settled == 0
+    assert table.complete == 0
 
 
 def test_a_row_that_left_comes_again_in_a_newer_attempt_only():
@@ -204,14 +204,14 @@ def test_a_row_that_left_comes_again_in_a_newer_attempt_only():
     take_all(table)
     assert bring(table, Brought(0, [7]), attempt=0).refused == [7]
     assert bring(table, Brought(0, [7]), attempt=1).refused == [7]
-    assert bring(table, Brought(0, [7]), attempt=2).settled == [7]
+    assert bring(table, Brought(0, [7]), attempt=2).complete == [7]
 
 
 def test_rows_of_two_attempts_do_not_leave_together():
     table = table_of(1, Brought(0, [1, 2]))
     bring(table, Brought(0, [3]), attempt=1)
     bring(table, Brought(0, [4]))
-    assert table.next_settled(9) == [1, 2, 4]
+    assert table.next_complete(9) == [1, 2, 4]
     assert take_all(table).attempt == 0
     assert take_all(table) == Joined([3], ([(0, 3)],), [], attempt=1)
 
@@ -247,7 +247,7 @@ def test_an_ended_prompt_lets_go_of_its_rows_and_of_no_others():
     first, second, other = sample_id(1, 0), sample_id(1, 1), sample_id(2, 0)
     table = table_of(2, Brought(0, [first, second, other]), Brought(1, [first, other]))
     table.end([1])
-    assert (len(table), table.settled) == (1, 1)
+    assert (len(table), table.complete) == (1, 1)
     assert take_all(table).samples == [other]
 
 
