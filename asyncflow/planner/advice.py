@@ -26,7 +26,7 @@ from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
 from asyncflow.planner.simulation.simulator import simulate
 from asyncflow.recipe.config import BadInput, Recipe
-from asyncflow.recipe.service_specs import GENERATOR, hosts_of, pools_of
+from asyncflow.recipe.service_specs import GENERATOR, pools_of, services_of
 from asyncflow.services.runtime import CPU_SLOT
 from protocols.control.notices import Span
 
@@ -119,7 +119,7 @@ def _scenario(recipe: Recipe, dataflow: Dataflow, spans: list[Span], steps: list
     whole = recipe.generation.engine == "torch"
     return Scenario(
         dataflow=dataflow,
-        hosts=hosts_of(recipe, dataflow),
+        hosts=services_of(recipe, dataflow),
         pools=pools,
         devices={name: pool.devices for name, pool in recipe.pools.items() if name in pools.values()},
         speeds=speeds_of(spans, list(pools), cores, tokens if whole else min(tokens, TURN_TOKENS)),

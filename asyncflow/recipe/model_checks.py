@@ -147,7 +147,7 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
             )
         if model.rule:
             _check_rule(f"models.{role}.rule", model.rule)
-            if role not in ("reward", "cost"):
+            if not ROLE_SPECS[role].scores:
                 raise BadInput(f"models.{role}.rule = {model.rule!r}: only rewards and costs are rules")
         elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
@@ -185,7 +185,7 @@ def _check_outside(recipe: Recipe, role: str) -> None:
             f"models.{role}: its worker is external (outside = true) and has the model: "
             f"leave out path, rule and mix (path = {model.path!r}, rule = {model.rule!r}, {len(model.mix)} parts)"
         )
-    if role not in ("reward", "cost"):
+    if not ROLE_SPECS[role].scores:
         raise BadInput(f"models.{role}.outside = true: only rewards and costs can be external")
     seconds, give_up = recipe.failures.outside_timeout_seconds, recipe.deadlines.give_up
     if seconds >= give_up:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Literal
 
 from asyncflow.dataflow.graph import ADVANTAGE, ChannelSpec, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
-    CriticSettings,
-    ExternalSettings,
     Fires,
-    GeneratorSettings,
     Limits,
-    PolicySettings,
-    ReferenceSettings,
-    ScorerSettings,
+    ModelSettings,
     ServiceSpec,
     Settings,
     StageSpec,
@@ -123,40 +117,28 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             delay_seconds=recipe.delays.get(name, {}),
         )
 
-    specs = [spec(role, _settings_of(recipe, role)) for role in roles_of(dataflow)]
+    specs = [spec(role, _settings_of(recipe, role, recipe.models[role])) for role in roles_of(dataflow)]
     if GENERATOR in recipe.placement:
-        policy = recipe.models["policy"]
-        specs.insert(1, spec(GENERATOR, GeneratorSettings(policy, recipe.generation, policy.path)))
+        specs.insert(1, spec(GENERATOR, _settings_of(recipe, GENERATOR, recipe.models["policy"])))
     parts = [part.name for part in recipe.models.get("reward", Model()).mix]
     specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), parts)))
     if recipe.data.eval:
-        specs.append(spec(EVALUATOR, _scorer(recipe, "reward", Model(rule=recipe.evaluation.metric))))
+        specs.append(spec(EVALUATOR, _settings_of(recipe, "reward", Model(rule=recipe.evaluation.metric))))
     return specs
 
 
-def _settings_of(recipe: Recipe, role: str) -> Settings:
-    """The settings of a role's service. Raises ValueError for an unknown role."""
-    model = recipe.models[role]
-    if model.outside:
-        return ExternalSettings(role, recipe.failures)
-    match role:
-        case "policy":
-            return PolicySettings(
-                model, recipe.loss, recipe.optimizer, recipe.generation, model.path, recipe.data.pretrain
-            )
-        case "critic" | "cost_critic":
-            return CriticSettings(model, recipe.loss, recipe.optimizer, role)
-        case "reference":
-            return ReferenceSettings(model, recipe.loss, recipe.generation)
-        case "reward" | "cost":
-            return _scorer(recipe, role, model)
-        case _:
-            raise ValueError(f"no service for the role {role!r}")
-
-
-def _scorer(recipe: Recipe, role: Literal["reward", "cost"], model: Model) -> ScorerSettings:
-    budget, tokenizer = recipe.loss.tokens_per_micro_batch, recipe.models["policy"].path
-    return ScorerSettings(model, budget, recipe.failures, tokenizer, role)
+def _settings_of(recipe: Recipe, role: str, model: Model) -> ModelSettings:
+    """The settings of a service of that role, with that model."""
+    return ModelSettings(
+        role,
+        model,
+        recipe.loss,
+        recipe.optimizer,
+        recipe.generation,
+        recipe.failures,
+        tokenizer_path=recipe.models["policy"].path,
+        pretrain=recipe.data.pretrain,
+    )
 
 
 def _advantage_kwargs(recipe: Recipe) -> dict[str, float | bool | str]:
@@ -177,7 +159,7 @@ def channel_named(recipe: Recipe, dataflow: Dataflow, name: str) -> tuple[str, S
         raise BadInput(f"channel {name!r}: no stage and no message of this run{nearest(name, known)}")
     if len(found) > 1:
         raise BadInput(f"channel {name!r}: sent by {', '.join(s.name for s in found)}; use one of these names")
-    return _host_of(recipe, found[0]), found[0]
+    return _service_of(recipe, found[0]), found[0]
 
 
 def _snake(message: str) -> str:
@@ -193,9 +175,9 @@ def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
     return sorted({module for name in named if (module := module_of(name))})
 
 
-def hosts_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
+def services_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
     """stage -> the service that runs it."""
-    return {stage.name: _host_of(recipe, stage) for stage in dataflow.stages}
+    return {stage.name: _service_of(recipe, stage) for stage in dataflow.stages}
 
 
 def replaceable(recipe: Recipe) -> list[str]:
@@ -212,10 +194,10 @@ def stateful(dataflow: Dataflow) -> list[str]:
 
 def _stages_of(recipe: Recipe, dataflow: Dataflow, service: str) -> list[StageSpec]:
     """The stages that a service runs: its own, and if it is the generator those that generate."""
-    return [_stage_spec(recipe, dataflow, s) for s in dataflow.stages if _host_of(recipe, s) == service]
+    return [_stage_spec(recipe, dataflow, s) for s in dataflow.stages if _service_of(recipe, s) == service]
 
 
-def _host_of(recipe: Recipe, stage: Stage) -> str:
+def _service_of(recipe: Recipe, stage: Stage) -> str:
     return GENERATOR if stage.generates and GENERATOR in recipe.placement else stage.service
 
 
@@ -230,7 +212,7 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
         schemas=[c.message.schema_id for c in inputs],
         sources=list(stage.inputs),
         outputs=[_target(recipe, dataflow, c) for c in dataflow.consumers(stage.name)],
-        protocol=effective_protocol(stage.protocol, topology_of(recipe, _host_of(recipe, stage))),
+        protocol=effective_protocol(stage.protocol, topology_of(recipe, _service_of(recipe, stage))),
         grains=[c.grain for c in inputs],
         whole_groups=contract.whole_groups if contract else False,
         balance=contract.balance if contract else "rows",
@@ -241,8 +223,8 @@ def _stage_spec(recipe: Recipe, dataflow: Dataflow, stage: Stage) -> StageSpec:
 
 
 def _target(recipe: Recipe, dataflow: Dataflow, channel: ChannelSpec) -> Target:
-    host = _host_of(recipe, dataflow.stage(channel.destination))
-    return Target(host, channel.edge, topology_of(recipe, host).world_size)
+    service = _service_of(recipe, dataflow.stage(channel.destination))
+    return Target(service, channel.edge, topology_of(recipe, service).world_size)
 
 
 def _fires(stage: Stage) -> Fires:

@@ -29,9 +29,9 @@ from asyncflow.recipe.service_specs import (
     GENERATOR,
     NO_DEVICE,
     compose,
-    hosts_of,
     pools_of,
     replaceable,
+    services_of,
     stateful,
     user_modules,
 )
@@ -172,7 +172,7 @@ def _controller(
         supervisor=ServiceSupervisor(
             {n: s.endpoint for n, s in services.items()},
             {s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
-            RestartPolicy(dataflow, hosts_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+            RestartPolicy(dataflow, services_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
             restart,
         ),
         generators=[GENERATOR if GENERATOR in services else "policy"],

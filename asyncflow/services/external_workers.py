@@ -21,7 +21,7 @@ from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, Paylo
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, RowRef, ShardRef, parts_of, plan_calls
 from asyncflow.services.ranks.row_reader import RowReader
-from asyncflow.services.ranks.spec import ExternalSettings
+from asyncflow.services.ranks.spec import ModelSettings
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard
 from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
@@ -133,7 +133,7 @@ class ExternalRank:
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
-        assert isinstance(context.spec.settings, ExternalSettings)
+        assert isinstance(context.spec.settings, ModelSettings)
         failures = context.spec.settings.failures
         self._seconds = failures.outside_timeout_seconds
         self._asked = PendingRows(failures.outside_retake_seconds)

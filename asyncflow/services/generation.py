@@ -28,7 +28,7 @@ import numpy as np
 from asyncflow.services.channels.endpoint import Frame
 from asyncflow.services.channels.row_table import RowTable
 from asyncflow.services.channels.shard_refs import ShardRef
-from asyncflow.services.ranks.spec import GeneratorSettings, PolicySettings, StageSpec
+from asyncflow.services.ranks.spec import ModelSettings, StageSpec
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import StageRunner, read_or_fail
 from protocols.control.delivery import Delivery
@@ -183,7 +183,7 @@ class GenerationLoop:
 
     async def _install(self) -> None:
         settings = self._context.spec.settings
-        assert isinstance(settings, PolicySettings | GeneratorSettings)
+        assert isinstance(settings, ModelSettings)
         while self._loads:
             manifest, buffer, done = self._loads.popleft()
             try:

@@ -13,6 +13,7 @@ from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import PART
 from asyncflow.observe.timeline import Timeline
+from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.control.events import (
     CheckpointWritten,
     Evaluated,
@@ -131,7 +132,7 @@ class RunLog:
         for name, value in metrics.items():
             if name.startswith(PART):
                 export.set("reward_part_mean", value, part=name.removeprefix(PART))
-        for role in ("policy", "critic", "cost_critic"):
+        for role in (role for role, spec in ROLE_SPECS.items() if spec.trains):
             for name in ("loss", "gradient_norm"):
                 if f"{role}.{name}" in metrics:
                     export.set(name, metrics[f"{role}.{name}"], role=role)

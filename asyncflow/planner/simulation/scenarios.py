@@ -19,7 +19,8 @@ from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, with_
 from asyncflow.planner.search.plan import PlacedModel, Placement
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
 from asyncflow.recipe.config import Pool, Recipe
-from asyncflow.recipe.service_specs import GENERATOR, hosts_of, layout_of, pools_of, topology_of
+from asyncflow.recipe.service_specs import GENERATOR, layout_of, pools_of, services_of, topology_of
+from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.layout.topology import Topology
 
 MOST_PROMPTS = 4096  # whose lengths are measured
@@ -40,7 +41,7 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
         if model.path:
             config = msgspec.json.decode((Path(model.path) / "config.json").read_bytes())
             shape = Shape.from_config(Path(model.path).name, config)
-            shapes[role] = shape if role in ("policy", "reference") else shape.scoring()
+            shapes[role] = shape if ROLE_SPECS[role].head == "tokens" else shape.scoring()
     return shapes
 
 
@@ -82,7 +83,7 @@ def of_recipe(
         speeds[model.role] = ModelSpeed(model, layout, devices.get(pool.device, device), workload)
     return Scenario(
         dataflow=dataflow,
-        hosts=hosts_of(recipe, dataflow),
+        hosts=services_of(recipe, dataflow),
         pools=pools,
         devices={name: pool.devices for name, pool in recipe.pools.items() if name in pools.values()},
         speeds=speeds,

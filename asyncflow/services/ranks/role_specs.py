@@ -13,11 +13,7 @@ from asyncflow.services.ranks.apply_functions import ApplyFunctions
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
-    CriticSettings,
-    GeneratorSettings,
-    PolicySettings,
-    ReferenceSettings,
-    ScorerSettings,
+    ModelSettings,
     ServiceSpec,
 )
 from protocols.roles import ROLES
@@ -33,7 +29,7 @@ if TYPE_CHECKING:
     from asyncflow.dataflow.graph import Stage
 
 
-def _policy(spec: ServiceSpec, settings: PolicySettings, sharding: Sharding) -> LoadedWorker:
+def _policy(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.data.pretraining import text_of
     from workers.generation.in_place import load_in_place
     from workers.roles.policy import PolicyWorker
@@ -56,7 +52,7 @@ def _policy(spec: ServiceSpec, settings: PolicySettings, sharding: Sharding) -> 
     return LoadedWorker(worker, engine, lambda: load_in_place(engine, Version(spec.term, worker.trained.version)))
 
 
-def _generator(spec: ServiceSpec, settings: GeneratorSettings, sharding: Sharding) -> LoadedWorker:
+def _generator(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     model, generation, end = settings.model, settings.generation, end_of_sequence(settings.tokenizer_path)
     if generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
@@ -72,23 +68,23 @@ def _generator(spec: ServiceSpec, settings: GeneratorSettings, sharding: Shardin
     return LoadedWorker(None, TorchEngine(module, generation, spec.seed, end))
 
 
-def _critic(spec: ServiceSpec, settings: CriticSettings, sharding: Sharding) -> LoadedWorker:
+def _critic(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.critic import CostCriticWorker, CriticWorker
 
     kind = CostCriticWorker if settings.role == "cost_critic" else CriticWorker
     return LoadedWorker(kind(settings.model, settings.loss, settings.optimizer, spec.seed, sharding=sharding))
 
 
-def _reference(spec: ServiceSpec, settings: ReferenceSettings, sharding: Sharding) -> LoadedWorker:
+def _reference(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
     return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation, sharding=sharding))
 
 
-def _reward(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
+def _reward(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reward import MixedReward, ModelReward, RuleReward
 
-    model, tokenizer, budget = settings.model, settings.tokenizer_path, settings.tokens_per_micro_batch
+    model, tokenizer, budget = settings.model, settings.tokenizer_path, settings.loss.tokens_per_micro_batch
     if model.mix:
         return LoadedWorker(MixedReward(model, tokenizer, budget, settings.failures, sharding=sharding))
     if model.rule:
@@ -96,12 +92,12 @@ def _reward(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> 
     return LoadedWorker(ModelReward(model, budget, sharding=sharding))
 
 
-def _cost(spec: ServiceSpec, settings: ScorerSettings, sharding: Sharding) -> LoadedWorker:
+def _cost(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.cost import ModelCost, RuleCost
 
     if settings.model.rule:
         return LoadedWorker(RuleCost(settings.model, settings.tokenizer_path, settings.failures))
-    return LoadedWorker(ModelCost(settings.model, settings.tokens_per_micro_batch, sharding=sharding))
+    return LoadedWorker(ModelCost(settings.model, settings.loss.tokens_per_micro_batch, sharding=sharding))
 
 
 def _advantage(spec: ServiceSpec, settings: AdvantageSettings, sharding: Sharding) -> LoadedWorker:
@@ -128,6 +124,11 @@ class RoleSpec(NamedTuple):
     contract: type | None = None  # of `protocols.roles`; None: its stages are the algorithm's own functions
     head: Head = "tokens"  # on top of its model
     trains: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores responses: with a model, a rule, or in an external worker."""
+        return self.head == "score"
 
     @property
     def replicable(self) -> bool:

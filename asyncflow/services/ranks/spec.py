@@ -1,6 +1,6 @@
 """ServiceSpec: everything a service needs to start, as plain values that cross processes as msgpack.
 
-Its own fields are what every service has: identity, placement, limits. `settings` has one struct per role.
+Its own fields are what every service has: identity, placement, limits. `settings` is what its worker reads.
 """
 
 from __future__ import annotations
@@ -49,53 +49,17 @@ class StageSpec(msgspec.Struct, frozen=True):
         return all(target.ranks == 1 for target in self.outputs)
 
 
-class PolicySettings(msgspec.Struct, frozen=True, tag="policy"):
-    """A policy that trains, and generates unless a generator is placed."""
+class ModelSettings(msgspec.Struct, frozen=True, tag="model"):
+    """A role that has a model: the sections of the recipe that workers read. Each role reads what it needs."""
 
-    role: ClassVar[str] = "policy"
-    model: Model
+    role: str  # a row of ROLE_SPECS
+    model: Model  # or the rules in its place, or an external worker
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     generation: Generation = Generation()
-    tokenizer_path: str = ""
-    pretrain: str = ""  # a JSON Lines file of pretraining text, if the loss has a pretraining term
-
-
-class GeneratorSettings(msgspec.Struct, frozen=True, tag="generator"):
-    """An engine that generates with the policy's published weights."""
-
-    role: ClassVar[str] = "generator"
-    model: Model
-    generation: Generation = Generation()
-    tokenizer_path: str = ""
-
-
-class CriticSettings(msgspec.Struct, frozen=True, tag="critic"):
-    """A value model of the reward or of the cost."""
-
-    model: Model
-    loss: Loss = Loss()
-    optimizer: Optimizer = Optimizer()
-    role: Literal["critic", "cost_critic"] = "critic"
-
-
-class ReferenceSettings(msgspec.Struct, frozen=True, tag="reference"):
-    """The frozen policy that the KL penalty compares with."""
-
-    role: ClassVar[str] = "reference"
-    model: Model
-    loss: Loss = Loss()
-    generation: Generation = Generation()
-
-
-class ScorerSettings(msgspec.Struct, frozen=True, tag="scorer"):
-    """A reward or a cost: a model, a rule, or a weighted sum of both."""
-
-    model: Model
-    tokens_per_micro_batch: int = Loss().tokens_per_micro_batch
     failures: Failures = Failures()
     tokenizer_path: str = ""
-    role: Literal["reward", "cost"] = "reward"
+    pretrain: str = ""  # a JSON Lines file of pretraining text, if the loss has a pretraining term
 
 
 class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
@@ -107,13 +71,6 @@ class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
     reward_parts: list[str] = []  # the names of a mixed reward's parts, in order
 
 
-class ExternalSettings(msgspec.Struct, frozen=True, tag="external"):
-    """A role that an external worker computes."""
-
-    role: str
-    failures: Failures = Failures()
-
-
 class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):
     """A worker class that is no role of an algorithm, as in a benchmark, a calibration or a test."""
 
@@ -121,16 +78,7 @@ class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):
     options: dict[str, str] = {}  # for the class to read
 
 
-Settings = (
-    PolicySettings
-    | GeneratorSettings
-    | CriticSettings
-    | ReferenceSettings
-    | ScorerSettings
-    | AdvantageSettings
-    | ExternalSettings
-    | CustomSettings
-)
+Settings = ModelSettings | AdvantageSettings | CustomSettings
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -176,7 +124,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def external(self) -> bool:
         """Whether external workers compute it."""
-        return isinstance(self.settings, ExternalSettings)
+        return isinstance(self.settings, ModelSettings) and self.settings.model.outside
 
     @property
     def grouping(self) -> GenerationGrouping:
@@ -185,9 +133,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slots(self) -> int:
-        """The number of rows it generates at the same time; 0 if it does not generate."""
-        settings = self.settings
-        return settings.generation.slots if isinstance(settings, PolicySettings | GeneratorSettings) else 0
+        """The number of rows that its engine generates at the same time; 0 without a model."""
+        return self.settings.generation.slots if isinstance(self.settings, ModelSettings) else 0
 
 
 def effective_protocol(protocol: str, topology: Topology) -> str:

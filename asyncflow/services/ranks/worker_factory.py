@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
-from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from protocols.layout.topology import Topology
 from protocols.stage import StageContract, contract_of
 from workers.parallel.sharding import ONE_DEVICE, Sharding
@@ -48,8 +48,7 @@ def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> Loade
     """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
     if spec.role not in ROLE_SPECS:
         return LoadedWorker(_own(spec.role)(spec, rank), world=world)
-    model = getattr(spec.settings, "model", None)
-    if model is None or not model.folders:  # it does without torch
+    if not isinstance(spec.settings, ModelSettings) or not spec.settings.model.folders:  # it does without torch
         return ROLE_SPECS[spec.role].build(spec, spec.settings, ONE_DEVICE)
     import torch
 

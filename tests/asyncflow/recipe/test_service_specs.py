@@ -24,7 +24,7 @@ from asyncflow.recipe.service_specs import (
     replaceable,
     stateful,
 )
-from asyncflow.services.ranks.spec import AdvantageSettings, CustomSettings, ExternalSettings, ServiceSpec
+from asyncflow.services.ranks.spec import AdvantageSettings, ModelSettings, ServiceSpec
 from protocols.data.messages import Experience, Rollouts, Scores
 from protocols.layout.topology import Topology
 from protocols.roles import ROLES, Policy, Reward, Sampling
@@ -43,7 +43,7 @@ def composed(recipe: Recipe, dataflow: Dataflow = DATAFLOW) -> dict[str, Service
 
 
 def model_of(spec: ServiceSpec) -> Model:
-    assert not isinstance(spec.settings, AdvantageSettings | ExternalSettings | CustomSettings)
+    assert isinstance(spec.settings, ModelSettings)
     return spec.settings.model
 
 

@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from asyncflow.services.ranks.spec import (
-    AdvantageSettings,
-    CriticSettings,
     CustomSettings,
-    GeneratorSettings,
     Limits,
-    PolicySettings,
-    ReferenceSettings,
-    ScorerSettings,
+    ModelSettings,
     ServiceSpec,
-    Settings,
     StageSpec,
     Target,
 )
@@ -49,23 +43,9 @@ def service(
     return ServiceSpec(name=name, stages=list(stages), **{**fields, **changes})
 
 
-def settings_of(role: str, model: Model, generation: Generation | None = None) -> Settings:
-    """The settings of a role with this model, and defaults for everything else."""
-    match role:
-        case _ if generation is None:
-            return settings_of(role, model, Generation())
-        case "policy":
-            return PolicySettings(model, generation=generation)
-        case "generator":
-            return GeneratorSettings(model, generation)
-        case "critic" | "cost_critic":
-            return CriticSettings(model, role=role)
-        case "reference":
-            return ReferenceSettings(model, generation=generation)
-        case "reward" | "cost":
-            return ScorerSettings(model, role=role)
-        case _:
-            return AdvantageSettings(role)
+def settings_of(role: str, model: Model, generation: Generation | None = None) -> ModelSettings:
+    """The settings of a role with such a model, all else as by default."""
+    return ModelSettings(role, model, generation=generation or Generation())
 
 
 def stage(

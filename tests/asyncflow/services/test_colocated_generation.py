@@ -15,7 +15,7 @@ from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Payload
 from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration, replicas_of
-from asyncflow.services.ranks.spec import PolicySettings, ServiceSpec, Target
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery, RankCall, RankReply
@@ -42,7 +42,7 @@ BACK_AND_FORTH = ["generation", "generate", "training"]
 
 
 def spec(slots: int = 256, **changes: Any) -> ServiceSpec:
-    settings = PolicySettings(Model(), generation=Generation(slots=slots))
+    settings = ModelSettings("policy", Model(), generation=Generation(slots=slots))
     return specs.service("policy", STAGE, topology=Topology(1, 2, 2), collective=True, settings=settings, **changes)
 
 

@@ -22,7 +22,7 @@ from asyncflow.services.external_workers import (
     take_rows,
 )
 from asyncflow.services.ranks.rank import RowReader
-from asyncflow.services.ranks.spec import ExternalSettings, ServiceSpec
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from asyncflow.services.runtime.local import LocalRuntime
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.service import ModelService
@@ -38,7 +38,7 @@ from protocols.data.messages import Rollouts
 from protocols.layout.topology import Topology
 from protocols.stage import Failure
 from tests.asyncflow.services import rows, specs
-from workers.settings import Failures
+from workers.settings import Failures, Model
 
 STAGE = "reward.score#1"
 RETAKE = 10.0
@@ -167,7 +167,7 @@ def outside_reward(seconds: float = 0.3) -> ServiceSpec:
     """A service with an external reward. Unanswered rows are offered again after 0.1 s and fail after `seconds`."""
     failures = Failures(outside_timeout_seconds=seconds, outside_retake_seconds=0.1)
     stage = specs.stage(STAGE, schemas=[Rollouts.schema_id])
-    return specs.service("reward", stage, settings=ExternalSettings("reward", failures))
+    return specs.service("reward", stage, settings=ModelSettings("reward", Model(outside=True), failures=failures))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.shard_refs import ShardRef
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
-from asyncflow.services.ranks.spec import GeneratorSettings, Limits, ServiceSpec, StageSpec, Target
+from asyncflow.services.ranks.spec import Limits, ModelSettings, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
@@ -107,7 +107,7 @@ async def bench(
     settings = Generation(engine="torch", max_tokens=SAMPLING.max_tokens, slots=slots)
     spec = ServiceSpec(
         name="generator",
-        settings=GeneratorSettings(Model(), settings),
+        settings=ModelSettings("generator", Model(), generation=settings),
         run="test",
         term=0,
         seed=3,

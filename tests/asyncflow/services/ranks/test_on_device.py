@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncflow.services.ranks.spec import ScorerSettings, ServiceSpec
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.data.messages import Rollouts
 from protocols.layout.topology import Topology
@@ -38,8 +38,8 @@ def spec_of(kind: str, model: Model, *fires: str, **changes: Any) -> ServiceSpec
     return service(kind, *stages, settings=settings_of(kind, model), **changes)
 
 
-def scorer(model: Model, tokenizer: str) -> ScorerSettings:
-    return ScorerSettings(model, tokenizer_path=tokenizer)
+def scorer(model: Model, tokenizer: str) -> ModelSettings:
+    return ModelSettings("reward", model, tokenizer_path=tokenizer)
 
 
 def rows() -> Rollouts:
