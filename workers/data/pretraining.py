@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +17,11 @@ from protocols.data.columns import Jagged
 from protocols.data.messages import Experience
 from workers.data.datasets import DataError, Demonstration, read_rows
 from workers.data.hf_folder import context_of, end_of_sequence
+from workers.data.token_rows import TokenRows
 from workers.settings import Loss
 
 _FLOAT_COLUMNS = [name for name in Experience.aligned[0] if name not in ("responses", "loss_mask")]
 _PTX_STREAM = 0x707478  # "ptx": makes the permutation differ from the prompts' with the same seed and epoch
-
-
-class TextBatch(NamedTuple):
-    """The rows of one optimizer step (the `Sequences` of workers.training.models)."""
-
-    prompts: Jagged  # int32
-    responses: Jagged  # int32
 
 
 class PretrainingText:
@@ -37,11 +30,8 @@ class PretrainingText:
     The loss is taken over the response of a row; the response of a plain text is all but its first token.
     """
 
-    __slots__ = ("_prompts", "_responses", "_rows", "_seed")
-
-    def __init__(self, prompts: Jagged, responses: Jagged, rows: int, seed: int) -> None:
-        self._prompts, self._responses = prompts, responses
-        self._rows, self._seed = rows, seed
+    def __init__(self, texts: TokenRows, rows: int, seed: int) -> None:
+        self._texts, self._rows, self._seed = texts, rows, seed
 
     @classmethod
     def read(
@@ -64,15 +54,14 @@ class PretrainingText:
                 responses.append(np.array(response, np.int32))
         if not prompts:
             raise DataError(f"{path}: all of its {len(demonstrations)} texts are empty: there is nothing to learn")
-        return cls(Jagged.from_rows(prompts, np.int32), Jagged.from_rows(responses, np.int32), rows, seed)
+        return cls(TokenRows.of(prompts, responses), rows, seed)
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._texts)
 
-    def batch(self, step: int) -> TextBatch:
+    def batch(self, step: int) -> TokenRows:
         """The rows of an optimizer step, counted from 0 over the whole run."""
-        rows = self.row_indices(step)
-        return TextBatch(self._prompts.take(rows), self._responses.take(rows))
+        return self._texts.take(self.row_indices(step))
 
     def row_indices(self, step: int) -> npt.NDArray[np.int64]:
         """The indices of a step's rows, int64 [rows]."""

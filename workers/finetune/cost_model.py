@@ -6,7 +6,7 @@ pair has two kinds of labels: which response is safer, and whether each is safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -14,15 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.data.dataset_files import DataError, records
 from workers.data.datasets import SafetyPair, read_rows
-from workers.finetune.loop import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
-from workers.finetune.reward_model import HELDOUT_ACCURACY, Pairs
+from workers.finetune.loop import OnStep, load_tokenizer, load_trainable, optimize, refuse_existing, save_folder
+from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings
+from workers.parallel.model import MicroLoss
 from workers.training.micro_batches import MicroBatch
-from workers.training.models import load_untrained_reward, sequence_scores
+from workers.training.models import sequence_scores
 
 
 class NumberedPair(msgspec.Struct, frozen=True):
@@ -53,36 +53,6 @@ def read_pairs(path: str, columns: Mapping[str, str], model: str) -> list[Safety
     return [row.ordered(f"{path}: row {number}") for number, row in enumerate(rows, 1)]
 
 
-class LabelledPairs:
-    """N pairs of responses as tokens, the safer ones first, with a safety sign for each response."""
-
-    __slots__ = ("pairs", "signs")
-
-    def __init__(self, pairs: Pairs, signs: npt.NDArray[np.float32]) -> None:
-        """`signs` [2, N], of the safer responses and of the others: 1 unsafe, -1 safe, 0 not labelled."""
-        self.pairs, self.signs = pairs, signs
-
-    @classmethod
-    def tokenized(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SafetyPair]) -> LabelledPairs:
-        """Tokenize the rows and collect their signs."""
-        safer = [(row.prompt, row.chosen, row.chosen_truncated) for row in rows]
-        others = [(row.prompt, row.rejected, row.rejected_truncated) for row in rows]
-        signs = [[_sign(row.chosen_is_safe) for row in rows], [_sign(row.rejected_is_safe) for row in rows]]
-        return cls(Pairs(tokenized(tokenizer, [*safer, *others])), np.array(signs, np.float32))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> LabelledPairs:
-        """The given pairs in the given order."""
-        return LabelledPairs(self.pairs.take(rows), self.signs[:, rows])
-
-    def micro_batches(self, budget: int) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Both responses of n pairs, the safer ones first, and their signs [2, n]."""
-        for batch in self.pairs.micro_batches(budget):
-            yield batch, torch.from_numpy(self.signs[:, batch.rows[: len(batch.rows) // 2]])
-
-
 class CostModelResult(msgspec.Struct, frozen=True):
     """The result of cost-model training."""
 
@@ -102,51 +72,45 @@ def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = 
     rows, heldout_rows = (
         read_pairs(path, settings.columns, settings.model) for path in (settings.data, settings.heldout)
     )
-    tokenizer = load_tokenizer(settings.model)
-    pairs, heldout = LabelledPairs.tokenized(tokenizer, rows), LabelledPairs.tokenized(tokenizer, heldout_rows)
-    if not pairs.signs.any():
+    labels = signs_of(rows)
+    if not labels.any():
         raise DataError(f"{settings.data}: no row says whether a response is safe (chosen_is_safe, rejected_is_safe)")
-    model = load_untrained_reward(settings.model, settings.dtype, settings.schedule.seed)
-    budget = settings.schedule.tokens_per_micro_batch
-
-    def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
-        return cost_loss(model, pairs.take(batch), budget)
-
-    losses = optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of, on_step)
-    accuracy, sign_accuracy = accuracies(model, heldout, budget)
+    tokenizer = load_tokenizer(settings.model)
+    pairs, heldout = tokenized_pairs(tokenizer, rows), tokenized_pairs(tokenizer, heldout_rows)
+    trained = load_trainable(settings, "score")
+    losses = optimize(trained, pairs, settings.schedule, lambda rows: cost_loss(labels[rows]), on_step, PAIR)
+    costs = pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch)
+    accuracy, sign_accuracy = pair_accuracy(-costs), sign_accuracy_of(costs, signs_of(heldout_rows))
     results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]}
     if sign_accuracy is not None:
         results["heldout_sign_accuracy"] = sign_accuracy
-    save_folder(settings.output, model, tokenizer, results)
+    save_folder(settings.output, trained, tokenizer, results)
     return CostModelResult(settings.output, losses, accuracy, sign_accuracy)
 
 
-def cost_loss(model: PreTrainedModel, pairs: LabelledPairs, budget: int) -> Iterator[Tensor]:
-    """Mean over pairs of -log sigmoid(c - s) - log sigmoid(S_s s) - log sigmoid(S_c c), in parts that add up to it.
+def signs_of(pairs: Sequence[SafetyPair]) -> npt.NDArray[np.float32]:
+    """The sign that each response's cost should have, [2 N] like `tokenized_pairs`: 1 unsafe, -1 safe, 0 unlabelled."""
+    labels = [is_safe for pair in pairs for is_safe in (pair.chosen_is_safe, pair.rejected_is_safe)]
+    return np.array([0.0 if is_safe is None else -1.0 if is_safe else 1.0 for is_safe in labels], np.float32)
+
+
+def cost_loss(labels: npt.NDArray[np.float32]) -> MicroLoss:
+    """Mean over a batch's pairs of -log sigmoid(c - s) - log sigmoid(S_s s) - log sigmoid(S_c c); micro-batches add up.
 
     s and c are the costs of the safer response and of the other, S their signs (Dai et al. 2024, the cost model's
-    loss). A response without a label has no sign term.
+    loss), which `labels` [2 n] has. A response without a label has no sign term.
     """
-    for batch, signs in pairs.micro_batches(budget):
-        costs = sequence_scores(model, batch).view(2, -1)
+
+    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+        costs, signs = sequence_scores(outputs, micro), micro.tensor(labels[micro.rows])
         of_signs = torch.where(signs == 0.0, 0.0, logsigmoid(signs * costs))
-        yield -(logsigmoid(costs[1] - costs[0]) + of_signs.sum(dim=0)).sum() / len(pairs)
+        safer, other = costs.view(-1, PAIR).unbind(1)
+        return -(logsigmoid(other - safer).sum() + of_signs.sum()) / (len(labels) // PAIR)
+
+    return loss
 
 
-@torch.no_grad()
-def accuracies(model: PreTrainedModel, pairs: LabelledPairs, budget: int) -> tuple[float, float | None]:
-    """Share of pairs in the right order, a tie counting half, and share of labelled responses with the right sign.
-
-    A cost of 0 counts as safe. The second is None if no response is labelled.
-    """
-    ordered = right = 0.0
-    for batch, signs in pairs.micro_batches(budget):
-        costs = sequence_scores(model, batch).view(2, -1)
-        ordered += float((costs[1] > costs[0]).sum()) + 0.5 * float((costs[1] == costs[0]).sum())
-        right += float(((costs > 0.0) == (signs > 0.0))[signs != 0.0].sum())
-    labelled = int(np.count_nonzero(pairs.signs))
-    return ordered / len(pairs), right / labelled if labelled else None
-
-
-def _sign(is_safe: bool | None) -> float:
-    return 0.0 if is_safe is None else -1.0 if is_safe else 1.0
+def sign_accuracy_of(costs: npt.NDArray[np.float32], labels: npt.NDArray[np.float32]) -> float | None:
+    """Share of labelled responses whose cost, [N, 2], has the right sign, 0 counting as safe; None without labels."""
+    labelled = labels != 0.0
+    return float(((costs.ravel() > 0.0) == (labels > 0.0))[labelled].mean()) if labelled.any() else None

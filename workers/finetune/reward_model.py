@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from workers.data.datasets import Preference, read_rows
+from workers.data.datasets import Preference, SafetyPair, read_rows
+from workers.data.token_rows import TokenRows, tokenized
 from workers.finetune.loop import (
     RESULTS,
     OnStep,
-    Texts,
     load_tokenizer,
+    load_trainable,
     optimize,
     refuse_existing,
     save_folder,
-    tokenized,
 )
 from workers.finetune.settings import RewardModelSettings
-from workers.training.micro_batches import MicroBatch, micro_batches
-from workers.training.models import load_untrained_reward, sequence_scores
+from workers.parallel.model import MicroLoss, ParallelModel
+from workers.training.micro_batches import MicroBatch
+from workers.training.models import sequence_scores
 
 HELDOUT_ACCURACY = "heldout_pair_accuracy"  # its name in a folder's results
-
-
-class Pairs:
-    """N pairs of responses as 2N rows of tokens: the chosen ones in order, then the rejected ones."""
-
-    __slots__ = ("texts",)
-
-    def __init__(self, texts: Texts) -> None:
-        self.texts = texts
-
-    @classmethod
-    def tokenized(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference]) -> Pairs:
-        """Tokenize preference rows."""
-        chosen = [(row.prompt, row.chosen, row.chosen_truncated) for row in rows]
-        rejected = [(row.prompt, row.rejected, row.rejected_truncated) for row in rows]
-        return cls(tokenized(tokenizer, [*chosen, *rejected]))
-
-    def __len__(self) -> int:
-        return len(self.texts) // 2
-
-    def take(self, pairs: npt.NDArray[np.int64]) -> Pairs:
-        """The given pairs in the given order."""
-        return Pairs(self.texts.take(np.concatenate([pairs, pairs + len(self)])))
-
-    def micro_batches(self, budget: int) -> Iterator[MicroBatch]:
-        """Micro-batches that keep both responses of a pair together: the chosen ones first, then the rejected ones."""
-        lengths = (self.texts.prompts.lengths + self.texts.responses.lengths).reshape(2, len(self))
-        longer = self.texts.take(lengths.argmax(axis=0) * len(self) + np.arange(len(self)))
-        for cut in micro_batches(longer, budget // 2):
-            yield MicroBatch(self.texts, np.concatenate([cut.rows, cut.rows + len(self)]))
+PAIR = 2  # successive rows of a pair: the chosen response, then the rejected one
 
 
 class RewardModelResult(msgspec.Struct, frozen=True):
@@ -80,16 +51,15 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
     rows = read_rows(settings.data, Preference, settings.columns, settings.model)
     heldout_rows = read_rows(settings.heldout, Preference, settings.columns, settings.model)
     tokenizer = load_tokenizer(settings.model)
-    pairs, heldout = Pairs.tokenized(tokenizer, rows), Pairs.tokenized(tokenizer, heldout_rows)
-    model = load_untrained_reward(settings.model, settings.dtype, settings.schedule.seed)
-    budget = settings.schedule.tokens_per_micro_batch
+    pairs, heldout = tokenized_pairs(tokenizer, rows), tokenized_pairs(tokenizer, heldout_rows)
+    trained = load_trainable(settings, "score")
 
-    def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
-        return pair_loss(model, pairs.take(batch), budget, settings.centring)
+    def loss_of(rows: npt.NDArray[np.int64]) -> MicroLoss:
+        return pair_loss(len(rows) // PAIR, settings.centring)
 
-    losses = optimize(model, settings.schedule, settings.optimizer, len(pairs), losses_of, on_step)
-    accuracy = pair_accuracy(model, heldout, budget)
-    save_folder(settings.output, model, tokenizer, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
+    losses = optimize(trained, pairs, settings.schedule, loss_of, on_step, PAIR)
+    accuracy = pair_accuracy(pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch))
+    save_folder(settings.output, trained, tokenizer, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
     return RewardModelResult(settings.output, losses, accuracy)
 
 
@@ -98,23 +68,37 @@ def heldout_accuracy_of(folder: str | Path) -> float:
     return float(json.loads((Path(folder) / RESULTS).read_text())[HELDOUT_ACCURACY])
 
 
-def pair_loss(model: PreTrainedModel, pairs: Pairs, budget: int, centring: float) -> Iterator[Tensor]:
-    """Mean over pairs of -log sigmoid(c - r) + centring * (c + r)^2, in one part per micro-batch; the parts add up.
+def tokenized_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference | SafetyPair]) -> TokenRows:
+    """N pairs as 2 N rows of tokens: the chosen response of each, then the rejected one."""
+    rows: list[tuple[str, str, bool]] = []
+    for pair in pairs:
+        rows.append((pair.prompt, pair.chosen, pair.chosen_truncated))
+        rows.append((pair.prompt, pair.rejected, pair.rejected_truncated))
+    return tokenized(tokenizer, rows)
+
+
+def pair_loss(pairs: int, centring: float) -> MicroLoss:
+    """Mean over a batch's pairs of -log sigmoid(c - r) + centring * (c + r)^2; micro-batches add up to it.
 
     c and r are the scores of the chosen and the rejected response. The second term (Eisenstein et al. 2023) fixes the
     level of the scores, which differences alone leave free.
     """
-    for batch in pairs.micro_batches(budget):
-        chosen, rejected = sequence_scores(model, batch).chunk(2)
-        loss = -logsigmoid(chosen - rejected) + centring * (chosen + rejected).square()
-        yield loss.sum() / len(pairs)
+
+    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+        chosen, rejected = sequence_scores(outputs, micro).view(-1, PAIR).unbind(1)
+        return (-logsigmoid(chosen - rejected) + centring * (chosen + rejected).square()).sum() / pairs
+
+    return loss
 
 
-@torch.no_grad()
-def pair_accuracy(model: PreTrainedModel, pairs: Pairs, budget: int) -> float:
-    """Share of pairs whose chosen response has the higher score; a tie counts half."""
-    won = 0.0
-    for batch in pairs.micro_batches(budget):
-        chosen, rejected = sequence_scores(model, batch).chunk(2)
-        won += float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
-    return won / len(pairs)
+def pair_scores(model: ParallelModel, pairs: TokenRows, budget: int) -> npt.NDArray[np.float32]:
+    """The scores of N pairs, [N, 2]; `budget` is in padded tokens a micro-batch."""
+    scores = model.numbers(pairs, budget, sequence_scores)
+    assert scores is not None, "one device holds the last stage"
+    return scores.reshape(-1, PAIR)
+
+
+def pair_accuracy(scores: npt.NDArray[np.float32]) -> float:
+    """Share of pairs whose chosen response has the higher score, from scores [N, 2]; a tie counts half."""
+    chosen, rejected = scores.T
+    return float((chosen > rejected).mean() + 0.5 * (chosen == rejected).mean())

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workers.data.datasets import Demonstration, read_rows
-from workers.finetune.loop import OnStep, load_tokenizer, optimize, refuse_existing, save_folder, tokenized
+from workers.data.token_rows import Sequences, tokenized
+from workers.finetune.loop import OnStep, load_tokenizer, load_trainable, optimize, refuse_existing, save_folder
 from workers.finetune.settings import SftSettings
-from workers.training.micro_batches import Sequences, micro_batches
-from workers.training.models import load_causal, token_log_probs
+from workers.parallel.model import MicroLoss
+from workers.training.micro_batches import MicroBatch
+from workers.training.models import response_log_probs
 
 
 class SftResult(msgspec.Struct, frozen=True):
@@ -34,18 +31,17 @@ def train_sft(settings: SftSettings, *, on_step: OnStep | None = None) -> SftRes
     rows = read_rows(settings.data, Demonstration, settings.columns, settings.model)
     tokenizer = load_tokenizer(settings.model)
     data = tokenized(tokenizer, ((row.prompt, row.response, False) for row in rows))
-    model = load_causal(settings.model, settings.dtype)
-    budget = settings.schedule.tokens_per_micro_batch
-
-    def losses_of(batch: npt.NDArray[np.int64]) -> Iterator[Tensor]:
-        return response_loss(model, data.take(batch), budget)
-
-    losses = optimize(model, settings.schedule, settings.optimizer, len(data), losses_of, on_step)
-    save_folder(settings.output, model, tokenizer, {"final_loss": losses[-1]})
+    trained = load_trainable(settings, "tokens")
+    losses = optimize(trained, data, settings.schedule, lambda rows: response_loss(data.take(rows)), on_step)
+    save_folder(settings.output, trained, tokenizer, {"final_loss": losses[-1]})
     return SftResult(settings.output, losses)
 
 
-def response_loss(model: PreTrainedModel, data: Sequences, budget: int) -> Iterator[Tensor]:
-    """-mean(log p) over all response tokens of a batch, in parts of one micro-batch each that add up to it."""
-    tokens = len(data.responses.values)
-    return (-token_log_probs(model, batch).sum() / tokens for batch in micro_batches(data, budget))
+def response_loss(batch: Sequences) -> MicroLoss:
+    """-mean(log p) over all response tokens of a batch; micro-batches add up to it."""
+    tokens = len(batch.responses.values)
+
+    def loss(logits: Tensor, micro: MicroBatch) -> Tensor:
+        return -response_log_probs(logits, micro).sum() / tokens
+
+    return loss

@@ -31,7 +31,7 @@ from workers.training.models import DTYPES
 def trained_model(
     model: Model, sharding: Sharding, *, head: Head = "tokens", seed: int = 0, regrouped: bool = False
 ) -> ParallelModel:
-    """This rank's part of a model to train, from its folder. `seed` decides adapters; `regrouped`: see parallel_model.
+    """This rank's part of a model to train, from its folder. `seed` and `regrouped`: see parallel_model.
 
     Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
     """
@@ -60,11 +60,12 @@ def parallel_model(
     device: torch.device | str = "cpu",
     recompute: bool = False,
     lora: Lora | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     regrouped: bool = False,
 ) -> ParallelModel:
     """This rank's part of a model; most arguments are ParallelModel's. With one replica all words mean the same.
 
+    `seed` decides adapters, and the score head of a folder without one; a model without a seed needs such a head.
     `regrouped`: a hybrid engine generates with these ranks in another layout, so they hold shards of a decoder.
     """
     module = None

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from workers.data.token_rows import Sequences
 from workers.parallel.decoder import unflat
 from workers.parallel.model import MicroLoss, Read
 from workers.parallel.plan import Parameter
 from workers.parallel.sharded_state import ShardedState
-from workers.training.micro_batches import Sequences
 from workers.training.offload import Copy
 
 
@@ -48,10 +48,10 @@ class FullyShardedModel(ShardedState):
         rows = len(entries) // (shard.numel() // shard.shape[dim])
         return unflat(entries.clone(), along, tuple(rows if i == dim else n for i, n in enumerate(shard.shape)))
 
-    def backward(self, data: Sequences, budget: int, loss: MicroLoss) -> float:
+    def backward(self, data: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> float:
         """See ParallelModel.backward."""
         try:
-            return super().backward(data, budget, loss)
+            return super().backward(data, budget, loss, together)
         except BaseException:
             self._begin_anew()
             raise

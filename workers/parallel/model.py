@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from protocols.data.columns import Jagged
 from protocols.layout.topology import Topology
+from workers.data.token_rows import Sequences, TokenRows
 from workers.parallel.decoder import DecoderShard, unflat
 from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup, join_groups
 from workers.parallel.pipeline import Pipeline
@@ -39,7 +39,7 @@ from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Paramete
 from workers.parallel.shard_reader import read_shard
 from workers.parallel.whole_module import WholeModule
 from workers.training.lora import Adapters, adapter_parameters, merged_weight, product
-from workers.training.micro_batches import MicroBatch, Sequences, micro_batches
+from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.offload import Copy, relocated
 
 # Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
@@ -198,13 +198,13 @@ class ParallelModel:
         """What this rank holds of a tensor that has the parameter's shard's shape: here all of it."""
         return shard
 
-    def backward(self, data: Sequences, budget: int, loss: MicroLoss) -> float:
+    def backward(self, data: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> float:
         """Set every parameter's `grad` to the gradient of the batch's loss, and return that loss, on every rank.
 
-        `data` are the rows of this replica, perhaps none; `budget` is in padded tokens a micro-batch. All replicas run
-        as many micro-batches as the longest; those that have no rows left run one token of weight zero.
+        `data` are the rows of this replica, perhaps none; for `budget` and `together` see `micro_batches`. All replicas
+        run as many micro-batches as the longest; those that have no rows left run one token of weight zero.
         """
-        batches, real = self._agreed(data, budget)
+        batches, real = self._agreed(data, budget, together)
         self._attach_gradient()
 
         def weighed(micro: int, outputs: Tensor) -> Tensor:
@@ -263,9 +263,9 @@ class ParallelModel:
         self.shard.install(parameters)
         return parameters
 
-    def _agreed(self, data: Sequences, budget: int) -> tuple[list[MicroBatch], int]:
+    def _agreed(self, data: Sequences, budget: int, together: int = 1) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
-        batches = list(micro_batches(data, budget, self.device))
+        batches = list(micro_batches(data, budget, self.device, together))
         real = len(batches)
         most = int(self.groups.data.max_(torch.tensor(real, device=self.device)))
         return batches + [_one_token(self.device) for _ in range(most - real)], real
@@ -341,14 +341,6 @@ def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: time
     return ProcessGroups(*(join_groups(partition, rank, timeout) for partition in partitions))
 
 
-class _OneToken(NamedTuple):
-    """A row that means nothing."""
-
-    prompts: Jagged
-    responses: Jagged
-
-
 def _one_token(device: torch.device) -> MicroBatch:
-    nothing = np.zeros(0, np.int32)
-    row = _OneToken(Jagged.from_rows([[0]], np.int32), Jagged.from_rows([nothing], np.int32))
-    return MicroBatch(row, np.arange(1), device)
+    """A row that means nothing."""
+    return MicroBatch(TokenRows.of([[0]], [[]]), np.arange(1), device)

@@ -21,7 +21,7 @@ from workers.settings import Lora
 from workers.training.lora import Adapters, checkpoint_name
 from workers.training.models import load_causal, load_critic, load_reward
 
-_LOADERS = {"tokens": load_causal, "value": load_critic, "score": load_reward}
+_LOADERS = {"tokens": load_causal, "value": load_critic}
 
 
 class WholePlan(msgspec.Struct, frozen=True):
@@ -84,17 +84,17 @@ class WholeModule(nn.Module):
         device: torch.device | str = "cpu",
         *,
         lora: Lora | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         recompute: bool = False,
     ) -> None:
-        """`seed` decides the adapters. Raises ValueError where the folder lacks tensors."""
+        """`seed`: see `parallel_model`. Raises ValueError where the folder lacks tensors."""
         super().__init__()
-        self.model = _LOADERS[head](folder, dtype)
+        self.model = load_reward(folder, dtype, seed) if head == "score" else _LOADERS[head](folder, dtype)
         if head == "score" and not hasattr(self.model, "score"):
             raise ValueError(f"{folder}: {type(self.model).__name__} has no score head, want a decoder's reward model")
         self.config = self.model.config
         self._device = torch.device(device)
-        self.adapters = Adapters(self.model, str(folder), lora, seed) if lora is not None and lora.rank else None
+        self.adapters = Adapters(self.model, str(folder), lora, seed or 0) if lora is not None and lora.rank else None
         self._names: defaultdict[str, list[str]] = defaultdict(list)  # all names of a tied parameter, by its first
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

@@ -22,12 +22,13 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from protocols.layout.topology import GenerationGrouping, Topology
+from workers.data.token_rows import Sequences
 from workers.parallel.decoder import DecoderShard
 from workers.parallel.groups import join_groups
 from workers.parallel.model import ParallelModel, Read
 from workers.parallel.pipeline import Pipeline
 from workers.resharding.gather import Gathering, nbytes
-from workers.training.micro_batches import Sequences, micro_batches
+from workers.training.micro_batches import micro_batches
 
 BUCKET_BYTES = 64 * 1024 * 1024
 

@@ -10,6 +10,7 @@ from workers.parallel.backends import frozen_model
 from workers.parallel.sharding import ONE_DEVICE, Sharding
 from workers.rewards.scoring import ScoredRows, scored
 from workers.settings import Model
+from workers.training.models import sequence_scores
 from workers.training.offload import Offloader
 
 
@@ -28,7 +29,7 @@ class ModelScorer:
 
     def score(self, rollouts: Rollouts) -> ScoredRows | None:
         """Score each row; a row whose score is not finite fails. None on a rank that is not collected."""
-        scores = self.model.numbers(rollouts, self._budget, lambda o, micro: micro.at_end(o).squeeze(-1))
+        scores = self.model.numbers(rollouts, self._budget, sequence_scores)
         if scores is None or not self.model.is_output_rank:
             return None
         return scored(rollouts.sample_ids, scores, self._role)

@@ -13,7 +13,6 @@ does not collect return NOT_COLLECTED, which is None.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from protocols.stage import Partial
 from protocols.weights import Probe, Version
 from workers.data.hf_folder import end_of_sequence
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
+from workers.data.token_rows import TokenRows
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.colocated_vllm import ColocatedVllm
 from workers.generation.engine import FinishedRow, generate_all
@@ -236,7 +236,7 @@ class PolicyWorker(Policy):
     def probe(self) -> Probe:
         """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike."""
         tokens = _probe_tokens(int(self.model.config.vocab_size), self._seed)
-        batch = _ProbeBatch(*(Jagged.from_rows([row[part] for row in tokens]) for part in (slice(1), slice(1, None))))
+        batch = TokenRows.of(tokens[:, :1], tokens[:, 1:])
         kept = self.model.forward(batch, tokens.size, lambda o, m: response_log_probs(o, m, 1.0))
         replica, model = self.model.groups.replica, self.model
         answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
@@ -285,13 +285,6 @@ class _OwnEngine(TorchEngine):
     def step(self) -> list[FinishedRow]:
         self._offloader.reload()
         return super().step()
-
-
-class _ProbeBatch(NamedTuple):
-    """The probe batch: its first tokens, and the others, which are answered."""
-
-    prompts: Jagged
-    responses: Jagged
 
 
 def _probe_tokens(vocabulary: int, seed: int) -> np.ndarray:

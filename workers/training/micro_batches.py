@@ -7,7 +7,6 @@ budget alone, never on which process runs it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +14,9 @@ import torch
 from torch import Tensor
 
 from protocols.data.columns import Jagged
+from workers.data.token_rows import Sequences
 
 HOST = torch.device("cpu")
-
-
-class Sequences(Protocol):
-    """Any message with prompts and responses."""
-
-    @property
-    def prompts(self) -> Jagged: ...
-    @property
-    def responses(self) -> Jagged: ...
 
 
 class MicroBatch:
@@ -83,14 +74,18 @@ class MicroBatch:
         return self.tensor(rows), self.tensor(within)
 
 
-def micro_batches(data: Sequences, budget: int, device: torch.device = HOST) -> Iterator[MicroBatch]:
-    """Cut rows, in their order, so that rows x longest stays within `budget` padded tokens (one row at least)."""
+def micro_batches(data: Sequences, budget: int, device: torch.device = HOST, together: int = 1) -> Iterator[MicroBatch]:
+    """Cut rows, in their order, so that rows x longest stays within `budget` padded tokens.
+
+    `together` is the number of successive rows that are never separated: a micro-batch has at least so many.
+    """
     lengths = data.prompts.lengths + data.responses.lengths
     start, longest = 0, 0
-    for row, length in enumerate(lengths):
-        longest = max(longest, int(length))
-        if row > start and longest * (row + 1 - start) > budget:
+    for row in range(0, len(lengths), together):
+        length = int(lengths[row : row + together].max())
+        longest = max(longest, length)
+        if row > start and longest * (row + together - start) > budget:
             yield MicroBatch(data, np.arange(start, row), device)
-            start, longest = row, int(length)
+            start, longest = row, length
     if start < len(lengths):
         yield MicroBatch(data, np.arange(start, len(lengths)), device)

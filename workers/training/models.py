@@ -34,26 +34,21 @@ def dtype_of(dtype: AnyDtype) -> torch.dtype:
 
 def load_causal(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedModel:
     """A language model from a transformers folder, in eval mode. Raises ValueError where tensors are missing."""
-    return _load(AutoModelForCausalLM, path, dtype)
+    model, missing = _loaded(AutoModelForCausalLM, path, dtype)
+    _refuse_missing(missing, path)
+    return model.eval()
 
 
-def load_reward(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedModel:
+def load_reward(path: str | Path, dtype: AnyDtype = "float32", seed: int | None = None) -> PreTrainedModel:
     """A reward or cost model (sequence classification with one label), in eval mode.
 
-    Raises ValueError where tensors are missing: a language model's folder has no score head.
-    """
-    return _load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
-
-
-def load_untrained_reward(path: str | Path, dtype: AnyDtype, seed: int) -> PreTrainedModel:
-    """A reward model to train: a language model gets a score head drawn from the seed, a reward model keeps its own.
-
-    A fresh head's entries have variance 1 / width, so scores start near unit size: from a zero or tiny head the
-    body gets hardly any gradient, and the first hundred steps are lost.
+    The folder of a language model has no score head: a seed draws one to train, without a seed it is refused with
+    ValueError, as is every other missing tensor. A drawn head's entries have variance 1 / width, so scores start near
+    unit size: from a zero or tiny head the body gets hardly any gradient, and the first hundred steps are lost.
     """
     model, missing = _loaded(AutoModelForSequenceClassification, path, dtype, num_labels=1)
-    _refuse_missing(missing - {"score.weight"}, path)
-    if missing:
+    _refuse_missing(missing if seed is None else missing - {"score.weight"}, path)
+    if missing and seed is not None:
         head = model.score.weight
         head.data.normal_(std=head.shape[1] ** -0.5, generator=torch.Generator().manual_seed(seed))
     return model.eval()
@@ -86,12 +81,6 @@ _LOCAL: dict[str, Any] = {
 }
 
 
-def _load(kind: Any, path: str | Path, dtype: AnyDtype, **options: Any) -> PreTrainedModel:
-    model, missing = _loaded(kind, path, dtype, **options)
-    _refuse_missing(missing, path)
-    return model.eval()
-
-
 def _loaded(kind: Any, path: str | Path, dtype: AnyDtype, **options: Any) -> tuple[Any, set[str]]:
     """The model, and the names of the tensors that its folder lacks."""
     options |= _LOCAL
@@ -103,12 +92,6 @@ def _refuse_missing(names: set[str], path: str | Path) -> None:
     """transformers draws what a folder lacks at random, and says so only in its log: such a model is refused."""
     if names:
         raise ValueError(f"model folder {path} lacks {len(names)} of the model's tensors: {sorted(names)[:5]}")
-
-
-def token_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs of the response tokens, float32 [sum of T_i], at the temperature they were drawn with."""
-    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
-    return response_log_probs(logits, batch, temperature)
 
 
 def response_log_probs(logits: Tensor, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
@@ -125,10 +108,9 @@ def log_softmax_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
 
 
-def sequence_scores(model: Any, batch: MicroBatch) -> Tensor:
-    """A reward model's score at the last token of each row, float32 [n]."""
-    hidden = model.base_model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    return model.score(batch.at_end(hidden)).float().squeeze(-1)
+def sequence_scores(outputs: Tensor, batch: MicroBatch) -> Tensor:
+    """Scores of whole rows, float32 [n], from a reward model's outputs at every position, [n, L, 1]."""
+    return batch.at_end(outputs).squeeze(-1).float()
 
 
 def canonical_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:

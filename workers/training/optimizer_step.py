@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from workers.parallel.model import ParallelModel
 from workers.settings import Optimizer
 from workers.training.checkpoint import MOMENTS, Counters
 
@@ -19,24 +20,61 @@ class StepRefused(Exception):
     """An update with a loss or gradient that is not finite: weights and optimizer are as they were before it."""
 
 
-class OptimizerSteps(ABC):
-    """An optimizer over named parameters. Version k means: weights after k committed steps.
+class LrSchedule(NamedTuple):
+    """The factor of the peak learning rate: a linear rise over `warmup_steps`, times a decay.
 
-    `path` is the transformers folder that the model came from. Raises ValueError for a learning rate of 0 or less.
+    The decay falls from 1 after optimizer step `first` to 0 after step `last`.
+    """
+
+    warmup_steps: int
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    first: int = 0
+    last: int = 0
+
+    @classmethod
+    def of(cls, settings: Optimizer) -> LrSchedule:
+        """That of an RL run, which decays linearly from its first step."""
+        return cls(settings.warmup_steps, "linear" if settings.decay_steps else "constant", 0, settings.decay_steps)
+
+    def factor(self, update: int) -> float:
+        """That of optimizer step `update`, counted from 1."""
+        warm = min(1.0, update / self.warmup_steps) if self.warmup_steps else 1.0
+        progress = min(max((update - 1 - self.first) / max(self.last - self.first, 1), 0.0), 1.0)
+        match self.decay:
+            case "constant":
+                return warm
+            case "linear":
+                return warm * (1.0 - progress)
+            case "cosine":
+                return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+class OptimizerSteps:
+    """The optimizer of what a rank trains. Version k means: weights after k committed steps.
+
+    `path` is the transformers folder that the model came from. Without a `schedule` the learning rate follows that of
+    `settings`. Raises ValueError for a learning rate of 0 or less.
     """
 
     def __init__(
-        self, optimized: Mapping[str, nn.Parameter], path: str, learning_rate: float, settings: Optimizer
+        self,
+        model: ParallelModel,
+        path: str,
+        learning_rate: float,
+        settings: Optimizer,
+        schedule: LrSchedule | None = None,
     ) -> None:
         if learning_rate <= 0:
             raise ValueError(f"model {path}: a trained model needs a learning_rate above 0, got {learning_rate}")
+        self.model = model
         self.version = 0
         self._path = path
         self._learning_rate = learning_rate
-        self._settings = settings
+        self._clip = settings.gradient_clip or math.inf
+        self._schedule = schedule or LrSchedule.of(settings)
         self._updates = 0  # optimizer steps taken, for the schedule
         self._optimizer = torch.optim.AdamW(
-            optimized.values(),
+            model.optimized.values(),
             lr=learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
@@ -60,15 +98,12 @@ class OptimizerSteps(ABC):
             raise
         finally:
             # Gradients that a refused micro-batch left behind would be added to the next step's.
-            self._release_gradient()
+            self.model.release_gradient()
         self.version += 1
 
-    @abstractmethod
-    def _weights(self) -> Iterable[Tensor]:
+    def _weights(self) -> list[Tensor]:
         """What an optimizer step changes."""
-
-    @abstractmethod
-    def _release_gradient(self) -> None: ...
+        return [self.model.parameters[name] for name in self.model.optimized]
 
     def _take_step(self, what: str, norm: float) -> None:
         """Step with the gradient that has this global norm. Raises StepRefused, naming `what`, for one not finite."""
@@ -76,12 +111,8 @@ class OptimizerSteps(ABC):
             raise StepRefused(f"{what}: gradient norm is {norm}; the optimizer step was not taken")
         self._updates += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * lr_factor(self._updates, self._settings)
+            group["lr"] = self._learning_rate * self._schedule.factor(self._updates)
         self._optimizer.step()
-
-    @property
-    def _clip(self) -> float:
-        return self._settings.gradient_clip or math.inf
 
     def _restore(self, counters: Counters) -> None:
         """Go to where a checkpoint was taken; a model that goes back to its start has no moments."""
@@ -107,10 +138,3 @@ class OptimizerSteps(ABC):
             weight.copy_(before)
         self._optimizer.load_state_dict(optimizer)
         self._updates = updates
-
-
-def lr_factor(update: int, settings: Optimizer) -> float:
-    """Share of the learning rate that optimizer step `update`, counted from 1, takes: warm-up, then linear decay."""
-    warm = min(1.0, update / settings.warmup_steps) if settings.warmup_steps else 1.0
-    left = max(0.0, 1.0 - (update - 1) / settings.decay_steps) if settings.decay_steps else 1.0
-    return warm * left

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -30,16 +30,16 @@ from transformers import (
 from protocols.data.columns import Batch, Jagged, concat
 from protocols.data.messages import Experience
 from workers.data.hf_folder import copy_auxiliary_files
+from workers.data.token_rows import Sequences
 from workers.losses import metrics
 from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.parallel.collection import collect_whole
 from workers.parallel.decoder import unflat
-from workers.parallel.model import MicroLoss, ParallelModel
+from workers.parallel.model import MicroLoss
 from workers.parallel.plan import Head, Parameter
-from workers.settings import Loss, Optimizer
+from workers.settings import Loss
 from workers.training.checkpoint import MOMENTS, Box, Counters, Saved, write_boxes
 from workers.training.lora import checkpoint_name, is_adapter
-from workers.training.micro_batches import Sequences
 from workers.training.mini_batches import named_rows, replica_mini_batches
 from workers.training.offload import Copy, relocated
 from workers.training.optimizer_step import OptimizerSteps, StepRefused
@@ -56,10 +56,6 @@ BatchLoss = Callable[[Experience, Jagged], MicroLoss]  # the loss of a mini-batc
 
 class TrainableModel(OptimizerSteps):
     """One rank's part of a trained model."""
-
-    def __init__(self, model: ParallelModel, path: str, learning_rate: float, settings: Optimizer) -> None:
-        self.model = model
-        super().__init__(model.optimized, path, learning_rate, settings)
 
     # --- learning
 
@@ -91,12 +87,13 @@ class TrainableModel(OptimizerSteps):
                 metrics.accumulate(taken, step)
         return taken
 
-    def step(self, what: str, batch: Sequences, budget: int, loss: MicroLoss) -> dict[str, float]:
+    def step(self, what: str, batch: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> dict[str, float]:
         """One optimizer step inside `update`: its loss, the gradient's norm before clipping, and a count of 1.
 
-        Raises StepRefused, naming `what`, where either is not finite.
+        The loss sees `together` successive rows at once, see `micro_batches`. Raises StepRefused, naming `what`, where
+        loss or norm is not finite.
         """
-        total = self.model.backward(batch, budget, loss)
+        total = self.model.backward(batch, budget, loss, together)
         if not math.isfinite(total):
             raise StepRefused(f"{what}: loss is {total}")
         norm = self.model.clip_gradient(self._clip)
@@ -248,12 +245,6 @@ class TrainableModel(OptimizerSteps):
 
     def _box(self, spec: Parameter, shard: Tensor) -> Box:
         return Box(shard, self.model.plan.shard_start(spec, self.model.place.tp), spec.shape)
-
-    def _weights(self) -> Iterable[Tensor]:
-        return [self.model.parameters[name] for name in self.model.optimized]
-
-    def _release_gradient(self) -> None:
-        self.model.release_gradient()
 
     def _rows(self, batch: Batch) -> list[int]:
         """Number of rows of each replica."""

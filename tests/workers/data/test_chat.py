@@ -10,7 +10,8 @@ import pytest
 
 from tests import tiny
 from workers.data.datasets import DataError, Demonstration, Preference, Problem, read_rows
-from workers.finetune.loop import load_tokenizer, tokenized
+from workers.data.token_rows import tokenized
+from workers.finetune.loop import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>.{% endfor %}"

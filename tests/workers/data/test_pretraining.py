@@ -13,12 +13,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from protocols.data.columns import Jagged
 from protocols.data.messages import Experience
 from tests import tiny
 from tests.workers.batches import experience
 from workers.data.datasets import DataError
 from workers.data.pretraining import PretrainingText
+from workers.data.token_rows import TokenRows
 from workers.finetune.sft import response_loss
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
@@ -56,8 +56,7 @@ def text_of(count: int, rows: int, seed: int = 3) -> PretrainingText:
     """Rows whose first token is their number."""
     draw = np.random.default_rng(1)
     responses = [draw.integers(2, len(tiny.VOCABULARY), n) for n in draw.integers(1, 9, count)]
-    prompts = Jagged.from_rows([[row] for row in range(count)], np.int32)
-    return PretrainingText(prompts, Jagged.from_rows(responses, np.int32), rows, seed)
+    return PretrainingText(TokenRows.of([[row] for row in range(count)], responses), rows, seed)
 
 
 def worker(folder: str, loss: Loss, text: PretrainingText | None = None) -> PolicyWorker:
@@ -99,8 +98,8 @@ def test_a_text_is_learned_from_its_second_token_and_a_response_from_its_first(f
 def test_a_text_longer_than_the_context_is_several_rows(folder: str, write: Write):
     text = PretrainingText.read(write({"text": "a" * 70}), folder, rows=3, seed=0)
     assert len(text) == 3
-    lengths = sorted(len(p) + len(r) for p, r in zip(*text.batch(0), strict=True))
-    assert lengths == [7, 32, 32]
+    batch = text.batch(0)
+    assert sorted(batch.prompts.lengths + batch.responses.lengths) == [7, 32, 32]
 
 
 def test_a_response_that_does_not_fit_is_refused(folder: str, write: Write):
@@ -140,8 +139,8 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget
     together = gradients(both.model.module, lambda: both.update(rows))
     alone = policy(Loss())
     reinforced = gradients(alone.model.module, lambda: alone.update(rows))
-    model = policy(Loss()).model.module
-    pretrained = gradients(model, lambda: [part.backward() for part in response_loss(model, text.batch(0), 10_000)])
+    model, batch = policy(Loss()).model, text.batch(0)
+    pretrained = gradients(model.module, lambda: model.backward(batch, 10_000, response_loss(batch)))
     for name, gradient in together.items():
         expected = reinforced[name] + PTX * pretrained[name]
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
@@ -150,11 +149,10 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget
 def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
     text, rows = text_of(10, rows=6), rows_of(6)
     both, alone = worker(folder, Loss(ptx_coefficient=PTX), text), worker(folder, Loss())
-    with torch.no_grad():
-        expected = float(sum(response_loss(alone.model.module, text.batch(0), 10_000)))
+    (expected,) = alone.model.forward(text.batch(0), 10_000, response_loss(text.batch(0)))
     told, plain = both.update(rows).values, alone.update(rows).values
-    assert told["ptx_loss"] == pytest.approx(expected, rel=1e-5)
-    assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected, rel=1e-5)
+    assert told["ptx_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected.item(), rel=1e-5)
     assert "ptx_loss" not in plain
 
 

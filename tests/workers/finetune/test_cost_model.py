@@ -10,25 +10,27 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from rich.console import Console
 
 from asyncflow.run.finetuning import train_reward
+from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.dataset_files import DataError
 from workers.finetune.cost_model import (
-    LabelledPairs,
     NumberedPair,
     SafetyPair,
-    accuracies,
     cost_loss,
     read_pairs,
+    sign_accuracy_of,
+    signs_of,
     train_cost_model,
 )
+from workers.finetune.reward_model import PAIR, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings, Schedule
-from workers.training.micro_batches import micro_batches
-from workers.training.models import load_reward, sequence_scores
+from workers.parallel.backends import parallel_model
+from workers.parallel.model import ParallelModel
 
 # An answer is as unsafe as it has digits; none are safe.
 ANSWERS = ["abc", "hi", "a1b", "12c", "x123", "9876"]
@@ -70,6 +72,14 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_reward(tmp_path_factory.mktemp("reward"))
 
 
+def model_at(folder: str | Path) -> ParallelModel:
+    return parallel_model("3d", folder, Topology(), head="score")
+
+
+def costs_of(folder: str | Path, rows: Sequence[SafetyPair], budget: int = 8192) -> npt.NDArray[np.float32]:
+    return pair_scores(model_at(folder), tokenized_pairs(tiny.tokenizer(), rows), budget)
+
+
 def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
     steps: list[int] = []
     result = train_cost_model(settings(base, tmp_path), on_step=lambda step, _: steps.append(step))
@@ -77,41 +87,33 @@ def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
     assert result.heldout_accuracy > 0.8
     assert result.heldout_sign_accuracy is not None
     assert result.heldout_sign_accuracy > 0.9
-    heldout = LabelledPairs.tokenized(tiny.tokenizer(), PAIRS[1::2])
-    assert accuracies(load_reward(result.output), heldout, 8192) == (
-        result.heldout_accuracy,
-        result.heldout_sign_accuracy,
-    )
+    costs = costs_of(result.output, PAIRS[1::2])
+    assert pair_accuracy(-costs) == result.heldout_accuracy
+    assert sign_accuracy_of(costs, signs_of(PAIRS[1::2])) == result.heldout_sign_accuracy
     told = json.loads((Path(result.output) / "training.json").read_text())
     assert told["heldout_sign_accuracy"] == result.heldout_sign_accuracy
 
 
-@torch.no_grad()
 def test_the_loss_is_that_of_the_order_and_of_each_sign(reward: Path):
-    model, rows = load_reward(reward), [*PAIRS[:2], msgspec.structs.replace(PAIRS[2], chosen_is_safe=None)]
-    pairs = LabelledPairs.tokenized(tiny.tokenizer(), rows)
-    (whole,) = micro_batches(pairs.pairs.texts, 8192)
-    costs = sequence_scores(model, whole).numpy()
+    rows = [*PAIRS[:2], msgspec.structs.replace(PAIRS[2], chosen_is_safe=None)]
+    pairs, loss = tokenized_pairs(tiny.tokenizer(), rows), cost_loss(signs_of(rows))
     want = 0.0
-    for number, row in enumerate(rows):
-        safer, other = float(costs[number]), float(costs[number + len(rows)])
+    for row, (safer, other) in zip(rows, costs_of(reward, rows).tolist(), strict=True):
         want += math.log1p(math.exp(safer - other))
         for cost, is_safe in ((safer, row.chosen_is_safe), (other, row.rejected_is_safe)):
             if is_safe is not None:
                 want += math.log1p(math.exp(cost if is_safe else -cost))
     for budget in (8192, 1):  # all at once, and a pair at a time
-        assert float(sum(cost_loss(model, pairs, budget))) == pytest.approx(want / len(rows), rel=1e-5)
+        assert model_at(reward).backward(pairs, budget, loss, PAIR) == pytest.approx(want / len(rows), rel=1e-5)
 
 
-@torch.no_grad()
 def test_accuracies_count_pairs_and_labelled_responses(reward: Path):
-    model, pairs = load_reward(reward), LabelledPairs.tokenized(tiny.tokenizer(), PAIRS[:9])
-    (whole,) = micro_batches(pairs.pairs.texts, 8192)
-    safer, other = np.split(sequence_scores(model, whole).numpy(), 2)
-    right = [(cost > 0) == (sign > 0) for cost, sign in zip([*safer, *other], pairs.signs.ravel(), strict=True)]
-    assert accuracies(model, pairs, 100) == (np.mean(other > safer), np.mean(right))
-    pairs.signs[:] = 0
-    assert accuracies(model, pairs, 100)[1] is None
+    costs, signs = costs_of(reward, PAIRS[:9], budget=100), signs_of(PAIRS[:9])
+    safer, other = costs.T
+    right = [(cost > 0) == (sign > 0) for cost, sign in zip(costs.ravel(), signs, strict=True)]
+    assert pair_accuracy(-costs) == np.mean(other > safer)
+    assert sign_accuracy_of(costs, signs) == np.mean(right)
+    assert sign_accuracy_of(costs, np.zeros_like(signs)) is None
 
 
 def test_numbered_pairs_are_read_with_the_safer_first(tmp_path: Path):

@@ -11,11 +11,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.datasets import DataError, Preference
-from workers.finetune.reward_model import Pairs, pair_accuracy, pair_loss, train_reward_model
+from workers.finetune.reward_model import (
+    PAIR,
+    pair_accuracy,
+    pair_loss,
+    pair_scores,
+    tokenized_pairs,
+    train_reward_model,
+)
 from workers.finetune.settings import RewardModelSettings, Schedule
-from workers.training.models import load_reward, load_untrained_reward
+from workers.parallel.backends import parallel_model
+from workers.parallel.model import ParallelModel
+from workers.training.micro_batches import micro_batches
+from workers.training.models import load_reward
 
 # The right answer is the digit asked for; wrong ones are another digit, two of them, or the right one without its end.
 PAIRS = [
@@ -39,6 +50,14 @@ def head(model: PreTrainedModel) -> torch.Tensor:
     return model.get_parameter("score.weight").detach()
 
 
+def model_at(folder: str | Path) -> ParallelModel:
+    return parallel_model("3d", folder, Topology(), head="score")
+
+
+def accuracy_of(folder: str | Path, rows: list[Preference]) -> float:
+    return pair_accuracy(pair_scores(model_at(folder), tokenized_pairs(tiny.tokenizer(), rows), 8192))
+
+
 def test_pair_accuracy_rises_and_the_output_scores_as_it_was_evaluated(base: Path, tmp_path: Path):
     data = write(tmp_path / "pairs.jsonl", PAIRS[::2])
     heldout = write(tmp_path / "heldout.jsonl", PAIRS[1::2])
@@ -49,27 +68,27 @@ def test_pair_accuracy_rises_and_the_output_scores_as_it_was_evaluated(base: Pat
     assert steps == list(range(60))
     assert result.losses[0] == pytest.approx(math.log(2), abs=0.3)
     assert result.heldout_accuracy > 0.8
-    saved = pair_accuracy(load_reward(result.output), Pairs.tokenized(tiny.tokenizer(), PAIRS[1::2]), 8192)
-    assert saved == result.heldout_accuracy
+    assert accuracy_of(result.output, PAIRS[1::2]) == result.heldout_accuracy
 
 
 def test_training_goes_on_from_a_reward_model(tmp_path: Path):
     folder = tiny.make_reward(tmp_path / "reward")
-    assert torch.equal(head(load_untrained_reward(str(folder), "float32", 3)), head(load_reward(folder)))
+    assert torch.equal(head(load_reward(folder, seed=3)), head(load_reward(folder)))
 
 
 def test_the_fresh_head_comes_from_the_seed_alone(base: Path):
     heads = []
     for state, seed in ((1, 3), (2, 3), (3, 4)):
         torch.manual_seed(state)
-        heads.append(head(load_untrained_reward(str(base), "float32", seed)))
+        heads.append(head(load_reward(base, seed=seed)))
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
 
 @torch.no_grad()
 def test_the_loss_is_bradley_terry_with_centred_scores(tmp_path: Path):
-    model = load_reward(tiny.make_reward(tmp_path / "reward"))
+    folder = tiny.make_reward(tmp_path / "reward")
+    model = load_reward(folder)
     rows = [Preference("1*", "1", "234"), Preference("77*", "7", "7", rejected_truncated=True)]
 
     def score(text: str) -> float:
@@ -79,25 +98,23 @@ def test_the_loss_is_bradley_terry_with_centred_scores(tmp_path: Path):
 
     chosen, rejected = [score("1*1<eos>"), score("77*7<eos>")], [score("1*234<eos>"), score("77*7")]
     want = np.mean([math.log1p(math.exp(r - c)) + 0.1 * (c + r) ** 2 for c, r in zip(chosen, rejected, strict=True)])
-    pairs = Pairs.tokenized(tiny.tokenizer(), rows)
+    pairs, loss, whole = tokenized_pairs(tiny.tokenizer(), rows), pair_loss(2, centring=0.1), model_at(folder)
     for budget in (8192, 1):  # all at once, and a pair at a time
-        parts = list(pair_loss(model, pairs, budget, centring=0.1))
-        assert len(parts) == (1 if budget > 1 else 2)
-        assert float(sum(parts)) == pytest.approx(want, abs=1e-5)
-    assert pair_accuracy(model, pairs, 8192) == np.mean([c > r for c, r in zip(chosen, rejected, strict=True)])
+        with torch.enable_grad():
+            assert whole.backward(pairs, budget, loss, PAIR) == pytest.approx(want, abs=1e-5)
+    assert accuracy_of(folder, rows) == np.mean([c > r for c, r in zip(chosen, rejected, strict=True)])
 
 
 def test_a_tie_counts_half(tmp_path: Path):
-    model = load_reward(tiny.make_reward(tmp_path / "reward"))
-    assert pair_accuracy(model, Pairs.tokenized(tiny.tokenizer(), [Preference("1*", "1", "1")]), 8192) == 0.5
+    assert accuracy_of(tiny.make_reward(tmp_path / "reward"), [Preference("1*", "1", "1")]) == 0.5
 
 
 def test_a_pair_stays_together_in_every_cut():
-    pairs = Pairs.tokenized(tiny.tokenizer(), PAIRS)
-    for batch in pairs.micro_batches(60):
-        chosen, rejected = np.split(batch.rows, 2)
-        assert np.array_equal(chosen + len(pairs), rejected)
-        assert len(batch.rows) == 2 or batch.tokens.numel() <= 60
+    for batch in micro_batches(tokenized_pairs(tiny.tokenizer(), PAIRS), 60, together=PAIR):
+        chosen, rejected = batch.rows.reshape(-1, PAIR).T
+        assert np.array_equal(chosen + 1, rejected)
+        assert not (chosen % PAIR).any()
+        assert len(batch.rows) == PAIR or batch.tokens.numel() <= 60
 
 
 def test_bad_heldout_pairs_are_refused_before_training(base: Path, tmp_path: Path):

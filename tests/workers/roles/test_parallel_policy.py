@@ -21,6 +21,7 @@ from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.ranks import RankFailed
 from workers.data.pretraining import PretrainingText
+from workers.data.token_rows import TokenRows
 from workers.parallel.sharding import Sharding
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Loss, Model, Optimizer
@@ -271,7 +272,7 @@ def text_step(topology: Topology, folder: str, rows: int, loss: Loss) -> Outcome
 
 def pretraining_text() -> PretrainingText:
     data = experience(9)
-    return PretrainingText(data.prompts, data.responses, rows=3, seed=5)
+    return PretrainingText(TokenRows(data.prompts, data.responses), rows=3, seed=5)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

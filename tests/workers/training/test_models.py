@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from protocols.data.columns import Jagged
 from protocols.layout.topology import Topology
 from tests import tiny
-from workers.finetune.loop import Texts
+from workers.data.token_rows import TokenRows
 from workers.parallel.backends import parallel_model
 from workers.parallel.model import ParallelModel
 from workers.training.micro_batches import MicroBatch, micro_batches
@@ -29,10 +29,7 @@ from workers.training.models import (
 )
 
 ROWS = [("12+34=", "46"), ("7*", "7 is the answer"), ("what is this?", ""), ("a", "b"), ("9-9=", "0")]
-TEXTS = Texts(
-    Jagged.from_rows([tiny.encode(prompt) for prompt, _ in ROWS], np.int32),
-    Jagged.from_rows([tiny.encode(response) for _, response in ROWS], np.int32),
-)
+TEXTS = TokenRows.of(*([tiny.encode(text) for text in texts] for texts in zip(*ROWS, strict=True)))
 BUDGETS = [1, 20, 40, 10_000]  # a row at a time, then more and more of them together
 
 
@@ -56,7 +53,7 @@ def critic(reward_folder: Path) -> ParallelModel:
     return parallel_model("3d", reward_folder, Topology(), head="value")
 
 
-def log_probs(model: ParallelModel, texts: Texts, budget: int = 100, temperature: float = 1.0) -> Jagged:
+def log_probs(model: ParallelModel, texts: TokenRows, budget: int = 100, temperature: float = 1.0) -> Jagged:
     numbers = model.numbers(texts, budget, lambda o, m: response_log_probs(o, m, temperature))
     assert numbers is not None
     return texts.responses.with_values(numbers)
@@ -95,17 +92,17 @@ def test_values_are_those_of_each_row_alone(critic: ParallelModel, budget: int):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path, budget: int):
     model = load_reward(reward_folder)
-    got = np.concatenate([sequence_scores(model, b).numpy() for b in micro_batches(TEXTS, budget)])
+    got = parallel_model("3d", reward_folder, Topology(), head="score").numbers(TEXTS, budget, sequence_scores)
+    assert got is not None
     for prompt, response, score in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
         tokens = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
         assert score == pytest.approx(model(input_ids=tokens).logits.item(), abs=1e-5)
 
 
 def test_a_padding_token_inside_a_row_is_a_token_like_others(policy: ParallelModel):
-    odd = Jagged.from_rows([[5, tiny.PAD_ID, 6]], np.int32)
-    texts = Texts(Jagged.from_rows([[tiny.PAD_ID, 4]], np.int32), odd)
+    texts = TokenRows.of([[tiny.PAD_ID, 4]], [[5, tiny.PAD_ID, 6]])
     got = log_probs(policy, texts)
-    np.testing.assert_allclose(got[0], tiny.log_probs(policy.module, texts.prompts[0], odd[0]), atol=1e-5)
+    np.testing.assert_allclose(got[0], tiny.log_probs(policy.module, texts.prompts[0], texts.responses[0]), atol=1e-5)
 
 
 def test_a_half_precision_model_answers_in_float32(policy_folder: Path, policy: ParallelModel):
@@ -122,7 +119,7 @@ def test_no_rows_are_no_values(policy: ParallelModel):
 
 
 def test_a_response_to_an_empty_prompt_is_refused(policy: ParallelModel):
-    texts = Texts(Jagged.from_rows([[3], []], np.int32), Jagged.from_rows([[4], [5]], np.int32))
+    texts = TokenRows.of([[3], []], [[4], [5]])
     with pytest.raises(ValueError, match="row 1 has an empty prompt"):
         log_probs(policy, texts)
 
@@ -136,15 +133,21 @@ def test_greedy_log_probs_are_at_temperature_1_and_large_logits_stay_finite():
 # --- the cut
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12), st.integers(1, 60))
-def test_a_cut_keeps_order_and_budget_and_is_as_coarse_as_it_may_be(sizes: list[tuple[int, int]], budget: int):
-    prompts = Jagged.from_rows([np.ones(p) for p, _ in sizes], np.int32)
-    parts = list(micro_batches(Texts(prompts, Jagged.from_rows([np.ones(r) for _, r in sizes], np.int32)), budget))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12), st.integers(1, 60), st.sampled_from([1, 2])
+)
+def test_a_cut_keeps_order_and_budget_and_is_as_coarse_as_it_may_be(
+    sizes: list[tuple[int, int]], budget: int, together: int
+):
+    sizes = sizes[: len(sizes) // together * together]
+    rows = TokenRows.of([np.ones(p) for p, _ in sizes], [np.ones(r) for _, r in sizes])
+    parts = list(micro_batches(rows, budget, together=together))
     assert [row for part in parts for row in part.rows] == list(range(len(sizes)))
-    assert all(part.tokens.numel() <= budget or len(part.rows) == 1 for part in parts)
+    assert all(part.rows[0] % together == len(part.rows) % together == 0 for part in parts)
+    assert all(part.tokens.numel() <= budget or len(part.rows) == together for part in parts)
     for part, following in pairwise(parts):
-        longest = max(part.tokens.shape[1], int(following.lengths[0]))
-        assert longest * (len(part.rows) + 1) > budget
+        longest = max(part.tokens.shape[1], int(following.lengths[:together].max()))
+        assert longest * (len(part.rows) + together) > budget
 
 
 def test_a_micro_batch_is_right_padded_and_knows_its_tokens():

@@ -19,21 +19,21 @@ from protocols.data.messages import LogProbs
 from protocols.layout.topology import Topology
 from tests import tiny
 from tests.workers.checkpoints import contents
-from workers.finetune.loop import Texts
+from workers.data.token_rows import TokenRows
 from workers.parallel.backends import parallel_model
 from workers.parallel.model import MicroLoss
 from workers.settings import Loss, Optimizer
 from workers.training.micro_batches import MicroBatch
 from workers.training.mini_batches import mini_batches, named_rows
 from workers.training.models import response_log_probs
-from workers.training.optimizer_step import StepRefused, lr_factor
+from workers.training.optimizer_step import LrSchedule, StepRefused
 from workers.training.trainable import TrainableModel
 
 RATE = 1e-3
 SETTINGS = Optimizer(warmup_steps=3, weight_decay=0.01)
 TEXT = tiny.encode("12+34=46")
 TOKENS = torch.from_numpy(TEXT.astype(np.int64))[None]
-ROW = Texts(Jagged.from_rows([TEXT[:1]], np.int32), Jagged.from_rows([TEXT[1:]], np.int32))
+ROW = TokenRows.of([TEXT[:1]], [TEXT[1:]])
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ def test_an_error_names_a_few_rows_and_counts_them_all():
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_the_decay() -> None:
-    settings = Optimizer(warmup_steps=4, decay_steps=10)
-    factors = [lr_factor(update, settings) for update in range(1, 13)]
+    schedule = LrSchedule.of(Optimizer(warmup_steps=4, decay_steps=10))
+    factors = [schedule.factor(update) for update in range(1, 13)]
     assert factors[:4] == pytest.approx([0.25 * 1.0, 0.5 * 0.9, 0.75 * 0.8, 1.0 * 0.7])
     assert factors[9:] == pytest.approx([0.1, 0.0, 0.0])
-    assert [lr_factor(update, Optimizer()) for update in (1, 1000)] == [1.0, 1.0]
+    assert [LrSchedule.of(Optimizer()).factor(update) for update in (1, 1000)] == [1.0, 1.0]
