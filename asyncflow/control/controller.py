@@ -39,12 +39,12 @@ from typing import Literal
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.control.admission.staleness import Admission, CompletePrompt
-from asyncflow.control.evaluation import Evaluations, Evaluator
+from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.events import Notifier
-from asyncflow.control.generators import Generators
+from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.notice_loop import NoticeLoop
 from asyncflow.control.prompt_dispatcher import PromptDispatcher
-from asyncflow.control.settings import Deadlines, Evaluation, Pace
+from asyncflow.control.settings import Deadlines, Pace
 from asyncflow.control.step_boundary import StepBoundary
 from asyncflow.control.store.ledger import LedgerError
 from asyncflow.control.store.run_store import RunStore
@@ -71,17 +71,15 @@ class Controller:
         deadlines: Deadlines,
         dataflow: Dataflow,
         supervisor: ServiceSupervisor,
-        generators: list[str],
+        generator: str,
         store: Store,
         source: PromptSource,
-        evaluator: Evaluator | None,
-        evaluation: Evaluation,
+        evaluations: Evaluations,
         run_store: RunStore,
-        warnings: list[str],
-        code: UserCode | None = None,
+        code: UserCode,
     ) -> None:
         self.events = run_store.log.events
-        self._pace, self._deadlines, self._warnings = pace, deadlines, warnings
+        self._pace, self._deadlines, self._evaluations = pace, deadlines, evaluations
         self._supervisor, self._run_store = supervisor, run_store
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, run_store.version)
         self._inflight = inflight = InFlightPrompts(self._admission, pace.max_refills)
@@ -90,16 +88,15 @@ class Controller:
         self._stopping = False
         self._over = False
         self._dispatcher = PromptDispatcher(
-            dataflow, supervisor, generators, store, source, run_store, inflight, pace.samples_per_prompt
+            dataflow, supervisor, generator, store, source, run_store, inflight, pace.samples_per_prompt
         )
-        self._generators = Generators(generators, supervisor, run_store, deadlines.publish)
-        self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generators, run_store)
-        self._evaluations = Evaluations(evaluator, evaluation, generators[0], supervisor, run_store)
-        self._boundary = StepBoundary(run_store, supervisor, code or UserCode(), deadlines.checkpoint, self._changed)
+        self._generator = GeneratingService(generator, supervisor, run_store, deadlines.publish)
+        self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generator, run_store)
+        self._boundary = StepBoundary(run_store, supervisor, code, deadlines.checkpoint, self._changed)
         self._watchdog = Watchdog(supervisor, deadlines)
         self._notices = NoticeLoop(
             supervisor,
-            self._generators,
+            self._generator,
             inflight,
             self._dispatcher,
             self._train_step,
@@ -113,14 +110,14 @@ class Controller:
     async def pause(self) -> None:
         """Stop admitting, generating and forming batches; a step that is training is finished."""
         self._paused = True
-        await self._generators.set_paused(True)
+        await self._generator.set_paused(True)
         self._run_store.log.emit(StateChanged(state="paused"))
 
     async def resume(self) -> None:
         """Continue after a pause."""
         self._paused = False
         self._supervisor.mark_progress()
-        await self._generators.set_paused(False)
+        await self._generator.set_paused(False)
         self._run_store.log.emit(StateChanged(state="running"))
         self._changed.notify()
 
@@ -201,7 +198,7 @@ class Controller:
             await asyncio.wait({steps}, timeout=TICK_SECONDS)
             if self._stopping and not steps.done():
                 if self._paused:  # a paused evaluation would hold up the drain
-                    await self._generators.set_paused(False)
+                    await self._generator.set_paused(False)
                 await asyncio.wait({steps}, timeout=self._deadlines.stop)
                 if not steps.done():
                     steps.cancel()
@@ -217,9 +214,7 @@ class Controller:
     # --- the steps
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
-        services = list(self._supervisor.services)
-        self._run_store.log.emit(self._run_store.started(self._pace.steps, services, self._warnings))
-        await self._generators.publish(self._admission.version)
+        await self._generator.publish(self._admission.version)
         await self._evaluations.before_first_step()
         background.append(group.create_task(self._admit(), name="admission"))
         self._run_store.log.take_busy_seconds()  # loading models is no part of the first step

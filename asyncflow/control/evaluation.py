@@ -19,81 +19,74 @@ from protocols.data.messages import Scores
 from protocols.roles import Sampling
 
 
-class Evaluator:
-    """One evaluation of the held-out prompts by a named metric."""
-
-    def __init__(self, source: PromptSource, store: Store, metric: str, max_tokens: int, limit: int) -> None:
-        self._source, self._store, self._metric = source, store, metric
-        self._sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
-        self._limit = limit
-
-    async def run(self, generator: Requestable, scorer: Requestable, version: int) -> Evaluated:
-        """The mean of the metric over the held-out prompts, with weights at least as new as `version`."""
-        rows = self._source.evaluation(version, self._limit)
-        prompts = await asyncio.to_thread(pack, self._store, rows, 0)
-        rollouts = await self._invoke(generator, "generate", [prompts], self._sampling)
-        scored = await self._invoke(scorer, "score", rollouts)
-        scores = unpack([await self._store.get(part.payload) for part in scored], Scores)
-        return Evaluated(step=version, metric=self._metric, value=float(scores.scores.mean()), samples=len(scores))
-
-    async def _invoke(
-        self, endpoint: Requestable, method: str, parts: list[ShardRef], sampling: Sampling | None = None
-    ) -> list[ShardRef]:
-        request = Invoke(method, [part.shard for part in parts], sampling)
-        reply, payloads = await ask(endpoint, request, [part.payload for part in parts])
-        assert isinstance(reply, Invoked)
-        if reply.failures:
-            first = reply.failures[0]
-            raise ServiceError(
-                f"evaluation: {len(reply.failures)} rows failed in {endpoint.name}.{method}, "
-                f"the first ({first.sample_id}): {first.cause}"
-            )
-        return parts_of(reply.shards, payloads)
-
-
 class Evaluations:
-    """The evaluations of one run: each version at most once, over restarts too. Without an evaluator there are none."""
+    """The evaluations of one run, if it has held-out prompts: each version at most once, over restarts too."""
 
     def __init__(
         self,
-        evaluator: Evaluator | None,
+        heldout: PromptSource | None,
         settings: Evaluation,
+        max_tokens: int,
+        store: Store,
         generator: str,
         supervisor: ServiceSupervisor,
         run_store: RunStore,
     ) -> None:
-        self._evaluator, self._every, self._generator = evaluator, settings.every, generator
+        """`max_tokens` of an answer."""
+        self._heldout, self._settings, self._store, self._generator = heldout, settings, store, generator
+        self._sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
         self._supervisor, self._run_store = supervisor, run_store
         self.running = False
 
     async def before_first_step(self) -> None:
         """Evaluate the untrained policy, or the policy that a run with periodic evaluations resumes from."""
-        if self._run_store.version == 0 or self._every:
+        if self._run_store.version == 0 or self._settings.every:
             await self.run()
 
     async def after_step(self) -> None:
         """Evaluate if the recipe asks for it after this step."""
-        if self._every and self._run_store.version % self._every == 0:
+        if self._settings.every and self._run_store.version % self._settings.every == 0:
             await self.run()
 
     async def run(self) -> None:
         """Evaluate the current version."""
         version = self._run_store.version
-        if self._evaluator is None or self._run_store.log.was_evaluated(version):
+        if self._heldout is None or self._run_store.log.was_evaluated(version):
             return
         self.running = True
-        evaluated = await self._run(self._evaluator, version)
+        rows = self._heldout.evaluation(version, self._settings.limit)
+        evaluated = await self._evaluate(await asyncio.to_thread(pack, self._store, rows, 0), version)
         self.running = False
         self._run_store.log.emit(evaluated)
 
-    async def _run(self, evaluator: Evaluator, version: int) -> Evaluated:
+    async def _evaluate(self, prompts: ShardRef, version: int) -> Evaluated:
         """Repeat the evaluation if the generator died with its rows: greedy answers come out the same."""
         while True:
             deaths = self._supervisor.deaths(self._generator)
             generator = self._supervisor.with_retry(self._generator)
             try:
-                return await evaluator.run(generator, self._supervisor["evaluator"], version)
+                rollouts = await _invoke(generator, "generate", [prompts], self._sampling)
+                scored = await _invoke(self._supervisor["evaluator"], "score", rollouts)
             except ServiceError:
                 if self._supervisor.deaths(self._generator) == deaths:
                     raise
                 await self._supervisor.wait_healthy()
+                continue
+            scores = unpack([await self._store.get(part.payload) for part in scored], Scores)
+            metric, value = self._settings.metric, float(scores.scores.mean())
+            return Evaluated(step=version, metric=metric, value=value, samples=len(scores))
+
+
+async def _invoke(
+    endpoint: Requestable, method: str, parts: list[ShardRef], sampling: Sampling | None = None
+) -> list[ShardRef]:
+    request = Invoke(method, [part.shard for part in parts], sampling)
+    reply, payloads = await ask(endpoint, request, [part.payload for part in parts])
+    assert isinstance(reply, Invoked)
+    if reply.failures:
+        first = reply.failures[0]
+        raise ServiceError(
+            f"evaluation: {len(reply.failures)} rows failed in {endpoint.name}.{method}, "
+            f"the first ({first.sample_id}): {first.cause}"
+        )
+    return parts_of(reply.shards, payloads)

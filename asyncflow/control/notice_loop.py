@@ -6,7 +6,7 @@ import asyncio
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts, ended_samples
 from asyncflow.control.events import Notifier
-from asyncflow.control.generators import Generators
+from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed
@@ -23,7 +23,7 @@ class NoticeLoop:
     def __init__(
         self,
         supervisor: ServiceSupervisor,
-        generators: Generators,
+        generator: GeneratingService,
         inflight: InFlightPrompts,
         dispatcher: PromptDispatcher,
         train_step: TrainStep,
@@ -31,7 +31,7 @@ class NoticeLoop:
         run_store: RunStore,
         changed: Notifier,
     ) -> None:
-        self._supervisor, self._generators = supervisor, generators
+        self._supervisor, self._generator = supervisor, generator
         self._inflight, self._dispatcher = inflight, dispatcher
         self._train_step, self._watchdog, self._run_store, self._changed = train_step, watchdog, run_store, changed
 
@@ -69,6 +69,6 @@ class NoticeLoop:
 
     async def _prepare(self, replaced: Replaced) -> None:
         async with self._supervisor.on_replaced(replaced) as successor:
-            if successor.name in self._generators.names:
-                await self._generators.prepare(successor)
+            if successor.name == self._generator.name:
+                await self._generator.prepare(successor)
                 await self._dispatcher.regenerate()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
@@ -29,21 +28,21 @@ class PromptDispatcher:
         self,
         dataflow: Dataflow,
         supervisor: ServiceSupervisor,
-        generators: Sequence[str],
+        generator: str,
         store: Store,
         source: PromptSource,
         run_store: RunStore,
         inflight: InFlightPrompts,
         samples_per_prompt: int,
     ) -> None:
-        self._dataflow, self._supervisor, self._generators, self._store = dataflow, supervisor, generators, store
+        self._dataflow, self._supervisor, self._generator, self._store = dataflow, supervisor, generator, store
         self._source, self._run_store, self._inflight, self._samples = source, run_store, inflight, samples_per_prompt
         self._restarted = run_store.restarted_prompts()
 
     @property
     def _attempt(self) -> int:
-        """Rises when a generator is replaced, before its successor is sent anything."""
-        return sum(self._supervisor.replacements(name) for name in self._generators)
+        """Rises when the generator is replaced, before its successor is sent anything."""
+        return self._supervisor.replacements(self._generator)
 
     async def admit(self, room: int, min_version: int) -> None:
         """Send the next `room` prompts, to be generated with weights of step `min_version` or newer."""
@@ -79,6 +78,5 @@ class PromptDispatcher:
             part = await asyncio.to_thread(pack, self._store, rows, self._run_store.term, attempt)
             if attempt != self._attempt:
                 return  # the prompts are in flight, so `regenerate` sends them under the new attempt
-            for generator in self._generators:
-                delivery = Delivery(channel.edge, self._run_store.term, [part.shard], attempt=attempt)
-                await self._supervisor.deliver(generator, delivery, [part.payload])
+            delivery = Delivery(channel.edge, self._run_store.term, [part.shard], attempt=attempt)
+            await self._supervisor.deliver(self._generator, delivery, [part.payload])

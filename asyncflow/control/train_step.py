@@ -12,7 +12,7 @@ import asyncio
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.staleness import CompletePrompt, check_age
-from asyncflow.control.generators import Generators
+from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.settings import Pace
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
@@ -33,11 +33,11 @@ class TrainStep:
         dataflow: Dataflow,
         supervisor: ServiceSupervisor,
         inflight: InFlightPrompts,
-        generators: Generators,
+        generator: GeneratingService,
         run_store: RunStore,
     ) -> None:
         self._pace, self._dataflow, self._supervisor = pace, dataflow, supervisor
-        self._inflight, self._generators, self._run_store = inflight, generators, run_store
+        self._inflight, self._generator, self._run_store = inflight, generator, run_store
         self._updates: dict[tuple[str, int], asyncio.Future[StepDone]] = {}  # (stage, step)
 
     def on_notice(self, done: StepDone) -> None:
@@ -72,7 +72,7 @@ class TrainStep:
             done = await self._updates[stage.name, step]
             metrics |= {f"{stage.service}.{name}": value for name, value in done.values.items()}
             if stage.service == "policy":
-                published = await self._generators.publish(step + 1)
+                published = await self._generator.publish(step + 1)
                 metrics["publish_seconds"] = published.seconds if published else 0.0
         for stage in self._dataflow.sinks:
             del self._updates[stage.name, step]

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from asyncflow.control.settings import Pace
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import trace
@@ -123,13 +122,7 @@ def _scenario(recipe: Recipe, dataflow: Dataflow, spans: list[Span], steps: list
         pools=pools,
         devices={name: pool.devices for name, pool in recipe.pools.items() if name in pools.values()},
         speeds=speeds_of(spans, list(pools), cores, tokens if whole else min(tokens, TURN_TOKENS)),
-        pace=Pace(
-            steps=WARM_UP + 2 * recipe.staleness + STEADY_STEPS,
-            prompts_per_step=recipe.prompts_per_step,
-            samples_per_prompt=recipe.samples_per_prompt,
-            staleness=recipe.staleness,
-            max_refills=recipe.max_refills,
-        ),
+        pace=msgspec.structs.replace(recipe.pace, steps=WARM_UP + 2 * recipe.staleness + STEADY_STEPS),
         prompt=Lengths.fixed(1),
         response=Lengths.fixed(max(1.0, tokens)),
         firing_rows=recipe.firing_rows,

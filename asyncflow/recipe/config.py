@@ -17,7 +17,7 @@ import msgspec
 import tomli_w
 from msgspec.inspect import DictType, ListType, StructType, Type, type_info
 
-from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation
+from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, Pace
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
@@ -111,6 +111,11 @@ class Recipe(Settings, frozen=True, kw_only=True):
     def samples_per_step(self) -> int:
         """Rows of one batch."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def pace(self) -> Pace:
+        """The sizes of the run."""
+        return msgspec.convert(self, Pace, from_attributes=True)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncflow.client.run import Run
 from asyncflow.control.controller import Controller
-from asyncflow.control.evaluation import Evaluator
-from asyncflow.control.settings import Pace
+from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.restart_policy import RestartPolicy
@@ -38,8 +37,9 @@ from asyncflow.recipe.service_specs import (
 from asyncflow.run import run_folder
 from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
-from asyncflow.services.channels.endpoint import Endpoint, all_or_error, ask
+from asyncflow.services.channels.endpoint import Endpoint, Store, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
+from protocols.control.events import RunStarted
 from protocols.control.requests import LoadState
 
 if TYPE_CHECKING:
@@ -84,23 +84,29 @@ async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncItera
 
 @asynccontextmanager
 async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> AsyncIterator[Run]:
-    recipe = checked.recipe
-    name = folder.name
+    recipe, dataflow = checked.recipe, checked.dataflow
     log = _log_to(folder / "logs" / f"{CONTROLLER}.log")
-    specs = compose(recipe, checked.dataflow, name, start.term, str(folder / "logs"))
     runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
-    code = UserCode(user_modules(recipe, checked.dataflow))  # before services import it: no change is missed
+    code = UserCode(user_modules(recipe, dataflow))  # before services import it: no change is missed
     try:
-        services = await runtime.start(specs)
-        await _restore(services, stateful(checked.dataflow), start.restore)
+        services = await runtime.start(compose(recipe, dataflow, folder.name, start.term, str(folder / "logs")))
+        await _restore(services, stateful(dataflow), start.restore)
         port = exporter.serve()
-        _write_targets(folder, name, services, port)
-        controller = _controller(checked, folder, start, runtime, services, code, exporter, port)
-        task = asyncio.create_task(controller.run(), name=f"controller of {name}")
+        _write_targets(folder, services, port)
+
+        async def restart(name: str) -> Endpoint:
+            services[name] = await runtime.restart(name)
+            await code.give_running(services[name].endpoint)
+            _write_targets(folder, services, port)
+            return services[name].endpoint
+
+        run_store = _run_store(checked, folder, start, list(services), exporter)
+        controller = _controller(checked, services, restart, runtime.store, run_store, code)
+        task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
-            yield Run(link, name, folder)
+            yield Run(link, folder.name, folder)
         except asyncio.CancelledError:  # end without draining; a resume uses the last checkpoint
             task.cancel()
             raise
@@ -118,70 +124,63 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         log.close()
 
 
-def _controller(
-    checked: Checked,
-    folder: Path,
-    start: run_folder.Start,
-    runtime: Runtime,
-    services: dict[str, Started],
-    code: UserCode,
-    exporter: Exporter,
-    port: int,
-) -> Controller:
-    recipe, dataflow = checked.recipe, checked.dataflow
-
-    async def restart(name: str) -> Endpoint:
-        services[name] = await runtime.restart(name)
-        await code.give_running(services[name].endpoint)
-        _write_targets(folder, folder.name, services, port)
-        return services[name].endpoint
-
+def _run_store(
+    checked: Checked, folder: Path, start: run_folder.Start, services: list[str], exporter: Exporter
+) -> RunStore:
+    """The open store of a run; its first event says how the run starts."""
+    recipe = checked.recipe
+    exporter.set("staleness_bound_versions", recipe.staleness)
     run_store = RunStore(
-        run=folder.name,
         folder=folder,
         term=start.term,
         ledger=Ledger(folder / "ledger.db"),
         checkpoints=recipe.checkpoints,
-        stateful=stateful(dataflow),
+        stateful=stateful(checked.dataflow),
         recipe_digest=run_folder.digest_of(recipe),
         exporter=exporter,
-        staleness=recipe.staleness,
         restored=start.restore,
     )
-    pace = Pace(
-        steps=recipe.steps,
-        prompts_per_step=recipe.prompts_per_step,
-        samples_per_prompt=recipe.samples_per_prompt,
-        staleness=recipe.staleness,
-        deterministic=recipe.deterministic,
-        max_refills=recipe.max_refills,
-    )
-    evaluator = None
-    if checked.heldout is not None:
-        evaluator = Evaluator(
-            checked.heldout,
-            runtime.store,
-            recipe.evaluation.metric,
-            recipe.generation.max_tokens,
-            recipe.evaluation.limit,
+    run_store.log.emit(
+        RunStarted(
+            run=folder.name,
+            folder=str(folder),
+            steps=recipe.steps,
+            first_step=run_store.version,
+            term=start.term,
+            services=services,
+            warnings=start.warnings,
         )
+    )
+    return run_store
+
+
+def _controller(
+    checked: Checked,
+    services: dict[str, Started],
+    restart: Callable[[str], Awaitable[Endpoint]],
+    store: Store,
+    run_store: RunStore,
+    code: UserCode,
+) -> Controller:
+    recipe, dataflow = checked.recipe, checked.dataflow
+    supervisor = ServiceSupervisor(
+        {name: service.endpoint for name, service in services.items()},
+        {service: pool for service, pool in pools_of(recipe, dataflow).items() if pool != NO_DEVICE},
+        RestartPolicy(dataflow, services_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+        restart,
+    )
+    generator, max_tokens = GENERATOR if GENERATOR in services else "policy", recipe.generation.max_tokens
+    evaluations = Evaluations(checked.heldout, recipe.evaluation, max_tokens, store, generator, supervisor, run_store)
     return Controller(
-        pace=pace,
+        pace=recipe.pace,
         deadlines=recipe.deadlines,
         dataflow=dataflow,
-        supervisor=ServiceSupervisor(
-            {n: s.endpoint for n, s in services.items()},
-            {s: p for s, p in pools_of(recipe, dataflow).items() if p != NO_DEVICE},
-            RestartPolicy(dataflow, services_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
-            restart,
-        ),
-        generators=[GENERATOR if GENERATOR in services else "policy"],
-        store=runtime.store,
+        supervisor=supervisor,
+        generator=generator,
+        store=store,
         source=checked.train,
-        evaluator=evaluator,
-        evaluation=recipe.evaluation,
+        evaluations=evaluations,
         run_store=run_store,
-        warnings=start.warnings,
         code=code,
     )
 
@@ -215,9 +214,9 @@ def pool_requests(recipe: Recipe) -> dict[str, PoolRequest]:
     return {name: PoolRequest(pool.devices, named[name]) for name, pool in recipe.pools.items()}
 
 
-def _write_targets(folder: Path, run: str, services: dict[str, Started], port: int) -> None:
-    targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=run) for n, s in services.items()]
-    targets.append(ScrapeTarget(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=run))
+def _write_targets(folder: Path, services: dict[str, Started], port: int) -> None:
+    targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=folder.name) for n, s in services.items()]
+    targets.append(ScrapeTarget(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=folder.name))
     write_targets(folder / "metrics" / "targets.json", targets)
 
 

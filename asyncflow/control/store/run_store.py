@@ -21,7 +21,7 @@ from asyncflow.control.store.run_log import LOG, RunLog
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.report import write_report
 from asyncflow.services.channels.endpoint import Endpoint, ask
-from protocols.control.events import CheckpointWritten, RunEnded, RunStarted, SamplesEnded
+from protocols.control.events import CheckpointWritten, RunEnded, SamplesEnded
 from protocols.control.requests import ExportModel, SaveState
 from protocols.data.ids import prompt_of
 
@@ -34,7 +34,6 @@ class RunStore:
     def __init__(
         self,
         *,
-        run: str,
         folder: Path,
         term: int,
         ledger: Ledger,
@@ -42,7 +41,6 @@ class RunStore:
         stateful: list[str],
         recipe_digest: str,
         exporter: Exporter,
-        staleness: int,
         restored: str = "",
     ) -> None:
         """`restored` is the checkpoint that this run resumes from, "" for a fresh run."""
@@ -52,7 +50,7 @@ class RunStore:
         self.cursor = ledger.cursor
         self.last_checkpoint = restored
         self.log = RunLog(folder, exporter, self.version)
-        self._run, self._ledger, self._checkpoints = run, ledger, checkpoints
+        self._ledger, self._checkpoints = ledger, checkpoints
         self._stateful, self._recipe_digest = stateful, recipe_digest
         # The restored checkpoint is complete; writing it again would risk it for nothing.
         self._saved_step = self.version if restored else -1
@@ -64,25 +62,12 @@ class RunStore:
         self._committed_at = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="run_store")
         exporter.set("controller_term", term)
-        exporter.set("staleness_bound_versions", staleness)
 
     async def _write(self, function: Callable[..., T], *arguments: Any) -> T:
         start = time.monotonic()
         result = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
         self.log.exporter.observe("ledger_commit_seconds", time.monotonic() - start)
         return result
-
-    def started(self, steps: int, services: list[str], warnings: list[str]) -> RunStarted:
-        """The first event of a run."""
-        return RunStarted(
-            run=self._run,
-            folder=str(self.folder),
-            steps=steps,
-            first_step=self.version,
-            term=self.term,
-            services=services,
-            warnings=warnings,
-        )
 
     # --- samples
 

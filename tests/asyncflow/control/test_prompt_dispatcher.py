@@ -75,7 +75,7 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     inflight = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
     run_store = open_run_store(tmp_path, ledger)
     supervisor = ServiceSupervisor({"generator": generator}, {}, RestartPolicy(REMAX, {}, [], 0), restart)
-    dispatcher = PromptDispatcher(REMAX, supervisor, ["generator"], LocalStore(), source, run_store, inflight, SAMPLES)
+    dispatcher = PromptDispatcher(REMAX, supervisor, "generator", LocalStore(), source, run_store, inflight, SAMPLES)
 
     await dispatcher.admit(3, min_version=0)
     first, second, third = (source.at(i) for i in range(3))

@@ -28,7 +28,6 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = "") -> RunStore:
     return RunStore(
-        run="test",
         folder=folder,
         term=term,
         ledger=ledger,
@@ -36,7 +35,6 @@ def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = 
         stateful=[],
         recipe_digest="",
         exporter=Exporter("controller"),
-        staleness=0,
         restored=restored,
     )
 

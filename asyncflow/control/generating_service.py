@@ -1,9 +1,8 @@
-"""The services that generate: all of them have the same weights and pause together, also after one was replaced."""
+"""The service that generates: its weights, its pauses, and what its successor is given when it was replaced."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
@@ -14,37 +13,35 @@ from protocols.control.requests import SetPaused
 from protocols.weights import Version
 
 
-class Generators:
-    """The generators of one run by name, and what a successor among them has to be given."""
+class GeneratingService:
+    """The generator of one run; it may be the policy itself."""
 
     def __init__(
-        self, names: Sequence[str], supervisor: ServiceSupervisor, run_store: RunStore, publish_deadline_seconds: float
+        self, name: str, supervisor: ServiceSupervisor, run_store: RunStore, publish_deadline_seconds: float
     ) -> None:
-        self.names = names
-        self._sinks = [name for name in names if name != "policy"]  # of weights: the policy has its own
+        self.name = name
         self._supervisor, self._run_store, self._deadline = supervisor, run_store, publish_deadline_seconds
         self._paused = False
-        self._newest: Snapshot | None = None  # the newest weights that all sinks have
+        self._newest: Snapshot | None = None  # the newest weights that it has loaded
 
     async def set_paused(self, paused: bool) -> None:
-        """Have all of them stop generating, or continue."""
+        """Have it stop generating, or continue."""
         self._paused = paused
-        for name in self.names:
-            await self._supervisor.tell(name, SetPaused(paused))
+        await self._supervisor.tell(self.name, SetPaused(paused))
 
     async def publish(self, step: int) -> Published | None:
-        """Have all of them load the policy's weights of a step; None if the policy itself generates."""
-        if not self._sinks:
+        """Have it load the policy's weights of a step; None if it is the policy."""
+        if self.name == "policy":
             return None
         await self._supervisor.wait_healthy()  # a starting successor has a deadline of its own
-        sinks = [self._supervisor.with_retry(name) for name in self._sinks]
+        replica = self._supervisor.with_retry(self.name)
         version = Version(self._run_store.term, step)
-        published, self._newest = await publish(self._supervisor["policy"], sinks, version, self._deadline)
+        published, self._newest = await publish(self._supervisor["policy"], [replica], version, self._deadline)
         self._run_store.log.emit(published)
         return published
 
     async def prepare(self, successor: Endpoint) -> None:
-        """Give the successor of a dead generator the state that the others have.
+        """Give its successor the state that it had.
 
         Raises PublicationFailed if it does not load the weights in time.
         """
