@@ -60,7 +60,6 @@ class SimulationTiming(msgspec.Struct, frozen=True):
 
     devices: int
     steps: int
-    events: int
     total_s: float
 
 
@@ -106,8 +105,8 @@ def simulated(devices: int, staleness: int) -> SimulationTiming:
     assert best is not None, "the only kind of device has all models"
     scenario = of_placement(best, models, cluster, workload, trace(algorithm_named("ppo")))
     start = time.process_time()
-    found = simulate(scenario)
-    return SimulationTiming(devices, scenario.pace.steps, found.events, time.process_time() - start)
+    simulate(scenario)
+    return SimulationTiming(devices, scenario.pace.steps, time.process_time() - start)
 
 
 def lines(figures: PlanningFigures) -> list[str]:
@@ -146,10 +145,7 @@ def _exponent(one: SearchTiming, other: SearchTiming) -> float:
 
 def _simulations(simulated: Sequence[SimulationTiming]) -> Iterator[str]:
     for one in simulated:
-        yield (
-            f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step, "
-            f"{one.events} events, {1e6 * one.total_s / one.events:.1f} us each"
-        )
+        yield f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step"
 
 
 def _models(count: int) -> list[ModelWork]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from asyncflow.planner.costs.speeds import Speed
 from asyncflow.planner.simulation.simulated import SampleLengths, SimulatedWorld
-from asyncflow.planner.simulation.virtual_clock import Signal
+from asyncflow.planner.simulation.virtual_clock import Signal, wait_for
 
 
 class GeneratedSample(NamedTuple):
@@ -86,7 +86,8 @@ class Generator:
         if self._each == 1:
             await self._engine(number)
         else:
-            async with self._world.thread(self._service):
+            with self._world.thread(self._service) as turn:
+                await wait_for(turn)
                 await self._world.work(self._service, "switch", self._speed.switch_s)
                 await self._world.clock.all(self._engine(number) for _ in range(self._each))
 

@@ -11,12 +11,14 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
+import simpy
+from simpy.resources.resource import Request
 
 from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
 from asyncflow.dataflow.graph import Stage
 from asyncflow.planner.costs.speeds import Speed
 from asyncflow.planner.simulation.scenario import Scenario
-from asyncflow.planner.simulation.virtual_clock import Clock, Cores, Lock, Signal
+from asyncflow.planner.simulation.virtual_clock import Clock, Cores, Signal, wait_for
 from asyncflow.services.channels.mailbox import has_room
 from asyncflow.services.channels.row_table import RowTable
 
@@ -43,10 +45,10 @@ class SimulatedWorld:
         self.cores = Cores(self.clock, scenario.cores, scenario.crowded)
         self.rows: dict[int, SampleLengths] = {}
         self.busy = BusyTime(self.clock, scenario.pools)
-        self._threads: dict[tuple[str, int], Lock] = {}
+        self._threads: defaultdict[tuple[str, int], simpy.Resource] = defaultdict(lambda: simpy.Resource(self.clock))
         self._leases = shared_leases({s: p for s, p in scenario.pools.items() if p})
         self._tickets = itertools.count()
-        self._grants: dict[int, Signal] = {}
+        self.grants: dict[int, Signal] = {}  # ticket of a claim -> sent when the claim is granted
 
     def speed(self, service: str) -> Speed:
         """The speed of a service."""
@@ -58,12 +60,13 @@ class SimulatedWorld:
 
     async def compute(self, service: str, method: str, seconds: float, thread: int = 0, share: float = 1.0) -> None:
         """Work in a compute thread of a service: thread 0, or one per engine of a separate generator."""
-        async with self.thread(service, thread):
+        with self.thread(service, thread) as turn:
+            await wait_for(turn)
             await self.work(service, method, seconds, share)
 
-    def thread(self, service: str, number: int = 0) -> Lock:
-        """A compute thread of a service."""
-        return self._threads.setdefault((service, number), Lock(self.clock))
+    def thread(self, service: str, number: int = 0) -> Request:
+        """A request for a compute thread of a service, to wait for inside `with`; first come, first served."""
+        return self._threads[service, number].request()
 
     async def work(self, service: str, method: str, seconds: float, share: float = 1.0) -> None:
         """Occupy a share of a service's devices, and the machine's cores if devices share them."""
@@ -80,19 +83,6 @@ class SimulatedWorld:
         """A turn on the pool's devices, in the order of calls; costs nothing if they are not shared."""
         return LeaseTurn(self, self._leases.get(service), Claim(service, next(self._tickets), stage))
 
-    def wait_for(self, ticket: int) -> Signal:
-        """The signal that is sent when a claim is granted."""
-        return self._grants.setdefault(ticket, Signal(self.clock))
-
-    def grant(self, claim: Claim | None) -> None:
-        """Signal that a claim is granted."""
-        if claim is not None:
-            self.wait_for(claim.ticket).send()
-
-    def over(self, ticket: int) -> None:
-        """Forget a claim that has ended."""
-        self._grants.pop(ticket, None)
-
 
 class LeaseTurn:
     """One claim on a pool, held inside `async with`."""
@@ -104,14 +94,16 @@ class LeaseTurn:
         if self._lease is None:
             return
         await self._world.call()
-        granted = self._world.wait_for(self._claim.ticket)
+        granted = self._world.grants[self._claim.ticket] = Signal(self._world.clock)
         if self._lease.ask(self._claim) != self._claim:
             await granted.wait()
 
     async def __aexit__(self, *error: object) -> None:
-        if self._lease is not None:
-            self._world.over(self._claim.ticket)
-            self._world.grant(self._lease.give_back(self._claim.service, self._claim.ticket))
+        if self._lease is None:
+            return
+        del self._world.grants[self._claim.ticket]
+        if following := self._lease.give_back(self._claim.service, self._claim.ticket):
+            self._world.grants[following.ticket].send()
 
 
 class BusyTime:

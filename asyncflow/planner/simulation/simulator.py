@@ -39,7 +39,6 @@ class SimulatedRun(msgspec.Struct, frozen=True):
     busy_s: dict[str, float]  # service -> busy seconds a step
     batch_wait_s: float  # seconds a step that training waited for a batch
     staleness: dict[int, float]  # versions -> share of the trained prompts
-    events: int
     wall_s: float  # real seconds that the simulation took
 
 
@@ -50,8 +49,7 @@ def simulate(scenario: Scenario) -> SimulatedRun:
     """
     started = time.perf_counter()
     run = _Run(scenario)
-    run.world.clock.run(lambda: len(run.commits) == scenario.pace.steps)
-    run.world.clock.close()
+    run.world.clock.run()
     if len(run.commits) < scenario.pace.steps:
         raise Refused(f"the simulated run stops after {len(run.commits)} of {scenario.pace.steps} steps")
     return run.outcome(scenario.steady, time.perf_counter() - started)
@@ -276,6 +274,5 @@ class _Run:
             busy_s={name: spent / steps for name, spent in busy.items() if not name.startswith("pool ")},
             batch_wait_s=fmean(commit.waited for commit in counted),
             staleness={age: count / prompts for age, count in sorted(ages.items())},
-            events=self.world.clock.events,
             wall_s=wall_s,
         )

@@ -1,141 +1,68 @@
-"""A discrete-event clock: coroutines sleep, wait for signals and share cores in virtual time.
+"""A simulation's clock: SimPy's environment for coroutines, with signals, and with cores that jobs share.
 
-Events at the same instant run in the order in which they became ready, so a simulation repeats exactly.
-
-Why not SimPy: it has no equivalent of `Cores` (processor sharing with contention), which would have to be written on
-top of it anyway. The rest (Clock, Signal, Lock) is about 110 lines and runs inside the inner loop of the placement
-search.
+Events of the same instant are processed in the order in which they were triggered, so a simulation repeats exactly.
 """
 
 from __future__ import annotations
 
 import types
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Generator, Iterable
 from heapq import heappop, heappush
 from math import ceil
 from typing import Any
 
-Work = Coroutine[Any, Any, None]
+import simpy
+
+Waiting = Generator[simpy.Event, Any, None]
+
+
+@types.coroutine
+def wait_for(event: simpy.Event) -> Waiting:
+    """Wait for a SimPy event in a coroutine."""
+    yield event
+
+
+class Clock(simpy.Environment):
+    """SimPy's environment, for coroutines. An exception in one of them ends the simulation and reaches the caller."""
+
+    def start(self, work: Awaitable[None]) -> simpy.Process:
+        """Start a coroutine, after the events that are due now: SimPy alone would start it before them."""
+
+        async def started() -> None:
+            await wait_for(self.timeout(0))
+            await work
+
+        return self.process(started().__await__())
+
+    @types.coroutine
+    def sleep(self, seconds: float) -> Waiting:
+        """Wait for some virtual seconds."""
+        if seconds > 0:
+            yield self.timeout(seconds)
+
+    async def all(self, works: Iterable[Awaitable[None]]) -> None:
+        """Run these concurrently and wait for all of them."""
+        await wait_for(self.all_of([self.start(work) for work in works]))
 
 
 class Signal:
     """An event that coroutines wait for; `send` wakes the current waiters and leaves no trace for later ones."""
 
-    __slots__ = ("_clock", "_waiting")
+    __slots__ = ("_clock", "_next")
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._waiting: list[Work] = []
+        self._clock, self._next = clock, clock.event()
 
     def send(self) -> None:
         """Wake all current waiters."""
-        if self._waiting:
-            self._clock.ready.extend(self._waiting)
-            self._waiting = []
+        if self._next.callbacks:
+            sent, self._next = self._next, self._clock.event()
+            sent.succeed()
 
     @types.coroutine
-    def wait(self) -> Generator[Signal, None, None]:
+    def wait(self) -> Waiting:
         """Wait for the next `send`."""
-        yield self
-
-    def park(self, work: Work) -> None:
-        """Called by the clock: add a waiting coroutine."""
-        self._waiting.append(work)
-
-
-class Clock:
-    """Runs coroutines in virtual seconds. An exception in one of them ends the simulation and reaches the caller."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.events = 0  # resumed coroutines and fired timers: the cost of a simulation
-        self.ready: deque[Work] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timed = 0
-
-    def start(self, work: Work) -> None:
-        """Start a coroutine."""
-        self.ready.append(work)
-
-    def at(self, time: float, what: Callable[[], None]) -> None:
-        """Call `what` at a time; calls at the same time run in the order in which they were added."""
-        self._timed += 1
-        heappush(self._timers, (time, self._timed, what))
-
-    @types.coroutine
-    def sleep(self, seconds: float) -> Generator[float, None, None]:
-        """Wait for some virtual seconds."""
-        if seconds > 0:
-            yield float(seconds)
-
-    async def all(self, works: Iterable[Work]) -> None:
-        """Run coroutines concurrently and wait for all of them."""
-        left, done = 0, Signal(self)
-
-        async def counted(work: Work) -> None:
-            nonlocal left
-            await work
-            left -= 1
-            if not left:
-                done.send()
-
-        for work in works:
-            left += 1
-            self.start(counted(work))
-        if left:
-            await done.wait()
-
-    def run(self, over: Callable[[], bool]) -> None:
-        """Run events until `over` is true or no event is left."""
-        while not over():
-            if self.ready:
-                self._resume(self.ready.popleft())
-            elif self._timers:
-                self.events += 1
-                self.now, _, what = heappop(self._timers)
-                what()
-            else:
-                return
-
-    def close(self) -> None:
-        """Close the coroutines that are ready and drop all timers."""
-        while self.ready:
-            self.ready.popleft().close()
-        self._timers.clear()
-
-    def _resume(self, work: Work) -> None:
-        self.events += 1
-        try:
-            wanted = work.send(None)
-        except StopIteration:
-            return
-        if isinstance(wanted, Signal):
-            wanted.park(work)
-        else:
-            self.at(self.now + wanted, lambda: self.ready.append(work))
-
-
-class Lock:
-    """A mutex, first come first served: the compute thread of a service."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._held = False
-        self._queue: deque[Signal] = deque()
-
-    async def __aenter__(self) -> None:
-        if self._held:
-            turn = Signal(self._clock)
-            self._queue.append(turn)
-            await turn.wait()
-        self._held = True
-
-    async def __aexit__(self, *error: object) -> None:
-        if self._queue:
-            self._queue.popleft().send()  # the lock passes on while held, so no newcomer can take it
-        else:
-            self._held = False
+        yield self._next
 
 
 class Cores:
@@ -149,9 +76,9 @@ class Cores:
         self._clock, self._count, self._crowded = clock, count, crowded or count
         self._progress = 0.0  # seconds that a job running since the start would have advanced
         self._since = 0.0
-        self._running: list[tuple[float, int, Signal]] = []  # by the progress at which they end
+        self._running: list[tuple[float, int, simpy.Event]] = []  # by the progress at which they end
         self._started = 0
-        self._alarm = 0
+        self._alarm: simpy.Event | None = None
 
     async def work(self, seconds: float) -> None:
         """Do `seconds` of work; it takes longer while other jobs use the cores."""
@@ -160,10 +87,10 @@ class Cores:
             return
         self._advance()
         self._started += 1
-        done = Signal(self._clock)
+        done = self._clock.event()
         heappush(self._running, (self._progress + seconds, self._started, done))
         self._set_alarm()
-        await done.wait()
+        await wait_for(done)
 
     @property
     def _rate(self) -> float:
@@ -176,17 +103,16 @@ class Cores:
 
     def _set_alarm(self) -> None:
         """Set the alarm for the next job to end. An earlier alarm is void, because the rate has changed."""
-        self._alarm += 1
-        if not self._running:
-            return
-        alarm, (end, _, _) = self._alarm, self._running[0]
-        self._clock.at(self._clock.now + max(0.0, end - self._progress) / self._rate, lambda: self._ring(alarm))
+        end = self._running[0][0]
+        self._alarm = self._clock.timeout(max(0.0, end - self._progress) / self._rate)
+        self._alarm.callbacks.append(self._ring)
 
-    def _ring(self, alarm: int) -> None:
-        if alarm != self._alarm:
+    def _ring(self, alarm: simpy.Event) -> None:
+        if alarm is not self._alarm:
             return
         self._advance()
         self._progress = max(self._progress, self._running[0][0])  # rounding must not leave a remainder
         while self._running and self._running[0][0] <= self._progress:
-            heappop(self._running)[2].send()
-        self._set_alarm()
+            heappop(self._running)[2].succeed()
+        if self._running:
+            self._set_alarm()
