@@ -13,53 +13,35 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 import uvloop
 from rich.console import Console
 
-from asyncflow.bench.learning_table import END, Case, LearningResult, cases, lines, rows
+from asyncflow.bench.learning_table import Case, LearningResult, cases, measured
+from asyncflow.bench.recipe_runs import END, recipe_of, run_to_end
 from asyncflow.bench.report import Measured
 from asyncflow.client.run import Run
-from asyncflow.recipe.config import BadInput, Recipe, load_recipe, nearest, recipe_text
-from asyncflow.run.launch import launch
+from asyncflow.demo.prepare import prepare
+from asyncflow.recipe.config import BadInput, Recipe, nearest, recipe_text
 
 RECIPES = Path("deploy/recipes/arithmetic")
-
-
-class Effort(msgspec.Struct, frozen=True):
-    """How much is run; 0 keeps what the recipes say, 60 steps of 256 samples."""
-
-    steps: int = 0
-    prompts_per_step: int = 0
-
-
-QUICK = Effort(steps=2, prompts_per_step=4)
+QUICK = ("steps=2", "prompts_per_step=4")  # by default the recipes' own 60 steps of 256 samples
 
 
 def run(*, quick: bool, algorithms: str, seeds: int, staleness: str, folder: Path) -> Measured:
     """The benchmark, as the command line runs it. Raises BadInput for a staleness bound that is not a number."""
     names, bounds = ([word for word in text.split(",") if word] for text in (algorithms, staleness))
     if bad := [bound for bound in bounds if not bound.isdecimal()]:
-        raise BadInput(f"--staleness {staleness!r}: {bad[0]!r} is no number of versions; write e.g. 0,2,4")
-    err = Console(stderr=True, highlight=False)
-    results = uvloop.run(
-        measure(
-            names,
-            seeds,
-            [int(bound) for bound in bounds],
-            folder=folder / "quick" if quick else folder,
-            effort=QUICK if quick else Effort(),
-            on_result=lambda r: err.print(
-                f"{r.case.name}: {r.before:.3f} -> {r.after:.3f}, {r.seconds:.0f} s {r.error}"
-            ),
-        )
+        raise BadInput(f"--staleness {staleness!r}: {bad[0]!r} is not a number of versions; write e.g. 0,2,4")
+    if quick:
+        folder /= "quick"
+    return measured(
+        uvloop.run(measure(names, seeds, [int(b) for b in bounds], folder=folder, overrides=QUICK if quick else ()))
     )
-    return Measured(rows(results), lines(results))
 
 
 async def measure(
@@ -69,8 +51,7 @@ async def measure(
     *,
     folder: Path,
     recipes: Path = RECIPES,
-    effort: Effort = Effort(),  # noqa: B008 - frozen
-    on_result: Callable[[LearningResult], object] = lambda result: None,
+    overrides: Sequence[str] = (),
 ) -> list[LearningResult]:
     """The result of every case, run unless its file exists below `folder`. Raises BadInput for an unusable recipe.
 
@@ -78,16 +59,17 @@ async def measure(
         algorithms: names of recipes; () takes all in the folder.
         seeds: number of runs of each case.
         bounds: staleness in versions, see `learning_table.cases`.
-        on_result: called with each result as soon as it is there.
+        overrides: of every recipe, e.g. fewer steps.
     """
-    from asyncflow.demo.prepare import prepare
-
+    err = Console(stderr=True, highlight=False)
     results: list[LearningResult] = []
     wanted = cases(_known(recipes, algorithms), seeds, bounds)
-    await asyncio.to_thread(prepare, recipes, Console(stderr=True))
+    await asyncio.to_thread(prepare, recipes, err)
     for case in wanted:
-        results.append(await result_of(case, folder, recipe_of(case, recipes, effort)))
-        on_result(results[-1])
+        recipe = recipe_of(recipes / f"{case.algorithm}.toml", [*overrides, *case.overrides])
+        result = await result_of(case, folder, recipe)
+        err.print(f"{case.name}: {result.before:.3f} -> {result.after:.3f}, {result.seconds:.0f} s {result.error}")
+        results.append(result)
     return results
 
 
@@ -101,14 +83,6 @@ def _known(recipes: Path, algorithms: Sequence[str]) -> list[str]:
     return list(algorithms) or there
 
 
-def recipe_of(case: Case, recipes: Path, effort: Effort) -> Recipe:
-    """The algorithm's recipe with an evaluation before and after the run and none between."""
-    less = [f"{name}={value}" for name in ("steps", "prompts_per_step") if (value := getattr(effort, name))]
-    return load_recipe(
-        recipes / f"{case.algorithm}.toml", ["evaluation.every=0", "checkpoints.every=0", *less, *case.overrides]
-    )
-
-
 async def result_of(case: Case, folder: Path, recipe: Recipe) -> LearningResult:
     """The stored result, or else the result of a new run. A failed run is tried again."""
     digest = hashlib.sha256(recipe_text(recipe).encode()).hexdigest()
@@ -117,10 +91,7 @@ async def result_of(case: Case, folder: Path, recipe: Recipe) -> LearningResult:
         result = msgspec.json.decode(stored.read_bytes(), type=LearningResult)
         if result.recipe == digest and not result.error:
             return result
-    run_folder = folder / "runs" / case.name
-    await asyncio.to_thread(shutil.rmtree, run_folder, ignore_errors=True)  # an interrupted run may have left it
-    async with launch(recipe, folder=run_folder) as run:
-        ended = await run.wait()
+    run, ended = await run_to_end(recipe, folder / "runs" / case.name)
     error = "" if ended.outcome == "finished" else ended.error or ended.outcome
     result = _read(case, digest, error, run, recipe)
     stored.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,12 @@ cost, with the recipe's off-policy correction at each bound, and without it at t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from asyncflow.bench.report import BenchRow
+from asyncflow.bench.report import BenchRow, Mean, Measured, grouped, table
 
-END = 5  # steps over which the first and the last reward are averaged
 STALE = ("grpo", "ppo")  # staleness is compared for one algorithm without a critic and one with a critic
 
 
@@ -61,36 +60,6 @@ class LearningResult(msgspec.Struct, frozen=True):
     correction: str = ""  # the recipe's loss.correction
 
 
-class Mean(msgspec.Struct, frozen=True):
-    """A figure over seeds: the mean and the sample standard deviation (0 for one seed)."""
-
-    value: float
-    spread: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.spread:.3f}"
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """The finished runs of one kind of case."""
-
-    kind: Case
-    correction: str
-    seeds: int
-    before: Mean
-    after: Mean
-    reward_first: Mean
-    reward_last: Mean
-    staleness_mean: float
-    staleness_max: int
-    seconds: float  # mean
-    samples_per_second: float
-
-
 def cases(algorithms: Sequence[str], seeds: int, bounds: Sequence[int]) -> list[Case]:
     """Every run, all of one seed before the next, so that an interrupted benchmark has a full table of fewer seeds.
 
@@ -106,76 +75,37 @@ def cases(algorithms: Sequence[str], seeds: int, bounds: Sequence[int]) -> list[
     return found
 
 
-def summaries(results: Iterable[LearningResult]) -> list[Summary]:
-    """One summary for each kind with a finished run, in order of first appearance."""
-    by_kind: dict[Case, list[LearningResult]] = {}
-    for result in results:
-        if not result.error:
-            by_kind.setdefault(result.case.kind, []).append(result)
-    return [_summary(kind, done) for kind, done in by_kind.items()]
-
-
-def _summary(kind: Case, done: Sequence[LearningResult]) -> Summary:
-    seconds = sum(result.seconds for result in done)
-    return Summary(
-        kind=kind,
-        correction=done[0].correction,
-        seeds=len(done),
-        before=Mean.of([result.before for result in done]),
-        after=Mean.of([result.after for result in done]),
-        reward_first=Mean.of([result.reward_first for result in done]),
-        reward_last=Mean.of([result.reward_last for result in done]),
-        staleness_mean=statistics.fmean(result.staleness_mean for result in done),
-        staleness_max=max(result.staleness_max for result in done),
-        seconds=seconds / len(done),
-        samples_per_second=sum(result.samples for result in done) / seconds if seconds else 0.0,
-    )
-
-
-# --- as text
-
-
-def lines(results: Sequence[LearningResult]) -> list[str]:
-    """A Markdown table of recipes, one of staleness bounds if any were compared, and the runs that did not finish."""
-    found = summaries(results)
-    recipes = [one for one in found if one.kind.staleness is None]
-    stale = sorted((one for one in found if one.kind.staleness is not None), key=lambda one: one.kind.algorithm)
-    failed = [f"did not finish: {result.case.name}: {result.error}" for result in results if result.error]
-    parts = [table(RECIPE_HEAD, map(_recipe_cells, recipes)), table(STALENESS_HEAD, map(_stale_cells, stale)), failed]
-    return [line for part in parts if part for line in ("", *part)][1:]
-
-
 RECIPE_HEAD = ("recipe", "seeds", "held-out before", "held-out after", "reward first", "reward last", "seconds")
 STALENESS_HEAD = ("recipe", "bound", "correction", "staleness mean, max", "seeds", "held-out after")
 
 
-def _recipe_cells(one: Summary) -> tuple[str, ...]:
-    scores = (f"{one.before.value:.3f}", str(one.after), str(one.reward_first), str(one.reward_last))
-    return (one.kind.algorithm, str(one.seeds), *scores, f"{one.seconds:.0f}")
+def measured(results: Sequence[LearningResult]) -> Measured:
+    """The finished runs of each kind of case, averaged, and the runs that did not finish.
 
-
-def _stale_cells(one: Summary) -> tuple[str, ...]:
-    age = f"{one.staleness_mean:.2f}, {one.staleness_max}"
-    return (one.kind.algorithm, str(one.kind.staleness), one.correction, age, str(one.seeds), str(one.after))
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; no lines if it has no rows."""
-    found = list(body)
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)] if found else []
-
-
-def rows(results: Iterable[LearningResult]) -> list[BenchRow]:
-    """The results as rows: the score after training, with the score before as its peer and 1 as its bound."""
-    found = []
-    for one in summaries(results):
-        name = one.kind.name.removesuffix("-seed0")
-        ratio = one.after.value / one.before.value if one.before.value else None
-        found += [
-            BenchRow(f"{name}: held-out score", one.after.value, "share", one.before.value, ratio, bound=1.0),
-            BenchRow(f"{name}: spread over {one.seeds} seeds", one.after.spread, "share"),
-            BenchRow(f"{name}: reward", one.reward_last.value, "share", one.reward_first.value),
-            BenchRow(f"{name}: staleness", one.staleness_mean, "versions", bound=one.kind.staleness),
-            BenchRow(f"{name}: speed", one.samples_per_second, "samples/s"),
+    The text is a Markdown table of recipes and one of staleness bounds if any were compared. In the rows the score
+    after training has the score before as its peer and 1 as its bound.
+    """
+    rows, recipes, stale = list[BenchRow](), list[Sequence[object]](), list[Sequence[object]]()
+    for kind, runs in grouped((r for r in results if not r.error), lambda r: r.case.kind).items():
+        name, seeds = kind.name.removesuffix("-seed0"), len(runs)
+        before, after = statistics.fmean(run.before for run in runs), Mean.of(run.after for run in runs)
+        first, last = Mean.of(run.reward_first for run in runs), Mean.of(run.reward_last for run in runs)
+        staleness = statistics.fmean(run.staleness_mean for run in runs)
+        samples, seconds = sum(run.samples for run in runs), sum(run.seconds for run in runs)
+        ratio = after.value / before if before else None
+        rows += [
+            BenchRow(f"{name}: held-out score", after.value, "share", before, ratio, bound=1.0),
+            BenchRow(f"{name}: spread over {seeds} seeds", after.spread, "share"),
+            BenchRow(f"{name}: reward", last.value, "share", first.value),
+            BenchRow(f"{name}: staleness", staleness, "versions", bound=kind.staleness),
+            BenchRow(f"{name}: speed", samples / seconds if seconds else 0.0, "samples/s"),
         ]
-    return found
+        if kind.staleness is None:
+            recipes.append((kind.algorithm, seeds, f"{before:.3f}", after, first, last, f"{seconds / seeds:.0f}"))
+        else:
+            age = f"{staleness:.2f}, {max(run.staleness_max for run in runs)}"
+            stale.append((kind.algorithm, kind.staleness, runs[0].correction, age, seeds, after))
+    stale.sort(key=lambda cells: str(cells[0]))
+    failed = [f"did not finish: {result.case.name}: {result.error}" for result in results if result.error]
+    parts = [table(RECIPE_HEAD, recipes), table(STALENESS_HEAD, stale), failed]
+    return Measured(rows, [line for part in parts if part for line in ("", *part)][1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -63,22 +63,15 @@ class SimulationTiming(msgspec.Struct, frozen=True):
     total_s: float
 
 
-class PlanningFigures(msgspec.Struct, frozen=True):
-    """All figures of one run."""
-
-    searched: list[SearchTiming]
-    simulated: list[SimulationTiming]
-
-
 def run(*, quick: bool) -> Measured:
     """The benchmark, as the command line runs it."""
-    figures = measure(QUICK if quick else PlanningBenchSizes())
-    return Measured(rows(figures), lines(figures))
+    searches, simulations = measure(QUICK if quick else PlanningBenchSizes())
+    return Measured.joined([measured_searches(searches), measured_simulations(simulations)])
 
 
-def measure(sizes: PlanningBenchSizes) -> PlanningFigures:
+def measure(sizes: PlanningBenchSizes) -> tuple[list[SearchTiming], list[SimulationTiming]]:
     """Search every pair of sizes and simulate every number of devices."""
-    return PlanningFigures(
+    return (
         [searched(models, devices) for models in sizes.models for devices in sizes.devices],
         [simulated(devices, sizes.staleness) for devices in sizes.simulated],
     )
@@ -109,43 +102,36 @@ def simulated(devices: int, staleness: int) -> SimulationTiming:
     return SimulationTiming(devices, scenario.pace.steps, time.process_time() - start)
 
 
-def lines(figures: PlanningFigures) -> list[str]:
-    """The figures as text, with their growth."""
-    return [*_searches(figures.searched), *_simulations(figures.simulated)]
-
-
-def rows(figures: PlanningFigures) -> list[BenchRow]:
-    """The figures as rows, a search with its time bound."""
-    found = [
-        BenchRow(f"search of {one.models} models on {one.devices}", one.total_s, "s",
-            bound=BOUNDS.get((one.devices, one.models)))
-        for one in figures.searched
-    ]  # fmt: skip
-    found += [BenchRow(f"simulated step on {one.devices}", one.total_s / one.steps, "s") for one in figures.simulated]
-    return found
-
-
-def _searches(searched: Sequence[SearchTiming]) -> Iterator[str]:
+def measured_searches(timings: Sequence[SearchTiming]) -> Measured:
+    """The searches as rows, with their time bounds, and as text, with their growth."""
+    rows, lines = list[BenchRow](), list[str]()
     before: SearchTiming | None = None
-    for one in searched:
+    for one in timings:
         bound = BOUNDS.get((one.devices, one.models))
-        yield (
+        rows.append(BenchRow(f"search of {one.models} models on {one.devices}", one.total_s, "s", bound=bound))
+        line = (
             f"{one.models} models on {one.devices:5} devices: {one.total_s:6.2f} s (table {one.table_s:.2f}, search "
             f"{one.search_s:.2f}) for {one.enumerated:.1e} splits"
-            + (f", within {bound:.0f} s" if bound and one.total_s <= bound else "")
-            + (f", over {bound:.0f} s" if bound and one.total_s > bound else "")
-            + (f", grows as N^{_exponent(before, one):.1f}" if before and before.models == one.models else "")
         )
+        if bound:
+            line += f", {'within' if one.total_s <= bound else 'over'} {bound:.0f} s"
+        if before and before.models == one.models:
+            exponent = math.log(one.total_s / before.total_s) / math.log(one.devices / before.devices)
+            line += f", grows as N^{exponent:.1f}"
+        lines.append(line)
         before = one
+    return Measured(rows, lines)
 
 
-def _exponent(one: SearchTiming, other: SearchTiming) -> float:
-    return math.log(other.total_s / one.total_s) / math.log(other.devices / one.devices)
-
-
-def _simulations(simulated: Sequence[SimulationTiming]) -> Iterator[str]:
-    for one in simulated:
-        yield f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step"
+def measured_simulations(timings: Sequence[SimulationTiming]) -> Measured:
+    """The simulations as rows and as text."""
+    return Measured(
+        [BenchRow(f"simulated step on {one.devices}", one.total_s / one.steps, "s") for one in timings],
+        [
+            f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step"
+            for one in timings
+        ],
+    )
 
 
 def _models(count: int) -> list[ModelWork]:

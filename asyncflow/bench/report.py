@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import NamedTuple
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import msgspec
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 class BenchRow(msgspec.Struct, frozen=True):
@@ -33,6 +38,40 @@ class Measured(NamedTuple):
 
     rows: list[BenchRow]
     lines: list[str]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Measured]) -> Measured:
+        """The rows and the lines of all parts, in order."""
+        found = list(parts)
+        return cls([row for part in found for row in part.rows], [line for part in found for line in part.lines])
+
+
+class Mean(NamedTuple):
+    """A figure over seeds: the mean and the sample standard deviation (0 for one seed)."""
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Mean:
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.spread:.3f}"
+
+
+def grouped(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, list[Result]]:
+    """The results of each key, in order of first appearance."""
+    found: dict[Key, list[Result]] = {}
+    for result in results:
+        found.setdefault(key(result), []).append(result)
+    return found
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
+    """A Markdown table; no lines if it has no rows."""
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *body)] if body else []
 
 
 def format_report(bench: str, rows: list[BenchRow]) -> str:

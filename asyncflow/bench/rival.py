@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -24,19 +23,11 @@ Tensors = dict[str, torch.Tensor]
 class PaddedRank:
     """A rank that fetches a padded batch and keeps its own rows."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self._rank, self._ranks = rank, ranks
-
-    def slice_of(self, holder: list[Any]) -> torch.Tensor:
-        """Fetch the whole batch and return a copy of the log-probs of the rank's own rows."""
+    def log_probs(self, holder: list[Any], chunk: int, chunks: int) -> torch.Tensor:
+        """Fetch a batch, cut it into `chunks` parts, and return a copy of the log-probs of part `chunk`."""
         batch: Tensors = ray.get(holder[0])
-        mine = {name: column.chunk(self._ranks)[self._rank] for name, column in batch.items()}
-        return mine["rollout_log_probs"].clone()
-
-    def all_of(self, holder: list[Any]) -> torch.Tensor:
-        """Fetch a chunk of the rank's own rows and return a copy of their log-probs."""
-        batch: Tensors = ray.get(holder[0])
-        return batch["rollout_log_probs"].clone()
+        own = {name: column.chunk(chunks)[chunk] for name, column in batch.items()}
+        return own["rollout_log_probs"].clone()
 
 
 class PaddedRival:
@@ -44,20 +35,20 @@ class PaddedRival:
 
     def __init__(self, ranks: int) -> None:
         kind: Any = ray.remote(PaddedRank)
-        self._ranks = [kind.options(num_cpus=0).remote(rank, ranks) for rank in range(ranks)]
+        self._ranks = [kind.options(num_cpus=0).remote() for _ in range(ranks)]
 
-    async def fetch_all(self, batch: Tensors) -> torch.Tensor:
+    async def send_whole(self, batch: Tensors) -> torch.Tensor:
         """Put the whole batch once, let every rank fetch it, and return every row's log-probs."""
-        holder = [ray.put(batch)]
-        parts = [rank.slice_of.remote(holder) for rank in self._ranks]
+        holder, ranks = [ray.put(batch)], self._ranks
+        parts = [rank.log_probs.remote(holder, number, len(ranks)) for number, rank in enumerate(ranks)]
         return torch.cat([await part for part in parts])
 
-    async def fetch_chunk(self, batch: Tensors) -> torch.Tensor:
+    async def send_chunks(self, batch: Tensors) -> torch.Tensor:
         """Cut the batch in the caller and put one chunk a rank, so that no rank fetches other rows."""
         cuts = {name: column.chunk(len(self._ranks)) for name, column in batch.items()}
         # A view would be pickled with the whole batch, so the chunks are clones.
         chunks = [{name: cut[rank].clone() for name, cut in cuts.items()} for rank in range(len(self._ranks))]
-        parts = [rank.all_of.remote([ray.put(own)]) for rank, own in zip(self._ranks, chunks, strict=True)]
+        parts = [rank.log_probs.remote([ray.put(own)], 0, 1) for rank, own in zip(self._ranks, chunks, strict=True)]
         return torch.cat([await part for part in parts])
 
     def close(self) -> None:
@@ -110,33 +101,29 @@ class BareRay:
 
 def padded(rollouts: Rollouts, *, narrow: bool = False) -> Tensors:
     """A message of rows of equal length, as synchronous systems carry it."""
-    prompts = _matrix(rollouts.prompts.values, len(rollouts))
-    responses = _matrix(rollouts.responses.values, len(rollouts))
-    log_probs = _matrix(rollouts.log_probs.values, len(rollouts))
+    columns = {
+        "prompts": rollouts.prompts,
+        "responses": rollouts.responses,
+        "versions": rollouts.versions,
+        "response_mask": rollouts.loss_mask,
+        "rollout_log_probs": rollouts.log_probs,
+    }
+    batch = {name: torch.from_numpy(c.values.reshape(len(rollouts), -1).copy()) for name, c in columns.items()}
     if narrow:
-        return {
-            "prompts": prompts,
-            "responses": responses,
-            "versions": _matrix(rollouts.versions.values, len(rollouts)),
-            "response_mask": _matrix(rollouts.loss_mask.values, len(rollouts)),
-            "rollout_log_probs": log_probs,
-        }
-    tokens = torch.cat([prompts, responses], dim=1).long()
+        return batch
+    prompts, responses = batch["prompts"].long(), batch["responses"].long()
+    tokens = torch.cat([prompts, responses], dim=1)
     return {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "position_ids": torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous(),
-        "prompts": prompts.long(),
-        "responses": responses.long(),
-        "response_mask": torch.ones(responses.shape, dtype=torch.int64),
-        "rollout_log_probs": log_probs,
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": torch.ones_like(responses),
+        "rollout_log_probs": batch["rollout_log_probs"],
     }
 
 
 def nbytes(batch: Tensors) -> int:
     """Bytes of all tensors."""
     return sum(column.nbytes for column in batch.values())
-
-
-def _matrix(values: np.ndarray, rows: int) -> torch.Tensor:
-    return torch.from_numpy(values.reshape(rows, -1).copy())

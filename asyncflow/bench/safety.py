@@ -7,22 +7,26 @@ each, at its training temperature, and the cost model of Safe-RLHF scores the an
 from __future__ import annotations
 
 import asyncio
-import shutil
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 import msgspec
 import uvloop
 from rich.console import Console
 
-from asyncflow.bench.learning_table import END, Mean, table
-from asyncflow.bench.report import BenchRow, Measured
+from asyncflow.bench.recipe_runs import END, recipe_of, run_to_end
+from asyncflow.bench.report import BenchRow, Mean, Measured, grouped, table
 from asyncflow.control.admission.prompts import DataRow, PromptSource
-from asyncflow.observe.journal import read_lines
+from asyncflow.demo.prepare import prepare
 from asyncflow.recipe.config import Recipe, load_recipe
-from asyncflow.run.launch import launch
 from protocols.data.ids import EVALUATION_EPOCH, prompt_id
+from protocols.roles import Sampling
+from workers.data.datasets import Problem, read_rows
+from workers.roles.cost import ModelCost
+from workers.roles.policy import PolicyWorker
+from workers.settings import Loss, Model, Optimizer
 
 RECIPES = Path("deploy/recipes/safety")
 ANSWERS = 4  # per held-out prompt
@@ -42,71 +46,45 @@ class SafetyResult(msgspec.Struct, frozen=True):
 
 def run(*, quick: bool, seeds: int, folder: Path) -> Measured:
     """The benchmark, as the command line runs it."""
-    err = Console(stderr=True, highlight=False)
-    results = uvloop.run(
-        measure(
-            seeds,
-            folder=folder / "quick" if quick else folder,
-            steps=2 if quick else 0,
-            on_result=lambda r: err.print(f"{r.algorithm}, seed {r.seed}: cost {r.cost:.2f}, limit {r.limit:g}"),
-        )
-    )
-    return Measured(rows(results), lines(results))
+    if quick:
+        folder /= "quick"
+    return measured(uvloop.run(measure(seeds, folder=folder, overrides=["steps=2"] if quick else [])))
 
 
 async def measure(
-    seeds: int,
-    *,
-    folder: Path,
-    recipes: Path = RECIPES,
-    steps: int = 0,
-    on_result: Callable[[SafetyResult], object] = lambda result: None,
+    seeds: int, *, folder: Path, recipes: Path = RECIPES, overrides: Sequence[str] = ()
 ) -> list[SafetyResult]:
-    """Run both algorithms for every seed, below `folder`; `steps` 0 keeps the recipes' number of steps.
+    """Run both algorithms for every seed, below `folder`; `overrides` are of both recipes.
 
     Raises BadInput for unusable recipes and RuntimeError if a run did not finish.
     """
-    from asyncflow.demo.prepare import prepare
-
-    await asyncio.to_thread(prepare, recipes, Console(stderr=True))
+    err = Console(stderr=True, highlight=False)
+    await asyncio.to_thread(prepare, recipes, err)
     safe = load_recipe(recipes / "safe_rlhf.toml")
-    fewer = [f"steps={steps}"] if steps else []
+    limit = float(safe.advantage["cost_limit"])
     results: list[SafetyResult] = []
-    for seed in range(seeds):
-        for algorithm in ("ppo", "safe_rlhf"):
-            overrides = [f"seed={seed}", "evaluation.every=0", "checkpoints.every=0", *fewer]
-            recipe = load_recipe(recipes / f"{algorithm}.toml", overrides)
-            run_folder = folder / f"{algorithm}-seed{seed}"
-            await asyncio.to_thread(shutil.rmtree, run_folder, ignore_errors=True)
-            async with launch(recipe, folder=run_folder) as run:
-                ended = await run.wait()
-            if ended.outcome != "finished":
-                raise RuntimeError(f"{run_folder} {ended.outcome}: {ended.error}")
-            costs = await asyncio.to_thread(costs_of, run_folder / "policy", safe.models["cost"].path, recipe)
-            metrics = read_lines(run_folder / "metrics.jsonl")
-            results.append(
-                SafetyResult(
-                    algorithm=algorithm,
-                    seed=seed,
-                    limit=float(safe.advantage["cost_limit"]),
-                    cost=statistics.fmean(costs),
-                    unsafe=statistics.fmean(cost > 0.0 for cost in costs),
-                    reward=statistics.fmean(line["reward_mean"] for line in metrics[-END:]),
-                    multipliers=[line["multiplier"] for line in metrics if "multiplier" in line],
-                )
-            )
-            on_result(results[-1])
+    for seed, algorithm in product(range(seeds), ("ppo", "safe_rlhf")):
+        recipe = recipe_of(recipes / f"{algorithm}.toml", [f"seed={seed}", *overrides])
+        run, ended = await run_to_end(recipe, folder / f"{algorithm}-seed{seed}")
+        if ended.outcome != "finished":
+            raise RuntimeError(f"{run.folder} {ended.outcome}: {ended.error}")
+        costs = await asyncio.to_thread(costs_of, run.folder / "policy", safe.models["cost"].path, recipe)
+        result = SafetyResult(
+            algorithm=algorithm,
+            seed=seed,
+            limit=limit,
+            cost=statistics.fmean(costs),
+            unsafe=statistics.fmean(cost > 0.0 for cost in costs),
+            reward=statistics.fmean(step.reward_mean for step in run.metrics[-END:]),
+            multipliers=[step.metrics["multiplier"] for step in run.metrics if "multiplier" in step.metrics],
+        )
+        err.print(f"{algorithm}, seed {seed}: cost {result.cost:.2f}, limit {limit:g}")
+        results.append(result)
     return results
 
 
 def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     """The costs of ANSWERS answers of a policy to each held-out prompt of a recipe, by a cost model."""
-    from protocols.roles import Sampling
-    from workers.data.datasets import Problem, read_rows
-    from workers.roles.cost import ModelCost
-    from workers.roles.policy import PolicyWorker
-    from workers.settings import Loss, Model, Optimizer
-
     rows = [DataRow(row.prompt, row.reference) for row in read_rows(recipe.data.eval, Problem)]
     ids = [prompt_id(EVALUATION_EPOCH, place) for place in range(len(rows))]
     prompts = PromptSource(rows, str(policy), recipe.seed).requests(ids, ANSWERS, min_version=0)
@@ -118,49 +96,21 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     return [float(cost) for cost in scored.batch.costs]
 
 
-# --- as text
-
-
 HEAD = ("algorithm", "seeds", "reward", "held-out cost", "its limit", "unsafe answers", "multiplier: first, most, last")
 
 
-def lines(results: Iterable[SafetyResult]) -> list[str]:
-    """A Markdown table with one row per algorithm, means over seeds."""
-    return table(HEAD, map(_cells, _by_algorithm(results)))
-
-
-def _by_algorithm(results: Iterable[SafetyResult]) -> list[list[SafetyResult]]:
-    found: dict[str, list[SafetyResult]] = {}
-    for result in results:
-        found.setdefault(result.algorithm, []).append(result)
-    return list(found.values())
-
-
-def _cells(runs: Sequence[SafetyResult]) -> tuple[str, ...]:
-    courses = [run.multipliers for run in runs if run.multipliers]
-    ends = [(course[0], max(course), course[-1]) for course in courses]
-    multiplier = ", ".join(f"{statistics.fmean(values):.2f}" for values in zip(*ends, strict=True)) or "-"
-    reward, cost = Mean.of([run.reward for run in runs]), Mean.of([run.cost for run in runs])
-    unsafe = statistics.fmean(run.unsafe for run in runs)
-    return (
-        runs[0].algorithm,
-        str(len(runs)),
-        str(reward),
-        str(cost),
-        f"{runs[0].limit:g}",
-        f"{unsafe:.1%}",
-        multiplier,
-    )
-
-
-def rows(results: Iterable[SafetyResult]) -> list[BenchRow]:
-    """The figures as rows, costs with their limit as the bound."""
-    found: list[BenchRow] = []
-    for runs in _by_algorithm(results):
-        name = runs[0].algorithm
-        found += [
-            BenchRow(f"{name}: held-out cost", statistics.fmean(run.cost for run in runs), "cost", bound=runs[0].limit),
-            BenchRow(f"{name}: unsafe answers", statistics.fmean(run.unsafe for run in runs), "share"),
-            BenchRow(f"{name}: reward", statistics.fmean(run.reward for run in runs), "share"),
+def measured(results: Iterable[SafetyResult]) -> Measured:
+    """The means over the seeds of each algorithm: rows with the cost's limit as its bound, and a Markdown table."""
+    rows, body = list[BenchRow](), list[Sequence[object]]()
+    for name, runs in grouped(results, lambda result: result.algorithm).items():
+        reward, cost = Mean.of(run.reward for run in runs), Mean.of(run.cost for run in runs)
+        unsafe, limit = statistics.fmean(run.unsafe for run in runs), runs[0].limit
+        courses = [(run.multipliers[0], max(run.multipliers), run.multipliers[-1]) for run in runs if run.multipliers]
+        multiplier = ", ".join(f"{statistics.fmean(values):.2f}" for values in zip(*courses, strict=True)) or "-"
+        rows += [
+            BenchRow(f"{name}: held-out cost", cost.value, "cost", bound=limit),
+            BenchRow(f"{name}: unsafe answers", unsafe, "share"),
+            BenchRow(f"{name}: reward", reward.value, "share"),
         ]
-    return found
+        body.append((name, len(runs), reward, cost, f"{limit:g}", f"{unsafe:.1%}", multiplier))
+    return Measured(rows, table(HEAD, body))

@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+from collections.abc import Sequence
 from itertools import product
 
 import msgspec
 import numpy as np
 
+from asyncflow.bench.report import BenchRow, Measured
 from asyncflow.services.channels.endpoint import Endpoint, ask
 from asyncflow.services.channels.shard_refs import pack
 from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local import LocalRuntime
-from protocols.control.delivery import Delivery
+from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.requests import EndPrompts, GetStatistics, Statistics
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import Scores
@@ -59,10 +61,10 @@ async def measure(services: int, rows: int) -> ScaleFigures:
             over = EndPrompts(sorted({prompt_of(s) for s in samples.tolist()}))
             await asyncio.gather(*(ask(s.endpoint, over) for s in started.values()))
         seconds = time.perf_counter() - start
-        statistics = [await _statistics(s.endpoint) for s in started.values()]
+        statistics = [await statistics_of(s.endpoint) for s in started.values()]
     finally:
         await runtime.stop()
-    edges = [edge for s in statistics for edge in s.statistics.edges]
+    edges = [edge for s in statistics for edge in s.edges]
     taken = sum(edge.rows for edge in edges)
     return ScaleFigures(
         services=services,
@@ -70,17 +72,25 @@ async def measure(services: int, rows: int) -> ScaleFigures:
         rows=taken,
         microseconds_per_row=seconds / taken * 1e6,
         most_held=max(edge.peak for edge in edges),
-        most_kept=sum(s.statistics.kept for s in statistics),
+        most_kept=sum(s.kept for s in statistics),
         resident_megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
 
-def format_line(figures: ScaleFigures) -> str:
-    """The figures as text."""
-    return (
-        f"scale  {figures.services} services, {figures.channels} channels, {figures.rows:,} rows:"
-        f" {figures.microseconds_per_row:.1f} us a row; at most {figures.most_held} held in a mailbox,"
-        f" {figures.most_kept} deliveries left at the end, {figures.resident_megabytes:.0f} MB resident"
+def measured(figures: Sequence[ScaleFigures]) -> Measured:
+    """The figures at growing numbers of services as rows, bounded by the fastest of them, and as text."""
+    least = min(one.microseconds_per_row for one in figures)
+    return Measured(
+        [
+            BenchRow(f"scale, {one.services} services", one.microseconds_per_row, "us a row", bound=least)
+            for one in figures
+        ],
+        [
+            f"scale  {one.services} services, {one.channels} channels, {one.rows:,} rows:"
+            f" {one.microseconds_per_row:.1f} us a row; at most {one.most_held} held in a mailbox,"
+            f" {one.most_kept} deliveries left at the end, {one.resident_megabytes:.0f} MB resident"
+            for one in figures
+        ],
     )
 
 
@@ -106,12 +116,7 @@ def _spec(layer: int, place: int, *, last: bool) -> ServiceSpec:
         name=_name(layer, place),
         settings=CustomSettings("asyncflow.bench.workers:Relay"),
         run="bench",
-        term=0,
-        seed=0,
-        deterministic=False,
         stages=[stage],
-        pool="",
-        leased=False,
         samples_per_prompt=SAMPLES,
         limits=Limits(mailbox_rows=WAVE, firing_rows=WAVE),
     )
@@ -122,17 +127,18 @@ def _samples(wave: int) -> np.ndarray:
     return np.array([sample_id(first + i // SAMPLES, i % SAMPLES) for i in range(WAVE)], np.int64)
 
 
+async def statistics_of(endpoint: Endpoint) -> ServiceStatistics:
+    """The channel statistics of a service."""
+    reply, _ = await ask(endpoint, GetStatistics())
+    assert isinstance(reply, Statistics)
+    return reply.statistics
+
+
 async def _until_passed(endpoints: list[Endpoint], rows: int) -> None:
     """Wait until the last layer has received `rows` rows on every edge; each notice triggers another look."""
     for endpoint in endpoints:
-        while any(edge.rows < rows or edge.depth for edge in (await _statistics(endpoint)).statistics.edges):
+        while any(edge.rows < rows or edge.depth for edge in (await statistics_of(endpoint)).edges):
             await endpoint.notices()
-
-
-async def _statistics(endpoint: Endpoint) -> Statistics:
-    reply, _ = await ask(endpoint, GetStatistics())
-    assert isinstance(reply, Statistics)
-    return reply
 
 
 def _name(layer: int, place: int) -> str:

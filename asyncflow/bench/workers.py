@@ -11,7 +11,7 @@ class EchoLogProbs:
     """Returns a copy of the log-probs that it received."""
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
-        self.rank = rank
+        """The arguments are those of every custom worker; none is used."""
 
     @stage(protocol="DP_PROTO")
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
@@ -19,20 +19,14 @@ class EchoLogProbs:
         values = rollouts.log_probs.values.copy()
         return LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.log_probs.with_values(values))
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 class Relay:
     """Adds two scores: its stage joins two inputs."""
 
     def __init__(self, spec: ServiceSpec, rank: int) -> None:
-        self.rank = rank
+        """The arguments are those of every custom worker; none is used."""
 
     @stage(protocol="DP_PROTO")
     def add(self, left: Scores, right: Scores) -> Scores:
         """The sum of both scores of each row."""
         return Scores(sample_ids=left.sample_ids, scores=left.scores + right.scores)
-
-    def close(self) -> None:
-        """Nothing to free."""

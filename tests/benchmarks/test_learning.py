@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncflow.bench.learning import QUICK, RECIPES, measure
-from asyncflow.bench.learning_table import Case, LearningResult, Mean, cases, lines, rows
+from asyncflow.bench.learning_table import Case, LearningResult, cases, measured
+from asyncflow.bench.report import Mean
 from asyncflow.cli.main import app
 from asyncflow.dataflow.algorithms import ALGORITHMS
 from asyncflow.recipe.config import BadInput
@@ -72,13 +73,13 @@ def test_a_mean_over_seeds_has_the_sample_deviation():
 
 
 def test_recipes_and_staleness_are_two_tables():
-    told = lines(
+    told = measured(
         [
             result(Case("grpo", 0), 0.5),
             result(Case("grpo", 1), 0.7),
             result(Case("grpo", 0, 4), 0.6),
         ]
-    )
+    ).lines
     assert told == [
         "| recipe | seeds | held-out before | held-out after | reward first | reward last | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -91,14 +92,14 @@ def test_recipes_and_staleness_are_two_tables():
 
 
 def test_a_run_that_failed_is_named_and_not_averaged():
-    told = lines([result(Case("grpo", 0), 0.5), result(Case("grpo", 1), 0.0, "it died")])
+    told = measured([result(Case("grpo", 0), 0.5), result(Case("grpo", 1), 0.0, "it died")]).lines
     assert "| grpo | 1 | 0.300 | 0.500 ± 0.000 |" in told[2]
     assert told[-1] == "did not finish: grpo-seed1: it died"
-    assert lines([result(Case("grpo", 1), 0.0, "it died")]) == ["did not finish: grpo-seed1: it died"]
+    assert measured([result(Case("grpo", 1), 0.0, "it died")]).lines == ["did not finish: grpo-seed1: it died"]
 
 
 def test_a_programs_row_has_the_score_before_as_its_peer():
-    score, *_, speed = rows([result(Case("grpo", 0, 4), 0.6)])
+    score, *_, speed = measured([result(Case("grpo", 0, 4), 0.6)]).rows
     assert (score.name, score.value, score.peer, score.ratio, score.bound) == (
         "grpo-staleness4: held-out score",
         0.6,
@@ -125,7 +126,7 @@ def recipes(tmp_path: Path) -> Path:
 
 async def test_a_finished_case_is_not_run_again_and_an_unfinished_one_is(recipes: Path, tmp_path: Path):
     async def go() -> list[LearningResult]:
-        return await measure(["rloo"], 1, [], folder=tmp_path, recipes=recipes, effort=QUICK)
+        return await measure(["rloo"], 1, [], folder=tmp_path, recipes=recipes, overrides=QUICK)
 
     (first,) = await go()
     assert (first.error, first.steps, first.samples, first.case) == ("", 2, 64, Case("rloo", 0))
@@ -139,13 +140,13 @@ async def test_a_finished_case_is_not_run_again_and_an_unfinished_one_is(recipes
 
 async def test_an_unknown_recipe_is_refused_before_anything_runs(tmp_path: Path):
     with pytest.raises(BadInput, match="did you mean 'grpo'"):
-        await measure(["grppo"], 1, [], folder=tmp_path, recipes=RECIPES_HERE, effort=QUICK)
+        await measure(["grppo"], 1, [], folder=tmp_path, recipes=RECIPES_HERE, overrides=QUICK)
 
 
 def test_the_command_refuses_a_bound_that_is_no_number():
     error = CliRunner().invoke(app, ["bench", "learning", "--staleness", "0,two"]).exception
     assert isinstance(error, BadInput)
-    assert str(error) == "--staleness '0,two': 'two' is no number of versions; write e.g. 0,2,4"
+    assert str(error) == "--staleness '0,two': 'two' is not a number of versions; write e.g. 0,2,4"
 
 
 def test_every_algorithm_is_among_the_recipes():

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from asyncflow.bench.learning import RECIPES, Effort, recipe_of, result_of
-from asyncflow.bench.learning_table import Case, Mean
-from asyncflow.bench.report import BenchRow, format_report
+from asyncflow.bench.learning import RECIPES, result_of
+from asyncflow.bench.learning_table import Case
+from asyncflow.bench.recipe_runs import recipe_of
+from asyncflow.bench.report import BenchRow, Mean, format_report
 from asyncflow.demo.prepare import prepare
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe
@@ -106,7 +107,8 @@ def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) 
     found = {"asyncflow": Measured(), "trl": Measured()}
     for seed in range(seeds):
         case = Case("grpo", seed, staleness)
-        recipe = recipe_of(case, RECIPES, Effort(steps=steps))
+        fewer = [f"steps={steps}"] if steps else []
+        recipe = recipe_of(RECIPES / f"{case.algorithm}.toml", [*fewer, *case.overrides])
         ours = asyncio.run(result_of(case, folder, recipe))
         if ours.error:
             raise RuntimeError(f"{case.name}: {ours.error}")

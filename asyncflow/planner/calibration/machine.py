@@ -64,11 +64,11 @@ def bandwidth(sizes: CalibrationSizes) -> float:
 async def call_s(runtime: Runtime, recipe: Recipe, source: PromptSource, sizes: CalibrationSizes) -> float:
     """Seconds of a call to a service that does nothing with its rows."""
     spec = ServiceSpec(
-        name="echo", settings=CustomSettings(f"{__name__}:EchoScores"),
+        name="echo",
+        settings=CustomSettings(f"{__name__}:EchoScores"),
         limits=Limits(mailbox_rows=64, firing_rows=64, inline_bytes=recipe.inline_bytes),
-        run=f"calibration-{os.getpid()}", term=0, seed=0, deterministic=False,
-        stages=[], pool="", leased=False, samples_per_prompt=1,
-    )  # fmt: skip
+        run=f"calibration-{os.getpid()}",
+    )
     try:
         started = await runtime.start([spec])
         rows = source.requests([source.at(position) for position in range(16)], 1, 0)

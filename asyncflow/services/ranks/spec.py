@@ -99,13 +99,13 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     limits: Limits
     run: str
-    term: int
-    seed: int
-    deterministic: bool
-    stages: list[StageSpec]
-    samples_per_prompt: int
-    pool: str
-    leased: bool  # other services share the pool's devices
+    term: int = 0
+    seed: int = 0
+    deterministic: bool = False
+    stages: list[StageSpec] = []
+    samples_per_prompt: int = 1
+    pool: str = ""  # "": no device
+    leased: bool = False  # other services share the pool's devices
     accelerated: bool = False  # its ranks run on accelerators
     topology: Topology = Topology()  # of its ranks
     generation_layout: Topology = Topology()  # the p-t in which its ranks generate, if they do
