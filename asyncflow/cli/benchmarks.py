@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from asyncflow.bench.registry import BENCHMARKS, Benchmark, Option
 from asyncflow.bench.report import format_report
+from asyncflow.cli.console import print_lines
 
 COMMON = (
     Option("json", False, 'Print one JSON object: {"bench", "machine", "rows"}.'),
@@ -24,8 +24,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure one part of the system n
 def _command(benchmark: Benchmark) -> Callable[..., None]:
     def command(*, json: bool, **options: Any) -> None:
         rows, lines = benchmark.run(**options)
-        for line in [format_report(benchmark.name, rows)] if json else lines:
-            Console(highlight=False).print(line, markup=False, soft_wrap=True)
+        print_lines([format_report(benchmark.name, rows)] if json else lines)
 
     parameters = list(_parameters((*benchmark.options, *COMMON)))
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  - where typer reads the options

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -42,40 +42,22 @@ REASONS = 4  # why samples ended untrained; the panel shows the most frequent re
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-class LiveView:
-    """Shows a run's events on a console, by default standard output."""
+@contextmanager
+def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
+    """Show a run's events on a console: gives the function that shows one event, cheap enough for every event."""
+    board = Board()
+    with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
-        self._board = Board()
-        self._live: Live | None = None
+        def show(event: Event) -> None:
+            board.take(event)
+            if live is not None:
+                live.update(panel(board))
+                if isinstance(event, StepCommitted | RunStarted | Evaluated):
+                    return  # the panel says it
+            if line := line_of(event, board):  # above the panel, where it stays when the panel is gone
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=False)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def show(self, event: Event) -> None:
-        """Show one event. Cheap enough for every event of a run."""
-        self._board.take(event)
-        line = line_of(event, self._board)
-        if self._live is not None:
-            self._live.update(panel(self._board))
-            if not isinstance(event, StepCommitted | RunStarted | Evaluated) and line:
-                self._print(line)  # above the panel, where it stays when the panel is gone
-        elif line:
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        yield show
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 import uvloop
-from rich.console import Console
 
 from asyncflow.cli.benchmarks import bench
+from asyncflow.cli.console import err, out, print_lines
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
@@ -27,7 +27,6 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)]
 Overrides = Annotated[
@@ -87,17 +86,17 @@ def plan(
     from asyncflow.run.prepare import prepare
 
     if run is not None:
-        return plans.print_advice(out, run, as_json)
+        return print_lines([plans.advise(run, as_json)])
     if recipe is None:
         raise BadInput("plan: give a recipe, or --from the folder of a run")
     if as_json and not devices:
         raise BadInput("--json prints the placement on devices: give them too, e.g. --devices 128xA100-80G")
     if save is not None:
-        return plans.save_plan(out, load_recipe(recipe, overrides), device, save)
+        return print_lines(plans.save_plan(load_recipe(recipe, overrides), device, save))
     checked = prepare(load_recipe(recipe, overrides))
     if devices:
-        return plans.print_placement(out, checked, devices, device, as_json)
-    return plans.print_dataflow(out, checked, device)
+        return print_lines(plans.placement(checked, devices, device, as_json))
+    return print_lines(plans.dataflow(checked, device))
 
 
 @app.command()
@@ -111,7 +110,7 @@ def calibrate(
     """Measure and print how fast a recipe's models run on this machine. It takes half a minute."""
     from asyncflow.cli.plans import calibrate as measure
 
-    measure(out, load_recipe(recipe, overrides), as_json, output, quick)
+    print_lines(measure(load_recipe(recipe, overrides), as_json, output, quick))
 
 
 @app.command()
@@ -169,7 +168,7 @@ def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluate
 
 
 async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated]) -> RunEnded:
-    from asyncflow.cli.live import LiveView
+    from asyncflow.cli.live import live_view
 
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None
@@ -199,9 +198,9 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
         async with context as running:
             current.append(running)
             out.print(f"run folder: {running.folder}", soft_wrap=True)
-            with LiveView(out) as view:
+            with live_view(out) as show:
                 async for event in running.events():
-                    view.show(event)
+                    show(event)
             evaluations += running.evaluations
             return await running.wait()
     except asyncio.CancelledError:
@@ -220,12 +219,9 @@ def main() -> None:
 
     try:
         app()
-    except BadInput as error:
+    except (BadInput, ServiceError) as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(BAD_INPUT)
-    except ServiceError as error:
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(FAILED)
+        sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `asyncflow plan` and `calibrate` print and save. The decisions are made in `asyncflow.planner`."""
+"""What `asyncflow plan` and `calibrate` print and save, as text. The decisions are made in `asyncflow.planner`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 
 from asyncflow.planner import advice, auto, plan_file
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
@@ -21,29 +20,26 @@ from asyncflow.planner.simulation.scenarios import of_placement, of_recipe, prom
 from asyncflow.planner.simulation.simulator import SimulatedRun, simulate
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import BadInput, Pool, Recipe
+from asyncflow.recipe.service_specs import compose
 from asyncflow.run.prepare import prepare
 from asyncflow.run.run_folder import recipe_of
 
 
-def print_dataflow(out: Console, checked: Checked, device: str) -> None:
-    """Print the algorithm's graph and where each service runs; with a device, also the simulated time of a step."""
-    from asyncflow.recipe.service_specs import compose
-
+def dataflow(checked: Checked, device: str) -> Iterator[str]:
+    """The algorithm's graph and where each service runs; with a device, also the simulated time of a step."""
     recipe = checked.recipe
-    out.print(checked.dataflow.draw(), markup=False, soft_wrap=True)
+    yield checked.dataflow.draw()
     for spec in compose(recipe, checked.dataflow, recipe.name, 0, "logs"):
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
-        out.print(f"{spec.name:<12} {'outside' if spec.external else spec.role:<10} {place}", markup=False)
+        yield f"{spec.name:<12} {'outside' if spec.external else spec.role:<10} {place}"
     if device:
         with _bad_input():
-            simulated = simulate(
-                of_recipe(recipe, checked.dataflow, prompt_lengths(checked.train), read_calibration(device))
-            )
-        out.print(_format_simulated(simulated), markup=False, soft_wrap=True)
+            scenario = of_recipe(recipe, checked.dataflow, prompt_lengths(checked.train), read_calibration(device))
+            yield _format_simulated(simulate(scenario))
 
 
-def print_placement(out: Console, checked: Checked, devices: str, device: str, as_json: bool) -> None:
-    """Print the best placement of a recipe's models on some devices, by the cost models, and its simulation."""
+def placement(checked: Checked, devices: str, device: str, as_json: bool) -> list[str]:
+    """The best placement of a recipe's models on some devices, by the cost models, and its simulation."""
     recipe = checked.recipe
     with _bad_input():
         cluster = Cluster.parse(devices)
@@ -61,16 +57,12 @@ def print_placement(out: Console, checked: Checked, devices: str, device: str, a
         chosen = simulated(placed.chosen)
         other = simulated(placed.runner_up) if placed.runner_up else None
     if as_json:
-        fields = {**msgspec.structs.asdict(placed), "simulated": chosen, "runner_up_simulated": other}
-        out.print(msgspec.json.format(msgspec.json.encode(fields)).decode(), markup=False, soft_wrap=True)
-        return
-    out.print(format_plan(placed), markup=False, soft_wrap=True)
-    out.print(_format_simulated(chosen), markup=False, soft_wrap=True)
-    if other:
-        out.print(f"the runner-up, simulated: {other.step_s:.3g} s a step", markup=False)
+        return [_json({**msgspec.structs.asdict(placed), "simulated": chosen, "runner_up_simulated": other})]
+    lines = [format_plan(placed), _format_simulated(chosen)]
+    return [*lines, f"the runner-up, simulated: {other.step_s:.3g} s a step"] if other else lines
 
 
-def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
+def save_plan(recipe: Recipe, device: str, path: Path) -> list[str]:
     """Search for the best placement on this machine and write it to a file, which a recipe may name after an edit."""
     checked = prepare(recipe)
     given = {} if recipe.pools == {"main": Pool()} else recipe.pools  # the default means: not given
@@ -81,22 +73,19 @@ def save_plan(out: Console, recipe: Recipe, device: str, path: Path) -> None:
     plan_file.save(choice, path)
     lines = [f"{choice.devices}: {choice.chosen.name}", _format_simulated(choice.chosen.simulated)]
     if choice.runner_up:
-        lines.append(f"runner-up of {choice.candidates}: {choice.runner_up.name}: "
-                     f"{choice.runner_up.simulated.step_s:.3g} s")  # fmt: skip
-    lines.append(f"written to {path}; pin it with: placement = {str(path)!r}")
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        other = choice.runner_up
+        lines.append(f"runner-up of {choice.candidates}: {other.name}: {other.simulated.step_s:.3g} s")
+    return [*lines, f"written to {path}; pin it with: placement = {str(path)!r}"]
 
 
-def print_advice(out: Console, run: Path, as_json: bool) -> None:
-    """Print what a run's measured times say about its placement."""
+def advise(run: Path, as_json: bool) -> str:
+    """What a run's measured times say about its placement."""
     found = advice.advise(run, recipe_of(run))
-    text = msgspec.json.format(msgspec.json.encode(found)).decode() if as_json else advice.format_advice(found)
-    out.print(text, markup=False, soft_wrap=True)
+    return _json(found) if as_json else advice.format_advice(found)
 
 
-def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, quick: bool) -> None:
-    """Measure this machine with a recipe's models; print the measurements and write them to `output`."""
+def calibrate(recipe: Recipe, as_json: bool, output: Path | None, quick: bool) -> list[str]:
+    """Measure this machine with a recipe's models; the measurements are also written to `output`."""
     from asyncflow.planner.calibration import machine
     from asyncflow.planner.calibration.measuring import measure
     from asyncflow.run.launch import runtime_of
@@ -106,23 +95,18 @@ def calibrate(out: Console, recipe: Recipe, as_json: bool, output: Path | None, 
     runtime = runtime_of(alone)
     sizes = machine.QUICK if quick else machine.CalibrationSizes()
     found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, runtime, sizes))
-    encoded = msgspec.json.format(msgspec.json.encode(found)) + b"\n"
     if output is not None:
-        output.write_bytes(encoded)
+        output.write_text(f"{_json(found)}\n")
     if as_json:
-        out.print(encoded.decode(), end="", markup=False, soft_wrap=True)
-        return
-    for line in format_calibration(found):
-        out.print(line, markup=False, soft_wrap=True)
-    if output is not None:
-        out.print(f"written to {output}", markup=False, soft_wrap=True)
+        return [_json(found)]
+    return [*format_calibration(found), *([f"written to {output}"] if output is not None else [])]
 
 
 def format_calibration(found: Calibration) -> list[str]:
     """A calibration as lines of a table."""
     device, reach = found.device, found.device.efficiency
     lines = [
-        f"{found.measured}",
+        found.measured,
         f"matrix products   {device.peak_flops / 1e9:8.1f} GFLOP/s on a slot, of which inference reaches "
         f"{reach.compute:.0%} and training {reach.training:.0%}",
         f"memory            {device.memory_bytes_per_s / 1e9:8.1f} GB/s",
@@ -138,6 +122,10 @@ def format_calibration(found: Calibration) -> list[str]:
     if found.responses is not None:
         lines.append(f"responses         {found.responses.mean:8.1f} tokens, the longest {found.responses.maximum:.0f}")
     return lines
+
+
+def _json(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value)).decode()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from asyncflow.cli.live import HISTORY, Board, LiveView, panel, sparkline
+from asyncflow.cli.live import HISTORY, Board, live_view, panel, sparkline
 from protocols.control.events import (
     CheckpointWritten,
     CodeRefused,
@@ -49,13 +49,13 @@ def committed(step: int, reward: float = 0.5) -> StepCommitted:
 
 def plain(events: Sequence[Event]) -> list[str]:
     out = io.StringIO()
-    with LiveView(Console(file=out, width=60)) as view:
+    with live_view(Console(file=out, width=60)) as show:
         for event in events:
-            view.show(event)
+            show(event)
     return out.getvalue().splitlines()
 
 
-def drawn(board: Board) -> str:
+def rendered(board: Board) -> str:
     out = io.StringIO()
     Console(file=out, width=100).print(panel(board))
     return out.getvalue()
@@ -120,7 +120,7 @@ def test_what_changes_all_the_time_is_no_line():
 
 
 def test_the_panel_says_how_far_how_well_how_fast_and_who_waits():
-    text = drawn(
+    text = rendered(
         board_of(
             STARTED,
             Evaluated(step=0, metric="exact_match", value=0.2, samples=200),
@@ -149,20 +149,20 @@ def test_the_panel_says_how_far_how_well_how_fast_and_who_waits():
 
 
 def test_the_panel_can_be_drawn_before_anything_is_known_and_after_the_end():
-    assert "step 0/0" in drawn(Board())
-    assert "finished" in drawn(board_of(STARTED, committed(60), WAITING, RunEnded(outcome="finished", step=60)))
+    assert "step 0/0" in rendered(Board())
+    assert "finished" in rendered(board_of(STARTED, committed(60), WAITING, RunEnded(outcome="finished", step=60)))
 
 
 def test_a_resumed_run_goes_on_where_it_was():
-    assert "step 30/60" in drawn(board_of(RunStarted(run="r", folder="/f", steps=60, first_step=30)))
+    assert "step 30/60" in rendered(board_of(RunStarted(run="r", folder="/f", steps=60, first_step=30)))
 
 
 def test_on_a_terminal_the_last_panel_and_what_went_wrong_stay_on_the_screen():
     out = io.StringIO()
-    with LiveView(Console(file=out, force_terminal=True, width=100)) as view:
+    with live_view(Console(file=out, force_terminal=True, width=100)) as show:
         for event in (STARTED, committed(1), SamplesEnded(state="failed", reason="no answer", count=1)):
-            view.show(event)
-        view.show(RunEnded(outcome="failed", step=1, error="critic died"))
+            show(event)
+        show(RunEnded(outcome="failed", step=1, error="critic died"))
     text = out.getvalue()
     assert "1 samples failed: no answer" in text
     assert "run failed after step 1: critic died" in text

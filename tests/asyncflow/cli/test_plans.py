@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from io import StringIO
 from pathlib import Path
 
 import msgspec
 import pytest
-from rich.console import Console
 
 from asyncflow.cli import plans
 from asyncflow.planner.calibration import machine
@@ -20,32 +18,9 @@ from asyncflow.run.prepare import prepare
 from tests.asyncflow.conftest import MakeRecipe
 
 
-class Paper:
-    """A console whose text can be read."""
-
-    def __init__(self) -> None:
-        self.file = StringIO()
-        self.out = Console(file=self.file, width=200, highlight=False)
-
-    @property
-    def text(self) -> str:
-        return self.file.getvalue()
-
-
-@pytest.fixture
-def paper() -> Paper:
-    return Paper()
-
-
 @pytest.fixture
 def recipe(make_recipe: MakeRecipe) -> Recipe:
     return make_recipe(deterministic=False)
-
-
-def test_advice_from_the_folder_of_an_older_run_names_its_format(paper: Paper, tmp_path: Path):
-    (tmp_path / "recipe.toml").write_text("a_key_of_another_time = 1")
-    with pytest.raises(BadInput, match="was written by an older asyncflow"):
-        plans.print_advice(paper.out, tmp_path, as_json=False)
 
 
 @pytest.fixture
@@ -57,40 +32,42 @@ def device(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_recipes_own_placement_is_simulated_on_a_calibrated_device(paper: Paper, recipe: Recipe, device: Path):
-    plans.print_dataflow(paper.out, prepare(recipe), str(device))
-    last = paper.text.splitlines()[-1]
+def test_a_recipes_own_placement_is_simulated_on_a_calibrated_device(recipe: Recipe, device: Path):
+    *_, last = plans.dataflow(prepare(recipe), str(device))
     assert last.startswith("simulated: ") and "s a step; idle: main " in last and "versions old: 100% at 0" in last
-    again = Paper()
-    plans.print_dataflow(again.out, prepare(recipe), "")
-    assert "simulated" not in again.text, "nothing is known of the devices"
+    assert "simulated" not in "\n".join(plans.dataflow(prepare(recipe), "")), "nothing is known of the devices"
 
 
-def test_the_simulated_step_stands_beside_the_analytic_one(paper: Paper, recipe: Recipe):
-    plans.print_placement(paper.out, prepare(recipe), "4xA100-80G", "", as_json=False)
-    assert paper.text.startswith("4xA100-80G, synchronous: ")
-    assert "\nsimulated: " in paper.text and "\nthe runner-up, simulated: " in paper.text
-    machine_read = Paper()
-    plans.print_placement(machine_read.out, prepare(recipe), "4xA100-80G", "", as_json=True)
-    told = json.loads(machine_read.text)
-    assert told["simulated"]["step_s"] == pytest.approx(told["chosen"]["step_s"], rel=0.25)
+def test_the_simulated_step_stands_beside_the_analytic_one(recipe: Recipe):
+    analytic, simulated, runner_up = plans.placement(prepare(recipe), "4xA100-80G", "", as_json=False)
+    assert analytic.startswith("4xA100-80G, synchronous: ")
+    assert simulated.startswith("simulated: ") and runner_up.startswith("the runner-up, simulated: ")
+    (text,) = plans.placement(prepare(recipe), "4xA100-80G", "", as_json=True)
+    fields = json.loads(text)
+    assert fields["simulated"]["step_s"] == pytest.approx(fields["chosen"]["step_s"], rel=0.25)
 
 
-def test_a_plan_is_saved_and_pinned(paper: Paper, recipe: Recipe, device: Path, tmp_path: Path):
+def test_a_plan_is_saved_and_pinned(recipe: Recipe, device: Path, tmp_path: Path):
     file = tmp_path / "plan.toml"
-    plans.save_plan(paper.out, recipe, str(device), file)
-    assert f"pin it with: placement = '{file}'" in paper.text and "runner-up of " in paper.text
+    text = "\n".join(plans.save_plan(recipe, str(device), file))
+    assert f"pin it with: placement = '{file}'" in text and "runner-up of " in text
     placed = prepare(msgspec.structs.replace(recipe, placed_by=str(file), pools={}, placement={})).recipe
     assert set(placed.placement) >= {"policy", "critic"}
 
 
-def test_an_unknown_device_is_bad_input(paper: Paper, recipe: Recipe):
+def test_an_unknown_device_is_bad_input(recipe: Recipe):
     with pytest.raises(BadInput, match=r"device .nowhere\.json.: no file"):
-        plans.print_dataflow(paper.out, prepare(recipe), "nowhere.json")
+        list(plans.dataflow(prepare(recipe), "nowhere.json"))
+
+
+def test_advice_from_the_folder_of_an_older_run_names_its_format(tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text("a_key_of_another_time = 1")
+    with pytest.raises(BadInput, match="was written by an older asyncflow"):
+        plans.advise(tmp_path, as_json=False)
 
 
 def test_calibrate_measures_the_recipes_own_models(
-    paper: Paper, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     quickest = machine.CalibrationSizes(
         rows=(1, 8), trained_rows=(2, 8), contention_rows=4, running=(1, 8), rounds=1, calls=3, seconds=0.05
@@ -101,13 +78,11 @@ def test_calibrate_measures_the_recipes_own_models(
         deterministic=False, pools={"a": {}, "b": {}}, placement=placement, models={"reward": {"rule": "exact_match"}}
     )
     file = tmp_path / "here.json"
-    plans.calibrate(paper.out, recipe, as_json=False, output=file, quick=True)
+    text = "\n".join(plans.calibrate(recipe, as_json=False, output=file, quick=True))
     found = msgspec.json.decode(file.read_bytes(), type=Calibration)
     reach = found.device.efficiency
     assert found.responses is not None and 1 <= found.responses.mean <= 6
     assert min(reach.publish_s, reach.call_s, reach.record_s, reach.layer_s + reach.host_step_s) > 0
     assert found.device.cores >= 1 and set(found.row_s) == {"reward", "advantage"}
-    assert "GFLOP/s" in paper.text and "a row of reward" in paper.text
-    again = Paper()
-    plans.print_dataflow(again.out, prepare(recipe), str(file))
-    assert "simulated: " in again.text
+    assert "GFLOP/s" in text and "a row of reward" in text
+    assert any("simulated: " in line for line in plans.dataflow(prepare(recipe), str(file)))

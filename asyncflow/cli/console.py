@@ -1,0 +1,15 @@
+"""The consoles of the command line. Text that the system formats is printed as it is: a path may hold brackets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines on standard output, unwrapped and without interpreting markup."""
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
