@@ -1,11 +1,11 @@
-"""HybridFlow's placement results beside the mapper's, in the paper's setting and with no constant of their own.
+"""HybridFlow's placement results next to the mapper's, in the paper's setting and without fitted constants.
 
     python -m tests.benchmarks.paper_shapes
 
-The paper's figures 12 and 13: which placement is best at which scale. Batches are cut evenly, as the paper's training
-framework asks: 96 devices then hold no 13B model together, since 3 divides neither its heads, its layers nor the
-batch. Where ours differs, the paper's kind of placement is also timed with links and network for nothing: what it
-takes then, no other account of communication would mend.
+The paper's figures 12 and 13: which placement is best at which scale. Batches are divided evenly, as the paper's
+training framework requires. So 96 devices together can't hold a 13B model, since 3 divides neither its heads, its
+layers nor the batch. Where the mapper disagrees, the paper's kind of placement is also timed with free communication:
+a better model of communication could not make it faster than that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.asyncflow.planner.search.paper_setting import DEVICE, WORKLOAD, even
 
 KINDS = {1: "together", 4: "standalone"}
 MOST_PLACEMENTS = 15
-CACHES = "here the caches take most of the time, and are read as fast either way"
+CACHES = "here reading the caches takes most of the time, and is as fast with either size"
 NEAR = 10  # points of a share that still count as the same
 
 PAPER: dict[str, Mapping[int, str]] = {
@@ -44,7 +44,7 @@ MODELS: dict[str, Sequence[ModelWork]] = {
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One result of the paper's and ours."""
+    """One result of the paper, and ours."""
 
     what: str
     paper: str
@@ -65,9 +65,9 @@ def placements() -> Iterator[Line]:
             ours, split = next(iter(best.items()))
             why = ", ".join(f"{k} +{s.step_s / split.step_s - 1:.0%}" for k, s in best.items() if k != ours)
             if ours != paper:
-                why += f"; were communication free, {paper} would take {by_kind(free, devices)[paper].step_s:.1f} s"
-            told = f"{ours}, {split.step_s:.1f} s ({sets_of(split, real.models)})"
-            yield Line(f"{name} on {devices}", paper, told, ours == paper, why)
+                why += f"; with free communication, {paper} would take {by_kind(free, devices)[paper].step_s:.1f} s"
+            best_text = f"{ours}, {split.step_s:.1f} s ({sets_of(split, real.models)})"
+            yield Line(f"{name} on {devices}", paper, best_text, ours == paper, why)
 
 
 def without_communication(device: Device) -> Device:
@@ -102,10 +102,10 @@ def generation_layouts() -> Iterator[Line]:
         for tp in (1, 2, 4, 8):
             free = DEVICE.usable_bytes - held.resident - memory.generation_bytes(shape, topology, 1, tp)
             capacity = memory.kv_capacity(shape, 1, tp, free, WORKLOAD)
-            drawn = costs.generation_s(shape, 1, tp, 16 // tp, WORKLOAD.samples, capacity, WORKLOAD, DEVICE)
-            seconds[tp] = drawn.latency_s + costs.transition_s(shape, topology, 1, tp, DEVICE)
+            generation = costs.generation_s(shape, 1, tp, 16 // tp, WORKLOAD.samples, capacity, WORKLOAD, DEVICE)
+            seconds[tp] = generation.latency_s + costs.transition_s(shape, topology, 1, tp, DEVICE)
         best = min(seconds, key=lambda tp: seconds[tp])
-        why = f"against t_g = 8 it cuts {1 - seconds[best] / seconds[8]:.0%} of generation, in the paper {cut}: "
+        why = f"{1 - seconds[best] / seconds[8]:.0%} less generation time than with t_g = 8, in the paper {cut}: "
         yield Line(f"{name}: t_g on 16", str(paper), str(best), best == paper, why + CACHES)
 
 

@@ -1,12 +1,12 @@
-"""How near the simulator comes to real runs here, and whether `placement = "auto"` finds what a hand would.
+"""How well the simulator predicts real runs on this machine, and how `placement = "auto"` compares with hand placement.
 
     python -m tests.benchmarks.placement_reality [--quick] [--rounds 5] [--seconds 300] [--work runs/placement_reality]
 
-Each round runs every recipe once, in turn, so that what disturbs one disturbs its neighbours; a recipe's step time is
-the median over the rounds of a run's mean step. Predictions come from `asyncflow calibrate` on recipes of other
-lengths and batches, one a runtime, which are themselves not judged. Results are kept line by line: started again,
-it goes on where it was. For a machine with nothing else to do; about a quarter of an hour. A run in which others
-had more than a few hundredths of the cores is kept, not judged, and taken again.
+Each round runs every recipe once, in turn, so that a disturbance hits neighbours alike; a recipe's step time is the
+median over the rounds of a run's mean step. Predictions come from `asyncflow calibrate` on one recipe per runtime,
+whose lengths and batches differ from those of the compared recipes. Results are stored line by line, and a restart
+continues where the program stopped. It takes about a quarter of an hour on an idle machine. A run during which other
+programs used more than MOST_OTHERS of the CPU time does not count and is repeated.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from asyncflow.recipe.checks import Checked, check
 from asyncflow.recipe.config import Recipe, to_recipe
 from asyncflow.run.launch import launch, runtime_of
 from tests import tiny
-from tests.benchmarks.quietness import Watch
+from tests.benchmarks.quietness import LoadMonitor
 
 STEPS, QUICK_STEPS = 12, 7
 CALIBRATED_ROUNDS = 3  # the first ones
-CALIBRATION_TOKENS, CALIBRATION_PROMPTS = 48, 12  # of no recipe that is judged
-MOST_OTHERS = 0.05  # share of the cores that others may take during a run that counts
+CALIBRATION_TOKENS, CALIBRATION_PROMPTS = 48, 12  # unlike those of every compared recipe
+MOST_OTHERS = 0.05  # the share of the CPU time that other programs may use during a run that counts
 GOAL_ERROR, GOAL_RANK, GOAL_BEHIND = 0.15, 0.9, 0.05
 
 Pools = Mapping[str, str]  # service -> pool
 TOGETHER: Pools = dict.fromkeys(("policy", "critic", "reference", "reward"), "a")
 SPLIT: Pools = {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}
-DRAWN: Pools = {**TOGETHER, "generator": "b"}
+GENERATOR_APART: Pools = {**TOGETHER, "generator": "b"}
 THREE: Pools = {"policy": "a", "reference": "a", "critic": "b", "reward": "b", "generator": "c"}
 APART: Pools = {"policy": "a", "critic": "b", "reference": "c", "reward": "d", "generator": "e"}
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A recipe that is judged."""
+    """A recipe whose prediction is compared with its runs."""
 
     runtime: str
     pools: Pools
@@ -68,17 +68,17 @@ class Case(msgspec.Struct, frozen=True):
 CASES: dict[str, Case] = {
     "local, together": Case("local", TOGETHER),
     "local, split": Case("local", SPLIT),
-    "local, generator apart": Case("local", DRAWN),
+    "local, generator apart": Case("local", GENERATOR_APART),
     "local, together, 1 ahead": Case("local", TOGETHER, 1),
     "local, split, 1 ahead": Case("local", SPLIT, 1),
-    "local, generator apart, 1 ahead": Case("local", DRAWN, 1),
+    "local, generator apart, 1 ahead": Case("local", GENERATOR_APART, 1),
     "local, three pools, 1 ahead": Case("local", THREE, 1),
     "local, three pools, 2 ahead, long": Case("local", THREE, 2, tokens=64),
     "local, together, 24 prompts, 4 mini-batches": Case("local", TOGETHER, prompts=24, mini_batches=4),
     "local, split, short": Case("local", SPLIT, tokens=16),
     "ray, together": Case("ray", TOGETHER),
     "ray, split": Case("ray", SPLIT),
-    "ray, generator apart, 1 ahead": Case("ray", DRAWN, 1),
+    "ray, generator apart, 1 ahead": Case("ray", GENERATOR_APART, 1),
     "ray, split, 1 ahead": Case("ray", SPLIT, 1),
     "ray, all apart, 1 ahead, long": Case("ray", APART, 1, tokens=64),
 }
@@ -87,7 +87,7 @@ QUICK_CASES = ("local, together", "local, three pools, 1 ahead")
 
 
 class Bench:
-    """The recipes, and the lines that are known of them."""
+    """The recipes, and the stored results of their runs."""
 
     def __init__(self, work: Path, steps: int, sizes: machine.CalibrationSizes) -> None:
         self.work, self.steps, self.sizes = work, steps, sizes
@@ -125,30 +125,28 @@ class Bench:
         )
 
     def calibrate(self, runtime: str, number: int) -> None:
-        """Calibrate once, unless it is known."""
-        if self._known(kind="calibration", runtime=runtime, round=number):
+        """Calibrate, unless the result is stored."""
+        if self._quiet(kind="calibration", runtime=runtime, round=number):
             return
-        case = Case(runtime, DRAWN, tokens=CALIBRATION_TOKENS, prompts=CALIBRATION_PROMPTS)
+        case = Case(runtime, GENERATOR_APART, tokens=CALIBRATION_TOKENS, prompts=CALIBRATION_PROMPTS)
         checked = check(self.recipe(case))
         alone = runtime_of(msgspec.structs.replace(checked.recipe, pools={}))
-        watch = Watch()
-        with watch.looking():
+        load = LoadMonitor()
+        with load.sampling():
             found = asyncio.run(measure(checked.recipe, checked.dataflow, checked.train, alone, self.sizes))
-        known = {"runtime": runtime, "round": number, "others": watch.others()}
-        self._add(kind="calibration", **known, calibration=msgspec.to_builtins(found))
+        others, calibration = load.others(), msgspec.to_builtins(found)
+        self._add(kind="calibration", runtime=runtime, round=number, others=others, calibration=calibration)
         if not self.calibrations(runtime):
-            raise SystemExit(
-                f"others had {known['others']:.0%} of the cores while {runtime} was calibrated: start again"
-            )
+            raise SystemExit(f"other programs used {others:.0%} of the CPU time while {runtime} was calibrated: retry")
 
     def calibrations(self, runtime: str) -> list[Calibration]:
-        """What was measured of a runtime."""
+        """The calibrations of a runtime that count."""
         lines = self._quiet(kind="calibration", runtime=runtime)
         return [msgspec.convert(line["calibration"], Calibration) for line in lines]
 
     def run(self, name: str, recipe: Recipe, number: int) -> None:
-        """Run once, unless it is known."""
-        if self._known(kind="run", case=name, round=number):
+        """Run a recipe, unless the result is stored."""
+        if self._quiet(kind="run", case=name, round=number):
             return
         checked = check(recipe)
         folder = self.work / "run" / re.sub(r"\W+", "_", name)
@@ -156,20 +154,17 @@ class Bench:
         self._add(kind="run", case=name, round=number, others=others, seconds=seconds)
 
     def runs(self, name: str) -> list[list[float]]:
-        """Seconds of the steps, of the runs that count."""
+        """The seconds of each step, for each run that counts."""
         return [line["seconds"] for line in self._quiet(kind="run", case=name)]
 
     def choice(self, runtime: str) -> PlacementChoice:
-        """What `auto` makes of a recipe one version ahead, on as many slots as a hand may use."""
+        """What `auto` chooses for a recipe one version ahead, on as many slots as hand placement may use."""
         checked = check(self.recipe(Case(runtime, TOGETHER, 1)))
-        asked = msgspec.structs.replace(checked.recipe, pools={}, placement={})
-        return place(asked, checked.dataflow, prompt_lengths(checked.train), self.calibrations(runtime)[0])
-
-    def _known(self, **wanted: Any) -> bool:
-        return bool(self._quiet(**wanted))
+        unplaced = msgspec.structs.replace(checked.recipe, pools={}, placement={})
+        return place(unplaced, checked.dataflow, prompt_lengths(checked.train), self.calibrations(runtime)[0])
 
     def _quiet(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Lines that count."""
+        """The stored results that count, i.e. during which the machine was quiet."""
         lines = [line for line in self.lines if all(line.get(key) == value for key, value in wanted.items())]
         return [line for line in lines if line["others"] <= MOST_OTHERS]
 
@@ -181,33 +176,33 @@ class Bench:
     def _make_inputs(self) -> None:
         tiny.make_policy(self.work / "policy", seed=0, layers=4, heads=8, kv_heads=4)
         tiny.make_reward(self.work / "reward", seed=1)
-        dice = random.Random(0)
-        sums = [(dice.randint(0, 99), dice.randint(0, 99)) for _ in range(400)]
+        rng = random.Random(0)
+        sums = [(rng.randint(0, 99), rng.randint(0, 99)) for _ in range(400)]
         rows = [json.dumps({"prompt": f"{a}+{b}=", "reference": str(a + b)}) for a, b in sums]
         (self.work / "train.jsonl").write_text("\n".join(rows) + "\n")
 
 
 async def _run(recipe: Recipe, folder: Path) -> tuple[float, list[float]]:
-    """The share of the cores that others had, and the seconds of the steps."""
+    """The share of the CPU time that other programs used, and the seconds of each step."""
     shutil.rmtree(folder, ignore_errors=True)
     async with launch(recipe, folder=folder) as run:
-        watch = Watch()
+        load = LoadMonitor()
         ended = await run.wait()
-        others = watch.others()
+        others = load.others()
         if ended.outcome != "finished":
             raise SystemExit(f"{folder}: {ended.outcome}: {ended.error}")
         return others, [step.seconds for step in run.metrics]
 
 
 def scenario_of(checked: Checked, calibration: Calibration) -> Scenario:
-    """A judged recipe as the simulator sees it."""
+    """A compared recipe as the simulator sees it."""
     scenario = of_recipe(checked.recipe, checked.dataflow, prompt_lengths(checked.train), calibration)
     pace = msgspec.structs.replace(scenario.pace, steps=checked.recipe.steps)
     return msgspec.structs.replace(scenario, pace=pace)
 
 
-class Judged(msgspec.Struct, frozen=True):
-    """One recipe's figures, seconds a step."""
+class Comparison(msgspec.Struct, frozen=True):
+    """One recipe's seconds a step."""
 
     name: str
     measured: list[float]
@@ -219,47 +214,47 @@ class Judged(msgspec.Struct, frozen=True):
 
     @property
     def error(self) -> float:
-        """Relative to the measured."""
+        """The prediction's error, relative to the measured time."""
         return self.predicted / self.step_s - 1
 
     @property
     def spread(self) -> float:
-        """Half of what lies between the fastest and the slowest round, relative."""
+        """Half the difference between the slowest and the fastest round, relative to the measured time."""
         return (max(self.measured) - min(self.measured)) / 2 / self.step_s
 
 
-def judge(bench: Bench, recipes: Mapping[str, Recipe]) -> Iterator[Judged]:
-    """Every recipe that has run, predicted: the median over the calibrations."""
+def compare(bench: Bench, recipes: Mapping[str, Recipe]) -> Iterator[Comparison]:
+    """The comparison of every recipe that has run; its prediction is the median over the calibrations."""
     for name, recipe in recipes.items():
         checked = check(recipe)
         scenarios = [scenario_of(checked, found) for found in bench.calibrations(recipe.runtime)]
         predicted = [simulate(scenario).step_s for scenario in scenarios]
         steady = scenarios[0].steady
         measured = [statistics.fmean(seconds[steady.start : steady.stop]) for seconds in bench.runs(name)]
-        yield Judged(name, measured, statistics.median(predicted))
+        yield Comparison(name, measured, statistics.median(predicted))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's, of values without ties."""
+    """Spearman's rank correlation of values without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def report(judged: Sequence[Judged], autos: Sequence[Judged]) -> Iterator[str]:
-    """The table and what it comes to."""
-    width = max(len(one.name) for one in (*judged, *autos))
+def report(comparisons: Sequence[Comparison], autos: Sequence[Comparison]) -> Iterator[str]:
+    """The table and its summary."""
+    width = max(len(one.name) for one in (*comparisons, *autos))
     yield f"{'recipe':<{width}}  measured  predicted   error  spread"
-    for one in (*judged, *autos):
+    for one in (*comparisons, *autos):
         figures = f"{1e3 * one.step_s:6.0f} ms  {1e3 * one.predicted:6.0f} ms  {one.error:+6.1%}  {one.spread:6.1%}"
         yield f"{one.name:<{width}} {figures}"
-    error = statistics.median(abs(one.error) for one in judged)
-    yield f"median error over {len(judged)} recipes: {error:.1%} (goal {GOAL_ERROR:.0%})"
-    if len(judged) > 2:
-        rank = rank_correlation([one.step_s for one in judged], [one.predicted for one in judged])
+    error = statistics.median(abs(one.error) for one in comparisons)
+    yield f"median error over {len(comparisons)} recipes: {error:.1%} (goal {GOAL_ERROR:.0%})"
+    if len(comparisons) > 2:
+        rank = rank_correlation([one.step_s for one in comparisons], [one.predicted for one in comparisons])
         yield f"rank correlation: {rank:.2f} (goal {GOAL_RANK})"
     for auto in autos:
         kind = auto.name.split(",", maxsplit=1)[0]
-        hand = [one for one in judged if one.name.startswith(kind) and one.name.endswith("1 ahead")]
+        hand = [one for one in comparisons if one.name.startswith(kind) and one.name.endswith("1 ahead")]
         if hand:
             best = min(hand, key=lambda one: one.step_s)
             behind, allowed = auto.step_s / best.step_s - 1, max(GOAL_BEHIND, best.spread, auto.spread)
@@ -267,11 +262,13 @@ def report(judged: Sequence[Judged], autos: Sequence[Judged]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Calibrate, run, judge."""
+    """Calibrate, run and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two recipes, one round: to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after these; judge later")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no run after this time; start again to go on"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/placement_reality"))
     parser.add_argument("--runtime", choices=["local", "ray", "both"], default="both")
     given = parser.parse_args()
@@ -296,12 +293,12 @@ def main() -> None:
                 raise SystemExit(f"{given.seconds:.0f} s are over before round {number}, {name}: start again to go on")
             bench.run(name, recipe, number)
             print(f"round {number}: {name}", flush=True)
-    known = [{n: r for n, r in of.items() if bench.runs(n)} for of in (recipes, autos)]
-    lacking = [n for n in (*recipes, *autos) if len(bench.runs(n)) < (1 if given.quick else given.rounds)]
-    for line in report(*(list(judge(bench, of)) for of in known)):
+    stored = [{n: r for n, r in of.items() if bench.runs(n)} for of in (recipes, autos)]
+    missing = [n for n in (*recipes, *autos) if len(bench.runs(n)) < (1 if given.quick else given.rounds)]
+    for line in report(*(list(compare(bench, of)) for of in stored)):
         print(line, flush=True)
-    if lacking:
-        print(f"others disturbed some runs, start again to take them once more: {'; '.join(lacking)}")
+    if missing:
+        print(f"other programs disturbed some runs; start again to repeat them: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":

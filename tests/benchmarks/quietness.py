@@ -1,7 +1,7 @@
-"""How busy a machine is with somebody else's work: a measurement says so, and one that was disturbed is taken again.
+"""How much of a machine's CPU time other programs use, so that a disturbed measurement can be repeated.
 
-What all processes computed, of `/proc/stat`, less what this process and its descendants did. Who ends in between
-counts as far as it was last seen: look, where processes come and go.
+It is the CPU time of all processes in `/proc/stat`, less that of this process and its descendants. A descendant that
+ends counts with its time at the last sample, so sample repeatedly while processes start and end.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from pathlib import Path
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-class Watch:
-    """From its making on."""
+class LoadMonitor:
+    """Measures from its creation on."""
 
     def __init__(self) -> None:
         self._since, self._busy = time.monotonic(), _busy_s()
         self._first = _own_s()
-        self._own = dict(self._first)  # process -> seconds that it has worked
+        self._own = dict(self._first)  # process -> its CPU seconds
 
-    def look(self) -> None:
-        """See what one's own processes have done so far."""
+    def sample(self) -> None:
+        """Record the CPU seconds of this process and its descendants."""
         self._own |= _own_s()
 
     @contextmanager
-    def looking(self, every_s: float = 0.5) -> Iterator[None]:
-        """Look all the time, in a thread."""
+    def sampling(self, every_s: float = 0.5) -> Iterator[None]:
+        """Sample repeatedly in a thread."""
         done = threading.Event()
 
-        def look() -> None:
+        def run() -> None:
             while not done.wait(every_s):
-                self.look()
+                self.sample()
 
-        thread = threading.Thread(target=look, name="watch")
+        thread = threading.Thread(target=run, name="load-monitor")
         thread.start()
         try:
             yield
@@ -47,21 +47,21 @@ class Watch:
             thread.join()
 
     def others(self) -> float:
-        """Share of the machine's cores that others have taken since; ask while one's own processes still live."""
-        self.look()
+        """The share of the machine's CPU time that other programs used. Call it while one's own processes live."""
+        self.sample()
         passed = (time.monotonic() - self._since) * (os.cpu_count() or 1)
         own = sum(self._own.values()) - sum(self._first.values())
         return max(0.0, _busy_s() - self._busy - own) / passed
 
 
 def _busy_s() -> float:
-    """Seconds that the cores have worked, for users and for the system."""
+    """CPU seconds of all cores since the machine started, user and system."""
     user, nice, system, _idle, _wait, interrupts, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
     return (user + nice + system + interrupts + soft) / TICKS
 
 
 def _own_s() -> dict[int, float]:
-    """Seconds that this process and its descendants have worked, each."""
+    """The CPU seconds of this process and of each of its descendants."""
     children, seconds = defaultdict[int, list[int]](list), dict[int, float]()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():

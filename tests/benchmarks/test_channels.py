@@ -1,4 +1,4 @@
-"""The benchmark of the channels runs and says what it promises; how fast it was is for people to read."""
+"""The benchmark of the channels runs and reports every figure. How fast it was is for people to read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from asyncflow.bench import scale
 from asyncflow.bench.channels import QUICK, RANKS, measure
 
 
-async def test_every_row_passes_few_services_and_many_and_nothing_is_kept():
+async def test_every_row_passes_few_services_and_many_and_nothing_is_left():
     few, many = [await scale.measure(services, rows=30_000) for services in (4, 64)]
     assert (few.channels, many.channels) == (8, 128)
     for figures in (few, many):
         assert figures.rows >= 16_384
-        assert figures.most_held <= scale.WAVE, "a join holds what one wave brought"
-        assert figures.most_kept == 0, "ended prompts are forgotten"
+        assert figures.most_held <= scale.WAVE, "a join holds at most the rows of one wave"
+        assert figures.most_kept == 0, "finished prompts are forgotten"
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""The benchmark of learning: which runs it makes, what it tells of them, and that it goes on where it was."""
+"""The benchmark of learning: which runs it makes, what it reports, and that it continues after an interruption."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_case_says_what_it_changes_in_the_recipe():
     assert Case("ppo", 2, 4, corrected=False).overrides == ["seed=2", "staleness=4", "loss.correction=none"]
 
 
-# --- what is told
+# --- what is reported
 
 
 def test_a_mean_over_seeds_has_the_sample_deviation():
@@ -73,14 +73,14 @@ def test_a_mean_over_seeds_has_the_sample_deviation():
 
 
 def test_recipes_and_staleness_are_two_tables():
-    told = measured(
+    found = measured(
         [
             result(Case("grpo", 0), 0.5),
             result(Case("grpo", 1), 0.7),
             result(Case("grpo", 0, 4), 0.6),
         ]
     ).lines
-    assert told == [
+    assert found == [
         "| recipe | seeds | held-out before | held-out after | reward first | reward last | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| grpo | 2 | 0.300 | 0.600 ± 0.141 | 0.250 ± 0.000 | 0.500 ± 0.000 | 30 |",
@@ -92,9 +92,9 @@ def test_recipes_and_staleness_are_two_tables():
 
 
 def test_a_run_that_failed_is_named_and_not_averaged():
-    told = measured([result(Case("grpo", 0), 0.5), result(Case("grpo", 1), 0.0, "it died")]).lines
-    assert "| grpo | 1 | 0.300 | 0.500 ± 0.000 |" in told[2]
-    assert told[-1] == "did not finish: grpo-seed1: it died"
+    found = measured([result(Case("grpo", 0), 0.5), result(Case("grpo", 1), 0.0, "it died")]).lines
+    assert "| grpo | 1 | 0.300 | 0.500 ± 0.000 |" in found[2]
+    assert found[-1] == "did not finish: grpo-seed1: it died"
     assert measured([result(Case("grpo", 1), 0.0, "it died")]).lines == ["did not finish: grpo-seed1: it died"]
 
 

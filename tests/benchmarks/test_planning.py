@@ -1,4 +1,4 @@
-"""The planning benchmark measures what it says and tells the bounds; how fast it was is for people to read."""
+"""The planning benchmark measures every size and reports the bounds. How fast it was is for people to read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_size_is_searched_and_simulated():
     assert len(run(quick=True).rows) == 3
 
 
-def test_growth_is_told_as_a_power_of_the_devices_and_bounds_as_kept_or_not():
+def test_growth_is_reported_as_a_power_of_the_devices_and_bounds_as_met_or_not():
     first, second = lines((64, 0.5), (128, 2.0))
     assert "grows" not in first and "grows as N^2.0" in second and "over 1 s" in second
     assert "within 1 s" in lines((128, 0.9))[0]

@@ -1,4 +1,4 @@
-"""The benchmark of Safe-RLHF: what it tells of its runs, and that it makes and judges them."""
+"""The benchmark of Safe-RLHF: what it reports, and that it trains and scores both algorithms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recipes(tmp_path: Path) -> Path:
     return folder
 
 
-async def test_both_are_run_and_judged_by_the_same_cost_model(recipes: Path, tmp_path: Path):
+async def test_both_are_trained_and_scored_by_the_same_cost_model(recipes: Path, tmp_path: Path):
     ppo, safe = await measure(1, folder=tmp_path / "runs", recipes=recipes, overrides=["steps=2"])
     assert (ppo.algorithm, ppo.multipliers, safe.algorithm, len(safe.multipliers)) == ("ppo", [], "safe_rlhf", 2)
     assert ppo.cost != 0.0 != safe.cost

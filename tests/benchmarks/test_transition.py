@@ -1,4 +1,4 @@
-"""The transition benchmark moves the bytes that it says and tells them; how fast it was is for people to read."""
+"""The transition benchmark moves the bytes that the formula gives. How fast it was is for people to read."""
 
 from __future__ import annotations
 

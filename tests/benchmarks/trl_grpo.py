@@ -1,9 +1,9 @@
-"""GRPO here and by TRL's GRPOTrainer, side by side: `python -m tests.benchmarks.trl_grpo`.
+"""GRPO by this project and by TRL's GRPOTrainer, side by side: `python -m tests.benchmarks.trl_grpo`.
 
-Both take the same model folder, prompts, reward, samples, mini-batches, optimizer and schedule, on one thread each; the
-two take turns, seed by seed, so that what disturbs the machine disturbs both. Both final models are judged by the same
-program. With `--losses` both are asked for value and gradient of the same tokens instead. TRL lives in a virtual
-environment that this program makes; it is no dependency of the project.
+Both use the same model folder, prompts, reward, samples, mini-batches, optimizer and schedule, on one thread each. They
+take turns, seed by seed, so that a disturbance hits both. The same program scores both final models. With `--losses`
+it compares the value and the gradient of both losses for the same tokens instead. TRL is installed in a virtual
+environment that this program creates; it is not a dependency of the project.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 
 
 def environment(folder: Path) -> Path:
-    """The Python of the peer's environment, which is made where it is not there. Minutes, and a network."""
+    """The Python of the peer's environment. Creating it takes minutes and needs a network."""
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
         venv.create(folder, with_pip=True, clear=True)
@@ -52,8 +52,8 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def ask(python: Path, what: str, settings: dict[str, Any]) -> dict[str, float]:
-    """The answer of the peer's program. It sees neither this environment's packages nor the hub."""
+def run_peer(python: Path, what: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Run the peer's program and return its answer. It sees neither this environment's packages nor the hub."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         [python, PEER, what, json.dumps(settings)],
@@ -66,7 +66,7 @@ def ask(python: Path, what: str, settings: dict[str, Any]) -> dict[str, float]:
 
 
 def settings_of(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """What the peer is told: the recipe's numbers."""
+    """The recipe's settings as the peer reads them."""
     optimizer, loss, policy = recipe.optimizer, recipe.loss, recipe.models["policy"]
     return {
         "model": policy.path,
@@ -93,16 +93,16 @@ def settings_of(recipe: Recipe, output: Path) -> dict[str, Any]:
 
 
 class Measured(msgspec.Struct):
-    """What one side came to, a number a seed."""
+    """The results of one side, one number per seed."""
 
-    scores: list[float] = []  # of held-out problems
+    scores: list[float] = []  # on held-out problems
     speeds: list[float] = []  # samples/s
-    drawing: list[float] = []  # seconds a step in which answers are drawn
-    training: list[float] = []  # seconds a step of all else
+    generation: list[float] = []  # seconds a step
+    other: list[float] = []  # seconds a step of everything else
 
 
 def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) -> dict[str, Measured]:
-    """Train both, seed by seed, and judge all models. Ours runs ahead by `staleness` versions, TRL's by none."""
+    """Train both, seed by seed, and score all models. Ours runs ahead by `staleness` versions, TRL's by none."""
     prepare(RECIPES, err)
     found = {"asyncflow": Measured(), "trl": Measured()}
     for seed in range(seeds):
@@ -112,9 +112,9 @@ def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) 
         ours = asyncio.run(result_of(case, folder, recipe))
         if ours.error:
             raise RuntimeError(f"{case.name}: {ours.error}")
-        trl = ask(python, "train", settings_of(recipe, folder / "trl" / str(seed)))
+        trl = run_peer(python, "train", settings_of(recipe, folder / "trl" / str(seed)))
         models = {"asyncflow": folder / "runs" / case.name / "policy", "trl": folder / "trl" / str(seed)}
-        judged = ask(
+        scores = run_peer(
             python,
             "score",
             {
@@ -123,23 +123,24 @@ def compare(python: Path, folder: Path, seeds: int, staleness: int, steps: int) 
                 "max_tokens": recipe.generation.max_tokens,
             },
         )
-        told = read_lines(folder / "runs" / case.name / "metrics.jsonl")
-        drawing = {"asyncflow": sum(step["busy.generator_seconds"] for step in told), "trl": trl["drawing"]}
+        journal = read_lines(folder / "runs" / case.name / "metrics.jsonl")
+        ours_generation = sum(step["busy.generator_seconds"] for step in journal)
+        generation = {"asyncflow": ours_generation, "trl": trl["generation_seconds"]}
         seconds = {"asyncflow": ours.seconds, "trl": trl["seconds"]}
         for name, measured in found.items():
-            measured.scores.append(judged[name])
+            measured.scores.append(scores[name])
             measured.speeds.append(ours.samples / seconds[name])
-            measured.drawing.append(drawing[name] / recipe.steps)
-            measured.training.append((seconds[name] - drawing[name]) / recipe.steps)
+            measured.generation.append(generation[name] / recipe.steps)
+            measured.other.append((seconds[name] - generation[name]) / recipe.steps)
             err.print(
-                f"seed {seed}: {name}: {judged[name]:.3f}, {measured.speeds[-1]:.0f} samples/s, a step is "
-                f"{measured.drawing[-1]:.3f} s of drawing and {measured.training[-1]:.3f} s of all else"
+                f"seed {seed}: {name}: {scores[name]:.3f}, {measured.speeds[-1]:.0f} samples/s, a step is "
+                f"{measured.generation[-1]:.3f} s of generation and {measured.other[-1]:.3f} s of everything else"
             )
     return found
 
 
 def rows(found: dict[str, Measured]) -> list[BenchRow]:
-    """Ours beside TRL's; `peer` is TRL's."""
+    """Our figures, with TRL's as the peer."""
     ours, trl = found["asyncflow"], found["trl"]
     score, peer = Mean.of(ours.scores), Mean.of(trl.scores)
     speed, its = Mean.of(ours.speeds).value, Mean.of(trl.speeds).value
@@ -147,15 +148,15 @@ def rows(found: dict[str, Measured]) -> list[BenchRow]:
         BenchRow("held-out score", score.value, "share", peer.value, score.value / max(peer.value, 1e-9), bound=1.0),
         BenchRow("held-out score: spread over seeds", score.spread, "share", peer.spread),
         BenchRow("speed", speed, "samples/s", its, speed / its),
-        BenchRow("drawing answers", Mean.of(ours.drawing).value, "s a step", Mean.of(trl.drawing).value),
-        BenchRow("all else", Mean.of(ours.training).value, "s a step", Mean.of(trl.training).value),
+        BenchRow("generation", Mean.of(ours.generation).value, "s a step", Mean.of(trl.generation).value),
+        BenchRow("everything else", Mean.of(ours.other).value, "s a step", Mean.of(trl.other).value),
     ]
 
 
 # --- the losses
 
 
-LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {  # ours, and how TRL is told the same
+LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {  # ours, and TRL's arguments for the same loss
     "grpo": (
         Loss(dual_clip=0.0, kl_coefficient=0.04, aggregation="sequence-mean-token-mean"),
         {"loss_type": "grpo", "beta": 0.04},
@@ -177,7 +178,7 @@ MOST_DIFFERENCE = 1e-6
 
 
 def compare_losses(python: Path, folder: Path) -> list[BenchRow]:
-    """The largest difference in value or in gradient by a log-prob, over six rows of float64 tokens."""
+    """The largest difference in value or in a log-prob's gradient, over six rows of float64 tokens."""
     prepare(RECIPES, err)
     rng = np.random.default_rng(0)
     own = [rng.normal(-1.0, 0.5, length) for length in LENGTHS]
@@ -187,7 +188,7 @@ def compare_losses(python: Path, folder: Path) -> list[BenchRow]:
         "reference": [row + rng.normal(0, 0.3, len(row)) for row in own],
     }
     advantages = rng.normal(size=len(LENGTHS))
-    theirs: Any = ask(
+    theirs: Any = run_peer(
         python,
         "losses",
         {name: [row.tolist() for row in rows] for name, rows in columns.items()}
@@ -195,7 +196,7 @@ def compare_losses(python: Path, folder: Path) -> list[BenchRow]:
             "advantages": advantages.tolist(),
             "model": load_recipe(RECIPES / "grpo.toml").models["policy"].path,
             "output": str(folder / "losses"),
-            "losses": {name: told for name, (_, told) in LOSSES.items()},
+            "losses": {name: arguments for name, (_, arguments) in LOSSES.items()},
         },
     )
     found = []
@@ -207,7 +208,7 @@ def compare_losses(python: Path, folder: Path) -> list[BenchRow]:
 
 
 def loss_of(loss: Loss, columns: dict[str, list[Any]], advantages: Any) -> tuple[float, Any]:
-    """Our value, and its gradient by each token's log-prob."""
+    """The value of our loss, and its gradient with respect to each token's log-prob."""
     flat = {name: torch.from_numpy(np.concatenate(rows)) for name, rows in columns.items()}
     log_probs = flat["log_probs"].requires_grad_()
     mask = Jagged.from_rows([[1] * length for length in LENGTHS], np.uint8)
@@ -228,27 +229,27 @@ def loss_of(loss: Loss, columns: dict[str, list[Any]], advantages: Any) -> tuple
 
 
 def main() -> int:
-    """Exit code 0: done, 1: the environment could not be made, the peer failed, or losses differ."""
+    """Exit code 0: done, 1: the environment could not be created, the peer failed, or losses differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/trl"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--staleness", type=int, default=0, help="of ours, in versions; TRL is synchronous")
-    parser.add_argument("--steps", type=int, default=0, help="0: the recipe's; fewer, where only the speed is asked")
+    parser.add_argument("--steps", type=int, default=0, help="0: the recipe's; fewer to measure only the speed")
     parser.add_argument("--losses", action="store_true", help="compare the losses and their gradients instead")
     given = parser.parse_args()
     folder = given.folder.absolute()
     try:
         python = environment(folder / "environment")
         if given.losses:
-            told = compare_losses(python, folder)
+            found_rows = compare_losses(python, folder)
         else:
             runs = folder / f"{given.steps}_steps" if given.steps else folder
-            told = rows(compare(python, runs, given.seeds, given.staleness, given.steps))
+            found_rows = rows(compare(python, runs, given.seeds, given.staleness, given.steps))
     except subprocess.CalledProcessError as error:
         err.print(f"error: {error.cmd[0]} {' '.join(map(str, error.cmd[1:4]))}: exit code {error.returncode}")
         return 1
-    out.print(format_report("trl_grpo", told), markup=False)
-    return int(given.losses and any(row.value > MOST_DIFFERENCE for row in told))
+    out.print(format_report("trl_grpo", found_rows), markup=False)
+    return int(given.losses and any(row.value > MOST_DIFFERENCE for row in found_rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""GRPO by TRL's GRPOTrainer, for `trl_grpo`: runs in an environment of its own, where asyncflow is not.
+"""GRPO by TRL's GRPOTrainer, for `trl_grpo`. It runs in an environment of its own, without asyncflow.
 
-`python trl_peer.py train SETTINGS` trains and prints what it took; `python trl_peer.py score SETTINGS` judges model
-folders by greedy answers; `python trl_peer.py losses SETTINGS` tells values and gradients of its losses. SETTINGS is a
+`python trl_peer.py train SETTINGS` trains and prints its seconds; `python trl_peer.py score SETTINGS` scores the greedy
+answers of model folders; `python trl_peer.py losses SETTINGS` prints values and gradients of its losses. SETTINGS is a
 JSON object, and so is the last line that is printed.
 """
 
@@ -28,22 +28,22 @@ def exact_match(completions: list[str], reference: list[str], **_: Any) -> list[
 
 
 class TimedTrainer(GRPOTrainer):
-    """Counts the seconds in which answers are drawn."""
+    """Counts the seconds of generation."""
 
-    drawing = 0.0
+    generation_seconds = 0.0
 
     def _generate(self, *given: Any, **named: Any) -> Any:
         started = time.perf_counter()
         try:
             return super()._generate(*given, **named)
         finally:
-            self.drawing += time.perf_counter() - started
+            self.generation_seconds += time.perf_counter() - started
 
 
 def train(settings: dict[str, Any]) -> dict[str, float]:
-    """As many steps of as many samples as the recipe says, each cut into its mini-batches.
+    """Train with the recipe's numbers of steps, samples and mini-batches.
 
-    Optimizer and schedule are given to the trainer, so that both sides have the same to the last factor.
+    Optimizer and schedule are passed to the trainer, so that they are exactly the same on both sides.
     """
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
@@ -95,11 +95,11 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
     seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model(settings["output"])
     tokenizer.save_pretrained(settings["output"])
-    return {"seconds": seconds, "drawing": trainer.drawing}
+    return {"seconds": seconds, "generation_seconds": trainer.generation_seconds}
 
 
 def losses(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Value and gradient of each of `losses`, whose items are a trainer's arguments, on the given log-probs."""
+    """The value and the gradient of each loss, on the given log-probs. An item of `losses` is a trainer's arguments."""
     lengths = [len(row) for row in settings["log_probs"]]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
@@ -107,7 +107,7 @@ def losses(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return torch.tensor([row + [0.0] * (max(lengths) - len(row)) for row in rows], dtype=torch.float64)
 
     columns = {name: padded(settings[name]) for name in ("log_probs", "old", "reference")}
-    told = {}
+    found = {}
     for name, arguments in settings["losses"].items():
         trainer = GRPOTrainer(
             model=settings["model"],
@@ -142,26 +142,26 @@ def losses(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
             },
         )
         (gradient,) = torch.autograd.grad(value, [log_probs])
-        told[name] = {"value": value.item(), "gradient": gradient[mask].tolist()}
-    return told
+        found[name] = {"value": value.item(), "gradient": gradient[mask].tolist()}
+    return found
 
 
 @torch.no_grad()
 def score(settings: dict[str, Any]) -> dict[str, float]:
-    """Share of the held-out problems that each model of `models` answers right, greedily."""
+    """The share of the held-out problems that each model of `models` solves with greedy answers."""
     heldout = rows(settings["heldout"])
     found = {}
     for name, folder in settings["models"].items():
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = tokenizer([row["prompt"] for row in heldout], return_tensors="pt", padding=True)
-        drawn = model.generate(
+        sequences = model.generate(
             input_ids=prompts["input_ids"],
             attention_mask=prompts["attention_mask"],
             max_new_tokens=settings["max_tokens"],
             do_sample=False,
         )
-        texts = tokenizer.batch_decode(drawn[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(sequences[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         found[name] = sum(exact_match(texts, [row["reference"] for row in heldout])) / len(heldout)
     return found
 
