@@ -127,10 +127,7 @@ def measured_simulations(timings: Sequence[SimulationTiming]) -> Measured:
     """The simulations as rows and as text."""
     return Measured(
         [BenchRow(f"simulated step on {one.devices}", one.total_s / one.steps, "s") for one in timings],
-        [
-            f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step"
-            for one in timings
-        ],
+        [f"simulated on {one.devices:5} devices: {one.total_s / one.steps:6.2f} s a simulated step" for one in timings],
     )
 
 
