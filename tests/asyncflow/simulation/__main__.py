@@ -47,8 +47,8 @@ def main() -> int:
     parser.add_argument("runs", nargs="?", type=int, default=400)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--exhaustive", action="store_true", help="all orders of small configurations instead")
-    parser.add_argument("--states", type=int, default=1_000_000, help="most states of one configuration")
+    parser.add_argument("--exhaustive", action="store_true", help="explore all orders of small configurations instead")
+    parser.add_argument("--states", type=int, default=1_000_000, help="the largest number of states per configuration")
     given = parser.parse_args()
     start = time.monotonic()
     with ProcessPoolExecutor(given.processes) as pool:
@@ -60,7 +60,7 @@ def main() -> int:
                 wrong |= explored.startswith("WRONG")
                 cut += explored.startswith("cut")
                 print(f"{waiting[done]!s:<60} {explored}", flush=True)
-            print(f"spaces          {len(SPACES)}, {cut} of them not whole")
+            print(f"spaces          {len(SPACES)}, {cut} of them incomplete")
         else:
             results = list(pool.map(result_of, range(given.first, given.first + given.runs), chunksize=25))
             wrong = any(r.wrong for r in results)
@@ -74,7 +74,7 @@ def explored_space(config: Config, most_states: int) -> str:
     start = time.process_time()
     try:
         seen = explore(config, most_states=most_states)
-    except Exception as error:  # noqa: BLE001 - it is this configuration's finding
+    except Exception as error:  # noqa: BLE001 - any error is this configuration's result
         return f"WRONG {type(error).__name__}: {error}"
     whole = "all" if seen.complete else "cut at"
     seconds = time.process_time() - start

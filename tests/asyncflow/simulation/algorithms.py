@@ -1,4 +1,4 @@
-"""The algorithms whose dataflow is simulated. Their functions are never called: only the edges of the graph count."""
+"""The algorithms whose dataflow is simulated. Their functions are never called; only the graph's edges count."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from protocols.stage import stage
 
 
 class Scorer(Reward):
-    """Scores responses from the output of another stage: a join before the join of the batch."""
+    """Scores responses with the output of another stage: a join before the join of the batch."""
 
     @stage(protocol="DP_PROTO")
-    def judge(self, rollouts: Rollouts, log_probs: LogProbs) -> Scores:
+    def score_both(self, rollouts: Rollouts, log_probs: LogProbs) -> Scores:
         raise NotImplementedError
 
     @stage(protocol="DP_PROTO")
@@ -102,15 +102,15 @@ def safe_rlhf(flow: Flow) -> None:
     flow.policy.update(experience)
 
 
-def judged(flow: Flow) -> None:
+def middle_join(flow: Flow) -> None:
     """Row stages that feed row stages: a chain, and a join of two edges in the middle of the graph."""
     rollouts = flow.policy.generate(flow.prompts)
     log_probs = flow.reference.log_probs(rollouts)
-    scores = flow.reviser.revise(flow.judge.judge(rollouts, log_probs))
+    scores = flow.reviser.revise(flow.scorer.score_both(rollouts, log_probs))
     flow.policy.update(flow.join(rollouts, log_probs, scores).apply(grpo_advantage))
 
 
 ALGORITHMS: dict[str, Dataflow] = {
-    f.__name__: trace(f, ROLES | {"judge": Scorer, "reviser": Scorer})
-    for f in (ppo, ppo_prox, grpo, remax, safe_rlhf, judged)
+    f.__name__: trace(f, ROLES | {"scorer": Scorer, "reviser": Scorer})
+    for f in (ppo, ppo_prox, grpo, remax, safe_rlhf, middle_join)
 }

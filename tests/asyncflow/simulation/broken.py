@@ -154,7 +154,7 @@ class NeverMarksIncomplete(InFlightPrompts):
         pass
 
 
-# --- drawing
+# --- generation
 
 
 class SeedsOfAGenerator:
@@ -163,7 +163,7 @@ class SeedsOfAGenerator:
     def __init__(self) -> None:
         self._random = random.Random(0)
 
-    def __call__(self, sample: int, drawing: int) -> int:
+    def __call__(self, sample: int, generation: int) -> int:
         return self._random.getrandbits(63)
 
 
@@ -180,7 +180,7 @@ class LastComeFirstServed(PoolLease):
 
 
 def last_come_first_served(pools: Mapping[str, str]) -> dict[str, PoolLease]:
-    """As `shared_leases`."""
+    """The same leases as `shared_leases`, as `LastComeFirstServed`."""
     leases = {lease.pool: LastComeFirstServed(lease.pool) for lease in shared_leases(pools).values()}
     return {service: leases[pool] for service, pool in pools.items() if pool in leases}
 
@@ -189,7 +189,7 @@ def last_come_first_served(pools: Mapping[str, str]) -> dict[str, PoolLease]:
 
 
 def exactly_room(held: int, arriving: int, capacity: int) -> bool:
-    """Let a delivery larger than the mailbox wait for ever."""
+    """Let a delivery that is larger than the mailbox wait forever."""
     return not arriving or held + arriving <= capacity
 
 

@@ -18,18 +18,18 @@ TRAINED = ("policy", "critic", "cost_critic")
 class Faults(msgspec.Struct, frozen=True):
     """How often each kind of fault may occur in a run."""
 
-    failures: int = 0  # a row that a stage can't do
+    failures: int = 0  # a row that a stage fails to compute
     drops: int = 0  # a settled prompt that dynamic sampling filters out
-    duplicates: int = 0  # a delivery that comes twice
-    losses: int = 0  # a delivery that does not come; its sender sends again what it keeps for the edge
-    restarts: int = 0  # a service without state of its own, or an engine, dies and has a successor
+    duplicates: int = 0  # a delivery that arrives twice
+    losses: int = 0  # a delivery that is lost; its sender delivers again what its outbox holds for the edge
+    restarts: int = 0  # a service without trained state, or an engine, dies and is replaced
 
 
 class Config(msgspec.Struct, frozen=True):
     """One run.
 
-    Layouts: "split" gives each service a pool; "mixed" puts what trains on one pool and the rest on another;
-    "colocated" has one pool, whose policy generates itself; "shared" has one pool with a generator of its own.
+    Layouts: "split" gives each service its own pool; "mixed" has one pool for the trained roles and one for the rest;
+    "colocated" has one pool, on which the policy itself generates; "shared" has one pool with a separate generator.
     """
 
     algorithm: str = "ppo"
@@ -39,12 +39,12 @@ class Config(msgspec.Struct, frozen=True):
     staleness: int = 0  # eta
     window: int = 0  # W; 0: (eta + 1) * P
     steps: int = 2
-    capacity: int = 1  # rows that a plain mailbox takes
+    capacity: int = 1  # rows that the mailbox of a stage with one input holds
     firing_rows: int = 4
     slots: int = 4
     replicas: int = 1
-    turns: int = 1  # most turns of its engine that a row takes
-    stragglers: tuple[int, ...] = ()  # prompts whose rows take so many, and others one; none: as luck has it
+    turns: int = 1  # the most engine steps that a row takes
+    stragglers: tuple[int, ...] = ()  # prompts whose rows take `turns` steps, all others one; (): random
     faults: Faults = Faults()
 
     def __str__(self) -> str:

@@ -42,14 +42,14 @@ class Controller:
         self._world = world
         self.admission = rules.admission(config.prompts, config.staleness, config.steps, window=config.window or None)
         self.inflight = rules.inflight_prompts(self.admission, UNLIMITED)
-        self.outbox = rules.outbox()  # of prompts: what goes out again is made anew, under the current attempt
+        self.outbox = rules.outbox()  # prompts only: a repeated delivery is built again, under the current attempt
         self.min_versions: dict[int, int] = {}  # live prompts
         self.attempts: dict[int, int] = {}  # live prompts
         self.fates: dict[int, str] = {}  # every prompt
-        self.notices: dict[int, deque[PromptSettled]] = {}  # by prompt: those of two prompts may pass each other
+        self.notices: dict[int, deque[PromptSettled]] = {}  # unread, by prompt: those of two may overtake each other
         self.training: Training | None = None
         self.newest_weights = 0  # published
-        self.late_weights: deque[int] = deque()  # committed and not yet published, which no rule lets happen
+        self.late_weights: deque[int] = deque()  # committed but unpublished: only without a rule
         self._chosen: list[CompletePrompt] | None = None
         self._stale = False
 
@@ -59,7 +59,7 @@ class Controller:
 
     @property
     def _publishes(self) -> bool:
-        """Whether a generator has to load the weights: a policy that generates itself has them."""
+        """Whether weights must be published: a policy that generates itself has them already."""
         return not self._world.hybrid
 
     @property
@@ -157,14 +157,14 @@ class Controller:
         return [sample_id(prompt, i) for i in ([BASELINE_INDEX] if greedy else range(self._world.config.samples))]
 
     def tell(self, settled: PromptSettled) -> None:
-        """A notice of the join."""
+        """Receive a notice of the join."""
         self.notices.setdefault(settled.prompt_id, deque()).append(settled)
 
     def _next_notice(self, prompt: int) -> PromptSettled:
-        told = self.notices[prompt].popleft()
+        notice = self.notices[prompt].popleft()
         if not self.notices[prompt]:
             del self.notices[prompt]
-        return told
+        return notice
 
     def _hear(self, settled: PromptSettled) -> None:
         self.inflight.complete(settled)
@@ -173,7 +173,7 @@ class Controller:
 
     def join_died(self) -> None:
         """The join lost its rows, and its unread notices are void: its prompts have to become complete again."""
-        assert self.training is None, "the loss of a batch that trains is the loss of a trainer's state"
+        assert self.training is None, "the loss of a batch in training is a loss of trained state"
         self.notices.clear()
         self.inflight.mark_incomplete()
         self._stale = True

@@ -28,22 +28,20 @@ class Explored(msgspec.Struct):
 
     states: int = 0
     transitions: int = 0
-    ends: int = 0  # states in which the run is over
-    fates: set[tuple[int, str]] = msgspec.field(
-        default_factory=set
-    )  # that prompts had, each with a version at its time
-    ages: set[tuple[int, int]] = msgspec.field(default_factory=set)  # (step, how old a prompt of it was)
+    ends: int = 0  # states in which the run has ended
+    fates: set[tuple[int, str]] = msgspec.field(default_factory=set)  # (version, how a prompt ended then)
+    ages: set[tuple[int, int]] = msgspec.field(default_factory=set)  # (step, age in versions of a prompt in its batch)
     complete: bool = True
 
 
 def in_any_turn(config: Config, rules: Rules) -> Rules:
-    """The rules with leases that leave open who is next, where the reduction can do with that."""
+    """The rules with leases that may grant any claim, if the reduction applies then."""
     opened = msgspec.structs.replace(rules, leases=open_leases)
     return opened if rules.leases is shared_leases and explores(next(starts(config, opened))) else rules
 
 
 class Asymmetry(Exception):
-    """The batcher chooses between prompts that are not alike by their names, so they may not be renamed."""
+    """The batcher chooses by id between prompts that are not interchangeable, so ids may not be left out."""
 
 
 class _Place(msgspec.Struct):
@@ -55,20 +53,20 @@ class _Place(msgspec.Struct):
 
 
 class Explorer:
-    """Depth first over one configuration."""
+    """Depth-first search over the states of one configuration."""
 
     def __init__(self, config: Config, rules: Rules = THE_REAL_RULES, *, reduced: bool = True) -> None:
         self._config, self._rules, self._reduced = config, in_any_turn(config, rules) if reduced else rules, reduced
         self._seen: set[int] = set()
-        self._way: list[_Place] = []
-        self._on_way: set[int] = set()  # their names
+        self._path: list[_Place] = []
+        self._on_path: set[int] = set()  # their names
         self.result = Explored()
 
     def run(self, most_states: int) -> Explored:
         """Visit every state, or at most `most_states`. Raises what the world raises; a cycle is a Livelock."""
         for world in starts(self._config, self._rules) if self._reduced else [World(self._config, self._rules)]:
             self._arrive(world)
-            while self._way:
+            while self._path:
                 self._go_on()
                 if self.result.states >= most_states:
                     self.result.complete = False
@@ -76,9 +74,9 @@ class Explorer:
         return self.result
 
     def _go_on(self) -> None:
-        place = self._way[-1]
+        place = self._path[-1]
         if not place.choices:
-            self._on_way.remove(self._way.pop().name)
+            self._on_path.remove(self._path.pop().name)
             return
         action = place.choices.pop()
         world = fork(place.world) if place.choices else place.world
@@ -96,24 +94,24 @@ class Explorer:
             actions = world.actions()
             alone -= 1
             if not alone:
-                raise Livelock(f"livelock: {free} and the like go on for ever")
+                raise Livelock(f"livelock: {free} and other free actions go on forever")
         self.result.fates |= world.watch.fates
         self.result.ages |= world.watch.ages
         state = fingerprint(world)
-        if state.name in self._on_way:
-            raise Livelock("livelock: the run comes back to where it was")
+        if state.name in self._on_path:
+            raise Livelock("livelock: the run comes back to an earlier state")
         if state.name in self._seen:
             return
         if not like_enough(world, state):
-            raise Asymmetry(f"{self._config}: prompts that are equally old are not alike")
+            raise Asymmetry(f"{self._config}: prompts that are equally old are not interchangeable")
         self._seen.add(state.name)
         self.result.states += 1
         if not actions:
             self.result.ends += 1
             world.check_end()
         race = free_race(world, actions) if self._reduced else []
-        self._way.append(_Place(state.name, world, race or actions + world.faults()))
-        self._on_way.add(state.name)
+        self._path.append(_Place(state.name, world, race or actions + world.faults()))
+        self._on_path.add(state.name)
 
 
 def starts(config: Config, rules: Rules) -> Iterator[World]:
@@ -129,10 +127,10 @@ def starts(config: Config, rules: Rules) -> Iterator[World]:
 
 
 def _dooms(config: Config, rules: Rules) -> Iterator[set[tuple[str, int]]]:
-    """Each row at each of its stages, of every prompt that a run can come to."""
+    """Every single failure: each row at each of its stages, of every prompt that a run can admit."""
     if not config.faults.failures:
         return
-    assert (config.faults.failures, config.turns) == (1, 1), "one failure, in rows of one turn, can be known before"
+    assert (config.faults.failures, config.turns) == (1, 1), "only one failure, and of a one-step row, is known"
     calm = World(msgspec.structs.replace(config, faults=type(config.faults)()), rules)
     worked: dict[tuple[str, int], None] = {}
     while actions := calm.actions():

@@ -1,14 +1,14 @@
 """The identity of a simulated state, so that two paths to the same state are recognised.
 
-A state is a bag of facts about rows and prompts, beside what is true of no row. Numbers that only name things
-(deliveries, tickets) are left out, and so are names themselves: prompts and samples that play the same part are
-renamed by the part they play, so that two states that differ by who is who are one state.
+A state is a multiset of facts about rows and prompts, and the remaining state of the parts. Numbers that only identify
+something (deliveries, tickets) are left out. Ids are replaced by roles: prompts and samples of which the same facts
+hold are interchangeable, so two states that differ only by a permutation of them count as one. The order of rows that
+will leave together in one firing does not count either.
 
-Nor does it count in which order rows stand that leave for a firing together. That loses nothing, because nothing
-that happens looks at a name but in one place: of prompts that are equally old the batcher takes the lowest.
-`like_enough` says whether those between which it chooses are otherwise alike, in which case the choice is one between
-two names of the same state; the exploration checks it at every batch. Where rows may come again after their prompt
-has settled, prompts keep the order of their ids, and rows their places.
+This merges only states with the same future, because events depend on ids in one place only: among equally old prompts
+the batcher takes the lowest id. `like_enough` checks at every batch that the prompts between which it chooses are
+interchangeable, so that the choice is one between two names of the same state. Where rows may arrive again after their
+prompt has settled, prompts keep the order of their ids and rows keep their positions.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MASK = (1 << 64) - 1
 
 
 class State(msgspec.Struct, frozen=True):
-    """A state's name, and the part that each prompt plays in it."""
+    """A state's hash, and for each prompt a hash of the facts about it."""
 
     name: int
     parts: dict[int, int]
 
 
 class Facts:
-    """All that is true of rows and prompts: (what, [(sample, value)...]) and (what, prompt)."""
+    """All facts about rows, (what, ((sample, value), ...)), and about prompts, (what, prompt)."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -55,26 +55,26 @@ class Facts:
         faults = world.config.faults
         self.sends_again = bool(faults.losses or faults.restarts)
         self.comes_again = self.sends_again or bool(faults.duplicates)
-        # A firing takes as many rows as it can from the first: in which order they stand among them is one.
+        # A firing takes the first `firing_rows` rows, whose order among each other does not matter.
         self.firing = 1 if self.comes_again else world.config.firing_rows
 
     def row(self, what: Print, sample: int, value: Any = None) -> None:
-        """Something about one row."""
+        """A fact about one row."""
         self.rows.append((what, ((sample, self.value(value)),)))
 
     def together(self, what: Print, rows: Iterable[tuple[int, Any]]) -> None:
-        """Something about rows that go together, in their order."""
+        """A fact about several rows that move together, in their order."""
         self.rows.append((what, tuple((s, self.value(v)) for s, v in rows)))
 
     def each_prompt(self, what: Print, prompts: Iterable[int]) -> None:
-        """Something about each of some prompts."""
+        """A fact about each of these prompts."""
         self.prompts += [(what, p) for p in prompts]
 
     def value(self, value: Any) -> Any:
-        """A row, without whose process holds it: only whether it can be read counts."""
+        """A row's content. Its owner counts only in so far as the row can be read or not."""
         match value:
             case Row():
-                return value.drawing, value.oldest, value.critic, self.world.readable(value.owner)
+                return value.generation, value.oldest, value.critic, self.world.readable(value.owner)
             case Request():
                 return value.min_version
             case Failure():
@@ -82,7 +82,7 @@ class Facts:
         return value
 
     def delivery(self, what: Print, d: Delivery) -> None:
-        """Rows under way. What is trained goes in no order."""
+        """The rows of a delivery; those of a batch have no order."""
         if d.step < 0:
             self.together((*what, d.edge, d.attempt), d.rows)
             return
@@ -90,7 +90,7 @@ class Facts:
             self.row((*what, d.edge, d.step), sample)
 
     def state(self, rest: Print) -> State:
-        """Rename by the part that each row and prompt plays."""
+        """Replace ids by roles: rows and prompts are numbered by the facts about them."""
         signatures: defaultdict[int, int] = defaultdict(int)
         for what, rows in self.rows:
             for place, (sample, value) in enumerate(rows):
@@ -120,11 +120,11 @@ class Facts:
 
 
 def fingerprint(world: World) -> State:
-    """Of the same name for states from which the same can happen, but for who is who."""
+    """The identity of a state. Equal names mean equal futures, up to a permutation of prompts and samples."""
     facts = Facts(world)
     network = world.network
     for d in network.flights.values():
-        facts.delivery(("flies", d.number in network.awaited.get(d.sender, ())), d)
+        facts.delivery(("in flight", d.number in network.awaited.get(d.sender, ())), d)
     if facts.sends_again:
         for sender, waits in network.awaited.items():
             for d in waits.values():
@@ -145,7 +145,7 @@ def fingerprint(world: World) -> State:
 
 
 def _doomed(facts: Facts) -> Print:
-    """Of a prompt that is not yet admitted it counts how many come before it."""
+    """The rows that will fail. A prompt that is not admitted yet is identified by its place in the queue."""
     fates = facts.world.controller.fates
     for where, sample in facts.world.doomed:
         if prompt_of(sample) in fates:
@@ -155,7 +155,7 @@ def _doomed(facts: Facts) -> Print:
 
 
 def like_enough(world: World, state: State) -> bool:
-    """Whether a batch that can be closed now is chosen by age alone, or between prompts that are alike."""
+    """Whether the next batch is determined by age, or chooses only between interchangeable prompts."""
     controller = world.controller
     chosen = controller.choice() if controller.training is None and not controller.finished else None
     if chosen is None or Facts(world).comes_again:
@@ -169,9 +169,9 @@ def like_enough(world: World, state: State) -> bool:
 def _table(
     facts: Facts, where: Print, table: RowTable[Any], closed: Container[int] | None = None, apart: int = 1
 ) -> None:
-    """So many rows are taken together; of a join `closed` are the prompts that are whole.
+    """The facts of a row table. `apart` rows are taken together, so that only their group's position counts.
 
-    Those leave it together, as old as their oldest row.
+    `closed` are the complete prompts of a join. Their rows leave together, and count with their oldest version only.
     """
     for place, sample in enumerate(table._complete):
         facts.row((*where, "settled", place // apart if closed is None else -1), sample)
@@ -184,7 +184,7 @@ def _table(
 
 
 def _held(value: Any) -> Any:
-    """What a join holds of a row: the number of its drawing, and a version."""
+    """What a join holds for a row: the number of its generation, and a version."""
     if not (type(value) is tuple and isinstance(value[0], Batch)):
         return value
     batch, row = value
@@ -193,7 +193,7 @@ def _held(value: Any) -> Any:
 
 
 def _ended(facts: Facts) -> None:
-    """Who knows of which prompt that it is over, as far as anything of it is still about."""
+    """Which parts know that a prompt has ended, for the ended prompts of which any row still exists."""
     known = {prompt_of(s) for _, rows in facts.rows for s, _ in rows} | {p for _, p in facts.prompts}
     over = [p for p in known if p not in facts.world.controller.min_versions]
     if not over:
@@ -209,7 +209,7 @@ def _ended(facts: Facts) -> None:
 
 
 def _outbox(facts: Facts, name: str, outbox: Outbox[Any]) -> None:
-    """Where nothing is ever sent again it only counts who still has to end."""
+    """The facts of an outbox. If nothing is ever sent again, only the prompts that must still end count."""
     if not facts.sends_again:
         facts.each_prompt(("kept", name), {p for _, needed in outbox._open.values() for p in needed})
         return
@@ -222,7 +222,7 @@ def _outbox(facts: Facts, name: str, outbox: Outbox[Any]) -> None:
 
 
 def _lease(world: World, lease: PoolLease) -> Print:
-    """In a line nobody passes those who came before: how long one waited counts where there is none."""
+    """The state of a lease. Without a queue in calling order it also counts how many grants passed each claim by."""
     holder = lease.holder.stage if lease.holder is not None else ""
     if isinstance(lease, OpenLease):
         return lease.pool, holder, sorted(claim.stage for claim in lease.waiting)
@@ -233,10 +233,10 @@ def _lease(world: World, lease: PoolLease) -> Print:
 
 def _service(facts: Facts, s: Service) -> Print:
     _outbox(facts, s.name, s.outbox)
-    for place, told in enumerate(s.to_end):
-        facts.each_prompt(("to end", s.name, place), told)
+    for place, prompts in enumerate(s.to_end):
+        facts.each_prompt(("to end", s.name, place), prompts)
     thread = s.thread.name if s.thread is not None else ""
-    # How often it died tells how much it may hold.
+    # Whether it has died determines how much it may hold.
     return s.weights, min(s.incarnation, 1), thread, [p.name for p in s.queue], sorted(s.claims)
 
 
@@ -277,14 +277,14 @@ def _engine(facts: Facts, engine: Engine) -> Print:
 def _controller(facts: Facts) -> Print:
     c = facts.world.controller
     for prompt, min_version in c.min_versions.items():
-        # Of a prompt that is settled for good nobody asks when it was admitted.
+        # The version at admission no longer matters once a prompt is settled for good.
         is_open = facts.sends_again or prompt not in c.inflight._complete
         facts.prompts.append((("live", min_version if is_open else -1, c.attempts[prompt]), prompt))
     for prompt, settled in c.inflight._complete.items():
         facts.prompts.append((("ready", oldest_of(settled)), prompt))
     for prompt, notices in c.notices.items():
-        told = tuple((bool(s.dead), oldest_of(s)) for s in notices)
-        facts.prompts.append((("told", told), prompt))
+        unread = tuple((bool(s.dead), oldest_of(s)) for s in notices)
+        facts.prompts.append((("unread", unread), prompt))
     _outbox(facts, c.name, c.outbox)
     training = None
     if c.training is not None:

@@ -25,16 +25,16 @@ from tests.asyncflow.simulation.world import World
 
 OURS = (World, Service, CallSite, Engine, Network, Controller, Watch, Turns)
 REAL = (RowTable, PromptJoin, Outbox, FinishedPrompts, Admission, InFlightPrompts, PoolLease)
-FIXED = ("_sources", "channels", "_by_prompt", "_place")  # set once
+FIXED = ("_sources", "channels", "_by_prompt", "_place")  # attributes that never change
 
 Done = dict[int, Any]  # copies, by the id of what was copied
 
 
 def fork(world: World) -> World:
-    """A world in the same state, which shares nothing with this one that could still change.
+    """A world in the same state that shares no mutable object with this one.
 
-    Parts and state machines are copied once, however many refer to them; a container has one owner. What stages
-    computed together is not remembered: it tells of one run, and nothing here looks at it.
+    Parts and state machines are copied once, however many objects refer to them; each container has one owner. The
+    record of firings starts empty, because it belongs to one run and no event depends on it.
     """
     made = _part(world, {})
     made.watch.firings = defaultdict(list)
@@ -49,7 +49,7 @@ def _copy(value: Any, done: Done) -> Any:
     if issubclass(kind, OURS + REAL):
         _HOW[kind] = _part
         return _part(value, done)
-    _SHARED.add(kind)  # numbers, names, rows, messages and rules are as they are
+    _SHARED.add(kind)  # numbers, names, rows, messages and rules are immutable
     return value
 
 

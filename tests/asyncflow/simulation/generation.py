@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class GeneratingStage(CallSite):
-    """The stage `generate`: requests in, generated rows out, as fast as the slowest consumer takes them."""
+    """The stage `generate`: requests in, generated rows out, at the pace of the slowest consumer."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
@@ -69,27 +69,27 @@ class GeneratingStage(CallSite):
         rows = len(self.table) + len(self.running) + len(self.out)
         prompts = admission.window
         if self.service.incarnation:
-            # A successor draws again what had settled, too, and what ends before it was drawn again: it hears of it.
-            over = {
+            # A successor also regenerates rows of settled prompts, and of ended prompts whose notice is unread.
+            ended = {
                 prompt_of(s) for s in [*self.running, *(s for s, _, _ in self.out)]
             } - self.world.controller.min_versions.keys()
-            prompts = config.most_live + len(over | self.service.over_unheard)
+            prompts = config.most_live + len(ended | self.service.unread_ended)
         self.world.watch.bound("generating", self.name, rows, prompts * (1 if self.call.greedy else config.samples))
 
     def start(self, sample: int) -> Running:
-        """A request leaves for an engine's slot."""
+        """Move a request to a slot of an engine."""
         joined = self.table.take([sample])
         self.running.add(sample)
         return Running(self, joined.inputs[0][0], joined.attempt, self.world.turns(sample))
 
     def finish(self, sample: int, running: Running) -> None:
-        """A row was generated, or failed."""
+        """A row is complete or has failed."""
         self.running.discard(sample)
         row: Given = Failure(sample, "failed")
         if not running.failing:
-            drawing = self.world.draw(sample)
-            self.world.watch.seeded(sample, self.world.rules.seed(sample, drawing))
-            row = Row(drawing, running.oldest, -1, self.service.owner)
+            generation = self.world.next_generation(sample)
+            self.world.watch.seeded(sample, self.world.rules.seed(sample, generation))
+            row = Row(generation, running.oldest, -1, self.service.owner)
         self.out.append((sample, running.attempt, row))
 
     def put_back(self, sample: int, running: Running) -> None:
@@ -100,12 +100,12 @@ class GeneratingStage(CallSite):
 
 
 class Running(msgspec.Struct):
-    """A row in a slot."""
+    """A row in a slot of an engine."""
 
     stage: GeneratingStage
     request: Request
     attempt: int
-    turns: int  # left
+    turns: int  # remaining engine steps
     oldest: int = 1 << 30
     failing: bool = False
 
@@ -115,15 +115,15 @@ class Engine:
 
     def __init__(self, world: World, service: Service, number: int, *, hybrid: bool) -> None:
         self.world, self.service, self.name = world, service, f"{service.name}/{number}"
-        self.hybrid = hybrid  # it draws with the weights that are trained beside it
+        self.hybrid = hybrid  # it generates with the weights that its service trains
         self.restart()
         self.own_version = 0
 
     def restart(self) -> None:
-        self.own_version = -1  # serves nothing until a whole load
+        self.own_version = -1  # it serves nothing until its first load is complete
         self.loads: deque[int] = deque()
         self.running: dict[int, Running] = {}
-        self.phase: Literal["idle", "asking", "drawing", "sending"] = "idle"
+        self.phase: Literal["idle", "asking", "generating", "sending"] = "idle"
 
     @property
     def version(self) -> int:
@@ -144,7 +144,7 @@ class Engine:
         if self.service.leased and self.phase == "idle":
             if self._may_load() or self._requests():
                 yield Action(self.name, "ask")
-        elif not self.service.leased or self.phase == "drawing":
+        elif not self.service.leased or self.phase == "generating":
             yield from self._turns()
 
     def _turns(self) -> Iterator[Action]:
@@ -156,7 +156,7 @@ class Engine:
                 yield Action(self.name, "start", sample)
         for sample, running in self.running.items():
             if self.version >= running.request.min_version or self.world.rules.min_version == "nowhere":
-                yield Action(self.name, "draw", sample)
+                yield Action(self.name, "decode", sample)
 
     def do(self, action: Action) -> None:
         match action.verb:
@@ -171,12 +171,12 @@ class Engine:
                 self.own_version = version
             case "start":
                 self._start(action.item)
-            case "draw":
-                self._draw(action.item)
+            case "decode":
+                self._decode(action.item)
         self.rest()
 
     def begin(self) -> None:
-        self.phase = "drawing"
+        self.phase = "generating"
         while len(self.running) < self.world.config.slots and (requests := self._requests()):
             self._start(requests[0])
         self.rest()
@@ -186,7 +186,7 @@ class Engine:
 
     def rest(self) -> None:
         """Give the devices back if there is nothing to generate or load."""
-        if not self.service.leased or self.phase not in ("drawing", "sending"):
+        if not self.service.leased or self.phase not in ("generating", "sending"):
             return
         if self.running or self._may_load():
             return
@@ -215,7 +215,7 @@ class Engine:
         running = self.running[sample] = stage.start(sample)
         running.failing = self.world.is_doomed(self.name, sample)
 
-    def _draw(self, sample: int) -> None:
+    def _decode(self, sample: int) -> None:
         running = self.running[sample]
         running.oldest = min(running.oldest, self.version)
         running.turns -= 1

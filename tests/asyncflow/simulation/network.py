@@ -82,7 +82,7 @@ class Network:
         self.flights[self.number()] = delivery
 
     def number(self) -> int:
-        """A number for whatever needs a name of its own."""
+        """A number that is used once in this world."""
         self._number += 1
         return self._number
 
@@ -91,7 +91,7 @@ class Network:
         return bool(self.awaited.get(sender))
 
     def redeliver(self, edge: str) -> None:
-        """Send again what the sender keeps for an edge, and what it still waits for, unless it flies already."""
+        """Send again what the sender's outbox holds for an edge and what it waits for, unless it is in flight."""
         flying = {d.number for d in self.flights.values() if d.edge == edge}
         waited = [d for waits in self.awaited.values() for d in waits.values() if d.edge == edge]
         kept = self._world.kept(edge)

@@ -22,9 +22,9 @@ class Result(msgspec.Struct):
 
     seed: int
     config: Config
-    wrong: str  # "" where nothing was
+    wrong: str  # the error, "" if there was none
     counts: Counter[str]
-    nearest: dict[str, tuple[int, int]]  # bound -> (value, limit) where it came nearest
+    nearest: dict[str, tuple[int, int]]  # bound -> (value, limit) when it was nearest to its limit
 
 
 def configuration(seed: int) -> Config:
@@ -55,7 +55,7 @@ def configuration(seed: int) -> Config:
 
 
 def result_of(seed: int, rules: Rules = THE_REAL_RULES, config: Config | None = None) -> Result:
-    """Run one configuration under a schedule of its own."""
+    """Run one configuration under a schedule that the seed determines."""
     config = configuration(seed) if config is None else config
     world = World(config, rules)
     fault_rate = 0.1 if config.faults != Faults() else 0.0
@@ -65,7 +65,7 @@ def result_of(seed: int, rules: Rules = THE_REAL_RULES, config: Config | None = 
             by_durations(world, seed, fault_rate, spread=seed % 2)
         else:
             in_any_order(world, seed, fault_rate)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's finding
+    except Exception as error:  # noqa: BLE001 - any error is this run's result
         wrong = f"{type(error).__name__}: {error}"
     return Result(seed, config, wrong, world.watch.counts, world.watch.nearest)
 

@@ -1,38 +1,39 @@
-"""Partial-order reduction: which action may be taken at once, without trying the others, and nothing is missed.
+"""Partial-order reduction: in some states it is enough to explore one action, and no error is missed.
 
-An action `a` that can happen in a state is *free* there if for every other action `b`, fault or not, that can happen
+An action `a` that is possible in a state is *free* there if for every other possible action `b`, faults included,
 
-    1. `a` can still happen after `b`, and is still free;
-    2. `a` then `b` and `b` then `a` lead to the same state, and prompts end the same in both;
-    3. what `b` breaks it breaks after `a`, too; what `a` breaks after others, one of these breaks after `a`.
+    1. after `b`, `a` is still possible and still free;
+    2. `a` then `b` and `b` then `a` lead to the same state, and prompts end alike on both paths;
+    3. an error that `b` raises it also raises after `a`; and if `a` raises an error after some other actions, then
+       one of those actions raises one after `a`.
 
-Then the exploration takes `a` alone. By 1, on any way from here only `a` itself ends that `a` can happen. So a way to
-an end of the run, a deadlock or not, has `a` in it, and by 2, exchanged with the action before it again and again, `a`
-comes first. A way to a breach has `a` in it, as before with 3, or not: then `a` put before it brings the breach no
-further away. A way without end stays one likewise: circles are kept.
+Then only `a` is explored. Proof: by 1, `a` stays possible on every path until it is taken itself. So every path to an
+end of the run, finished or deadlocked, contains `a`, and by 2 it can be exchanged with its predecessor again and
+again until it comes first. A path to an error either contains `a`, and is reordered likewise with 3; or it does not,
+and then by 3 the same actions also reach an error after `a`. An infinite path stays infinite, so cycles are preserved.
 
-**A firing is one step.** To finish is free, and is taken first; so where anything is tried nobody computes but an
-engine, and a stage that begins has finished before anything else happens. What is said of `a` and `b` is said of
-whole firings, where they are some: of two stages for one thread the second waits, and the end is the same.
+**A firing counts as one step.** Finishing is free and is taken first. So where choices are explored only engines
+compute, and a stage that begins a firing finishes it before anything else happens. Conditions 1 to 3 therefore compare
+whole firings: if two stages need one thread the second waits, and the resulting state is the same.
 
-**Shared devices.** Their lease leaves open who is next (see `turns`): that is more than the real one lets happen. To
-ask is free then. A firing is not kept from being free by one that takes the devices first, `b`, though it can't
-happen while those have them: who holds devices waits for nobody and gives them back (`explores` asks for that), so a
-run does not end before, and 1 and 2 hold with all that the holder does in the place of `b`. So who is next counts
-only where one trains the weights that another uses, and for engines, which begin with what is there.
+**Shared devices.** The lease of the exploration may grant any waiting claim (see `turns`), which permits more orders
+than the real lease. So to claim devices is free. A firing `a` may be free although another claimant, `b`, can take
+the devices first and make `a` impossible for a while: a holder waits for nobody and gives the devices back (`explores`
+requires the rules that ensure it). So no run ends in between, and 1 and 2 hold when `b` stands for all that its holder
+does until it gives the devices back. The order of grants therefore matters only where one claimant trains weights that
+another uses, and for engines, which begin with the requests that are there.
 
-The reasons beside each kind of action rest on this. Where nothing is lost or doubled and no process dies, a row goes
-over each edge once, and reaches the join before its prompt settles: of a prompt that has settled nothing is anywhere
-else, and only its own rows can settle it. `explores` asks for that. Of faults there may be drops; a failure, of a row
-that is known from the start; and one death, of a process that is known from the start. What is near to that process
-is not free, neither before its death nor after it. Where the one that draws may die nothing is: all rows are drawn
-anew then. Rows and processes are taken in turn by `exhaustive.starts`, by which nothing is lost, for when a row
-fails is nobody's business before it leaves its stage.
+**Faults.** The reasons beside each kind of action rely on this: if no delivery is lost or duplicated and no process
+dies, each row crosses each edge once and reaches the join before its prompt settles. So a settled prompt has no rows
+anywhere else, and only a prompt's own rows can settle it. `explores` requires that, except for drops, for one failure
+of a row that is chosen at the start, and for one death of a process that is chosen at the start. Actions near that
+process are not free, neither before its death nor after it; if the process that generates may die no action is free,
+because all rows are then generated again. `exhaustive.starts` goes through all choices of rows and processes. Choosing
+the row at the start misses nothing, because a failure has no effect before the row leaves its stage.
 
-`explores` asks for the rules that the reasons name: without one all orders are tried.
-
-Two stages that race for one thread, or one lease, are tried in both orders, and nothing else is: `free_race`, by the
-same argument for whichever of the two comes first. `test_reduction` checks 1 and 2 in the states of small spaces.
+`explores` also requires each scheduling rule that the reasons name; without it all orders are explored. If two stages
+race for one thread or lease, both orders are explored and nothing else (`free_race`), by the same argument for
+whichever comes first. `test_reduction` checks conditions 1 and 2 in the states of small spaces.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from tests.asyncflow.simulation.world import World
 
 
 def explores(world: World) -> bool:
-    """Whether any action of this run may be free at all."""
+    """Whether the reduction's requirements hold for this run, so that actions may be free."""
     faults, rules = world.config.faults, world.rules
     if faults.losses or faults.duplicates or world.faults_left["failures"]:
         return False
@@ -69,7 +70,7 @@ def explores(world: World) -> bool:
 
 
 def free_action(world: World, actions: list[Action]) -> Action | None:
-    """One that is free, or None where the order counts, or may count. Who computes finishes first."""
+    """A free action, firings that can finish first; None if there is none, so that all orders must be explored."""
     if not explores(world):
         return None
     in_order = sorted(actions, key=lambda action: action.verb != "finish")
@@ -77,7 +78,7 @@ def free_action(world: World, actions: list[Action]) -> Action | None:
 
 
 def free_race(world: World, actions: list[Action]) -> list[Action]:
-    """Two stages of a service of which each would be free to compute but for the other; else nothing."""
+    """The actions of stages of one service that would each be free to compute but for one another; else []."""
     if not explores(world):
         return []
     for service in world.services.values():
@@ -88,7 +89,7 @@ def free_race(world: World, actions: list[Action]) -> list[Action]:
 
 
 def _next_of(world: World, action: Action) -> CallSite | None:
-    """The stage that computes by an action: on devices that it was granted, or its service's own."""
+    """The stage that begins to compute by this action: on granted devices, or on its service's own."""
     name = action.item if action.verb == "grant" else action.who
     stage = world.stages.get(name) if action.verb in ("grant", "take") else None
     if stage is None or (action.verb == "take" and (stage.service.leased or not _takes_all(world, stage))):
@@ -97,7 +98,7 @@ def _next_of(world: World, action: Action) -> CallSite | None:
 
 
 def is_free(world: World, action: Action) -> bool:
-    """See the module. For a run that `explores`."""
+    """Whether an action is free (see the module). Requires `explores`."""
     if action.who == "network":
         return _delivery_is_free(world, world.network.flights[action.item])
     if action.verb == "end":
@@ -132,28 +133,29 @@ def is_free(world: World, action: Action) -> bool:
     return False
 
 
-# --- what stands still
+# --- what can't happen meanwhile
 
 
 def _dies(world: World, *services: str) -> bool:
-    """Whether one of them is the one that may die, or did."""
+    """Whether the process that may die, or has died, is one of these."""
     return world.victim in services
 
 
 def _engine_dies(world: World) -> bool:
-    """Whether it is an engine that may die: what it has drawn lives on."""
+    """Whether the process that may die is an engine. The rows that it has generated survive it."""
     return any(_dies(world, engine.name) for engine in world.engines)
 
 
 def _nothing_ends(world: World) -> bool:
-    """No prompt ends but by being trained."""
+    """Prompts end only by being trained."""
     return not world.fated and not world.config.faults.drops
 
 
 def _stands_still_without(world: World, prompts: set[int]) -> bool:
     """No step is trained and no prompt admitted before one of these prompts has settled.
 
-    There is no room, and only a commit makes some; nothing is trained, and too few others are live for a batch.
+    Admission has no room, and only a commit makes room. No step is in training, and the other live prompts are too
+    few for a batch.
     """
     c = world.controller
     if c.training is not None or c.admission.room() or not _nothing_ends(world) or world.config.window:
@@ -162,18 +164,18 @@ def _stands_still_without(world: World, prompts: set[int]) -> bool:
 
 
 def _is_still(world: World, prompts: set[int]) -> bool:
-    """No prompt is admitted before one of these has settled, or ever."""
+    """No prompt is admitted before one of these has settled, or none is admitted any more."""
     return (_all_admitted(world) and _nothing_ends(world)) or _stands_still_without(world, prompts)
 
 
 def _all_admitted(world: World) -> bool:
-    """No prompt is admitted any more, where none ends but by being trained."""
+    """No prompt is admitted any more, provided that prompts end only by being trained."""
     a = world.controller.admission
     return a.version * a.prompts_per_step + a.live >= a.steps * a.prompts_per_step
 
 
 def _may_come(world: World, stage: CallSite, still: bool) -> bool:
-    """Whether rows may come to a stage; `still`: no prompt is admitted until nobody asks any more."""
+    """Whether rows may still arrive at a stage. `still` states that no prompt is admitted in the meantime."""
     if not still:
         return True
     if any(d.edge.startswith(f"{stage.name}.") for d in world.network.flights.values()):
@@ -183,7 +185,7 @@ def _may_come(world: World, stage: CallSite, still: bool) -> bool:
 
 
 def _is_busy(stage: CallSite) -> bool:
-    """Whether a stage has rows that it has not sent."""
+    """Whether a stage has rows that it has not sent yet."""
     if isinstance(stage, GeneratingStage):
         return bool(len(stage.table) or stage.running or stage.out)
     return not isinstance(stage, RowStage) or bool(len(stage.table)) or stage.phase != "idle"
@@ -193,21 +195,22 @@ def _is_busy(stage: CallSite) -> bool:
 
 
 def _delivery_is_free(world: World, d: Delivery) -> bool:
-    """Of those for one stage nobody acts on it before it has come, and its sender waits with the next."""
+    """Nothing acts on the delivery before it arrives, and its sender sends no other one for the edge until then."""
     stage, _ = world.inlets[d.edge]
     if _dies(world, stage.service.name, d.owner[0]):
         return False
     if isinstance(stage, ClosingStage):
-        # Rows at the join are a set. It only grows by deliveries, and bounds are checked there: made earlier, it is
-        # all the larger at the last of them. That is not so of the last row of a prompt that is dead: it goes at once.
+        # The join holds a set of rows, which deliveries only enlarge and which is checked against its bounds at each of
+        # them. An earlier delivery makes the set only larger at the last one. The exception is the last row of a prompt
+        # with a failed row, which empties its place in the join at once.
         return not any(prompt_of(s) in world.fated for s in d.samples)
     if any(other.edge == d.edge for other in world.network.flights.values() if other is not d):
         return False
     match stage:
         case TrainingStage():
-            return True  # one batch a step
+            return True  # one batch per step
         case RowStage():
-            # Nothing to take before it has come, and until it has come nothing else does.
+            # There is nothing to take before it arrives, and nothing else arrives before it.
             return stage.capacity is not None and not len(stage.table) and d.sender in world.stages
         case GeneratingStage():
             return _request_is_free(world, d)
@@ -215,7 +218,7 @@ def _delivery_is_free(world: World, d: Delivery) -> bool:
 
 
 def _request_is_free(world: World, d: Delivery) -> bool:
-    """All that lives is in it: nothing else is asked for, trained or admitted before it has come."""
+    """It holds every live prompt, so nothing else is requested, trained or admitted before it arrives."""
     if _engine_dies(world) or (len(world.generating) > 1 and world.engines[0].service.leased):
         return False
     idle = all(e.phase == "idle" and not e.loads for e in world.engines if e.service.leased)
@@ -223,9 +226,10 @@ def _request_is_free(world: World, d: Delivery) -> bool:
 
 
 def _end_is_free(world: World, service: Service) -> bool:
-    """It has nothing of these prompts but the memory of what left, and nobody sends or asks for more of them.
+    """The service holds no row of these prompts, and none is sent to it or requested from it any more.
 
-    A successor is sent what its senders keep, and by it others have rows again: so not where these are told.
+    Not free at a process that may die or next to one: a successor receives what its senders kept, and so its consumers
+    receive rows again.
     """
     flow = world.config.dataflow
     for stage in [p for p in service.parts if isinstance(p, CallSite)]:
@@ -251,7 +255,7 @@ def _held(part: object) -> list[int]:
 
 
 def _takes_all(world: World, stage: CallSite) -> bool:
-    """What it takes is all that it can get, and can be read."""
+    """The stage takes all rows that it can get before it fires, and all of them can be read."""
     sources = [world.stages.get(c.source) for c in world.config.dataflow.inputs_of(stage.name)]
     if any(_dies(world, s.service.name) for s in (stage, *sources) if s is not None):
         return False
@@ -259,10 +263,9 @@ def _takes_all(world: World, stage: CallSite) -> bool:
 
 
 def _turn_is_free(world: World, stage: CallSite, racing: Container[Part] = ()) -> bool:
-    """Nobody trains the weights that it uses, or uses those that it trains, before it has been.
+    """Until it computes, nobody trains the weights that it uses or uses the weights that it trains.
 
-    For what else happens it is of no account when it computes: it has its rows, and what it makes of them is only
-    more for others.
+    Nothing else depends on when it computes: it has its rows, and its output only adds rows for others.
     """
     if _dies(world, stage.service.name):
         return False
@@ -277,37 +280,37 @@ def _turn_is_free(world: World, stage: CallSite, racing: Container[Part] = ()) -
                 coming = any(d.edge.startswith(f"{other.name}.") for d in world.network.flights.values())
                 asks = other.batch is not None or coming or not _stands_still_without(world, prompts)
             case _:
-                asks = False  # an engine: its rows are its stages'
+                asks = False  # an engine, whose rows are those of its stages
         if asks:
             return False
     return True
 
 
 def _waits_for_trainers(world: World) -> bool:
-    """No prompt is admitted before every trainer has had the step."""
+    """No prompt is admitted before every trainer has finished the step."""
     return world.rules.rises_after == "all" and not world.controller.admission.room() and _nothing_ends(world)
 
 
 # --- the controller
 
 
-def _hearing_is_free(world: World, told: int) -> bool:
-    """Nothing can be closed without the prompt, nor admitted before or by it."""
+def _hearing_is_free(world: World, prompt: int) -> bool:
+    """No batch can be closed without the prompt, and no prompt is admitted before the notice or because of it."""
     c = world.controller
     if _dies(world, world.closing.service.name) or not _nothing_ends(world) or world.config.window:
         return False
     in_training = {r.prompt_id for r in c.training.batch} if c.training is not None else set[int]()
     still = _all_admitted(world) or (c.training is None and not c.admission.room())
-    return still and len(c.min_versions.keys() - in_training - {told}) < world.config.prompts
+    return still and len(c.min_versions.keys() - in_training - {prompt}) < world.config.prompts
 
 
 def _commit_is_free(world: World) -> bool:
-    """No prompt is admitted before it, and none ends but by it."""
+    """No prompt is admitted before the commit, and prompts end only by it."""
     return _waits_for_trainers(world) and not world.config.window and not world.config.faults.restarts
 
 
 def _publishing_is_free(world: World) -> bool:
-    """The snapshot is taken of weights that wait for it, and the loads wait in line."""
+    """The weights do not change before the snapshot, and loads queue in order."""
     return not any(e.service.leased for e in world.engines) and not _engine_dies(world)
 
 
@@ -315,7 +318,7 @@ def _publishing_is_free(world: World) -> bool:
 
 
 def _start_is_free(world: World, engine: Engine, sample: int) -> bool:
-    """It is the first in the line of its stage, and there are slots for all that is asked for."""
+    """The request is the first in its stage's queue, and there are slots for all requests."""
     if len(world.engines) > 1 or _engine_dies(world):
         return False
     if len(world.generating) > 1:
@@ -328,7 +331,7 @@ def _start_is_free(world: World, engine: Engine, sample: int) -> bool:
 
 
 def _load_is_free(world: World, engine: Engine) -> bool:
-    """There is nothing to be drawn any more, with old weights or new."""
+    """Nothing is left to generate, with the old weights or the new ones."""
     if engine.service.leased or _engine_dies(world):
         return False
     still = _all_admitted(world) and _nothing_ends(world)
@@ -336,7 +339,7 @@ def _load_is_free(world: World, engine: Engine) -> bool:
 
 
 def _sending_is_free(world: World, stage: GeneratingStage) -> bool:
-    """No row of it is still to be drawn, so what is sent is settled."""
+    """The stage has no row left to generate, so the content of the delivery is final."""
     if len(stage.table) or stage.running or _engine_dies(world):
         return False
     return not _may_come(world, stage, _is_still(world, {prompt_of(s) for s, _, _ in stage.out}))

@@ -1,7 +1,7 @@
 """Rows without models: each carries the number of the generation that it derives from, through every stage.
 
-Inside the world a row is a `Row`. Before the join it becomes a real message, one value a row, because the real
-join reads messages; what a closed batch holds is read back from there.
+Inside the world a row is a `Row`. At the join it becomes a real message with one value per row, because the real join
+reads messages; the contents of a closed batch are read back from these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Owner = tuple[str, int]  # a service, and how often it had been restarted
 
 
 class Request(NamedTuple):
-    """A prompt's row on its way to a generating stage."""
+    """A request for one row, sent to a generating stage."""
 
     min_version: int  # version at admission
     owner: Owner
@@ -28,59 +28,60 @@ class Request(NamedTuple):
 class Row(NamedTuple):
     """One sample's row at one stage."""
 
-    drawing: int  # which drawing of this sample it derives from, 1 for the first
+    generation: int  # the generation of this sample that it derives from, 1 for the first
     oldest: int  # version of its oldest token
-    critic: int  # version of the critic that valued it, -1 where none did
-    owner: Owner  # whose process holds its bytes
+    critic: int  # version of the critic whose values it holds, -1 if it holds none
+    owner: Owner  # the process that holds its bytes
 
 
 class Content(NamedTuple):
-    """What a closed batch says of one sample on one input."""
+    """What a closed batch holds for one sample on one input."""
 
     sample: int
-    drawing: int
+    generation: int
     version: int  # of the oldest token, or of the critic; -1 for other messages
 
 
 def message(kind: type[Batch], rows: Sequence[tuple[int, Row]]) -> Batch:
-    """Rows as a message of one token a row, whose value is the number of the drawing."""
+    """Rows as a message with one token per row, whose value is the number of the row's generation."""
     ids = np.array([sample for sample, _ in rows], np.int64)
-    drawings = np.array([row.drawing for _, row in rows], np.float32)
+    generations = np.array([row.generation for _, row in rows], np.float32)
     if issubclass(kind, Rollouts):
         versions = np.array([row.oldest for _, row in rows], np.int32)
         return Rollouts(
-            sample_ids=ids, log_probs=_one_each(drawings), versions=_one_each(versions), **_constant(len(rows))
+            sample_ids=ids, log_probs=_one_each(generations), versions=_one_each(versions), **_constant(len(rows))
         )
     if issubclass(kind, Values):
         critics = np.array([row.critic for _, row in rows], np.int64)
-        return Values(sample_ids=ids, values=_one_each(drawings), versions=critics)
+        return Values(sample_ids=ids, values=_one_each(generations), versions=critics)
     if issubclass(kind, LogProbs):
-        return LogProbs(sample_ids=ids, log_probs=_one_each(drawings))
+        return LogProbs(sample_ids=ids, log_probs=_one_each(generations))
     if issubclass(kind, Scores):
-        return Scores(sample_ids=ids, scores=drawings)
+        return Scores(sample_ids=ids, scores=generations)
     if issubclass(kind, Costs):
-        return Costs(sample_ids=ids, costs=drawings)
+        return Costs(sample_ids=ids, costs=generations)
     raise TypeError(f"no rows of {kind.__name__} travel to a join")
 
 
 def contents(batch: Batch) -> list[Content]:
-    """What the rows of a message say."""
+    """The contents of a message, row by row."""
     match batch:
         case Rollouts():
-            drawings, versions = batch.log_probs.values, batch.versions.values
+            generations, versions = batch.log_probs.values, batch.versions.values
         case Values():
-            drawings, versions = batch.values.values, batch.versions
+            generations, versions = batch.values.values, batch.versions
         case LogProbs():
-            drawings, versions = batch.log_probs.values, None
+            generations, versions = batch.log_probs.values, None
         case Scores():
-            drawings, versions = batch.scores, None
+            generations, versions = batch.scores, None
         case Costs():
-            drawings, versions = batch.costs, None
+            generations, versions = batch.costs, None
         case _:
             raise TypeError(f"{type(batch).__name__} is no input of a closed batch")
-    told: Iterable[int] = versions.tolist() if versions is not None else [-1] * len(batch)
+    by_row: Iterable[int] = versions.tolist() if versions is not None else [-1] * len(batch)
     return [
-        Content(s, int(d), int(v)) for s, d, v in zip(batch.sample_ids.tolist(), drawings.tolist(), told, strict=True)
+        Content(s, int(d), int(v))
+        for s, d, v in zip(batch.sample_ids.tolist(), generations.tolist(), by_row, strict=True)
     ]
 
 
@@ -95,7 +96,7 @@ def _one_each(values: np.ndarray) -> Jagged:
 
 @functools.lru_cache(maxsize=256)
 def _constant(rows: int) -> dict[str, Any]:
-    """The columns of rollouts that nothing here looks at."""
+    """The columns of rollouts that the simulation does not use."""
     tokens = _one_each(np.zeros(rows, np.int32))
     octets = _one_each(np.ones(rows, np.uint8))
     return {

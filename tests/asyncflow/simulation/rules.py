@@ -1,6 +1,6 @@
 """The rules of a simulated world: the real pure code, and the behaviour of the real services around it.
 
-The defaults are the rules. A test removes a rule by putting a small variant in its place.
+The defaults are the real rules. A test removes a rule by replacing its field with a variant (see `broken`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def joins_never_refuse(join: PromptJoin, position: int, samples: list[int]) -> b
     return True
 
 
-def seed_of_the_sample(sample: int, drawing: int) -> int:
+def seed_of_the_sample(sample: int, generation: int) -> int:
     """The seed of a row: a row that is generated again after a crash gets the same seed."""
     return sampling_seed(0, sample)
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """The numbers in brackets are those of the rules of time."""
+    """The numbers in brackets are those of the scheduling rules in `test_rules` and `test_rules_of_runs`."""
 
     row_table: type[RowTable[Any]] = RowTable
     prompt_join: type[PromptJoin] = PromptJoin
@@ -41,21 +41,25 @@ class Rules(msgspec.Struct, frozen=True):
     leases: Callable[[Mapping[str, str]], dict[str, PoolLease]] = shared_leases
     has_room: Callable[[int, int, int], bool] = has_room
     join_room: Callable[[PromptJoin, int, list[int]], bool] = joins_never_refuse  # [1]
-    kept_while_sending: Literal["nothing", "lease", "thread"] = "nothing"  # [3] by a stage that waits for credit
-    fires_on: int = 1  # [4] rows that a stage waits for
-    tombstones: bool = True  # [5] a failed row travels on
-    join_hears_first: bool = True  # [7] that a prompt was dropped, before the budget has its place
-    rises_after: Literal["all", "policy"] = "all"  # [11] who must be done with a step
-    one_batch: bool = True  # [11] formed once, for all trainers; else each takes what is best when it begins
-    update_keeps_lease: bool = False  # [12] until its weights are loaded
-    publishes_first: bool = True  # [12] before the commit
-    min_version: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13]
+    kept_while_sending: Literal["nothing", "lease", "thread"] = (
+        "nothing"  # [3] what a stage holds while it waits for credit
+    )
+    fires_on: int = 1  # [4] the number of rows that a stage waits for
+    tombstones: bool = True  # [5] a failed row is passed on as a tombstone
+    join_hears_first: bool = True  # [7] a dropped prompt leaves the join before the budget
+    rises_after: Literal["all", "policy"] = (
+        "all"  # [11] which trainers must have finished a step before the version rises
+    )
+    one_batch: bool = True  # [11] all trainers share a batch; else each chooses one when it begins
+    update_keeps_lease: bool = False  # [12] an update keeps the devices until its weights are loaded
+    publishes_first: bool = True  # [12] weights are published before the commit
+    min_version: Literal["before the slot", "in the slot", "nowhere"] = "before the slot"  # [13] where a row waits
     loads: Literal["in order", "in any order", "when idle"] = "in order"  # [13]
-    prox: Literal["of the update", "of the drawing"] = "of the update"  # [16] whose log-probs the ratio divides by
-    seed: Callable[[int, int], int] = seed_of_the_sample  # [17] of a sample's n-th drawing after a crash
-    in_id_order: bool = False  # [18] a firing takes its rows in the order of their ids
-    # What the first sketch of the rules did not cover: delivery.
-    new_attempts: bool = True  # rows that are drawn again carry a higher attempt
-    asks_again: bool = True  # who finds rows unreadable asks their senders for what they keep
-    tells_ended: bool = True  # a successor is told which prompts are over
-    trains_once: bool = True  # a trainer refuses a step that it had
+    prox: Literal["of the update", "of the generation"] = "of the update"  # [16] weights that the ratio divides by
+    seed: Callable[[int, int], int] = seed_of_the_sample  # [17] the seed of a sample's n-th generation
+    in_id_order: bool = False  # [18] a firing takes its rows in ascending order of id
+    # Delivery; these have no number.
+    new_attempts: bool = True  # regenerated rows carry a higher attempt
+    asks_again: bool = True  # a stage with unreadable rows requests them from their senders again
+    tells_ended: bool = True  # a successor is told which prompts have ended
+    trains_once: bool = True  # a trainer refuses a step that it has trained

@@ -9,22 +9,22 @@ from tests.asyncflow.simulation.network import Action
 from tests.asyncflow.simulation.watch import Violation
 from tests.asyncflow.simulation.world import World
 
-ACTIONS_PER_ROW = 400  # far more than any row needs: a run that takes more moves in circles
+ACTIONS_PER_ROW = 400  # far more than any row needs: a run with more actions is livelocked
 
 
 class Livelock(Violation):
-    """The run moves without getting nearer to its end."""
+    """The run goes on without coming nearer to its end."""
 
 
 def most_actions(world: World) -> int:
-    """How many actions a run may take."""
+    """The number of actions after which a run counts as livelocked."""
     config = world.config
     rows = (config.steps + config.staleness + 1) * config.prompts * config.rows_per_prompt
     return 1000 + ACTIONS_PER_ROW * (rows + sum(getattr(config.faults, f) for f in config.faults.__struct_fields__))
 
 
 def run(world: World, choose: Callable[[list[Action]], Action], chance: random.Random, fault_rate: float) -> World:
-    """Let a world run to its end. Raises Deadlock, Violation."""
+    """Run a world to its end. Raises Deadlock or Violation."""
     left = most_actions(world)
     while actions := world.actions():
         if fault_rate and chance.random() < fault_rate and (faults := world.faults()):
@@ -39,13 +39,13 @@ def run(world: World, choose: Callable[[list[Action]], Action], chance: random.R
 
 
 def in_any_order(world: World, seed: int, fault_rate: float = 0.0) -> World:
-    """Every action that can happen is as likely as every other."""
+    """Every possible action is equally likely."""
     chance = random.Random(seed)
     return run(world, chance.choice, chance, fault_rate)
 
 
 def by_durations(world: World, seed: int, fault_rate: float = 0.0, spread: float = 1.0) -> World:
-    """Each action takes its time: long tails, and every service fast or slow by up to 10 ** spread."""
+    """Actions have durations with long tails, and each service is faster or slower by up to 10 ** spread."""
     chance = random.Random(seed)
     clock = Clock(chance, {name: 10 ** chance.uniform(-spread, spread) for name in sorted(world.services)})
     return run(world, clock.next, chance, fault_rate)
@@ -55,7 +55,7 @@ Chosen = Callable[[World, Action], bool]
 
 
 def never(world: World, action: Action) -> bool:
-    """No action."""
+    """Chooses no action."""
     return False
 
 
@@ -72,7 +72,7 @@ def directed(world: World, seed: int, late: Chosen = never, strike: Chosen = nev
 
 
 class Clock:
-    """Virtual time: what could happen for the longest, measured in its own pace, happens."""
+    """Virtual time: each action gets a duration when it becomes possible, and the earliest to end happens."""
 
     def __init__(self, chance: random.Random, pace: Mapping[str, float]) -> None:
         self._chance, self._pace = chance, pace
@@ -97,7 +97,7 @@ class Clock:
 
 
 def _one_of(faults: list[Action], chance: random.Random) -> Action:
-    """A kind of fault first, then one of its kind: there are many more rows to fail than services to die."""
+    """Choose the kind of fault first, because there are many more rows that can fail than services that can die."""
     kinds = sorted({f.verb for f in faults})
     kind = chance.choice(kinds)
     return chance.choice([f for f in faults if f.verb == kind])

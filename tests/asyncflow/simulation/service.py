@@ -46,17 +46,17 @@ class Service:
     def __init__(self, world: World, name: str, lease: PoolLease | None) -> None:
         self.world, self.name, self.lease = world, name, lease
         self.incarnation = 0
-        self.weights = 0  # steps that it was trained
+        self.weights = 0  # number of its optimizer steps
         self.outbox = world.rules.outbox()
         self.parts: list[Part] = []
         self.thread: Part | None = None
         self.queue: deque[Part] = deque()  # for the thread
-        self.claims: dict[str, int] = {}  # part -> ticket, asked for or held
-        self.to_end: deque[list[int]] = deque()  # what it has not yet been told: prompts that are over
+        self.claims: dict[str, int] = {}  # part -> ticket, waiting or granted
+        self.to_end: deque[list[int]] = deque()  # unread notices of finished prompts
 
     @property
     def owner(self) -> Owner:
-        """Whose memory it is that rows made now lie in."""
+        """The owner of the rows that it computes now."""
         return self.name, self.incarnation
 
     @property
@@ -64,7 +64,7 @@ class Service:
         return self.lease is not None
 
     def holds_lease(self, part: Part) -> bool:
-        """Whether the devices are a part's own."""
+        """Whether a part holds the devices."""
         holder = self.lease.holder if self.lease is not None else None
         return holder is not None and (holder.service, holder.ticket) == (self.name, self.claims.get(part.name))
 
@@ -77,9 +77,9 @@ class Service:
         self.end(self.to_end.popleft())
 
     @property
-    def over_unheard(self) -> set[int]:
+    def unread_ended(self) -> set[int]:
         """Finished prompts of which it has received no notice yet."""
-        return {prompt for told in self.to_end for prompt in told}
+        return {prompt for prompts in self.to_end for prompt in prompts}
 
     def end(self, prompts: list[int]) -> None:
         """Drop everything about these prompts."""
@@ -87,7 +87,7 @@ class Service:
         for part in self.parts:
             part.end(prompts)
 
-    # --- devices: the lease first, then the thread; both in calling order
+    # --- devices: first the lease, then the thread, both in calling order
 
     def ask(self, part: Part) -> None:
         """A part has all its inputs and claims the devices; `begin` is called at the grant."""
@@ -103,19 +103,19 @@ class Service:
         self._enter(next(p for p in self.parts if p.name == name))
 
     def leave_thread(self, part: Part) -> None:
-        """A part computes no more; the next in line begins."""
+        """A part has finished computing; the next one in the queue begins."""
         if self.thread is part:
             self.thread = None
             if self.queue:
                 self._enter(self.queue.popleft())
 
     def leave_lease(self, part: Part) -> None:
-        """A part gives the devices back, if it has them."""
+        """Give a part's devices back, if it holds any."""
         if self.lease is not None and part.name in self.claims:
             self.world.grant(self.lease.give_back(self.name, self.claims.pop(part.name)))
 
     def leave(self, part: Part) -> None:
-        """Give everything back."""
+        """Give a part's thread and devices back."""
         self.leave_thread(part)
         self.leave_lease(part)
 

@@ -2,7 +2,7 @@
 
 row stage       idle -> asking -> working -> sending -> idle
 training stage  idle -> asking -> working -> idle
-closing stage   takes rows in, and closes a batch when the controller says so
+closing stage   accepts rows, and closes a batch when the controller requests it
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class CallSite(ABC):
         raise NotImplementedError(action)
 
     def begin(self) -> None:
-        raise NotImplementedError(f"{self.name} asks for no devices")
+        raise NotImplementedError(f"{self.name} claims no devices")
 
-    def sent(self) -> None:  # noqa: B027 - who waits for no credit has nothing to do then
-        """Everything that it sent was accepted."""
+    def sent(self) -> None:  # noqa: B027 - only stages that wait for credit override it
+        """All its deliveries were accepted."""
 
-    def end(self, prompts: list[int]) -> None:  # noqa: B027 - a trainer remembers no prompts
-        """These prompts are over."""
+    def end(self, prompts: list[int]) -> None:  # noqa: B027 - a trainer holds nothing per prompt
+        """These prompts have ended."""
 
-    def restart(self) -> None:  # noqa: B027 - what trains is never restarted here
+    def restart(self) -> None:  # noqa: B027 - trainers are not restarted here
         """Its process died."""
 
     def send(self, rows: Sequence[tuple[int, Given]], attempt: int = 0, step: int = -1) -> None:
-        """Hand rows to every consumer; each keeps its own copy in the outbox."""
+        """Send rows to every consumer; the outbox keeps one delivery for each."""
         if not self.world.rules.tombstones:
             rows = [(s, v) for s, v in rows if not isinstance(v, Failure)]
         if not rows:
@@ -79,7 +79,7 @@ class RowStage(CallSite):
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
         self.capacity = world.config.capacity if len(call.inputs) == 1 else None
-        self.largest = 0  # delivery that came
+        self.largest = 0  # rows of the largest delivery so far
         self.restart()
 
     def restart(self) -> None:
@@ -99,11 +99,11 @@ class RowStage(CallSite):
     def accept(self, position: int, delivery: Delivery) -> None:
         self.table.arrive(position, delivery.rows, delivery.attempt)
         if self.capacity is not None:
-            self.largest = max(self.largest, len(delivery.rows))  # it is let into an empty mailbox
+            self.largest = max(self.largest, len(delivery.rows))  # an empty mailbox accepts it
             self.world.watch.bound("mailbox", self.name, len(self.table), max(self.capacity, self.largest))
         else:
-            # Rows that are drawn again come by when their prompt has settled, or even ended: it hears of that.
-            prompts = self.world.config.most_live + len(self.service.over_unheard)
+            # Regenerated rows may arrive after their prompt has settled, or has ended and the notice is unread.
+            prompts = self.world.config.most_live + len(self.service.unread_ended)
             self.world.watch.bound("middle join", self.name, len(self.table), prompts * self.world.config.samples)
 
     def actions(self) -> Iterator[Action]:
@@ -130,14 +130,14 @@ class RowStage(CallSite):
         self.table.end(prompts)
 
     def _take(self) -> None:
-        """Take the rows that are there; unreadable rows are taken back and requested again."""
+        """Take the complete rows; unreadable ones are taken back and requested again."""
         joined = self.table.take(self.table.next_complete(self.world.config.firing_rows, self.world.rules.in_id_order))
         self.world.watch.fired(self.name, joined.samples)
         read = list(zip(joined.samples, zip(*joined.inputs, strict=True), strict=False))
         lost = [s for s, inputs in read if not all(self.world.readable(row.owner) for row in inputs)]
         self.taken = [(s, inputs[0]) for s, inputs in read if s not in lost]
         for sample, inputs in read:
-            self.world.watch.one_drawing(self.name, sample, [row.drawing for row in inputs])
+            self.world.watch.one_generation(self.name, sample, [row.generation for row in inputs])
         self.dead, self.attempt, self.failing = joined.failures, joined.attempt, set()
         if lost:
             self.world.watch.count("unreadable", len(lost))
@@ -158,12 +158,11 @@ class RowStage(CallSite):
         if kept != "lease":
             self.service.leave_lease(self)
         critic = self.service.weights if self.call.produces is Values else -1
-        self._emit(
-            [
-                (s, Failure(s, "failed") if s in self.failing else Row(r.drawing, r.oldest, critic, self.service.owner))
-                for s, r in self.taken
-            ]
-        )
+        computed: list[tuple[int, Given]] = []
+        for sample, row in self.taken:
+            value = Row(row.generation, row.oldest, critic, self.service.owner)
+            computed.append((sample, Failure(sample, "failed") if sample in self.failing else value))
+        self._emit(computed)
 
     def _emit(self, rows: list[tuple[int, Given]]) -> None:
         rows += [(f.sample_id, f) for f in self.dead]
@@ -186,7 +185,7 @@ class ClosingStage(CallSite):
 
     def restart(self) -> None:
         self.join = self.world.rules.prompt_join([c.grain for c in self.channels], self.world.config.samples)
-        self.settled: set[int] = set()  # prompts that wait, whole, for a batch
+        self.settled: set[int] = set()  # complete prompts that wait for a batch
 
     def has_room(self, position: int, delivery: Delivery) -> bool:
         return self.world.rules.join_room(self.join, position, delivery.samples)
@@ -216,7 +215,7 @@ class ClosingStage(CallSite):
         config, watch = self.world.config, self.world.watch
         per_prompt = config.rows_per_prompt
         waiting = self.join.depth - len(self.settled - self.world.controller.notices.keys()) * per_prompt
-        # A successor gets again all that lives, settled or not.
+        # A successor receives the rows of all live prompts again, settled or not.
         window = config.most_live if self.service.incarnation else self.world.controller.admission.window
         watch.bound("join, incomplete", self.name, waiting, window * per_prompt)
         watch.bound("join, all", self.name, self.join.depth, config.most_live * per_prompt)
@@ -227,19 +226,19 @@ class ClosingStage(CallSite):
         by_sample = [
             contents(batch) for batch, channel in zip(inputs, self.channels, strict=True) if channel.grain == "sample"
         ]
-        self.world.watch.batch(step, samples, [[told.sample for told in column] for column in map(contents, inputs)])
-        for told in zip(*by_sample, strict=True):
-            self.world.watch.row(step, told[0].sample, [t.drawing for t in told], [t.version for t in told])
-            rows.append((told[0].sample, Row(told[0].drawing, told[0].version, -1, self.service.owner)))
+        self.world.watch.batch(step, samples, [[row.sample for row in column] for column in map(contents, inputs)])
+        for row in zip(*by_sample, strict=True):
+            self.world.watch.row(step, row[0].sample, [r.generation for r in row], [r.version for r in row])
+            rows.append((row[0].sample, Row(row[0].generation, row[0].version, -1, self.service.owner)))
         return rows
 
 
 class TrainingStage(CallSite):
-    """update: one closed batch after the other, each once."""
+    """update: trains each closed batch once, one after the other."""
 
     def __init__(self, world: World, service: Service, call: Call) -> None:
         super().__init__(world, service, call)
-        self.newest = -1  # step
+        self.newest = -1  # the newest step that it received
         self.batch: Delivery | None = None
         self.phase: Phase = "idle"
 

@@ -1,6 +1,6 @@
 """Small runs in all orders: no state is a deadlock, lies on a cycle or breaks a bound.
 
-All of them: `python -m tests.asyncflow.simulation --exhaustive`.
+`python -m tests.asyncflow.simulation --exhaustive` explores many more configurations.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ EVERYTHING = Faults(failures=1, drops=1, restarts=1)
     ids=str,
 )
 def test_every_order(config: Config, states: int):
-    """The whole space is seen; one that has shrunk has lost choices."""
+    """The whole space is explored. If it has fewer states than listed, choices were lost."""
     explored = explore(config)
     assert explored.complete
     assert explored.states >= states
     assert explored.ends >= 1
 
 
-def test_where_it_is_cut_it_says_so():
-    """And goes on in no other start: of the states on the way to the cut it would take some for a circle."""
+def test_an_exploration_that_reaches_its_limit_is_not_complete():
+    """It does not continue from the other starts, because states left on the path would look like cycles."""
     explored = explore(Config("grpo", "colocated", steps=1, faults=EVERYTHING), most_states=150)
     assert (explored.complete, explored.states) == (False, 150)
 
 
-def test_an_order_that_goes_wrong_is_found():
+def test_an_order_with_an_error_is_found():
     with pytest.raises(Deadlock):
         explore(Config("grpo", steps=1, faults=FAILURE), Rules(tombstones=False))
     with pytest.raises(Deadlock):

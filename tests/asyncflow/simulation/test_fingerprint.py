@@ -1,4 +1,4 @@
-"""States with one fingerprint are one state: they allow the same events, which lead to equal fingerprints."""
+"""States with equal fingerprints behave alike: they allow the same events, which lead to equal fingerprints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.asyncflow.simulation.world import THE_REAL_RULES, World
 
 
 def next_states(world: World) -> dict[int, World]:
-    """By name."""
+    """The states that one event leads to, by name."""
     found: dict[int, World] = {}
     for action in world.actions() + world.faults():
         later = fork(world)

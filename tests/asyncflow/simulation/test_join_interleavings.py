@@ -17,7 +17,7 @@ from tests.asyncflow.simulation.rows import Row, contents, message
 FIRST, SECOND = sample_id(3, 0), sample_id(3, 1)
 BASELINE = sample_id(3, BASELINE_INDEX)
 
-Given = tuple[int, int, int, "int | None"]  # input, sample, attempt, drawing; no drawing: a tombstone
+Given = tuple[int, int, int, "int | None"]  # input, sample, attempt, generation (None for a tombstone)
 THREE: list[Grain] = ["sample", "sample", "sample"]
 KINDS = (Rollouts, LogProbs, Scores)
 
@@ -25,18 +25,18 @@ KINDS = (Rollouts, LogProbs, Scores)
 def outcome(
     grains: Sequence[Grain], samples: int, deliveries: Sequence[Given]
 ) -> tuple[list[PromptSettled], object, int]:
-    """What settled, what a batch then finds, and what is left, after all deliveries, each row by itself."""
+    """Deliver the rows one by one. Returns what settled, the batch of all live prompts, and the rows that are left."""
     join = PromptJoin(grains, samples)
     settled: list[PromptSettled] = []
-    for position, sample, attempt, drawing in deliveries:
-        if drawing is None:
-            told, _ = join.arrive(position, None, [Failure(sample, "failed")], attempt)
+    for position, sample, attempt, generation in deliveries:
+        if generation is None:
+            now, _ = join.arrive(position, None, [Failure(sample, "failed")], attempt)
         else:
-            row = (sample, Row(drawing, 0, -1, ("anyone", 0)))
-            told, _ = join.arrive(position, message(KINDS[position], [row]), [], attempt)
-        settled += told
+            row = (sample, Row(generation, 0, -1, ("anyone", 0)))
+            now, _ = join.arrive(position, message(KINDS[position], [row]), [], attempt)
+        settled += now
     alive = [s for prompt in settled if not prompt.dead for s in prompt.alive]
-    batch = [[told.drawing for told in contents(column)] for column in join.take(alive)] if alive else None
+    batch = [[row.generation for row in contents(column)] for column in join.take(alive)] if alive else None
     return settled, batch, join.depth
 
 
@@ -75,9 +75,9 @@ def test_what_comes_twice_counts_once():
 
 @pytest.mark.parametrize("late", [(0, FIRST, 0, 1), (1, FIRST, 0, 1), (1, FIRST, 0, None)])
 def test_parts_of_two_attempts_never_meet(late: Given):
-    """A half of the first attempt is there, or comes late; both halves of the second one come.
+    """One row of the first attempt arrives at any time among the rows of the second attempt.
 
-    Only what was whole before the second began may be of the first.
+    The join yields the second attempt only, because the first one was never complete.
     """
     second: list[Given] = [(p, s, 1, 2) for p in (0, 1) for s in (FIRST, SECOND)]
     for order in permutations([late, *second]):
@@ -89,7 +89,7 @@ def test_parts_of_two_attempts_never_meet(late: Given):
 
 
 def test_a_prompt_is_of_one_attempt_or_of_the_other():
-    """All rows of both attempts in every order: the sample is whole, whichever was first."""
+    """All rows of both attempts in every order: the sample is complete, and of one attempt."""
     both: list[Given] = [(p, FIRST, attempt, attempt + 1) for p in (0, 1, 2) for attempt in (0, 1)]
     seen = set()
     for order in permutations(both):
@@ -101,7 +101,7 @@ def test_a_prompt_is_of_one_attempt_or_of_the_other():
 
 
 def test_prompts_settle_by_themselves():
-    """Rows of two prompts mixed in any way: each settles with its own last row."""
+    """Rows of two prompts in any order: each prompt settles with its own last row."""
     other = sample_id(4, 0)
     rows: list[Given] = [(p, s, 0, 1) for p in (0, 1, 2) for s in (FIRST, other)]
     for order in permutations(rows):

@@ -1,6 +1,6 @@
 """Random configurations run without deadlock or livelock; no row is lost, duplicated, too old, out of bounds or leaked.
 
-`python -m tests.asyncflow.simulation N` runs as many as you like; a wrong one is repeated by its seed.
+`python -m tests.asyncflow.simulation N` runs N configurations; a failing one is reproduced by its seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_nothing_goes_wrong(results: list[Result]):
 
 
 def test_the_runs_differ_in_everything_that_counts(results: list[Result]):
-    """A simulation that never meets a fault or a bound shows nothing."""
+    """A simulation that never meets a fault or a bound would prove nothing."""
     counts = sum((r.counts for r in results), Counter[str]())
     assert all(counts[fault] for fault in FAULTS), counts
     assert {r.config.algorithm for r in results} == set(ALGORITHMS)

@@ -1,4 +1,4 @@
-"""The assumptions of the reduction hold, and it finds every error that the exploration of all orders finds."""
+"""The reduction's conditions hold in sampled states, and it finds each error that the full exploration finds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAILURE, DROP, RESTART = Faults(failures=1), Faults(drops=1), Faults(restarts=1)
 
 
 def after(world: World, *actions: Action) -> World:
-    """A copy of a world, some actions later."""
+    """A copy of a world to which these actions were applied."""
     later = fork(world)
     for action in actions:
         later.apply(action)
@@ -36,18 +36,18 @@ def finishing(world: World) -> list[Action]:
 
 
 def at_rest(world: World) -> World:
-    """Once those have finished who compute, where finishing is free."""
+    """Finish all firings whose finishing is free."""
     while done := finishing(world):
         world.apply(done[0])
     return world
 
 
 def until_devices_are_free(world: World) -> tuple[World, list[Action]]:
-    """When whoever holds devices gave them back, and what that took: it waits for nobody."""
+    """The state after the current holders have given their devices back, and the actions that led there."""
     later, taken = fork(world), list[Action]()
     holds = {c.stage for c in held_by(later)}
     while holds and holds & {c.stage for c in held_by(later)}:
-        action = next(a for a in later.actions() if a.who in holds and a.verb in ("finish", "draw", "load"))
+        action = next(a for a in later.actions() if a.who in holds and a.verb in ("finish", "decode", "load"))
         later.apply(action)
         taken.append(action)
     return later, taken
@@ -58,12 +58,12 @@ def held_by(world: World) -> list[Claim]:
 
 
 def breaches(world: World) -> Iterator[str]:
-    """Pairs of actions for which what `reduction` says of the first is not so."""
+    """The pairs (free action, other action) that violate condition 1 or 2 of `reduction`, as messages."""
     actions = world.actions()
     for free in (a for a in actions if explores(world) and is_free(world, a)):
         computes = free.verb in ("take", "grant")
         if computes and finishing(world):
-            continue  # that comes first
+            continue  # finishing comes first
         rest = at_rest if computes else lambda w: w
         first = rest(after(world, free))
         for other in [b for b in actions + world.faults() if b != free]:
@@ -85,7 +85,7 @@ def outcome(world: World) -> tuple[int, set[tuple[int, str]]]:
 
 
 def every_state(config: Config, most: int) -> Iterator[World]:
-    """The states that all orders lead to, or so many of them, for each row that may fail and process that may die."""
+    """The states that any order reaches, at most `most` per start (a choice of a failing row and a dying process)."""
     for first in starts(config, in_any_turn(config, THE_REAL_RULES)):
         ahead, seen = [first], set[int]()
         while ahead and len(seen) < most:
@@ -109,12 +109,12 @@ def every_state(config: Config, most: int) -> Iterator[World]:
     ],
     ids=str,
 )
-def test_what_is_free_stays_free_and_changes_nothing_of_what_else_may_happen(config: Config, most: int):
+def test_a_free_action_stays_free_and_commutes_with_every_other_action(config: Config, most: int):
     assert [breach for world in every_state(config, most) for breach in breaches(world)] == []
 
 
-def along_a_way(config: Config, seed: int) -> Iterator[str]:
-    """Breaches in the states of one random run."""
+def along_a_run(config: Config, seed: int) -> Iterator[str]:
+    """The violations in the states of one random run."""
     chance = random.Random(seed)
     world = chance.choice(list(starts(config, in_any_turn(config, THE_REAL_RULES))))
     while actions := world.actions():
@@ -135,8 +135,8 @@ def along_a_way(config: Config, seed: int) -> Iterator[str]:
     ],
     ids=str,
 )
-def test_so_it_is_along_the_ways_through_larger_spaces(config: Config, seed: int):
-    assert list(along_a_way(config, seed)) == []
+def test_the_conditions_hold_along_random_runs_of_larger_spaces(config: Config, seed: int):
+    assert list(along_a_run(config, seed)) == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_so_it_is_along_the_ways_through_larger_spaces(config: Config, seed: int
     ],
     ids=str,
 )
-def test_a_run_ends_in_the_same_ways_with_and_without(config: Config):
+def test_a_run_ends_alike_with_and_without_the_reduction(config: Config):
     whole, reduced = explore(config, reduced=False), explore(config)
     assert whole.complete and reduced.complete
     assert reduced.fates == whole.fates
@@ -185,7 +185,7 @@ BROKEN = {
     ),
     "11 rises": (Config(), Rules(rises_after="policy")),
     "12 lease": (Config("grpo", "shared"), Rules(update_keeps_lease=True)),
-    "13 floor": (Config("grpo", replicas=2), Rules(min_version="nowhere")),
+    "13 min_version": (Config("grpo", replicas=2), Rules(min_version="nowhere")),
     "13 slot": (Config("grpo", replicas=2), Rules(min_version="in the slot", loads="when idle")),
     "13 loads": (Config("grpo", steps=3, replicas=2), Rules(loads="in any order")),
     "15 grain": (Config("remax"), Rules(prompt_join=broken.WithoutGrain)),
@@ -204,7 +204,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken_rule", BROKEN)
 def test_each_rule_that_is_broken_is_found(broken_rule: str):
-    """What any order shows, the orders that are tried show."""
+    """An error that any order shows is found in the orders that the reduction explores."""
     config, rules = BROKEN[broken_rule]
     with pytest.raises((Deadlock, Violation, KeyError, ValueError, StalenessExceeded)):
         explore(config, rules)

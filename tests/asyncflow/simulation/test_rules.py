@@ -25,7 +25,7 @@ Schedule = Callable[[World, int], World]
 
 
 def by_chance(world: World, seed: int) -> World:
-    """Any order, or by durations; faults now and then where the configuration has some."""
+    """Random order or durations, with occasional faults if the configuration has any."""
     rate = 0.2 if world.config.faults != Faults() else 0.0
     return (by_durations if seed % 2 else in_any_order)(world, seed, rate)
 
@@ -36,18 +36,18 @@ def on_purpose(late: Chosen = never, strike: Chosen = never) -> Schedule:
 
 
 def findings(config: Config, rules: Rules, schedule: Schedule) -> set[str]:
-    """What goes wrong under any of a number of schedules."""
+    """The errors of the run under a number of schedules."""
     found = set()
     for seed in range(SCHEDULES):
         try:
             schedule(World(config, rules), seed)
-        except Exception as error:  # noqa: BLE001 - what it is, is what the test looks at
+        except Exception as error:  # noqa: BLE001 - the test checks which error it is
             found.add(f"{type(error).__name__}: {error}")
     return found
 
 
 def shows(config: Config, without: Rules, wrong: str, schedule: Schedule = by_chance) -> None:
-    """Without the rule `wrong` happens, and nothing else; with it nothing does."""
+    """Without the rule the error `wrong` occurs, and no other; with the rule none does."""
     found = findings(config, without, schedule)
     assert found
     assert {message for message in found if wrong not in message} == set()
@@ -64,14 +64,14 @@ def test_1_a_join_with_credit_per_edge_waits_for_the_row_that_another_edge_keeps
 
 
 def test_1_a_join_has_to_hold_all_of_the_window():
-    """One row less than W * n is too little."""
+    """W * n rows of credit are enough, and one less is not."""
     config = Config("remax", prompts=2, samples=1, staleness=1)
     assert findings(config, Rules(join_room=broken.credit(4)), by_chance) == set()
     assert any("Deadlock" in found for found in findings(config, Rules(join_room=broken.credit(3)), by_chance))
 
 
 def test_2_a_window_smaller_than_a_batch_waits_for_ever_where_trained_prompts_alone_make_room():
-    """The budget frees a prompt's place when its last row is at the join, so here a window of 1 is only slow."""
+    """With the rule a prompt frees its place when its last row is at the join, so that a window of 1 is only slow."""
     config = Config("grpo", prompts=2, window=1)
     shows(config, Rules(admission=broken.KeepsSlotsUntilTrained), "Deadlock")
 
@@ -105,7 +105,7 @@ def test_5_a_failed_row_that_vanishes_is_waited_for():
 
 
 def test_5_a_baseline_that_failed_ends_its_prompt():
-    """Its samples would be trained against a baseline that is not there."""
+    """Otherwise its samples would be trained against a missing baseline."""
     config = Config("remax", faults=Faults(failures=1))
     shows(config, Rules(prompt_join=broken.BlindToBaselines), "concat needs at least one batch")
 
@@ -124,7 +124,7 @@ def test_7_a_slot_freed_at_the_first_death_lets_more_be_in_flight_than_the_windo
 
 
 def test_7_a_dropped_prompt_leaves_the_join_before_the_budget():
-    """Else the join holds its rows and those of the prompt in its place."""
+    """Otherwise the join would hold its rows and those of the prompt that replaces it."""
     late = on_purpose(
         late=lambda world, action: action == Action("advantage", "end"),
         strike=lambda world, action: action.verb == "drop",
@@ -136,10 +136,10 @@ def test_7_a_dropped_prompt_leaves_the_join_before_the_budget():
 
 
 def last_turn(world: World, action: Action) -> bool:
-    """A straggler's row is at its last token: the first was drawn like those of all others."""
+    """A straggler's row takes its last engine step; its first one was not delayed."""
     engine = world.engines[0]
     return (
-        action.verb == "draw"
+        action.verb == "decode"
         and prompt_of(action.item) in world.config.stragglers
         and engine.running[action.item].turns == 1
     )
@@ -159,7 +159,7 @@ def test_9_the_newest_first_leave_the_oldest_to_batches_that_can_not_take_them()
 
 
 def test_10_two_stragglers_fall_due_together():
-    """Nothing is due at step 1, which trains a fresh prompt; at step 2 both are, and there is room for one."""
+    """Nothing is due at step 1, which trains a fresh prompt; at step 2 both are due and the batch has room for one."""
     config = Config("grpo", staleness=2, steps=4, turns=2, stragglers=(1, 2))
     shows(config, Rules(inflight_prompts=broken.LooksAtWhatIsDueNow), "Deadlock", straggling)
 
@@ -170,18 +170,18 @@ def test_11_a_version_that_rises_when_the_policy_is_done_has_values_of_an_older_
 
 
 def a_late_straggler(world: World, action: Action) -> bool:
-    """The straggler comes in between the two trainers' beginnings."""
+    """The straggler completes after the policy's update has begun and before the critic's."""
     return last_turn(world, action) if world.controller.training is None else action.who == "critic.update#1"
 
 
 def test_11_trainers_that_each_form_their_own_batch_train_different_rows():
-    """An older prompt settles after the first has begun."""
+    """An older prompt settles after the first trainer has begun."""
     config = Config(staleness=1, steps=3, turns=2, stragglers=(0,))
     late = on_purpose(late=a_late_straggler)
     shows(config, Rules(one_batch=False), "trains other rows than", late)
 
 
-# --- 12, 13, 14, 15: versions, leases, grain
+# --- 12, 13, 14, 15: versions, leases, grains
 
 
 def test_12_a_lease_held_until_the_weights_are_out_keeps_the_generator_from_loading_them():
@@ -189,24 +189,24 @@ def test_12_a_lease_held_until_the_weights_are_out_keeps_the_generator_from_load
 
 
 def test_12_weights_that_go_out_after_their_commit_are_those_of_a_later_step():
-    """The commit lets the next step begin, and that changes what the snapshot is taken of."""
+    """The commit lets the next step begin, which changes the weights before the snapshot."""
     slow = on_purpose(late=lambda world, action: action.verb == "publish late")
     shows(
         Config("grpo", staleness=1), Rules(publishes_first=False), "weights of step 2 are published as version 1", slow
     )
 
 
-def test_13_without_a_floor_a_slow_replica_draws_with_weights_from_before_the_admission():
+def test_13_without_a_min_version_a_slow_replica_generates_with_weights_from_before_the_admission():
     slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
     shows(Config("grpo", replicas=2), Rules(min_version="nowhere"), "is 1 versions old at step 1, bound 0", slow)
 
 
-def test_13_a_row_that_waits_for_its_floor_inside_a_slot_keeps_out_the_load_that_it_waits_for():
+def test_13_a_row_that_waits_for_its_min_version_in_a_slot_keeps_out_the_load_that_it_waits_for():
     config = Config("grpo", replicas=2)
     without = Rules(min_version="in the slot", loads="when idle")
     slow = on_purpose(late=lambda world, action: action.who == "generator/1" and action.verb == "load")
     assert any("Deadlock" in found for found in findings(config, without, slow))
-    assert findings(config, Rules(loads="when idle"), slow) == set(), "the floor is checked before the slot"
+    assert findings(config, Rules(loads="when idle"), slow) == set(), "the version is checked before the slot"
     assert findings(config, Rules(min_version="in the slot"), slow) == set(), "loads preempt running rows"
 
 
@@ -224,16 +224,16 @@ def test_15_a_row_that_comes_once_a_prompt_is_not_waited_for_once_a_sample():
     shows(Config("remax"), Rules(prompt_join=broken.WithoutGrain), "Deadlock")
 
 
-# --- delivery: what comes twice, late or not at all, and who dies
+# --- delivery: duplicates, late and lost deliveries, restarts
 
 
-def test_a_row_that_left_is_remembered_or_it_is_drawn_twice():
+def test_a_row_that_left_is_remembered_or_it_is_generated_twice():
     config = Config("grpo", faults=Faults(duplicates=1))
     twice = on_purpose(strike=lambda world, action: action.verb == "duplicate")
     shows(config, Rules(row_table=broken.ForgetsWhatLeft), "generating: 2", twice)
 
 
-def test_a_prompt_that_ended_is_remembered_or_what_comes_late_stays_for_ever():
+def test_a_prompt_that_ended_is_remembered_or_late_rows_stay_forever():
     config = Config("grpo", faults=Faults(duplicates=1))
 
     def copy(world: World, action: Action) -> bool:
@@ -249,19 +249,19 @@ def test_a_prompt_that_ended_is_remembered_or_what_comes_late_stays_for_ever():
 
 
 def dies(name: str, when: Callable[[World], bool] = lambda world: True) -> Chosen:
-    """A service dies as soon as `when` holds."""
+    """Strike this service as soon as `when` holds."""
     return lambda world, action: action.verb == "restart" and action.item == name and when(world)
 
 
 def test_an_outbox_is_kept_until_its_prompts_end():
-    """That a row was taken in says nothing: its mailbox dies with its process."""
+    """An accepted row is not safe: its mailbox dies with the receiving process."""
     config = Config("grpo", faults=Faults(restarts=1))
     holding = dies("reward", lambda world: world.row_stage("reward.score#1").phase == "working")
     shows(config, Rules(outbox=broken.LetsGoOfWhatWasTaken), "Deadlock", on_purpose(strike=holding))
 
 
-def test_what_is_drawn_again_has_a_name_of_its_own():
-    """Else the reward of one drawing meets the tokens of another."""
+def test_regenerated_rows_have_an_attempt_of_their_own():
+    """Otherwise the reward of one generation would be joined with the tokens of another."""
     config = Config("grpo", faults=Faults(restarts=1))
     half_joined = on_purpose(
         late=lambda world, action: action.who == "reward.score#1",
@@ -271,22 +271,24 @@ def test_what_is_drawn_again_has_a_name_of_its_own():
 
 
 def unread(world: World) -> bool:
-    """The reviser has a row of the judge that it has not read."""
+    """The reviser holds a row of the scorer that it has not read."""
     return len(world.row_stage("reviser.revise#1").table) > 0
 
 
 @pytest.mark.parametrize(
     "without", [Rules(asks_again=False), Rules(row_table=broken.NeverTakesBack)], ids=["unasked", "not taken back"]
 )
-def test_what_can_not_be_read_is_taken_back_and_asked_for(without: Rules):
-    """The successor's row came while the dead one's held its place: it was refused, and would not come again."""
-    config = Config("judged", faults=Faults(restarts=1))
-    slow_reviser = on_purpose(late=lambda world, action: action.who == "reviser.revise#1", strike=dies("judge", unread))
+def test_unreadable_rows_are_taken_back_and_requested_again(without: Rules):
+    """The successor's row arrived while its predecessor's held its place: it was refused and is not sent again."""
+    config = Config("middle_join", faults=Faults(restarts=1))
+    slow_reviser = on_purpose(
+        late=lambda world, action: action.who == "reviser.revise#1", strike=dies("scorer", unread)
+    )
     shows(config, without, "Deadlock", slow_reviser)
 
 
 def test_a_successor_is_told_which_prompts_are_over():
-    """Else it keeps for ever what a sender, who has not heard of the end either, sends again."""
+    """Otherwise it keeps forever the rows that a sender, which has not read the notice either, sends again."""
     config = Config("grpo", faults=Faults(restarts=1))
     deaf_generator = on_purpose(
         late=lambda world, action: action == Action("generator", "end"),
@@ -295,7 +297,7 @@ def test_a_successor_is_told_which_prompts_are_over():
     shows(config, Rules(tells_ended=False), "leak", deaf_generator)
 
 
-def test_a_join_that_lost_its_memory_is_not_believed():
+def test_prompts_of_a_join_that_died_are_incomplete_again():
     config = Config("grpo", prompts=2, faults=Faults(restarts=1))
     half_a_batch = on_purpose(strike=dies("advantage", lambda world: world.controller.inflight.ready == 1))
     shows(config, Rules(inflight_prompts=broken.NeverMarksIncomplete), "KeyError", half_a_batch)

@@ -1,7 +1,7 @@
-"""A lease that may grant any waiting claim next: all orders of grants, while the real lease has only one.
+"""A lease that may grant any waiting claim next, and so permits all orders of grants.
 
-Whatever happens under the real lease happens under this one, too, for a queue is one way to choose. So what goes
-wrong in no order of grants does not go wrong in the order of asking; and orders of asking need not be told apart.
+The real lease grants in calling order, which is one of them. So an error that no order of grants shows does not happen
+under the real lease, and the order in which claims were made is no part of the state.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class OpenLease(PoolLease):
-    """Grants nobody by itself."""
+    """A lease that grants only when `grant` is called."""
 
     def grant(self, stage: str) -> Claim:
-        """One of those who wait is next."""
+        """Grant the devices to the waiting claim of this stage."""
         self.holder = next(claim for claim in self._queue if claim.stage == stage)
         self._queue.remove(self.holder)
         return self.holder
@@ -30,13 +30,13 @@ class OpenLease(PoolLease):
 
 
 def open_leases(pools: Mapping[str, str]) -> dict[str, PoolLease]:
-    """As the real ones, but for who is next."""
+    """The same leases as `shared_leases`, as `OpenLease`."""
     leases = {lease.pool: OpenLease(lease.pool) for lease in shared_leases(pools).values()}
     return {service: leases[pool] for service, pool in pools.items() if pool in leases}
 
 
 class Turns:
-    """Who may be next on the devices of a pool."""
+    """The part of the world that grants a pool's devices: any waiting claim may be next."""
 
     def __init__(self, world: World, lease: OpenLease) -> None:
         self._world, self.lease, self.name = world, lease, lease.pool
@@ -47,5 +47,5 @@ class Turns:
                 yield Action(self.name, "grant", claim.stage)
 
     def do(self, action: Action) -> None:
-        """The devices are a stage's, or an engine's, own."""
+        """Grant the devices to a stage or an engine."""
         self._world.grant(self.lease.grant(action.item))

@@ -23,30 +23,30 @@ class Deadlock(Exception):
 
 
 def nearer(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """Of two (value, limit) the one with the higher share; of equal ones the larger."""
+    """Of two (value, limit) the one with the higher ratio; with equal ratios the one with the larger limit."""
     return max(a, b, key=lambda pair: (pair[0] / max(pair[1], 1), pair[1]))
 
 
 class Watch:
-    """Checks as things happen, and remembers how near each bound came."""
+    """Checks every event, and records how near each bound was reached."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.counts: Counter[str] = Counter()
-        self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the highest share of a limit: (value, limit)
+        self.nearest: dict[str, tuple[int, int]] = {}  # bound -> the (value, limit) with the highest ratio
         self._trained: defaultdict[int, dict[str, list[Any]]] = defaultdict(dict)  # step -> sink -> rows
         self.fates: set[tuple[int, str]] = set()  # (version, how a prompt ended then)
-        self.ages: set[tuple[int, int]] = set()  # (step, in versions how old a prompt of it was)
+        self.ages: set[tuple[int, int]] = set()  # (step, age in versions of a prompt in its batch)
         self.seeds: dict[int, int] = {}  # by sample
-        self.firings: defaultdict[str, list[str]] = defaultdict(list)  # by stage: the rows of each, in order
+        self.firings: defaultdict[str, list[str]] = defaultdict(list)  # by stage: the rows of each firing, in order
         self._grants: Counter[str] = Counter()  # by pool
-        self._asked: dict[int, int] = {}  # ticket -> grants of its pool at the time
+        self._asked: dict[int, int] = {}  # ticket -> grants of its pool when it was claimed
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] += number
 
     def bound(self, what: str, where: str, value: int, limit: int) -> None:
-        """A value that must not exceed its limit."""
+        """Check that a value does not exceed its limit."""
         self.nearest[what] = nearer(self.nearest.get(what, (0, 1)), (value, limit))
         if value > limit:
             raise Violation(f"{what}: {value} at {where}, at most {limit}")
@@ -57,11 +57,11 @@ class Watch:
         self._asked[ticket] = self._grants[lease.pool]
 
     def passed_by(self, lease: PoolLease, ticket: int) -> int:
-        """Grants of a pool since a claim asked."""
+        """Grants of a pool since a claim was made."""
         return self._grants[lease.pool] - self._asked[ticket]
 
     def granted(self, lease: PoolLease, ticket: int) -> None:
-        """First come, first served: as many grants lie between as stages and engines share the pool."""
+        """First come, first served: a claim waits for at most as many grants as stages and engines share the pool."""
         self._grants[lease.pool] += 1
         between = self.passed_by(lease, ticket) - 1
         del self._asked[ticket]
@@ -75,10 +75,10 @@ class Watch:
         if self._world.rules.kept_while_sending == "nothing" and (service.holds_lease(part) or service.thread is part):
             raise Violation(f"{part.name} waits for credit and holds the devices of {service.name}")
 
-    # --- time
+    # --- versions
 
     def budget(self, admission: Admission, live: int) -> None:
-        """N_r = version * P + live, in prompts, and never above (version + eta + 1) * P."""
+        """N_r = version * P + live (in prompts) never exceeds (version + eta + 1) * P."""
         if admission.live != live:
             raise Violation(f"N_r: the budget counts {admission.live} live prompts, there are {live}")
         self.bound("N_r", "admission", live, (admission.staleness + 1) * admission.prompts_per_step)
@@ -92,7 +92,7 @@ class Watch:
             raise Violation(f"versions: weights of step {weights} are published as version {version}")
 
     def divides_by(self, step: int, weights: int, divisors: list[int]) -> None:
-        """The ratio is taken to the weights at the start of the step: at the first optimizer step it is one."""
+        """The ratio divides by the policy at the start of the step, so that it is 1 at the first optimizer step."""
         if wrong := [v for v in divisors if v != weights]:
             raise Violation(
                 f"prox: step {step} starts from weights {weights}, and its ratios divide by those of {wrong}"
@@ -103,7 +103,7 @@ class Watch:
     def seeded(self, sample: int, seed: int) -> None:
         """A sample has one seed, however often it is generated."""
         if self.seeds.setdefault(sample, seed) != seed:
-            raise Violation(f"seeds: sample {sample} is drawn with {seed}, and was with {self.seeds[sample]}")
+            raise Violation(f"seeds: sample {sample} is generated with seed {seed}, and was with {self.seeds[sample]}")
 
     def fired(self, stage: str, samples: list[int]) -> None:
         self.firings[stage].append(str(samples))
@@ -114,26 +114,26 @@ class Watch:
         self.fates.add((self._world.controller.version, fate))
         self.count(fate)
 
-    def one_drawing(self, where: str, sample: int, drawings: list[int]) -> None:
-        if len(set(drawings)) > 1:
-            raise Violation(f"mixed: {where} joins drawings {drawings} of sample {sample}")
+    def one_generation(self, where: str, sample: int, generations: list[int]) -> None:
+        if len(set(generations)) > 1:
+            raise Violation(f"mixed: {where} joins generations {generations} of sample {sample}")
 
     def batch(self, step: int, samples: list[int], inputs: list[list[int]]) -> None:
-        """P groups of n samples, and every input has just these rows in this order."""
+        """A batch has P groups of n samples, and every input holds exactly these rows in this order."""
         config = self._world.config
         if len(samples) != config.prompts * config.samples or len(set(samples)) != len(samples):
             raise Violation(f"batch {step} has {len(samples)} rows, {len(set(samples))} distinct")
         if any(rows != samples for rows in inputs):
             raise Violation(f"batch {step}: inputs {inputs} for samples {samples}")
 
-    def row(self, step: int, sample: int, drawings: list[int], versions: list[int]) -> None:
-        """One row of a closed batch: all of it from one generation, none of it too old."""
-        self.one_drawing(f"batch {step}", sample, drawings)
+    def row(self, step: int, sample: int, generations: list[int], versions: list[int]) -> None:
+        """All inputs of a row in a closed batch derive from one generation, and none is too old."""
+        self.one_generation(f"batch {step}", sample, generations)
         oldest = min(v for v in versions if v >= 0)
         self.bound("staleness", f"sample {sample} of step {step}", step - oldest, self._world.config.staleness)
 
     def trained(self, sink: str, step: int, rows: list[Any]) -> None:
-        """Each sink takes each step once, and all take the same rows."""
+        """Each sink trains each step once, and all of them train the same rows."""
         sinks = self._trained[step]
         if sink in sinks:
             raise Violation(f"doubled: {sink} trains step {step} again")

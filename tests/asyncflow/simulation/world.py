@@ -1,11 +1,11 @@
 """A simulated run as one state machine: pure, single-threaded, without a clock.
 
     world.actions()  what can happen next
-    world.faults()   what can go wrong next, as far as the run's faults are not used up
-    world.apply(a)   one of them happens
+    world.faults()   the faults that can happen next, while the run has any left
+    world.apply(a)   let one of them happen
 
-Admission, batches, joins, mailboxes, outboxes and leases are the real ones. Who decides what happens next is a
-scheduler: by chance, by durations, or all orders one after the other.
+Admission, batches, joins, mailboxes, outboxes and leases are the real ones. A scheduler decides what happens next:
+at random, by durations, or every order one after the other.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class World:
         self._sources = {c.edge: c.source for c in config.dataflow.channels}
         self.controller = Controller(self)
         self.faults_left = {name: getattr(config.faults, name) for name in config.faults.__struct_fields__}
-        self.doomed: set[tuple[str, int]] = set()  # rows that will fail, each at its stage or engine
-        self.fated: set[int] = set()  # prompts of which a row is doomed, or was
-        self.victim = ""  # the only one that may die; "": any of the mortal
-        self._drawings: Counter[int] = Counter()
+        self.doomed: set[tuple[str, int]] = set()  # (stage or engine, row) that will fail
+        self.fated: set[int] = set()  # prompts with a row that is doomed, or was
+        self.victim = ""  # the only process that may die; "" for any that `mortal` lists
+        self._generations: Counter[int] = Counter()
         self._parts = {p.name: p for s in self.services.values() for p in [s, *s.parts]} | {
             p.name: p for p in (self.network, self.controller, *self._turns())
         }
@@ -80,7 +80,7 @@ class World:
 
     @property
     def finished(self) -> bool:
-        """All steps are committed; what is on its way may still arrive."""
+        """All steps are committed. Deliveries in flight may still arrive."""
         return self.controller.finished
 
     def check_end(self) -> None:
@@ -89,7 +89,7 @@ class World:
             raise Deadlock(f"at version {self.controller.version}: {'; '.join(self.standing())}")
         self.watch.finished()
 
-    # --- what goes wrong
+    # --- faults
 
     def faults(self) -> list[Action]:
         """The possible next faults; none once the run is finished."""
@@ -110,10 +110,10 @@ class World:
         return found
 
     def mortal(self) -> list[str]:
-        """Services without a state of their own, and engines that are not the policy's.
+        """The processes that may die: services without trained state, and engines outside of the policy.
 
-        The join's is one of them but while a batch trains: half of its trainers may have had it, so a loss then
-        is the loss of trained state, which rolls everything back and is no matter of this world.
+        The join's service may die except while a batch trains: some trainers may have had the batch already, so its
+        loss would be a loss of trained state and roll the run back, which this world does not simulate.
         """
         services = [s for s in self.services if s not in (*TRAINED, ADVANTAGE)]
         services += [ADVANTAGE] if self.controller.training is None else []
@@ -155,7 +155,7 @@ class World:
             next(e for e in self.engines if e.name == where).running[sample].failing = True
 
     def _restart(self, name: str) -> None:
-        """A process dies; its successor starts without state and is sent what it needs."""
+        """A process dies; its successor starts without state and receives what it needs."""
         for engine in self.engines:
             if engine.name == name:
                 engine.die()
@@ -177,7 +177,7 @@ class World:
         for edge in edges:
             self.network.redeliver(edge)
 
-    # --- what the parts ask of the world
+    # --- calls of the parts
 
     def row_stage(self, name: str) -> RowStage:
         """The row stage of that name."""
@@ -203,13 +203,13 @@ class World:
             self.watch.granted(self.leases[claim.service], claim.ticket)
             self.services[claim.service].granted(claim.stage)
 
-    def draw(self, sample: int) -> int:
-        """A number for a new generation of a sample; no two are equal."""
-        self._drawings[sample] += 1
-        return self._drawings[sample]
+    def next_generation(self, sample: int) -> int:
+        """The number of a new generation of a sample, from 1."""
+        self._generations[sample] += 1
+        return self._generations[sample]
 
     def is_doomed(self, where: str, sample: int) -> bool:
-        """Whether a row that begins now will fail; it does so once."""
+        """Whether a row that begins now will fail. True once per doomed row."""
         if (where, sample) not in self.doomed:
             return False
         self.doomed.discard((where, sample))
@@ -217,11 +217,11 @@ class World:
         return True
 
     def turns(self, sample: int) -> int:
-        """The number of engine steps that a row takes: usually few, now and then many."""
+        """The number of engine steps that a row takes: usually few, sometimes many."""
         most, stragglers = self.config.turns, self.config.stragglers
         if stragglers:
             return most if prompt_of(sample) in stragglers else 1
-        luck = hashlib.blake2b(f"{sample}/{self._drawings[sample]}".encode(), digest_size=2).digest()
+        luck = hashlib.blake2b(f"{sample}/{self._generations[sample]}".encode(), digest_size=2).digest()
         return most if luck[0] < 26 else 1 + luck[1] % max(1, most // 3)
 
     # --- reports
@@ -253,12 +253,12 @@ class World:
             if isinstance(stage, RowStage):
                 yield f"{stage.name} {stage.phase}, {len(stage.table)} rows, {stage.table.complete} settled"
             elif isinstance(stage, GeneratingStage):
-                yield f"{stage.name} {len(stage.table)} asked, {len(stage.running)} running, {len(stage.out)} out"
+                yield f"{stage.name} {len(stage.table)} waiting, {len(stage.running)} running, {len(stage.out)} unsent"
         for engine in self.engines:
             yield f"{engine.name} {engine.phase} at version {engine.version}, {len(engine.running)} rows"
         admission = self.controller.admission
         yield f"{admission.live} live, {admission.incomplete} incomplete, {self.controller.inflight.ready} ready"
-        yield f"{self.closing.join.depth} rows at the join, {len(self.network.flights)} deliveries on their way"
+        yield f"{self.closing.join.depth} rows at the join, {len(self.network.flights)} deliveries in flight"
         for pool, lease in {lease.pool: lease for lease in self.leases.values()}.items():
             if lease.holder is not None:
                 yield f"{pool} held by {lease.holder.stage}, {len(lease.waiting)} wait"
