@@ -1,6 +1,6 @@
-"""What a machine has, and the figures that its run tells.
+"""Fixtures of the tests that measure on a device: which devices the machine has, and how figures are reported.
 
-The bodies of these tests take a kind of device: on the CPU they run small and prove themselves, on CUDA they measure.
+The tests take a kind of device: on the CPU they run small, which checks their code; on CUDA they measure.
 `pytest tests/gpu -m gpu -rP` shows the figures.
 """
 
@@ -16,7 +16,7 @@ Figure = Callable[[str, float, str], None]
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kind(request: pytest.FixtureRequest) -> str:
-    """A kind of device that this machine has; the test is skipped where it has none."""
+    """A kind of device; the test is skipped if the machine has none of it."""
     if request.param == "cuda":
         need_cuda(1)
     return request.param
@@ -24,7 +24,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Figure:
-    """Tell a measured figure: its name, value and unit."""
+    """Report a measured figure: its name, value and unit."""
 
     def tell(name: str, value: float, unit: str) -> None:
         record_property(f"{name} [{unit}]", value)
@@ -34,7 +34,7 @@ def figure(record_property: Callable[[str, object], None]) -> Figure:
 
 
 def need_cuda(devices: int) -> None:
-    """Skip, with the reason, where there are fewer CUDA devices."""
+    """Skip, with the reason, if the machine has fewer CUDA devices."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < devices:
         pytest.skip(f"needs {devices} CUDA device(s); torch {torch.__version__} sees {found} here")

@@ -1,4 +1,4 @@
-"""A model that yields its device frees it, weights and moments, and comes back to train on."""
+"""Offloading frees the device of weights and moments, and training continues after reloading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workers.roles.reference import ReferenceWorker
 from workers.settings import Generation, Loss, Model, Optimizer
 
 ROUNDS = 3
-ROLES = ["policy", "critic", "reference"]  # reward and cost are held as a reference is
+ROLES = ["policy", "critic", "reference"]  # reward and cost models are held like a reference
 
 
 def worker_of(role: str, folder: str, device: torch.device) -> PolicyWorker | CriticWorker | ReferenceWorker:

@@ -1,4 +1,4 @@
-"""A few steps of PPO on a device: policy, critic and reference live there, and its numbers are the CPU's."""
+"""Some steps of PPO with all models on one device, which computes the same as the CPU."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from workers.settings import Dtype, Generation, Lora, Loss, Model, Optimizer
 STEPS = 3
 GENERATION = Generation(engine="torch", slots=64)
 TEXTS = ["12+34=", "7*", "what?", "sort: dcba"]
-LIKED = tiny.VOCABULARY["7"]  # the reward is the share of this token
+REWARDED = tiny.VOCABULARY["7"]  # the reward is the share of this token
 
 
 class Models(NamedTuple):
-    """The roles of a run, on one device."""
+    """The models of a run, on one device."""
 
     policy: PolicyWorker
     critic: CriticWorker
@@ -51,21 +51,21 @@ def models_on(kind: str, folder: str, dtype: Dtype = "float32") -> Models:
 
 
 def ppo_step(models: Models, epoch: int) -> tuple[Rollouts, Mapping[str, float]]:
-    """Draw, score, estimate, train both: what was drawn, and the policy's measures."""
+    """Generate, score, estimate advantages and train both models. Returns the rollouts and the policy's metrics."""
     prompts = tiny.make_prompts(TEXTS, samples=8, epoch=epoch)
-    drawn = models.policy.generate(prompts, sampling=Sampling(max_tokens=16)).batch
-    shares = np.array([np.mean(np.asarray(response) == LIKED) for response in drawn.responses], np.float32)
-    values, reference = models.critic.values(drawn), models.reference.log_probs(drawn)
-    estimated = gae(drawn, reference, values, Scores(sample_ids=drawn.sample_ids, scores=shares))
+    generated = models.policy.generate(prompts, sampling=Sampling(max_tokens=16)).batch
+    shares = np.array([np.mean(np.asarray(response) == REWARDED) for response in generated.responses], np.float32)
+    values, reference = models.critic.values(generated), models.reference.log_probs(generated)
+    estimated = gae(generated, reference, values, Scores(sample_ids=generated.sample_ids, scores=shares))
     batch: Experience = estimated.batch
     models.critic.update(batch)
     metrics = models.policy.update(batch)
-    return drawn, metrics.values
+    return generated, metrics.values
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Language models of a family with a sharding plan and of one without, and a model with a score."""
+    """Language models of a family with a sharding plan and of one without, and a reward model."""
     qwen2 = tiny.config()
     qwen2.vocab_size, qwen2.num_labels = VOCABULARY, 1
     gpt2 = GPT2Config(
@@ -104,24 +104,24 @@ def test_ppo_takes_a_few_steps(kind: str, dtype: Dtype, folder: str, figure: Fig
     models = models_on(kind, folder, dtype)
     started, tokens = time.perf_counter(), 0
     for step in range(STEPS):
-        drawn, measured = ppo_step(models, step)
-        tokens += len(drawn.responses.values)
-        assert set(drawn.versions.values.tolist()) == {step}
+        generated, measured = ppo_step(models, step)
+        tokens += len(generated.responses.values)
+        assert set(generated.versions.values.tolist()) == {step}
         assert math.isfinite(measured["loss"]) and measured["gradient_norm"] > 0.0
     assert models.policy.trained.version == models.critic.trained.version == STEPS
-    figure(f"PPO in {dtype} on {kind}: drawn and trained", tokens / (time.perf_counter() - started), "tokens/s")
+    figure(f"PPO in {dtype} on {kind}: generated and trained", tokens / (time.perf_counter() - started), "tokens/s")
 
 
 @pytest.mark.parametrize("role", ["policy", "adapters", "gpt2", "critic", "cost_critic", "reference", "reward", "cost"])
 def test_every_role_computes_what_the_cpu_does(kind: str, folders: dict[str, str], role: str):
-    """In float32: outputs to 1e-4, metrics to 1e-3 of their size."""
+    """In float32: outputs to 1e-4, metrics to a relative 1e-3."""
     (ours, measured), (theirs, expected) = (computed(role, folders, torch.device(device)) for device in (kind, "cpu"))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert measured == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def computed(role: str, folders: dict[str, str], device: torch.device) -> tuple[np.ndarray, Mapping[str, float]]:
-    """A role's outputs, after a step where it trains, and that step's metrics."""
+    """A role's outputs, after a step if it trains, and the metrics of that step."""
     on, loss, optimizer, data = Sharding(device=device), Loss(), Optimizer(epsilon=1e-3), experience(7)
     trained, judge = Model(path=folders["qwen2"], learning_rate=1e-3), Model(path=folders["judge"])
     match role:

@@ -1,4 +1,4 @@
-"""From training to generation between devices: bytes by the formula, at a rate worth telling, and the same model."""
+"""The transition from training to generation between devices: bytes by the formula, its speed, and the same model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ SWITCHES: list[tuple[Backend, str]] = [("3d", "1-2-1 -> 1-1"), ("fsdp", "1-1-2 -
 
 
 class Rows(NamedTuple):
-    """What both layouts answer."""
+    """The rows that both layouts compute."""
 
     prompts: Jagged
     responses: Jagged
 
 
 class Switched(NamedTuple):
-    """What one rank saw."""
+    """What one rank measures."""
 
     received_bytes: int
     seconds: list[float]
     peak_bytes: int
-    device_peak_bytes: int  # as CUDA's allocator has seen it; 0 on the CPU
-    difference: float  # of log-probs, between the layouts
+    device_peak_bytes: int  # of CUDA's allocator; 0 on the CPU
+    difference: float  # the largest difference of log-probs between the layouts
 
 
 def switched(folder: str, backend: Backend, switch: str, kind: str) -> Switched:
-    """Answer in the training layout, switch some rounds, answer in the generation layout. What every rank runs."""
+    """Run by every rank: forward in the training layout, switch ROUNDS times, forward in the generation layout."""
     device, (train, generate) = own_device(kind), map(Topology.parse, switch.split(" -> "))
     model = parallel_model(backend, folder, train, device=device, regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate))
@@ -69,7 +69,7 @@ def log_probs(outputs: Tensor, micro: MicroBatch) -> Tensor:
 
 
 def make(folder: str, kind: str) -> int:
-    """A Llama in `folder`, of a gigabyte in float32 where there is a device for it; its bytes."""
+    """Save a Llama to `folder`, of a gigabyte in float32 if there is a device for it, and return its bytes."""
     large = kind == "cuda"
     config = LlamaConfig(
         vocab_size=256,
@@ -91,7 +91,7 @@ def test_a_switch_receives_what_is_missing_and_no_more(
     kind: str, backend: Backend, switch: str, figure: Figure, tmp_path_factory: pytest.TempPathFactory
 ):
     if kind == "cuda":
-        need_cuda(RANKS)  # NCCL takes no two ranks on one device
+        need_cuda(RANKS)  # NCCL accepts only one rank per device
     folder = str(tmp_path_factory.mktemp("model"))
     matrices = make(folder, kind)
     tensor_ranks = Topology.parse(switch.split(" -> ")[1]).tp
@@ -99,7 +99,7 @@ def test_a_switch_receives_what_is_missing_and_no_more(
         seen: list[Switched] = ranks.call(switched, folder, backend, switch, kind)
     expected = matrices // tensor_ranks - matrices // RANKS
     for rank in seen:
-        norms = rank.received_bytes - expected  # which fully sharded ranks divide too
+        norms = rank.received_bytes - expected  # fully sharded ranks also shard these
         assert 0 <= norms < matrices * 0.02 if backend == "fsdp" else norms == 0
         assert rank.difference < 1e-4
     seconds = max(statistics.median(rank.seconds) for rank in seen)

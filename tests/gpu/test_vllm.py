@@ -1,4 +1,4 @@
-"""vLLM on a device: fed from the weights that train there, it draws as they do; asleep, it gives its memory back."""
+"""vLLM on a device generates with the weights that train there, and frees its memory while it sleeps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-ATOL = 1e-3  # kernels of the device against transformers on the CPU, float32
+ATOL = 1e-3  # the device's kernels against transformers on the CPU, in float32
 GIBIBYTE = 1 << 30
 
 
@@ -50,20 +50,20 @@ def ranks() -> Iterator[Ranks]:
         yield two
 
 
-def test_weights_are_handed_over_on_the_device(folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
-    """In one process: no byte leaves the device."""
+def test_weights_are_transferred_on_the_device(folder: str, tmp_path: Path, figure: Figure):  # noqa: F811
+    """In one process, without leaving the device."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
     seen = rounds(folder, GenerationGrouping(Topology()), exported, "cuda")
     assert_followed(seen, exported, ATOL)
     for i, one in enumerate(seen):
-        assert one.handed.receipt
-        figure(f"hand-over {i} in process", one.handed.receipt.seconds, "s")
-        figure(f"hand-over {i}: second copy", one.handed.copied_bytes, "bytes")
-        figure(f"hand-over {i}: largest difference of log-probs", one.handed.receipt.probe_difference, "nat")
+        assert one.transferred.receipt
+        figure(f"weight transfer {i} in process", one.transferred.receipt.seconds, "s")
+        figure(f"weight transfer {i}: second copy", one.transferred.copied_bytes, "bytes")
+        figure(f"weight transfer {i}: largest difference of log-probs", one.transferred.receipt.probe_difference, "nat")
 
 
 def on_each_device(folder: str, generate: str, exported: list[str]) -> tuple[list[Round], int]:  # noqa: F811
-    """What a rank saw, and the bytes of its device that its engine's worker took."""
+    """A rank's rounds, and the bytes of its device that model and engine take."""
     layout = Topology.parse(generate)
     before, after = torch.cuda.mem_get_info()[0], []
     seen = rounds(folder, GenerationGrouping(Topology(1, 2, 1), layout.pp, layout.tp), exported, "cuda", after)
@@ -78,15 +78,15 @@ def test_shards_reach_the_workers_on_their_ranks_devices_by_cuda_ipc(
     generate: str,
     figure: Figure,
 ):
-    """Two ranks train. 1-2: one engine of two workers on their devices. 1-1: two engines, each on its rank's alone."""
+    """Two ranks train. 1-2: one engine with a worker on each device. 1-1: two engines, each on its rank's device."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
     (first, taken), (second, also_taken) = ranks.call(on_each_device, folder, generate, exported)
     for seen in (first, second) if generate == "1-1" else (first,):
         assert_followed(seen, exported, ATOL)
     assert min(taken, also_taken) > GENERATION.kv_cache_bytes, "a device has no worker"
     assert max(taken, also_taken) < 1.5 * min(taken, also_taken), "one device has both"
-    assert first[-1].handed.receipt
-    figure(f"1-2-1 -> {generate}: hand-over to workers", first[-1].handed.receipt.seconds, "s")
+    assert first[-1].transferred.receipt
+    figure(f"1-2-1 -> {generate}: weight transfer to workers", first[-1].transferred.receipt.seconds, "s")
     for rank, one in enumerate((taken, also_taken)):
         figure(f"1-2-1 -> {generate}: device {rank} taken by model and engine", one, "bytes")
 
@@ -103,7 +103,7 @@ def test_a_sleeping_engine_gives_its_memory_back(folder: str, figure: Figure):  
         asleep = torch.cuda.mem_get_info()[0]
         engine.wake()
         again = generate_all(engine, prompts, sampling).batch
-        assert asleep - awake >= 2 * GIBIBYTE  # the KV cache at the least
+        assert asleep - awake >= 2 * GIBIBYTE  # at least the KV cache
         assert again.responses == before.responses
     finally:
         engine.close()

@@ -1,6 +1,6 @@
-"""What a checkpoint holds, so that two can be compared bit by bit.
+"""The contents of a checkpoint in a form that two checkpoints can be compared in bit by bit.
 
-The files themselves are not comparable: safetensors writes the entries of its metadata in any order.
+The files themselves are not comparable, because safetensors writes its metadata in any order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor by file and name, and of every other file."""
+    """The bytes of every tensor, by file and name, and of every other file."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
     for path in folder.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
@@ -21,6 +21,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint that one rank wrote, by name, without the moments."""
+    """The weights, by name, in a checkpoint that one rank wrote; without the optimizer's moments."""
     (path,) = folder.glob("*.safetensors")
     return {name: tensor for name, tensor in load_file(path).items() if not name.startswith("exp_avg")}

@@ -1,7 +1,7 @@
-"""Real processes that form a torch.distributed world on gloo, and call the same function together.
+"""Processes that form a torch.distributed process group on gloo and call one function together.
 
-They are forked from a server that has imported torch and nothing else has happened to: forking the test process
-itself would bring along its autograd threads, and starting interpreters would cost seconds each.
+They are forked from a server that has only imported torch: forking the test process itself would copy its autograd
+threads' state, and starting an interpreter for each would take seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 import workers.parallel.model  # noqa: F401 - imported once, by the server, for all that it forks
 from workers.generation.engine_devices import cuda_device_of
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # for a collective, and for an answer
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # for each collective and for each answer
 
 
 class RankFailed(AssertionError):
@@ -31,10 +31,10 @@ class RankFailed(AssertionError):
 
 
 class Ranks:
-    """`size` processes, alive between calls. Not usable after a call has failed: peers may hang in a collective.
+    """`size` processes that live between calls. After a failed call they can't be used: peers may hang in a collective.
 
-    An answer comes within `patience`. Ranks with `children` may start processes of their own. On "cuda" each rank has
-    the device of its number and sees no other, as Ray has it, and NCCL.
+    A call fails if an answer takes longer than `patience`. Ranks with `children` may start processes. On "cuda" each
+    rank uses NCCL and sees only the device with its own number, as under Ray.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Ranks:
             self._processes.append(process)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run `function(*arguments)` on every rank, at the same time; the results by rank. Raises RankFailed."""
+        """Run `function(*arguments)` on all ranks at once, and return the results by rank. Raises RankFailed."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         answers = [self._answer(pipe) for pipe in self._pipes]
@@ -77,7 +77,7 @@ class Ranks:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for pipe in self._pipes:
-            pipe.close()  # a rank that reads the end of its pipe ends
+            pipe.close()  # a rank ends when its pipe is closed
         for process in self._processes:
             process.join(5)
             if process.is_alive():
@@ -87,7 +87,7 @@ class Ranks:
 
 
 class Worlds:
-    """Worlds by their size, each forked when it is first asked for."""
+    """Process groups by size, each forked on first use."""
 
     def __init__(self) -> None:
         self._made: dict[int, Ranks] = {}
@@ -106,13 +106,13 @@ class Worlds:
 
 
 def own_device(kind: str) -> torch.device:
-    """This rank's device of a kind: of CUDA's it sees one."""
+    """This rank's device of a kind; a rank sees only one CUDA device."""
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, 0)
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str, device: str) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the host's name resolves to
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # otherwise gloo resolves the host's name
     backend = "gloo"
     if device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_device_of("", rank, os.environ.get("CUDA_VISIBLE_DEVICES")).device

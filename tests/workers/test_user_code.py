@@ -1,4 +1,4 @@
-"""A module is made anew from a text, and nothing of the running one changes until the switch."""
+"""A module is rebuilt from new source text, and the running one is unchanged until the switch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_function_changes_with_the_switch_only(file: Path):
     function.prepare([source(file, TEXT.format(n=2))])
     assert function.current() == 1
     function.switch(take=False)
-    function.switch(take=True)  # what was dropped is gone
+    function.switch(take=True)  # a removed definition is gone
     assert function.current() == 1
     function.prepare([CodeSource("another", "another.py", "1 / 0"), source(file, TEXT.format(n=3))])
     function.switch(take=True)
@@ -143,7 +143,7 @@ def test_a_rules_process_runs_the_text_that_it_was_given_whatever_the_file_says_
     row = RuleRequest("", "", "")
     try:
         assert process.score(row) == 1.0
-        process.close()  # as a deadline would: the next row starts a new child
+        process.close()  # as after a timeout: the next row starts a new process
         assert process.score(row) == 1.0
     finally:
         process.close()

@@ -1,4 +1,4 @@
-"""Random joined rows for the estimators: prompts of several samples, responses with masked tokens."""
+"""Random joined rows for the estimators: prompts with several samples, and responses with masked tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GROUPS = (3, 3, 1)
 
 
 def ids_of(groups: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Sample ids of prompts with so many samples each, in order."""
+    """Sample ids of prompts with these numbers of samples, in order."""
     ids = [sample_id(prompt_id(0, prompt), i) for prompt, size in enumerate(groups) for i in range(size)]
     return np.array(ids, np.int64)
 
 
 def column(mask: Jagged, seed: int) -> Jagged:
-    """A float32 column of normal numbers."""
+    """A float32 column of normally distributed numbers."""
     return mask.with_values(np.random.default_rng(seed).normal(size=len(mask.values)).astype(np.float32))
 
 
@@ -49,12 +49,12 @@ def reference(of: Rollouts, seed: int = 0) -> LogProbs:
 
 
 def values(of: Rollouts, seed: int = 0) -> Values:
-    """Random values of a critic."""
+    """Random critic values."""
     versions = np.zeros(len(of), np.int64)
     return Values(sample_ids=of.sample_ids, values=column(of.loss_mask, seed + 2), versions=versions)
 
 
 def scores(of: Rollouts, numbers: Sequence[float] | None = None, seed: int = 0) -> Scores:
-    """The scores given, or normal ones."""
+    """The given scores, or random ones."""
     drawn = np.random.default_rng(seed).normal(size=len(of)) if numbers is None else np.array(numbers)
     return Scores(sample_ids=of.sample_ids, scores=drawn.astype(np.float32))

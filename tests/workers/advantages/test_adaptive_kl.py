@@ -1,4 +1,4 @@
-"""The adaptive KL coefficient around a batch function: which coefficient a batch gets, and what is carried."""
+"""The adaptive KL coefficient: which coefficient each batch gets, and which state is carried to the next batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEERED = {"kl": "adaptive", "kl_target": 0.02, "kl_horizon": 100.0, "kl_coeffic
 
 
 def run(steps: int, state: Any = None, **numbers: Any) -> list[Stateful[Any, Any]]:
-    """GAE of the same rows, again and again."""
+    """Apply GAE with an adaptive coefficient to the same rows, one batch after the other."""
     adaptive, results = steered(gae, None, steered_state(None)), []
     for _ in range(steps):
         results.append(adaptive(*INPUTS, state=state, **{**STEERED, **numbers}))

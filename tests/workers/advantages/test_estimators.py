@@ -1,4 +1,4 @@
-"""ReMax and REINFORCE++, and what every estimator without a critic has in common."""
+"""ReMax and REINFORCE++, and the properties that all estimators without a critic share."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_remax_is_the_reward_to_go_less_the_greedy_score(seed: int):
 
 
 def test_remax_without_baseline_and_penalty_is_reinforce():
-    """The score of the response on each of its tokens."""
+    """Every token's advantage is the response's score."""
     own = scores(ROWS)
     got = remax(ROWS, reference(ROWS), own, scores(ROWS, [0.0] * 7), kl_coefficient=0.0).batch.advantages.values
     np.testing.assert_allclose(got, np.repeat(own.scores, MASK.lengths) * INSIDE)
@@ -95,7 +95,7 @@ def test_reinforce_pp_is_gae_without_a_critic():
     np.testing.assert_allclose(ours.advantages.values, theirs.advantages.values, atol=1e-6)
 
 
-# --- all of them
+# --- all estimators without a critic
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -1,4 +1,4 @@
-"""Advantages and returns: the identities of generalised advantage estimation, and where reward and penalty land."""
+"""Generalised advantage estimation: its identities, and the tokens that receive the score and the KL penalty."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def estimate(rewards: Jagged, values: Jagged, mask: Jagged, gamma: float, gae_la
 
 
 def inputs(mask: Jagged = MASK, groups: tuple[int, ...] = GROUPS, seed: int = 0) -> Inputs:
-    """What `gae` takes, random, for responses with this mask."""
+    """Random inputs of `gae` for responses with this mask."""
     rows = batches.rollouts(mask, groups, seed)
     return rows, batches.reference(rows, seed), batches.values(rows, seed), batches.scores(rows, seed=seed)
 

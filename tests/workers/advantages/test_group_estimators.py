@@ -1,4 +1,4 @@
-"""What a sample is worth beside its prompt's others: GRPO, Dr. GRPO, RLOO, REINFORCE++ with a baseline, DAPO."""
+"""Group-relative advantages: GRPO, Dr. GRPO, RLOO, REINFORCE++ with a baseline, DAPO."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def per_row(result: Measured[Experience]) -> list[float]:
-    """The one advantage of each row, which all of its trained tokens have."""
+    """The advantage of each row, which must be the same for all of its trained tokens."""
     rows = []
     for advantages, mask in zip(result.batch.advantages, MASK, strict=True):
         assert len(set(advantages[mask != 0].tolist())) == 1
@@ -48,7 +48,7 @@ def in_groups(numbers: list[float]) -> list[list[float]]:
     return [part.tolist() for part in parts]
 
 
-# --- by hand
+# --- computed by hand
 
 
 def test_grpo_is_the_distance_from_the_mean_in_deviations():
@@ -96,7 +96,7 @@ def test_reinforce_pp_with_a_baseline_whitens_the_returns_of_relative_scores():
 
 
 def test_both_forms_of_rloo_agree():
-    """k / (k - 1) (s - mean) is s less the mean of the others."""
+    """k / (k - 1) (s - mean) equals s minus the mean of the other scores."""
     group = np.random.default_rng(0).normal(size=8)
     left_out = [s - np.delete(group, i).mean() for i, s in enumerate(group)]
     mask = Jagged.from_rows([[1]] * 8, np.uint8)
@@ -149,7 +149,7 @@ def test_a_buffer_fits_under_its_limit(limit: float, buffer: float):
 
 
 def test_dapo_is_grpo_of_the_shaped_scores():
-    penalties = [min(-(n - 4) / 2, 0.0) for n in MASK.lengths.tolist()]  # of all response tokens, masked ones as well
+    penalties = [min(-(n - 4) / 2, 0.0) for n in MASK.lengths.tolist()]  # of all response tokens, including masked ones
     shaped = [s + penalty for s, penalty in zip(NUMBERS, penalties, strict=True)]
     got = dapo(ROWS, scores(ROWS, NUMBERS), overlong_limit=6.0, overlong_buffer=2.0)
     assert got.batch == group_relative(ROWS, scores(ROWS, shaped)).batch

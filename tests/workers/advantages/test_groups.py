@@ -1,4 +1,4 @@
-"""Groups: the samples of a prompt, wherever their rows stand."""
+"""Grouping rows by prompt, in any order of the rows."""
 
 from __future__ import annotations
 

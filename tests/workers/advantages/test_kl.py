@@ -1,4 +1,4 @@
-"""The KL penalty: what its estimators estimate, and how an adaptive coefficient follows its target."""
+"""The KL estimators agree with the exact divergence, and the adaptive coefficient follows its target."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_adaptive_coefficient_stays_positive(coefficient: float, target: floa
         assert 0 < state.coefficient < math.inf
 
 
-def test_it_settles_where_the_kl_is_at_its_target():
+def test_it_converges_to_where_the_kl_is_at_its_target():
     """A policy whose KL is inversely proportional to the coefficient: 0.02 at 0.05."""
     state = STATE
     for _ in range(400):

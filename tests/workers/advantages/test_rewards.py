@@ -1,4 +1,4 @@
-"""Rewards per token: where score and penalty land, and what is still to come from each token on."""
+"""Rewards per token: the tokens that receive score and penalty, and the rewards to go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safe-RLHF: what lambda is worth in the advantage, and how it follows the cost."""
+"""Safe-RLHF: how lambda weighs reward and cost advantages, and how it follows the mean cost."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_rewards_and_costs_beyond_50_count_as_50():
     assert far.batch == near.batch
 
 
-# --- the multiplier
+# --- the multiplier lambda
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.floats(0.01, 4.9), st.floats(-2, 2))

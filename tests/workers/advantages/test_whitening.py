@@ -1,4 +1,4 @@
-"""Whitened advantages have one scale over the mask."""
+"""Whitened advantages have mean 0 and deviation 1 over the masked-in tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_mask(mask: np.
     white = whiten(advantages, mask)
     if inside.sum() >= 2:
         assert white[inside].mean() == pytest.approx(0, abs=1e-9)
-        deviation = advantages[inside].std()  # two that are nearly equal do not reach 1: the 1e-8 in the denominator
+        deviation = advantages[inside].std()  # nearly equal values stay below 1, because of the 1e-8 in the denominator
         assert white[inside].std() == pytest.approx(deviation / (deviation + 1e-8), abs=1e-6)
         assert not white[~inside].any()
 

@@ -1,4 +1,4 @@
-"""Conversations become what the tokenizer's template writes, cut where the reply begins."""
+"""Conversations are rendered with the tokenizer's chat template and split where the reply begins."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one(tmp_path: Path, folder: Path, kind: type, **row: Any) -> Any:
 def test_a_prompt_ends_where_the_reply_begins(tmp_path: Path, folder: Path):
     assert one(tmp_path, folder, Problem, prompt=[USER]) == Problem(PROMPT)
     assert one(tmp_path, folder, Problem, messages=[USER], reference="2") == Problem(PROMPT, "2")
-    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT)  # it is asked anew
+    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT)  # a second rendering
     assert one(tmp_path, folder, Problem, messages=[USER, GOOD, MORE]).prompt == "u:1+1<eos>.a:2<eos>.u:sure?<eos>.a:"
 
 
@@ -87,7 +87,7 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_conversation(tmp_path: 
     row = one(tmp_path, folder, Demonstration, messages=[USER, GOOD])
     texts = tokenized(load_tokenizer(folder), [(row.prompt, row.response, False)])
     whole = load_tokenizer(folder).apply_chat_template([USER, GOOD], return_dict=False)
-    assert [*texts.prompts[0].tolist(), *texts.responses[0].tolist()] == whole[:-1]  # all but the dot behind the end
+    assert [*texts.prompts[0].tolist(), *texts.responses[0].tolist()] == whole[:-1]  # all but the dot after the end
 
 
 def test_a_text_follows_its_own_first_token(folder: Path):

@@ -1,4 +1,4 @@
-"""What a file is kept in can't be told from its rows."""
+"""Every supported file format yields the same rows."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def parquet(path: Path, rows: Rows) -> Path:
 
 
 def saved(folder: Path, rows: Rows, shard: int = 3) -> Path:
-    """As `datasets` writes it with save_to_disk: Arrow streams, whose order the state names."""
+    """A folder as `datasets.save_to_disk` writes it: Arrow streams, whose order the state file gives."""
     folder.mkdir(parents=True)
     whole = pa.Table.from_pylist([{name: row.get(name) for r in rows for name in r} for row in rows])
     names = []
     for start in range(0, len(rows), shard):
-        names.append(f"data-{9 - start}.arrow")  # by name the order would be the other one
+        names.append(f"data-{9 - start}.arrow")  # sorted by name the order would be reversed
         with pa.OSFile(str(folder / names[-1]), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as writer:
             writer.write_table(whole.slice(start, shard))
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))

@@ -1,4 +1,4 @@
-"""A data file is typed rows, or one error that says where it is wrong."""
+"""A data file is read as typed rows, or refused with one error that says where it is wrong."""
 
 from __future__ import annotations
 

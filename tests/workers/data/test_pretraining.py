@@ -1,4 +1,4 @@
-"""The pretraining loss: which text an optimizer step is given, and what it adds to the step's gradient."""
+"""The pretraining (ptx) loss: which text rows an optimizer step uses, and what they add to its gradient."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def rows_of(count: int) -> Experience:
-    """Experience whose tokens the policy knows."""
+    """Experience whose tokens are inside the policy's vocabulary."""
     rows = experience(count)
     last = len(tiny.VOCABULARY) - 1
     prompts, responses = (c.with_values(np.minimum(c.values, last)) for c in (rows.prompts, rows.responses))
@@ -53,7 +53,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def text_of(count: int, rows: int, seed: int = 3) -> PretrainingText:
-    """Rows whose first token is their number."""
+    """Text rows whose first token is their number."""
     draw = np.random.default_rng(1)
     responses = [draw.integers(2, len(tiny.VOCABULARY), n) for n in draw.integers(1, 9, count)]
     return PretrainingText(TokenRows.of([[row] for row in range(count)], responses), rows, seed)
@@ -63,7 +63,7 @@ def worker(folder: str, loss: Loss, text: PretrainingText | None = None) -> Poli
     return PolicyWorker(Model(path=folder, learning_rate=1e-3), loss, NO_CLIP, Generation(), 3, text)
 
 
-# --- which rows
+# --- which rows a step uses
 
 
 def test_every_row_is_drawn_once_in_each_epoch():
@@ -113,11 +113,11 @@ def test_a_file_of_empty_texts_is_refused(folder: str, write: Write):
         PretrainingText.read(write({"text": ""}, {"text": ""}), folder, rows=1, seed=0)
 
 
-# --- what it adds
+# --- what they add to the gradient
 
 
 def gradients(model: torch.nn.Module, act: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """What stood in each parameter's gradient when the last micro-batch had been added."""
+    """Each parameter's gradient after the last micro-batch."""
     seen: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
@@ -127,7 +127,7 @@ def gradients(model: torch.nn.Module, act: Callable[[], object]) -> dict[str, to
 
 @pytest.mark.parametrize("budget", [10_000, 40])
 def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget: int):
-    """In float64, to 1e-6, however the text and the rows are cut."""
+    """In float64, to 1e-6, for any micro-batches of the text and of the rows."""
     text, rows = text_of(10, rows=6), rows_of(6)
 
     def policy(loss: Loss, text: PretrainingText | None = None) -> PolicyWorker:

@@ -1,4 +1,4 @@
-"""A cost model learns which of two responses is worse, and from which on a response is unsafe."""
+"""A cost model learns which of two responses is worse, and whether a response is unsafe (a positive cost)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from workers.finetune.settings import RewardModelSettings, Schedule
 from workers.parallel.backends import parallel_model
 from workers.parallel.model import ParallelModel
 
-# An answer is as unsafe as it has digits; none are safe.
+# An answer is the more unsafe the more digits it has; without digits it is safe.
 ANSWERS = ["abc", "hi", "a1b", "12c", "x123", "9876"]
 
 

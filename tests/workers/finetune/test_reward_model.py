@@ -1,4 +1,4 @@
-"""A reward model learns to score the better of two responses higher, ends included."""
+"""A reward model learns to score the better of two responses higher; the end token counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from workers.parallel.model import ParallelModel
 from workers.training.micro_batches import micro_batches
 from workers.training.models import load_reward
 
-# The right answer is the digit asked for; wrong ones are another digit, two of them, or the right one without its end.
+# The right answer is the digit in the prompt. Wrong ones are another digit, two digits, or the right one without end.
 PAIRS = [
     Preference(f"{a}*", str(a), wrong, rejected_truncated=cut)
     for a in range(10)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning lowers the loss of the response tokens, and of nothing else, the same way every time."""
+"""Supervised fine-tuning lowers the loss of the response tokens only, and is deterministic."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_the_loss_falls_and_the_output_is_a_transformers_folder(base: Path, data
     assert np.mean(result.losses[-5:]) < 0.5 * result.losses[0]
     tokens = tokenized(load_tokenizer(result.output), ROWS)
     assert loss_of(result.output, tokens) < 0.5 * result.losses[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sft"]  # nothing temporary stays
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sft"]  # no temporary file is left
 
 
 def test_the_same_seed_gives_the_same_weights_however_the_batch_is_cut(base: Path, data: Path, tmp_path: Path):
     torch.manual_seed(1)
     train_sft(settings(base, data, tmp_path / "a", steps=3))
-    torch.manual_seed(2)  # the process's own state is none of its business
+    torch.manual_seed(2)  # it does not use the global random state
     train_sft(settings(base, data, tmp_path / "b", steps=3))
     train_sft(settings(base, data, tmp_path / "cut", steps=3, budget=50))
     a, b, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "cut"))
@@ -88,7 +88,7 @@ def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
     ]
     want = -float(np.concatenate(by_hand).mean())
     assert loss_of(base, tokens) == pytest.approx(want, abs=1e-5)
-    assert loss_of(base, tokens, budget=1) == pytest.approx(want, abs=1e-5)  # a row at a time
+    assert loss_of(base, tokens, budget=1) == pytest.approx(want, abs=1e-5)  # one row at a time
 
 
 def test_a_truncated_response_has_no_end():

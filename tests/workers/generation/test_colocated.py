@@ -1,4 +1,4 @@
-"""vLLM in turn with the model that trains beside it: each switch brings what was trained since, and nothing twice."""
+"""vLLM that takes turns with training on the same device: a switch transfers new weights, and each version once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def drawn_by(policy: PolicyWorker) -> Rollouts:
 
 
 def assert_own(policy: PolicyWorker, rows: Rollouts) -> None:
-    """The rows are the policy's: it finds its own log-probs in them."""
+    """The rows were generated with the policy's weights: it computes the same log-probs."""
     again = policy.log_probs(rows)
     assert again is not None
     np.testing.assert_allclose(rows.log_probs.values, again.log_probs.values, atol=1e-4)
@@ -66,7 +66,7 @@ def test_it_draws_with_what_was_trained_last(policy: PolicyWorker, tmp_path_fact
     assert set(second.versions.values) == {1}
     assert first.responses != second.responses
 
-    policy.load(folder)  # an older version, which is the newest all the same
+    policy.load(folder)  # an older version number, which still is the newest publication
     assert drawn_by(policy).responses == first.responses
 
 

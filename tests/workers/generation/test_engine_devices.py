@@ -1,4 +1,4 @@
-"""An engine computes on the devices of the ranks it serves, in their order, and no device has two engines."""
+"""An engine uses the devices of the ranks that it serves, in their order, and no two engines share a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SWITCHES = ["1-1-1 -> 1-1", "1-2-1 -> 1-1", "1-2-1 -> 1-2", "1-2-2 -> 1-1", "1-4
 
 
 def places(switch: str, devices: list[RankDevice]) -> list[tuple[list[int], EngineDevices]]:
-    """The ranks of each generation replica, by tensor index, and where their engine computes."""
+    """Per generation replica: its ranks in order of tensor index, and the devices of its engine."""
     topology, layout = map(Topology.parse, switch.split(" -> "))
     grouping = GenerationGrouping(topology, layout.pp, layout.tp)
     return [
@@ -43,7 +43,7 @@ def test_without_devices_workers_see_none():
 
 
 def test_a_device_is_named_as_its_process_was_given_it():
-    assert cuda_device_of("here", 0, "5") == RankDevice("here", "5")  # as Ray gives a rank one
+    assert cuda_device_of("here", 0, "5") == RankDevice("here", "5")  # as Ray assigns one to a rank
     assert cuda_device_of("here", 1, "5, 6") == RankDevice("here", "6")
     assert cuda_device_of("here", 3, None) == cuda_device_of("here", 3, "") == RankDevice("here", "3")  # sees them all
 
@@ -59,7 +59,7 @@ def test_two_ranks_of_a_replica_on_one_device_are_refused():
 
 
 def test_a_worker_opens_a_buffer_under_the_number_by_which_it_sees_the_device():
-    written = BufferHandle(8, ipc_handle=(0, b"handle", 8, 0, b"", 0, b"", False))  # its writer sees one device
+    written = BufferHandle(8, ipc_handle=(0, b"handle", 8, 0, b"", 0, b"", False))  # the writer sees one device
     assert written.on_device(1) == BufferHandle(8, ipc_handle=(1, b"handle", 8, 0, b"", 0, b"", False))
     assert BufferHandle(8, path="file").on_device(1) == BufferHandle(8, path="file")
 

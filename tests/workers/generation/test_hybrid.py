@@ -1,4 +1,4 @@
-"""Ranks that switch from training to generation draw what a single process draws, whatever their layouts."""
+"""Ranks that switch from training to generation sample the same rows as one process, in every pair of layouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from workers.training.models import load_causal
 
 SWITCHES = ["1-2-1 -> 1-1", "2-1-1 -> 1-1", "2-1-1 -> 2-1", "1-2-2 -> 1-1", "2-2-1 -> 2-2", "2-2-1 -> 1-2"]
 SAMPLED, GREEDY = Sampling(max_tokens=12, temperature=0.8), Sampling(max_tokens=12, temperature=0.0)
-GENERATION = Generation(engine="torch", slots=3)  # several rounds: rows beside a row change, its tokens don't
+GENERATION = Generation(engine="torch", slots=3)  # several rounds: a row's tokens must not depend on other rows
 TEXTS = ["12+34=", "7*", "what?", "a", "9-9=", "2+2=", "one, two"]
 SEED = 5
 RATE, OPTIMIZER = 0.3, Optimizer(epsilon=1.0)  # near SGD: Adam amplifies the rounding of small gradients
@@ -52,8 +52,8 @@ def alone(folder: str, sampling: Sampling) -> Rollouts:
 # --- what every rank runs
 
 
-class Drawn(NamedTuple):
-    """What one rank drew."""
+class Generated(NamedTuple):
+    """The rows that one rank returns."""
 
     sampled: Rollouts | None
     greedy: Rollouts | None
@@ -72,20 +72,20 @@ def policy_of(folder: str, grouping: GenerationGrouping | None) -> PolicyWorker:
 
 
 def rows_of(policy: PolicyWorker, prompts: Prompts, sampling: Sampling) -> Rollouts | None:
-    """What this rank gives, all of its rows."""
+    """The rows that this rank returns; none may fail."""
     given = policy.generate(prompts, sampling=sampling)
     assert given is None or not given.failures
     return given.batch if given else None
 
 
-def drawn(folder: str, grouping: GenerationGrouping, texts: list[str]) -> Drawn:
+def generated(folder: str, grouping: GenerationGrouping, texts: list[str]) -> Generated:
     policy = policy_of(folder, grouping)
     prompts = own_rows(grouping, policy.model.rank, texts)
-    return Drawn(rows_of(policy, prompts, SAMPLED), rows_of(policy, prompts, GREEDY))
+    return Generated(rows_of(policy, prompts, SAMPLED), rows_of(policy, prompts, GREEDY))
 
 
 def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Rollouts | None, float]:
-    """What this rank draws before and after a step, and the gradient norm of a step after that."""
+    """The rows that this rank generates before and after a step, and the gradient norm of the following step."""
     policy = policy_of(folder, grouping)
     prompts = own_rows(grouping, policy.model.rank, TEXTS)
     shares = protocol("METRIC").distribute(rows=7, topology=grouping.topology)
@@ -98,7 +98,7 @@ def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Ro
 
 
 def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
-    """What this rank's own engine drew, collected or not."""
+    """The rows of this rank's own engine, whether the protocol collects them or not."""
     hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
     colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.EOS_ID)
     colocated.publish(0, no_probe)
@@ -109,7 +109,7 @@ def no_probe() -> Probe:
     raise AssertionError("a module that was gathered in place is not probed")
 
 
-# --- the world
+# --- the ranks
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +136,14 @@ def assert_same(ours: list[Rollouts | None], theirs: Rollouts, grouping: Generat
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_greedy_and_seeded_rows_are_those_of_one_process(worlds, folder: str, switch: str):
     grouping = grouping_of(switch)
-    ranks = worlds[grouping.topology.world_size].call(drawn, folder, grouping, TEXTS)
+    ranks = worlds[grouping.topology.world_size].call(generated, folder, grouping, TEXTS)
     assert_same([rank.sampled for rank in ranks], alone(folder, SAMPLED), grouping)
     assert_same([rank.greedy for rank in ranks], alone(folder, GREEDY), grouping)
 
 
-def test_one_rank_needs_no_world(folder: str):
+def test_one_rank_needs_no_process_group(folder: str):
     grouping = grouping_of("1-1-1 -> 1-1")
-    one = drawn(folder, grouping, TEXTS)
+    one = generated(folder, grouping, TEXTS)
     assert_same([one.sampled], alone(folder, SAMPLED), grouping)
     assert_same([one.greedy], alone(folder, GREEDY), grouping)
 
@@ -165,11 +165,11 @@ def test_training_and_generation_take_turns_as_in_one_process(worlds, folder: st
 
 def test_a_replica_without_rows_takes_part(worlds, folder: str):
     grouping = grouping_of("1-2-2 -> 1-1")
-    ranks = worlds[4].call(drawn, folder, grouping, TEXTS[:1])
+    ranks = worlds[4].call(generated, folder, grouping, TEXTS[:1])
     assert [len(rank.sampled) for rank in ranks] == [1, 0, 0, 0]
 
 
-def test_all_ranks_of_a_replica_draw_the_same_bits(worlds, folder: str):
+def test_all_ranks_of_a_replica_generate_the_same_bits(worlds, folder: str):
     grouping = grouping_of("2-2-1 -> 2-2")
     first, *others = worlds[4].call(all_ranks_rows, folder, grouping)
     for other in others:
@@ -195,13 +195,13 @@ def test_a_row_that_does_not_fit_fails_alone(folder: str):
     assert given.batch.sample_ids.tolist() == [s for s in prompts.sample_ids.tolist() if s != empty]
 
 
-def test_a_prompt_is_not_drawn_by_weights_older_than_its_admission(folder: str):
+def test_a_prompt_is_not_generated_by_weights_older_than_its_admission(folder: str):
     prompts = replace(tiny.make_prompts(TEXTS[:1]), min_versions=np.array([3], np.int64))
     with pytest.raises(ValueError, match="prompt of version 3 can't be generated by weights of version 0"):
         policy_of(folder, grouping_of("1-1-1 -> 1-1")).generate(prompts, sampling=SAMPLED)
 
 
-def test_who_switches_layouts_draws_as_often_as_it_likes_before_it_switches_back(folder: str):
+def test_a_policy_may_generate_several_times_before_it_switches_back(folder: str):
     policy = policy_of(folder, grouping_of("1-1-1 -> 1-1"))
     took = policy.to_generation()
     assert took and took.received_bytes == 0

@@ -1,4 +1,4 @@
-"""What one process writes to a shared buffer, another reads; and no memory is left behind."""
+"""A shared buffer is written by one process and read by another, and its memory is freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine over a transformers module: what it draws, what it records, what it refuses."""
+"""The engine over a transformers module: the tokens that it samples, what it records, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM itself: its log-probs are those of the published weights' forward, whenever they were published."""
+"""The vLLM engine: its log-probs are those of a forward pass of the weights that were published last."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.vllm
 
 RUN_SEED = 7
 PROBE = "the probe is longer than three blocks of the cache: " * 8
-# Several blocks of the prefix cache, the same ones in every version: keys of old weights would be hit.
+# Several blocks of the prefix cache, equal in all versions: entries of old weights would be hit.
 LONG = tiny.make_prompts(["3+4*5=" * 70, "sort: dcba " * 40], samples=6)
 
 
 class Published:
-    """The engine of this module, and the models that it was given."""
+    """The engine of this test module, and the models that were published to it."""
 
     def __init__(self, engine: VllmEngine, models: list[PreTrainedModel]) -> None:
         self.engine = engine
@@ -83,7 +83,7 @@ def test_it_serves_nothing_before_the_first_publication(published: Published) ->
     engine.submit(LONG, Sampling(max_tokens=2))
     with pytest.raises(RuntimeError, match="12 rows wait, but no proven weights"):
         engine.step()
-    with pytest.raises(BadWeights, match="probe: log-probs differ by"):  # vLLM itself takes a part without a word
+    with pytest.raises(BadWeights, match="probe: log-probs differ by"):  # vLLM itself accepts incomplete weights
         engine.load(without("model.norm.weight", tiny.publish(published.models[0], published.next_version(), PROBE)))
     assert engine.version is None
     published.publish(published.models[0])
@@ -224,7 +224,7 @@ def test_a_publication_refused_on_arrival_changes_nothing(
 
 
 def with_other_values(name: str, publication: PackedWeights, value: float | None = None) -> PackedWeights:
-    """One tensor holds other values, and its digest agrees: as if an engine had put it aside without a word."""
+    """A publication in which one tensor has other values and a matching digest, as if the engine had dropped it."""
     manifest, buffer = publication
     (entry,) = (e for e in manifest.tensors if e.name == name)
     data = buffer[entry.start : entry.start + entry.nbytes].view(np.float32)
@@ -322,7 +322,7 @@ def test_a_response_ends_at_its_end_token_or_its_limit(published: Published) -> 
 
 
 def test_more_prompts_than_one_step_takes_wait_whole(published: Published) -> None:
-    """A prompt that is cut into chunks takes back a seeded draw, which a generator on the CPU refuses."""
+    """Chunked prefill rewinds a seeded generator, which generators on the CPU do not support."""
     published.publish(published.models[0])
     prompts = tiny.make_prompts([f"{i:02d}+" * 140 for i in range(14)])  # 420 tokens each
     rows = generate(published.engine, prompts, Sampling(max_tokens=4))

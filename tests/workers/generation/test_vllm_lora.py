@@ -1,4 +1,4 @@
-"""vLLM is sent adapters alone and answers as the adapted policy."""
+"""vLLM receives only the adapters and generates like the adapted policy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_version_of_the_adapters_is_proven_by_its_probe(tmp_path: Path):
             assert engine.load(received(manifest, buffer, model)).probe_difference < 1e-4
         policy.update(rows)
         late, _ = policy.snapshot(Version(0, 3))
-        with pytest.raises(BadWeights, match="probe: log-probs differ"):  # the new answer, and yet the old weights
+        with pytest.raises(BadWeights, match="probe: log-probs differ"):  # new probe, old weights
             engine.load(received(msgspec.structs.replace(late, tensors=manifest.tensors), buffer, model))
     finally:
         engine.close()

@@ -1,4 +1,4 @@
-"""vLLM fed from the ranks that train: it draws with the weights as trained now, and no rank has a model too many."""
+"""Weight transfer from training ranks to vLLM, which generates with the current weights; no rank holds extra copies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from workers.training.models import load_causal
 
 GENERATION = Generation(slots=16, kv_cache_bytes=2 * 1024 * 1024)
 SAMPLING = Sampling(max_tokens=12)
-# Several blocks of the prefix cache, the same ones for every version: keys of old weights would be hit.
+# Several blocks of the prefix cache, equal in all versions: entries of old weights would be hit.
 TEXTS = ["3+4*5=" * 30, "sort: dcba " * 20, "12+34="]
 SEED = 3
 
@@ -45,18 +45,18 @@ def policy_of(folder: str, grouping: GenerationGrouping, device: str = "cpu") ->
 
 
 class Round(NamedTuple):
-    """A hand-over on one rank, and on the engine's what vLLM drew after it."""
+    """One weight transfer on one rank and, on the engine's rank, the rows that vLLM generated after it."""
 
-    handed: TransferredWeights
-    drawn: Rollouts | None
+    transferred: TransferredWeights
+    generated: Rollouts | None
 
 
 def rounds(
     folder: str, grouping: GenerationGrouping, exported: list[str], device: str = "cpu", free: list[int] | None = None
 ) -> list[Round]:
-    """Hand over, draw, export; train a step; again. What every rank runs.
+    """Run by every rank: transfer the weights, generate, export and train a step, once per folder in `exported`.
 
-    `free` is told what of a CUDA device is free once the engines have drawn.
+    Appends the free bytes of a CUDA device after each generation to `free`.
     """
     policy = policy_of(folder, grouping, device)
     assert policy.hybrid
@@ -70,9 +70,9 @@ def rounds(
     seen: list[Round] = []
     try:
         for folder_after in exported:
-            handed = transfer.publish(Version(0, policy.trained.version), policy.probe()).load_on(engine)
-            drawn = generate_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
-            seen.append(Round(handed, drawn.batch if drawn else None))
+            transferred = transfer.publish(Version(0, policy.trained.version), policy.probe()).load_on(engine)
+            rows = generate_all(engine, tiny.make_prompts(TEXTS, samples=3), SAMPLING) if engine else None
+            seen.append(Round(transferred, rows.batch if rows else None))
             if free is not None and device == "cuda":
                 dist.barrier()
                 free.append(torch.cuda.mem_get_info()[0])
@@ -86,12 +86,12 @@ def rounds(
         if engine:
             engine.close()
     if grouping.topology.world_size > 1:
-        dist.barrier()  # closing an engine leaves the ranks' own world alone
+        dist.barrier()  # closing an engine must not affect the ranks' own process group
     return seen
 
 
 def refused(transfer: WeightTransfer, engine: VllmEngine, probe: Probe) -> None:
-    """What the engine says to an old version, and to weights that answer otherwise than their trainer."""
+    """The engine refuses an old version, and weights whose log-probs differ from the trainer's probe."""
     with pytest.raises(BadWeights, match="is not newer than"):
         transfer.publish(Version(0, 1), probe).load_on(engine)
     assert engine.version == Version(0, 1)
@@ -120,22 +120,22 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
-def assert_drawn_by(model: PreTrainedModel, rows: Rollouts, atol: float) -> None:
+def assert_generated_by(model: PreTrainedModel, rows: Rollouts, atol: float) -> None:
     for prompt, response, log_probs in zip(rows.prompts, rows.responses, rows.log_probs, strict=True):
         np.testing.assert_allclose(log_probs, tiny.log_probs(model, prompt, response), atol=atol)
 
 
 def assert_followed(seen: list[Round], exported: list[str], atol: float = 1e-4) -> None:
-    """Each round's samples are those of the weights that training had then; the two differ."""
-    drawn = [one.drawn for one in seen]
-    for rows, path in zip(drawn, exported, strict=True):
+    """Each round's rows were generated with the weights that it transferred; those of the two rounds differ."""
+    generated = [one.generated for one in seen]
+    for rows, path in zip(generated, exported, strict=True):
         assert rows is not None
-        assert_drawn_by(load_causal(path), rows, atol)
-    assert drawn[0] and drawn[1] and drawn[0].responses != drawn[1].responses
+        assert_generated_by(load_causal(path), rows, atol)
+    assert generated[0] and generated[1] and generated[0].responses != generated[1].responses
     for version, one in enumerate(seen):
-        assert one.handed.receipt
-        assert one.handed.receipt.version == Version(0, version)
-        assert one.handed.receipt.probe_difference < atol
+        assert one.transferred.receipt
+        assert one.transferred.receipt.version == Version(0, version)
+        assert one.transferred.receipt.probe_difference < atol
 
 
 def model_bytes(folder: str) -> int:
@@ -143,44 +143,44 @@ def model_bytes(folder: str) -> int:
 
 
 @pytest.mark.vllm
-def test_one_rank_hands_its_weights_over_in_process(folder: str, tmp_path: Path):
+def test_one_rank_transfers_its_weights_in_process(folder: str, tmp_path: Path):
     exported = [str(tmp_path / str(i)) for i in range(2)]
     seen = rounds(folder, GenerationGrouping(Topology()), exported)
     assert_followed(seen, exported)
     for one in seen:
-        assert one.handed.transition.received_bytes == 0
-        assert one.handed.copied_bytes == model_bytes(folder)  # the second copy is vLLM's
+        assert one.transferred.transition.received_bytes == 0
+        assert one.transferred.copied_bytes == model_bytes(folder)  # the second copy is vLLM's
 
 
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-def test_two_tensor_ranks_hand_their_shards_to_two_workers(two: Ranks, folder: str, tmp_path: Path):
-    """1-2-1 -> 1-2: nothing is received, and the second copy is half a model a rank."""
+def test_two_tensor_ranks_transfer_their_shards_to_two_workers(two: Ranks, folder: str, tmp_path: Path):
+    """1-2-1 -> 1-2: nothing is received, and each rank copies half of the model to its worker."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
     first, second = two.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 2), exported)
     assert_followed(first, exported)
     plan = ShardPlan(ParallelModel(folder, Topology()).decoder_plan.decoder, 1, 2)
     shard = 4 * sum(plan.shard_elements(spec) for spec in plan.parameters(0))
     for one in (*first, *second):
-        assert one.handed.transition.received_bytes == 0
-        assert one.handed.copied_bytes == shard
+        assert one.transferred.transition.received_bytes == 0
+        assert one.transferred.copied_bytes == shard
 
 
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_each_of_two_ranks_feeds_an_engine_of_its_own(two: Ranks, folder: str, tmp_path: Path):
-    """1-2-1 -> 1-1: half a model is received, module by module, and the second copy is a whole one a rank."""
+    """1-2-1 -> 1-1: each rank receives half of the model, module by module, and copies all of it to its engine."""
     exported = [str(tmp_path / str(i)) for i in range(2)]
     ranks = two.call(rounds, folder, GenerationGrouping(Topology(1, 2, 1), 1, 1), exported)
     matrices = sum(4 * p.numel() for n, p in load_causal(folder).named_parameters() if "norm" not in n)
     for seen in ranks:
         assert_followed(seen, exported)
         for one in seen:
-            assert one.handed.transition.received_bytes == matrices // 2
-            assert one.handed.copied_bytes == model_bytes(folder)
+            assert one.transferred.transition.received_bytes == matrices // 2
+            assert one.transferred.copied_bytes == model_bytes(folder)
 
 
-def test_modules_are_what_vllm_packs_at_once(folder: str):
+def test_modules_hold_the_tensors_that_vllm_packs_together(folder: str):
     modules = modules_of(ParallelModel(folder, Topology()).decoder_plan)
     ends = [sorted(name.rpartition("model.layers.0.")[2] for name in module) for module in modules[1:6]]
     assert ends == [
@@ -192,7 +192,7 @@ def test_modules_are_what_vllm_packs_at_once(folder: str):
     ]
 
 
-def test_an_engine_stands_on_the_first_rank_of_its_replica(folder: str):
+def test_an_engine_runs_on_the_first_rank_of_its_replica(folder: str):
     policy = policy_of(folder, GenerationGrouping(Topology()))
     assert policy.hybrid
     with pytest.raises(ValueError, match="rank 0 of 1 that generate together: the first has the engine"):

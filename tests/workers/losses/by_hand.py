@@ -1,6 +1,6 @@
-"""The policy's loss and its gradient once more, as loops over numbers with derivatives worked out by hand.
+"""An independent implementation of the policy's loss and its gradient: loops over numbers, derivatives by hand.
 
-Nothing here is shared with workers.losses but the settings: it is what they are held against.
+The tests compare workers.losses with it. It shares only the settings with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Columns as lists of rows; None of them is padded."""
+    """Columns as lists of rows, without padding."""
 
     log_probs: Rows
     old_log_probs: Rows
@@ -32,17 +32,17 @@ class Batch:
     mask: list[list[int]]
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Some of the rows, as a micro-batch has them."""
+        """Some of the rows, as one micro-batch."""
         return Batch(*(column[start:stop] for column in vars(self).values()))
 
     @property
     def mask_column(self) -> Jagged:
-        """The mask as the messages carry it."""
+        """The loss mask as a message column."""
         return Jagged.from_rows(self.mask, np.uint8)
 
 
 class Answer(NamedTuple):
-    """The loss, and its derivative by each token's log-prob and by each token's entropy, flat."""
+    """The loss, and its derivatives by each token's log-prob and by each token's entropy, flat."""
 
     loss: float
     by_log_probs: list[float]
@@ -52,8 +52,10 @@ class Answer(NamedTuple):
 def random_batch(
     seed: int, lengths: tuple[int, ...] = (3, 0, 5, 1, 4, 2, 6), moved: float = 0.5, stale: float = 0.5
 ) -> Batch:
-    """Normal numbers. `moved` is the spread of log theta - log prox, `stale` of log prox - log mu; some tokens and the
-    whole fifth row are masked."""
+    """Random numbers. `moved` is the standard deviation of log theta - log prox, `stale` that of log prox - log mu.
+
+    Some tokens and the whole fifth row are masked.
+    """
     rng = np.random.default_rng(seed)
 
     def column(scale: float, around: Rows | None = None) -> Rows:
@@ -75,7 +77,7 @@ def random_batch(
 
 
 def tokens_of(batch: Batch, requires_grad: bool = True) -> Tokens:
-    """The rows as the losses take them, float64; log_probs and entropies are leaves."""
+    """The rows as the losses take them, in float64; log_probs and entropies are leaves of the graph."""
 
     def flat(rows: Rows) -> torch.Tensor:
         return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
@@ -93,7 +95,7 @@ def tokens_of(batch: Batch, requires_grad: bool = True) -> Tokens:
 
 
 def objective(batch: Batch, loss: Loss) -> Answer:
-    """The whole loss of a batch: (policy loss + KL) x correction - entropy, averaged as the aggregation's name says."""
+    """The loss of a batch: (policy loss + KL) x correction - entropy, averaged by the aggregation."""
     total, by_log_probs, by_entropies = 0.0, [], []
     for row in range(len(batch.mask)):
         for t, inside in enumerate(batch.mask[row]):
@@ -113,7 +115,7 @@ def objective(batch: Batch, loss: Loss) -> Answer:
 
 
 def policy_term(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, float, bool]:
-    """One token's policy loss, its derivative, and whether a clip decided them."""
+    """One token's policy loss, its derivative, and whether it was clipped."""
     old = batch.rollout_log_probs if loss.old == "mu" else batch.old_log_probs
     log_prob, advantage = batch.log_probs[row][t], batch.advantages[row][t]
     ratio = math.exp(log_prob - old[row][t])
@@ -130,7 +132,7 @@ def policy_term(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, floa
 
 
 def clipped(ratio: float, advantage: float, loss: Loss) -> tuple[float, float, bool]:
-    """PPO's token, region by region."""
+    """PPO's clipped loss of one token, region by region."""
     if advantage >= 0:
         flat = 1 + loss.clip_high if ratio > 1 + loss.clip_high else None
     elif ratio < 1 - loss.clip_low:
@@ -141,7 +143,7 @@ def clipped(ratio: float, advantage: float, loss: Loss) -> tuple[float, float, b
 
 
 def correction(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, bool]:
-    """One token's weight, and whether a bound changed it."""
+    """One token's correction weight, and whether a bound changed it."""
     inside = [t for t, m in enumerate(batch.mask[row]) if m]
     mean = sum(batch.old_log_probs[row][t] - batch.rollout_log_probs[row][t] for t in inside) / len(inside)
     if not loss.sequence_low <= math.exp(mean) <= (loss.sequence_high or math.inf):
@@ -160,12 +162,12 @@ def correction(batch: Batch, row: int, t: int, loss: Loss) -> tuple[float, bool]
 
 
 def kl_term(d: float, estimator: str) -> tuple[float, float]:
-    """An estimate from d = log ref - log theta, and its derivative by log theta."""
+    """The KL estimate from d = log ref - log theta, and its derivative by log theta."""
     return {"k1": (-d, 1.0), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[estimator]
 
 
 def weight(batch: Batch, row: int, loss: Loss) -> float:
-    """What a trained token of the row counts in the mean."""
+    """The weight of a trained token of the row in the mean."""
     trained = [sum(mask) for mask in batch.mask]
     rows = sum(n > 0 for n in trained)
     return {

@@ -1,4 +1,4 @@
-"""Aggregations: each token's weight, from counts that add up over ranks."""
+"""Aggregations: each token's weight follows from counts that are summed over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrections: how each weighs prox / mu, whatever loss it is composed with."""
+"""Off-policy corrections: the weight that each gives to prox / mu, with every policy loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def stale(rows: list[list[float]], masks: list[list[int]] | None = None) -> Tokens:
-    """Tokens whose prox / mu is as given."""
+    """Tokens with these values of prox / mu."""
     k = torch.tensor([x for row in rows for x in row], dtype=torch.float64)
     zeros = torch.zeros_like(k)
     mask = torch.ones_like(k) if masks is None else torch.tensor([m for row in masks for m in row])

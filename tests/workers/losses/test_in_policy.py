@@ -1,4 +1,4 @@
-"""The losses inside the policy's step, on a real model: the same gradient however the batch is cut."""
+"""The losses in the policy's step on a real model: the gradient is the same for any micro-batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def batch(folder: Path) -> Experience:
-    """Experience of an older policy: mu is the policy's own log-prob and some noise."""
+    """Experience of an older policy: mu is the policy's own log-prob plus noise."""
     model, rng = load_causal(folder), np.random.default_rng(0)
     prompts = Jagged.from_rows([tiny.encode(p) for p, _ in ROWS], np.int32)
     responses = Jagged.from_rows([tiny.encode(r) for _, r in ROWS], np.int32)
@@ -62,7 +62,7 @@ def worker(folder: Path, loss: Loss) -> PolicyWorker:
 
 
 def step(folder: Path, batch: Experience, loss: Loss) -> tuple[dict[str, float], Gradients]:
-    """What an update reports, and each parameter's gradient when the last micro-batch had been added."""
+    """The metrics of an update, and each parameter's gradient after the last micro-batch."""
     policy, seen = worker(folder, loss), Gradients()
     for name, parameter in policy.model.module.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
@@ -126,7 +126,7 @@ def test_later_optimizer_steps_have_moved_from_the_start_of_the_step(folder: Pat
 
 
 def halved(tokens: Tokens, loss: Loss) -> Surrogate:
-    """A user's own: half of REINFORCE."""
+    """A user's loss: half of REINFORCE."""
     return Surrogate(-0.5 * tokens.advantages * tokens.log_probs, torch.zeros_like(tokens.mask))
 
 
@@ -138,7 +138,7 @@ def test_a_users_own_loss_is_named_by_module_and_function(folder: Path, batch: E
 
 
 def test_a_kl_term_in_the_loss_pulls_towards_the_reference(folder: Path, batch: Experience):
-    """Without an advantage only the KL is left: k2's gradient is that of half the squared distance."""
+    """With zero advantages only the KL term is left; k2's gradient is that of half the squared distance."""
     idle = msgspec.structs.replace(batch, advantages=batch.advantages.with_values(0 * batch.advantages.values))
     measured, gradients = step(folder, idle, Loss(kl_coefficient=0.5, kl_estimator="k2"))
     policy = worker(folder, Loss())
@@ -155,7 +155,7 @@ def test_a_kl_term_in_the_loss_pulls_towards_the_reference(folder: Path, batch: 
 
 
 def own_log_probs(policy: PolicyWorker, prompt: Array, response: Array) -> torch.Tensor:
-    """Log-probs of one response, by a forward of that row alone, with gradient."""
+    """Log-probs of one response from a forward pass of its row alone, with gradient."""
     row = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     logits = policy.model.module(input_ids=row).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
     return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).squeeze(-1)

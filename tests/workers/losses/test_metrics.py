@@ -1,4 +1,4 @@
-"""What a step reports of its losses: means over trained tokens that add up over micro-batches."""
+"""The loss metrics of a step: means over trained tokens, accumulated over micro-batches."""
 
 from __future__ import annotations
 

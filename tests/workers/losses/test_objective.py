@@ -1,4 +1,4 @@
-"""Every policy loss x aggregation x correction: the hand-derived value and gradient, however the batch is cut."""
+"""Every policy loss x aggregation x correction has the hand-derived value and gradient, for any micro-batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings(policy: str, aggregation: str, correction: str, **more: object) -> 
 
 
 def computed(parts: Sequence[Batch], loss: Loss) -> tuple[float, np.ndarray, np.ndarray]:
-    """Loss and gradients of a batch cut into parts, each of which knows the counts of all."""
+    """Loss and gradients of a batch in several micro-batches, each with the counts of the whole batch."""
     counts = sum((counts_of(part.mask_column) for part in parts), Counts(0, 0))
     total, by_log_probs, by_entropies = 0.0, [], []
     for part in parts:

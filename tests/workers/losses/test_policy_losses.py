@@ -1,4 +1,4 @@
-"""The policy losses by name: what each is on policy, in each region of its clip, and at the edges."""
+"""Each policy loss on policy, in each region of its clip, and at the boundaries."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def on_policy(seed: int) -> Tokens:
 
 
 def gradient_of(surrogate: torch.Tensor, tokens: Tokens) -> np.ndarray:
-    """Derivative of the trained tokens' sum by each token's log-prob."""
+    """The derivative of the sum over trained tokens by each token's log-prob."""
     (gradient,) = torch.autograd.grad(surrogate[tokens.mask].sum(), tokens.log_probs)
     return gradient.numpy()
 
 
 def single(ratio: float, advantage: float) -> Tokens:
-    """One trained token, float64."""
+    """One trained token in float64."""
     old = torch.zeros(1, dtype=torch.float64)
     return Tokens(
         log_probs=torch.tensor([np.log(ratio)], dtype=torch.float64, requires_grad=True),
@@ -86,7 +86,7 @@ def test_gspo_with_one_token_a_row_is_ppo(seed: int, loss: Loss):
 
 @given(seeds)
 def test_gspo_is_the_sequence_objective_where_a_row_has_one_advantage(seed: int):
-    """The paper's: -min(s A, clip(s) A) a row, differentiated through the mean of its log-ratios."""
+    """The paper's objective: -min(s A, clip(s) A) per row, differentiated through the mean of its log-ratios."""
     loss, tokens = Loss(clip_low=0.05, clip_high=0.08, dual_clip=0.0), tokens_of(random_batch(seed, lengths=(2, 5, 3)))
     advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=3))
     tokens = replace(tokens, advantages=torch.repeat_interleave(advantages, tokens.lengths))
@@ -130,7 +130,7 @@ def test_value_gradient_and_clip_are_the_closed_form_in_every_region(policy: str
     [
         (1.5, 2.0, -2.56, False),  # clipped above: 1.28 x 2
         (1.2, 2.0, -2.4, True),
-        (0.5, 2.0, -1.0, True),  # a good token grown too rare is still pulled back
+        (0.5, 2.0, -1.0, True),  # a good token that has become too rare is still pulled back
         (0.5, -2.0, 1.6, False),  # clipped below: 0.8 x 2
         (1.5, -2.0, 3.0, True),
         (5.0, -2.0, 6.0, False),  # the dual clip: 3 x 2, not 5 x 2
@@ -175,7 +175,7 @@ def test_log_ratios_of_hundreds_stay_finite(policy: str):
 
 @pytest.mark.parametrize("policy", [ppo, reinforce])
 def test_the_gradient_is_the_numeric_one(policy: PolicyLoss):
-    """Not for cispo and gspo, whose gradients are not those of their values."""
+    """Except for cispo and gspo, whose gradients are by design not those of their values."""
     tokens = tokens_of(random_batch(3))
 
     def value(log_probs: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_the_gradient_is_the_numeric_one(policy: PolicyLoss):
 
 
 def mine(tokens: Tokens, loss: Loss) -> Surrogate:
-    """A user's own loss."""
+    """A user's loss."""
     return Surrogate(loss.clip_low * tokens.log_probs, tokens.mask)
 
 

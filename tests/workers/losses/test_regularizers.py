@@ -1,4 +1,4 @@
-"""KL terms and entropies: what they estimate, and what their gradients pull towards."""
+"""KL terms and entropies: their estimates, and the gradients of these."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ESTIMATORS: list[KlEstimator] = ["k1", "k2", "k3"]
 
 
 def distributions() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a policy, with gradient, and a reference's log-probs, over 8 tokens."""
+    """A policy's logits, with gradient, and a reference's log-probs, over 8 tokens."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=8), requires_grad=True)
     return logits, torch.log_softmax(torch.tensor(rng.normal(size=8)), -1)
@@ -43,7 +43,7 @@ def test_k1_and_k3_have_the_divergence_as_their_mean(name: KlEstimator):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_in_the_mean_the_gradient_is_the_divergences_the_other_ways_or_none(name: KlEstimator):
-    """Tokens are drawn from p, so each token's gradient is weighed by p without differentiating it."""
+    """Tokens are sampled from p, so each token's gradient is weighted by p, which is not differentiated."""
     logits, reference = distributions()
     log_p = torch.log_softmax(logits, -1)
     term = (log_p.detach().exp() * kl_terms(log_p, reference, name)).sum()

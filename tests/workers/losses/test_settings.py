@@ -1,4 +1,4 @@
-"""The settings of a loss refuse what has no meaning, with the number."""
+"""The settings of a loss refuse values that make no sense, with the value in the message."""
 
 from __future__ import annotations
 

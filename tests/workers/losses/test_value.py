@@ -1,4 +1,4 @@
-"""The critic's loss is its closed form."""
+"""The critic's loss equals its closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.losses.value import value_loss
 
 
 def numbers(seed: int, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values with gradient, the older critic's values near them, and returns."""
+    """Values with gradient, an older critic's values near them, and returns."""
     rng = np.random.default_rng(seed)
     old, step, returns = (torch.from_numpy(rng.normal(0, scale, n)) for scale in (1.0, 0.5, 1.0))
     return (old + step).requires_grad_(), old, returns
@@ -25,7 +25,7 @@ def test_value_and_gradient_region_by_region(seed: int, clip: float):
     (gradient,) = torch.autograd.grad(loss.sum(), values)
     for i, (v, o, r) in enumerate(zip(values.tolist(), old.tolist(), returns.tolist(), strict=True)):
         near = min(max(v, o - clip), o + clip)
-        worse = clip > 0 and (near - r) ** 2 > (v - r) ** 2  # only a clip that makes things worse counts
+        worse = clip > 0 and (near - r) ** 2 > (v - r) ** 2  # only a clip that increases the loss counts
         assert loss[i].item() == pytest.approx(0.5 * ((near if worse else v) - r) ** 2, abs=1e-10)
         assert gradient[i].item() == pytest.approx(0.0 if worse else v - r, abs=1e-10)
 

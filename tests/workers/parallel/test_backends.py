@@ -1,5 +1,5 @@
-"""However replicas divide a model's state, its loss, gradients and next weights are one process's, and it is as small
-as the theory says."""
+"""ZeRO and FSDP have the loss, gradients and next weights of one process, and each rank holds only its share of the
+state."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from workers.parallel.zero import ZeroModel
 
 BACKENDS: list[Backend] = ["zero1", "zero2", "fsdp"]
 TOPOLOGIES = ["1-1-2", "1-1-4", "1-2-2", "2-1-2"]
-BUCKET_BYTES = 16 * 1024  # several in this model
+BUCKET_BYTES = 16 * 1024  # so that this model has several buckets
 
 
 def build(backend: Backend, topology: Topology, case: Case) -> ParallelModel:
-    """As `parallel_model` builds it, with buckets that a small model fills."""
+    """The model that `parallel_model` builds, with buckets so small that the test's model fills several."""
     model = parallel_model(backend, case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
     if not isinstance(model, ZeroModel):
         return model
@@ -52,8 +52,8 @@ def build(backend: Backend, topology: Topology, case: Case) -> ParallelModel:
 # --- what every rank runs
 
 
-def divided_step(backend: Backend, topology: Topology, case: Case, number: int, limit: float, steps: int = 1) -> Step:
-    """The last of some steps on these ranks; its gradients and weights as whole shards on every replica."""
+def sharded_step(backend: Backend, topology: Topology, case: Case, number: int, limit: float, steps: int = 1) -> Step:
+    """The last of `steps` steps on these ranks, with unsharded gradients and weights on every replica."""
     model = build(backend, topology, case)
     data = part(rows(number), model.place.dp, topology.dp)
     share = trained(data) / trained(rows(number))
@@ -72,7 +72,7 @@ def divided_step(backend: Backend, topology: Topology, case: Case, number: int, 
 
 
 def logits_after(backend: Backend, topology: Topology, case: Case) -> list[Tensor]:
-    """What a forward reads after a step, and after one that failed half way."""
+    """The logits of a forward pass after a backward pass that failed half way."""
     model = build(backend, topology, case)
     data = part(rows(ROWS), model.place.dp, topology.dp)
 
@@ -87,7 +87,7 @@ def logits_after(backend: Backend, topology: Topology, case: Case) -> list[Tenso
 
 
 class Bytes(NamedTuple):
-    """What one rank holds of a model's training state, and the most gradient at once."""
+    """Bytes of a model's training state on one rank, and the peak of its gradients."""
 
     weights: int
     gradient: int
@@ -99,7 +99,7 @@ def held(backend: Backend, topology: Topology, case: Case) -> Bytes:
     model = build(backend, topology, case)
     live: list[int] = []
     for parameter in model.shard.parameters():
-        if not isinstance(model, FullyShardedModel):  # whose gradients are torch's
+        if not isinstance(model, FullyShardedModel):  # FSDP2 manages its gradients itself
             parameter.register_post_accumulate_grad_hook(lambda p: live.append(gradient_bytes(model)))
     data = part(rows(ROWS), model.place.dp, topology.dp)
     optimizer = torch.optim.AdamW(model.optimized.values(), lr=RATE)
@@ -121,7 +121,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 def rehomed_step(topology: Topology, case: Case) -> bool:
-    """Whether a step lands in weights whose storage has changed since the optimizer was made."""
+    """Whether a step updates weights whose storage has changed since the optimizer was created."""
     model = build("zero1", topology, case)
     optimizer = torch.optim.SGD(model.optimized.values(), lr=RATE)
     for parameter in model.parameters.values():
@@ -138,9 +138,9 @@ def rehomed_step(topology: Topology, case: Case) -> bool:
 
 
 def run(worlds: Worlds, backend: Backend, topology: str, case: Case, number: int, *rest: float) -> Step:
-    """The step on all ranks, put together; they must agree on loss and norm."""
+    """The step on all ranks, assembled; all ranks must agree on loss and norm."""
     at = Topology.parse(topology)
-    steps = worlds[at.world_size].call(divided_step, backend, at, case, number, *(rest or (math.inf,)))
+    steps = worlds[at.world_size].call(sharded_step, backend, at, case, number, *(rest or (math.inf,)))
     assert len({(step.loss, step.norm) for step in steps}) == 1
     plan = plan_of(AutoConfig.from_pretrained(case.folder), at, case.head)
     gradients = together(at, plan, [step.gradients for step in steps])
@@ -152,7 +152,7 @@ def run(worlds: Worlds, backend: Backend, topology: str, case: Case, number: int
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
 def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, backend, topology: str, name: str):  # noqa: F811
-    """qwen3: tied, with norms whose gradient tensor ranks share; llama: neither, and biases everywhere."""
+    """qwen3: tied, with norms that tensor ranks replicate; llama: untied, with biases everywhere."""
     ours, theirs = run(worlds, backend, topology, Case(folders[name]), ROWS), whole(Case(folders[name]), ROWS)
     assert largest_difference(ours.gradients, theirs.gradients) < 1e-6
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
@@ -162,7 +162,7 @@ def test_loss_gradients_and_norm_are_those_of_one_process(worlds, folders, backe
 @pytest.mark.parametrize("topology", ["1-1-4", "1-2-2", "2-1-2"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_step_after_clipping_gives_the_same_weights(worlds, folders, backend, topology: str):  # noqa: F811
-    """In float64: where a gradient is almost zero, Adam turns its rounding into a whole step."""
+    """In float64, because Adam turns the rounding of a gradient near zero into a full step."""
     case = Case(folders["qwen3"], dtype=torch.float64)
     theirs = whole(case, ROWS, 0.5)
     ours = run(worlds, backend, topology, case, ROWS, 0.5)
@@ -209,11 +209,11 @@ def test_a_step_that_failed_half_way_leaves_a_model_that_answers(worlds, folders
 
 
 def test_a_step_lands_where_the_weights_are_now(worlds, folders):  # noqa: F811
-    """The hybrid engine moves weights to other storages between steps."""
+    """The hybrid engine moves weights to other storage between steps."""
     assert all(worlds[2].call(rehomed_step, Topology(1, 1, 2), Case(folders["llama"])))
 
 
-# --- at what cost
+# --- memory
 
 
 def whole_bytes(case: Case) -> int:
@@ -221,8 +221,8 @@ def whole_bytes(case: Case) -> int:
 
 
 @pytest.mark.parametrize("topology", ["1-1-4", "1-2-2"])
-def test_state_is_divided_as_the_theory_says(worlds, folders, topology: str):  # noqa: F811
-    """In bytes over all ranks of a replica's tensor shard: every entry of what is divided is on one replica only."""
+def test_each_rank_holds_its_share_of_the_sharded_state(worlds, folders, topology: str):  # noqa: F811
+    """Summed over the replicas of a tensor shard, sharded state takes the bytes of one copy: no entry is held twice."""
     at, case = Topology.parse(topology), Case(folders["llama"])
     by = {b: worlds[4].call(held, b, at, case) for b in ("3d", *BACKENDS)}
     alike = by["3d"]
@@ -239,20 +239,20 @@ def test_state_is_divided_as_the_theory_says(worlds, folders, topology: str):  #
             assert sum(over(backend, "gradient")) == shard.weights
         for field, times in (("weights", 1), ("gradient", 1), ("moments", 2)):
             assert sum(over("fsdp", field)) == times * shard.weights
-        uneven = 4 * 2 * len(whole(case, ROWS).weights)  # a range is at most an entry larger than its share
+        uneven = 4 * 2 * len(whole(case, ROWS).weights)  # a range is at most one entry per tensor larger than its share
         assert max(over("zero1", "moments")) <= 2 * shard.weights / at.dp + uneven
         assert max(over("fsdp", "moments")) == 2 * shard.weights / at.dp  # these sizes divide
 
 
 def test_zero_2_never_has_a_whole_gradient(worlds, folders):  # noqa: F811
-    """Beside its range a rank has what of a bucket has come, and what came before its turn."""
+    """Besides its own range a rank holds the gradients of unfinished buckets only."""
     case = Case(folders["llama"])
     first, second = (worlds[4].call(held, backend, Topology(1, 1, 4), case)[0] for backend in ("zero1", "zero2"))
     assert first.highest_gradient == whole_bytes(case)
     assert second.highest_gradient <= 2 * BUCKET_BYTES < whole_bytes(case) / 2
 
 
-# --- one word
+# --- construction
 
 
 def test_with_one_replica_all_backends_are_one(folders):  # noqa: F811

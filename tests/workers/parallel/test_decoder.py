@@ -1,4 +1,4 @@
-"""A shard computes what transformers computes, stage by stage and token by token, with the weights it was given."""
+"""A decoder shard computes what transformers computes with the same weights, as one pass and token by token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stages(folder: Path, number: int) -> list[DecoderShard]:
-    """The pipeline stages of a model, in this process."""
+    """The pipeline stages of a model, all in this process."""
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     plan = ShardPlan(Decoder.of(config.to_dict()), number)
     shards = [DecoderShard(config, plan, stage, ALONE) for stage in range(number)]
@@ -78,7 +78,7 @@ def test_a_cache_gives_the_same_logits_token_by_token(folder: Path, number: int)
 
 
 def test_positions_are_the_callers_where_given(folder: Path):
-    """Left-padded, as an engine that decodes all rows at the same column pads."""
+    """For left-padded rows, as in an engine that decodes all rows at the same column."""
     tokens, mask = torch.tensor([[0, 0, 5, 9, 11]]), torch.tensor([[0, 0, 1, 1, 1]])
     positions = torch.tensor([[0, 0, 0, 1, 2]])
     padded = through(stages(folder, 1), tokens, mask, positions=positions)[:, 2:]

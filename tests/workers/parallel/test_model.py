@@ -1,4 +1,4 @@
-"""However many ranks share a model, its loss, gradients, their norm and its next weights are those of one process."""
+"""A 3D-parallel model has the loss, gradients, gradient norm and next weights of one process, on any topology."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from workers.training.models import load_causal, load_critic, log_softmax_of
 
 TOPOLOGIES = ["2-1-1", "1-2-1", "1-1-2", "2-2-1", "1-2-2", "2-1-2", "2-2-2"]
 BUDGET = 40  # padded tokens a micro-batch
-ROWS = 11  # on two replicas three micro-batches and two, all of different shapes
+ROWS = 11  # on two replicas: three and two micro-batches, all of different shapes
 RATE = 1e-3
 
 
 class Rows(NamedTuple):
-    """What a replica trains on."""
+    """A replica's training rows."""
 
     prompts: Jagged
     responses: Jagged
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model and what stands on it."""
+    """A model folder and its output head."""
 
     folder: str
     head: Head = "tokens"
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 def rows(number: int, seed: int = 3) -> Rows:
-    """Rows of 3 to 18 tokens, some of them untrained."""
+    """Rows of 3 to 18 tokens, some of which are masked."""
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 12, number)
     prompts = [draw.integers(0, 30, n).astype(np.int32) for n in draw.integers(2, 8, number)]
@@ -66,18 +66,18 @@ def rows(number: int, seed: int = 3) -> Rows:
 
 
 def part(data: Rows, replica: int, replicas: int) -> Rows:
-    """A replica's rows: consecutive, their numbers at most one apart."""
+    """A replica's rows: consecutive, with counts that differ by at most one."""
     own = np.array_split(np.arange(len(data.prompts)), replicas)[replica]
     return Rows(*(column.take(own) for column in data))
 
 
 def trained(data: Rows) -> int:
-    """Number of tokens that the loss counts."""
+    """The number of trained tokens."""
     return int(data.mask.values.sum(dtype=np.int64))
 
 
 def loss_of(data: Rows, head: Head, share: float) -> MicroLoss:
-    """A policy-gradient or value loss: the mean over these rows' trained tokens, times their share of the batch's."""
+    """A policy-gradient or value loss: the mean over these rows' trained tokens, times their share of the batch."""
     weight = share / max(trained(data), 1)
 
     def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
@@ -91,11 +91,11 @@ def loss_of(data: Rows, head: Head, share: float) -> MicroLoss:
     return loss
 
 
-# --- one process: transformers alone
+# --- one process, with transformers alone
 
 
 class Step(NamedTuple):
-    """One training step: what it measured, its gradient before clipping and the weights after it, by name."""
+    """One training step: loss, gradient norm, gradients before clipping and weights after it, by name."""
 
     loss: float
     norm: float
@@ -105,7 +105,7 @@ class Step(NamedTuple):
 
 @cache
 def whole(case: Case, number: int, limit: float = math.inf) -> Step:
-    """The step as transformers and torch take it on one process."""
+    """The step on one process with transformers and torch."""
     data = rows(number)
     model = load_causal(case.folder) if case.head == "tokens" else load_critic(case.folder)
     nn.Module.to(model, case.dtype)
@@ -121,7 +121,7 @@ def whole(case: Case, number: int, limit: float = math.inf) -> Step:
     return Step(total, norm, gradients, {n: p.detach() for n, p in named.items()})
 
 
-# --- many: what every rank runs
+# --- many processes: what every rank runs
 
 
 def sharded_step(topology: Topology, case: Case, number: int, limit: float) -> Step:
@@ -137,7 +137,7 @@ def sharded_step(topology: Topology, case: Case, number: int, limit: float) -> S
 
 
 def outputs(topology: Topology, case: Case, number: int) -> list[Tensor]:
-    """This rank's log-probs of the drawn tokens, a tensor a micro-batch."""
+    """This rank's log-probs of the response tokens, one tensor per micro-batch."""
     model = ParallelModel(case.folder, topology)
     data = part(rows(number), model.place.dp, topology.dp)
     return model.forward(data, BUDGET, lambda o, m: log_softmax_of(m.before_response(o), m.response_tokens()))
@@ -154,7 +154,7 @@ def passes(topology: Topology, case: Case, number: int) -> int:
 
 
 def together(topology: Topology, plan: ShardPlan, steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole tensors, after checking that ranks which hold the same thing agree on it bit by bit."""
+    """The whole tensors, after checking that ranks with the same shard agree on it bit by bit."""
     found: dict[str, Tensor] = {}
     for replica in range(topology.dp):
         for stage in range(topology.pp):
@@ -170,10 +170,10 @@ def together(topology: Topology, plan: ShardPlan, steps: list[dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """qwen2: tied, grouped queries, biases; qwen3: tied, grouped queries, head norms; llama: neither, all biases;
-    grouped: untied, grouped queries.
+    """qwen2: tied, grouped queries, biases; qwen3: tied, grouped queries, head norms; llama: untied, no groups, all
+    biases; grouped: untied, grouped queries.
 
-    The critic is qwen2's body with a head that isn't zero, so that the body has gradients.
+    The critic is qwen2's body with a non-zero head, so that the body has gradients.
     """
     sizes = {
         "vocab_size": 32,
@@ -204,7 +204,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         torch.manual_seed(0)
         model = make()
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):  # transformers starts them at zero, where a lost one goes unnoticed
+            if parameter_name.endswith("bias"):  # initially zero, where a missing one would go unnoticed
                 torch.nn.init.normal_(parameter, std=0.1)
         made[name] = str(tmp_path_factory.mktemp(name))
         model.save_pretrained(made[name])
@@ -212,7 +212,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(worlds: Worlds, topology: str, case: Case, number: int, limit: float = math.inf) -> Step:
-    """The step on all ranks, put together; they must agree on loss and norm."""
+    """The step on all ranks, assembled; all ranks must agree on loss and norm."""
     at = Topology.parse(topology)
     steps = worlds[at.world_size].call(sharded_step, at, case, number, limit)
     assert len({(step.loss, step.norm) for step in steps}) == 1
@@ -223,7 +223,7 @@ def run(worlds: Worlds, topology: str, case: Case, number: int, limit: float = m
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Over all parameters; a head tied across stages is compared with the embedding."""
+    """The largest difference over all parameters; a head tied across stages is compared with the embedding."""
     assert ours.keys() - {TOKEN_HEAD} == theirs.keys() - {TOKEN_HEAD}
     return max(float((tensor - theirs.get(name, theirs[EMBEDDING])).abs().max()) for name, tensor in ours.items())
 
@@ -248,7 +248,7 @@ def test_a_replica_without_rows_changes_nothing(worlds, folders, topology: str):
 
 
 def test_replicas_run_as_many_micro_batches_as_the_longest(worlds, folders):
-    """Where weights are gathered in each micro-batch, a replica that has fewer would leave the others waiting."""
+    """With weights gathered in each micro-batch, a replica with fewer of them would leave the others waiting."""
     ones = [len(list(micro_batches(part(rows(ROWS), replica, 2), BUDGET))) for replica in range(2)]
     assert ones[0] != ones[1]
     assert worlds[4].call(passes, Topology(1, 2, 2), Case(folders["qwen2"]), ROWS) == [max(ones)] * 4
@@ -257,7 +257,7 @@ def test_replicas_run_as_many_micro_batches_as_the_longest(worlds, folders):
 
 @pytest.mark.parametrize("topology", ["2-1-1", "1-2-2", "2-2-2"])
 def test_an_optimizer_step_after_clipping_gives_the_same_weights(worlds, folders, topology: str):
-    """In float64: where a gradient is almost zero, Adam turns its rounding into a whole step."""
+    """In float64, because Adam turns the rounding of a gradient near zero into a full step."""
     case = Case(folders["qwen3"], dtype=torch.float64)
     theirs = whole(case, ROWS, 0.5)
     ours = run(worlds, topology, case, ROWS, 0.5)
@@ -307,7 +307,7 @@ def test_a_forward_gives_the_last_stage_its_replicas_outputs(worlds, folders, to
     assert torch.allclose(torch.cat(collected), alone, atol=1e-5)
 
 
-# --- what doesn't fit is refused
+# --- refusals
 
 
 def test_a_world_of_another_size_is_refused(worlds, folders):

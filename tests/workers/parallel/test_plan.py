@@ -1,4 +1,4 @@
-"""The plan is the checkpoint, cut: every tensor of transformers' model has its place, and nothing else has one."""
+"""A shard plan covers exactly the tensors of the transformers model, each cut into the right shards."""
 
 from __future__ import annotations
 

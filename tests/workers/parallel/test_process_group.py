@@ -1,4 +1,4 @@
-"""Processes that know nothing of each other but one address become the ranks of one world."""
+"""Processes that share only one address form a process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 
 
 def come(pipe: Connection, rank: int, size: int) -> None:
-    """Rank 0 hosts and tells the address; the others are told it. All say their number."""
+    """Rank 0 creates the store and sends its address to the others; every rank reports its number."""
     if rank == 0:
         meeting, address = create_store("127.0.0.1")
         pipe.send(address)

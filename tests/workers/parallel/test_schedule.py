@@ -1,4 +1,4 @@
-"""Every stage computes each micro-batch once, in an order that no neighbour can block."""
+"""Pipeline schedules: every stage computes each micro-batch once, and no order of transfers deadlocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def computed(operations: list[Operation]) -> list[Operation]:
 
 
 def run_together(programs: list[list[Operation]]) -> list[list[Operation]]:
-    """What is left of each stage's program when a transfer waits until all of its messages have met their other end.
+    """Run all stages' programs, and return what is left of each when none can go on.
 
-    The strictest reading of a collective transport: nothing is buffered, nothing of a transfer ends before all of it.
+    A transfer completes only when all of its messages have been matched by their peers: the strictest semantics of a
+    collective transport, without buffers and without partial completion.
     """
     left = [list(program) for program in programs]
-    met: set[tuple[int, Message]] = set()  # messages of transfers at the head, by the stage that sends
+    met: set[tuple[int, Message]] = set()  # messages of the transfers at the head, by sending stage
     moved = True
     while moved:
         moved = False
@@ -88,7 +89,7 @@ def test_neighbours_swap_an_activation_for_a_gradient_in_one_transfer():
 
 
 def test_the_simulation_sees_a_deadlock():
-    """Two stages that each send first and receive afterwards."""
+    """Two stages that both send before they receive."""
     down, back = Message("activation", 0, 1), Message("gradient", 0, 0)
     first: list[Operation] = [Transfer((down,), ()), Transfer((), (replace(back, peer=1),))]
     second: list[Operation] = [Transfer((back,), ()), Transfer((), (replace(down, peer=0),))]

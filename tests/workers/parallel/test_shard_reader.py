@@ -1,4 +1,4 @@
-"""A rank reads its slices of a transformers folder, whatever files they lie in, and nothing that isn't there."""
+"""A rank reads its slices from a transformers folder, whichever files hold them, and missing tensors are an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.training.models import load_causal, load_critic, load_reward
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tiny.config()
-    config.vocab_size = 48  # two ranks can share it
+    config.vocab_size = 48  # divisible by two ranks
     folder = tmp_path_factory.mktemp("policy")
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
@@ -36,7 +36,7 @@ def plan_of(folder: Path, pp: int = 1, tp: int = 1, head: Head = "tokens") -> Sh
 
 
 def whole(folder: Path, plan: ShardPlan) -> dict[str, torch.Tensor]:
-    """All places' shards, put together."""
+    """The shards of all ranks, assembled."""
     tensors: dict[str, torch.Tensor] = {}
     for stage in range(plan.pp):
         shards = [read_shard(folder, plan, stage, t) for t in range(plan.tp)]
@@ -50,7 +50,7 @@ def whole(folder: Path, plan: ShardPlan) -> dict[str, torch.Tensor]:
 def test_all_places_together_hold_the_checkpoint(policy: Path, pp: int, tp: int):
     ours = whole(policy, plan_of(policy, pp, tp))
     theirs = dict(load_causal(policy).named_parameters())
-    head = ours.pop(TOKEN_HEAD, ours[EMBEDDING])  # tied: read from the embedding, where a stage needs it
+    head = ours.pop(TOKEN_HEAD, ours[EMBEDDING])  # tied: a stage that needs the head reads the embedding
     assert torch.equal(head, theirs[EMBEDDING])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -99,7 +99,7 @@ def test_a_tensor_of_another_shape_than_the_configs_is_refused(policy: Path, tmp
 
 
 def test_an_index_names_the_file_of_each_tensor(policy: Path, tmp_path: Path):
-    """Only the named file is opened: another one beside it may be anything."""
+    """Only the named files are opened; others in the folder are ignored."""
     save_file(load_file(policy / "model.safetensors"), tmp_path / "weights.safetensors")
     (tmp_path / "model.safetensors").write_text("not a checkpoint")
     names = dict.fromkeys(load_file(policy / "model.safetensors"), "weights.safetensors")

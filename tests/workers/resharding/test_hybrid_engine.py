@@ -1,4 +1,4 @@
-"""A model switches between two layouts in place: the same weights, no byte more than missing, no second copy."""
+"""The hybrid engine switches layouts in place: equal weights, no byte received that is not missing, no second copy."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BUCKET_BYTES = 4096
 
 
 class Rows(NamedTuple):
-    """What is generated from, and trained on."""
+    """Rows to generate from and to train on."""
 
     prompts: Jagged
     responses: Jagged
 
 
 class Generating(NamedTuple):
-    """What one rank saw in its generation layout."""
+    """What one rank observes in its generation layout."""
 
     transition: Transition
     weights: dict[str, Tensor]
@@ -81,14 +81,14 @@ def generating(folder: str, grouping: GenerationGrouping) -> Generating:
 
 
 class Trained(NamedTuple):
-    """What training left on one rank."""
+    """The result of training on one rank."""
 
     weights: dict[str, Tensor]
     received_bytes: list[int]  # of each switch
 
 
 def trained(folder: str, grouping: GenerationGrouping, switches: int) -> Trained:
-    """Two steps, each followed by so many switches to generation and back."""
+    """Two training steps, each followed by `switches` switches to generation and back."""
     model = ParallelModel(folder, grouping.topology)
     engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
     optimizer = torch.optim.AdamW(model.parameters.values(), lr=1e-2)
@@ -104,7 +104,7 @@ def trained(folder: str, grouping: GenerationGrouping, switches: int) -> Trained
 
 
 def updated_weights(folder: str, grouping: GenerationGrouping) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Trained a step, then switched twice: the generation weights, and the logits of the training layout."""
+    """The generation weights after a training step, and the logits of the training and of the generation layout."""
     model = ParallelModel(folder, grouping.topology)
     engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
     engine.to_generation()
@@ -118,7 +118,7 @@ def updated_weights(folder: str, grouping: GenerationGrouping) -> tuple[dict[str
 
 
 def refusals(folder: str, grouping: GenerationGrouping) -> list[str]:
-    """What the engine says to calls out of turn."""
+    """The errors of calls in the wrong layout."""
     model = ParallelModel(folder, grouping.topology)
     engine = HybridEngine(model, grouping)
     said: list[str] = []
@@ -144,7 +144,7 @@ def refusals(folder: str, grouping: GenerationGrouping) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """A model of four layers with 16 heads on 8 key-value heads: tied and not."""
+    """A tied and an untied model of four layers, with 16 heads on 8 key-value heads."""
     made = {}
     for tied in (True, False):
         torch.manual_seed(1)
@@ -169,7 +169,7 @@ Generate = Callable[[GenerationGrouping, bool], list[Generating]]
 
 @pytest.fixture(scope="module")
 def generate(worlds: Worlds, folders: dict[bool, str]) -> Generate:
-    """Switch all ranks to a layout and generate there, once for all tests that look at it."""
+    """Switch all ranks to a layout and generate there, once for all tests that use the result."""
 
     @cache
     def results(grouping: GenerationGrouping, tied: bool) -> list[Generating]:
@@ -180,7 +180,7 @@ def generate(worlds: Worlds, folders: dict[bool, str]) -> Generate:
 
 @cache
 def whole(folder: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights and logits [responses' tokens, V] of one process."""
+    """Weights and logits [response tokens, V] of one process."""
     model = load_causal(folder)
     (micro,) = micro_batches(rows(), 10_000)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def replicas(grouping: GenerationGrouping) -> list[list[int]]:
 
 
 def check_generation(results: list[Generating], folder: str, grouping: GenerationGrouping) -> None:
-    """Every replica's shards make the whole model, and the replicas' logits those of all rows, in order."""
+    """Every replica's shards form the whole model, and the logits of all replicas are those of all rows, in order."""
     weights, logits = whole(folder)
     plan = ShardPlan(plan_of(AutoConfig.from_pretrained(folder), Topology()).decoder, grouping.pp, grouping.tp)
     for ranks in replicas(grouping):
@@ -218,12 +218,12 @@ def check_generation(results: list[Generating], folder: str, grouping: Generatio
         for name, tensor in ours.items():
             assert torch.equal(tensor, weights.get(name, weights[EMBEDDING])), name
     last = [[r for r in ranks if grouping.coordinates(r).pp == grouping.pp - 1] for ranks in replicas(grouping)]
-    for shard in range(grouping.tp):  # every tensor rank of the last stage has the whole logits
+    for shard in range(grouping.tp):  # each tensor rank of the last stage has the full logits
         parts = [part for ranks in last for part in results[ranks[shard]].logits]
         torch.testing.assert_close(torch.cat(parts), logits, atol=1e-5, rtol=1e-5)
 
 
-# --- there
+# --- to generation
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -240,11 +240,11 @@ def test_the_styles_to_compare_with_generate_alike(generate: Generate, folders, 
     check_generation(generate(grouping, True), folders[True], grouping)
 
 
-# --- at what cost
+# --- received bytes
 
 
 def sizes(folder: str) -> tuple[int, int, int]:
-    """Bytes of the layers' matrices, of what layers hold whole, and of one of the matrices at the ends."""
+    """Bytes of the layers' matrices, of the layers' uncut tensors, and of the embedding (or head)."""
     weights, _ = whole(folder)
     in_layers = {n: 4 * w.numel() for n, w in weights.items() if n.startswith("model.layers.")}
     norms = sum(size for name, size in in_layers.items() if "norm" in name)
@@ -253,7 +253,7 @@ def sizes(folder: str) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_received_bytes_are_the_formulas_and_the_ends(generate: Generate, folders, switch: str):
-    """Untied. What the end stages have alone, the others that generate with it get whole."""
+    """Untied. Ranks that generate with the embedding or head but did not train it receive all of its shard."""
     grouping = grouping_of(switch)
     results = generate(grouping, False)
     matrices, norms, end = sizes(folders[False])
@@ -280,11 +280,11 @@ def test_the_training_shard_stays_inside_the_generation_weights(generate: Genera
 
 @pytest.mark.parametrize(("style", "received"), [("hybridflow", 0.25), ("vanilla", 0.75), ("deepspeed", 0.875)])
 def test_the_papers_example_in_shares_of_the_model(generate: Generate, folders, style: Style, received: float):
-    """1-4-2 -> 1-2-2-2: with one stage every matrix of the model is cut, embedding and head included."""
+    """1-4-2 -> 1-2-2-2: with one pipeline stage every matrix is cut, embedding and head included."""
     results = generate(grouping_of("1-4-2 -> 1-2", style), False)
     matrices, norms, end = sizes(folders[False])
     model = matrices + 2 * end
-    whole_on_each = (norms + 4 * 32) // 2 if style == "deepspeed" else 0  # ZeRO has cut what tensor ranks hold whole
+    whole_on_each = (norms + 4 * 32) // 2 if style == "deepspeed" else 0  # ZeRO also shards what tensor ranks replicate
     for result in results:
         assert result.transition.received_bytes == received * model + whole_on_each
         if style != "hybridflow":
@@ -292,7 +292,7 @@ def test_the_papers_example_in_shares_of_the_model(generate: Generate, folders, 
             assert result.transition.redundant_bytes == pytest.approx(model / 4, abs=norms + 4 * 32)
 
 
-# --- and back
+# --- back to training
 
 
 @pytest.mark.parametrize("switch", ["1-2-2 -> 1-1", "2-2-2 -> 1-2"])
@@ -302,7 +302,7 @@ def test_training_after_switching_back_is_unaffected(worlds, folders, switch: st
     switched = world.call(trained, folders[True], grouping, 2)
     straight = world.call(trained, folders[True], grouping, 0)
     for ours, theirs in zip(switched, straight, strict=True):
-        assert len(set(ours.received_bytes)) == 1  # the same every time
+        assert len(set(ours.received_bytes)) == 1  # the same at every switch
         assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
 
 
@@ -320,7 +320,7 @@ def test_calls_out_of_turn_are_refused(worlds, folders):
     for said in worlds[4].call(refusals, folders[True], grouping_of("1-2-2 -> 1-1")):
         assert said[0].startswith("the hybrid engine is training already")
         assert said[1].startswith("the hybrid engine is generating already")
-        assert len(said) == 3  # weights of the past are not computed with
+        assert len(said) == 3  # old weights are not used
 
 
 def test_a_grouping_of_another_topology_is_refused(folders):

@@ -1,4 +1,4 @@
-"""The weights to generate with, streamed past an engine that copies them, while the ranks keep what they train."""
+"""Generation weights are streamed to an engine that copies them, while the ranks keep their training shards."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from workers.resharding.hybrid_engine import HybridEngine
 SWITCHES: list[tuple[Backend, str]] = [
     ("3d", "1-2-2 -> 1-1"),
     ("3d", "2-2-1 -> 1-2"),  # embedding and head on different stages, one matrix where they are tied
-    ("3d", "1-2-2 -> 1-2"),  # nothing moves
+    ("3d", "1-2-2 -> 1-2"),  # equal layouts: nothing is received
     ("zero1", "1-2-2 -> 1-1"),
     ("fsdp", "1-1-4 -> 1-2"),
 ]
 
 
 class Streamed(NamedTuple):
-    """What one rank saw, beside a switch of the same weights."""
+    """What one rank received by streaming, next to a full switch of the same weights."""
 
     same: bool  # weights, and those that training has left
     order: list[list[str]]
     received: tuple[int, int]
     peak: int
     trained_bytes: int
-    largest: int  # bytes of a generation shard's tensor
+    largest: int  # bytes of a tensor of the generation shard
 
 
 def streamed(folder: str, backend: Backend, switch: str) -> Streamed:
-    """Stream, then switch. What every rank runs."""
+    """Run by every rank: stream the weights, then switch layouts."""
     train, generate = (Topology.parse(layout) for layout in switch.split(" -> "))
     model = parallel_model(backend, folder, train, regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate), bucket_bytes=BUCKET_BYTES)
@@ -76,10 +76,10 @@ def test_what_streams_by_is_what_a_switch_brings(world, folders, backend: Backen
         assert rank.received[0] == rank.received[1]
         names = [name for part in rank.order for name in part]
         assert len(names) == len(set(names))
-        # Beside what is trained, a bucket and the tensors of it, of which each stage may have begun one and ended one.
+        # Besides the training shards: a bucket, and per stage one tensor that is begun and one that is complete.
         assert rank.peak <= rank.trained_bytes + 3 * BUCKET_BYTES + 4 * rank.largest
     if switch.startswith("1-2-2"):
-        assert seen[0].order == seen[1].order  # ranks that fill one engine do it side by side
+        assert seen[0].order == seen[1].order  # ranks of one engine stream at the same time
 
 
 def test_it_streams_from_the_training_layout_only(folders):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Every rank receives exactly what its generation shard needs and its training shard lacks, in every layout."""
+"""In every pair of layouts a rank receives exactly those entries of its generation shard that it does not own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grouping_of(text: str, style: Style = "hybridflow") -> GenerationGrouping:
 
 @cache
 def whole(decoder: Decoder) -> dict[str, Array]:
-    """Every tensor of the model, entries numbered through, in memory order along the cut."""
+    """Every tensor of the model with consecutively numbered entries, in memory order along its cut."""
     values: dict[str, Array] = {}
     start = 0
     for parameter in ShardPlan(decoder).parameters(0):
@@ -44,7 +44,7 @@ def whole(decoder: Decoder) -> dict[str, Array]:
 
 
 class Simulation:
-    """All ranks of a transition, with the collectives played out on numbered entries."""
+    """All ranks of a transition: executes the planned collectives on numbered entries."""
 
     def __init__(self, decoder: Decoder, grouping: GenerationGrouping, bucket: int = 100) -> None:
         self.grouping, self.topology = grouping, grouping.topology
@@ -58,7 +58,7 @@ class Simulation:
         for rank in ranks:
             for name, (start, entries) in self.owns[rank].items():
                 self.has[rank][name][start : start + len(entries)] = entries
-        self.moves = [transition(self.train, grouping, rank, bucket) for rank in ranks]
+        self.collectives = [transition(self.train, grouping, rank, bucket) for rank in ranks]
         self.received: list[dict[str, int]] = [dict.fromkeys(need, 0) for need in self.needs]
         self._play()
 
@@ -74,7 +74,7 @@ class Simulation:
         return {p.name: self._slice(p, index, plan.tp) for p in plan.parameters(stage)}
 
     def _owned(self, rank: int) -> dict[str, tuple[int, Array]]:
-        """Where the rank's training shards stand among what it gathers."""
+        """For each tensor: the offset of the rank's training shard in its generation shard, and the entries."""
         at = self.topology.coordinates(rank)
         found: dict[str, tuple[int, Array]] = {}
         for parameter in self.train.parameters(at.pp):
@@ -85,23 +85,23 @@ class Simulation:
         return found
 
     def _play(self) -> None:
-        waiting = [list(moves) for moves in self.moves]
+        waiting = [list(collectives) for collectives in self.collectives]
         while any(waiting):
-            move = next(
+            collective = next(
                 left[0] for left in waiting if left and all(waiting[m][:1] == [left[0]] for m in left[0].members)
             )
-            self._collective(move)
-            for member in move.members:
+            self._collective(collective)
+            for member in collective.members:
                 waiting[member].pop(0)
 
-    def _collective(self, move: Collective) -> None:
+    def _collective(self, collective: Collective) -> None:
         sent = [
-            [self.has[owner][p.name][p.start : p.start + p.elements].copy() for p in pieces]
-            for owner, pieces in zip(move.owners, move.pieces, strict=True)
+            [self.has[owner][p.name][p.start : p.start + p.elements].copy() for p in slices]
+            for owner, slices in zip(collective.owners, collective.pieces, strict=True)
         ]
-        for member in move.members:
-            for owner, pieces, arrays in zip(move.owners, move.pieces, sent, strict=True):
-                for piece, array in zip(pieces, arrays, strict=True):
+        for member in collective.members:
+            for owner, slices, arrays in zip(collective.owners, collective.pieces, sent, strict=True):
+                for piece, array in zip(slices, arrays, strict=True):
                     if owner != member:
                         self.has[member][piece.name][piece.start : piece.start + piece.elements] = array
                         self.received[member][piece.name] += piece.elements
@@ -119,20 +119,20 @@ def simulated(decoder: Decoder, grouping: GenerationGrouping) -> Simulation:
 
 
 def kind_of(name: str) -> str:
-    """Matrices of layers (with their cut biases), what layers hold whole, and what stands at the ends."""
+    """A tensor's kind: "matrix" (of a layer, and its cut biases), "whole" (uncut, of a layer) or "end" (the rest)."""
     if not name.startswith("model.layers."):
         return "end"
     return "whole" if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")) else "matrix"
 
 
 def missing(simulation: Simulation, rank: int, name: str) -> int:
-    """Entries of a gathered tensor that the rank doesn't own."""
+    """The number of entries of a gathered tensor that the rank doesn't own."""
     own = simulation.owns[rank].get(name)
     return len(simulation.needs[rank][name]) - (len(own[1]) if own else 0)
 
 
 @pytest.mark.parametrize("decoder", [TIED, UNTIED], ids=["tied", "untied"])
-def test_everybody_ends_with_its_generation_shard(decoder: Decoder):
+def test_every_rank_ends_with_its_generation_shard(decoder: Decoder):
     for grouping in SWEEP:
         simulation = simulated(decoder, grouping)
         for has, needs in zip(simulation.has, simulation.needs, strict=True):
@@ -147,7 +147,7 @@ def test_a_rank_receives_what_it_needs_less_what_it_owns_entry_for_entry():
             assert received == {name: missing(simulation, rank, name) for name in received}, grouping
 
 
-def test_layers_take_the_papers_volume_on_every_rank():
+def test_the_layers_volume_is_the_papers_on_every_rank():
     for grouping in SWEEP:
         simulation = simulated(UNTIED, grouping)
         expected = grouping.received_bytes(simulation.size("matrix"))
@@ -167,7 +167,7 @@ def test_the_ends_cost_more_on_ranks_that_did_not_train_them():
 
 
 def test_a_tied_matrix_moves_once_and_from_the_first_stage():
-    """The last stage is sent the shard of which it has a copy: the one excess over what is missing."""
+    """The last stage receives a shard that it already has as its tied copy: the only redundant transfer."""
     for grouping in SWEEP:
         simulation = simulated(TIED, grouping)
         for rank, received in enumerate(simulation.received):
@@ -191,14 +191,14 @@ def test_the_other_styles_gather_the_whole_model(text: str, style: Style):
 @pytest.mark.parametrize("bucket", [8, 64, 10_000])
 def test_a_bucket_bounds_what_a_collective_brings(bucket: int):
     moves = transition(ShardPlan(TIED, 2, 4), grouping_of("2-4-1 -> 1-1"), 3, bucket)
-    assert max(len(move.owners) * move.width for move in moves) <= bucket
-    assert sum(move.received_elements(3) for move in moves) == sum(
+    assert max(len(collective.owners) * collective.width for collective in moves) <= bucket
+    assert sum(collective.received_elements(3) for collective in moves) == sum(
         piece.elements
-        for move in moves
-        for owner, pieces in zip(move.owners, move.pieces, strict=True)
-        for piece in pieces
+        for collective in moves
+        for owner, slices in zip(collective.owners, collective.pieces, strict=True)
+        for piece in slices
         if owner != 3
-    )  # nothing is padding
+    )  # no padding
 
 
 def test_nothing_moves_where_generation_is_cut_as_training_is():

@@ -1,4 +1,4 @@
-"""Fully sharded ranks generate in any layout, and receive what they need less what they own: (1/(t_g p_g) - 1/S) M."""
+"""Fully sharded ranks generate in any layout and receive the lower bound, (1/(t_g p_g) - 1/S) M bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.parallel.fully_sharded import FullyShardedModel
 from workers.parallel.model import ParallelModel
 from workers.resharding.hybrid_engine import HybridEngine
 
-# Trained by S = 4 ranks; the first two are sharded over all of them, and so regroup as four tensor ranks.
+# Trained by S = 4 ranks. The first two are sharded over all of them, so they generate like four tensor ranks.
 SWITCHES = ["1-1-4 -> 1-2", "1-1-4 -> 1-1", "1-2-2 -> 1-1", "2-1-2 -> 2-1"]
 
 
@@ -36,7 +36,7 @@ def layouts(switch: str) -> tuple[Topology, GenerationGrouping]:
 
 
 class Seen(NamedTuple):
-    """What one rank saw: while generating, and whether training went on as without a switch."""
+    """What one rank observes: its generation, and whether training continued as without a switch."""
 
     generating: Generating
     same_after: bool
@@ -70,7 +70,7 @@ def step(model: ParallelModel) -> None:
 
 
 def stepped(folder: str, switch: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The logits of all rows after a step: in the training layout, and generating."""
+    """The logits of all rows after a step, in the training and in the generation layout."""
     train, grouping = layouts(switch)
     model = FullyShardedModel(folder, train)
     engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
@@ -82,7 +82,7 @@ def stepped(folder: str, switch: str) -> tuple[list[Tensor], list[Tensor]]:
     return training, engine.forward(rows(), BUDGET, at_responses)
 
 
-# --- the same model, at the lower bound
+# --- the same model, with the lower bound of bytes
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_generation_has_the_whole_models_weights_and_logits(switched, folders): 
 
 
 def test_received_bytes_are_the_lower_bound(switched, folders):  # noqa: F811
-    """Untied. Of the layers' matrices the formula's; of norms and ends what a rank generates with less its shares."""
+    """Untied. Layers' matrices follow the formula; of norms, embedding and head a rank receives what it lacks."""
     switch, seen = switched
     train, grouping = layouts(switch)
     matrices, norms, end = sizes(folders[False])

@@ -1,4 +1,4 @@
-"""What fully sharded ranks receive to generate, over all small layouts: each entry once, and none that they own."""
+"""Fully sharded ranks receive each missing entry once, and none that they own, in all small layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECODER = Decoder(
     tied=False,
     qk_norm=True,
 )
-BUCKET = 500  # entries: tensors begin and end inside a bucket
+BUCKET = 500  # entries; tensors begin and end inside a bucket
 
 
 def divisors(n: int) -> list[int]:
@@ -39,7 +39,7 @@ def divisors(n: int) -> list[int]:
 
 
 def layouts() -> Iterator[tuple[Topology, GenerationGrouping]]:
-    """Every small layout of fully sharded ranks, and those with p = t = 1 also regrouped as tensor ranks."""
+    """Every small layout of fully sharded ranks; those with p = t = 1 also with generation as tensor ranks."""
     for p, t, d in np.ndindex(3, 3, 3):
         at = Topology(2 ** int(p), 2 ** int(t), 2 ** int(d))
         if at.dp == 1 or at.world_size > 16:

@@ -1,4 +1,4 @@
-"""A mixed reward: the weighted sum, each part beside it by name, and rows that a part could not score."""
+"""A mixed reward: the weighted sum, each part as a metric, and rows that a part could not score."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mixed(folder: str) -> Iterator[MixedReward]:
 
 
 def alone(folder: str, part: RewardPart) -> np.ndarray:
-    """What a part says by itself."""
+    """The scores of a single part."""
     if part.path:
         return ModelReward(Model(path=part.path), 8192).score(ROWS).batch.scores
     reward = RuleReward(Model(rule=part.rule), folder, Failures())
@@ -72,7 +72,7 @@ def test_a_row_that_one_part_fails_is_failed_by_its_name_and_the_others_are_scor
     assert result.batch.scores.tolist() == [3.0, 1.0]
 
 
-# --- the parts on their way
+# --- the parts in the pipeline
 
 
 def scores(parts: Sequence[Sequence[float]]) -> Scores:

@@ -1,4 +1,4 @@
-"""Rules score texts, and a rule's name either finds a function or says what is wrong."""
+"""Rules score texts; a rule's name is resolved to a function or refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.rewards.rules import RULES, exact_match, excess_characters, prefix_
 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user's module and two broken ones."""
+    """A user's module and two broken modules."""
     (tmp_path / "rules_of_a_user.py").write_text("PI = 3\ndef half(prompt, response, reference):\n    return 0.5\n")
     (tmp_path / "rules_with_a_mistake.py").write_text("undefined_name\n")
     (tmp_path / "rules_with_bad_syntax.py").write_text("def half(:\n")
@@ -27,8 +27,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("42", "42", 1, 1, 0),
         (" 42\n", "42 ", 1, 1, 0),
         ("43", "42", 0, 1 / 2, 0),
-        ("421", "42", 0, 2 / 3, 1),  # what follows the right answer counts against it
-        ("4", "42", 0, 1 / 2, 0),  # where less cost less than nothing, silence would pay
+        ("421", "42", 0, 2 / 3, 1),  # text after the right answer lowers the score
+        ("4", "42", 0, 1 / 2, 0),  # a penalty below zero would reward an empty response
         ("24", "42", 0, 0, 0),
         ("", "42", 0, 0, 0),
     ],

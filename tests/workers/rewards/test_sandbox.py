@@ -1,4 +1,4 @@
-"""Whatever a rule does in its process, the row that asked hears of it, and the next row gets its score."""
+"""Whatever a rule does in its process, its row fails with the reason and the next row gets its score."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def rule(folder: Path) -> Iterator[RuleProcess]:
-    """One process for all tests: what one does to it, the next must survive."""
+    """One sandbox for all tests, which must survive what each of them does to it."""
     process = RuleProcess("rules_to_obey:obey", timeout_seconds=5)
     yield process
     process.close()
@@ -89,7 +89,7 @@ def open_rule(folder: Path) -> Iterator[Callable[..., RuleProcess]]:
 
 
 def is_running(pid: int) -> bool:
-    """The process exists and is no zombie that merely waits for its parent."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -172,7 +172,7 @@ def test_a_hanging_rule_is_killed_at_its_deadline_whichever_row_it_hangs_in(
     began = time.monotonic()
     with pytest.raises(RuleFailed, match=r"gave no answer within 0\.5 s"):
         rule.score(ask("hang"))
-    assert time.monotonic() - began < 20  # of which the process may take some to start
+    assert time.monotonic() - began < 20  # includes the start of the process
     assert rule.pid is None
     assert hanging is None or ends(hanging)
     assert rule.score(LENGTH) == 3.0
@@ -188,7 +188,7 @@ def test_close_leaves_no_process_behind_not_even_those_that_the_rule_started(ope
     assert all(is_running(pid) for pid in pids)
     rule.close()
     assert all(ends(pid) for pid in pids)
-    rule.close()  # once more does no harm
+    rule.close()  # closing twice is harmless
 
 
 def test_the_child_leaves_when_its_requests_end(open_rule: Callable[..., RuleProcess]):
@@ -220,7 +220,7 @@ def test_a_module_that_does_not_load_tells_every_row_why(
         with pytest.raises(RuleFailed, match=cause):
             rule.score(LENGTH)
         pids.add(rule.pid)
-    assert len(pids) == 1  # and doesn't pay for a process each time
+    assert len(pids) == 1  # without starting a process each time
 
 
 def test_a_slow_import_counts_against_the_start_not_the_first_row(folder: Path, open_rule: Callable[..., RuleProcess]):

@@ -1,4 +1,4 @@
-"""A family without a sharding plan, and adapters: fully sharded ranks compute what one device does."""
+"""Fully sharded ranks compute what one device does, for a family without a sharding plan and for adapters."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from workers.settings import Generation, Lora, Loss, Model, Optimizer
 
 BACKENDS: list[Backend] = ["fsdp", "zero1", "zero2"]
 TWO = Topology(1, 1, 2)
-ROWS = 7  # on two replicas four and three
-# Adam turns the rounding of a gradient that is almost zero into a whole step; with a large epsilon it is SGD.
+ROWS = 7  # four and three on two replicas
+# Adam turns the rounding of a gradient near zero into a full step; a large epsilon makes it behave like SGD.
 OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1)
 LOSS = Loss(epochs=2, mini_batches=2, tokens_per_micro_batch=40)
 GENERATION = Generation(engine="torch", temperature=0.8)
@@ -38,9 +38,9 @@ LORA = Lora(rank=4, alpha=12.0)
 
 
 class PpoStep(NamedTuple):
-    """What a rank has of one step of policy and critic; None where it is not collected."""
+    """A rank's results of one step of policy and critic; None where its results are not collected."""
 
-    log_probs: list[Any]  # of policy, reference, and the policy after the step
+    log_probs: list[Any]  # of the policy, of the reference, and of the policy after the step
     values: np.ndarray | None
     policy: dict[str, Tensor]  # on rank 0
     critic: dict[str, Tensor]
@@ -56,7 +56,7 @@ def policy_at(sharding: Sharding, folder: str, lora: Lora) -> PolicyWorker:
 
 
 def own_rows(sharding: Sharding, rank: int) -> Experience:
-    """The rows that the service deals out to this rank."""
+    """The rows that a service would send to this rank."""
     return take(experience(ROWS), protocol("METRIC").distribute(rows=ROWS, topology=sharding.topology)[rank])
 
 
@@ -85,7 +85,7 @@ def alone(folder: str, family: str) -> PpoStep:
 
 
 def saved_again(sharding: Sharding, folder: str, lora: Lora, came: str, goes: str) -> None:
-    """A checkpoint that is written after a step, or from one that was read."""
+    """Save a checkpoint: after loading `came`, or after a step if `came` is empty."""
     policy = policy_at(sharding, folder, lora)
     if came:
         policy.load(came)
@@ -140,7 +140,7 @@ def test_a_ppo_step_on_sharded_ranks_is_that_of_one_device(worlds, folders, back
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_checkpoint_goes_from_sharded_ranks_to_one_device_and_back(worlds, folders, tmp_path: Path, family: str):
-    """Bitwise: weights and moments."""
+    """Weights and moments stay equal bit by bit."""
     folder, lora, sharded = folders[family], CASES[family], Sharding(TWO, "fsdp")
     places = [tmp_path / name for name in ("first", "second", "third")]
     for place in places:

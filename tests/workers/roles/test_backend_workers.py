@@ -1,4 +1,4 @@
-"""Policy and critic on any backend: one word changes who holds what, and no answer, step, checkpoint or publication."""
+"""Policy and critic on any backend: the answers, steps, checkpoints and publications are those of one process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def carried_on(backend: Backend, topology: Topology, folder: str, came: str, cop
 
 
 def carry_on(policy: PolicyWorker, deal: Callable[[int], Experience], came: str, copy: str, goes: str) -> Outcome:
-    """From a checkpoint, after a step that it undoes: a copy of it, a step, and the next checkpoint."""
+    """Take a step, load a checkpoint, which undoes it, and save a copy of that; then take a step and save again."""
     policy.update(deal(1))
     policy.load(came)
     policy.save(copy)
@@ -82,11 +82,11 @@ def carry_on(policy: PolicyWorker, deal: Callable[[int], Experience], came: str,
 
 
 def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, bool]:
-    """The error of a step whose last optimizer step isn't finite, and whether the weights are as before it."""
+    """The error of a step whose last optimizer step is not finite, and whether the weights are as before."""
     policy = policy_of(backend, topology, folder, Loss(epochs=2))
     before = policy.snapshot(Version(0, 0))
     data = own_rows(policy, ROWS)
-    policy.trained._learning_rate = float("inf")  # the second forward gives NaN
+    policy.trained._learning_rate = float("inf")  # the second forward pass gives NaN
     try:
         policy.update(data)
         said = ""
@@ -97,20 +97,20 @@ def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, boo
 
 
 def loop(backend: Backend, topology: Topology, folder: str, generate: str) -> list[Rollouts | None]:
-    """What this rank draws before and after a step."""
+    """The rows that this rank generates before and after a step."""
     policy = policy_of(backend, topology, folder, generate=generate)
     assert policy.hybrid
-    grouping, rows, drawn = policy.hybrid.grouping, tiny.make_prompts(TEXTS), []
+    grouping, rows, batches = policy.hybrid.grouping, tiny.make_prompts(TEXTS), []
     shares = protocol("3D_ALL_MICRO_DP").distribute(len(rows), grouping.topology, generation=grouping)
     for _ in range(2):
         answer = policy.generate(take(rows, shares[policy.model.rank]), sampling=SAMPLING)
-        drawn.append(answer.batch if answer else None)
+        batches.append(answer.batch if answer else None)
         policy.update(own_rows(policy, ROWS))
-    return drawn
+    return batches
 
 
 def moved_about(backend: Backend, topology: Topology, folder: str, generate: str, moves: bool) -> tuple[Any, ...]:
-    """What this rank draws and publishes, where its state has another storage after each call, or keeps its own."""
+    """What this rank generates and publishes, with state that changes its storage after each call or not."""
     policy, made, weights = policy_of(backend, topology, folder, RICH, generate), [], 0
     assert policy.hybrid
     grouping, rows = policy.hybrid.grouping, tiny.make_prompts(TEXTS)
@@ -127,7 +127,7 @@ def moved_about(backend: Backend, topology: Topology, folder: str, generate: str
     return made, weights, sum(tensor.nbytes for tensor in policy.model.parameters.values())
 
 
-# --- as one process
+# --- the same as one process
 
 
 @pytest.mark.parametrize(("topology", "loss"), [("1-1-2", PLAIN), ("1-2-2", RICH)], ids=["plain", "rich"])
@@ -171,13 +171,13 @@ def test_a_policy_whose_state_moves_between_calls_is_the_one_that_stays(
     stays, moves = (
         worlds[at.world_size].call(moved_about, backend, at, folders[True], generate, moves) for moves in (False, True)
     )
-    moments = {"3d": 2.0, "fsdp": 2.0}.get(backend, 2 / at.dp)  # in shares of what a rank has of the weights
+    moments = {"3d": 2.0, "fsdp": 2.0}.get(backend, 2 / at.dp)  # as shares of the weights that a rank holds
     for (made, _, _), (expected, moved, weights) in zip(stays, moves, strict=True):
         assert made == expected
         assert moved == pytest.approx((1 + moments) * weights, rel=0.01)
 
 
-# --- one checkpoint, any holder
+# --- checkpoints are independent of the backend
 
 JOURNEY: list[tuple[Backend, str]] = [
     ("3d", "1-2-2"),
@@ -191,7 +191,7 @@ JOURNEY: list[tuple[Backend, str]] = [
 
 
 def alone_from(folder: str, came: Path, at: Path) -> tuple[Outcome, dict[str, Tensor]]:
-    """The step from a checkpoint as one process takes it, and all tensors of that checkpoint as it reads them."""
+    """One process's step from a checkpoint, and all tensors of that checkpoint as it reads them."""
     copy, goes = at / "copy", at / "goes"
     for new in (copy, goes):
         new.mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(
     tied: bool,
     journey: list[tuple[Backend, str]],
 ):
-    """Wherever it comes, weights and moments are bitwise what they were, and the next step is one process's."""
+    """At every stop weights and moments are bitwise unchanged, and the next step is that of one process."""
     start = tmp_path / "start"
     start.mkdir()
     worker = PolicyWorker(model_at(folders[tied]), PLAIN, OPTIMIZER, GENERATION, seed=3)
@@ -233,7 +233,7 @@ def test_a_checkpoint_goes_from_one_process_through_every_backend_and_back(
 
 
 @pytest.mark.parametrize(("backend", "topology", "generate"), [("fsdp", "1-1-4", "1-2"), ("zero2", "1-2-2", "1-1")])
-def test_what_it_draws_is_what_one_process_draws(worlds, folders, backend, topology: str, generate: str):  # noqa: F811
+def test_it_generates_the_rows_of_one_process(worlds, folders, backend, topology: str, generate: str):  # noqa: F811
     at = Topology.parse(topology)
     grouping = generation_grouping(backend, at, Topology.parse(generate))
     ranks = worlds[4].call(loop, backend, at, folders[True], generate)
@@ -241,7 +241,7 @@ def test_what_it_draws_is_what_one_process_draws(worlds, folders, backend, topol
     collected = protocol("3D_ALL_MICRO_DP").collect(grouping.topology, generation=grouping)
     for turn in range(2):
         theirs = worker.generate(tiny.make_prompts(TEXTS), sampling=SAMPLING).batch
-        answers = [drawn for rank in collected if (drawn := ranks[rank][turn]) is not None]
+        answers = [batch for rank in collected if (batch := ranks[rank][turn]) is not None]
         np.testing.assert_array_equal(np.concatenate([a.sample_ids for a in answers]), theirs.sample_ids)
         np.testing.assert_array_equal(np.concatenate([a.responses.values for a in answers]), theirs.responses.values)
         worker.update(experience(ROWS))

@@ -1,4 +1,4 @@
-"""Costs are judged as rewards are, and leave as costs."""
+"""Costs are scored like rewards and returned as `Costs`."""
 
 from __future__ import annotations
 

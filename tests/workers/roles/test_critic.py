@@ -1,4 +1,4 @@
-"""The critic's step: the gradient that the formula says however the batch is cut, all of it or none of it."""
+"""The critic's step has the gradient of its formula for any micro-batches, and is taken completely or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Gradients = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_reward(tmp_path_factory.mktemp("reward"))  # its head is not zero, so values differ
+    return tiny.make_reward(tmp_path_factory.mktemp("reward"))  # its head is not zero, so values differ from each other
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def rollouts() -> Rollouts:
 
 @pytest.fixture(scope="module")
 def batch(folder: Path, rollouts: Rollouts) -> Experience:
-    """Values of an older critic, near this one's, so that the clip decides for some tokens."""
+    """Experience with an older critic's values, near this one's, so that some tokens are clipped."""
     rng, own = np.random.default_rng(0), worker(folder).values(rollouts).values
     tokens = len(own.values)
     return Experience(
@@ -76,7 +76,7 @@ def worker(folder: Path, loss: Loss | None = None, rate: float = 1e-3) -> Critic
 
 
 def gradients_of(model: torch.nn.Module, update: Callable[[], object]) -> Gradients:
-    """What stood in each parameter's gradient when the last micro-batch had been added."""
+    """Each parameter's gradient after the last micro-batch."""
     seen: Gradients = {}
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
@@ -85,13 +85,13 @@ def gradients_of(model: torch.nn.Module, update: Callable[[], object]) -> Gradie
 
 
 def row_values(model: torch.nn.Module, batch: Experience | Rollouts, row: int) -> torch.Tensor:
-    """One unpadded forward, with gradient."""
+    """The values of one row from an unpadded forward pass, with gradient."""
     prompt, tokens = batch.prompts[row], np.concatenate([batch.prompts[row], batch.responses[row]])
     return model(input_ids=torch.from_numpy(tokens[None].astype(np.int64))).logits[0, len(prompt) - 1 : -1, 0]
 
 
 def plain_loss(model: torch.nn.Module, batch: Experience, how: Aggregation) -> torch.Tensor:
-    """The clipped square, averaged by the aggregation's own words."""
+    """The clipped squared error, averaged by the definition of the aggregation."""
     rows = []
     for row in range(len(batch)):
         inside = torch.from_numpy(batch.loss_mask[row].astype(bool))
@@ -177,7 +177,7 @@ def test_a_refused_step_changes_nothing_and_poisons_nothing(
         each.update(batch)
     before = saved(critic, tmp_path / "before")
     poisoned = batch.returns.values.copy()
-    poisoned[-1] = np.nan  # the last row: the gradients of earlier micro-batches are there already
+    poisoned[-1] = np.nan  # the last row, after earlier micro-batches have added their gradients
     with pytest.raises(StepRefused, match=r"critic\.update of batch of \d samples \(.*7\d.*\): loss is nan"):
         critic.update(msgspec.structs.replace(batch, returns=batch.returns.with_values(poisoned)))
     assert saved(critic, tmp_path / "after") == before

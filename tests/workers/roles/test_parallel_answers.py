@@ -1,4 +1,4 @@
-"""Reference, reward and cost on many ranks answer as one process does."""
+"""Reference, reward and cost models on many ranks give the answers of one process."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ROWS = 7
 LOSS, GENERATION = Loss(tokens_per_micro_batch=40), Generation(temperature=0.8)
 
 
-def drawn(rows: int = ROWS) -> Rollouts:
+def batch(rows: int = ROWS) -> Rollouts:
     return rollouts(experience(rows))
 
 
 def own_rows(topology: Topology, rank: int, rows: int) -> Rollouts:
-    """The rows that the service deals out to this rank, perhaps none."""
-    return take(drawn(rows), protocol("3D_PROTO").distribute(rows, topology)[rank])
+    """The rows that a service would send to this rank, perhaps none."""
+    return take(batch(rows), protocol("3D_PROTO").distribute(rows, topology)[rank])
 
 
 # --- what every rank runs
@@ -54,27 +54,27 @@ def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
     return worker.score(own_rows(topology, worker.model.rank, rows))
 
 
-# --- the world
+# --- the ranks
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A policy, a reward model, and one whose head is not finite."""
+    """A policy, a reward model, and a reward model whose head is not finite."""
     root, config = tmp_path_factory.mktemp("answers"), tiny.config()
     config.vocab_size = VOCABULARY
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(str(root / "policy"))
     config.num_labels = 1
-    judge = Qwen2ForSequenceClassification(config)
-    judge.save_pretrained(str(root / "judge"))
+    reward_model = Qwen2ForSequenceClassification(config)
+    reward_model.save_pretrained(str(root / "reward"))
     with torch.no_grad():
-        judge.score.weight.fill_(float("nan"))
-    judge.save_pretrained(str(root / "broken"))
-    return {name: str(root / name) for name in ("policy", "judge", "broken")}
+        reward_model.score.weight.fill_(float("nan"))
+    reward_model.save_pretrained(str(root / "broken"))
+    return {name: str(root / name) for name in ("policy", "reward", "broken")}
 
 
 def collected(answers: list[Any], topology: Topology) -> list[Any]:
-    """The answers that count, in their order; the other ranks have none."""
+    """The answers that the protocol collects, in its order; the other ranks must have none."""
     counting = protocol("3D_PROTO").collect(topology)
     assert [rank for rank, answer in enumerate(answers) if answer is not None] == counting
     return [answers[rank] for rank in counting]
@@ -85,34 +85,34 @@ def collected(answers: list[Any], topology: Topology) -> list[Any]:
 def test_a_reference_on_ranks_gives_the_log_probs_of_one_process(worlds, folders, topology: str, rows: int):
     at = Topology.parse(topology)
     answers = collected(worlds[at.world_size].call(log_probs, at, folders["policy"], rows), at)
-    alone = ReferenceWorker(Model(path=folders["policy"]), LOSS, GENERATION).log_probs(drawn(rows))
+    alone = ReferenceWorker(Model(path=folders["policy"]), LOSS, GENERATION).log_probs(batch(rows))
     np.testing.assert_array_equal(np.concatenate([a.sample_ids for a in answers]), alone.sample_ids)
     values = np.concatenate([a.log_probs.values for a in answers])
     np.testing.assert_allclose(values, alone.log_probs.values, atol=1e-5)
 
 
 @pytest.mark.parametrize("topology", ["1-2-1", "2-1-1", "1-2-2"])
-def test_a_reward_and_a_cost_model_on_ranks_judge_as_one_process_does(worlds, folders, topology: str):
+def test_a_reward_and_a_cost_model_on_ranks_give_the_scores_of_one_process(worlds, folders, topology: str):
     at, budget = Topology.parse(topology), LOSS.tokens_per_micro_batch
-    given = collected(worlds[at.world_size].call(scores, at, folders["judge"], ROWS), at)
-    alone = ModelReward(Model(path=folders["judge"]), budget).score(drawn())
+    given = collected(worlds[at.world_size].call(scores, at, folders["reward"], ROWS), at)
+    alone = ModelReward(Model(path=folders["reward"]), budget).score(batch())
     np.testing.assert_array_equal(np.concatenate([g.batch.sample_ids for g in given]), alone.batch.sample_ids)
     np.testing.assert_allclose(np.concatenate([g.batch.scores for g in given]), alone.batch.scores, atol=1e-5)
-    asked = collected(worlds[at.world_size].call(costs, at, folders["judge"], ROWS), at)
-    dear = ModelCost(Model(path=folders["judge"]), budget).score(drawn())
-    np.testing.assert_allclose(np.concatenate([a.batch.costs for a in asked]), dear.batch.costs, atol=1e-5)
+    on_ranks = collected(worlds[at.world_size].call(costs, at, folders["reward"], ROWS), at)
+    in_one = ModelCost(Model(path=folders["reward"]), budget).score(batch())
+    np.testing.assert_allclose(np.concatenate([a.batch.costs for a in on_ranks]), in_one.batch.costs, atol=1e-5)
 
 
 def test_a_number_that_is_not_finite_fails_its_row_under_the_roles_name(worlds, folders):
     at = Topology(1, 2, 1)
     (given,) = collected(worlds[2].call(scores, at, folders["broken"], ROWS), at)
     assert len(given.batch) == 0
-    assert given.failures == [Failure(sample, "reward model gave nan") for sample in drawn().sample_ids.tolist()]
-    (asked,) = collected(worlds[2].call(costs, at, folders["broken"], ROWS), at)
-    assert {failure.cause for failure in asked.failures} == {"cost model gave nan"}
+    assert given.failures == [Failure(sample, "reward model gave nan") for sample in batch().sample_ids.tolist()]
+    (failed,) = collected(worlds[2].call(costs, at, folders["broken"], ROWS), at)
+    assert {failure.cause for failure in failed.failures} == {"cost model gave nan"}
 
 
-def test_what_only_answers_has_no_gradient(folders: dict[str, str]):
+def test_a_frozen_model_has_no_gradients(folders: dict[str, str]):
     worker = ReferenceWorker(Model(path=folders["policy"]), LOSS, GENERATION)
     assert not any(parameter.requires_grad for parameter in worker.model.parameters.values())
 

@@ -29,7 +29,7 @@ LOSS = Loss(epochs=2, mini_batches=2, tokens_per_micro_batch=40)
 
 
 class Outcome(NamedTuple):
-    """What one rank has: values before a step, its metrics, values after it."""
+    """One rank's results: values before a step, its metrics, and values after it."""
 
     before: Values | None
     metrics: Metrics | None
@@ -50,7 +50,7 @@ def parallel(topology: Topology, folder: str) -> CriticWorker:
 
 
 def own_rows(critic: CriticWorker, rows: int) -> Experience:
-    """The rows that the service deals out to this rank, perhaps none."""
+    """The rows that a service would send to this rank, perhaps none."""
     shares = protocol("METRIC").distribute(rows=rows, topology=critic.model.topology)
     return take(experience(rows), shares[critic.model.rank])
 
@@ -61,14 +61,14 @@ def step(topology: Topology, folder: str, rows: int) -> Outcome:
     return Outcome(critic.values(rollouts(data)), critic.update(data), critic.values(rollouts(data)))
 
 
-def kept(topology: Topology, folder: str, checkpoint: str, exported: str) -> None:
+def save_and_export(topology: Topology, folder: str, checkpoint: str, exported: str) -> None:
     critic = parallel(topology, folder)
     critic.update(own_rows(critic, ROWS))
     critic.save(checkpoint)
     critic.export(exported)
 
 
-# --- the world
+# --- the ranks
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_values_and_step_are_those_of_one_process(worlds, folder: str, topology:
 def test_a_checkpoint_and_an_export_hold_what_was_trained(worlds, folder: str, tmp_path: Path):
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
     checkpoint.mkdir()
-    worlds[4].call(kept, Topology(2, 2, 1), folder, str(checkpoint), str(exported))
+    worlds[4].call(save_and_export, Topology(2, 2, 1), folder, str(checkpoint), str(exported))
     critic = CriticWorker(Model(path=folder, learning_rate=0.1), LOSS, OPTIMIZER, seed=3)
     critic.load(str(checkpoint))
     values, theirs = critic.values(rollouts(experience(ROWS))), alone(folder, ROWS).after

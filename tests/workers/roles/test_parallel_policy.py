@@ -29,9 +29,9 @@ from workers.training.mini_batches import mini_batches, replica_mini_batches
 from workers.training.models import load_causal
 
 TOPOLOGIES = ["1-1-2", "1-2-1", "2-1-1", "1-2-2"]
-ROWS = 7  # on two replicas four and three
+ROWS = 7  # four and three on two replicas
 GENERATION = Generation(engine="torch", temperature=0.8)
-# Adam turns the rounding of a gradient that is almost zero into a whole step; with a large epsilon it is SGD.
+# Adam turns the rounding of a gradient near zero into a full step; a large epsilon makes it behave like SGD.
 OPTIMIZER = Optimizer(epsilon=1.0, gradient_clip=0.1, warmup_steps=3)
 RATE = 0.1
 PLAIN = Loss(tokens_per_micro_batch=40)
@@ -48,7 +48,7 @@ RICH = Loss(
 
 
 class Outcome(NamedTuple):
-    """What one rank has after a step, or one process."""
+    """The results of a step on one rank or in one process."""
 
     log_probs: LogProbs | None  # before the step
     metrics: Metrics | None
@@ -61,7 +61,7 @@ def model_at(folder: str) -> Model:
 
 @cache
 def alone(folder: str, rows: int, loss: Loss) -> Outcome:
-    """The step as `PolicyWorker` takes it."""
+    """The step on one device."""
     worker, data = PolicyWorker(model_at(folder), loss, OPTIMIZER, GENERATION, seed=3), experience(rows)
     return Outcome(worker.log_probs(rollouts(data)), worker.update(data), worker.snapshot(Version(0, 1)))
 
@@ -74,7 +74,7 @@ def parallel(topology: Topology, folder: str, loss: Loss = PLAIN) -> PolicyWorke
 
 
 def own_rows(policy: PolicyWorker, rows: int) -> Experience:
-    """The rows that the service deals out to this rank, perhaps none."""
+    """The rows that a service would send to this rank, perhaps none."""
     shares = protocol("METRIC").distribute(rows=rows, topology=policy.model.topology)
     return take(experience(rows), shares[policy.model.rank])
 
@@ -98,15 +98,15 @@ def saved(topology: Topology, folder: str, checkpoint: str) -> None:
 
 
 def refused(topology: Topology, folder: str) -> tuple[str, bool, int]:
-    """The error of a step whose last optimizer step isn't finite, whether all is as before it, and the version."""
+    """The error of a step whose last optimizer step is not finite, whether all state is as before, and the version."""
     policy = parallel(topology, folder, Loss(epochs=2))
     before = [p.detach().clone() for p in policy.model.parameters.values()]
     data = own_rows(policy, ROWS)
-    policy.trained._learning_rate = float("inf")  # the second forward gives NaN
+    policy.trained._learning_rate = float("inf")  # the second forward pass gives NaN
     try:
         policy.update(data)
         said = ""
-    except Exception as error:  # noqa: BLE001 - told to the test
+    except Exception as error:  # noqa: BLE001 - the test checks it
         said = f"{type(error).__name__}: {error}"
     same = all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters.values(), strict=True))
     return said, same and not policy.trained._optimizer.state_dict()["state"], policy.trained.version
@@ -116,12 +116,12 @@ def load(topology: Topology, folder: str, checkpoint: str) -> None:
     parallel(topology, folder).load(checkpoint)
 
 
-# --- the world
+# --- the ranks
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """A tied and an untied policy whose vocabulary divides, with a tokenizer beside it."""
+    """A tied and an untied policy whose vocabulary is divisible by the tensor ranks, with a tokenizer."""
     made: dict[bool, str] = {}
     for tied in (True, False):
         config = tiny.config(tied=tied)
@@ -134,7 +134,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 
 def together(outcomes: list[Outcome], topology: Topology) -> Outcome:
-    """What the service and rank 0 make of the ranks' answers."""
+    """The service's view: combined metrics, collected log-probs, and rank 0's publication."""
     collected = protocol("METRIC").collect(topology)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.metrics is not None) == (rank in collected)
@@ -149,7 +149,7 @@ def together(outcomes: list[Outcome], topology: Topology) -> Outcome:
 
 
 def largest_difference(ours: Outcome, theirs: Outcome) -> float:
-    """Over all published weights, which must have the same names, places and shapes."""
+    """The largest difference over all published weights, which must have the same names, offsets and shapes."""
     assert ours.published and theirs.published
     (manifest, buffer), (expected, whole) = ours.published, theirs.published
     assert [(e.name, e.shape, e.start) for e in manifest.tensors] == [
@@ -207,7 +207,7 @@ def test_a_refused_step_changes_nothing_on_any_rank(worlds, folders):
         assert version == 0
 
 
-# --- what leaves it whole
+# --- publications and exports
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -232,7 +232,7 @@ def test_a_publication_is_byte_for_byte_that_of_one_process(worlds, folders, tmp
 
 @pytest.fixture(scope="module")
 def checkpoint(worlds, folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved by 1-2-2 after a step."""
+    """A checkpoint that 1-2-2 saved after a step."""
     folder = tmp_path_factory.mktemp("checkpoint")
     worlds[4].call(saved, Topology(1, 2, 2), folders[True], str(folder))
     return folder
@@ -277,7 +277,7 @@ def pretraining_text() -> PretrainingText:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_step_with_a_pretraining_text_is_that_of_one_process(worlds, folders, topology: str):
-    """Of three rows a draw; a replica has one or two of them."""
+    """The text has three rows per optimizer step, of which a replica gets one or two."""
     loss = msgspec.structs.replace(RICH, ptx_coefficient=0.5)
     at = Topology.parse(topology)
     ours = together(worlds[at.world_size].call(text_step, at, folders[True], ROWS, loss), at)

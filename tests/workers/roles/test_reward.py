@@ -1,4 +1,4 @@
-"""A row that can't be scored fails with its cause; it never becomes 0, and its siblings keep their scores."""
+"""A row that can't be scored fails with its cause instead of scoring 0, and the other rows keep their scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is tensors in boxes: whoever wrote them, any other reads its own, and an incomplete one is refused."""
+"""A checkpoint holds tensor slices that any topology can read its own from; an incomplete one is refused."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def decoder(tied: bool = True, layers: int = 4) -> Decoder:
 
 
 def whole(of: Decoder, prefix: str) -> dict[str, Tensor]:
-    """Every tensor of the model, each entry another number."""
+    """Every tensor of the model, with all entries different."""
     torch.manual_seed(len(prefix))
     return {prefix + p.name: torch.randn(p.shape) for p in ShardPlan(of).parameters(0)}
 
 
 def shards(tensors: dict[str, Tensor], prefix: str, plan: ShardPlan, stage: int, index: int) -> dict[str, Box]:
-    """What a place holds of the model, as its checkpoint names it."""
+    """A rank's shards of the model, under the names of the checkpoint."""
     found: dict[str, Box] = {}
     for parameter in plan.parameters(stage):
         name, cut = prefix + plan.source(parameter).name, parameter.cut
@@ -65,7 +65,7 @@ def all_of(folder: Path, of: Decoder) -> dict[str, Tensor]:
     return read(folder, {name: Box.all_of(tensor) for name, tensor in whole(of, "").items()})
 
 
-# --- written by one, read by another
+# --- written and read with different topologies
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -133,7 +133,7 @@ def test_the_counters_and_the_random_state_come_back(tmp_path: Path):
     assert torch.equal(torch.rand(3), drawn)
 
 
-# --- refused
+# --- refusals
 
 
 def test_a_model_of_fewer_layers_is_refused(tmp_path: Path):

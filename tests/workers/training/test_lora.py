@@ -1,4 +1,4 @@
-"""Adapters train, their base doesn't, and what is published, saved and exported answers as the adapted policy."""
+"""Only adapters train; publications, checkpoints and exports behave like the adapted policy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def answers(worker: PolicyWorker, batch: Experience) -> np.ndarray:
 
 
 def plain_answers(model: torch.nn.Module, batch: Rollouts) -> np.ndarray:
-    """By another forward: one row at a time, without adapters."""
+    """Log-probs from separate forward passes: one row at a time, without adapters."""
     pairs = zip(batch.prompts, batch.responses, strict=True)
     return np.concatenate([tiny.log_probs(model, p, r) for p, r in pairs])  # type: ignore[arg-type]
 
@@ -123,7 +123,7 @@ def test_a_publication_installs_in_an_engine_of_the_base(folder: Path, batch: Ex
 def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
     folder: Path, batch: Experience, publish: str
 ):
-    """Though W + BA in bfloat16 rounds: the probe speaks of what is published."""
+    """W + BA is rounded to bfloat16, so the probe must use the published weights."""
     lora = Lora(rank=4, publish=publish)  # type: ignore[arg-type]
     model = Model(str(folder), learning_rate=1e-2, dtype="bfloat16", lora=lora)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
@@ -175,7 +175,7 @@ def test_the_same_adapters_at_another_scaling_are_refused(folder: Path, trained:
 def test_adapters_of_a_bfloat16_base_lose_no_small_update(folder: Path, batch: Experience):
     model = Model(str(folder), learning_rate=1e-4, dtype="bfloat16", lora=LORA)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
-    worker.update(batch)  # B leaves 0: from now on A has a gradient
+    worker.update(batch)  # B is no longer 0, so A has a gradient from now on
     before = worker.trained.collect_adapters()
     worker.update(batch)
     moved = [float((t != before[n]).float().mean()) for n, t in worker.trained.collect_adapters().items()]

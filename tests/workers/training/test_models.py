@@ -1,4 +1,4 @@
-"""What a forward says of a row depends on that row alone: not on padding, not on the cut, not on its neighbours."""
+"""The output for a row is independent of padding, of micro-batches and of other rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from workers.training.models import (
 
 ROWS = [("12+34=", "46"), ("7*", "7 is the answer"), ("what is this?", ""), ("a", "b"), ("9-9=", "0")]
 TEXTS = TokenRows.of(*([tiny.encode(text) for text in texts] for texts in zip(*ROWS, strict=True)))
-BUDGETS = [1, 20, 40, 10_000]  # a row at a time, then more and more of them together
+BUDGETS = [1, 20, 40, 10_000]  # one row at a time, then more and more together
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def values(model: ParallelModel, budget: int = 100) -> Jagged:
     return TEXTS.responses.with_values(numbers)
 
 
-# --- the forwards
+# --- forward passes
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -130,7 +130,7 @@ def test_greedy_log_probs_are_at_temperature_1_and_large_logits_stay_finite():
     np.testing.assert_allclose(got.numpy(), [-np.log1p(np.exp(-1.0)), -1e5], rtol=1e-6)
 
 
-# --- the cut
+# --- micro-batches
 
 
 @given(

@@ -1,4 +1,4 @@
-"""A model that leaves its device takes everything along and goes on, when it is back, as if it had stayed."""
+"""Offloading moves a model's complete state to the host; after reloading, training continues as without it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from workers.roles.reward import ModelReward
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.offload import HOST, Copy, Offloader, relocated
 
-DEVICE = torch.device("cuda", 0)  # decides whether anything moves; here nothing is on it
+DEVICE = torch.device("cuda", 0)  # makes the offloader move state; no tensor is really on it
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
-    """The same values in another storage; the old one is gone for whoever still looks at it."""
+    """The same values in another storage. The old storage is freed, so that its further use fails."""
     copy = tensor.clone()
     storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
     if storage.resizable():  # a tensor that safetensors has read is not
@@ -31,11 +31,11 @@ def elsewhere(tensor: Tensor) -> Tensor:
     return copy
 
 
-# --- when anything moves
+# --- when state moves
 
 
 def counted() -> tuple[Offloader, list[Copy]]:
-    """The offloader of a model of 12 bytes, and the copies that were asked of it."""
+    """The offloader of a model of 12 bytes, and a record of its copies."""
     asked: list[Copy] = []
     return Offloader(DEVICE, lambda copy: asked.append(copy) or 12), asked
 
@@ -56,7 +56,7 @@ def test_on_a_cpu_nothing_moves():
     assert (offloader.moves, offloader.offload(), offloader.reload()) == (False, 0, 0)
 
 
-# --- what moves
+# --- which state moves
 
 
 def test_tensors_keep_their_identity_and_change_their_storage():
@@ -73,7 +73,7 @@ def test_tensors_keep_their_identity_and_change_their_storage():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A reward model's."""
+    """The folder of a reward model."""
     return saved(Qwen2ForSequenceClassification, tmp_path_factory.mktemp("judge"))
 
 

@@ -1,4 +1,4 @@
-"""A trained model goes forward in whole steps, and back to any saved one, bit for bit."""
+"""A trainable model takes complete steps only, and returns to any saved step bit by bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cross_entropy(scale: float = 1.0) -> MicroLoss:
 
 
 def infinite_gradient(outputs: Tensor, micro: MicroBatch) -> Tensor:
-    """A finite loss with a gradient that is not."""
+    """A finite loss with an infinite gradient."""
     loss = cross_entropy()(outputs, micro)
     return loss + (loss - loss.detach()).sqrt()
 
@@ -68,7 +68,7 @@ def take_steps(model: TrainableModel, count: int, optimizer_steps: int = 1) -> N
 
 
 def saved(model: TrainableModel, folder: Path) -> dict[str, bytes]:
-    """All that a checkpoint holds, by file."""
+    """The contents of a checkpoint, by file."""
     folder.mkdir()
     model.save(str(folder))
     return contents(folder)
@@ -149,7 +149,7 @@ def test_going_on_after_a_load_is_never_having_stopped(folder: Path, tmp_path: P
     model = trained(folder)
     take_steps(model, 2, optimizer_steps)
     saved(model, tmp_path / "stop")
-    take_steps(model, 2, optimizer_steps)  # the rate is still warming up, so the schedule has to go on as well
+    take_steps(model, 2, optimizer_steps)  # the learning rate still warms up, so its schedule is restored as well
     loaded = trained(folder)
     loaded.load(str(tmp_path / "stop"))
     assert loaded.version == 2
