@@ -34,12 +34,12 @@ $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)/*)
 demo: setup
 	$(BIN)/asyncflow demo deploy/recipes/sorting
 
-# One thread a process: several services and engines share the cores. Two processes take a file at a time, in order: most
-# of what starts a Ray waits for it. ARGS goes to pytest: make test ARGS=tests/protocols
+# One thread per process, because services and engines share the cores. Two workers run the test files in order, one file at
+# a time, because tests on Ray mostly wait for it. ARGS goes to pytest: make test ARGS=tests/protocols
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# What needs no engine and no Ray, and no network: node came as a wheel, and pyright is kept from asking for news of itself.
+# Needs no engine, no Ray and no network: node is installed as a wheel, and pyright must not look for its own updates.
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 check: setup
 	$(BIN)/ruff check
@@ -47,7 +47,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/pytest tests/test_architecture.py
 
-# Everything that the other targets make again; what runs left in runs/ stays.
+# Removes everything that the other targets create again; the folders of runs in runs/ stay.
 clean:
 	rm -rf .venv .hypothesis .pytest_cache .ruff_cache build dist
 	find asyncflow protocols workers deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
