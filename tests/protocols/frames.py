@@ -1,4 +1,4 @@
-"""Frames by hand, from the documented layout alone: what the codec's are held against, and lies for it to refuse."""
+"""Frames built by hand from the documented layout: expected frames for the codec, and malformed ones to refuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Cuts = Sequence[int]  # the first row of each block, and N
 
 
 def sample(kind: type[Batch]) -> Batch:
-    """Two rows, of three values and of none: small, and the same for ever."""
+    """Two rows, one with three values and one with none. The golden frames hold these, so they must not change."""
     columns: dict[str, Any] = {}
     for number, spec in enumerate(columns_of(kind)):
         values = np.arange(number, number + 3).astype(spec.dtype)
@@ -34,7 +34,7 @@ def sample(kind: type[Batch]) -> Batch:
 
 
 def framed(header: object, arrays: bytes = b"") -> bytes:
-    """Any header, under an intact checksum, and any bytes after it."""
+    """A frame with this header, a correct checksum, and these bytes after it."""
     packed = header if isinstance(header, bytes) else msgspec.msgpack.encode(header)
     prologue = struct.pack("<4sIQ", b"AFLO", 2, len(packed))
     padded = packed + bytes(-(20 + len(packed)) % 64)
@@ -42,11 +42,11 @@ def framed(header: object, arrays: bytes = b"") -> bytes:
 
 
 def by_hand(message: Batch, cuts: Cuts, lengths: Mapping[str, Array] | None = None, **changes: object) -> bytes:
-    """A message's frame, with other `lengths` of the rows of a column, and `changes` of its header."""
-    arrays, pieces = _arrays(message, cuts, lengths or {})
+    """A message's frame, with `lengths` instead of a column's row lengths, and `changes` to its header."""
+    arrays, ranges = _arrays(message, cuts, lengths or {})
     table = b""
     for block, (first, stop) in enumerate(pairwise(cuts)):
-        checksum = zlib.crc32(b"".join(arrays[start:end] for start, end in pieces[block]))
+        checksum = zlib.crc32(b"".join(arrays[start:end] for start, end in ranges[block]))
         values = (column.offsets[stop] - column.offsets[first] for column in _jagged(message))
         table += struct.pack(f"<{2 + len(_jagged(message))}I", stop - first, *values, checksum)
     header = {
@@ -62,17 +62,17 @@ def by_hand(message: Batch, cuts: Cuts, lengths: Mapping[str, Array] | None = No
 
 
 def owners(message: Batch, cuts: Cuts, nbytes: int) -> Array:
-    """The block whose checksum each byte of the message's frame is under, -1 for the header's."""
-    arrays, pieces = _arrays(message, cuts, {})
+    """For each byte of the message's frame: the block whose checksum covers it, -1 for the header."""
+    arrays, ranges = _arrays(message, cuts, {})
     owner = np.full(nbytes, -1)
-    for block, places in enumerate(pieces):
-        for start, end in places:
+    for block, spans in enumerate(ranges):
+        for start, end in spans:
             owner[nbytes - len(arrays) :][start:end] = block
     return owner
 
 
 def cuts_of(frame: Array) -> list[int]:
-    """Where a frame's header says that its blocks begin, and N."""
+    """The first row of each block by a frame's header, and the number of rows."""
     header = codec.read_header(frame)
     table = np.frombuffer(header.blocks, "<u4").reshape(-1, 2 + sum(column.jagged for column in header.columns))
     return [0, *np.cumsum(table[:, 0]).tolist()]
@@ -91,7 +91,7 @@ def _jagged(message: Batch) -> list[Jagged]:
 
 
 def _arrays(message: Batch, cuts: Cuts, lengths: Mapping[str, Array]) -> tuple[bytes, list[list[tuple[int, int]]]]:
-    """The bytes after the header, and from where to where the pieces of each block reach in them."""
+    """The bytes after the header, and the ranges of each block in them."""
     arrays: list[tuple[Array, list[int]]] = []
     for spec in columns_of(type(message)):
         column = getattr(message, spec.name)
@@ -101,7 +101,7 @@ def _arrays(message: Batch, cuts: Cuts, lengths: Mapping[str, Array]) -> tuple[b
         else:
             arrays.append((column, list(cuts)))
     written = b""
-    pieces: list[list[tuple[int, int]]] = [[] for _ in cuts[1:]]
+    ranges: list[list[tuple[int, int]]] = [[] for _ in cuts[1:]]
     for number, (array, bounds) in enumerate(arrays, start=1):
         edges = [len(written) + array.itemsize * bound for bound in bounds]
         written += array.tobytes()
@@ -109,5 +109,5 @@ def _arrays(message: Batch, cuts: Cuts, lengths: Mapping[str, Array]) -> tuple[b
             written += bytes(-len(written) % 64)
         edges[-1] = len(written)
         for block, piece in enumerate(pairwise(edges)):
-            pieces[block].append(piece)
-    return written, pieces
+            ranges[block].append(piece)
+    return written, ranges

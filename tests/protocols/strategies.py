@@ -1,4 +1,4 @@
-"""Hypothesis strategies for messages: any batch that `check` accepts, small, empty rows and no rows included."""
+"""Hypothesis strategies for messages: small batches that `check` accepts, including empty rows and no rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page about protocols can't lie: its drawings, table and examples are what the code draws, declares, answers."""
+"""The drawings, table and examples of protocols/README.md are those of the code."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from protocols.layout.draw import BUILT_IN, draw, drawings
 from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.layout.transfer import protocols, register
 
-IN_THE_REGISTRY = {name for name in protocols() if not name.startswith("test:")}  # before the page adds its own
+# Read before the page's examples register others.
+IN_THE_REGISTRY = {name for name in protocols() if not name.startswith("test:")}
 PAGE = (Path(__file__).parents[2] / "protocols" / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of that language, in the order of the page."""
+    """The page's fenced blocks in a language, in order."""
     return re.findall(rf"^```{language}\n(.*?)\n```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def test_the_drawings_on_the_page_are_those_that_the_code_draws():
-    """Where this fails, `python -m protocols.layout.draw` prints what belongs there."""
+    """If this fails, `python -m protocols.layout.draw` prints the drawings for the page."""
     assert blocks("text") == list(drawings().values())
 
 
@@ -39,12 +40,12 @@ def test_every_built_in_protocol_is_drawn():
     assert set(BUILT_IN) == IN_THE_REGISTRY
 
 
-def test_the_examples_on_the_page_say_what_happens():
+def test_the_examples_on_the_page_give_the_output_shown():
     example = doctest.DocTestParser().get_doctest("\n\n".join(blocks("python")), {}, "README.md", None, None)
-    said: list[str] = []
-    outcome = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    output: list[str] = []
+    outcome = doctest.DocTestRunner(verbose=False).run(example, out=output.append)
     assert outcome.attempted > 0
-    assert not outcome.failed, "".join(said)
+    assert not outcome.failed, "".join(output)
 
 
 def test_the_messages_on_the_page_have_the_columns_of_the_code():
@@ -56,7 +57,7 @@ def test_the_messages_on_the_page_have_the_columns_of_the_code():
     assert table == declared
 
 
-# --- what a drawing shows
+# --- the contents of a drawing
 
 
 def test_a_rank_that_reads_a_row_has_its_number_in_that_column():

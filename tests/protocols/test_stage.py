@@ -1,4 +1,4 @@
-"""Stages: a method's annotations are its contract, and a contract that can't be read is refused by name."""
+"""Stages: a method's annotations are its contract, and an incomplete contract is refused with the method's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocols.stage import Measured, Partial, contract_of, signature_of, stage,
 
 
 class Scorer:
-    """A role of this test: one stage of each form."""
+    """A role with one stage of each form."""
 
     @stage(protocol="DP_PROTO")
     def join(self, rollouts: Rollouts, scores: Scores) -> Costs: ...  # type: ignore[empty-body]
@@ -27,12 +27,12 @@ class Scorer:
     def learn(self, experience: Experience) -> Metrics: ...  # type: ignore[empty-body]
 
     def describe(self) -> str:
-        """No stage."""
+        """A method that is no stage."""
         return "a judge"
 
 
 class Lenient(Scorer):
-    """An implementation: it overrides a stage without marking it again."""
+    """An implementation that overrides a stage without the decorator."""
 
     def partial(self, rollouts: Rollouts, *, strict: bool = False) -> Scores | Partial[Scores]: ...  # type: ignore
 
@@ -98,7 +98,7 @@ def test_a_signature_of_other_things_than_messages_is_refused(function, paramete
         signature_of(function)
 
 
-# --- the roles of the house
+# --- the built-in roles
 
 CONTRACTS: list[tuple[str, str, tuple[type[Batch], ...], type]] = [
     ("policy", "generate", (Prompts,), Rollouts),

@@ -1,4 +1,4 @@
-"""Weights: what is received is what was sent, tensor by tensor."""
+"""Weight manifests: received tensors are verified against those that were sent."""
 
 from __future__ import annotations
 

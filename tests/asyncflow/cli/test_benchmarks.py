@@ -1,4 +1,4 @@
-"""`asyncflow bench`: every benchmark of the registry is one command with the same output."""
+"""`asyncflow bench`: every registered benchmark runs by the same command and prints the same kind of table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live view: plain lines where nobody watches, a panel on a terminal."""
+"""The live view prints plain lines without a terminal, and a panel on a terminal."""
 
 from __future__ import annotations
 

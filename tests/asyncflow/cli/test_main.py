@@ -1,4 +1,4 @@
-"""The command line as its user sees it: bad input is one clear line and exit code 2, never a traceback."""
+"""The command line: bad input gives one clear line and exit code 2, and never a traceback."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_unknown_key_is_told_the_nearest(asyncflow: Command, recipe: Path):
 
 
 def test_a_message_with_brackets_is_printed_as_it_is(asyncflow: Command, tmp_path: Path):
-    """Square brackets are markup to the console; a path may hold them."""
+    """Square brackets are markup for the console, but may occur in a path."""
     path = tmp_path / "[red]recipe.toml"
     assert_refused(asyncflow("plan", path), f"recipe {path}: can't be read: No such file or directory")
 

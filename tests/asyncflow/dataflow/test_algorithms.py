@@ -1,4 +1,4 @@
-"""The algorithms of the house: who feeds whom in each, and what each declares for the recipe."""
+"""The built-in algorithms: the edges of each dataflow, and the defaults that each declares."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITH_REFERENCE = {"ppo", "safe_rlhf", "remax", "grpo", "rloo", "reinforce_pp", "
 
 @algorithm(loss=Loss(policy="cispo", clip_high=4.0), advantage={"gamma": 0.9})
 def own(flow: Flow) -> None:
-    """A user's own: PPO's dataflow with other numbers."""
+    """A user's algorithm: PPO's dataflow with other defaults."""
     ppo(flow)
 
 
@@ -38,7 +38,7 @@ def recipe(**table: Any) -> dict[str, Any]:
     return sizes | table
 
 
-# --- the dataflows, and how they differ from PPO's
+# --- the dataflows, compared with PPO's
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -88,7 +88,7 @@ def test_remax_adds_a_greedy_response_and_its_score():
     assert dataflow.inputs_of("remax#1")[3].grain == "prompt"
 
 
-# --- what they declare
+# --- declarations
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An algorithm becomes a graph, and whatever could not run is an error that says where and what was given."""
+"""Tracing turns an algorithm into a graph; what could not run is an error that names the place and the values."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ROOT = Path(__file__).parents[3]
 
 
 def reinforce(rollouts: Rollouts, scores: Scores, *, scale: float = 2.0) -> Experience:
-    """A batch function of two inputs; tracing never calls it."""
+    """A batch function with two inputs; tracing never calls it."""
     raise NotImplementedError
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A state that a batch function carries."""
+    """The state of a batch function."""
 
     batches: int = 0
 
@@ -51,7 +51,7 @@ def error_of(function: Algorithm, roles: Mapping[str, type] | None = None) -> st
     return str(refused.value)
 
 
-# --- what a traced algorithm is
+# --- the graph of an algorithm
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_the_numbers_of_a_batch_function_are_its_keyword_only_parameters():
 
 
 class Scorer(Reward):
-    """A user's own role."""
+    """A user's role."""
 
     @stage(protocol="DP_PROTO")
     def judge(self, rollouts: Rollouts) -> Scores:
@@ -160,7 +160,7 @@ def test_roles_may_be_a_users_own():
     assert error_of(judged) == ("unknown role 'judge'; roles: policy, critic, cost_critic, reference, reward, cost")
 
 
-# --- what is refused
+# --- refusals
 
 
 def test_an_unknown_role_is_told_the_nearest():
@@ -235,7 +235,7 @@ def test_rows_are_not_a_batch():
 
 
 class RowTrainer(Policy):
-    """A role whose update would take rows as they come."""
+    """A role whose update would take rows as they arrive."""
 
     @stage(protocol="METRIC")
     def update(self, experience: Rollouts) -> Metrics:  # type: ignore[override]
@@ -243,7 +243,7 @@ class RowTrainer(Policy):
 
 
 class PromptTrainer(Policy):
-    """And one that would take what was never generated."""
+    """A role whose update would take prompts, which were never generated."""
 
     @stage(protocol="METRIC")
     def update(self, experience: Prompts) -> Metrics:  # type: ignore[override]
@@ -337,7 +337,7 @@ def test_a_closed_batch_is_not_joined_again():
 
 
 class Auditor(Reward):
-    """A user's own role: it joins rows of two other stages, and would take a closed batch."""
+    """A user's role that joins rows of two other stages, and has a stage for a closed batch."""
 
     @stage(protocol="DP_PROTO")
     def compare(self, rollouts: Rollouts, scores: Scores) -> Scores:
@@ -407,7 +407,7 @@ def test_apply_takes_a_function_of_the_joined_messages(function: Any, message: s
 
 
 def updating(batch_of: Callable[[Join], Symbol]) -> Algorithm:
-    """An algorithm that trains the policy on what becomes of rollouts and their scores."""
+    """An algorithm that trains the policy on a function of rollouts and their scores."""
 
     def own(flow: Flow) -> None:
         rollouts = flow.policy.generate(flow.prompts)
@@ -506,7 +506,7 @@ def test_an_algorithm_takes_the_flow_and_nothing_else():
             raise NotImplementedError
 
 
-# --- by name
+# --- algorithms by name
 
 
 def test_a_recipe_names_an_algorithm_or_a_function():
@@ -536,7 +536,7 @@ def test_a_name_that_means_nothing_says_what_is_known(name: str, message: str):
 
 
 def test_tracing_imports_no_torch():
-    """In a process of its own: this one may have imported it already."""
+    """Run in a new process, because this one may have imported torch already."""
     program = (
         "import sys, asyncflow; from asyncflow.dataflow.registry import algorithm_named;"
         "assert len(asyncflow.trace(algorithm_named('ppo')).stages) == 7;"

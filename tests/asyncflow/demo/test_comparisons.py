@@ -1,4 +1,4 @@
-"""Labellers prefer what is nearer to right, and never choose between equals."""
+"""Simulated labellers prefer the answer nearer to the right one, and never compare equal answers."""
 
 from __future__ import annotations
 

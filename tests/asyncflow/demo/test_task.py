@@ -1,4 +1,4 @@
-"""The demonstration's data: right answers, mistakes that are mistakes, and files that share no prompt."""
+"""The demonstration's data: right answers, wrong rejected answers, and files without common prompts."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_chosen_is_right_and_rejected_is_wrong():
         assert pair.chosen == problem.reference
         assert pair.rejected != pair.chosen
         assert set(pair.rejected) <= set(LETTERS)
-        assert len(pair.rejected) + (not pair.rejected_truncated) <= MAX_TOKENS  # what the policy can write
+        assert len(pair.rejected) + (not pair.rejected_truncated) <= MAX_TOKENS  # what the policy can generate
 
 
 def test_rejected_answers_are_of_many_kinds():
-    """Whatever the policy may try, the reward model has seen its like."""
+    """The reward model must see every kind of mistake that the policy may make."""
     rng = random.Random(0)
     pairs = [preference(problem, rng) for problem in itertools.islice(distinct(sorting, 0), 2000)]
     kinds = Counter[str]()

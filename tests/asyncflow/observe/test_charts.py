@@ -1,4 +1,4 @@
-"""Charts: axes that enclose their values, lines that stay light, markup that can't be broken by a name."""
+"""Charts: axes enclose all values, long lines are thinned out, and names are escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exporter: the table's names over real HTTP, labels that stay bounded, a port that is given back."""
+"""The exporter serves the table's metrics over HTTP, bounds the number of labels, and frees its port."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def scrape(port: int) -> dict[str, Family]:
 
 
 def family_name(row: Metric) -> str:
-    """The parser's name of a metric: a counter's family has no suffix."""
+    """The parser's name of a metric: a counter's family lacks its suffix."""
     return row.full_name.removesuffix("_total") if row.kind == "counter" else row.full_name
 
 

@@ -1,4 +1,4 @@
-"""The journals: a line a step, whole after a crash at any byte, no step told twice after a restart."""
+"""The journals hold one line per step, survive a crash at any byte, and repeat no step after a restart."""
 
 from __future__ import annotations
 

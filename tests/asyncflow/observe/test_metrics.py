@@ -1,4 +1,4 @@
-"""The table of names follows Prometheus' conventions, so that dashboards and alerts can rely on them."""
+"""The metric names follow Prometheus' conventions, so that dashboards and alerts can rely on them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_a_metric_is_named_documented_and_labelled_by_the_rules(row: Metric):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_metric_of_the_table_is_filled_by_somebody(name: str):
-    """A name that nothing fills is an empty panel and an alert that never fires."""
+def test_every_metric_of_the_table_is_set_somewhere(name: str):
+    """A metric that is never set is an empty panel and an alert that never fires."""
     sources = (path for path in ROOT.rglob("*.py") if path.name != "metrics.py")
     assert any(f'"{name}"' in path.read_text() for path in sources)
 

@@ -1,4 +1,4 @@
-"""The report: one self-contained page from whatever a run left behind."""
+"""The report: one self-contained page from the files of a finished or an interrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 30
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run folder as a finished run leaves it."""
+    """The folder of a finished run."""
     (tmp_path / "recipe.toml").write_text('name = "sort <b>eight</b>"\nalgorithm = "ppo"\nsteps = 30\n')
     metrics = MetricsJournal(tmp_path / "metrics.jsonl")
     evaluations = MetricsJournal(tmp_path / "evaluations.jsonl")
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page holds; elements must close in the order in which they opened."""
+    """Parses a page; elements must be nested correctly."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_costs_multiplier_coefficient_and_parts_of_the_reward_are_drawn_where_th
 
 
 def titles(folder: Path) -> list[str]:
-    """Of the page's figures."""
+    """The titles of the page's figures."""
     return re.findall(r"<figcaption><b>(.*?)</b>", write_report(folder).read_text())
 
 

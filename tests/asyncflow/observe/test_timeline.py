@@ -1,4 +1,4 @@
-"""The timeline: bounded while it grows, valid for Perfetto, and honest arithmetic of busy and idle time."""
+"""The timeline is bounded, valid for Perfetto, and adds up busy and idle time correctly."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_bound_is_that_of_generation_and_training_alone():
     use = idle_ratios(seen, 0, 10)
     assert (use.generation_seconds, use.training_seconds) == (6, 4)
     assert use.overlap_bound == pytest.approx(10 / 6)
-    assert use.overlap_speedup == pytest.approx(1.0)  # one after the other: nothing gained
+    assert use.overlap_speedup == pytest.approx(1.0)  # one after the other: no speed-up
     assert use.overlap_efficiency == pytest.approx(0.6)
 
 
@@ -98,7 +98,7 @@ def test_the_trace_is_what_perfetto_reads_with_a_track_group_for_each_service():
     [update] = [e for e in events if e["ph"] == "X" and names[e["pid"]] == "critic"]
     assert (update["ts"], update["dur"], update["args"]) == (250_000.0, 500_000.0, {"rows": 8, "step": 3})
     tracks = [e["tid"] for e in events if e["ph"] == "X" and names[e["pid"]] == "policy"]
-    assert tracks == [0, 1]  # they overlap, so they need two
+    assert tracks == [0, 1]  # they overlap, so they need two devices
 
 
 @given(spans)

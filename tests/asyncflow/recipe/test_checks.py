@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is found before a model loads, with one line that says where and what to do."""
+"""Errors in a recipe are found before a model is loaded, with one line that says where and how to fix it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RIGHT = {"name": "right", "rule": "exact_match"}
 
 @pytest.fixture
 def refused(make_recipe: MakeRecipe) -> Any:
-    """The message with which a changed recipe is refused."""
+    """The message that refuses a recipe with these changes."""
 
     def of(**changes: Any) -> str:
         with pytest.raises(BadInput) as error:
@@ -45,7 +45,7 @@ def test_a_sound_recipe_comes_back_with_what_was_read(make_recipe: MakeRecipe, d
 
 
 def test_paths_become_absolute(make_recipe: MakeRecipe, models: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
-    """Services run in processes of their own, elsewhere."""
+    """Services run in other processes, with other working directories."""
     monkeypatch.chdir(models.parent)
     policy = {"path": f"{models.name}/policy", "learning_rate": 1e-3}
     recipe = check(make_recipe(models={"policy": policy}, folder="runs")).recipe
@@ -62,7 +62,7 @@ def test_the_losses_that_a_recipe_may_name_are_those_there_are():
     assert set(LOSSES) == POLICY_LOSSES.keys()
 
 
-# --- algorithm and its numbers
+# --- the algorithm and its arguments
 
 
 def test_an_unknown_algorithm(refused: Any):
@@ -270,7 +270,7 @@ def test_a_metric_that_is_not_there(refused: Any):
 
 @pytest.fixture
 def folder(models: Path, tmp_path: Path) -> Path:
-    """A copy of the policy's folder that a test may damage."""
+    """A copy of the policy's folder that a test may change."""
     return Path(shutil.copytree(models / "policy", tmp_path / "model"))
 
 
@@ -304,8 +304,8 @@ def test_models_speak_one_vocabulary(refused: Any, folder: Path):
     assert message.startswith(f"models.critic: vocabulary of 99 tokens where the policy has {len(tiny.VOCABULARY)}")
 
 
-def test_models_speak_one_tokenizer(refused: Any, folder: Path):
-    """Two tokens that changed places: as many tokens, and every text means another."""
+def test_all_models_must_have_one_tokenizer(refused: Any, folder: Path):
+    """Two tokens are swapped: the vocabulary has the same size, but texts have other ids."""
     tokenizer = folder / "tokenizer.json"
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"a": 12', '"a": 13').replace('"b": 13', '"b": 12'))
@@ -362,7 +362,7 @@ def test_fields_may_have_other_names(make_recipe: MakeRecipe, tmp_path: Path):
 
 
 def test_an_empty_prompt_names_its_row(refused: Any, tmp_path: Path):
-    """An engine would refuse it much later, and its prompt would be refilled for ever."""
+    """An engine would refuse it much later, and its prompt would be refilled forever."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1+1=", "reference": "2"}\n{"prompt": "", "reference": "2"}\n')
     assert refused(data={"train": str(file)}) == f"data: {file}: row 2 has an empty prompt"
@@ -478,7 +478,7 @@ def test_ranks_that_a_model_or_a_runtime_has_no_place_for(
 
 
 def without_a_plan(models: Path, folder: Path) -> dict[str, Any]:
-    """The recipe's policy and critic as another family, of which the checks read the config only."""
+    """The recipe with policy and critic of a family without a sharding plan; the checks read only the configs."""
     shutil.copytree(models / "policy", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
@@ -498,7 +498,7 @@ def test_a_family_without_a_plan_is_fully_sharded(make_recipe: MakeRecipe, model
     ("placement", "where"),
     [
         ({"policy": {"pool": "many", "parallel": "1-2-1"}, "generator": {"pool": "one"}}, "parallel = '1-2-1'"),
-        ({"policy": SHARDED}, "parallel = '1-1-2'"),  # its own ranks would generate in shards of a decoder
+        ({"policy": SHARDED}, "parallel = '1-1-2'"),  # its ranks would generate with decoder shards
     ],
 )
 def test_a_family_without_a_plan_is_not_cut(

@@ -1,4 +1,4 @@
-"""The recipe: what is written is what is meant, and whatever is not says where, which value and what would do."""
+"""Recipes: every key and value is checked, and an error names the place, the value and the valid ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_unknown_key_of_a_part_is_named_with_its_number(path: Path):
         (["staleness=2", "algorithm=grpo"], "tis"),
         (["staleness=2", "loss.correction=icepop"], "icepop"),
         (["staleness=2", "loss.correction=none"], "none"),
-        (["staleness=2", "loss.old=mu"], "none"),  # the ratio itself is to who drew the token
+        (["staleness=2", "loss.old=mu"], "none"),  # the ratio itself is to the generating policy
     ],
 )
 def test_samples_that_may_be_stale_are_weighed_unless_the_recipe_says_otherwise(
@@ -182,16 +182,16 @@ def test_a_required_key_that_is_missing_is_named(path: Path):
         ("threads=0", 1),
         ("staleness=-1", 0),
         ("seed=-1", 0),  # numpy would refuse it at the first prompt
-        ("firing_rows=0", 1),  # a stage would fire on nothing, for ever
+        ("firing_rows=0", 1),  # a stage would fire on nothing, forever
         ("mailbox_rows=-1", 0),
         ("max_refills=-1", 0),
         ("generation.max_tokens=0", 1),
-        ("generation.slots=0", 1),  # nothing would ever be drawn
+        ("generation.slots=0", 1),  # nothing would ever be generated
         ("loss.epochs=0", 1),
         ("loss.mini_batches=0", 1),
         ("loss.tokens_per_micro_batch=0", 1),
         ("checkpoints.every=-1", 0),
-        ("checkpoints.keep=-1", 0),  # the newest would be the one to go
+        ("checkpoints.keep=-1", 0),  # the newest would be removed
         ("evaluation.every=-2", 0),
         ("failures.reward_retries=-1", 0),
     ],

@@ -1,4 +1,4 @@
-"""The recipes that come with the project: each is sound, says what it resolves to, and draws its dataflow."""
+"""The project's recipes: each passes the checks, and its resolved settings and dataflow are printed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from asyncflow.recipe.service_specs import compose, stateful
 FOLDER = Path(__file__).parents[3] / "deploy" / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*/*.toml") if "algorithm" in tomllib.loads(path.read_text()))
 
-PARALLEL = "_parallel"  # the same algorithm on ranks that work together
-COLOCATED = "_colocated"  # of one whose models share a device
+PARALLEL = "_parallel"  # the same algorithm on collective ranks
+COLOCATED = "_colocated"  # the same with models that share a device
 STATEFUL = {"ppo": ["critic", "policy"], "safe_rlhf": ["critic", "cost_critic", "policy", "advantage"]}
 
 
 def here(path: Path, models: Path, data: Path) -> list[str]:
-    """Overrides that put small files in the place of those that a demonstration makes."""
+    """Overrides that replace the files of a demonstration by small ones."""
     own = [f"data.train='{data}/train.jsonl'", f"data.eval='{data}/heldout.jsonl'"]
     for role, model in tomllib.loads(path.read_text())["models"].items():
         if "path" in model:
             own.append(f"models.{role}.path='{models}/{'reward' if role == 'reward' else 'policy'}'")
-    if path.stem.endswith(PARALLEL):  # the small files' vocabulary is odd: it divides over no tensor shards
+    if path.stem.endswith(PARALLEL):  # the small models' vocabulary is odd, so it can't be sharded over tensor ranks
         own.append("placement.policy.parallel='2-1-2'")
     return own
 

@@ -1,4 +1,4 @@
-"""From a recipe to services: who runs, where, and who sends to whom."""
+"""From a recipe to service specs: the services, their pools, and the edges between their stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: one controller at a time, a term that only rises, and a resume that starts from what is valid."""
+"""The run folder: one controller at a time, a term that only rises, and a resume from the newest valid checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def begin(folder: Path, recipe: Recipe) -> run_folder.Start:
 
 
 def write_checkpoint(folder: Path, step: int, trained: list[int], recipe: Recipe) -> Path:
-    """A checkpoint whose ledger has one committed step for each sample of `trained`."""
+    """Write a checkpoint whose ledger has one committed step for each sample in `trained`."""
     root = folder / "checkpoints"
     partial = checkpoint.begin(root, step)
     ledger = Ledger(folder / "ledger.db")
@@ -147,7 +147,7 @@ def test_a_resume_starts_from_the_newest_checkpoint_with_its_ledger(folder: Path
     write_checkpoint(folder, 1, trained=[0], recipe=recipe)
     newest = write_checkpoint(folder, 2, trained=[1], recipe=recipe)
     live = Ledger(folder / "ledger.db")
-    live.admit([2], 2, 0, 3)  # after the checkpoint: done again
+    live.admit([2], 2, 0, 3)  # after the checkpoint: trained again
     live.close()
     start = run_folder.begin_resumed(folder, recipe)
     assert (start.term, start.restore, start.warnings) == (1, str(newest), [])

@@ -1,4 +1,4 @@
-"""A message comes back from its frame, whole or by rows, and only if it means something."""
+"""Messages are decoded from their frames, completely or by rows, and only if they are valid."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def arrays_of(message: Batch) -> Iterator[Array]:
         yield column.values if isinstance(column, Jagged) else column
 
 
-# --- what was written is read
+# --- encode and decode
 
 
 @given(messages(), st.integers(0, 2**40), st.integers(0, 9), st.none() | st.integers(1, 200))
@@ -140,7 +140,7 @@ def test_encode_refuses_numbers_that_mean_nothing():
 
 
 def test_encode_refuses_what_every_reader_would():
-    values = np.broadcast_to(np.uint8(65), 2**32)  # takes no memory
+    values = np.broadcast_to(np.uint8(65), 2**32)  # without allocating memory
     text = Jagged(values, np.array([0, 2**32]))
     with pytest.raises(ValueError, match=r"Note of 1 rows and 4294967320 bytes: readers accept .* cut it"):
         codec.encode(Note(sample_ids=np.array([1]), text=text))
@@ -249,7 +249,7 @@ def test_rows_that_cannot_be_read_are_the_callers_error(rows: npt.ArrayLike, err
         codec.open_frame(codec.encode(sample(Scores))).read(rows)
 
 
-# --- intact bytes that mean nothing
+# --- intact bytes of invalid messages
 
 
 def test_meaning_is_checked_after_the_bytes():

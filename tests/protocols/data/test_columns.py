@@ -1,4 +1,4 @@
-"""Columns: rows can be taken, cut and joined for any message, and ragged rows stay what they were."""
+"""Columns: rows of any message can be selected, split and concatenated, and jagged rows stay intact."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_batches_of_different_type_or_values_differ():
     assert empty(Scores) != empty(LogProbs)
 
 
-# --- what check refuses
+# --- refusals of `check`
 
 
 def test_check_names_the_column():

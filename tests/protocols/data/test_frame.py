@@ -1,4 +1,4 @@
-"""Frames: the documented bytes and no others, every one of them under one checksum, and no lie believed.
+"""Frames have exactly the documented bytes, a checksum covers each byte, and inconsistent headers are refused.
 
 `python -m tests.protocols.data.test_frame` writes the golden frame of a schema version that has none yet.
 """
@@ -28,7 +28,7 @@ KINDS = [pytest.param(kind, id=kind.__name__) for kind in SCHEMAS.values()]
 MANY = concat(
     [msgspec.structs.replace(sample(Rollouts), sample_ids=np.array([2 * copy, 2 * copy + 1])) for copy in range(6)]
 )
-BROUGHT: dict[type[Batch], dict[str, int]] = {  # column -> the version that brought it
+BROUGHT: dict[type[Batch], dict[str, int]] = {  # column -> the version that added it
     Experience: {"reference": 2, "cost_returns": 3, "cost_values": 3},
     Scores: {"parts": 2},
 }
@@ -36,7 +36,7 @@ LOG_PROBS = LogProbs(sample_ids=np.array([5, 6]), log_probs=Jagged.from_rows([[-
 
 
 def refused(frame: Any) -> bool:
-    """Whether a frame is refused. Any other error than BadFrame is raised."""
+    """Whether a frame is refused with BadFrame; other errors are raised."""
     try:
         codec.decode(frame)
     except codec.BadFrame:
@@ -68,13 +68,13 @@ def test_frames_of_every_released_version_stay_readable(kind: type[Batch], versi
 
 
 def as_of(message: Batch, version: int) -> Batch:
-    """The message with the defaults of the jagged columns that a later version brought."""
+    """The message with the defaults of those jagged columns that a later version added."""
     later = [name for name, brought in BROUGHT.get(type(message), {}).items() if brought > version]
     return msgspec.structs.replace(message, **{name: _filled(message, name) for name in later})
 
 
 def _filled(message: Batch, name: str) -> Jagged:
-    """A jagged column's default: a value for every token, or empty rows."""
+    """A jagged column's default: one value per token, or empty rows."""
     column, default = getattr(message, name), message.defaults[name]
     if default == ():
         return Jagged.from_rows([()] * len(message), np.float32)
@@ -113,7 +113,7 @@ def test_no_row_is_no_block():
     assert cuts_of(codec.encode(empty(Rollouts))) == [0]
 
 
-# --- damage: every byte counts
+# --- damage to any byte
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +190,7 @@ def test_a_flip_is_seen_by_whoever_reads_its_block_and_by_nobody_else():
         frame[position] ^= bit
 
 
-# --- checksums that hold, headers that lie
+# --- inconsistent headers with correct checksums
 
 
 @given(st.binary(max_size=200))
@@ -240,7 +240,7 @@ def test_no_counts_are_believed_because_the_header_is_good(table: bytes, rows: i
 
 
 def test_a_deeply_nested_header_is_refused():
-    for nested in (b"\x91" * 60_000, b"\x81\xa1x" + b"\x91" * 60_000):  # in place of the header, in an unknown field
+    for nested in (b"\x91" * 60_000, b"\x81\xa1x" + b"\x91" * 60_000):  # instead of the header, and in an unknown field
         assert "header of the frame" in refusal(framed(nested))
 
 
@@ -309,7 +309,7 @@ def test_frames_older_than_the_oldest_that_is_read_are_refused_by_name():
 
 
 def write_golden() -> None:
-    """Write the frames that are not released yet; a released one never changes."""
+    """Write the golden frames that don't exist yet; a released one never changes."""
     GOLDEN.mkdir(exist_ok=True)
     for kind in SCHEMAS.values():
         path = GOLDEN / f"{kind.__name__.lower()}.v{kind.schema_version}.bin"

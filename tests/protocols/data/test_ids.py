@@ -1,4 +1,4 @@
-"""Ids: a sample's number says where it comes from, and fits an int64."""
+"""Ids: a sample id encodes its prompt and index, and fits an int64."""
 
 from __future__ import annotations
 

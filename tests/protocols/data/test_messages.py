@@ -1,4 +1,4 @@
-"""Messages: one type a stage of a sample's life, and what each refuses to mean."""
+"""Messages: one type per stage of a sample, and the invalid contents that each refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cutting rows: no cut is better balanced by its heaviest part, and none goes through a group."""
+"""Partitioning rows: no contiguous partition has a lighter heaviest part, and no group is split."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_heaviest_part_decides_and_the_rest_is_even():
     assert parts_of(3, 2, lengths=[6, 5, 3]) == [[0], [1, 2]]  # 6 is nearer to 7 than 11
     assert parts_of(3, 2, lengths=[1, 2, 1]) == [[0, 1], [2]]  # 1 and 3 are as near to 2: the later
     assert parts_of(4, 2, lengths=[0, 0, 0, 0]) == [[0, 1], [2, 3]]
-    # boundaries nearest to even shares of 4 would make parts of 2, 7 and 3
+    # the boundaries nearest to equal shares of 4 would give parts of 2, 7 and 3
     assert parts_of(4, 3, lengths=[2, 5, 2, 3]) == [[0], [1], [2, 3]]
-    # the first row is the heaviest part however the rest is cut: as evenly as can be, so 5, 7 and not 2, 10
+    # the first row is the heaviest part in any case; the rest is split evenly: 5 and 7, not 2 and 10
     assert parts_of(5, 3, lengths=[16, 2, 3, 5, 2]) == [[0], [1, 2], [3, 4]]

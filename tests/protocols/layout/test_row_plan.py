@@ -1,4 +1,4 @@
-"""Row plans: between any two topologies, each destination rank reads exactly its rows, and together they are x."""
+"""Row plans: between any two topologies, each destination rank reads exactly its rows of the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def divisors(number: int) -> list[int]:
 
 
 def generations(max_pp: int, max_tp: int, max_dp: int) -> Iterator[GenerationGrouping]:
-    """Every topology up to these sizes, with every generation that divides it."""
+    """Every topology up to these sizes, with every generation layout that divides it."""
     for sizes in product(range(1, max_pp + 1), range(1, max_tp + 1), range(1, max_dp + 1)):
         topology = Topology(*sizes)
         for pp, tp in product(divisors(topology.pp), divisors(topology.tp)):
@@ -41,7 +41,7 @@ def plan_of(name: str, rows: int, generation: GenerationGrouping) -> list[Rows]:
 
 
 def shard_sizes(name: str, rows: int, generation: GenerationGrouping) -> list[int]:
-    """Rows in the shard of each collected rank, in order: what a producing service puts."""
+    """The number of rows in each shard of a producing service, in the order of collected ranks."""
     plan = plan_of(name, rows, generation)
     return [len(plan[rank]) for rank in protocol(name).collect(generation.topology, generation=generation)]
 
@@ -53,23 +53,23 @@ def produce(batch: Batch, name: str, generation: GenerationGrouping) -> list[Bat
 
 
 def in_shards(sizes: Sequence[int]) -> Located:
-    """The rows of all shards one after the other, as `collect` orders them; a shard may be empty."""
+    """The rows of all shards in the order of `collect`; a shard may be empty."""
     rows = [np.arange(size) for size in sizes]
     return Located(np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(0), *rows]))
 
 
 def reading_plan(located: Located, plan: Sequence[Rows]) -> list[list[Segment]]:
-    """What each destination rank reads, for an index array a rank, as `distribute` gives it."""
+    """What each destination rank reads; `distribute` gives one index array per rank."""
     return [located.segments(rows) for rows in plan]
 
 
 def read(shards: Sequence[Batch], segments: Sequence[Segment]) -> Batch:
-    """What a rank holds after reading its segments."""
+    """The rows that a rank holds after reading its segments."""
     parts = [take(shards[at.source], np.arange(at.start, at.stop)) for at in segments]
     return concat(parts) if parts else empty(type(shards[0]))
 
 
-# --- by example
+# --- examples
 
 
 def test_rows_of_shards_lie_one_after_the_other():
@@ -95,14 +95,14 @@ def test_segments_keep_the_order_that_is_asked_for():
 
 
 def test_rows_may_lie_anywhere():
-    """As after a join by id: neighbours in the batch needn't be neighbours in a shard."""
+    """After a join by id, adjacent rows of the batch need not be adjacent in a shard."""
     located = Located(sources=np.array([5, 5, 2, 5]), rows=np.array([7, 8, 9, 9]))
     assert located.segments([0, 1, 3]) == [Segment(5, 7, 10)]
     assert located.segments(range(4)) == [Segment(5, 7, 9), Segment(2, 9, 10), Segment(5, 9, 10)]
 
 
 def test_a_replica_of_four_is_read_by_a_replica_of_three():
-    """10 rows in shards of 3, 3, 2, 2, read in parts of 4, 3, 3."""
+    """10 rows in shards of 3, 3, 2 and 2 are read in parts of 4, 3 and 3."""
     sizes = shard_sizes("3D_PROTO", 10, GenerationGrouping(Topology(dp=4)))
     plan = protocol("3D_PROTO").distribute(10, Topology(dp=3))
     assert reading_plan(in_shards(sizes), plan) == [
@@ -134,9 +134,9 @@ def test_located_rows_compare_by_place():
 
 @pytest.mark.parametrize("rows", [0, 3, 131])
 def test_whatever_the_two_topologies_every_rank_reads_its_rows_once(rows: int):
-    """A reader sees of the source the sizes of its shards alone, and of the plan one part at a time.
+    """Reading depends only on the sizes of the source's shards and on one part of the plan at a time.
 
-    So every pair of topologies and protocols is one of these pairs of sizes and parts.
+    So these pairs of sizes and parts cover every pair of topologies and protocols.
     """
     every = list(generations(4, 8, 4))
     sizes_seen = {tuple(shard_sizes(name, rows, source)) for source in every for name in CUTTING}
@@ -149,7 +149,7 @@ def test_whatever_the_two_topologies_every_rank_reads_its_rows_once(rows: int):
         for part, segments in zip(parts.values(), reading_plan(located, list(parts.values())), strict=True):
             got = [row for at in segments for row in range(starts[at.source] + at.start, starts[at.source] + at.stop)]
             assert got == part.tolist()
-            sources = [at.source for at in segments]  # never two reads of one shard, never an empty one
+            sources = [at.source for at in segments]  # no two reads of one shard, and no empty read
             assert sources == sorted(set(sources))
             assert all(0 <= at.start < at.stop <= sizes[at.source] for at in segments)
 
@@ -168,7 +168,7 @@ def test_a_ragged_batch_goes_through_every_pair_of_small_topologies(name: str):
     for source in every:
         shards = produce(batch, name, source)
         located = in_shards([len(shard) for shard in shards])
-        for destination in every[:: 1 if name == "3D_ALL_MICRO_DP" else 2]:  # the two styles differ there alone
+        for destination in every[:: 1 if name == "3D_ALL_MICRO_DP" else 2]:  # the two styles differ only there
             plan = plan_of(name, len(batch), destination)
             held = [read(shards, segments) for segments in reading_plan(located, plan)]
             sources = protocol(name).collect(destination.topology, generation=destination)

@@ -1,4 +1,4 @@
-"""Topologies: HybridFlow's worked examples, and its zero-redundancy claim over every small setting."""
+"""Topologies: HybridFlow's examples, and its claim of zero redundancy in every small setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ M = 14_000_000_000  # bytes of a 7B model in bfloat16
 
 
 def one_based(groups: list[list[int]]) -> list[list[int]]:
-    """As the paper prints ranks."""
+    """Ranks numbered from 1, as in the paper."""
     return [[rank + 1 for rank in group] for group in groups]
 
 
@@ -127,7 +127,7 @@ def test_2_4_1_to_1_2_4_1():
 
 
 def test_the_table_of_transition_costs():
-    """1-8-2 to t_g = 2: 16 ranks, so every row of the paper's table is a different number."""
+    """1-8-2 to t_g = 2: with these 16 ranks all rows of the paper's table differ."""
     deepspeed, vanilla, hybrid = (
         GenerationGrouping(Topology(1, 8, 2), 1, 2, style) for style in ("deepspeed", "vanilla", "hybridflow")
     )
@@ -146,7 +146,7 @@ def test_figures_are_exact():
     assert isinstance(hybrid.redundant_bytes(10), Fraction)
 
 
-# --- over all settings
+# --- all settings
 
 
 def test_there_are_180_settings():

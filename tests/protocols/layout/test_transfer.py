@@ -1,4 +1,4 @@
-"""Transfer protocols: every rank reads its own rows, and what is collected has the order of what was sent."""
+"""Transfer protocols: every rank reads its own rows, and collected rows have the order of the sent ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sizes_of(name: str, rows: int, topology: Topology) -> list[int]:
     return [len(part) for part in plan_of(name, rows, topology)]
 
 
-# --- each protocol, by example
+# --- an example of each protocol
 
 
 def test_one_to_all_gives_everything_to_all():
@@ -120,7 +120,7 @@ def test_metric_is_cut_like_3d_proto():
 # --- every topology with p <= 4, t <= 8, d <= 4; every generation that divides it
 
 TOPOLOGIES = [Topology(*sizes) for sizes in product(range(1, 5), range(1, 9), range(1, 5))]
-ROWS = (0, 3, 50, 131)  # none, fewer than ranks, indivisible, more than the most ranks
+ROWS = (0, 3, 50, 131)  # none, fewer than ranks, indivisible, more than the largest number of ranks
 
 
 def generations() -> Iterator[GenerationGrouping]:
@@ -138,7 +138,7 @@ def split(rows: range, parts: int) -> list[range]:
 
 
 def micro_index(rank: int, grouping: GenerationGrouping) -> int:
-    """The micro-DP index of a rank, from the groupings' definitions."""
+    """The micro-DP index of a rank, from the definition of each grouping."""
     p, t = grouping.topology.pp, grouping.topology.tp
     p_r, t_r = rank // t % p, rank % t
     if grouping.style == "vanilla":
@@ -148,7 +148,7 @@ def micro_index(rank: int, grouping: GenerationGrouping) -> int:
 
 
 def ranges(plan: list[np.ndarray]) -> list[range]:
-    """A plan of contiguous parts, as ranges; empty ones all alike."""
+    """A plan of contiguous parts as ranges; all empty ones are equal."""
     for part in plan:
         assert np.array_equal(part, np.arange(len(part)) + part[:1].sum())
     return [range(int(part[0]), int(part[-1]) + 1) if len(part) else range(0) for part in plan]
@@ -213,7 +213,7 @@ def test_ranks_that_generate_together_read_the_same_rows():
             assert len({plan[rank] for rank in together}) == 1, grouping
 
 
-# --- what holds for all
+# --- properties of all protocols
 
 
 @given(groupings(), rows_counts)
