@@ -27,7 +27,7 @@ from protocols.layout.topology import Topology
 from tests.asyncflow.services import specs
 
 A_EDGE, B_EDGE, C_EDGE = "a.double#1.0", "b.double#1.0", "c.keep#1.0"
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 
 
 def samples_of(*prompts: int) -> list[int]:

@@ -100,7 +100,7 @@ class Bench:
 
     async def until(self, delivered: int) -> None:
         """Wait until the consumer has received this many rows and tombstones."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while sum(map(len, self.consumer.samples)) < delivered:
                 await asyncio.sleep(0.001)
 

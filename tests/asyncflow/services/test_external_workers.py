@@ -163,7 +163,7 @@ def test_however_rows_are_taken_and_put_each_is_answered_once(data: st.DataObjec
 # --- the rank that answers for external workers
 
 
-def outside_reward(seconds: float = 0.3) -> ServiceSpec:
+def outside_reward(seconds: float = 60.0) -> ServiceSpec:
     """A service with an external reward. Unanswered rows are offered again after 0.1 s and fail after `seconds`."""
     failures = Failures(outside_timeout_seconds=seconds, outside_retake_seconds=0.1)
     stage = specs.stage(STAGE, schemas=[Rollouts.schema_id])
@@ -202,7 +202,7 @@ async def put(
 async def test_answers_in_any_order_and_number_become_one_reply_in_the_order_of_the_call(rank: ExternalRank):
     call = asking(rank, [4, 1], [3])
     for batch in (rows.scores([3]), rows.scores([1, 4])):
-        assert await put(rank, batch, seconds=5.0) == RowsPut()
+        assert await put(rank, batch, seconds=60.0) == RowsPut()
     reply, payloads = await call
     assert [codec.decode(payload) for payload in payloads] == [rows.scores([4, 1, 3])]
     assert [shard.sample_ids for shard in reply.shards] == [[4, 1, 3]]
@@ -211,19 +211,22 @@ async def test_answers_in_any_order_and_number_become_one_reply_in_the_order_of_
 
 async def test_rows_fail_with_the_workers_cause_and_rows_whose_bytes_were_gone_are_lost(rank: ExternalRank):
     call = asking(rank, [1, 2, 3])
-    await put(rank, rows.scores([1]), failures=[Failure(3, "unclear")], lost=[2], seconds=5.0)
+    await put(rank, rows.scores([1]), failures=[Failure(3, "unclear")], lost=[2], seconds=60.0)
     reply, _ = await call
     assert [shard.sample_ids for shard in reply.shards] == [[1]]
     assert (reply.failures, reply.lost) == ([Failure(3, "unclear")], [1])
     again = asking(rank, [2])  # sent again by its sender: it is answered like a new row
-    assert await put(rank, rows.scores([2]), seconds=5.0) == RowsPut()
+    assert await put(rank, rows.scores([2]), seconds=60.0) == RowsPut()
     assert [shard.sample_ids for shard in (await again)[0].shards] == [[2]]
 
 
-async def test_rows_without_an_answer_in_time_fail_and_what_comes_of_them_is_refused(rank: ExternalRank):
+async def test_rows_without_an_answer_in_time_fail_and_late_answers_are_refused():
+    context = StageContext(outside_reward(seconds=0.3), LocalStore(), Exporter("reward"))
+    rank = ExternalRank(context)
     call = asking(rank, [1, 2])
-    await put(rank, rows.scores([1]), seconds=5.0)
+    await put(rank, rows.scores([1]), seconds=60.0)
     reply, _ = await call
+    context.close()
     cause = "no answer from outside within 0.3 s"
     assert reply.failures == [Failure(2, cause)]
     assert await put(rank, rows.scores([2, 1])) == RowsPut({2: cause, 1: ANSWERED})
@@ -248,7 +251,7 @@ async def test_waiting_workers_are_released_when_the_service_stops(rank: Externa
     taking = asyncio.create_task(rank.take(1, 60.0))
     await asyncio.sleep(0.05)
     await rank.stop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await putting == RowsPut({}, [7])
         assert await taking is None
 
@@ -258,13 +261,13 @@ async def test_a_publisher_learns_that_a_prompt_has_ended(rank: ExternalRank):
     putting = asyncio.create_task(put(rank, rows.scores([sample]), seconds=60.0))
     await asyncio.sleep(0)
     await rank.end([5])
-    assert await asyncio.wait_for(putting, 5) == RowsPut({sample: OVER})
+    assert await asyncio.wait_for(putting, 60) == RowsPut({sample: OVER})
 
 
 async def test_rows_of_a_silent_worker_go_to_the_next_one_that_waits(rank: ExternalRank):
     call = asking(rank, [1])
-    silent = await rank.take(1, 5.0)
-    prompt = await rank.take(1, 5.0)
+    silent = await rank.take(1, 60.0)
+    prompt = await rank.take(1, 60.0)
     assert silent is not None
     assert prompt is not None
     assert prompt.call == silent.call
@@ -294,7 +297,7 @@ async def test_what_is_no_answer_is_refused_whole(rank: ExternalRank, what: str)
     request = PutRows([part.shard for part in parts], [Failure(2, "x")] if what != "a row twice" else [])
     with pytest.raises(ValueError, match=said):
         await rank.put(request, parts)
-    assert await put(rank, rows.scores([2, 1]), seconds=5.0) == RowsPut()
+    assert await put(rank, rows.scores([2, 1]), seconds=60.0) == RowsPut()
     assert (await call)[0].failures == []
 
 
@@ -305,7 +308,7 @@ async def test_a_worker_takes_at_least_one_row(rank: ExternalRank):
 
 async def test_the_wait_for_answers_is_reported_to_the_controller(rank: ExternalRank, context: StageContext):
     call = asking(rank, [1])
-    await put(rank, rows.scores([1]), seconds=5.0)
+    await put(rank, rows.scores([1]), seconds=60.0)
     await call
     assert [(w.what, w.on) for w in await context.reports.notices() if isinstance(w, Waiting)] == [
         ("answers", "outside workers"),

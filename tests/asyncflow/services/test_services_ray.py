@@ -146,9 +146,12 @@ async def test_shared_memory_is_free_when_its_prompts_are_over():
         assert shared_frames() - before
         await c.values(samples)
         await c.end(*range(24))
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while shared_frames() - before:
-                await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while shared_frames() - before:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            pytest.fail(f"frames are still held: {sorted(shared_frames() - before)} (process, descriptor)")
 
 
 @pytest.mark.usefixtures("ray_started")

@@ -15,7 +15,7 @@ from protocols.data.columns import take
 from protocols.data.messages import LogProbs, Metrics
 from protocols.stage import Failure, Measured, Partial, stage
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 
 def process_of(folder: Path, service: str, rank: int = 0) -> int:

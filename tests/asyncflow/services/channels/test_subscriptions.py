@@ -83,7 +83,7 @@ async def test_a_poll_ends_with_the_first_rows(subscriptions: Subscriptions):
     poll = asyncio.create_task(subscriptions.next(number, 30.0))
     await asyncio.sleep(0)
     subscriptions.offer(STAGE, delivery(1))
-    parts, _ = await asyncio.wait_for(poll, 5)
+    parts, _ = await asyncio.wait_for(poll, 60)
     assert names(parts) == [1]
 
 
@@ -208,7 +208,7 @@ async def test_rows_that_can_not_be_read_are_missed_and_the_others_are_not(servi
         reading = asyncio.create_task(anext(following))
         await asyncio.sleep(0)
         await service.feed(*samples)
-        batch, missed = await asyncio.wait_for(reading, 10)
+        batch, missed = await asyncio.wait_for(reading, 60)
         received.append((batch.sample_ids.tolist() if batch is not None else [], missed))
     assert received == [([], 2), ([], 1), ([4], 0)]
     await following.aclose()

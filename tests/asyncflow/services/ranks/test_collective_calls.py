@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -11,8 +10,8 @@ from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.collective_calls import CollectiveCalls
 
 
-def calls_of(collective: bool = True) -> CollectiveCalls:
-    return CollectiveCalls("policy", collective, grace_seconds=0.05)
+def calls_of(collective: bool = True, grace_seconds: float = 0.05) -> CollectiveCalls:
+    return CollectiveCalls("policy", collective, grace_seconds)
 
 
 async def done(value: int) -> int:
@@ -34,7 +33,7 @@ async def test_the_parts_of_all_ranks_come_back_by_rank():
 
 async def test_a_fault_that_all_ranks_report_is_raised_and_they_stay_in_step():
     """For example a refused optimizer step: every rank sees the same loss."""
-    work = calls_of()
+    work = calls_of(grace_seconds=60.0)
     with pytest.raises(ValueError, match="loss is nan"):
         await work.run("update", {0: failing("loss is nan"), 1: failing("loss is nan", after=0.01)})
     assert work.in_step
@@ -43,10 +42,9 @@ async def test_a_fault_that_all_ranks_report_is_raised_and_they_stay_in_step():
 
 async def test_a_rank_that_raises_alone_ends_what_the_others_wait_for():
     work = calls_of()
-    before = time.monotonic()
     with pytest.raises(ServiceError, match="ValueError: no room; ranks 1, 2 wait for it"):
-        await work.run("update", {0: failing("no room"), 1: waiting(), 2: waiting(), 3: done(1)})
-    assert time.monotonic() - before < 5.0
+        async with asyncio.timeout(60):
+            await work.run("update", {0: failing("no room"), 1: waiting(), 2: waiting(), 3: done(1)})
     assert not work.in_step
 
 
@@ -65,7 +63,9 @@ async def test_nothing_is_asked_of_ranks_that_are_out_of_step():
 
 async def test_the_cause_is_what_failed_first_not_what_followed_from_it():
     with pytest.raises(ValueError, match="no room"):
-        await calls_of().run("update", {0: failing("connection closed by peer", after=0.01), 1: failing("no room")})
+        await calls_of(grace_seconds=60.0).run(
+            "update", {0: failing("connection closed by peer", after=0.01), 1: failing("no room")}
+        )
 
 
 async def test_an_exclusive_section_is_entered_by_one_at_a_time():
@@ -83,7 +83,7 @@ async def test_an_exclusive_section_is_entered_by_one_at_a_time():
 
 async def test_ranks_that_are_not_collective_need_no_exclusion():
     work = calls_of(collective=False)
-    async with asyncio.timeout(1), work.exclusive(), work.exclusive():
+    async with asyncio.timeout(60), work.exclusive(), work.exclusive():
         pass
 
 

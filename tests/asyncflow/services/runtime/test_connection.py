@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage
 from asyncflow.services.runtime.shared import SharedFrame
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @asynccontextmanager

@@ -34,7 +34,7 @@ from asyncflow.services.runtime.wire import (
     travels,
 )
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 
 
 class Gated:
