@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from tests.workers.ranks import Worlds
 
-# A deadline an example measures how busy the machine is; a test that hangs is ended by pytest's own timeout.
+# A deadline per example would measure how busy the machine is; pytest's own timeout ends a test that hangs.
 settings.register_profile("asyncflow", deadline=None)
 settings.load_profile("asyncflow")
 
 
 @pytest.fixture(scope="module")
 def worlds() -> Iterator[Worlds]:
-    """Ranks that work together, by their number: `worlds[4].call(...)`. A file's tests share them."""
+    """Process groups by size, `worlds[4].call(...)`; the tests of a file share them."""
     from tests.workers.ranks import Worlds
 
     with Worlds() as made:

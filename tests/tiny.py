@@ -1,4 +1,4 @@
-"""Small real models on disk: a character tokenizer and random Qwen2 networks, made in well under a second.
+"""Small models on disk: a character tokenizer and random Qwen2 networks, made in well under a second.
 
 The head size is 32, the smallest that vLLM's CPU attention has a kernel for, so every folder serves every engine.
 """
@@ -37,7 +37,7 @@ HEAD_SIZE = 32
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, no merges; characters outside the vocabulary read as padding."""
+    """A tokenizer with one token per character and no merges; unknown characters become padding."""
     characters = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()
@@ -45,11 +45,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(
-    *, layers: int = 2, heads: int = 4, kv_heads: int = 2, tied: bool = True, context: int = 1024
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tied: bool = True,
+    context: int = 1024,
+    vocabulary: int = len(VOCABULARY),
 ) -> Qwen2Config:
-    """A Qwen2 of 0.2 million parameters; hidden size is heads x 32."""
+    """A Qwen2 of 0.2 million parameters with hidden size heads x 32. `vocabulary` may exceed the tokenizer's."""
     return Qwen2Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=vocabulary,
         hidden_size=heads * HEAD_SIZE,
         intermediate_size=heads * HEAD_SIZE,
         num_hidden_layers=layers,
@@ -57,7 +63,7 @@ def config(
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
-        initializer_range=0.1,  # wide enough for distributions that differ from uniform, and from seed to seed
+        initializer_range=0.1,  # so that distributions are not uniform, and differ between seeds
         pad_token_id=PAD_ID,
         eos_token_id=EOS_ID,
         bos_token_id=None,
@@ -69,9 +75,9 @@ def make_policy(folder: str | Path, seed: int = 0, tied: bool = True, **shape: i
     return _save(Qwen2ForCausalLM, config(tied=tied, **shape), folder, seed)
 
 
-def make_reward(folder: str | Path, seed: int = 0) -> Path:
-    """A random reward model (one label) and its tokenizer as a transformers folder."""
-    reward_config = config()
+def make_reward(folder: str | Path, seed: int = 0, **shape: int) -> Path:
+    """A random reward model (one label) and its tokenizer as a transformers folder; `shape` goes to `config`."""
+    reward_config = config(**shape)
     reward_config.num_labels = 1
     return _save(Qwen2ForSequenceClassification, reward_config, folder, seed)
 
@@ -83,7 +89,7 @@ def _save(
         torch.manual_seed(seed)
         model = kind(shape)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases start at 0 and norms at 1: a loader that forgets them would go unseen
+            if parameter.ndim == 1:  # initially 0 or 1, where a loader that skips them would go unnoticed
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(str(folder))
     tokenizer().save_pretrained(str(folder))
@@ -98,7 +104,7 @@ def encode(text: str) -> npt.NDArray[np.int32]:
 def make_prompts(
     texts: Sequence[str], samples: int = 1, *, epoch: int = 0, first: int = 0, references: Iterable[str] | None = None
 ) -> Prompts:
-    """`samples` rows for each text, in id order; prompt i has ordinal `first + i` in data epoch `epoch`."""
+    """`samples` rows per text, in id order; prompt i has ordinal `first + i` in data epoch `epoch`."""
     answers = list(references) if references is not None else [""] * len(texts)
     rows = [(i, index) for i in range(len(texts)) for index in range(samples)]
     return Prompts(
@@ -110,7 +116,7 @@ def make_prompts(
 
 
 def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance: float = 1e-3) -> PackedWeights:
-    """The model's canonical tensors as a manifest and its buffer; a probe text travels with the model's own answer."""
+    """The model's canonical tensors as a manifest and its buffer; with `probe`, log-probs of that text as its probe."""
     proof = None
     if probe:
         tokens = encode(probe)
@@ -122,7 +128,7 @@ def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance
 def log_probs(
     model: PreTrainedModel, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32], temperature: float = 1.0
 ) -> npt.NDArray[np.float32]:
-    """Log-probs of the response's tokens by one plain forward of one row, float32 [T]."""
+    """Log-probs of the response's tokens, float32 [T], from a forward pass of this row alone."""
     row = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
     logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).squeeze(-1).numpy()

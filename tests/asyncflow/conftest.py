@@ -1,4 +1,4 @@
-"""A small task and its models on disk, and the recipe that trains on it: where tests of runs and recipes start."""
+"""Fixtures for tests of runs and recipes: a small task, its models on disk, and a recipe that trains on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def last_ray_ends() -> Iterator[None]:
-    """Ends the shared Ray with the session."""
+    """Shuts the shared Ray down at the end of the session."""
     yield
     import ray
 
@@ -28,7 +28,7 @@ def last_ray_ends() -> Iterator[None]:
 
 @pytest.fixture
 def ray_started(last_ray_ends: None) -> None:
-    """The Ray that tests share: a runtime that finds one running uses it and leaves it."""
+    """Starts the Ray that tests share. A runtime uses a running Ray and does not shut it down."""
     import ray
 
     if not ray.is_initialized():
@@ -38,7 +38,7 @@ def ray_started(last_ray_ends: None) -> None:
 
 @pytest.fixture
 def no_ray() -> None:
-    """No Ray runs yet: for a test of one that starts with settings of its own."""
+    """Shuts Ray down, for a test that starts one with its own settings."""
     import ray
 
     ray.shutdown()
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.jsonl and heldout.jsonl of one-digit sums."""
+    """train.jsonl and heldout.jsonl with sums of two digits."""
     root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     for name, count in (("train", 30), ("heldout", 10)):
         pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(count)]
@@ -67,7 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def table(models: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe's table: deterministic PPO on the local runtime, hybrid generation by torch."""
+    """A recipe as a table: deterministic PPO on the local runtime; the policy itself generates with torch."""
     return {
         "name": "test",
         "steps": 5,
@@ -92,7 +92,7 @@ def table(models: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def make_recipe(table: dict[str, Any]) -> MakeRecipe:
-    """The recipe with some top-level keys replaced; a nested table is merged into its default."""
+    """Makes the recipe with some top-level keys replaced; a nested table is merged into its default."""
 
     def make(**changes: Any) -> Recipe:
         merged = dict(table)

@@ -1,4 +1,4 @@
-"""GRPO and ReMax as plain loops, their formulas written out again: what the pipeline is bit for bit at staleness 0."""
+"""GRPO and ReMax as plain loops with their own formulas: the pipeline at staleness 0 must equal them bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.asyncflow.pipeline.plain_loop import (
     adamw,
     causal,
     descend,
-    draw,
+    generate,
     log_probs_of,
     ppo_loss,
     prompt_source,
@@ -71,14 +71,14 @@ class Run:
         self._recipe = recipe
 
     def steps(self) -> Iterator[tuple[int, list[int]]]:
-        """Each step and its prompts."""
+        """Yield each step with its prompt ids, sorted."""
         count = self._recipe.prompts_per_step
         for step in range(self._recipe.steps):
             yield step, sorted(self.source.at(step * count + i) for i in range(count))
 
     def answers(self, requests: Prompts, step: int, temperature: float = 1.0) -> tuple[Batch, np.ndarray]:
         """The policy's responses and their scores."""
-        batch = draw(self.policy, requests, self._recipe, step, temperature)
+        batch = generate(self.policy, requests, self._recipe, step, temperature)
         with torch.no_grad():
             return batch, scores_of(self._reward, batch)
 

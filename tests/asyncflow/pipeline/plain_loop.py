@@ -1,7 +1,7 @@
 """PPO as one plain loop over transformers models: no services, no channels, no batcher, no ledger.
 
-It is what the pipeline claims to be equal to, bit for bit, at staleness 0. Formulas are written out again here;
-shared with the pipeline are only the torch engine that draws and the data's order.
+At staleness 0 the pipeline must equal it bit for bit. The formulas are implemented independently; only the torch engine
+that samples and the order of the data are shared with the pipeline.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EAGER = {"attn_implementation": "eager", "dtype": torch.float32}
 
 
 def train(recipe: Recipe) -> tuple[State, State]:
-    """Train for `recipe.steps`; the final weights of policy and critic."""
+    """Train for `recipe.steps` steps, and return the final weights of policy and critic."""
     torch.set_num_threads(1)
     paths = {role: recipe.models[role].path for role in ("policy", "critic", "reference", "reward")}
     policy, reference = causal(paths["policy"]), causal(paths["reference"])
@@ -49,7 +49,7 @@ def train(recipe: Recipe) -> tuple[State, State]:
     for step in range(recipe.steps):
         prompts = [source.at(cursor + i) for i in range(recipe.prompts_per_step)]
         cursor += recipe.prompts_per_step
-        batch = draw(policy, source.requests(sorted(prompts), recipe.samples_per_prompt, step), recipe, step)
+        batch = generate(policy, source.requests(sorted(prompts), recipe.samples_per_prompt, step), recipe, step)
         with torch.no_grad():
             anchor = log_probs_of(reference, batch)
             values = _values(critic, batch)
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> tuple[State, State]:
 
 
 class Batch:
-    """Drawn rows, right-padded: tokens and mask [N, L], and where each response token stands."""
+    """Generated rows, right-padded: tokens and mask [N, L], and the position of each response token."""
 
     def __init__(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
         width = max(len(p) + len(r) for p, r, _ in rows)
@@ -96,15 +96,15 @@ def adamw(model: torch.nn.Module, recipe: Recipe, role: str) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)
 
 
-def draw(policy: PreTrainedModel, requests: Prompts, recipe: Recipe, step: int, temperature: float = 1.0) -> Batch:
+def generate(policy: PreTrainedModel, requests: Prompts, recipe: Recipe, step: int, temperature: float = 1.0) -> Batch:
     engine = TorchEngine(
         policy, recipe.generation, recipe.seed, tiny.EOS_ID, owns_model=False, version=Version(0, step)
     )
     engine.submit(requests, Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature))
-    drawn = {}
+    generated = {}
     while engine.unfinished:
-        drawn |= {row.sample_id: row for row in engine.step()}
-    rows = [drawn[s] for s in requests.sample_ids.tolist()]
+        generated |= {row.sample_id: row for row in engine.step()}
+    rows = [generated[s] for s in requests.sample_ids.tolist()]
     return Batch(
         [(p.tolist(), r.tokens.tolist(), r.log_probs.tolist()) for p, r in zip(requests.prompts, rows, strict=True)]
     )
@@ -118,8 +118,8 @@ def _before(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 def log_probs_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = _before(model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits, batch).float()
-    drawn = torch.tensor([batch.tokens[i, t] for i, t in batch.at])
-    return logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+    tokens = torch.tensor([batch.tokens[i, t] for i, t in batch.at])
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
 def _values(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every algorithm, end to end: it trains, samples end once, and without a critic nothing misses one."""
+"""Every algorithm end to end: it trains, each sample ends exactly once, and critic-free ones run without a critic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import asyncflow
@@ -25,8 +24,7 @@ from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.roles import GREEDY
 from protocols.stage import Measured
 from tests.asyncflow.pipeline import plain_critic_free
-from tests.asyncflow.pipeline.plain_loop import State
-from tests.workers.checkpoints import trained_weights
+from tests.asyncflow.pipeline.runs import differing, finished, weights
 from workers.advantages.experience import experience_of, on_tokens
 from workers.advantages.remax import remax as advantages
 from workers.settings import Loss, Model
@@ -44,29 +42,12 @@ def recipe_of(table: dict[str, Any]) -> MakeOf:
 
     def make(algorithm: str, **changes: Any) -> Recipe:
         called = trace(algorithm_named(algorithm)).services
-        costs = {"cost": {"rule": f"{RULES}:telling"}, "cost_critic": table["models"]["critic"]}
+        costs = {"cost": {"rule": f"{RULES}:varied"}, "cost_critic": table["models"]["critic"]}
         models = {role: model for role, model in (table["models"] | costs).items() if role in called}
         sizes = {"steps": STEPS, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
         return to_recipe(table | {"algorithm": algorithm, "models": models, "advantage": {}} | sizes | changes)
 
     return make
-
-
-async def finished(recipe: Recipe) -> Path:
-    """Run a recipe to its end; its folder."""
-    async with asyncflow.launch(recipe) as run:
-        ended = await run.wait()
-    assert ended.outcome == "finished", ended.error
-    return run.folder
-
-
-def weights(folder: Path, step: int) -> State:
-    return trained_weights(folder / "checkpoints" / f"step_{step:06d}" / "policy")
-
-
-def differing(ours: State, theirs: State) -> list[str]:
-    """Names of the tensors that are not the same bit for bit."""
-    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -91,8 +72,8 @@ async def test_it_is_the_plain_loop_bit_for_bit(recipe_of: MakeOf, name: str):
     assert differing(weights(folder, STEPS), getattr(plain_critic_free, name)(recipe)) == []
 
 
-async def test_a_generator_of_its_own_draws_the_greedy_baselines_too(recipe_of: MakeOf):
-    """Asynchronously, so baselines and samples of a prompt come in any order and under any version."""
+async def test_a_separate_generator_generates_the_greedy_baselines_too(recipe_of: MakeOf):
+    """It runs asynchronously, so a prompt's baseline and samples arrive in any order and with different versions."""
     pools = {name: {"devices": 1} for name in ("train", "rollout")}
     placement = {"policy": {"pool": "train"}, "generator": {"pool": "rollout"}}
     recipe = recipe_of("remax", steps=3, staleness=1, deterministic=False, pools=pools, placement=placement)
@@ -119,11 +100,11 @@ async def test_without_a_critic_a_stopped_run_resumes_to_the_same_weights(recipe
     assert differing(weights(resumed.folder, 5), weights(whole, 5)) == []
 
 
-# --- identities of the whole way, bit for bit
+# --- identities of whole runs, bit for bit
 
 
 def plain_scores(rollouts: Rollouts, scores: Scores) -> Experience:
-    """REINFORCE: the score of a response on each of its tokens."""
+    """REINFORCE: every token's advantage is the response's score."""
     return experience_of(rollouts, on_tokens(scores.scores.astype(np.float64), rollouts.loss_mask))
 
 
@@ -150,7 +131,7 @@ def bare_remax(flow: Flow) -> None:
 
 
 async def test_remax_without_baseline_and_penalty_is_reinforce(recipe_of: MakeOf):
-    """On policy PPO's loss has REINFORCE's gradient, and greedy rows touch nobody else's."""
+    """On policy, PPO's loss has REINFORCE's gradient, and greedy rows do not change other rows."""
     ours, theirs = [await finished(recipe_of(f"{__name__}:{name}")) for name in ("bare_remax", "reinforce")]
     assert differing(weights(ours, STEPS), weights(theirs, STEPS)) == []
 
@@ -169,8 +150,9 @@ async def test_groups_of_equal_scores_leave_the_policy_as_it_was(
 ):
     recipe = recipe_of(name, **change)
     indifferent = Path(shutil.copytree(models / "reward", tmp_path / "indifferent"))
-    judge = load_file(indifferent / "model.safetensors")
-    save_file(judge | {"score.weight": judge["score.weight"] * 0}, indifferent / "model.safetensors", {"format": "pt"})
+    tensors = load_file(indifferent / "model.safetensors")
+    tensors["score.weight"] *= 0
+    save_file(tensors, indifferent / "model.safetensors", {"format": "pt"})
     recipe = msgspec.structs.replace(recipe, models=recipe.models | {"reward": Model(path=str(indifferent))})
     start = load_file(Path(recipe.models["policy"].path) / "model.safetensors")
     assert differing(start, weights(await finished(recipe), STEPS)) == []

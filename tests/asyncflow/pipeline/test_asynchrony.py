@@ -22,7 +22,7 @@ GENERATOR = {
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 async def test_no_trained_sample_is_older_than_the_bound(make_recipe: MakeRecipe, staleness: int) -> None:
-    # A slow critic lets generation run ahead as far as admission lets it.
+    # While the slow critic trains, generation runs ahead as far as admission allows.
     recipe = make_recipe(steps=6, staleness=staleness, delays={"critic": {"update": 0.05}}, **GENERATOR)
     async with asyncflow.launch(recipe) as run:
         ended = await run.wait()
@@ -31,7 +31,7 @@ async def test_no_trained_sample_is_older_than_the_bound(make_recipe: MakeRecipe
     assert max(ages) == staleness, f"ages {ages}: the bound {staleness} should be reached and never exceeded"
 
 
-async def test_a_publication_is_proven_at_every_step(make_recipe: MakeRecipe) -> None:
+async def test_a_publication_is_verified_at_every_step(make_recipe: MakeRecipe) -> None:
     async with asyncflow.launch(make_recipe(steps=3, **GENERATOR)) as run:
         published = [e async for e in run.events() if isinstance(e, Published)]
     assert [p.version.step for p in published] == [0, 1, 2, 3]
@@ -45,7 +45,7 @@ async def test_pause_holds_the_run_still_and_resume_lets_it_finish(make_recipe: 
                 await run.pause()
             if isinstance(event, StateChanged) and event.state == "paused":
                 break
-        folder = await run.checkpoint()  # taken while paused
+        folder = await run.checkpoint()  # written while paused
         committed = int(folder.name.removeprefix("step_"))
         assert (folder / "manifest.json").exists()
         still = len(run.metrics)
@@ -130,8 +130,8 @@ def _states(folder: Path) -> set[tuple[str, int]]:
         database.close()
 
 
-async def test_a_stall_is_told_with_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
-    """The reward takes its time: nothing else can move, and the graph leads to it."""
+async def test_a_stall_is_reported_with_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
+    """While the slow reward works nothing else can go on, and the reported waits lead to it."""
     recipe = make_recipe(
         steps=1,
         deterministic=False,
@@ -145,6 +145,6 @@ async def test_a_stall_is_told_with_who_waits_on_whom(make_recipe: MakeRecipe) -
             if isinstance(event, Stalled):
                 stalls.append(event)
         assert (await run.wait()).outcome == "finished"
-    waits = [line.split(" since ")[0] for line in stalls[0].graph]
-    assert "policy.update#1 waits for batch on gae#1" in waits
-    assert not any(line.startswith("reward.score#1") for line in waits), "it works: whoever waits, waits for it"
+    graphs = [[line.split(" since ")[0] for line in stall.graph] for stall in stalls]
+    while_it_works = [waits for waits in graphs if not any(line.startswith("reward.score#1") for line in waits)]
+    assert any("policy.update#1 waits for batch on gae#1" in waits for waits in while_it_works), graphs

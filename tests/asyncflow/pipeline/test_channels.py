@@ -1,4 +1,4 @@
-"""Readers and workers outside of a run: who reads along changes nothing, who answers decides what is trained."""
+"""Subscribers and external workers of a run: a subscriber changes nothing, a worker's answers are what is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import asyncflow
 from asyncflow.client.outside import NotAsked, Outside
@@ -24,9 +23,10 @@ from protocols.control.events import StepCommitted
 from protocols.data.messages import Experience, Rollouts, Scores, Values
 from tests import tiny
 from tests.asyncflow.conftest import MakeRecipe
-from tests.workers.checkpoints import trained_weights
+from tests.asyncflow.pipeline import runs
+from tests.asyncflow.pipeline.runs import Weights, differing
 
-STEPS, ROWS = 2, 8  # rows a step
+STEPS, ROWS = 2, 8  # rows per step
 OUTSIDE: dict[str, Any] = {
     "models": {"reward": {"outside": True}},
     "failures": {"outside_timeout_seconds": 30.0},
@@ -40,14 +40,14 @@ def variety(response: str) -> float:
 
 
 def scored(rollouts: Rollouts) -> Scores:
-    """The rule, computed outside."""
+    """The rule's scores, computed outside of the run."""
     texts = [TOKENIZER.decode(response.tolist(), skip_special_tokens=True) for response in rollouts.responses]
     return Scores(sample_ids=rollouts.sample_ids, scores=np.array([variety(str(text)) for text in texts], np.float32))
 
 
 @pytest.fixture
 def recipe(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
-    """Two steps without an evaluation, scored by a rule."""
+    """A recipe of two steps without evaluation, scored by a rule."""
     (tmp_path / "varied.py").write_text(
         "def variety(prompt, response, reference):\n    return len(set(response)) / (1 + len(response))\n"
     )
@@ -62,7 +62,7 @@ def recipe(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @asynccontextmanager
 async def beside(*workers: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
-    """Coroutines at work beside the block; they end by themselves when the run has ended."""
+    """Run coroutines next to the block. They end by themselves when the run has ended."""
     async with asyncio.timeout(120), asyncio.TaskGroup() as group:
         for number, worker in enumerate(workers):
             group.create_task(worker, name=f"outside {number}")
@@ -70,32 +70,26 @@ async def beside(*workers: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
 
 
 async def read(run: Run, channel: str, into: list[Any]) -> None:
-    """A reader that is always prompt."""
+    """A subscriber that reads without delay."""
     async for batch in run.channel(channel).subscribe():
         into.append(batch)
 
 
 async def work(outside: Outside, answered: list[int], most: int = 64) -> None:
-    """A worker that answers all it takes; `answered` are its samples."""
+    """An external worker that answers every row; adds the samples to `answered`."""
     async for rollouts in outside.rows(most):
         assert await outside.put(scored(rollouts)) == {}
         answered += rollouts.sample_ids.tolist()
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    """What the run has trained."""
-    folder = run.folder / "checkpoints" / f"step_{STEPS:06d}"
-    files = {role: trained_weights(folder / role) for role in ("policy", "critic")}
-    return {f"{role}.{name}": tensor for role, tensors in files.items() for name, tensor in tensors.items()}
-
-
-def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not the same in every bit."""
-    return [name for name in ours.keys() | theirs.keys() if not torch.equal(ours[name], theirs[name])]
+def weights(run: Run) -> Weights:
+    """The final weights of policy and critic."""
+    roles = {role: runs.weights(run.folder, STEPS, role) for role in ("policy", "critic")}
+    return {f"{role}.{name}": tensor for role, tensors in roles.items() for name, tensor in tensors.items()}
 
 
 def reasons(run: Run) -> dict[tuple[str, str], int]:
-    """How many samples ended in which state, and why."""
+    """(state, reason) -> the number of samples that ended so."""
     ledger = Ledger(run.folder / "ledger.db")
     try:
         return ledger.reasons()
@@ -104,15 +98,15 @@ def reasons(run: Run) -> dict[tuple[str, str], int]:
 
 
 async def finish(run: Run) -> None:
-    """Wait for a run that is to reach its last step."""
+    """Wait until a run has reached its last step."""
     ended = await run.wait()
     assert ended.outcome == "finished", ended.error
 
 
-# --- reading along
+# --- subscribers
 
 
-async def test_who_reads_along_changes_no_bit_and_sees_every_row_once(recipe: MakeRecipe) -> None:
+async def test_subscribers_change_no_bit_and_see_every_row_once(recipe: MakeRecipe) -> None:
     async with asyncflow.launch(recipe()) as alone:
         await finish(alone)
     seen: dict[str, list[Any]] = {"policy.generate#1": [], "values": [], "scores": [], "experience": []}
@@ -123,16 +117,16 @@ async def test_who_reads_along_changes_no_bit_and_sees_every_row_once(recipe: Ma
         samples = [sample for batch in batches for sample in batch.sample_ids.tolist()]
         assert (len(samples), len(set(samples))) == (STEPS * ROWS, STEPS * ROWS), name
     assert [type(batches[0]) for batches in seen.values()] == [Rollouts, Values, Scores, Experience]
-    with pytest.raises(ValueError, match="read-only"):  # its memory is the frame's, which the run's own consumers share
+    with pytest.raises(ValueError, match="read-only"):  # its memory is shared with the run's own consumers
         seen["policy.generate#1"][0].responses.values[0] = 1
 
 
-async def test_a_reader_that_falls_asleep_holds_nothing_up(recipe: MakeRecipe) -> None:
+async def test_a_reader_that_pauses_blocks_nothing(recipe: MakeRecipe) -> None:
     async with asyncflow.launch(recipe()) as run:
         batches = run.channel("rollouts").subscribe()
         assert len(await anext(batches)) == ROWS
         await finish(run)
-        rest = [batch async for batch in batches]  # it wakes up, and finds what was kept for it
+        rest = [batch async for batch in batches]  # what was queued for it
     assert sum(map(len, rest)) == (STEPS - 1) * ROWS
 
 
@@ -150,7 +144,7 @@ async def test_a_name_that_sends_nothing_is_refused_with_the_names_that_do(recip
             await anext(run.channel(name).subscribe())
 
 
-# --- working outside
+# --- external workers
 
 
 async def test_an_outside_reward_trains_bit_for_bit_what_the_rule_trains(recipe: MakeRecipe) -> None:
@@ -176,8 +170,8 @@ async def test_two_workers_share_the_rows(recipe: MakeRecipe) -> None:
     assert len({*shares[0], *shares[1]}) == len([*shares[0], *shares[1]]) == STEPS * ROWS
 
 
-async def test_who_reads_the_rollouts_may_answer_before_he_is_asked(recipe: MakeRecipe) -> None:
-    """An outside publisher: it never takes rows, and is made to wait until its scores are wanted."""
+async def test_a_subscriber_may_answer_rows_before_they_are_requested(recipe: MakeRecipe) -> None:
+    """It never takes rows; its put waits until the scores are requested."""
 
     async def publish(run: Run) -> None:
         async for rollouts in run.channel("rollouts").subscribe():
@@ -196,14 +190,14 @@ async def test_rows_that_a_worker_gives_up_fail_with_its_cause(recipe: MakeRecip
                 await outside.put(scored(rollouts))
             else:
                 refused += 1
-                await outside.fail(rollouts.sample_ids, "the judge is ill")
+                await outside.fail(rollouts.sample_ids, "the scorer is ill")
 
     async with (
         asyncflow.launch(recipe(**OUTSIDE)) as run,
         beside(work_but_refuse_one(run.outside("reward"))),
     ):
         await finish(run)
-    assert reasons(run)["failed", "the judge is ill"] == 1
+    assert reasons(run)["failed", "the scorer is ill"] == 1
     assert reasons(run)["dropped", "group_incomplete"] == 1
 
 
@@ -216,7 +210,7 @@ async def test_without_a_worker_the_rows_fail_in_time_and_the_run_says_why(recip
 
 
 async def test_rows_of_a_worker_that_does_not_answer_go_to_another_one(recipe: MakeRecipe) -> None:
-    """What the slow one puts in the end is refused, for each row was answered once."""
+    """The slow worker's late answers are refused, because each row is answered once."""
     late: list[dict[int, str]] = []
     answered: list[int] = []
 
@@ -228,7 +222,7 @@ async def test_rows_of_a_worker_that_does_not_answer_go_to_another_one(recipe: M
     impatient = {**OUTSIDE, "failures": {"outside_timeout_seconds": 30.0, "outside_retake_seconds": 0.3}}
     async with (
         asyncflow.launch(recipe(**impatient)) as run,
-        beside(work_slowly(run), work(run.outside("reward"), answered)),  # the slow one is first to ask
+        beside(work_slowly(run), work(run.outside("reward"), answered)),  # the slow one takes rows first
     ):
         await finish(run)
     assert len(answered) == len(set(answered)) == STEPS * ROWS
@@ -253,7 +247,7 @@ async def test_what_can_not_be_an_answer_is_refused_and_costs_nothing(recipe: Ma
     assert reasons(run).keys() == {("trained", "")}
 
 
-async def test_only_an_outside_role_is_worked_on_from_outside(recipe: MakeRecipe) -> None:
+async def test_only_an_external_role_has_external_workers(recipe: MakeRecipe) -> None:
     async with asyncflow.launch(recipe()) as run:
         with pytest.raises(BadInput, match="outside 'reward': no such outside role; of this run: none"):
             await anext(run.outside("reward").rows())
@@ -280,7 +274,7 @@ def test_a_recipe_whose_outside_model_makes_no_sense_is_refused(
 
 @pytest.mark.ray
 async def test_on_ray_readers_and_workers_are_served_by_the_actors(recipe: MakeRecipe) -> None:
-    """Frames above the inline limit, so that the reader maps them from the object store."""
+    """Frames are above the inline limit, so that the reader maps them from the object store."""
     seen: list[Rollouts] = []
     answered: list[int] = []
     on_ray = recipe(**OUTSIDE, runtime="ray", deterministic=False, inline_bytes=0)
@@ -294,20 +288,20 @@ async def test_on_ray_readers_and_workers_are_served_by_the_actors(recipe: MakeR
     assert sorted(samples) == sorted(answered)
 
 
-async def test_statistics_say_what_passed_and_who_waits_on_whom(make_recipe: MakeRecipe) -> None:
-    told: dict[str, ServiceStatistics] = {}
+async def test_statistics_count_rows_and_name_waits(make_recipe: MakeRecipe) -> None:
+    statistics: dict[str, ServiceStatistics] = {}
     async with asyncflow.launch(make_recipe(steps=3)) as run:
         async for event in run.events():
             if isinstance(event, StepCommitted) and event.step == 1:
-                told = {s.service: s for s in await run.statistics()}
+                statistics = {s.service: s for s in await run.statistics()}
                 break
         await run.wait()
         with pytest.raises(RunFailed, match="the run is over"):
             await run.statistics()
-    (scored,) = told["reward"].edges
+    (scored,) = statistics["reward"].edges
     assert scored.edge == "reward.score#1.0"
     assert scored.rows >= 8, "one step's samples"
     assert (scored.refused, scored.damaged) == (0, 0)
     assert scored.read_bytes[0] > 0
-    assert set(told["reward"].waits) <= {"reward.score#1"}
-    assert told["policy"].kept > 0, "what may still be needed again"
+    assert set(statistics["reward"].waits) <= {"reward.score#1"}
+    assert statistics["policy"].kept > 0, "rows that may have to be sent again"

@@ -1,4 +1,4 @@
-"""The policy's own ranks draw with vLLM, which a switch brings to the weights as they were trained last."""
+"""The policy's own ranks generate with vLLM; each switch of layouts transfers the weights trained last."""
 
 from __future__ import annotations
 
@@ -22,31 +22,23 @@ from workers.training.models import load_causal
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 STEPS = 2
-VOCABULARY = 48  # a token more than the tokenizer has: it divides over two ranks
+VOCABULARY = 48  # divisible by two ranks; the tokenizer has one token less
 SETTINGS: dict[str, Any] = {
     "steps": STEPS,
     "deterministic": False,
     "generation": {"engine": "vllm", "kv_cache_bytes": 16 * 1024 * 1024},
-    "optimizer": {"epsilon": 1.0},  # near SGD
+    "optimizer": {"epsilon": 1.0},  # makes Adam behave like SGD
     "deadlines": {"stall": 120.0, "give_up": 240.0},
 }
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The models, with a vocabulary that divides over two ranks."""
-    shape = tiny.config
-
-    def dividing(**sizes: Any) -> Any:
-        config = shape(**sizes)
-        config.vocab_size = VOCABULARY
-        return config
-
-    monkeypatch.setattr(tiny, "config", dividing)
+def folders(tmp_path: Path) -> dict[str, str]:
+    """Models with a vocabulary that is divisible by two ranks."""
     return {
-        "policy": str(tiny.make_policy(tmp_path / "policy")),
-        "reference": str(tiny.make_policy(tmp_path / "other", seed=5)),
-        "reward": str(tiny.make_reward(tmp_path / "reward", seed=1)),
+        "policy": str(tiny.make_policy(tmp_path / "policy", vocabulary=VOCABULARY)),
+        "reference": str(tiny.make_policy(tmp_path / "other", seed=5, vocabulary=VOCABULARY)),
+        "reward": str(tiny.make_reward(tmp_path / "reward", seed=1, vocabulary=VOCABULARY)),
     }
 
 
@@ -61,7 +53,7 @@ def recipe_of(make_recipe: MakeRecipe, folders: dict[str, str], **changes: Any) 
 
 
 async def run(recipe: Recipe) -> tuple[Path, list[StepCommitted], int]:
-    """A whole run: its folder, its steps, and how often it evaluated."""
+    """Run to the end. Returns the folder, the committed steps, and the number of evaluations."""
     async with asyncflow.launch(recipe) as launched:
         events = [event async for event in launched.events()]
         ended = await launched.wait()
@@ -71,15 +63,15 @@ async def run(recipe: Recipe) -> tuple[Path, list[StepCommitted], int]:
 
 
 def assert_followed(recipe: Recipe, folder: Path, steps: list[StepCommitted]) -> None:
-    """Every row was drawn by the weights that its step then trained, which do differ from step to step."""
+    """Every row was generated with the weights that its step then trained, and the weights do change."""
     start = load_file(Path(recipe.models["policy"].path) / "model.safetensors")
     end = load_file(folder / "policy" / "model.safetensors")
-    assert max(float((end[name] - start[name]).abs().max()) for name in start) > 1e-2, "hardly trained: says nothing"
+    assert max(float((end[name] - start[name]).abs().max()) for name in start) > 1e-2, "the policy was hardly trained"
     assert [step.samples for step in steps] == [recipe.samples_per_step] * STEPS
     assert all(step.metrics["policy.log_ratio_max"] < 1e-3 for step in steps)
 
 
-def told(step: StepCommitted) -> dict[str, float]:
+def transition(step: StepCommitted) -> dict[str, float]:
     prefix = "policy.transition."
     return {name.removeprefix(prefix): value for name, value in step.metrics.items() if name.startswith(prefix)}
 
@@ -88,15 +80,15 @@ def switches(folder: Path) -> list[Span]:
     return [span for span in read_spans(folder / "timeline.json") if span.activity == "to_generation"]
 
 
-async def test_one_rank_hands_its_weights_over_in_its_own_process(make_recipe: MakeRecipe, folders: dict[str, str]):
+async def test_one_rank_transfers_its_weights_in_its_own_process(make_recipe: MakeRecipe, folders: dict[str, str]):
     recipe = recipe_of(make_recipe, folders)
     folder, steps, evaluated = await run(recipe)
     assert_followed(recipe, folder, steps)
     assert evaluated
     whole = sum(p.nbytes for p in load_causal(folders["policy"]).parameters())
     for step in steps:
-        assert (told(step)["received_bytes"], told(step)["copied_bytes"]) == (0, whole)
-        assert told(step)["seconds"] > 0
+        assert (transition(step)["received_bytes"], transition(step)["copied_bytes"]) == (0, whole)
+        assert transition(step)["seconds"] > 0
     assert len(switches(folder)) >= STEPS
 
 
@@ -115,7 +107,7 @@ async def test_two_ranks_feed_one_engine_of_two_workers(make_recipe: MakeRecipe,
     half = ShardPlan(plan.decoder, 1, 2)
     shard_bytes = 4 * sum(half.shard_elements(spec) for spec in half.parameters(0))
     for step in steps:
-        assert told(step)["received_bytes"] == 0  # a worker generates with the shard that its rank trains
-        assert told(step)["copied_bytes"] == shard_bytes
-        assert told(step)["peak_bytes"] >= shard_bytes
+        assert transition(step)["received_bytes"] == 0  # a worker generates with the shard that its rank trains
+        assert transition(step)["copied_bytes"] == shard_bytes
+        assert transition(step)["peak_bytes"] >= shard_bytes
     assert len(switches(folder)) >= STEPS

@@ -1,4 +1,4 @@
-"""Prompts that teach nothing are dropped and refilled: the batch is full, and every sample still ends exactly once."""
+"""Dynamic sampling: prompts with equal scores are dropped and replaced, batches stay full, each sample ends once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import asyncflow
 from asyncflow.control.admission.prompts import PromptSource
@@ -20,7 +19,7 @@ from asyncflow.recipe.config import Recipe, to_recipe
 from asyncflow.run.launch import resume
 from protocols.control.events import RunEnded, SamplesEnded, StepCommitted
 from protocols.data.ids import prompt_of
-from tests.workers.checkpoints import trained_weights
+from tests.asyncflow.pipeline.runs import differing, weights
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2
 
@@ -29,7 +28,7 @@ MakeOf = Callable[..., Recipe]
 
 @pytest.fixture
 def recipe_of(table: dict[str, Any]) -> MakeOf:
-    """DAPO on a rule of `rules`."""
+    """A recipe of DAPO with a rule of `rules`."""
 
     def make(rule: str = "flat_where_even", **changes: Any) -> Recipe:
         models = {"policy": table["models"]["policy"], "reward": {"rule": f"tests.asyncflow.pipeline.rules:{rule}"}}
@@ -39,8 +38,8 @@ def recipe_of(table: dict[str, Any]) -> MakeOf:
     return make
 
 
-class Told:
-    """What a run told, and where it lies."""
+class Outcome:
+    """A run's folder, end, steps and number of dropped samples."""
 
     def __init__(self, folder: Path, ended: RunEnded, events: list[Any]) -> None:
         self.folder, self.ended = folder, ended
@@ -48,14 +47,14 @@ class Told:
         self.dropped = sum(e.count for e in events if isinstance(e, SamplesEnded) and e.reason == "no_signal")
 
 
-async def told_by(recipe: Recipe) -> Told:
+async def outcome_of(recipe: Recipe) -> Outcome:
     async with asyncflow.launch(recipe) as run:
         events = [event async for event in run.events()]
-        return Told(run.folder, await run.wait(), events)
+        return Outcome(run.folder, await run.wait(), events)
 
 
 def ends(folder: Path) -> dict[int, tuple[str, str]]:
-    """sample id -> (state, reason)."""
+    """Sample id -> (state, reason) in the run's ledger."""
     database = sqlite3.connect(folder / "ledger.db")
     try:
         return {i: (state, why) for i, state, why in database.execute("SELECT sample_id, state, reason FROM samples")}
@@ -64,7 +63,7 @@ def ends(folder: Path) -> dict[int, tuple[str, str]]:
 
 
 def first_digits(recipe: Recipe, source: PromptSource, samples: list[int]) -> set[int]:
-    """Of the prompts of these samples."""
+    """The first digits of these samples' prompts."""
     wanted = set(map(prompt_of, samples))
     rows = source.requests(sorted(wanted), 1, 0)
     tokenizer = json.loads((Path(recipe.models["policy"].path) / "tokenizer.json").read_text())["model"]["vocab"]
@@ -72,40 +71,35 @@ def first_digits(recipe: Recipe, source: PromptSource, samples: list[int]) -> se
     return {int(character[int(tokens[0])]) for tokens in rows.prompts}
 
 
-def assert_whole(recipe: Recipe, told: Told) -> None:
-    """Full batches of prompts that tell answers apart; all others dropped; nothing lost."""
-    assert told.ended.outcome == "finished", told.ended.error
-    assert [step.samples for step in told.steps] == [PROMPTS * SAMPLES] * STEPS
-    assert all(step.metrics["flat_groups"] == 0.0 for step in told.steps)
-    ended, source = ends(told.folder), check(recipe).train
+def assert_complete(recipe: Recipe, outcome: Outcome) -> None:
+    """Batches are full of prompts with different scores, all other prompts are dropped, and no sample is lost."""
+    assert outcome.ended.outcome == "finished", outcome.ended.error
+    assert [step.samples for step in outcome.steps] == [PROMPTS * SAMPLES] * STEPS
+    assert all(step.metrics["flat_groups"] == 0.0 for step in outcome.steps)
+    ended, source = ends(outcome.folder), check(recipe).train
     counts = Counter(ended.values())
     assert counts["trained", ""] == STEPS * PROMPTS * SAMPLES
-    assert counts["dropped", "no_signal"] == told.dropped > 0
+    assert counts["dropped", "no_signal"] == outcome.dropped > 0
     for (state, reason), parity in ((("trained", ""), 1), (("dropped", "no_signal"), 0)):
         samples = [sample for sample, how in ended.items() if how == (state, reason)]
         assert {digit % 2 for digit in first_digits(recipe, source, samples)} == {parity}
-    ledger = Ledger(told.folder / "ledger.db")
+    ledger = Ledger(outcome.folder / "ledger.db")
     totals = ledger.totals()
     ledger.close()
     assert (totals.live, totals.failed, totals.imbalance) == (0, 0, 0)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return trained_weights(folder / "checkpoints" / f"step_{STEPS:06d}" / "policy")
-
-
 async def test_prompts_without_spread_are_replaced_and_two_runs_are_the_same_bit_for_bit(recipe_of: MakeOf):
     recipe = recipe_of()
-    first, second = [await told_by(recipe) for _ in range(2)]
-    assert_whole(recipe, first)
+    first, second = [await outcome_of(recipe) for _ in range(2)]
+    assert_complete(recipe, first)
     assert ends(first.folder) == ends(second.folder)
-    for name, tensor in weights(first.folder).items():
-        assert torch.equal(tensor, weights(second.folder)[name]), name
+    assert differing(weights(first.folder, STEPS), weights(second.folder, STEPS)) == []
 
 
 async def test_a_run_that_was_stopped_between_refills_resumes_to_the_same_weights(recipe_of: MakeOf):
     recipe = recipe_of()
-    whole = await told_by(recipe)
+    whole = await outcome_of(recipe)
     async with asyncflow.launch(recipe) as stopped:
         async for event in stopped.events():
             if isinstance(event, StepCommitted):
@@ -113,8 +107,7 @@ async def test_a_run_that_was_stopped_between_refills_resumes_to_the_same_weight
         assert (await stopped.stop()).outcome == "stopped"
     async with resume(stopped.folder) as resumed:
         assert (await resumed.wait()).outcome == "finished"
-    for name, tensor in weights(resumed.folder).items():
-        assert torch.equal(tensor, weights(whole.folder)[name]), name
+    assert differing(weights(resumed.folder, STEPS), weights(whole.folder, STEPS)) == []
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -122,14 +115,14 @@ async def test_generating_ahead_drops_and_refills_as_well(recipe_of: MakeOf, sta
     pools = {name: {"devices": 1} for name in ("train", "rollout")}
     placement = {"policy": {"pool": "train"}, "generator": {"pool": "rollout"}}
     recipe = recipe_of(deterministic=False, staleness=staleness, pools=pools, placement=placement)
-    told = await told_by(recipe)
-    assert_whole(recipe, told)
-    assert max(step.staleness_max for step in told.steps) <= staleness
+    outcome = await outcome_of(recipe)
+    assert_complete(recipe, outcome)
+    assert max(step.staleness_max for step in outcome.steps) <= staleness
 
 
-async def test_a_task_that_teaches_nothing_ends_the_run_with_its_reject_rate(recipe_of: MakeOf):
-    told = await told_by(recipe_of("flat", max_refills=1))
-    assert (told.ended.outcome, told.ended.exit_code) == ("failed", 1)
-    assert "step 0: 5 prompts failed or were dropped, more than max_refills = 1 rounds of 4" in told.ended.error
-    assert "reject rate at least 56%" in told.ended.error
-    assert "last cause: no_signal" in told.ended.error
+async def test_a_task_with_equal_scores_only_ends_the_run_with_its_reject_rate(recipe_of: MakeOf):
+    outcome = await outcome_of(recipe_of("flat", max_refills=1))
+    assert (outcome.ended.outcome, outcome.ended.exit_code) == ("failed", 1)
+    assert "step 0: 5 prompts failed or were dropped, more than max_refills = 1 rounds of 4" in outcome.ended.error
+    assert "reject rate at least 56%" in outcome.ended.error
+    assert "last cause: no_signal" in outcome.ended.error

@@ -1,4 +1,4 @@
-"""A policy of adapters, end to end: it learns, its generator follows, and it resumes and exports."""
+"""A policy with LoRA adapters end to end: it learns, its generator gets the adapters, and it resumes and exports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ APART = {
 
 
 def recipe(table: dict[str, Any], lora: dict[str, Any], **changes: Any) -> Recipe:
-    """RLOO on an easy task: write digits."""
+    """A recipe of RLOO on an easy task: to write digits."""
     policy = {"path": table["models"]["policy"]["path"], "learning_rate": 5e-3, "lora": lora}
     rule = "tests.asyncflow.pipeline.rules:digits"
     models = {"policy": policy, "reference": {"path": policy["path"]}, "reward": {"rule": rule}}
@@ -55,7 +55,7 @@ async def test_it_learns_from_a_generator_that_follows(table: dict[str, Any], pu
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)  # half a dozen processes that import torch, on two cores
+@pytest.mark.timeout(600)  # six processes that import torch, on two cores
 async def test_adapters_train_fully_sharded_on_ranks(table: dict[str, Any]):
     placed = {"pools": {"train": {"devices": 2}, "rollout": {"devices": 1}}, "runtime": "ray"} | {
         "placement": {
@@ -76,7 +76,7 @@ async def test_adapters_train_fully_sharded_on_ranks(table: dict[str, Any]):
 
 
 def _check_export(made: Recipe, folder: Path) -> None:
-    """The exported policy is whole, and differs from its base in the layers that have adapters."""
+    """The exported policy has all tensors, and differs from its base exactly in the layers with adapters."""
     base, policy = (
         load_file(Path(path) / "model.safetensors") for path in (made.models["policy"].path, folder / "policy")
     )

@@ -1,4 +1,4 @@
-"""Policy and critic on ranks that work together, in Ray actors: the run is that of one process.
+"""Policy and critic on collective ranks in Ray actors: the run is that of one process.
 
 The policy trains 1-2-2 and generates 1-1, so every step switches layouts twice; the critic trains 1-1-2.
 """
@@ -28,7 +28,7 @@ from workers.training.models import canonical_tensors, load_causal
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # a dozen processes that import torch, on two cores
 
 STEPS = 3
-VOCABULARY = 48  # of the models, a token more than their tokenizer has: it divides over two ranks
+VOCABULARY = 48  # of the models, divisible by two ranks; the tokenizer has one token less
 ONE_PROCESS = {"runtime": "local", "deterministic": True}
 PARALLEL: dict[str, Any] = {
     "runtime": "ray",
@@ -44,21 +44,16 @@ PARALLEL: dict[str, Any] = {
 
 
 @pytest.fixture
-def recipe_of(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRecipe:
-    """The small recipe with models whose vocabulary divides, and an optimizer that is near SGD.
+def recipe_of(make_recipe: MakeRecipe, tmp_path: Path) -> MakeRecipe:
+    """The small recipe with models whose vocabulary is divisible, and an epsilon that makes Adam behave like SGD.
 
-    Adam turns the rounding of a gradient that is almost zero into a whole step.
+    Adam turns the rounding of a gradient near zero into a full step.
     """
-    shape = tiny.config
-
-    def dividing(**sizes: Any) -> Any:
-        config = shape(**sizes)
-        config.vocab_size = VOCABULARY
-        return config
-
-    monkeypatch.setattr(tiny, "config", dividing)
-    policy, other = str(tiny.make_policy(tmp_path / "policy")), str(tiny.make_policy(tmp_path / "other", seed=5))
-    reward = str(tiny.make_reward(tmp_path / "reward", seed=1))
+    policy, other = (
+        str(tiny.make_policy(tmp_path / name, seed=seed, vocabulary=VOCABULARY))
+        for name, seed in (("policy", 0), ("other", 5))
+    )
+    reward = str(tiny.make_reward(tmp_path / "reward", seed=1, vocabulary=VOCABULARY))
 
     def make(**changes: Any) -> Recipe:
         models = {
@@ -81,7 +76,7 @@ def recipe_of(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 async def run(recipe: Recipe) -> tuple[Path, list[StepCommitted], list[float]]:
-    """A whole run: its folder, its steps, and what its evaluations gave."""
+    """Run to the end. Returns the folder, the committed steps, and the results of the evaluations."""
     steps, evaluations = [], []
     async with asyncflow.launch(recipe) as launched:
         async for event in launched.events():
@@ -109,36 +104,36 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.mark.usefixtures("ray_started")
 async def test_a_run_on_many_ranks_is_that_of_one_process(recipe_of: MakeRecipe) -> None:
-    alone, plain, judged = await run(recipe_of(**ONE_PROCESS))
-    together, steps, judged_together = await run(recipe_of(**PARALLEL))
+    alone, plain, evaluated = await run(recipe_of(**ONE_PROCESS))
+    together, steps, evaluated_together = await run(recipe_of(**PARALLEL))
     assert_close(exported(together), exported(alone))
     start = load_file(Path(recipe_of().models["policy"].path) / "model.safetensors")
     moved = max(float((exported(alone)[name] - tensor).abs().max()) for name, tensor in start.items())
     assert moved > 1e-3, "the policy was hardly trained, so the comparison says nothing"
-    assert judged_together == judged
+    assert evaluated_together == evaluated
     for ours, theirs in zip(steps, plain, strict=True):
         assert (ours.samples, ours.tokens_generated) == (theirs.samples, theirs.tokens_generated)
         measured = {name: ours.metrics[name] for name in theirs.metrics if name.startswith(("policy.", "critic."))}
         assert measured == pytest.approx({name: theirs.metrics[name] for name in measured}, rel=1e-3, abs=1e-5)
-    _assert_switches_are_told(together, steps)
+    _assert_switches_are_measured(together, steps)
 
 
-def _assert_switches_are_told(folder: Path, steps: list[StepCommitted]) -> None:
+def _assert_switches_are_measured(folder: Path, steps: list[StepCommitted]) -> None:
     whole = sum(tensor.nbytes for tensor in exported(folder).values())
     spans = [span for span in read_spans(folder / "timeline.json") if span.service == "policy"]
     to_generation = [span for span in spans if span.activity == "to_generation"]
     to_training = [span for span in spans if span.activity == "to_training"]
-    drawn = [span for span in spans if ".generate" in span.activity]
-    assert len(to_generation) == len(drawn) == len(to_training) >= STEPS
-    for first, middle, last in zip(to_generation, drawn, to_training, strict=True):
+    generated = [span for span in spans if ".generate" in span.activity]
+    assert len(to_generation) == len(generated) == len(to_training) >= STEPS
+    for first, middle, last in zip(to_generation, generated, to_training, strict=True):
         assert first.start <= first.end <= middle.start <= middle.end <= last.start
     for step in steps:
-        told = {name: value for name, value in step.metrics.items() if name.startswith("policy.transition.")}
-        # A rank of two has half of the cut matrices and all of the norms: it receives just less than half.
-        assert 0.45 * whole < told["policy.transition.received_bytes"] < 0.5 * whole
-        assert told["policy.transition.generation_bytes"] == whole
-        assert told["policy.transition.redundant_bytes"] == 0
-        assert told["policy.transition.seconds"] > 0
+        measured = {name: value for name, value in step.metrics.items() if name.startswith("policy.transition.")}
+        # Each of two tensor ranks has half of the matrices and all norms, so it receives slightly less than half.
+        assert 0.45 * whole < measured["policy.transition.received_bytes"] < 0.5 * whole
+        assert measured["policy.transition.generation_bytes"] == whole
+        assert measured["policy.transition.redundant_bytes"] == 0
+        assert measured["policy.transition.seconds"] > 0
 
 
 @pytest.mark.usefixtures("ray_started")
@@ -156,7 +151,7 @@ async def test_a_rank_that_is_killed_ends_the_run_and_another_topology_goes_on_f
     placement = {
         **PARALLEL["placement"],
         "policy": {"pool": "train", "parallel": "2-1-1"},
-        "critic": {"pool": "value"},  # in one process, which reads what two ranks wrote
+        "critic": {"pool": "value"},  # one process, which reads the checkpoint of two ranks
     }
     other = recipe_of(steps=STEPS + 2, **{**PARALLEL, "placement": placement})
     (killed.folder / "recipe.toml").write_text(recipe_text(other))

@@ -1,4 +1,4 @@
-"""The pipeline on a real Ray: an actor a model service, live metrics, the same training, nothing left behind."""
+"""The pipeline on a Ray cluster: one actor per service, live metrics, the same training, and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPLIT = {
 
 @pytest.mark.usefixtures("ray_started")
 async def test_a_delayed_critic_trains_the_same_at_staleness_0(make_recipe: MakeRecipe) -> None:
-    """If the version rose with the policy alone, step 2 would use values of the critic before its first update."""
+    """If the version rose after the policy's update alone, step 2 would use values of the untrained critic."""
     final = []
     for delay in (0.0, 1.0):
         recipe = make_recipe(steps=3, delays={"critic": {"update": delay}}, data={"eval": ""}, **SPLIT)
@@ -91,10 +91,10 @@ async def test_vllm_generates_in_an_actor_of_its_own(make_recipe: MakeRecipe) ->
 
 
 def _scrape(targets: Path) -> dict[str, str]:
-    """role -> metrics page, of every endpoint that a run lists."""
+    """Role -> metrics page, for every endpoint that a run lists."""
     pages = {}
     for entry in msgspec.json.decode(targets.read_bytes()):
-        with urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=60) as answer:
             pages[entry["labels"]["role"]] = answer.read().decode()
     return pages
 
@@ -133,7 +133,7 @@ def _wait_for_steps(process: subprocess.Popen[bytes], folder: Path, steps: int) 
 
 
 def _session_members(leader: int) -> set[int]:
-    """The process and all that descend from it, whatever session they moved to."""
+    """The process and all its descendants, in any session."""
     parents = {int(p.name): _parent(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
     members = {leader}
     while new := {p for p, parent in parents.items() if parent in members} - members:
@@ -149,7 +149,7 @@ def _parent(folder: Path) -> int:
 
 
 def _gone(processes: set[int]) -> bool:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(Path(f"/proc/{p}").exists() and _state(p) != "Z" for p in processes):
             return True
@@ -165,10 +165,10 @@ def _state(process: int) -> str:
 
 
 def _shared_memory(processes: set[int]) -> set[Path]:
-    """The files in memory that some processes have mapped."""
+    """The files in /dev/shm that some processes have mapped."""
     found: set[Path] = set()
     for process in processes:
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             lines = Path(f"/proc/{process}/maps").read_text().splitlines()
             found |= {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
     return found

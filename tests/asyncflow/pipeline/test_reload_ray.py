@@ -1,4 +1,4 @@
-"""A process of its own takes a changed file, and its successor runs what it ran."""
+"""On Ray, a service's process reloads a changed file, and its successor runs the code that was reloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULE = "def score(prompt, response, reference):\n    return {}\n"
 STEPS = 8
 
 
-@pytest.mark.usefixtures("no_ray")  # its processes are to find the file
+@pytest.mark.usefixtures("no_ray")  # new processes, so that they find the file
 async def test_a_successor_runs_the_code_that_was_reloaded_whatever_its_file_says_by_then(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

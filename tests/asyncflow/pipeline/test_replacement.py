@@ -1,4 +1,4 @@
-"""A service that only answers may die: another takes its place, is sent again what was open, and no sample is lost."""
+"""A service that does not train may die: a successor receives the open rows again, and no sample is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 
 def process_of(service: str, folder: Path) -> int:
-    """The process that writes a log: a service's, or that of one of its ranks ("reference-1")."""
+    """The process id that writes this log: a service's, or one of its ranks' ("reference-1")."""
     log = folder / "logs" / f"{service}.log"
     for process in psutil.process_iter():
         try:
@@ -41,11 +41,11 @@ async def test_a_killed_reward_reference_of_two_ranks_and_generator_cost_no_samp
         runtime="ray",
         deterministic=False,
         data={"eval": ""},
-        pools={"main": {}, "judges": {"devices": 2}, "rollout": {}},
-        placement={"reference": {"pool": "judges", "parallel": "1-1-2"}, "generator": {"pool": "rollout"}},
+        pools={"main": {}, "frozen": {"devices": 2}, "rollout": {}},
+        placement={"reference": {"pool": "frozen", "parallel": "1-1-2"}, "generator": {"pool": "rollout"}},
         delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
     )
-    # The second is one of two ranks: its coordinator ends with it. The third takes weights and rows with it.
+    # "reference-1" is one of two ranks, whose coordinator ends with it. The generator loses its weights and its rows.
     killed = {1: "reward", 2: "reference-1", 3: "generator"}
     replaced: list[ServiceReplaced] = []
     async with asyncflow.launch(recipe) as run:

@@ -1,28 +1,19 @@
-"""Safe-RLHF whole: it keeps its limit where PPO does not, and a killed run goes on with λ, β and text where it was."""
+"""Safe-RLHF keeps its cost limit where PPO does not; a killed run resumes λ, β and the pretraining text exactly."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 
-import asyncflow
-from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe, recipe_text, to_recipe
 from asyncflow.run.launch import resume
-from tests.workers.checkpoints import trained_weights
+from tests.asyncflow.pipeline.runs import differing, finished, metric, run_and_kill, weights
 
-ASYNCFLOW = [sys.executable, "-m", "asyncflow.cli.main"]
 RULES = "tests.asyncflow.pipeline.rules"
 STEPS, KILL_AFTER = 10, 6
 LIMIT = 0.1
@@ -30,25 +21,12 @@ LIMIT = 0.1
 MakeOf = Callable[..., Recipe]
 
 
-def told(folder: Path, name: str) -> list[float]:
-    """A metric, step by step."""
-    return [line[name] for line in read_lines(folder / "metrics.jsonl")]
-
-
-async def finished(recipe: Recipe) -> Path:
-    """The folder of a run to its end."""
-    async with asyncflow.launch(recipe) as run:
-        ended = await run.wait()
-    assert ended.outcome == "finished", ended.error
-    return run.folder
-
-
 # --- the highest reward is unsafe
 
 
 @pytest.fixture
 def digits(table: dict[str, Any]) -> MakeOf:
-    """Digits are what is rewarded, and what is unsafe."""
+    """A recipe in which digits earn the reward and cost as much."""
 
     def make(**numbers: float) -> Recipe:
         models = table["models"] | {
@@ -67,14 +45,14 @@ def digits(table: dict[str, Any]) -> MakeOf:
 
 
 async def test_ppo_violates_the_limit_and_safe_rlhf_ends_below_it(digits: MakeOf):
-    """λ = 0 is PPO bit for bit, and tells the cost that it runs up."""
+    """λ = 0 is PPO bit for bit, but reports the cost."""
     ppo, safe = [await finished(digits(multiplier=multiplier)) for multiplier in (0.0, 2.0)]
     for folder in (ppo, safe):
-        assert told(folder, "cost_mean")[0] > LIMIT, "the limit is not kept from the start"
-    assert fmean(told(ppo, "cost_mean")[-3:]) > 3 * LIMIT
-    assert fmean(told(safe, "cost_mean")[-3:]) < LIMIT
-    multipliers = told(safe, "multiplier")
-    assert multipliers[0] > 2.0 > multipliers[-1], "it rises while the cost is above, and falls while it is below"
+        assert metric(folder, "cost_mean")[0] > LIMIT, "the random policy exceeds the limit"
+    assert fmean(metric(ppo, "cost_mean")[-3:]) > 3 * LIMIT
+    assert fmean(metric(safe, "cost_mean")[-3:]) < LIMIT
+    multipliers = metric(safe, "multiplier")
+    assert multipliers[0] > 2.0 > multipliers[-1], "it rises while the cost exceeds the limit, and falls below it"
 
 
 # --- kill -9
@@ -82,12 +60,12 @@ async def test_ppo_violates_the_limit_and_safe_rlhf_ends_below_it(digits: MakeOf
 
 @pytest.fixture
 def recipe_path(table: dict[str, Any], tmp_path: Path) -> Path:
-    """Everything that a run of Safe-RLHF carries: λ, an adaptive KL, a pretraining text, a mixed reward."""
+    """Safe-RLHF with all state that a run can carry: λ, an adaptive KL, a pretraining text, a mixed reward."""
     text = tmp_path / "pretrain.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"{n} is {n * n}, no?"}) for n in range(50)))
     mix = [
         {"name": "liked", "path": table["models"]["reward"]["path"], "weight": 0.5},
-        {"name": "told", "rule": f"{RULES}:telling"},
+        {"name": "varied", "rule": f"{RULES}:varied"},
     ]
     models = table["models"] | {
         "reward": {"mix": mix},
@@ -108,7 +86,7 @@ def recipe_path(table: dict[str, Any], tmp_path: Path) -> Path:
         },
         "loss": {"ptx_coefficient": 0.3, "ptx_rows": 4, "mini_batches": 2},
         "checkpoints": {"every": 4},
-        "delays": {"critic": {"update": 0.1}},  # so that there is a time in which to kill
+        "delays": {"critic": {"update": 0.3}},  # so that there is time to kill the run before its end
     }
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_text(to_recipe(table | own)))
@@ -119,34 +97,17 @@ async def test_a_killed_and_resumed_run_has_the_multiplier_the_coefficient_and_t
     recipe_path: Path, tmp_path: Path
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    async with asyncflow.launch(load_recipe(recipe_path, ["delays={}"]), folder=whole) as run:
-        assert (await run.wait()).outcome == "finished"
-    _run_and_kill(recipe_path, killed)
-    assert not (killed / "policy").exists(), "it was not killed but finished"
+    await finished(load_recipe(recipe_path, ["delays={}"]), whole)
+    run_and_kill(recipe_path, killed, KILL_AFTER)
     async with resume(killed) as run:
         assert (await run.wait()).outcome == "finished"
 
-    for name in ("multiplier", "kl_coefficient", "policy.ptx_loss", "reward.liked", "reward.told", "cost_mean"):
-        assert told(killed, name) == told(whole, name), name
-        assert len(set(told(whole, name))) > STEPS // 2, f"{name} stands still: that it went on shows nothing"
+    for name in ("multiplier", "kl_coefficient", "policy.ptx_loss", "reward.liked", "reward.varied", "cost_mean"):
+        assert metric(killed, name) == metric(whole, name), name
+        assert len(set(metric(whole, name))) > STEPS // 2, f"{name} does not change, so this proves nothing"
     assert (killed / "report.html").read_text().count("<b>Multiplier</b>") == 1
     last = f"checkpoints/step_{STEPS:06d}"
     state = "advantage/state.json"
     assert (killed / last / state).read_text() == (whole / last / state).read_text()
     for role in ("policy", "critic", "cost_critic"):
-        ours, theirs = (trained_weights(folder / last / role) for folder in (killed, whole))
-        for name, tensor in ours.items():
-            assert torch.equal(tensor, theirs[name]), f"{role} {name}"
-
-
-def _run_and_kill(recipe: Path, folder: Path) -> None:
-    process = subprocess.Popen(
-        [*ASYNCFLOW, "run", str(recipe), "--folder", str(folder)], start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while len(read_lines(folder / "metrics.jsonl")) < KILL_AFTER:
-        assert time.monotonic() < deadline, f"step {KILL_AFTER} was not reached"
-        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        assert differing(weights(killed, STEPS, role), weights(whole, STEPS, role)) == [], role

@@ -1,4 +1,4 @@
-"""A run in the hands of a program: a stop is never held up by a pause, and nobody waits for what will not come."""
+"""Steering a run from a program: a pause never blocks a stop, and no call waits for something that can't happen."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tests.asyncflow.conftest import MakeRecipe
 
 async def test_a_stop_drains_though_a_pause_holds_up_an_evaluation(make_recipe: MakeRecipe) -> None:
     async with asyncflow.launch(make_recipe(deadlines={"stop": 60.0})) as run:
-        await run.pause()  # before the first evaluation, which draws
-        async with asyncio.timeout(20):
+        await run.pause()  # before the first evaluation, which generates
+        async with asyncio.timeout(60):
             ended = await run.stop()
     assert (ended.outcome, ended.error) == ("stopped", "")
     assert (run.folder / "checkpoints" / "step_000000" / "manifest.json").exists()
 
 
-async def test_who_waits_for_a_checkpoint_hears_that_the_run_was_ended_at_once(make_recipe: MakeRecipe) -> None:
+async def test_a_requested_checkpoint_fails_when_the_run_is_ended_at_once(make_recipe: MakeRecipe) -> None:
     asking: list[asyncio.Task[object]] = []
 
     async def run_and_be_cancelled() -> None:
         async with asyncflow.launch(make_recipe()) as run:
-            await run.pause()  # the evaluation stands still, and so does every boundary between steps
+            await run.pause()  # holds the evaluation, and every boundary between steps
             asking.append(asyncio.create_task(run.checkpoint()))
             await asyncio.sleep(0)
             raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
         await run_and_be_cancelled()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(RunFailed, match="without draining"):
             await asking[0]
 
@@ -55,7 +55,7 @@ async def test_a_run_that_is_resumed_with_fewer_steps_ends_what_it_had_admitted(
     done = Ledger(folder / "ledger.db")
     version, live = done.version, done.totals().live
     done.close()
-    assert live, "nothing was under way: this says nothing"
+    assert live, "no sample was in flight, so this proves nothing"
     _rewrite(folder, steps=version - 1)
     with pytest.raises(BadInput, match=f"want {version} or more"):
         async with resume(folder):
