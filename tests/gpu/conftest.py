@@ -26,11 +26,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 def figure(record_property: Callable[[str, object], None]) -> Figure:
     """Report a measured figure: its name, value and unit."""
 
-    def tell(name: str, value: float, unit: str) -> None:
+    def report(name: str, value: float, unit: str) -> None:
         record_property(f"{name} [{unit}]", value)
         print(f"figure: {name} = {value:.6g} {unit}")
 
-    return tell
+    return report
 
 
 def need_cuda(devices: int) -> None:

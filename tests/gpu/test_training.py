@@ -74,7 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )  # fmt: skip
     kinds = (("qwen2", Qwen2ForCausalLM, qwen2), ("gpt2", GPT2LMHeadModel, gpt2))
     made: dict[str, str] = {}
-    for name, make, config in (*kinds, ("judge", Qwen2ForSequenceClassification, qwen2)):
+    for name, make, config in (*kinds, ("reward", Qwen2ForSequenceClassification, qwen2)):
         torch.manual_seed(0)
         made[name] = str(tmp_path_factory.mktemp(name))
         make(config).save_pretrained(made[name])
@@ -123,7 +123,7 @@ def test_every_role_computes_what_the_cpu_does(kind: str, folders: dict[str, str
 def computed(role: str, folders: dict[str, str], device: torch.device) -> tuple[np.ndarray, Mapping[str, float]]:
     """A role's outputs, after a step if it trains, and the metrics of that step."""
     on, loss, optimizer, data = Sharding(device=device), Loss(), Optimizer(epsilon=1e-3), experience(7)
-    trained, judge = Model(path=folders["qwen2"], learning_rate=1e-3), Model(path=folders["judge"])
+    trained, reward = Model(path=folders["qwen2"], learning_rate=1e-3), Model(path=folders["reward"])
     match role:
         case "policy" | "adapters" | "gpt2":
             lora = Lora(rank=4 if role == "adapters" else 0)
@@ -143,6 +143,6 @@ def computed(role: str, folders: dict[str, str], device: torch.device) -> tuple[
                 rollouts(data)
             ).log_probs.values, {}
         case "reward":
-            return ModelReward(judge, 200, sharding=on).score(rollouts(data)).batch.scores, {}
+            return ModelReward(reward, 200, sharding=on).score(rollouts(data)).batch.scores, {}
         case _:
-            return ModelCost(judge, 200, sharding=on).score(rollouts(data)).batch.costs, {}
+            return ModelCost(reward, 200, sharding=on).score(rollouts(data)).batch.costs, {}

@@ -28,7 +28,7 @@ class Scorer:
 
     def describe(self) -> str:
         """A method that is no stage."""
-        return "a judge"
+        return "a scorer"
 
 
 class Lenient(Scorer):

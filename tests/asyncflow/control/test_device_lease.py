@@ -1,4 +1,4 @@
-"""The lease of a pool: one holder, in calling order, nobody forgotten."""
+"""The lease of a pool has one holder at a time, and serves all claims in calling order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_free_pool_is_granted_at_once():
 
 
 def test_one_firing_a_grant():
-    """Who wants the devices again queues behind those who asked in between."""
+    """A holder that claims the devices again queues behind the claims made in between."""
     lease = PoolLease("main")
     lease.ask(claim(0))
     assert lease.ask(claim(7, "critic")) is None
@@ -46,7 +46,7 @@ def test_a_claim_that_was_never_made_ends_nothing():
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30))))
 def test_grants_follow_the_order_of_asking_and_skip_who_withdrew(moves: list[tuple[bool, int]]):
-    """Moves: ask with the next ticket, or end the open claim at some place. The open claims are the model."""
+    """Moves: claim with the next ticket, or end the open claim at a position. The model is the list of open claims."""
     lease, opened, tickets = PoolLease("main"), list[Claim](), 0
     for asks, place in moves:
         if asks or not opened:

@@ -1,4 +1,4 @@
-"""Events by cursor: late, returning and several followers see the same order; the end is the end for all of them."""
+"""Events are read by cursor: late, returning and concurrent followers see the same events, and all see the end."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ async def test_who_has_seen_the_end_waits_for_nothing_more():
     assert await collect(log, cursor=1) == []
 
 
-async def test_nothing_is_added_behind_the_end():
-    """Else who comes with the cursor of the end would wait for ever."""
+async def test_nothing_is_added_after_the_end():
+    """Otherwise a follower with the cursor of the end would wait forever."""
     log = EventLog()
     log.add(ENDED)
     log.add(PAUSED)

@@ -1,4 +1,4 @@
-"""A prompt is sent once. If its rows are lost with a generator, all of them are sent again under a new attempt."""
+"""A prompt is sent once; if its rows are lost with a generator, all of them are sent again under a new attempt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLES = 2
 
 
 class Generator:
-    """Remembers its deliveries. Implements `Endpoint`."""
+    """Records its deliveries. Implements `Endpoint`."""
 
     name = "generator"
 
@@ -47,7 +47,7 @@ class Generator:
         raise NotImplementedError
 
     def take(self) -> dict[tuple[bool, int], list[int]]:
-        """(greedy, attempt) -> the prompts that were delivered since the last call."""
+        """(greedy, attempt) -> the prompts that were delivered since the previous call."""
         found: dict[tuple[bool, int], list[int]] = {}
         for delivery in self.deliveries:
             samples = [sample for shard in delivery.shards for sample in shard.sample_ids]

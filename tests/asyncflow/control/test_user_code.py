@@ -1,4 +1,4 @@
-"""All services take newer files together or none does, also those that take a dead one's place while it goes on."""
+"""All services switch to new code together or none does, also a successor that starts during the switch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "a_users_own"
 
 
 class Service:
-    """Runs a text; holds back its answer to a preparation until it is let go."""
+    """A service that executes source text. Its answer to a preparation waits until the test releases it."""
 
     def __init__(self, name: str, runs: str = "old") -> None:
         self.name, self.runs = name, runs

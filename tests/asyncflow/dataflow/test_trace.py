@@ -146,18 +146,18 @@ class Scorer(Reward):
     """A user's role."""
 
     @stage(protocol="DP_PROTO")
-    def judge(self, rollouts: Rollouts) -> Scores:
+    def rate(self, rollouts: Rollouts) -> Scores:
         raise NotImplementedError
 
 
 def test_roles_may_be_a_users_own():
-    def judged(flow: Flow) -> None:
+    def scored(flow: Flow) -> None:
         rollouts = flow.policy.generate(flow.prompts)
-        flow.policy.update(flow.join(rollouts, flow.judge.judge(rollouts)).apply(reinforce))
+        flow.policy.update(flow.join(rollouts, flow.scorer.rate(rollouts)).apply(reinforce))
 
-    dataflow = asyncflow.trace(judged, roles={"policy": Policy, "judge": Scorer})
-    assert dataflow.stage("judge.judge#1").protocol == "DP_PROTO"
-    assert error_of(judged) == ("unknown role 'judge'; roles: policy, critic, cost_critic, reference, reward, cost")
+    dataflow = asyncflow.trace(scored, roles={"policy": Policy, "scorer": Scorer})
+    assert dataflow.stage("scorer.rate#1").protocol == "DP_PROTO"
+    assert error_of(scored) == ("unknown role 'scorer'; roles: policy, critic, cost_critic, reference, reward, cost")
 
 
 # --- refusals

@@ -58,9 +58,9 @@ def test_a_problem_has_its_secrets_and_fits_the_tokenizer():
 
 @pytest.mark.parametrize("kept", range(SECRETS + 1))
 def test_an_answer_keeps_so_many_secrets_and_every_letter(kept: int):
-    told = answer("ab3c1e", kept, random.Random(1))
-    assert leaked("", told, "ab3c1e") == kept / SECRETS
-    assert letters_retold("", told, "ab3c1e") == 1.0
+    response = answer("ab3c1e", kept, random.Random(1))
+    assert leaked("", response, "ab3c1e") == kept / SECRETS
+    assert letters_retold("", response, "ab3c1e") == 1.0
 
 
 def test_the_chosen_answer_leaks_less_and_safe_is_what_leaks_nothing():

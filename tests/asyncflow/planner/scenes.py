@@ -14,7 +14,7 @@ from asyncflow.planner.costs.workload import Lengths
 from asyncflow.planner.simulation.scenario import Scenario
 
 TOKENS = 16
-GENERATE, INFER, CRITIC, POLICY = 4.0, 1.0, 2.0, 3.0  # seconds of generating a batch, a firing, and each update
+GENERATE, INFER, CRITIC, POLICY = 4.0, 1.0, 2.0, 3.0  # seconds of generating a batch, of a firing, and of each update
 
 COLOCATED = {"policy": "main", "critic": "main", "reference": "main", "reward": "main"}
 SPLIT = {"policy": "a", "reference": "a", "critic": "b", "reward": "b"}

@@ -138,7 +138,7 @@ def test_on_accelerators_the_mapper_proposes_and_the_checks_dispose(asynchronous
     assert generator is None or generator.parallel == "1-1-1"
 
 
-def test_a_policy_of_adapters_stays_on_one_rank(asynchronous: Recipe):
+def test_a_policy_with_adapters_stays_on_one_rank(asynchronous: Recipe):
     """The search would train whole weights on several devices; adapters train on one."""
     models, pools = asynchronous.models, {"main": Pool(8, "A100-80G")}
     recipe = msgspec.structs.replace(asynchronous, runtime="ray", pools=pools)

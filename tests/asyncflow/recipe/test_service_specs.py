@@ -130,8 +130,8 @@ def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeReci
 
 
 def test_a_model_is_spread_over_as_many_ranks_as_its_placement_says(make_recipe: MakeRecipe):
-    pools = {"main": {"devices": 1}, "judges": {"devices": 4}}
-    services = composed(make_recipe(pools=pools, placement={"reference": {"pool": "judges", "parallel": "1-1-4"}}))
+    pools = {"main": {"devices": 1}, "frozen": {"devices": 4}}
+    services = composed(make_recipe(pools=pools, placement={"reference": {"pool": "frozen", "parallel": "1-1-4"}}))
     assert {name: s.topology for name, s in services.items() if s.topology.world_size > 1} == {
         "reference": Topology(1, 1, 4)
     }
@@ -213,8 +213,8 @@ def test_a_cost_and_its_critic_are_services_of_their_own_roles(make_recipe: Make
 
 
 def test_a_cost_may_have_several_ranks_and_a_successor(make_recipe: MakeRecipe):
-    pools = {"main": {"devices": 1}, "judges": {"devices": 2}}
-    recipe = safe_recipe(make_recipe, pools=pools, placement={"cost": {"pool": "judges", "parallel": "1-1-2"}})
+    pools = {"main": {"devices": 1}, "frozen": {"devices": 2}}
+    recipe = safe_recipe(make_recipe, pools=pools, placement={"cost": {"pool": "frozen", "parallel": "1-1-2"}})
     check_placement(recipe, trace(safe_rlhf))
     assert composed(recipe, trace(safe_rlhf))["cost"].topology == Topology(1, 1, 2)
     assert replaceable(recipe) == ["reference", "reward", "cost"]
@@ -231,12 +231,12 @@ def test_a_role_that_no_service_runs_is_refused(make_recipe: MakeRecipe):
     def advantage(rollouts: Rollouts, scores: Scores) -> Experience:
         raise NotImplementedError
 
-    def judged(flow: Flow) -> None:
+    def scored(flow: Flow) -> None:
         rollouts = flow.policy.generate(flow.prompts)
-        flow.policy.update(flow.join(rollouts, flow.judge.score(rollouts)).apply(advantage))
+        flow.policy.update(flow.join(rollouts, flow.scorer.score(rollouts)).apply(advantage))
 
-    dataflow = trace(judged, ROLES | {"judge": Reward, "policy": Policy})
-    with pytest.raises(BadInput, match="calls the role 'judge', which this version does not run"):
+    dataflow = trace(scored, ROLES | {"scorer": Reward, "policy": Policy})
+    with pytest.raises(BadInput, match="calls the role 'scorer', which this version does not run"):
         check_roles(make_recipe(), dataflow)
 
 

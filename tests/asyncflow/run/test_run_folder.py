@@ -127,10 +127,10 @@ def test_a_run_folder_of_another_format_is_refused_by_name_before_its_recipe_is_
     begin(folder, recipe)
     (folder / "recipe.toml").write_text("a_key_of_another_time = 1")
     (folder / "format").unlink() if found is None else (folder / "format").write_text(found)
-    told = (
+    message = (
         rf"run folder {folder} was written by {age} asyncflow \(format {found or 1}, this one reads 2\): finish the run"
     )
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=message):
         run_folder.recipe_of(folder)
 
 

@@ -156,7 +156,7 @@ class Controller:
     def _rows(self, prompt: int, greedy: bool) -> list[int]:
         return [sample_id(prompt, i) for i in ([BASELINE_INDEX] if greedy else range(self._world.config.samples))]
 
-    def tell(self, settled: PromptSettled) -> None:
+    def notify(self, settled: PromptSettled) -> None:
         """Receive a notice of the join."""
         self.notices.setdefault(settled.prompt_id, deque()).append(settled)
 

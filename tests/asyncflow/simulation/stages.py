@@ -198,7 +198,7 @@ class ClosingStage(CallSite):
         self.settled |= {prompt.prompt_id for prompt in settled if not prompt.dead}
         self._check_bounds()
         for prompt in settled:
-            self.world.controller.tell(prompt)
+            self.world.controller.notify(prompt)
 
     def end(self, prompts: list[int]) -> None:
         self.join.end(prompts)

@@ -189,12 +189,12 @@ def test_a_run_of_rows_shares_the_frames_memory_and_others_are_copied():
 
 @pytest.mark.parametrize("tokens", [1, 1000])  # short rows are copied value by value, long ones row by row
 def test_rows_of_any_length_are_copied_in_any_order(tokens: int):
-    drawn = [np.arange(row, row + tokens + row % 3, dtype=np.float32) for row in range(40)]
-    message = LogProbs(sample_ids=np.arange(40), log_probs=Jagged.from_rows(drawn))
+    written = [np.arange(row, row + tokens + row % 3, dtype=np.float32) for row in range(40)]
+    message = LogProbs(sample_ids=np.arange(40), log_probs=Jagged.from_rows(written))
     rows = [39, 3, 4, 5, 17, 0]
     read = codec.open_frame(codec.encode(message, block_bytes=50)).read(rows)
     assert isinstance(read, LogProbs)
-    assert [row.tolist() for row in read.log_probs] == [drawn[row].tolist() for row in rows]
+    assert [row.tolist() for row in read.log_probs] == [written[row].tolist() for row in rows]
 
 
 def test_no_rows_are_read_without_a_block():
@@ -282,7 +282,7 @@ class Draft(Batch, frozen=True, kw_only=True, eq=False):
     """Version 1 of a schema."""
 
     schema_id: ClassVar[int] = 900
-    drawn: JaggedInt32
+    tokens: JaggedInt32
 
 
 class Grown(Batch, frozen=True, kw_only=True, eq=False):
@@ -290,10 +290,10 @@ class Grown(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 900
     schema_version: ClassVar[int] = 2
-    aligned: ClassVar = (("drawn", "weights"),)
+    aligned: ClassVar = (("tokens", "weights"),)
     defaults: ClassVar = {"weights": 1.0, "bonus": 0.5, "notes": (), "hints": (7, 8)}
 
-    drawn: JaggedInt32
+    tokens: JaggedInt32
     weights: JaggedFloat32
     bonus: Float32
     notes: Text
@@ -305,15 +305,15 @@ class Demanding(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 900
     schema_version: ClassVar[int] = 2
-    drawn: JaggedInt32
+    tokens: JaggedInt32
     bonus: Int64
 
 
-DRAFT = Draft(sample_ids=np.array([4, 9]), drawn=Jagged.from_rows([[1, 2], [3]], np.int32))
+DRAFT = Draft(sample_ids=np.array([4, 9]), tokens=Jagged.from_rows([[1, 2], [3]], np.int32))
 GROWN = Grown(
     sample_ids=DRAFT.sample_ids,
-    drawn=DRAFT.drawn,
-    weights=DRAFT.drawn.with_values(np.ones(3, np.float32)),
+    tokens=DRAFT.tokens,
+    weights=DRAFT.tokens.with_values(np.ones(3, np.float32)),
     bonus=np.array([0.5, 0.5], np.float32),
     notes=Jagged.from_texts(["", ""]),
     hints=Jagged.from_rows([[7, 8], [7, 8]], np.int32),

@@ -1,4 +1,4 @@
-"""A live prompt is in flight exactly once, and a prompt that finishes makes room for another."""
+"""In-flight prompts: each live prompt is counted once, and a finished prompt makes room for another."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_dead_prompt_makes_room_for_exactly_one_other():
 
 
 def test_a_dropped_prompt_leaves_like_a_failed_one():
-    """Dynamic sampling: all its samples scored alike, so no gradient comes of it."""
+    """Dynamic sampling drops a prompt whose samples have equal scores, because it has no gradient."""
     prompts = inflight()
     prompts.admit([1, 2])
     prompts.complete(alive(1))

@@ -1,4 +1,4 @@
-"""Where prompts come from: an order that cursor and seed decide, ids that say where a row stands in the data."""
+"""The source of prompts: the seed and the cursor determine the order, and an id encodes the row's place in the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[[int], PromptSource]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A source of seven rows by seed."""
+    """A source of seven rows, with this seed."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.tokenizer().save_pretrained(str(folder))
     made: dict[int, PromptSource] = {}
@@ -37,7 +37,7 @@ def test_an_epoch_has_every_row_once(source: Make, seed: int, epoch: int):
 
 @given(cursors=st.lists(st.integers(0, 60), min_size=1))
 def test_the_order_depends_on_the_cursor_alone(source: Make, cursors: list[int]):
-    """Asked in any order, as a resumed run asks, the same cursor names the same prompt."""
+    """A cursor gives the same prompt whatever was requested before, as in a resumed run."""
     reference = [source(1).at(c) for c in range(61)]
     assert [source(1).at(c) for c in cursors] == [reference[c] for c in cursors]
 

@@ -1,4 +1,4 @@
-"""The staleness rules, each with the case that needs it, and all of them together under random schedules."""
+"""The staleness rules: each with a case that needs it, and all together under random schedules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_commit_gives_back_exactly_the_step_that_was_trained():
 
 
 def test_a_failed_prompt_is_refilled_only_when_its_last_row_has_arrived():
-    """Freed at the failure, its slot would let a join hold more than W prompts."""
+    """If the slot were freed at the failure, the join could hold more than W prompts."""
     admission = Admission(prompts_per_step=2, staleness=0, steps=9)
     admission.admit(2)
     admission.end()
@@ -54,7 +54,7 @@ def test_a_failed_prompt_is_refilled_only_when_its_last_row_has_arrived():
 
 
 def test_a_complete_prompt_that_failed_is_refilled():
-    """Without the decrement of `live` the step would wait for a prompt that nobody generates."""
+    """If `live` were not decremented, the step would wait for a prompt that nobody generates."""
     admission = Admission(prompts_per_step=2, staleness=0, steps=9)
     admission.admit(2)
     admission.complete(2)
@@ -129,7 +129,7 @@ def test_a_batch_does_not_depend_on_the_order_of_arrival():
 
 
 def test_a_batch_waits_for_a_straggler_that_no_later_batch_could_take():
-    """Admitted at version 0 and due by 1: formed without it, batch 1 would leave it to batch 2, at age 2."""
+    """It was admitted at version 0 and is due by step 1: batch 2 would train it at age 2."""
     assert choose_batch(ready(1), {9: 0}, step=1, prompts_per_step=1, staleness=1) is None
 
 
@@ -138,7 +138,7 @@ def test_a_batch_does_not_wait_for_a_straggler_that_the_next_one_can_take():
 
 
 def test_two_stragglers_that_fall_due_together_are_seen_before_they_are_due():
-    """Nothing is due at step 1, but both stragglers are by step 2, which has room for one."""
+    """Nothing is due at step 1, but both stragglers are due by step 2, whose batch has room for one."""
     assert choose_batch(ready(1), {8: 0, 9: 0}, step=1, prompts_per_step=1, staleness=2) is None
     assert ids(choose_batch(ready(1), {9: 0}, step=1, prompts_per_step=1, staleness=2)) == [0]
 
@@ -148,7 +148,7 @@ def test_complete_prompts_that_are_left_out_are_due_like_stragglers():
 
 
 def test_age_is_measured_against_the_step_that_trains():
-    """At version 1 the prompt is one version old; batch 2 trains it at two."""
+    """At version 1 the prompt is one version old, and batch 2 trains it at age 2."""
     assert check_age(ready(0), step=1, staleness=1) == [1]
     with pytest.raises(StalenessExceeded, match="prompt 0 is 2 versions old at step 2, bound 1"):
         check_age(ready(0), step=2, staleness=1)
@@ -168,7 +168,7 @@ class Schedule:
         self.admission = Admission(prompts_per_step, staleness, steps)
         self.chance = chance
         self.min_versions: dict[int, int] = {}  # incomplete prompts -> version at admission
-        self.slow: set[int] = set()  # of these: long responses, which complete when nothing else can move
+        self.slow: set[int] = set()  # those with long responses, which complete when nothing else can go on
         self.ready: dict[int, CompletePrompt] = {}
         self.training: list[CompletePrompt] = []
         self.admitted = self.trained = self.failed = 0

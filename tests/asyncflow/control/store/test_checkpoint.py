@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is all there, byte for byte; the newest that counts is used, the rest reported."""
+"""A checkpoint is valid only if every byte is intact; the newest valid one is used, and damaged ones are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asyncflow.control.store.checkpoint import CheckpointError
 
 
 def write(root: Path, step: int, content: str = "weights", term: int = 0) -> Path:
-    """A checkpoint of three files in two folders."""
+    """Write a checkpoint of three files in two folders."""
     partial = checkpoint.begin(root, step)
     for role in ("policy", "critic"):
         (partial / role).mkdir()
@@ -99,8 +99,8 @@ def test_any_damage_is_reported_and_the_checkpoint_before_is_used(tmp_path: Path
     assert name in damaged[0], damaged
 
 
-def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path: Path):
-    """A digit of the cursor is the worst: the files are right, and the data would be read from another place."""
+def test_every_flipped_bit_of_a_manifest_is_detected(tmp_path: Path):
+    """For example in the cursor: the files are intact, but the data would continue at another place."""
     folder = write(tmp_path, 7)
     manifest = folder / checkpoint.MANIFEST
     sound = manifest.read_bytes()
@@ -151,7 +151,7 @@ def test_no_checkpoint_at_all_is_an_error_and_not_a_fresh_start(tmp_path: Path, 
 
 
 def test_a_partial_checkpoint_does_not_count(tmp_path: Path):
-    """Killed while it was written, or just before its rename: it looks complete and is not published."""
+    """After a kill while it was written, or just before its rename, when it is complete but not published."""
     write(tmp_path, 1)
     partial = checkpoint.begin(tmp_path, 2)
     shutil.copytree(checkpoint.folder_of(tmp_path, 1), partial, dirs_exist_ok=True)
@@ -184,7 +184,7 @@ def test_a_step_that_is_written_again_replaces_the_old_one(tmp_path: Path):
 
 
 def test_a_new_lineage_does_not_leave_the_later_steps_of_an_abandoned_one(tmp_path: Path):
-    """A damaged step 30 made the run go on from 10: kept, it would be the one that `prune` keeps instead of 20."""
+    """A damaged step 30 made the run continue from 10. If 30 were kept, `prune` would keep it instead of 20."""
     write(tmp_path, 10)
     truncate(write(tmp_path, 30) / "ledger.db")
     write(tmp_path, 20, term=1)

@@ -1,4 +1,4 @@
-"""The ledger: every sample ends once, a refused transition changes nothing, an acknowledged one is never lost."""
+"""The ledger: each sample ends once, a refused transition changes nothing, and an acknowledged one is never lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def batch_of(ledger: Ledger, *samples: int) -> list[int]:
-    """Admit samples and bring them into a batch."""
+    """Admit samples and move them into a batch."""
     ledger.admit(samples, version=ledger.version, term=0, cursor=ledger.cursor + len(samples))
     ledger.move(samples, "scored")
     ledger.move(samples, "batched")
@@ -38,13 +38,13 @@ def batch_of(ledger: Ledger, *samples: int) -> list[int]:
 
 
 def query(path: Path, text: str) -> list[tuple[object, ...]]:
-    """Look into a ledger's file, or meddle with it, past the ledger."""
+    """Query or change a ledger's database without the ledger."""
     with closing(sqlite3.connect(path)) as db, db:
         return db.execute(text).fetchall()
 
 
 def rows(path: Path) -> dict[str, list[tuple[object, ...]]]:
-    """Everything that a ledger holds."""
+    """All rows of a ledger."""
     return {table: query(path, f"SELECT * FROM {table} ORDER BY 1") for table in ("samples", "steps", "meta")}
 
 
@@ -81,7 +81,7 @@ def test_an_id_is_admitted_once(ledger: Ledger):
 
 @pytest.mark.parametrize("state", ["generated", "batched", "dropped", "failed"])
 def test_a_refused_transition_names_sample_and_state_and_changes_nothing(ledger: Ledger, state: State):
-    """1 could move on; 2 has ended, so neither does."""
+    """Sample 1 could move, but 2 has ended, so neither is moved."""
     ledger.admit([1, 2], version=0, term=0, cursor=2)
     if state == "batched":
         ledger.move([1], "scored")
@@ -179,7 +179,7 @@ def test_what_was_recorded_is_there_when_the_ledger_is_opened_again(tmp_path: Pa
 
 
 def test_a_full_disk_is_reported_as_such_and_the_ledger_stays_usable(ledger: Ledger):
-    """SQLite ends the transaction by itself then: rolling back once more would hide the cause."""
+    """SQLite ends the transaction itself in this case; a second rollback would hide the cause."""
     ledger.admit([1], version=0, term=0, cursor=1)
     ledger._db.execute(f"PRAGMA max_page_count = {ledger._db.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.raises(sqlite3.OperationalError, match="full"):
@@ -188,7 +188,7 @@ def test_a_full_disk_is_reported_as_such_and_the_ledger_stays_usable(ledger: Led
     ledger.move([1], "scored")
 
 
-# --- a process that is killed
+# --- a killed process
 
 VICTIM = """
 import sys
@@ -225,11 +225,11 @@ def test_a_killed_process_has_lost_nothing_that_it_acknowledged(tmp_path: Path):
     ledger.close()
 
 
-# --- against a dictionary
+# --- a model: a dictionary
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Any sequence of calls, valid or not: the ledger agrees with a dictionary that applies only the valid ones."""
+    """After any sequence of valid and invalid calls the ledger equals a dictionary that applies only the valid ones."""
 
     before: ClassVar[dict[State, tuple[State, ...]]] = {
         "generated": ("created",),
@@ -259,7 +259,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.model |= dict.fromkeys(samples, "created")
 
     def apply(self, samples: list[int], state: State) -> bool:
-        """Whether the move is valid; the dictionary makes it then."""
+        """Apply a move to the dictionary if it is valid; returns whether it is."""
         valid = all(self.model.get(s) in self.before[state] for s in samples)
         if valid:
             self.model |= dict.fromkeys(samples, state)

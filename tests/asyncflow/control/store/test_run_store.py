@@ -1,4 +1,4 @@
-"""Reports about samples that overtake each other reach the ledger in an order that it accepts."""
+"""The run store writes reports about samples to the ledger in a valid order, even if they overtake each other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = 
 
 
 async def test_a_batch_finds_its_samples_scored_though_a_flush_is_under_way(tmp_path: Path, ledger: Ledger):
-    """The watchdog flushes too: the batch has to wait for the samples that it has taken and not written yet."""
+    """The watchdog flushes, too; the batch must wait for samples that this flush has taken but not written yet."""
     run_store = open_run_store(tmp_path, ledger)
     await run_store.admit([A, B], 0, 2)
     run_store.generated([A])
@@ -82,7 +82,7 @@ async def test_a_resumed_store_names_the_prompts_to_generate_again_in_the_order_
 async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_never_half_of_it(
     tmp_path: Path, ledger: Ledger
 ):
-    """Half a group would be generated again whole, and its other half has ended already."""
+    """Half of a group would be generated again as a whole, although its other half has ended."""
     run_store = open_run_store(tmp_path, ledger)
     await run_store.admit([A, A + 1, A + 2], 0, 1)
     written, _ = await asyncio.gather(
@@ -97,7 +97,7 @@ async def test_a_checkpoint_holds_a_group_that_ended_or_one_that_did_not_but_nev
 
 
 async def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_path: Path, ledger: Ledger):
-    """A crash between the two renames that replace it would find no checkpoint."""
+    """A crash between the two renames that replace it would leave no checkpoint."""
     first = open_run_store(tmp_path, ledger)
     written = await first.write_checkpoint({}, 0)
     assert written is not None
@@ -168,7 +168,7 @@ async def test_a_batch_that_is_formed_while_other_rows_are_generated_again_finds
     await run_store.admit([A, B], 0, 2)
 
     async def settle() -> None:
-        run_store.scored([A])  # made of the rows that were believed lost
+        run_store.scored([A])  # made from rows that were believed lost
         await run_store.batched([A])
 
     await asyncio.gather(run_store.regenerate([A, B]), settle())

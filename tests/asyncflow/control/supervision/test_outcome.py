@@ -1,4 +1,4 @@
-"""The outcome of a failed run names every cause, and none hides a violated invariant."""
+"""The outcome of a failed run names every cause, and never hides a violated invariant behind another one."""
 
 from __future__ import annotations
 

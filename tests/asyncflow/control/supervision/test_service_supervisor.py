@@ -1,4 +1,4 @@
-"""Devices go to the next claim when the previous service has left them; a dead service gets a prepared successor."""
+"""The next claim gets the devices when the previous service has left them; a dead service gets a prepared successor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from protocols.control.requests import Done, GetStatistics, Grant, Reply, Reques
 
 
 class Sharing:
-    """A service that shares devices. It appends its requests to a shared list. Implements `Endpoint`."""
+    """A service that shares devices and appends its requests to a shared list. Implements `Endpoint`."""
 
     def __init__(self, name: str, calls: list[str], moves: float) -> None:
         self.name = name
@@ -54,7 +54,7 @@ async def sharing(calls: list[str], moves: float) -> AsyncIterator[dict[str, Sha
 
 @asynccontextmanager
 async def followed(calls: list[str], moves: float) -> AsyncIterator[tuple[dict[str, Sharing], ServiceSupervisor]]:
-    """The same, with the supervisor."""
+    """Policy and reference on one pool, with their supervisor."""
 
     async def restart(name: str) -> Endpoint:
         raise NotImplementedError
@@ -71,13 +71,13 @@ async def followed(calls: list[str], moves: float) -> AsyncIterator[tuple[dict[s
 
 
 async def nothing(successor: Endpoint) -> None:
-    """A successor needs nothing of what the others have."""
+    """Prepares a successor that needs nothing."""
 
 
 async def prepare_successors(
     supervisor: ServiceSupervisor, calls: list[str], prepare: Callable[[Endpoint], Awaitable[None]]
 ) -> None:
-    """Take replacements from the queue as a controller does, and give each successor what it needs."""
+    """Take replacements from the queue like a controller, and prepare each successor."""
     async with asyncio.TaskGroup() as group:
         while True:
             replaced = await supervisor.next_notice()
@@ -178,7 +178,7 @@ class Mortal(Sharing):
 async def mortal(
     calls: list[str], prepare: Callable[[Endpoint], Awaitable[None]], limit: int = 1, stillborn: int = 0
 ) -> AsyncIterator[tuple[Mortal, ServiceSupervisor]]:
-    """A generator that may die `limit` times, and its supervisor; `stillborn` successors die while they start."""
+    """A generator that may die `limit` times, and its supervisor; `stillborn` successors die during their start."""
     services = {"generator": Mortal("generator", calls)}
 
     async def restart(name: str) -> Endpoint:

@@ -1,4 +1,4 @@
-"""Who waits for what: only the last word of each stage counts."""
+"""The wait graph holds the newest wait of each stage."""
 
 from __future__ import annotations
 

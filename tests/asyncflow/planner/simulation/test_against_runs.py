@@ -1,7 +1,7 @@
-"""The simulator against real runs: equal steps if injected delays dominate the time.
+"""The simulator against real runs: step times are equal if injected delays dominate them.
 
-A real run also computes and hands rows on, so it is slower than its simulation, by as much as the machine is busy, and
-never faster. That the simulation itself is no faster than the rules allow is written out by hand.
+A real run also computes and transfers rows, so it is slower than its simulation, the more so on a busy machine, and
+never faster. The simulation's own lower bound is computed by hand.
 """
 
 from __future__ import annotations
