@@ -25,7 +25,7 @@ def recipe(make_recipe: MakeRecipe) -> Recipe:
 
 @pytest.fixture
 def device(tmp_path: Path) -> Path:
-    """A calibration's file."""
+    """A calibration file."""
     two_cores = msgspec.structs.replace(CATALOGUE["cpu-slot"], cores=2.0)
     path = tmp_path / "here.json"
     path.write_bytes(msgspec.json.encode(Calibration(two_cores, Lengths.fixed(4), 4, {}, "a test")))
