@@ -56,5 +56,5 @@ def values(of: Rollouts, seed: int = 0) -> Values:
 
 def scores(of: Rollouts, numbers: Sequence[float] | None = None, seed: int = 0) -> Scores:
     """The given scores, or random ones."""
-    drawn = np.random.default_rng(seed).normal(size=len(of)) if numbers is None else np.array(numbers)
-    return Scores(sample_ids=of.sample_ids, scores=drawn.astype(np.float32))
+    values = np.random.default_rng(seed).normal(size=len(of)) if numbers is None else np.array(numbers)
+    return Scores(sample_ids=of.sample_ids, scores=values.astype(np.float32))

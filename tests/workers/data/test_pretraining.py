@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from protocols.data.messages import Experience
 from tests import tiny
 from tests.workers.batches import experience
+from tests.workers.gradients import gradients_of
 from workers.data.datasets import DataError
 from workers.data.pretraining import PretrainingText
 from workers.data.token_rows import TokenRows
@@ -68,8 +69,8 @@ def worker(folder: str, loss: Loss, text: PretrainingText | None = None) -> Poli
 
 def test_every_row_is_drawn_once_in_each_epoch():
     text = text_of(10, rows=4)
-    drawn = [int(row[0]) for step in range(5) for row in text.batch(step).prompts]
-    first, second = drawn[:10], drawn[10:]
+    numbers = [int(row[0]) for step in range(5) for row in text.batch(step).prompts]
+    first, second = numbers[:10], numbers[10:]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 
@@ -87,8 +88,8 @@ def test_more_rows_than_there_are_are_several_epochs():
 
 def test_a_text_is_learned_from_its_second_token_and_a_response_from_its_first(folder: str, write: Write):
     path = write({"text": "abcd"}, {"prompt": "1+1=", "response": "2"})
-    drawn = PretrainingText.read(path, folder, rows=2, seed=0).batch(0)
-    rows = {tuple(p.tolist()): r.tolist() for p, r in zip(drawn.prompts, drawn.responses, strict=True)}
+    batch = PretrainingText.read(path, folder, rows=2, seed=0).batch(0)
+    rows = {tuple(p.tolist()): r.tolist() for p, r in zip(batch.prompts, batch.responses, strict=True)}
     assert rows == {
         tuple(tiny.encode("a")): [*tiny.encode("bcd"), tiny.EOS_ID],
         tuple(tiny.encode("1+1=")): [*tiny.encode("2"), tiny.EOS_ID],
@@ -116,15 +117,6 @@ def test_a_file_of_empty_texts_is_refused(folder: str, write: Write):
 # --- what they add to the gradient
 
 
-def gradients(model: torch.nn.Module, act: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """Each parameter's gradient after the last micro-batch."""
-    seen: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
-    act()
-    return seen
-
-
 @pytest.mark.parametrize("budget", [10_000, 40])
 def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget: int):
     """In float64, to 1e-6, for any micro-batches of the text and of the rows."""
@@ -136,11 +128,11 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(folder: str, budget
         return made
 
     both = policy(Loss(ptx_coefficient=PTX, tokens_per_micro_batch=budget), text)
-    together = gradients(both.model.module, lambda: both.update(rows))
+    together = gradients_of(both.model.module, lambda: both.update(rows))
     alone = policy(Loss())
-    reinforced = gradients(alone.model.module, lambda: alone.update(rows))
+    reinforced = gradients_of(alone.model.module, lambda: alone.update(rows))
     model, batch = policy(Loss()).model, text.batch(0)
-    pretrained = gradients(model.module, lambda: model.backward(batch, 10_000, response_loss(batch)))
+    pretrained = gradients_of(model.module, lambda: model.backward(batch, 10_000, response_loss(batch)))
     for name, gradient in together.items():
         expected = reinforced[name] + PTX * pretrained[name]
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
@@ -150,20 +142,20 @@ def test_the_step_tells_the_cross_entropy_and_its_loss_has_it(folder: str):
     text, rows = text_of(10, rows=6), rows_of(6)
     both, alone = worker(folder, Loss(ptx_coefficient=PTX), text), worker(folder, Loss())
     (expected,) = alone.model.forward(text.batch(0), 10_000, response_loss(text.batch(0)))
-    told, plain = both.update(rows).values, alone.update(rows).values
-    assert told["ptx_loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert told["loss"] == pytest.approx(plain["loss"] + PTX * expected.item(), rel=1e-5)
+    measured, plain = both.update(rows).values, alone.update(rows).values
+    assert measured["ptx_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert measured["loss"] == pytest.approx(plain["loss"] + PTX * expected.item(), rel=1e-5)
     assert "ptx_loss" not in plain
 
 
 def test_each_optimizer_step_has_rows_of_its_own(folder: str, monkeypatch: pytest.MonkeyPatch):
-    text, asked = text_of(10, rows=6), []
-    drawn = text.batch
+    text, steps = text_of(10, rows=6), []
+    original = text.batch
     spied = worker(folder, Loss(ptx_coefficient=PTX, epochs=2, mini_batches=2), text)
-    monkeypatch.setattr(PretrainingText, "batch", lambda _, step: asked.append(step) or drawn(step))
+    monkeypatch.setattr(PretrainingText, "batch", lambda _, step: steps.append(step) or original(step))
     for _ in range(2):
         spied.update(rows_of(6))
-    assert asked == list(range(8))
+    assert steps == list(range(8))
 
 
 def test_a_resumed_policy_draws_on_bit_for_bit(folder: str, tmp_path: Path):

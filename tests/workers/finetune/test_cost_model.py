@@ -90,8 +90,8 @@ def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
     costs = costs_of(result.output, PAIRS[1::2])
     assert pair_accuracy(-costs) == result.heldout_accuracy
     assert sign_accuracy_of(costs, signs_of(PAIRS[1::2])) == result.heldout_sign_accuracy
-    told = json.loads((Path(result.output) / "training.json").read_text())
-    assert told["heldout_sign_accuracy"] == result.heldout_sign_accuracy
+    results = json.loads((Path(result.output) / "training.json").read_text())
+    assert results["heldout_sign_accuracy"] == result.heldout_sign_accuracy
 
 
 def test_the_loss_is_that_of_the_order_and_of_each_sign(reward: Path):

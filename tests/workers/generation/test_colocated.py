@@ -7,8 +7,6 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2ForCausalLM
 
 from protocols.data.messages import Rollouts
 from protocols.layout.topology import GenerationGrouping, Topology
@@ -28,12 +26,7 @@ TEXTS = ["3+4*5=" * 30, "sort: dcba " * 20, "12+34="]
 
 @pytest.fixture
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyWorker]:
-    config = tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("policy"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
+    path = str(tiny.make_policy(tmp_path_factory.mktemp("policy"), vocabulary=VOCABULARY))
     model = Model(path=path, learning_rate=0.3)
     grouping = GenerationGrouping(Topology())
     made = PolicyWorker(model, Loss(), Optimizer(epsilon=1.0), GENERATION, 3, grouping=grouping, sleeps=True)
@@ -41,11 +34,11 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyWorker]:
         yield made
 
 
-def drawn_by(policy: PolicyWorker) -> Rollouts:
-    drawn = policy.generate(tiny.make_prompts(TEXTS, samples=2), sampling=SAMPLING)
-    assert drawn is not None
-    assert not drawn.failures
-    return drawn.batch
+def generated_by(policy: PolicyWorker) -> Rollouts:
+    generated = policy.generate(tiny.make_prompts(TEXTS, samples=2), sampling=SAMPLING)
+    assert generated is not None
+    assert not generated.failures
+    return generated.batch
 
 
 def assert_own(policy: PolicyWorker, rows: Rollouts) -> None:
@@ -58,16 +51,16 @@ def assert_own(policy: PolicyWorker, rows: Rollouts) -> None:
 def test_it_draws_with_what_was_trained_last(policy: PolicyWorker, tmp_path_factory: pytest.TempPathFactory):
     folder = str(tmp_path_factory.mktemp("state"))
     policy.save(folder)
-    first = drawn_by(policy)
+    first = generated_by(policy)
     assert_own(policy, first)
     policy.update(experience(5))
-    second = drawn_by(policy)
+    second = generated_by(policy)
     assert_own(policy, second)
     assert set(second.versions.values) == {1}
     assert first.responses != second.responses
 
     policy.load(folder)  # an older version number, which still is the newest publication
-    assert drawn_by(policy).responses == first.responses
+    assert generated_by(policy).responses == first.responses
 
 
 def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: PolicyWorker):
@@ -77,7 +70,7 @@ def test_a_version_is_brought_once_whoever_asks_for_it_again(policy: PolicyWorke
     assert took.copied_bytes == sum(tensor.nbytes for tensor in policy.trained.collect().values())
     policy.to_training()
     assert policy.to_generation() is None
-    assert_own(policy, drawn_by(policy))
+    assert_own(policy, generated_by(policy))
     policy.to_training()
 
 
@@ -91,4 +84,4 @@ def test_weights_that_are_refused_draw_nothing_until_others_are_proven(policy: P
         policy.to_generation()
     policy.to_training()
     policy.update(experience(5))
-    assert_own(policy, drawn_by(policy))
+    assert_own(policy, generated_by(policy))

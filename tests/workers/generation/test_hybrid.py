@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from msgspec.structs import replace
-from transformers import Qwen2ForCausalLM
 
 from protocols.data.columns import take
 from protocols.data.messages import Prompts, Rollouts
@@ -114,12 +112,7 @@ def no_probe() -> Probe:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("policy"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    return path
+    return str(tiny.make_policy(tmp_path_factory.mktemp("policy"), vocabulary=VOCABULARY))
 
 
 def assert_same(ours: list[Rollouts | None], theirs: Rollouts, grouping: GenerationGrouping) -> None:

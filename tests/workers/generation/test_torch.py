@@ -104,20 +104,20 @@ def test_the_same_inputs_give_the_same_bits_in_whatever_order_they_come(model: P
 def test_other_samples_retries_and_runs_draw_otherwise(model: PreTrainedModel) -> None:
     prompt, sampling = tiny.make_prompts(["12+3="]), Sampling(max_tokens=24)
     other_sample = tiny.make_prompts(["12+3="], first=1)
-    draws = [next(iter(generate(engine_of(model), p, sampling).values())) for p in (prompt, other_sample)]
+    samples = [next(iter(generate(engine_of(model), p, sampling).values())) for p in (prompt, other_sample)]
     retried = engine_of(model)
     retried.submit(prompt, sampling, retry=1)
-    draws += [*drain(retried).values(), *generate(engine_of(model, run_seed=8), prompt, sampling).values()]
-    assert len({row.tokens.tobytes() for row in draws}) == 4
+    samples += [*drain(retried).values(), *generate(engine_of(model, run_seed=8), prompt, sampling).values()]
+    assert len({row.tokens.tobytes() for row in samples}) == 4
 
 
 def test_first_tokens_follow_the_softmax(model: PreTrainedModel) -> None:
-    draws, temperature = 4000, 1.3
-    prompts = tiny.make_prompts(["7+8="], samples=draws)
-    rows = generate(engine_of(model, slots=draws), prompts, Sampling(max_tokens=1, temperature=temperature))
+    samples, temperature = 4000, 1.3
+    prompts = tiny.make_prompts(["7+8="], samples=samples)
+    rows = generate(engine_of(model, slots=samples), prompts, Sampling(max_tokens=1, temperature=temperature))
     counts = np.bincount([int(row.tokens[0]) for row in rows.values()], minlength=len(tiny.VOCABULARY))
     vocabulary = np.arange(len(tiny.VOCABULARY), dtype=np.int32).reshape(-1, 1)
-    expected = draws * np.exp([tiny.log_probs(model, prompts.prompts[0], t, temperature)[0] for t in vocabulary])
+    expected = samples * np.exp([tiny.log_probs(model, prompts.prompts[0], t, temperature)[0] for t in vocabulary])
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)

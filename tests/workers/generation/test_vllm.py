@@ -281,8 +281,8 @@ def test_other_samples_and_retries_draw_otherwise(published: Published) -> None:
     prompts, sampling = tiny.make_prompts(["12+34="], samples=4), Sampling(max_tokens=20)
     first = generate(published.engine, prompts, sampling)
     published.engine.submit(prompts, sampling, retry=1)
-    draws = [row.tokens.tobytes() for rows in (first, drain(published.engine)) for row in rows.values()]
-    assert len(set(draws)) == 8
+    samples = [row.tokens.tobytes() for rows in (first, drain(published.engine)) for row in rows.values()]
+    assert len(set(samples)) == 8
 
 
 def test_the_order_of_submission_decides_nothing(published: Published) -> None:

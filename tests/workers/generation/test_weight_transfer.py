@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from msgspec.structs import replace
-from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from protocols.data.messages import Rollouts
 from protocols.layout.topology import GenerationGrouping, Topology
@@ -105,13 +105,7 @@ def refused(transfer: WeightTransfer, engine: VllmEngine, probe: Probe) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("policy"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return path
+    return str(tiny.make_policy(tmp_path_factory.mktemp("policy"), vocabulary=VOCABULARY))
 
 
 @pytest.fixture(scope="module")

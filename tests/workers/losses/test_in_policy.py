@@ -13,6 +13,7 @@ import torch
 from protocols.data.columns import Array, Jagged
 from protocols.data.messages import Experience
 from tests import tiny
+from tests.workers.gradients import Gradients, gradients_of
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate, Tokens
 from workers.roles.policy import PolicyWorker
@@ -23,8 +24,6 @@ ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing
 TEMPERATURE = 0.8
 MICRO_BATCHES = (10_000, 30, 1)  # padded tokens: one micro-batch, three, and one for each of the six rows
-
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +62,9 @@ def worker(folder: Path, loss: Loss) -> PolicyWorker:
 
 def step(folder: Path, batch: Experience, loss: Loss) -> tuple[dict[str, float], Gradients]:
     """The metrics of an update, and each parameter's gradient after the last micro-batch."""
-    policy, seen = worker(folder, loss), Gradients()
-    for name, parameter in policy.model.module.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
-    return policy.update(batch).values, seen
+    policy, metrics = worker(folder, loss), dict[str, float]()
+    gradients = gradients_of(policy.model.module, lambda: metrics.update(policy.update(batch).values))
+    return metrics, gradients
 
 
 @pytest.mark.parametrize("correction", get_args(Correction))

@@ -90,7 +90,7 @@ def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, boo
     try:
         policy.update(data)
         said = ""
-    except Exception as error:  # noqa: BLE001 - told to the test
+    except Exception as error:  # noqa: BLE001 - the test checks it
         said = f"{type(error).__name__}: {error}"
     after = policy.snapshot(Version(0, 0))
     return said, before is None or (after is not None and before[1].tobytes() == after[1].tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +14,7 @@ from protocols.data.columns import Jagged
 from protocols.data.messages import Experience, Rollouts
 from tests import tiny
 from tests.workers.checkpoints import contents
+from tests.workers.gradients import FIXED_LENGTH, aggregated, gradients_of
 from workers.roles.critic import CostCriticWorker, CriticWorker
 from workers.settings import Aggregation, Loss, Model, Optimizer
 from workers.training.models import load_critic
@@ -23,10 +23,7 @@ from workers.training.optimizer_step import StepRefused
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
-FIXED_LENGTH = 5  # tokens
 CLIP = 0.1
-
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +72,6 @@ def worker(folder: Path, loss: Loss | None = None, rate: float = 1e-3) -> Critic
     return CriticWorker(model, loss or Loss(), Optimizer(gradient_clip=0.0), seed=3)
 
 
-def gradients_of(model: torch.nn.Module, update: Callable[[], object]) -> Gradients:
-    """Each parameter's gradient after the last micro-batch."""
-    seen: Gradients = {}
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
-    update()
-    return seen
-
-
 def row_values(model: torch.nn.Module, batch: Experience | Rollouts, row: int) -> torch.Tensor:
     """The values of one row from an unpadded forward pass, with gradient."""
     prompt, tokens = batch.prompts[row], np.concatenate([batch.prompts[row], batch.responses[row]])
@@ -103,15 +91,7 @@ def plain_loss(model: torch.nn.Module, batch: Experience, how: Aggregation) -> t
         near = torch.maximum(torch.minimum(value, old + CLIP), old - CLIP)
         if inside.any():
             rows.append(0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)[inside])
-    match how:
-        case "token-mean":
-            return torch.cat(rows).mean()
-        case "sequence-mean-token-sum":
-            return torch.stack([row.sum() for row in rows]).mean()
-        case "sequence-mean-token-mean":
-            return torch.stack([row.mean() for row in rows]).mean()
-        case "sequence-mean-fixed-length":
-            return torch.stack([row.sum() / FIXED_LENGTH for row in rows]).mean()
+    return aggregated(rows, how)
 
 
 def saved(critic: CriticWorker, folder: Path) -> dict[str, bytes]:

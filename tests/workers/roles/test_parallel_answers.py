@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from safetensors.torch import load_file, save_file
 
 from protocols.data.columns import take
 from protocols.data.messages import Costs, LogProbs, Rollouts, Scores
@@ -60,16 +60,12 @@ def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A policy, a reward model, and a reward model whose head is not finite."""
-    root, config = tmp_path_factory.mktemp("answers"), tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(str(root / "policy"))
-    config.num_labels = 1
-    reward_model = Qwen2ForSequenceClassification(config)
-    reward_model.save_pretrained(str(root / "reward"))
-    with torch.no_grad():
-        reward_model.score.weight.fill_(float("nan"))
-    reward_model.save_pretrained(str(root / "broken"))
+    root = tmp_path_factory.mktemp("answers")
+    tiny.make_policy(root / "policy", vocabulary=VOCABULARY)
+    reward = tiny.make_reward(root / "reward", vocabulary=VOCABULARY)
+    tensors = load_file(reward / "model.safetensors")
+    tensors["score.weight"].fill_(float("nan"))
+    save_file(tensors, shutil.copytree(reward, root / "broken") / "model.safetensors", {"format": "pt"})
     return {name: str(root / name) for name in ("policy", "reward", "broken")}
 
 

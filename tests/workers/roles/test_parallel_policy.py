@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
 
 from protocols.data.columns import Jagged, take
 from protocols.data.messages import Experience, LogProbs, Metrics
@@ -122,15 +121,10 @@ def load(topology: Topology, folder: str, checkpoint: str) -> None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     """A tied and an untied policy whose vocabulary is divisible by the tensor ranks, with a tokenizer."""
-    made: dict[bool, str] = {}
-    for tied in (True, False):
-        config = tiny.config(tied=tied)
-        config.vocab_size = VOCABULARY
-        torch.manual_seed(0)
-        made[tied] = str(tmp_path_factory.mktemp("policy"))
-        Qwen2ForCausalLM(config).save_pretrained(made[tied])
-        tiny.tokenizer().save_pretrained(made[tied])
-    return made
+    return {
+        tied: str(tiny.make_policy(tmp_path_factory.mktemp("policy"), tied=tied, vocabulary=VOCABULARY))
+        for tied in (True, False)
+    }
 
 
 def together(outcomes: list[Outcome], topology: Topology) -> Outcome:
@@ -196,8 +190,8 @@ def test_mini_batches_of_replicas_are_those_of_all_rows():
     loss, whole, sizes = Loss(epochs=2, mini_batches=3), experience(ROWS), [4, 0, 3]
     cuts = [take(whole, rows) for rows in (range(4), [], range(4, 7))]
     replicas = [replica_mini_batches(cut, sizes, i, loss, seed=5) for i, cut in enumerate(cuts)]
-    for drawn, *own in zip(mini_batches(whole, loss, seed=5), *replicas, strict=True):
-        assert set(drawn.sample_ids.tolist()) == {sample for part in own for sample in part.sample_ids.tolist()}
+    for expected, *own in zip(mini_batches(whole, loss, seed=5), *replicas, strict=True):
+        assert set(expected.sample_ids.tolist()) == {sample for part in own for sample in part.sample_ids.tolist()}
 
 
 def test_a_refused_step_changes_nothing_on_any_rank(worlds, folders):

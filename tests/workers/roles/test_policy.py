@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +15,7 @@ from protocols.data.messages import Experience, Rollouts
 from protocols.weights import Version, digest, verify
 from tests import tiny
 from tests.workers.checkpoints import contents
+from tests.workers.gradients import FIXED_LENGTH, Gradients, aggregated, gradients_of
 from workers.roles.policy import PolicyWorker
 from workers.settings import Aggregation, Generation, Loss, Model, Optimizer
 from workers.training.micro_batches import micro_batches
@@ -27,11 +27,8 @@ TEMPERATURE = 0.8
 ROWS = [("12+34=", "46"), ("7*", "7 is it"), ("what?", "no"), ("a", "b"), ("9-9=", "0 or so"), ("2+2=", "5")]
 MASKS = [[1, 1], [1, 0, 1, 1, 0, 1, 1], [0, 0], [1], [1] * 7, [1]]  # the third row trains nothing
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
-FIXED_LENGTH = 5  # tokens
 BUDGETS = {10_000: 1, 30: 3, 1: 6}  # padded tokens per micro-batch -> number of micro-batches
 NO_CLIP = Optimizer(gradient_clip=0.0)
-
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +65,6 @@ def worker(folder: Path, loss: Loss | None = None, optimizer: Optimizer = NO_CLI
     return PolicyWorker(model, loss or Loss(), optimizer, Generation(temperature=TEMPERATURE), seed=3)
 
 
-def gradients_of(model: torch.nn.Module, update: Callable[[], object]) -> Gradients:
-    """Each parameter's gradient after the last micro-batch."""
-    seen: Gradients = {}
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
-    update()
-    return seen
-
-
 def assert_close(ours: Gradients, theirs: Gradients) -> None:
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
@@ -100,15 +88,7 @@ def rows_mean(losses: list[torch.Tensor], batch: Experience, how: Aggregation) -
         for row, mask in zip(losses, batch.loss_mask, strict=True)
         if mask.any()
     ]
-    match how:
-        case "token-mean":
-            return torch.cat(trained).mean()
-        case "sequence-mean-token-sum":
-            return torch.stack([row.sum() for row in trained]).mean()
-        case "sequence-mean-token-mean":
-            return torch.stack([row.mean() for row in trained]).mean()
-        case "sequence-mean-fixed-length":
-            return torch.stack([row.sum() / FIXED_LENGTH for row in trained]).mean()
+    return aggregated(trained, how)
 
 
 def saved(policy: PolicyWorker, folder: Path) -> dict[str, bytes]:

@@ -126,11 +126,11 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path):
 
 def test_the_counters_and_the_random_state_come_back(tmp_path: Path):
     Counters.now(version=3, updates=6).write(tmp_path)
-    drawn = torch.rand(3)
+    expected = torch.rand(3)
     counters = Saved(tmp_path).counters
     assert (counters.version, counters.updates, counters.lora_scaling) == (3, 6, None)
     counters.restore_rng()
-    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # --- refusals

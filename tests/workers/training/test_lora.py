@@ -32,10 +32,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def batch() -> Experience:
-    drawn = experience(8)
-    texts = {name: getattr(drawn, name) for name in ("prompts", "responses")}
+    batch = experience(8)
+    texts = {name: getattr(batch, name) for name in ("prompts", "responses")}
     last = len(tiny.VOCABULARY) - 1
-    return msgspec.structs.replace(drawn, **{n: t.with_values(np.minimum(t.values, last)) for n, t in texts.items()})
+    return msgspec.structs.replace(batch, **{n: t.with_values(np.minimum(t.values, last)) for n, t in texts.items()})
 
 
 def make(folder: Path, lora: Lora = LORA, loss: Loss | None = None) -> PolicyWorker:

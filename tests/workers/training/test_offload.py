@@ -74,7 +74,7 @@ def test_tensors_keep_their_identity_and_change_their_storage():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a reward model."""
-    return saved(Qwen2ForSequenceClassification, tmp_path_factory.mktemp("judge"))
+    return saved(Qwen2ForSequenceClassification, tmp_path_factory.mktemp("reward"))
 
 
 def saved(kind: type[PreTrainedModel], path: Path) -> str:
@@ -98,9 +98,9 @@ def test_a_critic_takes_its_weights_and_moments_along(folder: str):
         assert torch.equal(tensor, moved.model.parameters[name]), name
 
 
-@pytest.mark.parametrize("judge", [ModelReward, ModelCost])
-def test_a_judge_scores_as_before(folder: str, judge: type[ModelReward | ModelCost]):
-    worker, rows = judge(Model(path=folder), 200), rollouts(experience(5))
+@pytest.mark.parametrize("role", [ModelReward, ModelCost])
+def test_a_reward_or_cost_model_scores_as_before(folder: str, role: type[ModelReward | ModelCost]):
+    worker, rows = role(Model(path=folder), 200), rollouts(experience(5))
     before = worker.score(rows)
     assert before
     assert worker.model.relocate(elsewhere) == sum(tensor.nbytes for tensor in worker.model.parameters.values())

@@ -223,7 +223,7 @@ def test_an_export_is_the_model_and_its_tokenizer(tmp_path: Path, tied: bool):
 # --- mini-batches
 
 
-def drawn(batch: LogProbs, loss: Loss, seed: int = 0) -> Iterator[list[int]]:
+def mini_batch_ids(batch: LogProbs, loss: Loss, seed: int = 0) -> Iterator[list[int]]:
     return (part.sample_ids.tolist() for part in mini_batches(batch, loss, seed))
 
 
@@ -239,7 +239,7 @@ def test_one_mini_batch_is_the_batch_in_its_order_every_epoch():
 
 
 def test_several_hold_every_row_once_an_epoch_and_each_epoch_draws_its_own_order():
-    parts = list(drawn(batch_of(7), Loss(epochs=2, mini_batches=3)))
+    parts = list(mini_batch_ids(batch_of(7), Loss(epochs=2, mini_batches=3)))
     assert [len(part) for part in parts] == [3, 2, 2, 3, 2, 2]
     epochs = [list(chain(*parts[:3])), list(chain(*parts[3:]))]
     assert all(sorted(epoch) == list(range(100, 107)) for epoch in epochs)
@@ -248,12 +248,12 @@ def test_several_hold_every_row_once_an_epoch_and_each_epoch_draws_its_own_order
 
 def test_the_order_follows_from_the_seed():
     loss = Loss(mini_batches=3)
-    assert list(drawn(batch_of(7), loss, 4)) == list(drawn(batch_of(7), loss, 4))
-    assert list(drawn(batch_of(7), loss, 4)) != list(drawn(batch_of(7), loss, 5))
+    assert list(mini_batch_ids(batch_of(7), loss, 4)) == list(mini_batch_ids(batch_of(7), loss, 4))
+    assert list(mini_batch_ids(batch_of(7), loss, 4)) != list(mini_batch_ids(batch_of(7), loss, 5))
 
 
 def test_more_mini_batches_than_rows_are_as_many_as_there_are_rows():
-    assert [len(part) for part in drawn(batch_of(2), Loss(mini_batches=5))] == [1, 1]
+    assert [len(part) for part in mini_batch_ids(batch_of(2), Loss(mini_batches=5))] == [1, 1]
 
 
 def test_an_error_names_a_few_rows_and_counts_them_all():

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
 
 from asyncflow.services.channels.shard_refs import Partitioning, pack, plan_calls, row_refs
 from asyncflow.services.ranks.rank import Rank
@@ -98,12 +97,7 @@ def switched_without_a_layout(folder: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = tiny.config()
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("policy"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    return path
+    return str(tiny.make_policy(tmp_path_factory.mktemp("policy"), vocabulary=VOCABULARY))
 
 
 def test_what_leaves_the_ranks_is_what_one_process_answers(worlds: Worlds, folder: str):
