@@ -260,7 +260,7 @@ def _rank(file: Path, rank: int, folder: str, train: str, generate: str, rounds:
         world_size=topology.world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    model = ParallelModel(folder, topology, timeout=COLLECTIVE_TIMEOUT)
+    model = ParallelModel(folder, topology)
     engines = {
         style: HybridEngine(model, grouping_of(train, generate, style), bucket_bytes=BUCKET_BYTES) for style in NAMES
     }

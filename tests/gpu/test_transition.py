@@ -14,8 +14,10 @@ from protocols.data.columns import Jagged
 from protocols.layout.topology import Backend, Topology, generation_grouping
 from tests.gpu.conftest import Figure, need_cuda
 from tests.workers.ranks import Ranks, own_device
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
+from workers.parallel.sharding import Sharding
 from workers.resharding.hybrid_engine import HybridEngine
+from workers.settings import Model
 from workers.training.micro_batches import MicroBatch
 
 ROUNDS = 5
@@ -43,7 +45,7 @@ class Switched(NamedTuple):
 def switched(folder: str, backend: Backend, switch: str, kind: str) -> Switched:
     """Run by every rank: forward in the training layout, switch ROUNDS times, forward in the generation layout."""
     device, (train, generate) = own_device(kind), map(Topology.parse, switch.split(" -> "))
-    model = parallel_model(backend, folder, train, device=device, regrouped=True)
+    model = trained_model(Model(path=folder), Sharding(train, backend, device), regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate))
     rows = Rows(Jagged.from_rows([[1, 2, 3], [4, 5]]), Jagged.from_rows([[6, 7], [8, 9, 10]]))
     before = model.forward(rows, 1000, log_probs)

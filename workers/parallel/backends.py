@@ -12,85 +12,58 @@ ranks of a family that has a sharding plan. Otherwise it holds a `WholeModule`: 
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from transformers import AutoConfig
 
-from protocols.layout.topology import Backend, Topology
+from protocols.layout.topology import Backend
 from workers.parallel.fully_sharded import FullyShardedModel
 from workers.parallel.model import ParallelModel
 from workers.parallel.plan import Head, has_plan
 from workers.parallel.sharding import Sharding
 from workers.parallel.whole_module import WholeModule
-from workers.parallel.zero import ZeroModel
-from workers.settings import Lora, Model
+from workers.parallel.zero import Zero1Model, Zero2Model
+from workers.settings import Model
 from workers.training.models import DTYPES
+
+_MODELS: dict[Backend, type[ParallelModel]] = {
+    "3d": ParallelModel,
+    "zero1": Zero1Model,
+    "zero2": Zero2Model,
+    "fsdp": FullyShardedModel,
+}
 
 
 def trained_model(
-    model: Model, sharding: Sharding, *, head: Head = "tokens", seed: int = 0, regrouped: bool = False
+    model: Model, sharding: Sharding, *, head: Head = "tokens", seed: int | None = None, regrouped: bool = False
 ) -> ParallelModel:
-    """This rank's part of a model to train, from its folder. `seed` and `regrouped`: see parallel_model.
+    """This rank's part of a model to train, from its folder; with one replica all backends are the same.
 
-    Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
+    `seed` decides the adapters, and the score head of a folder without one; without a seed the folder needs it.
+    `regrouped`: a hybrid engine generates with these ranks in another layout, so they hold shards of a decoder. Raises
+    ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
     """
-    return parallel_model(
-        sharding.backend, model.path, sharding.topology, head=head, dtype=DTYPES[model.dtype], device=sharding.device,
-        recompute=sharding.recompute, lora=model.lora, seed=seed, regrouped=regrouped,
+    topology, module = sharding.topology, None
+    if not _is_cut(model, sharding, regrouped):
+        module = WholeModule(model, sharding, head, seed)
+    elif model.lora.rank:
+        raise ValueError(f"lora: adapters train on ranks that hold the model whole, {topology} cuts it: want 1-1-d")
+    kind = _MODELS[sharding.backend] if topology.dp > 1 else ParallelModel
+    return kind(
+        model.path, topology, head=head, dtype=DTYPES[model.dtype], device=sharding.device,
+        recompute=sharding.recompute, module=module,
     )  # fmt: skip
 
 
 def frozen_model(model: Model, sharding: Sharding, *, head: Head = "tokens") -> ParallelModel:
     """This rank's part of a model that only answers, without gradients. Raises as `trained_model` does."""
-    own = parallel_model(
-        "3d", model.path, sharding.topology, head=head, dtype=DTYPES[model.dtype], device=sharding.device
-    )
+    own = trained_model(model, sharding._replace(backend="3d", recompute=False), head=head)
     own.freeze()
     return own
 
 
-def parallel_model(
-    backend: Backend,
-    folder: str | Path,
-    topology: Topology,
-    *,
-    head: Head = "tokens",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    recompute: bool = False,
-    lora: Lora | None = None,
-    seed: int | None = None,
-    regrouped: bool = False,
-) -> ParallelModel:
-    """This rank's part of a model; most arguments are ParallelModel's. With one replica all words mean the same.
-
-    `seed` decides adapters, and the score head of a folder without one; a model without a seed needs such a head.
-    `regrouped`: a hybrid engine generates with these ranks in another layout, so they hold shards of a decoder.
-    """
-    module = None
-    if not _is_cut(folder, topology, lora, regrouped):
-        module = WholeModule(folder, head, dtype, device, lora=lora, seed=seed, recompute=recompute)
-    elif lora is not None and lora.rank:
-        raise ValueError(f"lora: adapters train on ranks that hold the model whole, {topology} cuts it: want 1-1-d")
-    if topology.dp == 1 or backend == "3d":
-        return ParallelModel(
-            folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, module=module
-        )
-    if backend == "fsdp":
-        return FullyShardedModel(
-            folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, module=module
-        )
-    return ZeroModel(
-        folder, topology, stage=1 if backend == "zero1" else 2, head=head, dtype=dtype, device=device,
-        recompute=recompute, module=module,
-    )  # fmt: skip
-
-
-def _is_cut(folder: str | Path, topology: Topology, lora: Lora | None, regrouped: bool) -> bool:
+def _is_cut(model: Model, sharding: Sharding, regrouped: bool) -> bool:
     """Whether the ranks hold shards of a decoder, by its family's plan."""
-    if topology.replica_size > 1 or regrouped:
+    if sharding.topology.replica_size > 1 or regrouped:
         return True
-    if topology.dp == 1 or (lora is not None and lora.rank):
+    if sharding.topology.dp == 1 or model.lora.rank:
         return False
-    return has_plan(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).to_dict())
+    return has_plan(AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False).to_dict())

@@ -1,4 +1,4 @@
-"""Collects a sharded model on one rank, under the names of its checkpoint, for a publication or an exported folder.
+"""Collects a model on one rank, under the names of its checkpoint, for a publication or an exported folder.
 
 Only the first rank ever holds more than its shard, and it holds the whole in host memory.
 """
@@ -32,7 +32,7 @@ def collect_whole(
     All ranks of all replicas call. `shard` gives a parameter's shard, laid out along its cut, on this stage and tensor
     index; replicas that share the shards with the first join the all-gather, and nothing else.
     Ranks stand stage by stage in their replica. A tied head is left out: it is the embedding. `wanted` chooses
-    parameters by name. The tensors are copies.
+    parameters by name. A tensor that this rank holds whole in host memory is the parameter itself, others are copies.
     """
     found: dict[str, Tensor] = {}
     replica.wait(device)  # NCCL wants all of them in a group's first operation
@@ -42,14 +42,18 @@ def collect_whole(
         own = flat(shard(spec.name), spec) if replica.index in owners else None
         if not first:
             continue
-        if replica.index == 0:
+        if replica.index != 0:
+            if own is not None:
+                replica.send(own, 0)
+            continue
+        if own is not None and len(owners) == 1:
+            entries = own
+        else:
             entries = torch.empty(spec.elements, dtype=dtype if own is None else own.dtype, device=device)
             for owner, chunk in zip(owners, entries.chunk(len(owners)), strict=True):
-                if owner == 0 and own is not None:
+                if own is not None and owner == 0:
                     chunk.copy_(own)
                 else:
                     replica.receive_(chunk, owner)
-            found[spec.name] = unflat(entries, spec, spec.shape).contiguous().cpu()
-        elif own is not None:
-            replica.send(own, 0)
+        found[spec.name] = unflat(entries, spec, spec.shape).contiguous().cpu()
     return found

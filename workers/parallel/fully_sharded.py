@@ -28,7 +28,8 @@ from workers.training.offload import Copy
 class FullyShardedModel(ShardedState):
     """A ParallelModel whose replicas divide all of their state. It needs two replicas or more.
 
-    `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided.
+    `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided. The losses of all replicas
+    must reach the same parameters: `fully_shard` sums a layer's gradients in one collective, of those that are there.
     """
 
     @property
@@ -39,6 +40,10 @@ class FullyShardedModel(ShardedState):
     def weight(self, name: str) -> Tensor:
         """See ParallelModel.weight."""
         return self.unshard(name, self.parameters[name].detach())
+
+    def held_part(self, name: str, shard: Tensor) -> Tensor:
+        """See ParallelModel.held_part."""
+        return self.local_part(name, shard)
 
     def local_part(self, name: str, shard: Tensor) -> Tensor:
         """See ParallelModel.local_part."""
@@ -90,9 +95,6 @@ class FullyShardedModel(ShardedState):
     def _width(self, name: str) -> int:
         shape, dim = self.plan.shard_shape(self.specs[name]), self._along(name).cut or 0
         return -(-shape[dim] // self.topology.dp) * (self.plan.shard_elements(self.specs[name]) // shape[dim])
-
-    def _held(self, name: str, shard: Tensor) -> Tensor:
-        return self.local_part(name, shard)
 
     def _install(self) -> dict[str, nn.Parameter]:
         """Read and divide one unit after the other: no more than one is ever whole on the device."""

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protocols.layout.topology import Topology
+
 # Renamed in torch 2.13, which warns about the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=5
-)  # how long a rank may keep the others waiting: longer than any one computation
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # how long a rank may keep the others waiting: longer than any computation
 
 
 class RankGroup:
@@ -93,18 +93,38 @@ class RankGroup:
         self.sum_(torch.zeros(1, device=device))
 
 
-def join_groups(partition: Sequence[Sequence[int]], rank: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> RankGroup:
+def join_groups(partition: Sequence[Sequence[int]], rank: int) -> RankGroup:
     """Create every group of a partition of the ranks; return this rank's, or a group of itself where it is in none.
 
     Every process of the world calls this with the same partitions in the same order: torch waits for all of them.
-    `timeout` bounds each collective: torch would not take the world's, but half an hour on gloo.
+    COLLECTIVE_TIMEOUT bounds each collective; by default torch would wait half an hour on gloo, whatever the world's
+    timeout is.
     """
     own = RankGroup((rank,), rank, None)
     for ranks in partition:
-        process_group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+        process_group = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT) if len(ranks) > 1 else None
         if rank in ranks:  # only others are given an int, torch's sign of a non-member
             own = RankGroup(ranks, rank, None if isinstance(process_group, int) else process_group)
     return own
+
+
+class ProcessGroups(NamedTuple):
+    """The groups that one rank of a topology belongs to."""
+
+    tensor: RankGroup  # the shards of its stage
+    pipeline: RankGroup  # the stages of its replica, at its tensor index
+    data: RankGroup  # its shard in the other replicas
+    replica: RankGroup  # all of its replica
+    tie: RankGroup  # the first and the last stage, for those two; where embeddings are tied across stages
+
+    @classmethod
+    def join(cls, topology: Topology, rank: int, tied_across_stages: bool = False) -> ProcessGroups:
+        """Create them; every rank of the topology calls."""
+        size = topology.replica_size
+        replicas = [list(range(start, start + size)) for start in range(0, topology.world_size, size)]
+        ends = [[ranks[0], ranks[-1]] for ranks in topology.pipeline_groups] if tied_across_stages else []
+        partitions = (topology.tensor_groups, topology.pipeline_groups, topology.data_groups, replicas, ends)
+        return cls(*(join_groups(partition, rank) for partition in partitions))
 
 
 class _Copied(torch.autograd.Function):

@@ -17,11 +17,9 @@ step (`all_gather_updated`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +31,12 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from protocols.layout.topology import Topology
 from workers.data.token_rows import Sequences, TokenRows
 from workers.parallel.decoder import DecoderShard, unflat
-from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup, join_groups
+from workers.parallel.groups import ProcessGroups
 from workers.parallel.pipeline import Pipeline
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
 from workers.parallel.shard_reader import read_shard
 from workers.parallel.whole_module import WholeModule
-from workers.training.lora import Adapters, adapter_parameters, merged_weight, product
+from workers.training.lora import Adapters
 from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.offload import Copy, relocated
 
@@ -47,16 +45,7 @@ MicroLoss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weight
 Read = Callable[[Tensor, MicroBatch], Tensor]  # what to keep of them
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
-
-
-class ProcessGroups(NamedTuple):
-    """The groups that one rank belongs to."""
-
-    tensor: RankGroup  # shards of its stage
-    pipeline: RankGroup  # stages of its replica, with its tensor index
-    data: RankGroup  # its shard in the other replicas
-    replica: RankGroup  # all of its replica
-    tie: RankGroup  # the first and the last stage, for those two; where embeddings are tied across stages
+_FILLER = TokenRows.of([[0]], [[]])  # one token, no response
 
 
 class ParallelModel:
@@ -78,7 +67,6 @@ class ParallelModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
-        timeout: timedelta = COLLECTIVE_TIMEOUT,
         module: WholeModule | None = None,
     ) -> None:
         self.topology = topology
@@ -86,18 +74,18 @@ class ParallelModel:
         if world != topology.world_size:
             raise ValueError(f"topology {topology} has {topology.world_size} ranks, torch.distributed has {world}")
         self.place = topology.coordinates(self.rank)
-        self.dtype, self.device, self.timeout = dtype, torch.device(device), timeout
+        self.dtype, self.device = dtype, torch.device(device)
         self.shard: DecoderShard | WholeModule
         if module is not None:
             if topology.replica_size > 1:
                 raise ValueError(f"topology {topology} cuts the model, which this module holds whole: want 1-1-d")
             self.config, self.plan, self.shard = module.config, module.plan, module
-            self.groups = _join(topology, self.rank, False, timeout)
+            self.groups = ProcessGroups.join(topology, self.rank)
             self._read_parameters: Callable[[Container[str] | None], dict[str, Tensor]] = module.read
         else:
             self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
             self.plan = plan = plan_of(self.config, topology, head)
-            self.groups = _join(topology, self.rank, plan.tied_across_stages, timeout)
+            self.groups = ProcessGroups.join(topology, self.rank, plan.tied_across_stages)
             self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute)
             self._read_parameters = lambda only: read_shard(
                 folder, plan, self.place.pp, self.place.tp, only=only, dtype=dtype, device=device
@@ -107,7 +95,6 @@ class ParallelModel:
         self._trained = {name: p for name, p in self.parameters.items() if not self.specs[name].frozen}
         self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
         self._gradients: list[Tensor] = []  # flat, one for each dtype
-        self._is_merged = False
 
     @property
     def decoder_plan(self) -> ShardPlan:
@@ -141,12 +128,16 @@ class ParallelModel:
     def all_gather_updated(self) -> None:
         """Follow an optimizer step: weights that another replica has stepped arrive."""
 
+    def held_part(self, name: str, shard: Tensor) -> Tensor:
+        """The part of a tensor in the shape of a parameter's shard that this rank holds: here all of it."""
+        return shard
+
     def local_part(self, name: str, shard: Tensor) -> Tensor:
-        """What this rank's optimizer steps of a tensor that has the parameter's shard's shape."""
+        """The part of a tensor in the shape of a parameter's shard that this rank's optimizer steps."""
         return shard
 
     def unshard(self, name: str, part: Tensor) -> Tensor:
-        """`local_part`, undone, laid out along the cut: all replicas call, each with its part."""
+        """The inverse of `local_part`, laid out along the cut: all replicas call, each with its part."""
         return part
 
     def weight(self, name: str) -> Tensor:
@@ -163,40 +154,9 @@ class ParallelModel:
         return self.shard.constants() if isinstance(self.shard, WholeModule) else {}
 
     def freeze(self) -> None:
-        """Train nothing of it: it only answers."""
+        """Train no parameter: the model only answers."""
         for parameter in self.shard.parameters():
             parameter.requires_grad_(False)
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Context in which the adapters are merged into the base weights, as a published model has them.
-
-        B is 0 inside, so forward passes have the published weights' rounding. All weights are bitwise restored at the
-        end. All replicas enter together; without adapters nothing happens.
-        """
-        if self.adapters is None or self._is_merged:
-            yield
-            return
-        kept: dict[str, Tensor] = {}
-        self._is_merged = True
-        try:
-            with torch.no_grad():
-                for base, a, b in map(adapter_parameters, self.adapters.layers):
-                    change = self._held(base, product(self.weight(a), self.weight(b)))
-                    kept |= {name: self.parameters[name].detach().clone() for name in (base, b)}
-                    weight = self.parameters[base]
-                    weight.copy_(merged_weight(weight, change, self.adapters.scaling))
-                    self.parameters[b].zero_()
-            yield
-        finally:
-            self._is_merged = False
-            with torch.no_grad():
-                for name, tensor in kept.items():
-                    self.parameters[name].copy_(tensor)
-
-    def _held(self, name: str, shard: Tensor) -> Tensor:
-        """What this rank holds of a tensor that has the parameter's shard's shape: here all of it."""
-        return shard
 
     def backward(self, data: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> float:
         """Set every parameter's `grad` to the gradient of the batch's loss, and return that loss, on every rank.
@@ -204,20 +164,19 @@ class ParallelModel:
         `data` are the rows of this replica, perhaps none; for `budget` and `together` see `micro_batches`. All replicas
         run as many micro-batches as the longest; those that have no rows left run one token of weight zero.
         """
-        batches, real = self._agreed(data, budget, together)
+        batches, real = self._equal_batches(data, budget, together)
         self._attach_gradient()
 
         def weighed(micro: int, outputs: Tensor) -> Tensor:
             return loss(outputs, batches[micro]) if micro < real else (outputs * 0.0).sum()
 
-        total = self._pipeline.train(batches, weighed)
+        total = self._pipeline.train(batches, weighed, self._end_micro_batch)
         self._reduce_gradient()
-        counted = total if self.shard.is_last and self.place.tp == 0 else 0.0
-        return self.sum_over_world(counted)
+        return self.sum_over_world(total if self.is_output_rank else 0.0)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
         """What `read` keeps of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
-        batches, real = self._agreed(data, budget)
+        batches, real = self._equal_batches(data, budget)
         kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
         return kept[:real]
 
@@ -263,12 +222,12 @@ class ParallelModel:
         self.shard.install(parameters)
         return parameters
 
-    def _agreed(self, data: Sequences, budget: int, together: int = 1) -> tuple[list[MicroBatch], int]:
+    def _equal_batches(self, data: Sequences, budget: int, together: int = 1) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
         batches = list(micro_batches(data, budget, self.device, together))
         real = len(batches)
         most = int(self.groups.data.max_(torch.tensor(real, device=self.device)))
-        return batches + [_one_token(self.device) for _ in range(most - real)], real
+        return batches + [MicroBatch(_FILLER, np.arange(1), self.device) for _ in range(most - real)], real
 
     def _attach_gradient(self) -> None:
         """Give each parameter a gradient of 0; with several replicas views of a flat buffer, for a single collective.
@@ -290,6 +249,9 @@ class ParallelModel:
         self._gradients.append(torch.empty(sum(sizes), dtype=dtype, device=self.device))
         for (name, parameter), entries in zip(parameters.items(), self._gradients[-1].split(sizes), strict=True):
             parameter.grad = unflat(entries, self.specs[name], tuple(parameter.shape))
+
+    def _end_micro_batch(self) -> None:
+        """Follow the backward pass of a micro-batch."""
 
     def _sum_over_replicas(self) -> None:
         """Give `optimized` the gradients of all replicas' rows."""
@@ -331,16 +293,3 @@ class ParallelModel:
 def plan_of(config: PretrainedConfig, topology: Topology, head: Head = "tokens") -> ShardPlan:
     """How a model is cut by p and t of a topology. Raises ValueError, with the numbers, where it can't be."""
     return ShardPlan(Decoder.of(config.to_dict(), head), topology.pp, topology.tp)
-
-
-def _join(topology: Topology, rank: int, tied_across_stages: bool, timeout: timedelta) -> ProcessGroups:
-    size = topology.replica_size
-    replicas = [list(range(start, start + size)) for start in range(0, topology.world_size, size)]
-    ends = [[ranks[0], ranks[-1]] for ranks in topology.pipeline_groups] if tied_across_stages else []
-    partitions = (topology.tensor_groups, topology.pipeline_groups, topology.data_groups, replicas, ends)
-    return ProcessGroups(*(join_groups(partition, rank, timeout) for partition in partitions))
-
-
-def _one_token(device: torch.device) -> MicroBatch:
-    """A row that means nothing."""
-    return MicroBatch(TokenRows.of([[0]], [[]]), np.arange(1), device)

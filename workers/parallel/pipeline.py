@@ -37,10 +37,11 @@ class Pipeline:
         # NCCL wants every rank of a group in its first operation; a transfer has only two of them.
         group.sum_(torch.zeros(1, device=device))
 
-    def train(self, batches: Sequence[MicroBatch], loss: OfOutputs) -> float:
+    def train(self, batches: Sequence[MicroBatch], loss: OfOutputs, after_backward: Callable[[], None]) -> float:
         """Forward and backward of all micro-batches, 1F1B; gradients add up in the parameters.
 
-        Returns the sum of the losses on the last stage, 0 on the others.
+        `after_backward` follows each micro-batch's backward. Returns the sum of the losses on the last stage, 0 on the
+        others.
         """
         inputs: dict[int, Tensor | None] = {}
         outputs: dict[int, Tensor] = {}
@@ -60,6 +61,7 @@ class Pipeline:
                     hidden = inputs.pop(micro)
                     if hidden is not None and hidden.grad is not None:
                         self._out["gradient", micro] = hidden.grad
+                    after_backward()
         return float(total)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The ranks of one model find each other and form torch.distributed's world of their processes.
+"""Lets the ranks of one model find each other and form torch.distributed's world of their processes.
 
 rank 0:  opens a store on a free port; the coordinator passes its address to the other ranks, which connect
 all:     join the world through the store: gloo on CPU, NCCL on CUDA
@@ -14,15 +14,15 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from workers.parallel.groups import COLLECTIVE_TIMEOUT, RankGroup
 
-RENDEZVOUS = timedelta(minutes=2)  # for a visitor to reach it; rank 0 has opened it by then
+RENDEZVOUS = timedelta(minutes=2)  # for a rank to reach the store, which rank 0 has opened by then
 
 Rendezvous = TCPStore
 
 
 def create_store(host: str) -> tuple[Rendezvous, str]:
     """Open a store on a free port of this machine; also its address "host:port". For rank 0, which keeps it open."""
-    meeting = Rendezvous(host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
-    return meeting, f"{host}:{meeting.port}"
+    store = Rendezvous(host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
+    return store, f"{host}:{store.port}"
 
 
 def connect_store(address: str) -> Rendezvous:
@@ -54,7 +54,7 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world(meeting: Rendezvous, rank: int, size: int, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+def join_world(store: Rendezvous, rank: int, size: int, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Become rank `rank` of `size`; returns when all ranks have joined. `timeout` also bounds every later collective.
 
     Raises RuntimeError if a rank does not join.
@@ -63,5 +63,5 @@ def join_world(meeting: Rendezvous, rank: int, size: int, *, timeout: timedelta 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from workers.parallel.plan import Head, Parameter
-from workers.settings import Lora
+from workers.parallel.sharding import Sharding
+from workers.settings import Model
 from workers.training.lora import Adapters, checkpoint_name
 from workers.training.models import load_causal, load_critic, load_reward
 
@@ -70,31 +70,23 @@ class WholeModule(nn.Module):
     """A model from a transformers folder, with what stands on it: logits, or a value or a score a position.
 
     The model stays in eval mode: dropout is never applied, since rows must not depend on which rank computes them.
-    `lora` of rank 1 or more adds adapters, which then are all that trains. `recompute` keeps one activation per layer
-    and computes the others again in the backward pass. Every rank reads the whole folder into host memory first.
+    Adapters, where the settings have a rank of 1 or more for them, are then all that trains. Every rank reads the whole
+    folder into host memory first.
     """
 
     is_first = is_last = True
 
-    def __init__(
-        self,
-        folder: str | Path,
-        head: Head = "tokens",
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        *,
-        lora: Lora | None = None,
-        seed: int | None = None,
-        recompute: bool = False,
-    ) -> None:
-        """`seed`: see `parallel_model`. Raises ValueError where the folder lacks tensors."""
+    def __init__(self, model: Model, sharding: Sharding, head: Head, seed: int | None) -> None:
+        """`seed`: see `trained_model`. Raises ValueError where the folder lacks tensors."""
         super().__init__()
-        self.model = load_reward(folder, dtype, seed) if head == "score" else _LOADERS[head](folder, dtype)
+        path, dtype = model.path, model.dtype
+        self.model = load_reward(path, dtype, seed) if head == "score" else _LOADERS[head](path, dtype)
         if head == "score" and not hasattr(self.model, "score"):
-            raise ValueError(f"{folder}: {type(self.model).__name__} has no score head, want a decoder's reward model")
+            kind = type(self.model).__name__
+            raise ValueError(f"{path}: {kind} has no score head, want a decoder's reward model")
         self.config = self.model.config
-        self._device = torch.device(device)
-        self.adapters = Adapters(self.model, str(folder), lora, seed or 0) if lora is not None and lora.rank else None
+        self._device = torch.device(sharding.device)
+        self.adapters = Adapters(self.model, path, model.lora, seed or 0) if model.lora.rank else None
         self._names: defaultdict[str, list[str]] = defaultdict(list)  # all names of a tied parameter, by its first
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -105,7 +97,7 @@ class WholeModule(nn.Module):
         for name, buffer in list(self.model.named_buffers()):
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, buffer.to(self._device))
-        if recompute:
+        if sharding.recompute:
             for block in self._blocks().values():
                 _recompute(block)
 

@@ -12,22 +12,14 @@ keeps all gradients, and broadcasts views that the hybrid engine may have moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from protocols.layout.topology import Topology
-from workers.parallel.groups import COLLECTIVE_TIMEOUT
-from workers.parallel.plan import Head
 from workers.parallel.sharded_state import ShardedState
-from workers.parallel.whole_module import WholeModule
 from workers.training.offload import Copy
-
-BUCKET_BYTES = 32 * 1024 * 1024
 
 
 class _Piece(NamedTuple):
@@ -46,39 +38,25 @@ class _Bucket(NamedTuple):
     dtype: torch.dtype
 
 
-class ZeroModel(ShardedState):
-    """A ParallelModel whose replicas divide the moments (stage 1), and the gradient too (stage 2)."""
+class Zero1Model(ShardedState):
+    """A ParallelModel whose replicas divide the moments."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        topology: Topology,
-        *,
-        stage: Literal[1, 2],
-        bucket_bytes: int = BUCKET_BYTES,
-        head: Head = "tokens",
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        recompute: bool = False,
-        timeout: timedelta = COLLECTIVE_TIMEOUT,
-        module: WholeModule | None = None,
-    ) -> None:
-        super().__init__(
-            folder, topology, head=head, dtype=dtype, device=device, recompute=recompute, timeout=timeout, module=module
-        )
-        self._stage = stage
+    bucket_bytes: ClassVar[int] = 32 * 1024 * 1024
+
+    def _install(self) -> dict[str, nn.Parameter]:
+        parameters = super()._install()
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         # The backward pass makes gradients from the last parameter to the first.
-        self._buckets = list(self._filled(list(reversed(self._trained)), bucket_bytes))
-        self._slices = {name: nn.Parameter(p.detach().new_empty(0)) for name, p in self._trained.items()}
+        self._buckets = list(self._filled(dict(reversed(trained.items()))))
+        self._slices = {name: nn.Parameter(p.detach().new_empty(0)) for name, p in trained.items()}
         self._sums: list[Tensor] = []  # of the gradient, this replica's row of each bucket
-        self._next = 0  # the bucket that the backward pass fills
-        self._hooked = False
+        return parameters
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
         """This replica's range of each parameter [entries], a view of the weights wherever they are now."""
         for name, own in self._slices.items():
-            own.data = self._range(name, self._flat(name, self._trained[name].data))
+            own.data = self._range(name, self._flat(name, self.parameters[name].data))
         return self._slices
 
     @torch.no_grad()
@@ -118,32 +96,20 @@ class ZeroModel(ShardedState):
         return -(-self.plan.shard_elements(self.specs[name]) // self.topology.dp)
 
     def _attach_gradient(self) -> None:
-        self._sums = [torch.zeros(b.width, dtype=b.dtype, device=self.device) for b in self._buckets]
-        if self._stage == 1:
-            super()._attach_gradient()
-            return
-        self._next = 0
-        if not self._hooked:
-            for parameter in self._trained.values():
-                parameter.register_post_accumulate_grad_hook(self._arrived)
-            self._hooked = True
-
-    def _arrived(self, parameter: Tensor) -> None:
-        """Sum each bucket that is complete and whose turn it is: all replicas must send them in one order."""
-        while self._is_complete(self._buckets[self._next]):
-            self._sum(self._next)
-            self._next = (self._next + 1) % len(self._buckets)
-
-    def _is_complete(self, bucket: _Bucket) -> bool:
-        return all(self.parameters[piece.name].grad is not None for piece in bucket.pieces)
+        self._reset_sums()
+        super()._attach_gradient()
 
     def _sum_over_replicas(self) -> None:
-        if self._stage == 1:
-            for index in range(len(self._buckets)):
-                self._sum(index)
-            self._gradients = []
-        elif left := [name for name, parameter in self._trained.items() if parameter.grad is not None]:
-            raise RuntimeError(f"gradients of {left[:5]} were not summed: a parameter before them got none")
+        for index in range(len(self._buckets)):
+            self._sum(index)
+        self._gradients = []
+        self._hand_out_sums()
+
+    def _reset_sums(self) -> None:
+        self._sums = [torch.zeros(b.width, dtype=b.dtype, device=self.device) for b in self._buckets]
+
+    def _hand_out_sums(self) -> None:
+        """Give each range its part of the sums as its gradient."""
         slices = self.optimized
         for bucket, row in zip(self._buckets, self._sums, strict=True):
             for piece in bucket.pieces:
@@ -152,30 +118,70 @@ class ZeroModel(ShardedState):
 
     @torch.no_grad()
     def _sum(self, index: int) -> None:
-        """Add this replica's ranges of all replicas' gradients to its sums, and let the bucket's gradients go."""
+        """Add this replica's ranges of all replicas' gradients to its sums, and free the bucket's gradients.
+
+        The gradient of a parameter that the loss has not reached counts as 0.
+        """
         bucket = self._buckets[index]
         rows = self._rows(bucket)
         for piece in bucket.pieces:
             parameter = self.parameters[piece.name]
-            assert parameter.grad is not None
-            _in_ranges(self._flat(piece.name, parameter.grad), rows[:, piece.start : piece.start + piece.width])
-            parameter.grad = None
+            if parameter.grad is not None:
+                _in_ranges(self._flat(piece.name, parameter.grad), rows[:, piece.start : piece.start + piece.width])
+                parameter.grad = None
         self._sums[index] += self.groups.data.sum_rows(rows)
 
     def _rows(self, bucket: _Bucket) -> Tensor:
         return torch.zeros(self.topology.dp, bucket.width, dtype=bucket.dtype, device=self.device)
 
-    def _filled(self, names: list[str], limit_bytes: int) -> Iterator[_Bucket]:
+    def _filled(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[_Bucket]:
+        """Parameters in their order, in buckets of at most `bucket_bytes` over all replicas."""
         pieces: list[_Piece] = []
         width, dtype = 0, self.dtype
-        for name in names:
-            own, kind = self._width(name), self._trained[name].dtype
-            if pieces and (kind != dtype or (width + own) * self.topology.dp * kind.itemsize > limit_bytes):
+        for name, parameter in parameters.items():
+            own, kind = self._width(name), parameter.dtype
+            if pieces and (kind != dtype or (width + own) * self.topology.dp * kind.itemsize > self.bucket_bytes):
                 yield _Bucket(tuple(pieces), width, dtype)
                 pieces, width = [], 0
             pieces.append(_Piece(name, width, own))
             width, dtype = width + own, kind
         yield _Bucket(tuple(pieces), width, dtype)
+
+
+class Zero2Model(Zero1Model):
+    """A ParallelModel whose replicas divide the moments and the gradient.
+
+    All replicas sum all buckets once a micro-batch, in one order. Most are summed in the backward pass, as soon as
+    all of their gradients have arrived. A bucket that has a parameter without gradient, such as an expert without
+    tokens, and those after it are summed when the backward pass is over.
+    """
+
+    def _install(self) -> dict[str, nn.Parameter]:
+        parameters = super()._install()
+        for name in self._slices:
+            parameters[name].register_post_accumulate_grad_hook(self._sum_complete)
+        return parameters
+
+    def _attach_gradient(self) -> None:
+        self._reset_sums()
+        self._next = 0  # the bucket that the backward pass fills
+
+    def _sum_complete(self, arrived: Tensor) -> None:
+        """Sum the buckets whose turn it is, as far as they are complete."""
+        while self._next < len(self._buckets) and self._is_complete(self._buckets[self._next]):
+            self._sum(self._next)
+            self._next += 1
+
+    def _is_complete(self, bucket: _Bucket) -> bool:
+        return all(self.parameters[piece.name].grad is not None for piece in bucket.pieces)
+
+    def _end_micro_batch(self) -> None:
+        for index in range(self._next, len(self._buckets)):
+            self._sum(index)
+        self._next = 0
+
+    def _sum_over_replicas(self) -> None:
+        self._hand_out_sums()
 
 
 def _in_ranges(entries: Tensor, rows: Tensor) -> None:
@@ -188,7 +194,7 @@ def _in_ranges(entries: Tensor, rows: Tensor) -> None:
 
 
 def _from_ranges(rows: Tensor, entries: Tensor) -> None:
-    """`_in_ranges`, undone."""
+    """The inverse of `_in_ranges`."""
     width = rows.shape[1]
     full = len(entries) // width
     entries[: full * width].view(full, width).copy_(rows[:full])

@@ -7,7 +7,6 @@ torch's `fully_shard` owns its storage.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -53,9 +52,8 @@ class Gathering:
         )
         self.specs = {p.name: p for p in self.layouts.gather.parameters(gathered_stage(grouping, model.rank))}
         self.held = self.peak = sum(nbytes(parameter) for parameter in model.parameters.values())
-        join = partial(join_groups, rank=model.rank, timeout=model.timeout)
         partitions = [groups(grouping, trained) for groups in (exchange_groups, same_index_groups)]
-        self._groups = {group.ranks: group for group in map(join, partitions)}
+        self._groups = {group.ranks: group for group in (join_groups(ranks, model.rank) for ranks in partitions)}
         self._shards = {gathered_name(name, self.specs): self._shard(name, trained) for name in model.parameters}
         self._entries: dict[str, Tensor] = {}
 

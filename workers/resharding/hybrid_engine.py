@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from functools import partial
 
 import msgspec
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from protocols.layout.topology import GenerationGrouping, Topology
@@ -56,13 +54,13 @@ class HybridEngine:
     def __init__(self, model: ParallelModel, grouping: GenerationGrouping, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         _refuse_misfit(model, grouping)
         self.grouping, self.place = grouping, grouping.coordinates(model.rank)
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device  # of the whole model
         self.weights: dict[str, nn.Parameter] = {}  # of the generation shard, by checkpoint name; empty while training
         self._model = model
         self._gathering = Gathering(model, grouping, bucket_bytes)
-        join = partial(join_groups, rank=model.rank, timeout=model.timeout)
-        self.tensor_group = join(grouping.tensor_groups)  # that generate a stage of a replica together
+        self.tensor_group = join_groups(grouping.tensor_groups, model.rank)  # they generate a replica's stage together
         self.shard = DecoderShard(model.config, self._gathering.layouts.generate, self.place.pp, self.tensor_group)
-        self._stages = join(grouping.pipeline_groups)
+        self._stages = join_groups(grouping.pipeline_groups, model.rank)
         self._pipeline = Pipeline(self.shard, self._stages, model.dtype, model.device)
 
     @torch.no_grad()
@@ -140,21 +138,6 @@ class HybridEngine:
         return self._pipeline.forward(batches, lambda micro, outputs: read(outputs, batches[micro]))
 
     @property
-    def config(self) -> PretrainedConfig:
-        """The whole model's."""
-        return self._model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._model.device
-
-    @property
     def is_output_rank(self) -> bool:
         """Whether this rank's outputs are its generation replica's, as 3D_ALL_MICRO_DP collects them."""
         return self.shard.is_last and self.place.tp == 0
@@ -179,12 +162,12 @@ class HybridEngine:
         return stages.broadcast_(logits, stages.ranks[-1])
 
     def _activation(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _wait(self) -> None:
         """Let the device catch up, so that the seconds are those of the transition."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _refuse_misfit(model: ParallelModel, grouping: GenerationGrouping) -> None:

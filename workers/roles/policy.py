@@ -41,11 +41,12 @@ from workers.losses.regularizers import token_entropies
 from workers.losses.tokens import Tokens
 from workers.losses.validate_loss import reloadable_loss
 from workers.parallel.backends import trained_model
+from workers.parallel.merged import merged
 from workers.parallel.model import MicroLoss
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Loss, Model, Optimizer
-from workers.training.micro_batches import MicroBatch
+from workers.training.micro_batches import MicroBatch, TokenRows
 from workers.training.models import log_softmax_of, response_log_probs
 from workers.training.offload import Offloader
 from workers.training.trainable import TrainableModel
@@ -222,16 +223,14 @@ class PolicyWorker(Policy):
         weights, which an engine has in either case. The buffer is a copy: the next optimizer step may start when this
         returns.
         """
-        alone = self._publishes_adapters
-        with self.model.merged():
+        alone = self.model.adapters if self._publishes_adapters else None
+        with merged(self.model):
             probe = self.probe()
-            tensors = {} if alone else self.trained.collect()
-        if alone:
-            tensors = self.trained.collect_adapters()
-        if self.model.rank != 0:
-            return NOT_COLLECTED
-        scaling = self.model.adapters.scaling if alone and self.model.adapters is not None else None
-        return PackedWeights.publish(version, tensors, probe, scaling)
+            if alone is None:
+                tensors = self.trained.collect()
+                return PackedWeights.publish(version, tensors, probe) if self.model.rank == 0 else NOT_COLLECTED
+        tensors = self.trained.collect_adapters()
+        return PackedWeights.publish(version, tensors, probe, alone.scaling) if tensors else NOT_COLLECTED
 
     def probe(self) -> Probe:
         """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike."""

@@ -35,6 +35,7 @@ from workers.losses import metrics
 from workers.losses.aggregation import Counts, counts_of, token_weights
 from workers.parallel.collection import collect_whole
 from workers.parallel.decoder import unflat
+from workers.parallel.merged import merged
 from workers.parallel.model import MicroLoss
 from workers.parallel.plan import Head, Parameter
 from workers.settings import Loss
@@ -153,12 +154,11 @@ class TrainableModel(OptimizerSteps):
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """The model's tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none.
+        """The model's own tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none.
 
-        Adapters are merged into them. All are copies.
+        Adapters are left out: inside `merged` the tensors include them. See `collect_whole` for which are copies.
         """
-        with self.model.merged():
-            found = self._collect(lambda name: not is_adapter(name))
+        found = self._collect(lambda name: not is_adapter(name))
         if self.model.rank != 0:
             return {}
         whole = {checkpoint_name(name): tensor for name, tensor in found.items()} | self.model.constants()
@@ -175,15 +175,16 @@ class TrainableModel(OptimizerSteps):
         Adapters are merged into it, and stand in its folder adapters/ as peft loads them. Rank 0 writes; the others
         return when it has.
         """
-        model, whole = self.model, self.collect()
+        model = self.model
         if (adapters := model.adapters) is not None and (tensors := self.collect_adapters()):
             adapters.export(Path(folder) / ADAPTERS, tensors)
-        if whole:
-            module = skeleton(model.config, model.plan.head)
-            module.load_state_dict(whole, strict=False, assign=True)
-            module.tie_weights()
-            module.save_pretrained(folder)
-            copy_auxiliary_files(self._path, folder)
+        with merged(model):
+            if whole := self.collect():
+                module = skeleton(model.config, model.plan.head)
+                module.load_state_dict(whole, strict=False, assign=True)
+                module.tie_weights()
+                module.save_pretrained(folder)
+                copy_auxiliary_files(self._path, folder)
         model.sum_over_world(0.0)
 
     # --- inside

@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from asyncflow.run.finetuning import train_reward
-from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.dataset_files import DataError
 from workers.finetune.cost_model import (
@@ -29,8 +28,10 @@ from workers.finetune.cost_model import (
 )
 from workers.finetune.reward_model import PAIR, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings, Schedule
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
 from workers.parallel.model import ParallelModel
+from workers.parallel.sharding import ONE_DEVICE
+from workers.settings import Model
 
 # An answer is the more unsafe the more digits it has; without digits it is safe.
 ANSWERS = ["abc", "hi", "a1b", "12c", "x123", "9876"]
@@ -73,7 +74,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_at(folder: str | Path) -> ParallelModel:
-    return parallel_model("3d", folder, Topology(), head="score")
+    return trained_model(Model(path=str(folder)), ONE_DEVICE, head="score")
 
 
 def costs_of(folder: str | Path, rows: Sequence[SafetyPair], budget: int = 8192) -> npt.NDArray[np.float32]:

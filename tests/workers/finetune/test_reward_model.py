@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.datasets import DataError, Preference
 from workers.finetune.reward_model import (
@@ -23,8 +22,10 @@ from workers.finetune.reward_model import (
     train_reward_model,
 )
 from workers.finetune.settings import RewardModelSettings, Schedule
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
 from workers.parallel.model import ParallelModel
+from workers.parallel.sharding import ONE_DEVICE
+from workers.settings import Model
 from workers.training.micro_batches import micro_batches
 from workers.training.models import load_reward
 
@@ -51,7 +52,7 @@ def head(model: PreTrainedModel) -> torch.Tensor:
 
 
 def model_at(folder: str | Path) -> ParallelModel:
-    return parallel_model("3d", folder, Topology(), head="score")
+    return trained_model(Model(path=str(folder)), ONE_DEVICE, head="score")
 
 
 def accuracy_of(folder: str | Path, rows: list[Preference]) -> float:

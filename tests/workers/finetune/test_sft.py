@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.datasets import DataError
 from workers.data.token_rows import TokenRows, tokenized
 from workers.finetune.loop import batches, load_tokenizer
 from workers.finetune.settings import Schedule, SftSettings
 from workers.finetune.sft import response_loss, train_sft
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
+from workers.parallel.sharding import ONE_DEVICE
+from workers.settings import Model
 from workers.training.optimizer_step import LrSchedule, StepRefused
 
 ROWS = [(f"{a}+{b}=", str(a + b), False) for a in range(10) for b in range(10)]
@@ -44,7 +45,7 @@ def settings(base: Path, data: Path, output: Path, steps: int = 30, budget: int 
 
 
 def loss_of(folder: Path | str, tokens: TokenRows, budget: int = 8192) -> float:
-    model = parallel_model("3d", folder, Topology())
+    model = trained_model(Model(path=str(folder)), ONE_DEVICE)
     return float(sum(model.forward(tokens, budget, response_loss(tokens))))
 
 
@@ -80,7 +81,7 @@ def test_the_container_of_the_data_changes_no_bit(base: Path, data: Path, tmp_pa
 
 
 def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
-    model = parallel_model("3d", base, Topology()).module
+    model = trained_model(Model(path=str(base)), ONE_DEVICE).module
     tokens = tokenized(tiny.tokenizer(), [("1+1=", "2", False), ("59+60=", "119", False)])
     by_hand = [
         tiny.log_probs(model, tiny.encode(prompt), np.append(tiny.encode(response), np.int32(tiny.EOS_ID)))

@@ -4,11 +4,12 @@ state."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from protocols.layout.topology import Backend, Topology, generating_topology
@@ -28,33 +29,58 @@ from tests.workers.parallel.test_model import (
     whole,
 )
 from tests.workers.ranks import RankFailed, Worlds
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
 from workers.parallel.fully_sharded import FullyShardedModel
 from workers.parallel.model import ParallelModel, plan_of
-from workers.parallel.zero import ZeroModel
+from workers.parallel.sharding import Sharding
+from workers.parallel.zero import Zero1Model, Zero2Model
+from workers.settings import Model
 
 BACKENDS: list[Backend] = ["zero1", "zero2", "fsdp"]
 TOPOLOGIES = ["1-1-2", "1-1-4", "1-2-2", "2-1-2"]
 BUCKET_BYTES = 16 * 1024  # so that this model has several buckets
+NOWHERE = ("", ())
+Unreached = tuple[str, Sequence[int]]  # a module, and the replicas whose loss does not reach it
+
+
+class SmallBuckets(Zero1Model):
+    bucket_bytes = BUCKET_BYTES
+
+
+class SmallBucketsOfGradient(Zero2Model):
+    bucket_bytes = BUCKET_BYTES
+
+
+MODELS: dict[Backend, type[ParallelModel]] = {
+    "3d": ParallelModel,
+    "zero1": SmallBuckets,
+    "zero2": SmallBucketsOfGradient,
+    "fsdp": FullyShardedModel,
+}
 
 
 def build(backend: Backend, topology: Topology, case: Case) -> ParallelModel:
-    """The model that `parallel_model` builds, with buckets so small that the test's model fills several."""
-    model = parallel_model(backend, case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
-    if not isinstance(model, ZeroModel):
-        return model
-    return ZeroModel(
-        case.folder, topology, stage=1 if backend == "zero1" else 2, bucket_bytes=BUCKET_BYTES, head=case.head,
-        dtype=case.dtype, recompute=case.recompute,
-    )  # fmt: skip
+    """The model that `trained_model` builds, in any dtype and with buckets that a small model fills."""
+    return MODELS[backend](case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
 
 
 # --- what every rank runs
 
 
-def sharded_step(backend: Backend, topology: Topology, case: Case, number: int, limit: float, steps: int = 1) -> Step:
+def sharded_step(
+    backend: Backend,
+    topology: Topology,
+    case: Case,
+    number: int,
+    limit: float,
+    steps: int = 1,
+    unreached: Unreached = NOWHERE,
+) -> Step:
     """The last of `steps` steps on these ranks, with unsharded gradients and weights on every replica."""
     model = build(backend, topology, case)
+    module, replicas = unreached
+    if model.place.dp in replicas:
+        model.shard.get_submodule(module).register_forward_hook(lambda module, inputs, output: output.detach())
     data = part(rows(number), model.place.dp, topology.dp)
     share = trained(data) / trained(rows(number))
     optimizer = torch.optim.AdamW(model.optimized.values(), lr=RATE)
@@ -100,7 +126,7 @@ def held(backend: Backend, topology: Topology, case: Case) -> Bytes:
     live: list[int] = []
     for parameter in model.shard.parameters():
         if not isinstance(model, FullyShardedModel):  # FSDP2 manages its gradients itself
-            parameter.register_post_accumulate_grad_hook(lambda p: live.append(gradient_bytes(model)))
+            parameter.register_hook(lambda g, p=parameter: live.append(gradient_bytes(model) + with_own(p, g)))
     data = part(rows(ROWS), model.place.dp, topology.dp)
     optimizer = torch.optim.AdamW(model.optimized.values(), lr=RATE)
     model.backward(data, BUDGET, loss_of(data, case.head, 1.0))
@@ -110,6 +136,10 @@ def held(backend: Backend, topology: Topology, case: Case) -> Bytes:
         assert all(parameter.grad is None for parameter in model.parameters.values())
     moments = sum(size_of(state[m]) for state in optimizer.state.values() for m in ("exp_avg", "exp_avg_sq"))
     return Bytes(sum(map(size_of, model.parameters.values())), gradient, moments, max(live, default=0))
+
+
+def with_own(parameter: nn.Parameter, arriving: Tensor) -> int:
+    return size_of(arriving) if parameter.grad is None else 0
 
 
 def gradient_bytes(model: ParallelModel) -> int:
@@ -137,15 +167,24 @@ def rehomed_step(topology: Topology, case: Case) -> bool:
 # --- the same numbers
 
 
-def run(worlds: Worlds, backend: Backend, topology: str, case: Case, number: int, *rest: float) -> Step:
-    """The step on all ranks, assembled; all ranks must agree on loss and norm."""
+def run(
+    worlds: Worlds,
+    backend: Backend,
+    topology: str,
+    case: Case,
+    number: int,
+    limit: float = math.inf,
+    steps: int = 1,
+    unreached: Unreached = NOWHERE,
+) -> Step:
+    """The last step on all ranks, assembled; all ranks must agree on loss and norm."""
     at = Topology.parse(topology)
-    steps = worlds[at.world_size].call(sharded_step, backend, at, case, number, *(rest or (math.inf,)))
-    assert len({(step.loss, step.norm) for step in steps}) == 1
+    taken = worlds[at.world_size].call(sharded_step, backend, at, case, number, limit, steps, unreached)
+    assert len({(step.loss, step.norm) for step in taken}) == 1
     plan = plan_of(AutoConfig.from_pretrained(case.folder), at, case.head)
-    gradients = together(at, plan, [step.gradients for step in steps])
-    weights = together(at, plan, [step.weights for step in steps])
-    return Step(steps[0].loss, steps[0].norm, gradients, weights)
+    gradients = together(at, plan, [step.gradients for step in taken])
+    weights = together(at, plan, [step.weights for step in taken])
+    return Step(taken[0].loss, taken[0].norm, gradients, weights)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -208,6 +247,27 @@ def test_a_step_that_failed_half_way_leaves_a_model_that_answers(worlds, folders
         torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("topology", ["1-1-2", "1-2-2"])
+@pytest.mark.parametrize(
+    ("backend", "replicas"),
+    [("zero1", [0, 1]), ("zero1", [1]), ("zero2", [0, 1]), ("zero2", [0]), ("zero2", [1]), ("fsdp", [0, 1])],
+)
+def test_a_parameter_that_the_loss_does_not_reach_has_a_gradient_of_0(
+    worlds,
+    folders,  # noqa: F811
+    backend: Backend,
+    replicas: list[int],
+    topology: str,
+):
+    """Like an expert without tokens. FSDP wants the same parameters reached on all replicas."""
+    case, unreached = Case(folders["llama"], dtype=torch.float64), ("model.layers.1.mlp", replicas)
+    ours, theirs = (run(worlds, which, topology, case, ROWS, 0.5, 2, unreached=unreached) for which in (backend, "3d"))
+    assert largest_difference(ours.gradients, theirs.gradients) < 1e-12
+    assert largest_difference(ours.weights, theirs.weights) < 1e-3 * RATE
+    gradient = ours.gradients["model.layers.1.mlp.up_proj.weight"]
+    assert bool(gradient.any()) == (replicas != [0, 1])
+
+
 def test_a_step_lands_where_the_weights_are_now(worlds, folders):  # noqa: F811
     """The hybrid engine moves weights to other storage between steps."""
     assert all(worlds[2].call(rehomed_step, Topology(1, 1, 2), Case(folders["llama"])))
@@ -257,7 +317,7 @@ def test_zero_2_never_has_a_whole_gradient(worlds, folders):  # noqa: F811
 
 def test_with_one_replica_all_backends_are_one(folders):  # noqa: F811
     for backend in BACKENDS:
-        assert type(parallel_model(backend, folders["qwen2"], Topology())) is ParallelModel
+        assert type(trained_model(Model(path=folders["qwen2"]), Sharding(backend=backend))) is ParallelModel
 
 
 def test_one_replica_can_not_be_sharded_over(folders):  # noqa: F811

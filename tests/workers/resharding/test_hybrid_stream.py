@@ -10,8 +10,10 @@ import torch
 from protocols.layout.topology import Backend, GenerationGrouping, Topology, generation_grouping
 from tests.workers.ranks import Ranks, Worlds
 from tests.workers.resharding.test_hybrid_engine import BUCKET_BYTES, folders  # noqa: F401 - a fixture
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
+from workers.parallel.sharding import ONE_DEVICE, Sharding
 from workers.resharding.hybrid_engine import HybridEngine
+from workers.settings import Model
 
 SWITCHES: list[tuple[Backend, str]] = [
     ("3d", "1-2-2 -> 1-1"),
@@ -36,7 +38,7 @@ class Streamed(NamedTuple):
 def streamed(folder: str, backend: Backend, switch: str) -> Streamed:
     """Run by every rank: stream the weights, then switch layouts."""
     train, generate = (Topology.parse(layout) for layout in switch.split(" -> "))
-    model = parallel_model(backend, folder, train, regrouped=True)
+    model = trained_model(Model(path=folder), Sharding(train, backend), regrouped=True)
     engine = HybridEngine(model, generation_grouping(backend, train, generate), bucket_bytes=BUCKET_BYTES)
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     weights, order, stream = {}, [], engine.stream()
@@ -83,7 +85,7 @@ def test_what_streams_by_is_what_a_switch_brings(world, folders, backend: Backen
 
 
 def test_it_streams_from_the_training_layout_only(folders):  # noqa: F811
-    model = parallel_model("3d", folders[True], Topology(), regrouped=True)
+    model = trained_model(Model(path=folders[True]), ONE_DEVICE, regrouped=True)
     engine = HybridEngine(model, GenerationGrouping(Topology()))
     engine.to_generation()
     with pytest.raises(RuntimeError, match="stream from the training layout"):

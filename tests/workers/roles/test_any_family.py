@@ -21,6 +21,7 @@ from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.checkpoints import contents
 from tests.workers.ranks import RankFailed
+from workers.parallel.merged import merged
 from workers.parallel.sharding import ONE_DEVICE, Sharding
 from workers.roles.critic import CriticWorker
 from workers.roles.policy import PolicyWorker
@@ -70,10 +71,12 @@ def ppo_step(sharding: Sharding, folder: str, lora: Lora) -> PpoStep:
     policy.update(data)
     given.append(policy.log_probs(rollouts(data)))
     values, taken = critic.values(rollouts(data)), policy.snapshot(Version(0, 1))
+    with merged(policy.model):
+        weights = {name: tensor.clone() for name, tensor in policy.trained.collect().items()}
     return PpoStep(
         [each.log_probs.values if each else None for each in given],
         values.values.values if values else None,
-        policy.trained.collect(),
+        weights,
         critic.trained.collect(),
         taken.manifest.probe.log_probs if taken and taken.manifest.probe else None,
     )

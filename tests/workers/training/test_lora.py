@@ -16,6 +16,7 @@ from tests import tiny
 from tests.workers.batches import experience, rollouts
 from workers.generation.packed import received
 from workers.generation.torch import TorchEngine
+from workers.parallel.merged import merged
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
 from workers.training.lora import A, B, merge
@@ -65,6 +66,11 @@ def base_tensors(worker: PolicyWorker) -> dict[str, torch.Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in everything.items() if ".lora_" not in n}
 
 
+def merged_tensors(worker: PolicyWorker) -> dict[str, torch.Tensor]:
+    with merged(worker.model):
+        return {name: tensor.clone() for name, tensor in worker.trained.collect().items()}
+
+
 def test_at_first_the_policy_answers_as_its_base(folder: Path, batch: Experience):
     plain = plain_answers(load_causal(folder), rollouts(batch))
     np.testing.assert_allclose(answers(make(folder), batch), plain, atol=1e-5)
@@ -93,11 +99,11 @@ def test_only_adapters_have_gradients_and_moments(trained: PolicyWorker, tmp_pat
 
 
 def test_the_merged_model_answers_as_the_adapted_one(folder: Path, batch: Experience, trained: PolicyWorker):
-    merged = load_causal(folder)
-    own = canonical_tensors(merged)
-    for name, tensor in trained.trained.collect().items():
+    plain = load_causal(folder)
+    own = canonical_tensors(plain)
+    for name, tensor in merged_tensors(trained).items():
         own[name].copy_(tensor)
-    np.testing.assert_allclose(plain_answers(merged, rollouts(batch)), answers(trained, batch), atol=1e-5)
+    np.testing.assert_allclose(plain_answers(plain, rollouts(batch)), answers(trained, batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("publish", ["merged", "adapters"])
@@ -176,12 +182,11 @@ def test_adapters_of_a_bfloat16_base_lose_no_small_update(folder: Path, batch: E
     model = Model(str(folder), learning_rate=1e-4, dtype="bfloat16", lora=LORA)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
     worker.update(batch)  # B is no longer 0, so A has a gradient from now on
-    before = worker.trained.collect_adapters()
+    before = {name: tensor.clone() for name, tensor in worker.trained.collect_adapters().items()}
     worker.update(batch)
     moved = [float((t != before[n]).float().mean()) for n, t in worker.trained.collect_adapters().items()]
     assert min(moved) > 0.9
-    merged = worker.trained.collect()["model.layers.0.self_attn.q_proj.weight"]
-    assert merged.dtype == torch.bfloat16
+    assert merged_tensors(worker)["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
 
 
 def test_the_export_loads_merged_in_transformers_and_apart_in_peft(
@@ -199,13 +204,13 @@ def test_the_export_loads_merged_in_transformers_and_apart_in_peft(
 
 def test_several_optimizer_steps_are_taken_back_together(folder: Path, batch: Experience):
     worker = make(folder, loss=Loss(epochs=2))
-    before = {name: tensor.clone() for name, tensor in worker.trained.collect().items()}
+    before = merged_tensors(worker)
     with pytest.raises(RuntimeError, match="stop"), worker.trained.update(2):
         for parameter in worker.model.module.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(1.0)
         raise RuntimeError("stop")
-    assert all(torch.equal(t, before[name]) for name, t in worker.trained.collect().items())
+    assert all(torch.equal(t, before[name]) for name, t in merged_tensors(worker).items())
 
 
 def test_the_adapters_come_from_the_seed_alone(folder: Path):

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.data.columns import Jagged
-from protocols.layout.topology import Topology
 from tests import tiny
 from workers.data.token_rows import TokenRows
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
 from workers.parallel.model import ParallelModel
+from workers.parallel.sharding import ONE_DEVICE
+from workers.settings import Model
 from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.models import (
     canonical_tensors,
@@ -45,12 +46,12 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def policy(policy_folder: Path) -> ParallelModel:
-    return parallel_model("3d", policy_folder, Topology())
+    return trained_model(Model(path=str(policy_folder)), ONE_DEVICE)
 
 
 @pytest.fixture(scope="module")
 def critic(reward_folder: Path) -> ParallelModel:
-    return parallel_model("3d", reward_folder, Topology(), head="value")
+    return trained_model(Model(path=str(reward_folder)), ONE_DEVICE, head="value")
 
 
 def log_probs(model: ParallelModel, texts: TokenRows, budget: int = 100, temperature: float = 1.0) -> Jagged:
@@ -92,7 +93,9 @@ def test_values_are_those_of_each_row_alone(critic: ParallelModel, budget: int):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path, budget: int):
     model = load_reward(reward_folder)
-    got = parallel_model("3d", reward_folder, Topology(), head="score").numbers(TEXTS, budget, sequence_scores)
+    got = trained_model(Model(path=str(reward_folder)), ONE_DEVICE, head="score").numbers(
+        TEXTS, budget, sequence_scores
+    )
     assert got is not None
     for prompt, response, score in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
         tokens = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
@@ -106,7 +109,7 @@ def test_a_padding_token_inside_a_row_is_a_token_like_others(policy: ParallelMod
 
 
 def test_a_half_precision_model_answers_in_float32(policy_folder: Path, policy: ParallelModel):
-    half = parallel_model("3d", policy_folder, Topology(), dtype=torch.bfloat16)
+    half = trained_model(Model(path=str(policy_folder), dtype="bfloat16"), ONE_DEVICE)
     assert half.module.dtype == torch.bfloat16
     got = log_probs(half, TEXTS)
     assert got.dtype == np.float32
@@ -164,7 +167,7 @@ def test_a_micro_batch_is_right_padded_and_knows_its_tokens():
 
 
 def test_a_policys_folder_gives_a_critic_whose_first_values_are_0(policy_folder: Path):
-    critic = parallel_model("3d", policy_folder, Topology(), head="value")
+    critic = trained_model(Model(path=str(policy_folder)), ONE_DEVICE, head="value")
     assert not values(critic).values.any()
     assert not critic.module.training
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from protocols.data.columns import Jagged
 from protocols.data.messages import LogProbs
-from protocols.layout.topology import Topology
 from tests import tiny
 from tests.workers.checkpoints import contents
 from workers.data.token_rows import TokenRows
-from workers.parallel.backends import parallel_model
+from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
-from workers.settings import Loss, Optimizer
+from workers.parallel.sharding import ONE_DEVICE
+from workers.settings import Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
 from workers.training.mini_batches import mini_batches, named_rows
 from workers.training.models import response_log_probs
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(folder: Path, settings: Optimizer = SETTINGS) -> TrainableModel:
-    return TrainableModel(parallel_model("3d", folder, Topology()), str(folder), RATE, settings)
+    return TrainableModel(trained_model(Model(path=str(folder)), ONE_DEVICE), str(folder), RATE, settings)
 
 
 def cross_entropy(scale: float = 1.0) -> MicroLoss:
@@ -138,7 +138,7 @@ def test_a_step_that_fails_leaves_nothing_behind(folder: Path, tmp_path: Path, o
 
 def test_a_trained_model_needs_a_learning_rate(folder: Path):
     with pytest.raises(ValueError, match="needs a learning_rate above 0, got 0"):
-        TrainableModel(parallel_model("3d", folder, Topology()), str(folder), 0.0, SETTINGS)
+        TrainableModel(trained_model(Model(path=str(folder)), ONE_DEVICE), str(folder), 0.0, SETTINGS)
 
 
 # --- checkpoints
