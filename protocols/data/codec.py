@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Array, Batch, ColumnSpec, Jagged, columns_of, empty
+from protocols.data.columns import Array, Batch, ColumnSpec, Jagged, check_form, columns_of, empty
 from protocols.data.frame import (
     ALIGNMENT,
     LENGTHS,
@@ -37,27 +37,7 @@ from protocols.data.partition import Rows, cut
 from protocols.data.schema import check_columns, default_column
 from protocols.data.selection import Selection
 
-__all__ = [
-    "BadFrame",
-    "Frame",
-    "Header",
-    "Limits",
-    "cut_within",
-    "decode",
-    "encode",
-    "open_frame",
-    "read_header",
-]
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """The largest frame that a reader accepts."""
-
-    max_frame_bytes: int = 1 << 30
-    max_rows: int = 1 << 20
-
-
-_DEFAULT_LIMITS = Limits()
+MAX_FRAME_BYTES, MAX_ROWS = 1 << 30, 1 << 20  # the largest frame that a reader accepts
 _MOST = (1 << 63) - 1  # a term or attempt with the longest encoding
 
 
@@ -72,14 +52,14 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
         raise ValueError(
             f"term {term}, attempt {attempt}, block_bytes {block_bytes}: none is negative, a block not empty"
         )
-    if len(message) > _DEFAULT_LIMITS.max_rows or message.nbytes > _DEFAULT_LIMITS.max_frame_bytes:
+    if len(message) > MAX_ROWS or message.nbytes > MAX_FRAME_BYTES:
         raise ValueError(
             f"{type(message).__name__} of {len(message)} rows and {message.nbytes} bytes: readers accept"
-            f" {_DEFAULT_LIMITS.max_rows} rows and {_DEFAULT_LIMITS.max_frame_bytes} bytes; cut it"
+            f" {MAX_ROWS} rows and {MAX_FRAME_BYTES} bytes; cut it"
         )
     specs = columns_of(type(message))
     for spec in specs:
-        _check_form(message, spec)
+        check_form(message, spec)
     table = _table(message, specs, block_bytes)
     header = Header(message.schema_id, message.schema_version, term, attempt, len(message), specs, table.tobytes())
     _, start = pack(header)
@@ -112,33 +92,23 @@ def cut_within(message: Batch, frame_bytes: int) -> list[Rows]:
     return cut(np.arange(len(message)), len(cut_rows(ends, room)) - 1, lengths=sizes)
 
 
-def decode(buffer: Buffer, *, limits: Limits = _DEFAULT_LIMITS, schemas: Mapping[int, type[Batch]] = SCHEMAS) -> Batch:
+def decode(buffer: Buffer, *, schemas: Mapping[int, type[Batch]] = SCHEMAS) -> Batch:
     """The message in a frame, as read-only columns that share the buffer's memory, which must not change afterwards.
 
     Older and newer schema versions are read as `protocols.data.schema` says. Raises BadFrame, and nothing else, for any
-    bytes that are not a complete, intact and valid message of `schemas` within `limits`.
+    bytes that are not a complete, intact and valid message of `schemas`, of at most MAX_ROWS and MAX_FRAME_BYTES.
     """
-    return open_frame(buffer, limits=limits, schemas=schemas).read()
+    return open_frame(buffer, schemas=schemas).read()
 
 
-def read_header(buffer: Buffer) -> Header:
-    """A frame's header; the buffer may end right after it and its padding to a multiple of 64 bytes.
-
-    Raises BadFrame if the header is not intact. The rows are verified only when they are read.
-    """
-    return unseal(bytes_of(buffer))[0]
-
-
-def open_frame(
-    buffer: Buffer, *, limits: Limits = _DEFAULT_LIMITS, schemas: Mapping[int, type[Batch]] = SCHEMAS
-) -> Frame:
+def open_frame(buffer: Buffer, *, schemas: Mapping[int, type[Batch]] = SCHEMAS) -> Frame:
     """Verify a frame's header; its rows can then be read. Raises BadFrame, and nothing else, for any bytes."""
     data = bytes_of(buffer)
-    if len(data) > limits.max_frame_bytes:
-        raise BadFrame(f"frame of {len(data)} bytes, at most {limits.max_frame_bytes} are accepted")
+    if len(data) > MAX_FRAME_BYTES:
+        raise BadFrame(f"frame of {len(data)} bytes, at most {MAX_FRAME_BYTES} are accepted")
     header, start = unseal(data)
-    if header.rows > limits.max_rows:
-        raise BadFrame(f"frame of {header.rows} rows, at most {limits.max_rows} are accepted")
+    if header.rows > MAX_ROWS:
+        raise BadFrame(f"frame of {header.rows} rows, at most {MAX_ROWS} are accepted")
     kind = schemas.get(header.schema)
     if kind is None:
         known = ", ".join(f"{number} {schema.__name__}" for number, schema in sorted(schemas.items()))
@@ -229,18 +199,6 @@ class Frame:
 
 
 # --- writing
-
-
-def _check_form(message: Batch, spec: ColumnSpec) -> None:
-    column = getattr(message, spec.name)
-    where = f"{type(message).__name__}.{spec.name}"
-    actual = ColumnSpec(spec.name, column.dtype.name, isinstance(column, Jagged))
-    if actual != spec:
-        raise ValueError(f"{where} is {actual.form}, want {spec.form}")
-    if not spec.jagged and column.ndim != 1:
-        raise ValueError(f"{where}: shape {list(column.shape)}, want one value a row")
-    if len(column) != len(message):
-        raise ValueError(f"{where}: {len(column)} rows, sample_ids has {len(message)}")
 
 
 def _table(message: Batch, specs: tuple[ColumnSpec, ...], block_bytes: int | None) -> Array:

@@ -163,15 +163,15 @@ Text = Annotated[Jagged, _Type("uint8")]  # UTF-8, one text a row
 class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW1641 - rows have no hash
     """N rows of one type. Subclasses declare columns; `sample_ids` identify the rows and are unique.
 
-    A subclass is *one* stage of a sample's life. `aligned` lists groups of jagged columns whose rows have equal
-    lengths. To add a column, raise `schema_version` and give the column a default, which is used for frames of an
-    older version (see `protocols.data.schema`). Any other change is a new message with a new `schema_id`.
+    A subclass is *one* stage of a sample's life. `aligned` are jagged columns whose rows have equal lengths. To add a
+    column, raise `schema_version` and give the column a default, which is used for frames of an older version (see
+    `protocols.data.schema`). Any other change is a new message with a new `schema_id`.
     """
 
     schema_id: ClassVar[int] = 0
     schema_version: ClassVar[int] = 1
     oldest_readable: ClassVar[int] = 1  # version; raised when a column is renamed
-    aligned: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    aligned: ClassVar[tuple[str, ...]] = ()
     tokens: ClassVar[tuple[str, ...]] = ()  # columns whose lengths add up to a row's tokens
     defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {}
 
@@ -204,30 +204,35 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, eq=False):  # noqa: PLW16
     def check(self) -> None:
         """Validate the values. Raises ValueError naming column, row and value."""
         for spec in columns_of(type(self)):
-            _check_column(self, spec)
+            check_form(self, spec)
+            _check_finite(self, spec)
         if len(self) and int(self.sample_ids.min()) < 0:
             raise ValueError(f"sample_ids: negative id {int(self.sample_ids.min())}")
         ordered = np.sort(self.sample_ids)
         if bool(np.any(ordered[1:] == ordered[:-1])):
             raise ValueError(f"sample_ids: an id occurs twice in {len(self)} rows")
-        for group in self.aligned:
-            first = getattr(self, group[0]).offsets
-            for name in group[1:]:
-                if not np.array_equal(first, getattr(self, name).offsets):
-                    raise ValueError(f"{name}: row lengths differ from those of {group[0]}")
+        for name in self.aligned[1:]:
+            if not np.array_equal(getattr(self, self.aligned[0]).offsets, getattr(self, name).offsets):
+                raise ValueError(f"{name}: row lengths differ from those of {self.aligned[0]}")
 
 
 B = TypeVar("B", bound=Batch)
 
 
-def _check_column(batch: Batch, spec: ColumnSpec) -> None:
-    column = getattr(batch, spec.name)
-    if isinstance(column, Jagged) != spec.jagged or column.dtype != np.dtype(spec.dtype):
-        raise ValueError(f"{spec.name}: want {spec.form}, got {column!r:.80}")
+def check_form(batch: Batch, spec: ColumnSpec) -> None:
+    """Raise ValueError unless a column has its declared type and one entry per row."""
+    column, where = getattr(batch, spec.name), f"{type(batch).__name__}.{spec.name}"
+    actual = ColumnSpec(spec.name, column.dtype.name, isinstance(column, Jagged))
+    if actual != spec:
+        raise ValueError(f"{where} is {actual.form}, want {spec.form}")
     if not spec.jagged and column.ndim != 1:
-        raise ValueError(f"{spec.name}: want one value a row, got shape {list(column.shape)}")
-    if len(column) != len(batch.sample_ids):
-        raise ValueError(f"{spec.name}: {len(column)} rows where sample_ids has {len(batch.sample_ids)}")
+        raise ValueError(f"{where}: shape {list(column.shape)}, want one value a row")
+    if len(column) != len(batch):
+        raise ValueError(f"{where}: {len(column)} rows, sample_ids has {len(batch)}")
+
+
+def _check_finite(batch: Batch, spec: ColumnSpec) -> None:
+    column = getattr(batch, spec.name)
     values = column.values if isinstance(column, Jagged) else column
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(f"{spec.name}: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite")

@@ -47,7 +47,7 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 2
     tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
-    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (("responses", "log_probs", "versions", "loss_mask"),)
+    aligned: ClassVar[tuple[str, ...]] = ("responses", "log_probs", "versions", "loss_mask")
 
     prompts: JaggedInt32  # [N, P_i]
     references: Text  # [N]
@@ -118,18 +118,16 @@ class Experience(Batch, frozen=True, kw_only=True, eq=False):
     schema_id: ClassVar[int] = 7
     schema_version: ClassVar[int] = 3
     tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
-    aligned: ClassVar[tuple[tuple[str, ...], ...]] = (
-        (
-            "responses",
-            "log_probs",
-            "loss_mask",
-            "advantages",
-            "returns",
-            "values",
-            "reference",
-            "cost_returns",
-            "cost_values",
-        ),
+    aligned: ClassVar[tuple[str, ...]] = (
+        "responses",
+        "log_probs",
+        "loss_mask",
+        "advantages",
+        "returns",
+        "values",
+        "reference",
+        "cost_returns",
+        "cost_values",
     )
     defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {
         "reference": 0.0,  # since version 2

@@ -41,8 +41,7 @@ def default_column(kind: type[Batch], spec: ColumnSpec, present: Mapping[str, Ar
         column = np.full(rows, value, spec.dtype)
         column.flags.writeable = False
         return column
-    for group in kind.aligned:
-        for name in group if spec.name in group else ():
-            if isinstance(peer := present.get(name), Jagged):
-                return peer.with_values(np.full(len(peer.values), value, spec.dtype))
+    for name in kind.aligned if spec.name in kind.aligned else ():
+        if isinstance(peer := present.get(name), Jagged):
+            return peer.with_values(np.full(len(peer.values), value, spec.dtype))
     return Jagged.from_rows([value] * rows, dtype=spec.dtype)

@@ -9,18 +9,7 @@ import sys
 
 from protocols.data.partition import Rows
 from protocols.layout.topology import GenerationGrouping, Topology
-from protocols.layout.transfer import MetricProtocol, TransferProtocol, protocol
-
-BUILT_IN = (
-    "ONE_TO_ALL",
-    "3D_PROTO",
-    "3D_ALL_MICRO_DP",
-    "3D_PP_ONLY",
-    "DP_PROTO",
-    "ALL_TO_ALL",
-    "RANK_ZERO",
-    "METRIC",
-)
+from protocols.layout.transfer import BUILT_IN, MetricProtocol, TransferProtocol, protocol
 
 
 def draw(name: str, rows: int, topology: Topology, *, generation: GenerationGrouping | None = None) -> str:

@@ -84,17 +84,17 @@ class Topology(msgspec.Struct, frozen=True):
     @property
     def tensor_groups(self) -> list[list[int]]:
         """Ranks that share a stage of a replica."""
-        return _group(self.world_size, lambda r: ((c := self.coordinates(r)).dp, c.pp))
+        return group_ranks(self.world_size, lambda r: ((c := self.coordinates(r)).dp, c.pp))
 
     @property
     def pipeline_groups(self) -> list[list[int]]:
         """Ranks that hold the same tensor index through the stages of a replica."""
-        return _group(self.world_size, lambda r: ((c := self.coordinates(r)).dp, c.tp))
+        return group_ranks(self.world_size, lambda r: ((c := self.coordinates(r)).dp, c.tp))
 
     @property
     def data_groups(self) -> list[list[int]]:
         """Ranks that hold the same shard in different replicas."""
-        return _group(self.world_size, lambda r: ((c := self.coordinates(r)).pp, c.tp))
+        return group_ranks(self.world_size, lambda r: ((c := self.coordinates(r)).pp, c.tp))
 
 
 class GenerationGrouping(msgspec.Struct, frozen=True):
@@ -161,26 +161,8 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
             return max(self._needed(m) - self._kept(rank, m) for rank in range(self.topology.world_size))
         return m - self._owned(m)
 
-    def peak_bytes(self, m: int) -> Fraction:
-        """Most parameter bytes that a rank holds during the transition: all m unless gathered shard by shard."""
-        if self.style == "hybridflow":
-            return max(
-                self._needed(m) + self._owned(m) - self._kept(rank, m) for rank in range(self.topology.world_size)
-            )
-        return Fraction(m)
-
-    def redundant_bytes(self, m: int) -> Fraction:
-        """Most training bytes that a rank keeps while generating without using them for generation.
-
-        deepspeed's flat ZeRO shards are never used in place: m/(tpd). Otherwise it is m/(tp) if some rank's training
-        shard lies outside its generation shard, and 0 if the shards nest on every rank.
-        """
-        if self.style == "deepspeed":
-            return self._owned(m)
-        return max(self._owned(m) - self._kept(rank, m) for rank in range(self.topology.world_size))
-
     def _groups(self, key: Callable[[GenerationCoordinates], Hashable]) -> list[list[int]]:
-        return _group(self.topology.world_size, lambda rank: key(self.coordinates(rank)))
+        return group_ranks(self.topology.world_size, lambda rank: key(self.coordinates(rank)))
 
     def _owned(self, m: int) -> Fraction:
         ranks = self.topology.world_size if self.style == "deepspeed" else self.topology.replica_size
@@ -197,7 +179,7 @@ class GenerationGrouping(msgspec.Struct, frozen=True):
         return m * layers * columns
 
 
-def _group(world_size: int, key: Callable[[int], Hashable]) -> list[list[int]]:
+def group_ranks(world_size: int, key: Callable[[int], Hashable]) -> list[list[int]]:
     """Groups of ranks with equal keys, ordered by their first rank; each group is in rank order."""
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
     for rank in range(world_size):

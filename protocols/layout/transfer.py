@@ -83,10 +83,8 @@ class TransferProtocol(msgspec.Struct, frozen=True):
 class MetricProtocol(TransferProtocol, frozen=True):
     """A protocol whose collected outputs are metrics: they are reduced, not concatenated."""
 
-    def reduce(
-        self, values: npt.ArrayLike, counts: npt.ArrayLike, *, how: Literal["mean", "sum", "max"] = "mean"
-    ) -> float:
-        """Reduce `values` [replicas] to their mean weighted by `counts` [replicas], their sum or their maximum.
+    def reduce(self, values: npt.ArrayLike, counts: npt.ArrayLike) -> float:
+        """Reduce `values` [replicas] to their mean, weighted by `counts` [replicas].
 
         A value with count 0, often 0/0, is ignored. The result is 0 if all counts are 0.
         """
@@ -94,15 +92,7 @@ class MetricProtocol(TransferProtocol, frozen=True):
         if measured.ndim != 1 or measured.shape != weights.shape or not (weights >= 0).all():
             raise ValueError(f"{self.name}: want one value and one count >= 0 a replica, got {values} and {counts}")
         measured, weights = measured[weights > 0], weights[weights > 0]
-        if not len(measured):
-            return 0.0
-        match how:
-            case "mean":
-                return float(np.average(measured, weights=weights))
-            case "sum":
-                return float(measured.sum())
-            case "max":
-                return float(measured.max())
+        return float(np.average(measured, weights=weights)) if len(measured) else 0.0
 
     def combine(self, outputs: Sequence[Metrics]) -> Metrics:
         """Merge the metrics of all replicas: each value is the mean over the replicas that report it, by count."""
@@ -198,6 +188,7 @@ _REGISTRY: dict[str, TransferProtocol] = {
         MetricProtocol("METRIC", _by_replica, _from_replicas),
     )
 }
+BUILT_IN = tuple(_REGISTRY)
 
 
 @overload

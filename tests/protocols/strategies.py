@@ -34,7 +34,7 @@ def batches(draw: st.DrawFn, kind: type[B], min_rows: int = 0, max_rows: int = 5
     """A batch of one message type whose aligned columns agree."""
     rows = draw(st.integers(min_rows, max_rows))
     lengths = st.lists(st.integers(0, 4), min_size=rows, max_size=rows)
-    shared = {name: counts for group in kind.aligned for counts in [draw(lengths)] for name in group}
+    shared = {name: counts for counts in [draw(lengths)] for name in kind.aligned}
     columns: dict[str, Any] = {}
     for spec in columns_of(kind):
         if spec.name == "sample_ids":

@@ -20,7 +20,7 @@ from workers.data.hf_folder import context_of, end_of_sequence
 from workers.data.token_rows import TokenRows
 from workers.settings import Loss
 
-_FLOAT_COLUMNS = [name for name in Experience.aligned[0] if name not in ("responses", "loss_mask")]
+_FLOAT_COLUMNS = [name for name in Experience.aligned if name not in ("responses", "loss_mask")]
 _PTX_STREAM = 0x707478  # "ptx": makes the permutation differ from the prompts' with the same seed and epoch
 
 

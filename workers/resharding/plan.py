@@ -25,11 +25,11 @@ With p = t = 1 they may also regroup as S tensor ranks, and generate with any t_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 
-from protocols.layout.topology import Coordinates, GenerationGrouping, Topology
+from protocols.layout.topology import Coordinates, GenerationGrouping, Topology, group_ranks
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
 
 
@@ -97,7 +97,7 @@ def exchange_groups(grouping: GenerationGrouping, trained: Trained | None = None
     """
     topology = grouping.topology
     if _is_shared(grouping, trained):
-        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, grouping.coordinates(rank).tp))
+        return group_ranks(topology.world_size, lambda rank: ((at := grouping.coordinates(rank)).pp, at.tp))
     if grouping.style == "hybridflow":
         return grouping.micro_dp_groups
     if grouping.style == "deepspeed":
@@ -112,7 +112,8 @@ def same_index_groups(grouping: GenerationGrouping, trained: Trained | None = No
     """
     topology = grouping.topology
     if trained and _is_shared(grouping, trained):
-        return _alike(topology, lambda rank: (grouping.coordinates(rank).pp, trained.topology.coordinates(rank).tp))
+        generates, trains = grouping.coordinates, trained.topology.coordinates
+        return group_ranks(topology.world_size, lambda rank: (generates(rank).pp, trains(rank).tp))
     return [
         alike
         for group in exchange_groups(grouping)
@@ -214,14 +215,6 @@ def _refuse_uneven(train: ShardPlan, shares: int) -> None:
                 f"{parameter.name}: {size} rows or columns of a tensor shard don't divide over {shares} replicas; "
                 "fully sharded ranks generate only where they do"
             )
-
-
-def _alike(topology: Topology, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """Groups of ranks with equal keys, each in rising order, ordered by their first rank."""
-    groups: dict[Hashable, list[int]] = {}
-    for rank in range(topology.world_size):
-        groups.setdefault(key(rank), []).append(rank)
-    return list(groups.values())
 
 
 def _own(groups: list[list[int]], rank: int) -> tuple[int, ...]:

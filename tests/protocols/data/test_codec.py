@@ -26,7 +26,7 @@ from protocols.data.columns import (
     take,
 )
 from protocols.data.messages import SCHEMAS, LogProbs, Rollouts, Scores
-from tests.protocols.frames import by_hand, cuts_of, owners, refusal, sample
+from tests.protocols.frames import by_hand, cuts_of, header_of, owners, refusal, sample
 from tests.protocols.strategies import messages
 
 KINDS = [pytest.param(kind, id=kind.__name__) for kind in SCHEMAS.values()]
@@ -49,7 +49,7 @@ def arrays_of(message: Batch) -> Iterator[Array]:
 def test_a_message_comes_back(message: Batch, term: int, attempt: int, block_bytes: int | None):
     frame = codec.encode(message, term, attempt, block_bytes=block_bytes)
     assert codec.decode(frame) == message
-    header = codec.read_header(frame)
+    header = header_of(frame)
     assert (header.schema, header.version) == (message.schema_id, message.schema_version)
     assert (header.term, header.attempt, header.rows) == (term, attempt, len(message))
     assert [(c.name, c.dtype, c.jagged) for c in header.columns] == [
@@ -97,7 +97,7 @@ def test_columns_are_aligned_read_only_views_of_the_frame(kind: type[Batch]):
 def test_any_contiguous_buffer_is_read(form: Any):
     message = sample(Rollouts)
     assert codec.decode(form(codec.encode(message))) == message
-    assert codec.read_header(form(codec.encode(message))).rows == 2
+    assert header_of(form(codec.encode(message))).rows == 2
 
 
 def test_a_frame_may_start_anywhere_in_memory():
@@ -114,9 +114,9 @@ def test_only_contiguous_bytes_are_a_frame():
 def test_the_header_is_read_without_the_columns():
     frame = codec.encode(sample(Rollouts), term=3)
     end = codec.open_frame(frame).bytes_read
-    assert codec.read_header(frame[:end]) == codec.read_header(frame)
+    assert header_of(frame[:end]) == header_of(frame)
     with pytest.raises(codec.BadFrame, match="header of"):
-        codec.read_header(frame[: end - 1])
+        header_of(frame[: end - 1])
 
 
 def test_encode_refuses_a_column_of_another_form():
@@ -262,11 +262,15 @@ def test_meaning_is_checked_after_the_bytes():
         assert refusal(codec.encode(message)) == reason
 
 
-def test_limits_are_the_readers():
+def test_a_reader_refuses_frames_beyond_its_limits(monkeypatch: pytest.MonkeyPatch):
     frame = codec.encode(scores([1, 2, 3], [0, 0, 0]))
-    assert refusal(frame, limits=codec.Limits(max_rows=2)) == "frame of 3 rows, at most 2 are accepted"
-    assert "at most 100 are accepted" in refusal(frame, limits=codec.Limits(max_frame_bytes=100))
-    assert len(codec.decode(frame, limits=codec.Limits(len(frame), 3))) == 3
+    monkeypatch.setattr(codec, "MAX_ROWS", 3)
+    monkeypatch.setattr(codec, "MAX_FRAME_BYTES", len(frame))
+    assert len(codec.decode(frame)) == 3
+    monkeypatch.setattr(codec, "MAX_ROWS", 2)
+    assert refusal(frame) == "frame of 3 rows, at most 2 are accepted"
+    monkeypatch.setattr(codec, "MAX_FRAME_BYTES", 100)
+    assert "at most 100 are accepted" in refusal(frame)
 
 
 def test_an_unknown_schema_is_named():
@@ -290,7 +294,7 @@ class Grown(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 900
     schema_version: ClassVar[int] = 2
-    aligned: ClassVar = (("tokens", "weights"),)
+    aligned: ClassVar = ("tokens", "weights")
     defaults: ClassVar = {"weights": 1.0, "bonus": 0.5, "notes": (), "hints": (7, 8)}
 
     tokens: JaggedInt32

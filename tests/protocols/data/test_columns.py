@@ -167,9 +167,9 @@ def test_batches_of_different_type_or_values_differ():
 def test_check_names_the_column():
     ids, good = np.array([1, 2], np.int64), np.zeros(2, np.float32)
     cases: list[tuple[Scores, str]] = [
-        (Scores(sample_ids=ids, scores=good.astype(np.float64)), "scores: want float32"),
-        (Scores(sample_ids=ids, scores=good[:1]), "scores: 1 rows where sample_ids has 2"),
-        (Scores(sample_ids=ids, scores=good[:, None]), "scores: want one value a row"),
+        (Scores(sample_ids=ids, scores=good.astype(np.float64)), "scores is float64, want float32"),
+        (Scores(sample_ids=ids, scores=good[:1]), "scores: 1 rows, sample_ids has 2"),
+        (Scores(sample_ids=ids, scores=good[:, None]), r"scores: shape \[2, 1\], want one value a row"),
         (Scores(sample_ids=ids, scores=np.array([0, np.nan], np.float32)), "scores: 1 of 2 values are not finite"),
         (Scores(sample_ids=-ids, scores=good), "negative id -2"),
         (Scores(sample_ids=ids * 0, scores=good), "an id occurs twice"),
@@ -180,7 +180,7 @@ def test_check_names_the_column():
 
 
 class Pair(Batch, frozen=True, kw_only=True, eq=False):
-    aligned = (("left", "right"),)
+    aligned = ("left", "right")
 
     left: JaggedInt32
     right: JaggedInt32

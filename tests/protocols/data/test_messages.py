@@ -61,7 +61,7 @@ def test_schemas_are_found_by_their_id():
 def test_what_is_declared_of_columns_names_columns(kind: type[Batch]):
     names = {column.name for column in columns_of(kind)}
     jagged = {column.name for column in columns_of(kind) if column.jagged}
-    assert {name for group in kind.aligned for name in group} <= jagged
+    assert set(kind.aligned) <= jagged
     assert set(kind.defaults) <= names - {"sample_ids"}
     assert bool(kind.defaults) == (kind.schema_version > kind.oldest_readable)
 
@@ -101,7 +101,7 @@ def test_prompts_refuse(changes: dict[str, Any], reason: str):
         ({"finishes": np.array([0, 2], np.uint8)}, "finishes: value 2, at most 1"),
         ({"log_probs": ragged([-1], [-2], dtype="float32")}, "log_probs: row lengths differ from those of responses"),
         ({"log_probs": ragged([-1, float("-inf")], [-2], dtype="float32")}, "log_probs: 1 of 3 values are not finite"),
-        ({"finishes": np.array([0], np.uint8)}, "finishes: 1 rows where sample_ids has 2"),
+        ({"finishes": np.array([0], np.uint8)}, "finishes: 1 rows, sample_ids has 2"),
     ],
     ids=["token", "version", "mask", "finish", "alignment", "infinity", "rows"],
 )

@@ -161,7 +161,7 @@ def test_a_shard_states_the_ids_the_bytes_and_the_token_counts_of_its_rows():
     packed = pack(LocalStore(), rows.rollouts([3, 1], versions=[[0], [0, 0]]), term=2, attempt=1)
     frame = packed.payload
     assert packed.shard == Shard([3, 1], frame.nbytes, [2, 3])
-    header = codec.read_header(frame)
+    header = codec.open_frame(frame).header
     assert (header.term, header.attempt) == (2, 1)
 
 

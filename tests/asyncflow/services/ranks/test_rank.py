@@ -186,7 +186,7 @@ def doubled(samples: Sequence[int]) -> LogProbs:
 async def test_it_works_on_what_it_read_and_puts_what_came_out(rank: Rank):
     reply, payloads = await rank.call(call([1, 2], reading((0, 0, 2))), frames([1, 2]))
     assert codec.decode(payloads[0]) == doubled([1, 2])
-    assert codec.read_header(payloads[0]).term == 4
+    assert codec.open_frame(payloads[0]).header.term == 4
     (shard,) = reply.shards
     assert (shard.sample_ids, shard.nbytes) == ([1, 2], payloads[0].nbytes)
     assert reply.read_bytes == [codec.encode(rows.log_probs([1, 2])).nbytes]
