@@ -153,20 +153,14 @@ def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:
 
 
 def submit_rows(engine: Engine, rows: Prompts, sampling: Sampling) -> list[Failure]:
-    """Submit rows to an engine; a row that it can't take fails alone."""
+    """Submit rows to an engine; a row that the engine refuses fails alone."""
     try:
         engine.submit(rows, sampling)
-    except ValueError:
-        return [f for i in range(len(rows)) if (f := _submit_one(engine, take(rows, [i]), sampling))]
-    return []
-
-
-def _submit_one(engine: Engine, row: Prompts, sampling: Sampling) -> Failure | None:
-    try:
-        engine.submit(row, sampling)
     except ValueError as error:
-        return Failure(int(row.sample_ids[0]), str(error))
-    return None
+        if len(rows) == 1:
+            return [Failure(int(rows.sample_ids[0]), str(error))]
+        return [failure for i in range(len(rows)) for failure in submit_rows(engine, take(rows, [i]), sampling)]
+    return []
 
 
 def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:

@@ -50,10 +50,12 @@ class WeightTransfer:
         self._hybrid, self._replica = hybrid, hybrid.tensor_group
         self._plan = hybrid.shard.plan
         self._specs = {spec.name: spec for spec in self._plan.parameters(0)}
+        nbytes = {name: self._plan.shard_elements(s) * hybrid.dtype.itemsize for name, s in self._specs.items()}
+        self.shard_bytes = sum(nbytes.values())  # of this rank's generation shard
         self._buffer: SharedBuffer | None = None  # where the engine's workers are other processes
         self._handles: list[BufferHandle] = []  # of the buffers of the replica's ranks
         if self._replica.gather_bytes(b"processes" if engine and engine.workers else b"")[0]:
-            size = max(sum(map(self._shard_bytes, module)) for module in modules_of(self._plan))
+            size = max(sum(map(nbytes.__getitem__, module)) for module in modules_of(self._plan))
             self._buffer = SharedBuffer(size, hybrid.device)
             encoded = self._replica.gather_bytes(msgspec.msgpack.encode(self._buffer.handle))
             handles = [msgspec.msgpack.decode(handle, type=BufferHandle) for handle in encoded]
@@ -68,7 +70,7 @@ class WeightTransfer:
         if self._buffer is not None:
             self._buffer.close()
 
-    def modules(self) -> Generator[dict[str, Tensor], None, Transition]:
+    def parts(self) -> Generator[Part, None, Transition]:
         """This rank's generation shard, module by module as each becomes complete; returns what that took."""
         missing = [set(module) for module in modules_of(self._plan)]
         arrived: dict[str, Tensor] = {}
@@ -80,7 +82,8 @@ class WeightTransfer:
                 return ended.value
             for module in [module for module in missing if module <= arrived.keys()]:
                 missing.remove(module)
-                yield {name: arrived.pop(name) for name in sorted(module)}
+                yield self.share({name: arrived.pop(name) for name in sorted(module)})
+                self.meet()  # the workers have read: the buffers may be written again
 
     def share(self, module: Mapping[str, Tensor]) -> Part:
         """A module as the engine installs it: in the buffers that its workers read, or as it is in this process."""
@@ -105,9 +108,6 @@ class WeightTransfer:
             torch.cuda.synchronize(device)
         return int(self._replica.sum_(torch.tensor(refusals, device=device)))
 
-    def _shard_bytes(self, name: str) -> int:
-        return self._plan.shard_elements(self._specs[name]) * self._hybrid.dtype.itemsize
-
 
 class StreamedWeights:
     """A version that all ranks of the topology stream together, each with the shards that it gathers.
@@ -121,7 +121,6 @@ class StreamedWeights:
         self.version, self.probe = version, probe
         self._transfer = transfer
         self._transition: Transition | None = None
-        self._copied_bytes = 0
         self._stream = self._parts()
 
     def verify(self) -> None:
@@ -147,19 +146,10 @@ class StreamedWeights:
         if self._transfer.meet(int(refusal is not None)):
             raise refusal or BadWeights(f"version {self.version}: this rank's replica's engine refused it")
         assert self._transition is not None
-        return TransferredWeights(self._transition, self._copied_bytes, receipt)
+        return TransferredWeights(self._transition, self._transfer.shard_bytes, receipt)
 
     def _parts(self) -> Iterator[Part]:
-        modules = self._transfer.modules()
-        while True:
-            try:
-                module = next(modules)
-            except StopIteration as ended:
-                self._transition = ended.value
-                return
-            self._copied_bytes += sum(tensor.numel() * tensor.itemsize for tensor in module.values())
-            yield self._transfer.share(module)
-            self._transfer.meet()  # the workers have read: the buffers may be written again
+        self._transition = yield from self._transfer.parts()
 
 
 def devices_of(hybrid: HybridEngine) -> EngineDevices:

@@ -24,8 +24,6 @@ from transformers.masking_utils import create_causal_mask
 from workers.parallel.groups import RankGroup, copied, joined, summed
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan, layer_parameters
 
-_CLASS_PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
 
 class VocabularyEmbedding(nn.Module):
     """The rows of the embedding that this rank holds, of tokens [n, L]; the other ranks' are added in."""
@@ -76,8 +74,8 @@ class DecoderShard(nn.Module):
         self._group = tensor_group
         self._recompute = recompute
         self._config = _narrowed(config, plan)
-        modeling = importlib.import_module(f"transformers.models.{plan.decoder.family}.modeling_{plan.decoder.family}")
-        prefix = _CLASS_PREFIX[plan.decoder.family]
+        family = plan.decoder.family
+        modeling, prefix = importlib.import_module(f"transformers.models.{family}.modeling_{family}"), family.title()
         with torch.device("meta"):
             layers = {str(i): self._layer(getattr(modeling, f"{prefix}DecoderLayer"), i) for i in plan.layers(stage)}
             self.model = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
