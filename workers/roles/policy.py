@@ -46,7 +46,7 @@ from workers.parallel.model import MicroLoss
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Loss, Model, Optimizer
-from workers.training.micro_batches import MicroBatch, TokenRows
+from workers.training.micro_batches import MicroBatch
 from workers.training.models import log_softmax_of, response_log_probs
 from workers.training.offload import Offloader
 from workers.training.trainable import TrainableModel
