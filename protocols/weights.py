@@ -1,9 +1,9 @@
-"""Weights travel as canonical tensors: names, shapes and digests of exactly the bytes that are sent.
+"""How weights are published: canonical tensors with the digests of their bytes, and a probe batch with its answer.
 
-Canonical means the names and layout of the model's transformers checkpoint. A receiver checks every
-digest (transport), then proves installation with the log-probs of a probe batch: a layout that an
-engine repacks can't be hashed, and some loaders ignore a tensor without a word. Low-rank adapters may travel in the
-place of the tensors that they change; what the probe proves is the same.
+Canonical means the names and layout of the model's transformers checkpoint. A receiver verifies every digest, which
+proves the transport, and then answers the probe batch, which proves the installation: engines change the layout of the
+tensors, so their bytes can't be compared, and some loaders silently ignore a tensor. Low-rank adapters may be sent in
+place of the tensors that they change; the probe proves the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 
 class Version(msgspec.Struct, frozen=True, order=True):
-    """Weights after `step` committed steps of lineage `term`, ordered by (term, step)."""
+    """The version of weights after `step` committed steps of lineage `term`, ordered by (term, step)."""
 
     term: int
     step: int
@@ -39,25 +39,25 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """A fixed batch whose log-probs prove that weights are installed: the trainer's own answer travels along."""
+    """A fixed batch of tokens, and the trainer's log-probs of them: an engine that gives the same has the weights."""
 
     tokens: list[list[int]]
-    log_probs: list[list[float]]  # of tokens[i][1:], in the trainer's weights
-    tolerance: float  # largest absolute difference that still proves installation
+    log_probs: list[list[float]]  # of tokens[i][1:], under the trainer's weights
+    tolerance: float  # the largest absolute difference that still proves the installation
 
 
 class WeightManifest(msgspec.Struct, frozen=True):
-    """What one publication holds."""
+    """The contents of one publication."""
 
     version: Version
     tensors: list[TensorEntry]
     total_bytes: int
     probe: Probe | None = None
-    scaling: float | None = None  # of adapters, whose receiver adds scaling B A to its base; None: whole tensors
+    scaling: float | None = None  # of adapters: the receiver adds scaling B A to its base; None: whole tensors
 
 
 class InstallReceipt(msgspec.Struct, frozen=True):
-    """A receiver's proof: it holds these digests and answers the probe like the trainer."""
+    """A receiver's confirmation that it has a version's tensors and answers the probe as the trainer does."""
 
     version: Version
     tensors: int
@@ -66,7 +66,7 @@ class InstallReceipt(msgspec.Struct, frozen=True):
 
 
 class BadWeights(Exception):
-    """A publication that was not installed: says which tensor or probe, and by how much."""
+    """A publication was not installed; the message names the tensor or the probe's difference."""
 
 
 _ALIGNMENT = 64
@@ -75,7 +75,7 @@ _ALIGNMENT = 64
 def pack(
     tensors: Mapping[str, tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]],
 ) -> tuple[list[TensorEntry], npt.NDArray[np.uint8]]:
-    """Lay tensors, given as (dtype, shape, bytes), into one buffer; the entries carry their digests."""
+    """Copy tensors, given as (dtype, shape, bytes), into one buffer; the entries hold their places and digests."""
     entries: list[TensorEntry] = []
     end = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -94,7 +94,7 @@ def digest(data: npt.NDArray[Any]) -> str:
 
 
 def verify(entries: Iterable[TensorEntry], buffer: npt.NDArray[np.uint8]) -> None:
-    """Refuse a buffer whose bytes are not those that were sent. Raises BadWeights naming the tensor."""
+    """Verify that a buffer has the bytes that were sent. Raises BadWeights naming the tensor."""
     for entry in entries:
         data = buffer[entry.start : entry.start + entry.nbytes]
         if data.nbytes != entry.nbytes or digest(data) != entry.digest:

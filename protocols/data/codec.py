@@ -27,7 +27,7 @@ from protocols.data.frame import (
     aligned,
     bytes_of,
     cut_rows,
-    pack,
+    encode_header,
     seal,
     table_of,
     unseal,
@@ -62,7 +62,7 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
         check_form(message, spec)
     table = _table(message, specs, block_bytes)
     header = Header(message.schema_id, message.schema_version, term, attempt, len(message), specs, table.tobytes())
-    _, start = pack(header)
+    _, start = encode_header(header)
     layout = FrameLayout(specs, table[:, :-1], start)
     frame = aligned(layout.end)
     written = start
@@ -71,7 +71,7 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
         span.view(frame)[:] = array
         written = span.stop
     table[:, -1] = layout.blocks().checksums(frame, np.arange(len(table)))
-    seal(frame, pack(msgspec.structs.replace(header, blocks=table.tobytes()))[0])
+    seal(frame, encode_header(msgspec.structs.replace(header, blocks=table.tobytes()))[0])
     return frame
 
 
@@ -84,7 +84,7 @@ def cut_within(message: Batch, frame_bytes: int) -> list[Rows]:
     jagged = sum(spec.jagged for spec in specs)
     table = bytes(TABLE.itemsize * (2 + jagged))
     header = Header(message.schema_id, message.schema_version, _MOST, _MOST, len(message), specs, table)
-    room = frame_bytes - pack(header)[1] - ALIGNMENT * (len(specs) + jagged)  # less the padding between arrays
+    room = frame_bytes - encode_header(header)[1] - ALIGNMENT * (len(specs) + jagged)  # less the padding between arrays
     ends = _ends(message, specs)
     sizes = np.diff(ends)
     if not len(sizes) or sizes.max() > room:

@@ -213,7 +213,7 @@ def _boundary(at: int) -> int:
 # --- the header
 
 
-def pack(header: Header) -> tuple[bytes, int]:
+def encode_header(header: Header) -> tuple[bytes, int]:
     """The header's bytes, and the start of the first array. The length does not depend on the checksums."""
     packed = msgspec.msgpack.encode(header)
     return packed, _boundary(_HEADER_START + len(packed))

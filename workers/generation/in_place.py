@@ -1,4 +1,4 @@
-"""The roads on which the engine runs the very tensors that were trained: nothing is copied to it.
+"""The publication for an engine that runs the very tensors that were trained: nothing is copied to it.
 
 Either the engine shares the trained module, in one process, or the training ranks have gathered their shards into the
 module that generates (`HybridEngine.to_generation`).

@@ -1,4 +1,4 @@
-"""The packed road: the weights travel to another service as one buffer, through the object store or a socket.
+"""The publication for another service: the weights are sent as one buffer, through the object store or a socket.
 
 The manifest names the tensors in it, with a digest of the bytes of each. The whole proof applies.
 """
@@ -19,7 +19,7 @@ from workers.settings import Model
 from workers.training.lora import merge
 from workers.training.models import DTYPES, canonical_tensors, load_causal
 
-# An IEEE number is NaN or infinite where all bits of its exponent are set. numpy has no bfloat16 to ask.
+# An IEEE number is NaN or infinite if all bits of its exponent are set. numpy has no bfloat16 whose isfinite to call.
 _EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}
 
 
@@ -78,8 +78,8 @@ class PackedWeights(NamedTuple):
 class MergedAdapters:
     """Published adapters, merged into the base model of a folder: an engine installs whole tensors.
 
-    What travels is a few per cent of the weights. The digests are those of the adapters; the probe is answered by the
-    merged model. The base is read for each version: between two publications it takes no memory.
+    A few per cent of the weights are sent. The digests are those of the adapters; the merged model answers the probe.
+    The base is read again for each version, so that it takes no memory between two publications.
     """
 
     def __init__(self, adapters: PackedWeights, path: str, dtype: str) -> None:
@@ -109,7 +109,7 @@ class MergedAdapters:
 
 
 def received(manifest: WeightManifest, buffer: npt.NDArray[np.uint8], model: Model) -> Publication:
-    """What arrived as a buffer, for an engine of `model`. Adapters are merged into the base in the model's folder."""
+    """The publication in a received buffer, for an engine of `model`; adapters are merged into the model's folder."""
     packed = PackedWeights(manifest, buffer)
     return packed if manifest.scaling is None else MergedAdapters(packed, model.path, model.dtype)
 

@@ -1,6 +1,6 @@
-"""One interface for "install version v on an engine": a trainer publishes, an engine loads, whatever the road between.
+"""One interface for "install version v on an engine": a trainer publishes, an engine loads, over any transport.
 
-    road           publish, on the trainer's side              what `Engine.load` is given
+    transport      publish, on the trainer's side              what `Engine.load` is given
     packed buffer  PackedWeights.publish: a copy to send       PackedWeights or MergedAdapters (packed.py)
     shared memory  WeightTransfer.publish: generation shards,  StreamedWeights (weight_transfer.py)
     or CUDA IPC    module by module as they are gathered
@@ -9,8 +9,8 @@
     shared module  nothing: the engine runs what is trained    InPlaceWeights
 
 `Engine.load` is written once. It proves every version in the same way: the digests of the bytes, an emptied prefix
-cache, the engine's answer to a probe batch. Each publication says in its docstring which part can't apply to its road.
-A further road, such as an NCCL broadcast to a fleet of replicas, is one more file with a `Publication` in it.
+cache, the engine's answer to a probe batch. Each publication says in its docstring which part can't apply to it.
+A further transport, such as an NCCL broadcast to several replicas, is one more file with a `Publication` in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from protocols.weights import BadWeights, Probe, Version
 
-if TYPE_CHECKING:  # who only names an engine does without torch
+if TYPE_CHECKING:  # modules that only name an engine do without torch
     from torch import Tensor
 
     from workers.generation.shared_buffer import SharedTensors
@@ -46,7 +46,7 @@ class Publication(Protocol):
 
     @property
     def shapes(self) -> Shapes | None:
-        """Shape of each tensor by name; None where the road fixes both sides' tensors beforehand."""
+        """Shape of each tensor by name; None where both sides fix the tensors beforehand."""
         ...
 
     def verify(self) -> None:

@@ -1,8 +1,8 @@
 """An engine over vLLM, stepped by its owner in this process, so that a load stands between two steps.
 
-A load takes the running rows back with the tokens that they have, installs, drops every key and value of the old
-weights, answers the probe, and only then sends the rows on from where they were. So a token's log-prob is
-always that of one version's forward over everything before it.
+A load takes the running rows back with the tokens that they have, installs the weights, drops all keys and values of
+the old ones and answers the probe. Only then do the rows go on from where they were. So a token's log-prob always comes
+from one version's forward pass over everything before it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from workers.generation.engine_devices import IN_PROCESS, EngineDevices
 from workers.generation.publication import Part, Publication
 from workers.generation.shared_buffer import SharedTensors
 from workers.generation.vllm_internals import (
-    finish_reload,
+    begin_load,
+    finish_load,
     load_shared,
     load_tensors,
-    repack_head,
+    reprocess_head,
     shut_down,
     start,
-    start_reload,
     token_prompt,
     zero_kv_cache,
 )
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class UnfinishedRow(msgspec.Struct):
-    """A row and the tokens that it has so far, of however many versions."""
+    """A row and its tokens so far, which may be of several versions."""
 
     sample_id: int
     prompt: list[int]
@@ -56,9 +56,9 @@ class UnfinishedRow(msgspec.Struct):
 class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
-    Only the shape of the model in the folder `path` counts: weights come by `load`. `eos_token_id` ends a response; by
-    default the folder names it. `devices` says in which processes the engine computes; where that is this process, it
-    must not be one rank of several. An engine that `sleeps` can free its CUDA memory. One engine a process.
+    Only the shape of the model in the folder `path` matters: `load` brings the weights. `eos_token_id` ends a response;
+    by default it is the folder's. `devices` says in which processes the engine computes; if that is this process, it
+    must not be one rank of several. An engine that `sleeps` can free its CUDA memory. A process has one engine.
     """
 
     def __init__(
@@ -177,13 +177,13 @@ class VllmEngine(Engine):
             for row in self._waiting.values():
                 row.tokens, row.log_probs, row.versions = [], [], []
         self._version = None
-        self._reload(weights.version, start_reload)
+        self._on_workers(weights.version, begin_load)
 
     def _install(self, part: Part) -> int:
-        """Tensors in this process need a worker in it; shared ones are read by the workers."""
+        """Tensors of this process need a worker in this process; workers read shared ones themselves."""
         assert self._loading is not None
         if isinstance(part, SharedTensors):
-            self._reload(self._loading, load_shared, part)
+            self._on_workers(self._loading, load_shared, part)
             return len(part.tensors)
         names: list[str] = []
 
@@ -192,13 +192,13 @@ class VllmEngine(Engine):
                 names.append(name)
                 yield name, tensor
 
-        self._reload(self._loading, load_tensors, read())
+        self._on_workers(self._loading, load_tensors, read())
         return len(names)
 
     def _finish_load(self) -> None:
         assert self._loading is not None
-        self._reload(self._loading, finish_reload)
-        self._engine.collective_rpc(repack_head)
+        self._on_workers(self._loading, finish_load)
+        self._engine.collective_rpc(reprocess_head)
 
     def _empty_caches(self) -> None:
         if not self._engine.reset_prefix_cache():  # it hashes tokens, not weights
@@ -216,12 +216,12 @@ class VllmEngine(Engine):
         self._running.clear()
         self._rounds += 1
 
-    def _reload(self, version: Version, step: Callable[..., None], *arguments: Any) -> None:
-        """One step of a reload, on all workers. Raises BadWeights, and closes the engine, where it fails."""
+    def _on_workers(self, version: Version, step: Callable[..., None], *arguments: Any) -> None:
+        """Run a step of a load on all workers. Raises BadWeights, and closes the engine, if it fails."""
         try:
             self._engine.collective_rpc(step, args=arguments)
         except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
-            self.close()  # a reload that failed leaves layers without tensors: no later one repairs them
+            self.close()  # a failed load leaves layers without tensors, and no later one repairs them
             raise BadWeights(f"version {version} broke vLLM's reload, start a new engine: {error!r}") from error
 
     def _answer(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -37,7 +37,7 @@ _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
 
 
 def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, sleeps: bool) -> LLMEngine:
-    """vLLM's engine in this process. Some settings have no place but the environment; what the user set stays."""
+    """Start vLLM's engine in this process. Some settings are environment variables; those that the user set stay."""
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
         os.environ.setdefault(name, value)
@@ -82,7 +82,7 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
 
 @contextmanager
 def seen_by_workers(devices: str) -> Iterator[None]:
-    """The CUDA devices that processes see which are started inside; this one has found its own already."""
+    """Context in which started processes see these CUDA devices; this process has found its own already."""
     own = os.environ.get(_VISIBLE)
     if devices:
         os.environ[_VISIBLE] = devices
@@ -118,8 +118,8 @@ def token_prompt(tokens: list[int]) -> Any:
     return {"type": "token", "prompt_token_ids": tokens}
 
 
-def start_reload(worker: Any) -> None:
-    """Make every layer wait for its tensors: it is packed when it has all of them."""
+def begin_load(worker: Any) -> None:
+    """Make every layer wait for its tensors: vLLM processes a layer's weights when all of them are there."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
     with _configured(worker):
@@ -132,13 +132,13 @@ def load_tensors(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def load_shared(worker: Any, part: SharedTensors) -> None:
-    """Join the shards of each tensor; the loaders of a tensor-parallel worker keep its part of them."""
+    """Join the shards of each tensor; the loaders of a tensor-parallel worker keep the worker's part."""
     load_tensors(worker, part.on_device(worker.device))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the buffers have been read when this returns
 
 
-def finish_reload(worker: Any) -> None:
+def finish_load(worker: Any) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
     with _configured(worker):
@@ -151,11 +151,11 @@ def _configured(worker: Any) -> AbstractContextManager[Any]:
     return set_current_vllm_config(worker.vllm_config)
 
 
-def repack_head(worker: Any) -> None:
-    """Pack the output head's weight anew.
+def reprocess_head(worker: Any) -> None:
+    """Process the output head's weight again.
 
-    On the CPU its kernel reads a packed copy. A publication of tied weights holds no tensor of the head's own, and
-    vLLM's reload then leaves that copy as it was.
+    On the CPU its kernel reads a packed copy. A publication of tied weights has no tensor for the head, and vLLM's
+    layerwise reload then leaves that copy as it was.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -165,6 +165,6 @@ def repack_head(worker: Any) -> None:
 
 
 def zero_kv_cache(worker: Any) -> None:
-    """Forget what refused weights computed: a NaN outlives its block, since masked positions are multiplied by 0."""
+    """Zero what refused weights computed: a NaN would outlive its block, as masked positions are multiplied by 0."""
     for tensor in worker.model_runner.kv_caches:
         tensor.zero_()

@@ -1,4 +1,4 @@
-"""The road from the ranks that train into vLLM, module by module: the weights are held twice, and nowhere a third time.
+"""Sends weights from the ranks that train into vLLM, module by module: they are held twice, and nowhere a third time.
 
     training shards --HybridEngine.stream, a bucket at a time--> each rank's generation shard of a module
         --shared buffers--> each of vLLM's workers joins the shards, and its loader keeps the worker's part
@@ -39,7 +39,7 @@ class TransferredWeights(msgspec.Struct, frozen=True):
 
 
 class WeightTransfer:
-    """One rank's side of the road. All ranks of a topology construct one and publish together.
+    """One rank's side of the transport. All ranks of a topology construct one and publish together.
 
     `engine` is the generation replica's, on its first rank; the others have none. Raises ValueError for generation in
     stages, and where engine and replica don't fit. Close it to free the shared memory.
@@ -102,7 +102,7 @@ class WeightTransfer:
         return SharedTensors(tensors, self._handles)
 
     def meet(self, refusals: int = 0) -> int:
-        """Wait until all ranks of the replica are here and their devices have finished; the sum of their refusals."""
+        """Wait until all ranks of the replica have called and their devices are idle; the sum of their refusals."""
         device = self._hybrid.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -164,7 +164,7 @@ def devices_of(hybrid: HybridEngine) -> EngineDevices:
 
 
 def modules_of(plan: ShardPlan) -> list[list[str]]:
-    """The parameters, of a plan of one stage, that vLLM keeps in one module: it packs a module when it has all."""
+    """The parameters, of a plan of one stage, by vLLM's modules: it processes a module's weights when it has all."""
     modules: dict[str, list[str]] = {}
     for spec in plan.parameters(0):
         modules.setdefault((spec.fused or spec.name).rpartition(".")[0], []).append(spec.name)

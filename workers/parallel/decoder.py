@@ -1,9 +1,10 @@
 """One rank's shard of a decoder: its stage's layers with its part of their heads and neurons.
 
-The layers are transformers' own, built for a config with 1/t of the heads and neurons; two hooks and a linear class
-add what crosses ranks. torch's DTensor plans were not taken: they untie embeddings, mix badly with plain tensors in
-norms and clipping, cost milliseconds a token when decoding, and hide the storage that the hybrid engine lays out:
-every cut parameter lies in memory along its cut, so that the shards of t ranks one after another are the whole tensor.
+The layers are transformers' own, built from a config with 1/t of the heads and neurons; two hooks and a linear layer
+add the communication between ranks. torch's DTensor plans are not used, because they untie embeddings, mix badly with
+plain tensors in norms and clipping, cost milliseconds per token when decoding, and hide the storage that the hybrid
+engine arranges: every cut parameter lies in memory along its cut, so that the shards of t ranks, one after another,
+are the whole tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan, l
 
 
 class VocabularyEmbedding(nn.Module):
-    """The rows of the embedding that this rank holds, of tokens [n, L]; the other ranks' are added in."""
+    """An embedding of which this rank holds some rows: tokens [n, L] to the sum over the ranks, [n, L, H]."""
 
     def __init__(self, rows: int, hidden: int, padding_id: int | None, group: RankGroup) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class VocabularyEmbedding(nn.Module):
 
 
 class RowLinear(nn.Linear):
-    """A linear whose inputs are divided over the ranks: their results are summed, then the bias is added once."""
+    """A linear layer whose inputs are divided over the ranks: their results are summed, and the bias is added once."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, group: RankGroup) -> None:
         super().__init__(inputs, outputs, bias)
@@ -60,9 +61,9 @@ class RowLinear(nn.Linear):
 
 
 class DecoderShard(nn.Module):
-    """The stage and tensor index of one rank. Parameters bear the checkpoint's names and are empty until `install`.
+    """The shard at one stage and tensor index. Parameters have the checkpoint's names and are empty until `install`.
 
-    Dropout is never applied: rows must not depend on which rank computes them.
+    Dropout is never applied: a row must not depend on which rank computes it.
     """
 
     def __init__(
@@ -91,19 +92,19 @@ class DecoderShard(nn.Module):
 
     @property
     def is_first(self) -> bool:
-        """It takes tokens, not the activations of the stage before."""
+        """Whether its inputs are tokens, not the activations of the stage before."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """It gives logits or values, not activations."""
+        """Whether its outputs are logits or values, not activations."""
         return self.stage == self.plan.pp - 1
 
     def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
-        """Take parameters by name, those of `plan.parameters(stage)`; a tied head becomes its stage's embedding.
+        """Set the parameters of `plan.parameters(stage)`, by name; a tied head becomes its stage's embedding.
 
-        With `only` these names, others keep what they are. Raises ValueError where a name is missing or too many, or
-        a shape is not the shard's.
+        With `only`, the parameters of these names; the others stay. Raises ValueError if a name is missing or unknown,
+        or if a shape is not the shard's.
         """
         expected = {
             p.name: self.plan.shard_shape(p) for p in self.plan.parameters(self.stage) if only is None or p.name in only
@@ -125,7 +126,7 @@ class DecoderShard(nn.Module):
         return dict(self.named_parameters())
 
     def units(self) -> Iterator[tuple[nn.Module, set[str]]]:
-        """What FSDP gathers together, from the inside out: each layer; then what stands before and after them."""
+        """The modules that FSDP gathers as units, inner ones first, and the names of their parameters."""
         left = {spec.name for spec in self.plan.parameters(self.stage)}
         for index in self.plan.layers(self.stage):
             names = {spec.name for spec in layer_parameters(self.plan.decoder, index)}
@@ -134,7 +135,7 @@ class DecoderShard(nn.Module):
         yield self, left
 
     def clear(self) -> None:
-        """Let the parameters go: what is called next fails, and doesn't compute with weights of the past."""
+        """Free the parameters: a call before the next `install` fails, and does not compute with old weights."""
         for name, parameter in list(self.named_parameters(remove_duplicate=False)):
             self._set(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
@@ -152,12 +153,12 @@ class DecoderShard(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Tokens [n, L], and past the first stage the activations [n, L, H] of the one before.
+        """Tokens [n, L] to activations [n, L, H]; on the last stage to logits [n, L, V], or values or scores [n, L, 1].
 
-        `mask` int64 [n, cached + L] is 0 on padding; `positions` int64 [n or 1, L] count from 0 where not given;
-        `cache` is this stage's own and takes the new keys and values. Returns activations [n, L, H]; on the last
-        stage logits [n, L, V], or values or scores [n, L, 1]; with `last_only` those of the last position, [n, 1, ...].
-        All ranks of a tensor group call and get the same.
+        `hidden` [n, L, H] are the activations of the stage before, except on the first. `mask` int64 [n, cached + L] is
+        0 on padding; `positions` int64 [n or 1, L] count from 0 by default; `cache` is this stage's own and takes the
+        new keys and values. With `last_only` the last stage returns the last position only, [n, 1, ...]. All ranks of
+        a tensor group call, and get the same result.
         """
         states = cast(Tensor, self.model["embed_tokens"](tokens) if hidden is None else hidden)
         if positions is None:
@@ -184,8 +185,8 @@ class DecoderShard(nn.Module):
         return joined(self.get_submodule("lm_head")(copied(hidden, self._group)), self._group)
 
     def _layer(self, kind: Any, index: int) -> nn.Module:
-        """A layer of 1/t of the heads and neurons, between a copy of its input and a sum of its outputs."""
-        layer = kind(self._config, index - self.plan.layers(self.stage).start)  # its place in the stage's cache
+        """A layer with 1/t of the heads and neurons; outputs and input gradients are summed over the ranks."""
+        layer = kind(self._config, index - self.plan.layers(self.stage).start)  # its index in the stage's cache
         if self._group.size > 1:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.register_forward_hook(lambda module, inputs, output: copied(output, self._group))
@@ -205,12 +206,12 @@ class DecoderShard(nn.Module):
 
 
 def _narrowed(config: PretrainedConfig, plan: ShardPlan) -> PretrainedConfig:
-    """The config of a decoder with 1/t of the heads and neurons, of the same head size."""
+    """The config of a decoder with 1/t of the heads and neurons, and the same head size."""
     narrow, d = copy.deepcopy(config), plan.decoder
     narrow.num_attention_heads = d.heads // plan.tp
     narrow.num_key_value_heads = d.kv_heads // plan.tp
     narrow.intermediate_size = d.intermediate // plan.tp
-    narrow.head_dim = d.head_size  # else derived from the hidden size and the narrowed number of heads
+    narrow.head_dim = d.head_size  # it would be derived from the hidden size and the narrowed number of heads
     return narrow
 
 
@@ -222,12 +223,12 @@ def laid_out(tensor: Tensor, parameter: Parameter) -> Tensor:
 
 
 def flat(tensor: Tensor, parameter: Parameter) -> Tensor:
-    """All entries in memory order, [elements]: a view of a laid-out tensor. Raises RuntimeError for another."""
+    """All entries in memory order, [elements]: a view. Raises RuntimeError for a tensor that is not `laid_out`."""
     return tensor.view(-1) if parameter.cut is None else tensor.movedim(parameter.cut, 0).view(-1)
 
 
 def unflat(entries: Tensor, parameter: Parameter, shape: tuple[int, ...]) -> Tensor:
-    """`flat`, undone: a view of entries [elements] as a shard (or the whole) of `shape`."""
+    """The inverse of `flat`: a view of entries [elements] as a shard, or the whole tensor, of `shape`."""
     if parameter.cut is None:
         return entries.view(shape)
     moved = (shape[parameter.cut], *(n for i, n in enumerate(shape) if i != parameter.cut))

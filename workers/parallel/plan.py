@@ -1,7 +1,8 @@
-"""Which rank holds what: every parameter of a decoder, its pipeline stage, and the dimension it is cut along.
+"""Shard plans: the parameters of a decoder, the pipeline stage of each, and the dimension along which it is cut.
 
-Pure: sizes in, a plan out, nothing allocated. Names and shapes are those of transformers' checkpoints, where query,
-key, value, gate and up are matrices of their own; `fused` says which of them an engine keeps as one.
+A plan follows from the sizes alone and allocates nothing. Names and shapes are those of transformers' checkpoints,
+where the query, key, value, gate and up projections are separate matrices; `fused` names those that an engine keeps as
+one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class DecoderSizes(Protocol):
 
 
 def indivisible(sizes: DecoderSizes, pp: int, tp: int) -> str:
-    """Which size pp stages and tp tensor shards don't divide, with the numbers; "" where they divide all.
+    """The size that pp stages or tp tensor shards don't divide, with the numbers; "" if they divide all.
 
-    The one place that says what divides what: shard plans, the checks of a recipe and the planner ask it.
+    Shard plans, and through them the checks of a recipe, and the planner use this one rule.
     """
     stages, ranks = f"over {pp} pipeline stages", f"over {tp} tensor-parallel ranks"
     for what, size, parts, where in (
@@ -54,7 +55,7 @@ def indivisible(sizes: DecoderSizes, pp: int, tp: int) -> str:
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """The sizes of a Llama, Qwen2 or Qwen3 decoder and what stands on top of it."""
+    """The sizes of a Llama, Qwen2 or Qwen3 decoder, and its head."""
 
     family: str  # transformers' model_type
     layers: int
@@ -69,11 +70,11 @@ class Decoder(msgspec.Struct, frozen=True):
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
-    head: Head = "tokens"  # logits; or one number a position: a value (with bias), a score (without)
+    head: Head = "tokens"  # logits; or one number per position: a value (with a bias) or a score (without)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], head: Head = "tokens") -> Decoder:
-        """Read a transformers config (its `to_dict()`). Raises ValueError for a decoder that is cut nowhere here."""
+        """Read a transformers config (its `to_dict()`). Raises ValueError for a decoder without a sharding plan."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} has no sharding plan: one of {', '.join(FAMILIES)}")
@@ -115,9 +116,9 @@ class Parameter(msgspec.Struct, frozen=True):
     name: str
     shape: tuple[int, ...]  # whole
     cut: int | None = None  # dimension divided over t; None: every rank of the stage holds it whole
-    partial: bool = False  # whole, yet each rank's gradient comes from its own heads: their sum is the gradient
-    fused: str = ""  # the matrix that an inference engine packs this one into, in the plan's order
-    frozen: bool = False  # it is not trained: it has no gradient and is in no checkpoint
+    partial: bool = False  # held whole; each rank's gradient is that of its own heads, and the sum is the gradient
+    fused: str = ""  # the matrix that an inference engine joins this one into, in the plan's order
+    frozen: bool = False  # not trained: it has no gradient and is in no checkpoint
 
     @property
     def elements(self) -> int:
@@ -126,7 +127,7 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class ShardPlan(msgspec.Struct, frozen=True):
-    """A decoder on p stages and t tensor shards. Raises ValueError, with the numbers, where sizes don't divide."""
+    """A decoder on pp stages and tp tensor shards. Raises ValueError, with the numbers, if they don't divide it."""
 
     decoder: Decoder
     pp: int = 1
@@ -138,7 +139,7 @@ class ShardPlan(msgspec.Struct, frozen=True):
 
     @property
     def head(self) -> Head:
-        """What stands on the decoder."""
+        """The decoder's head."""
         return self.decoder.head
 
     def undivided(self) -> ShardPlan:
@@ -146,14 +147,14 @@ class ShardPlan(msgspec.Struct, frozen=True):
         return ShardPlan(self.decoder)
 
     def layers(self, stage: int) -> range:
-        """The layers of a stage, by their number in the checkpoint. Raises ValueError for a stage that isn't there."""
+        """The layers of a stage, by their number in the checkpoint. Raises ValueError for an unknown stage."""
         if not 0 <= stage < self.pp:
             raise ValueError(f"stage {stage} is not among the {self.pp} of this plan")
         each = self.decoder.layers // self.pp
         return range(stage * each, (stage + 1) * each)
 
     def parameters(self, stage: int) -> tuple[Parameter, ...]:
-        """What a rank of `stage` holds, each storage once: a tied head is listed only away from its embedding."""
+        """The parameters of a stage, each storage once: a tied head is listed if its embedding is on another stage."""
         own = [p for layer in self.layers(stage) for p in layer_parameters(self.decoder, layer)]
         return (*self.before_layers(stage), *own, *self.after_layers(stage))
 
@@ -184,13 +185,13 @@ class ShardPlan(msgspec.Struct, frozen=True):
         return 0 if parameter.name == EMBEDDING else self.pp - 1
 
     def source(self, parameter: Parameter) -> Parameter:
-        """Under which name a checkpoint has a parameter: a tied head is its embedding."""
+        """The parameter that a checkpoint has for this one: the embedding for a tied head."""
         if parameter.name == TOKEN_HEAD and self.decoder.tied:
             return self.before_layers(0)[0]
         return parameter
 
     def written_by(self, stage: int, tensor_index: int) -> list[Parameter]:
-        """What one place writes to a checkpoint, so that all places write each entry once."""
+        """The parameters that one stage and tensor index writes to a checkpoint, so that each entry is written once."""
         return [
             parameter
             for parameter in self.parameters(stage)
@@ -199,19 +200,19 @@ class ShardPlan(msgspec.Struct, frozen=True):
 
     @property
     def tied_across_stages(self) -> bool:
-        """The first stage's embedding and the last stage's head are two copies of one matrix."""
+        """Whether the first stage's embedding and the last stage's head are two copies of one matrix."""
         return self.decoder.tied and self.pp > 1
 
     def shard_shape(self, parameter: Parameter) -> tuple[int, ...]:
-        """What one tensor-parallel rank holds of a parameter."""
+        """The shape of a parameter's shard."""
         return tuple(n // self.tp if i == parameter.cut else n for i, n in enumerate(parameter.shape))
 
     def shard_start(self, parameter: Parameter, tensor_index: int) -> tuple[int, ...]:
-        """Where the shard of a tensor index begins in the whole parameter."""
+        """The index in the whole parameter at which the shard of a tensor index begins."""
         return tuple(n // self.tp * tensor_index if i == parameter.cut else 0 for i, n in enumerate(parameter.shape))
 
     def shard_elements(self, parameter: Parameter) -> int:
-        """Number of entries that one tensor-parallel rank holds of a parameter."""
+        """Number of entries in a parameter's shard."""
         return math.prod(self.shard_shape(parameter))
 
 
@@ -235,5 +236,5 @@ def layer_parameters(decoder: Decoder, layer: int) -> Iterator[Parameter]:
 
 def _linear(name: str, shape: tuple[int, int], cut: int, bias: bool, fused: str = "") -> Iterator[Parameter]:
     yield Parameter(f"{name}.weight", shape, cut=cut, fused=f"{fused}.weight" if fused else "")
-    if bias:  # added to rows, it is cut with them; added to the sum over columns, it is everybody's
+    if bias:  # cut with the rows that it is added to; whole on every rank if it is added to the sum over columns
         yield Parameter(f"{name}.bias", shape[:1], cut=0 if cut == 0 else None, fused=f"{fused}.bias" if fused else "")

@@ -1,9 +1,9 @@
-"""Reading one rank's shard from a transformers folder: only its slices leave the files."""
+"""Reads one rank's shard from a transformers folder, and nothing else of the files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from workers.parallel.decoder import laid_out
-from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan
+from workers.parallel.plan import Parameter, ShardPlan
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,14 +28,13 @@ def read_shard(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The parameters of one place, by name, each laid out along its cut; those named `only`, where that is given.
+    """The parameters of one stage and tensor index by name, each laid out along its cut; with `only`, those it names.
 
-    A value head that the folder lacks is zero, so that the first values are 0; a tied head is read from the
-    embedding. Raises ValueError for any other missing tensor, and for one whose shape is not the config's.
+    A value head that the folder lacks is zero, so that the first values are 0. A tied head is read from the embedding.
+    Raises ValueError for any other missing tensor, and for a tensor whose shape is not the config's.
     """
     parameters = [p for p in plan.parameters(stage) if only is None or p.name in only]
-    tied = plan.decoder.tied
-    sources = {p.name: EMBEDDING if tied and p.name == TOKEN_HEAD else p.name for p in parameters}
+    sources = {p.name: plan.source(p).name for p in parameters}
     files = _files(Path(folder))
     zeros = {name for name in sources if plan.decoder.head == "value" and name.startswith("score.")} - files.keys()
     missing = sorted(set(sources.values()) - files.keys() - zeros)
@@ -60,25 +59,17 @@ def _part(stored: Any, plan: ShardPlan, parameter: Parameter, index: int, folder
         raise ValueError(
             f"model folder {folder}: {parameter.name} has shape {shape}, the config's is {parameter.shape}"
         )
-    if parameter.cut is None:
-        return stored[:]
-    size = plan.shard_shape(parameter)[parameter.cut]
-    place = slice(index * size, (index + 1) * size)
-    return stored[place] if parameter.cut == 0 else stored[:, place]
+    start, size = plan.shard_start(parameter, index), plan.shard_shape(parameter)
+    return stored[tuple(slice(first, first + n) for first, n in zip(start, size, strict=True))]
 
 
 def _files(folder: Path) -> Mapping[str, Path]:
-    """Which file holds each tensor."""
+    """The file of each tensor, by name."""
     if (folder / _INDEX).exists():
         names = json.loads((folder / _INDEX).read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
     path = folder / _ONE_FILE
     if not path.exists():
         raise ValueError(f"model folder {folder} has neither {_ONE_FILE} nor {_INDEX}")
-    return dict(_names(path))
-
-
-def _names(path: Path) -> Iterator[tuple[str, Path]]:
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            yield name, path
+        return dict.fromkeys(file.keys(), path)
