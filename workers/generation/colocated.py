@@ -1,8 +1,8 @@
-"""An engine on the devices of the ranks that train: it takes turns with training, and loads what was trained last.
+"""An engine on the devices of the ranks that train: the two take turns, and the engine loads the newest weights.
 
-    publish   the current weights reach the engine, which from then on may generate
-    generate  the rows of each generation replica
-    release   the devices are the training's again
+    publish   load the current weights; the engine has the devices from now on
+    generate  generate the rows of each generation replica
+    release   give the devices back to training
 
 Every rank of the topology constructs one and calls these methods together with the others.
 """
@@ -26,9 +26,9 @@ class ColocatedEngine(ABC):
         self._lineage = 0
 
     def publish(self, step: int, probe: Callable[[], Probe]) -> Transition | None:
-        """Have the engine load the weights of `step`, the model's step; `probe` is their answer to the probe batch.
+        """Load the weights of `step`, the model's step, into the engine; `probe` gives their answer to the probe batch.
 
-        Returns what that took; None where the engine has these weights already. Raises BadWeights.
+        Returns what that took; None if the engine has these weights already. Raises BadWeights.
         """
         return self._publish(Version(self._lineage, step), probe)
 
@@ -39,19 +39,19 @@ class ColocatedEngine(ABC):
     @property
     @abstractmethod
     def generating(self) -> bool:
-        """Whether the devices are the engine's: between `publish` and `release`."""
+        """Whether the engine has the devices: between `publish` and `release`."""
 
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> Partial[Rollouts] | None:
-        """This generation replica's rows; None on ranks whose rows are another rank's too."""
+        """The rollouts of this generation replica; None on ranks whose rows another rank returns."""
 
     @abstractmethod
     def release(self) -> None:
-        """Leave the devices to training, until the next `publish`."""
+        """Give the devices to training, until the next `publish`."""
 
     def restored(self) -> None:
-        """The model was loaded from a checkpoint: later versions count as newer, whatever their step."""
+        """Call when the model was loaded from a checkpoint: later versions count as newer, whatever their step."""
         self._lineage += 1
 
     def close(self) -> None:  # noqa: B027 - an engine in the model's own process and memory has nothing to free
-        """Free what the engine has beside the model."""
+        """Free what the engine holds besides the model."""

@@ -1,4 +1,4 @@
-"""vLLM beside a model that trains, on the same devices in turn: it loads each version once, when it has to generate."""
+"""vLLM on the devices of a model that trains, in turns; it loads each version once, when it has to generate."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from workers.settings import Generation, Model
 
 
 class ColocatedVllm(ColocatedEngine):
-    """One engine a generation replica, on the replica's first rank.
+    """One engine per generation replica, on the replica's first rank.
 
-    `sleeps`: on CUDA, whether vLLM frees its memory between `release` and `publish`; it costs a copy to the host and
-    back. Raises ValueError for generation in stages, which vLLM can't be fed in, and where a replica's devices don't
-    fit.
+    `sleeps`: on CUDA, whether vLLM frees its memory between `release` and `publish`, at the cost of a copy to the host
+    and back. Raises ValueError for generation in stages, which vLLM can't load, and if a replica's devices don't fit.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ColocatedVllm(ColocatedEngine):
         return self._generating
 
     def _publish(self, version: Version, probe: Callable[[], Probe]) -> Transition | None:
-        """Raises BadWeights where the engine of this rank's replica refuses the weights, and whenever it has none."""
+        """Raises BadWeights if the engine of this rank's replica refuses the weights, and as long as it has none."""
         started = time.perf_counter()
         if self._engine is not None and not self._generating:
             self._engine.wake()

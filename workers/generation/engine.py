@@ -1,8 +1,8 @@
 """The engine interface: submit rows, step until they finish, load weights between two steps.
 
-An engine is synchronous and owned by one thread. Its owner decides when it steps, so pausing it means not to step it,
-and a load stands between two steps by construction. Rows that run during a load go on under the new weights, with
-their KV cache recomputed; the versions of their tokens say where that happened.
+An engine is synchronous and owned by one thread. Its owner decides when it steps: to pause it is not to step it, and a
+load is always between two steps. Rows that run during a load go on under the new weights, with their KV cache
+recomputed; the versions of their tokens show where.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Engine(ABC):
     """Generates rollouts for one replica. Subclasses generate, and implement the steps of `load` for their tensors."""
 
     def __init__(self, version: Version | None = None, shapes: Shapes | None = None) -> None:
-        """`version` is installed already; `shapes` are those of the tensors, None where the first load says them."""
+        """`version` is installed already; `shapes` are those of the tensors, None if the first load defines them."""
         self._version = version
         self._newest = version  # the last version proven, also while a refused one leaves the engine without weights
         self._shapes = shapes
@@ -69,9 +69,9 @@ class Engine(ABC):
     def load(self, weights: Publication) -> InstallReceipt:
         """Install a version between two steps, and prove it; see `workers.generation.publication`.
 
-        Raises BadWeights where the version is not newer than the last one proven, where bytes or tensors are not what
-        they should be, and where the probe refuses. `version` is then as it was, or None where the old weights were
-        overwritten already. Such an engine keeps its rows and goes on with the next version that is proven.
+        Raises BadWeights if the version is not newer than the last one proven, if bytes or tensors are wrong, and if
+        the answer to the probe is. `version` is then what it was, or None if the old weights were overwritten already.
+        Such an engine keeps its rows and goes on with the next version that is proven.
         """
         started, version = time.perf_counter(), weights.version
         if self._loading is not None:
@@ -102,22 +102,22 @@ class Engine(ABC):
 
     @abstractmethod
     def _install(self, part: Part) -> int:
-        """Install the tensors of one part, and return how many they were. They are read when this returns."""
+        """Install the tensors of one part; returns how many. They have been read when this returns."""
 
     def _finish_load(self) -> None:  # noqa: B027 - most engines have nothing left to do
-        """Do what needs all tensors."""
+        """Do the work that needs all tensors."""
 
     @abstractmethod
     def _empty_caches(self) -> None:
-        """Drop whatever was computed with old weights and would be reused, such as a prefix cache."""
+        """Drop what was computed with the old weights and would be reused, such as a prefix cache."""
 
     @abstractmethod
     def _answer(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probs of each sequence's tokens but the first, under what was installed."""
+        """Log-probs of each sequence's tokens but the first, under the installed weights."""
 
     @abstractmethod
     def _end_load(self, *, proven: bool) -> None:
-        """Let go of what the load needed. Where it is not proven, undo it or clean up what it left."""
+        """Free what the load needed. If it is not proven, undo it or clean up after it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Generation by the ranks that train, in the layout that the hybrid engine has switched to.
 
-The engine is `TorchEngine` itself: to it, the shards of a generation replica look like one language model. All ranks
-of the replica run it side by side on the same rows. They see the same logits and sample the same tokens, so nothing
-but activations and logits passes between them, and greedy and seeded rows are those of a single process.
+The engine is a `TorchEngine`, to which the shards of a generation replica look like one language model. All ranks of
+the replica run it on the same rows. They get the same logits and sample the same tokens, so they exchange only
+activations and logits, and their rows are those of a single process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ColocatedTorch(ColocatedEngine):
 
     def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, eos_token_id: int) -> None:
         super().__init__()
-        module = cast(PreTrainedModel, _Replica(hybrid))  # of a transformers module the engine uses just this much
+        module = cast(PreTrainedModel, _Replica(hybrid))  # the part of a transformers module that the engine uses
         self._hybrid = hybrid
         self._new_engine = partial(TorchEngine, module, settings, run_seed, eos_token_id, owns_model=False)
         self.engine = self._new_engine()

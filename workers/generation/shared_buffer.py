@@ -1,6 +1,6 @@
 """Memory that one process writes and others on its machine read: a file that all map, or a buffer of a CUDA device.
 
-Writer and readers agree by other means when it may be read, and when it may be written again.
+Writer and readers must agree otherwise on when it may be read, and when it may be written again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and a
 
 
 class BufferHandle(msgspec.Struct, frozen=True):
-    """How another process opens the memory. It must see the CUDA device, under the number that the handle says."""
+    """How another process opens the memory. It must see the CUDA device under the number in the handle."""
 
     size: int  # bytes
     path: str = ""  # of the file; "" for a CUDA buffer
@@ -33,7 +33,7 @@ class BufferHandle(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, ipc_handle=(number, *self.ipc_handle[1:])) if self.ipc_handle else self
 
     def open(self) -> Tensor:
-        """The memory, uint8 [size]. A process opens each buffer once and keeps it."""
+        """The memory, uint8 [size]. A process opens each buffer once and keeps it open."""
         return _opened(self)
 
 
@@ -46,7 +46,7 @@ class SharedBuffer:
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
             self.handle = BufferHandle(size, ipc_handle=tuple(self.memory.untyped_storage()._share_cuda_()))
             return
-        # Its name is removed when this object is closed or collected; who has mapped it keeps the memory.
+        # Its name is removed when this object is closed or collected; processes that have mapped it keep the memory.
         self._file = tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, prefix="weights-")  # noqa: SIM115
         self._file.truncate(size)
         self.handle = BufferHandle(size, path=self._file.name)
@@ -59,7 +59,7 @@ class SharedBuffer:
 
 
 class SharedTensor(msgspec.Struct, frozen=True):
-    """Where the shards of one tensor lie, in the buffers of the ranks that generate together."""
+    """The places of one tensor's shards in the buffers of the ranks that generate together."""
 
     spec: Parameter
     dtype: str

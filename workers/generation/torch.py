@@ -1,16 +1,19 @@
 """An engine over a transformers module: a static batch with a KV cache, run to its end at one version.
 
 Each row samples by inverting its cumulative distribution at one uniform per token, from a Philox stream of its own.
-So only the rounding of its logits depends on the rows beside it, and the same inputs give the same bits.
+So only the rounding of its logits depends on the other rows of the batch, and the same inputs give the same bits.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -27,7 +30,7 @@ from workers.training.models import canonical_tensors, log_softmax_of
 
 
 class QueuedRow(msgspec.Struct, frozen=True):
-    """A queued row."""
+    """A row that waits for a step."""
 
     sample_id: int
     prompt: npt.NDArray[np.int32]  # [P]
@@ -38,7 +41,7 @@ class QueuedRow(msgspec.Struct, frozen=True):
 class TorchEngine(Engine):
     """Generates with a module that it owns, or with one that its owner trains between two steps.
 
-    An engine that owns its module is sent weights; with a trained module it loads `InPlaceWeights` after each
+    An engine that owns its module receives weights. With a module that is trained it loads `InPlaceWeights` after each
     committed step. `eos_token_id` ends a response.
     """
 
@@ -218,9 +221,6 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tens
 
 def _left_padded(prompts: list[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
     """Tokens and mask, int64 [n, longest]: every row ends at the right edge, where the next token is sampled."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = np.zeros((len(prompts), width), np.int64)
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = prompt
-    starts = width - np.array([len(prompt) for prompt in prompts])
-    return torch.from_numpy(tokens), torch.from_numpy((np.arange(width) >= starts[:, None]).astype(np.int64))
+    rows = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows), pad([torch.ones_like(row) for row in rows])

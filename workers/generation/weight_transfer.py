@@ -94,7 +94,7 @@ class WeightTransfer:
         for name, tensor in module.items():
             spec = self._specs[name]
             entries = flat(laid_out(tensor, spec), spec)
-            stop = start + entries.numel() * entries.itemsize
+            stop = start + entries.nbytes
             self._buffer.memory[start:stop].view(entries.dtype).copy_(entries)
             tensors.append(SharedTensor(spec, str(entries.dtype).removeprefix("torch."), start, stop))
             start = stop

@@ -58,7 +58,7 @@ class FullyShardedModel(ShardedState):
         try:
             return super().backward(data, budget, loss, together)
         except BaseException:
-            self._begin_anew()
+            self._reset_after_failure()
             raise
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
@@ -66,7 +66,7 @@ class FullyShardedModel(ShardedState):
         try:
             return super().forward(data, budget, read)
         except BaseException:
-            self._begin_anew()
+            self._reset_after_failure()
             raise
 
     def release_gradient(self) -> None:
@@ -82,9 +82,9 @@ class FullyShardedModel(ShardedState):
             own.data = _own_part(self._sharded[name])
         return sum(own.nbytes for own in self.parameters.values())
 
-    def _begin_anew(self) -> None:
-        """Forget a pass that broke off: torch leaves it half way, but the step is refused, not the model."""
-        if reset := getattr(self.shard, "reset_iter_state", None):  # which older torch has not
+    def _reset_after_failure(self) -> None:
+        """Reset FSDP's state after a pass that raised: the step is refused, and the model must remain usable."""
+        if reset := getattr(self.shard, "reset_iter_state", None):  # older torch does not have it
             reset()
 
     def _along(self, name: str) -> Parameter:
@@ -97,7 +97,7 @@ class FullyShardedModel(ShardedState):
         return -(-shape[dim] // self.topology.dp) * (self.plan.shard_elements(self.specs[name]) // shape[dim])
 
     def _install(self) -> dict[str, nn.Parameter]:
-        """Read and divide one unit after the other: no more than one is ever whole on the device."""
+        """Read and divide one unit after another, so that at most one is ever whole on the device."""
         group = self.groups.data.process_group
         if group is None:
             raise ValueError(f"topology {self.topology} has one replica: there is nothing to shard the model over")
@@ -116,7 +116,7 @@ class FullyShardedModel(ShardedState):
                 shard_placement_fn=lambda parameter, dims=dims: Shard(dims[id(parameter)]),
             )
         for module in self.shard.modules():
-            if isinstance(module, FSDPModule):  # gradients are sums over replicas, which gloo has to be told
+            if isinstance(module, FSDPModule):  # gradients are sums over replicas, not means
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self._sharded = self.shard.by_name()
@@ -130,14 +130,14 @@ class FullyShardedModel(ShardedState):
 
     @torch.no_grad()
     def _sum_over_replicas(self) -> None:
-        """`fully_shard` has summed; this only hands it to the parts."""
+        """`fully_shard` has summed the gradients; assign them to the parts."""
         for name, own in self._trained.items():
             gradient = self._sharded[name].grad
             own.grad = torch.zeros_like(own) if gradient is None else _local(gradient)
 
 
 def _own_part(sharded: nn.Parameter) -> Tensor:
-    """The storage that a divided parameter has on this rank."""
+    """This rank's part of a divided parameter: its storage."""
     return _local(sharded.detach())
 
 

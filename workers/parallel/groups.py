@@ -1,6 +1,6 @@
 """Groups of ranks, and the collectives that sharded models need, some of them differentiable.
 
-A group of one communicates nothing, so unsharded models run without torch.distributed at all.
+A group of one communicates nothing, so a model on one device runs without torch.distributed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RankGroup:
         return tensor
 
     def gather_rows_(self, rows: Tensor) -> Tensor:
-        """Fill `rows` [size, n], of which this rank brings row `index`; in place, so it costs no second buffer."""
+        """Fill `rows` [size, n], of which each rank has row `index`, in place: no second buffer is needed."""
         if self.size > 1:
             _all_gather_flat(rows.view(-1), rows[self.index], group=self.process_group)
         return rows
@@ -68,7 +68,7 @@ class RankGroup:
         return tensor
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
-        """What every rank brings, in their order; small messages, which may differ in length."""
+        """Every rank's message, in the order of the ranks; small ones, which may differ in length."""
         if self.size == 1:
             return [message]
         device = "cuda" if dist.get_backend(self.process_group) == "nccl" else "cpu"
@@ -168,13 +168,13 @@ def copied(tensor: Tensor, group: RankGroup) -> Tensor:
 
 
 def summed(tensor: Tensor, group: RankGroup) -> Tensor:
-    """The sum over the ranks, which all go on with: each one's gradient is the result's."""
+    """The sum over the ranks, on all of them; in the backward pass each gets the gradient of the sum."""
     return _Summed.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]
 
 
 def joined(tensor: Tensor, group: RankGroup) -> Tensor:
-    """[..., n] of each rank side by side: [..., size x n] on all. Each rank's gradient is its own slice of the whole.
+    """Concatenate the ranks' [..., n] to [..., size x n], on all; in the backward pass each gets the gradient's slice.
 
-    All ranks must go on to the same loss: its gradient is taken once, not summed over them.
+    All ranks must compute the same loss from it: its gradient is taken once, not summed over the ranks.
     """
     return _Joined.apply(tensor, group) if group.size > 1 else tensor  # pyright: ignore[reportReturnType]

@@ -1,18 +1,18 @@
-"""A model trained by p-t-d ranks as if by one: losses, gradients and their norm are those of the whole batch.
+"""A model that p-t-d ranks train as one device would: losses, gradients and their norm are those of the whole batch.
 
     rows of a replica --micro-batches--> stage 0 --> ... --> stage p-1 --loss--> backward, 1F1B
       --> gradients: summed over d, over both ends of a tie, clipped by their global norm --> the caller's optimizer
 
-Each rank of a replica is given the replica's rows; the replicas' rows together are the batch. Nothing is averaged:
-a loss weighs its tokens by global denominators, so sums over micro-batches and replicas are the batch's.
+Each rank of a replica gets the replica's rows; the rows of all replicas are the batch. Nothing is averaged: a loss
+weighs its tokens by global denominators, so that sums over micro-batches and replicas are the batch's.
 
-A replica's ranks hold either the shards of a decoder that has a sharding plan (`DecoderShard`), or, one rank a replica,
-a whole transformers module (`WholeModule`); one device is a topology of one rank.
+The ranks of a replica hold the shards of a decoder that has a sharding plan (`DecoderShard`); a replica of one rank may
+hold a whole transformers module instead (`WholeModule`). One device is a topology of one rank.
 
 Here every replica holds its weights, gradient and moments whole. `workers.parallel.zero` and
-`workers.parallel.fully_sharded` divide them over the replicas. They differ in which part of a parameter a rank's
-optimizer steps (`optimized`, `local_part`, `unshard`), in how it gets that part's gradient, and in what follows a
-step (`all_gather_updated`).
+`workers.parallel.fully_sharded` divide them over the replicas. They differ in the part of a parameter that a rank's
+optimizer steps (`optimized`, `local_part`, `unshard`), in how that part gets its gradient, and in what follows a step
+(`all_gather_updated`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.training.offload import Copy, relocated
 
 # Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
 MicroLoss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
-Read = Callable[[Tensor, MicroBatch], Tensor]  # what to keep of them
+Read = Callable[[Tensor, MicroBatch], Tensor]  # the part of them to keep
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
 _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
@@ -51,11 +51,10 @@ _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
 class ParallelModel:
     """One rank's part of a model, and the collective operations that all ranks of the topology call together.
 
-    The world of torch.distributed (gloo or NCCL) is the topology's; a topology of one rank needs none. `folder` is a
-    transformers folder, of which the rank reads its shard only; `recompute` keeps one activation per layer and
-    computes the others again in the backward pass; `timeout` bounds every collective. With `module` the ranks hold
-    that model whole, and `head`, `dtype` and `recompute` are the module's own.
-    Raises ValueError, with the numbers, where model, topology and world don't fit.
+    torch.distributed's world (gloo or NCCL) has the topology's ranks; one rank needs none. `folder` is a transformers
+    folder, of which the rank reads its shard only. `recompute` keeps one activation per layer and computes the others
+    again in the backward pass. With `module` the ranks hold that model whole, and `head`, `dtype` and `recompute` are
+    the module's own. Raises ValueError, with the numbers, where model, topology and world don't fit.
     """
 
     def __init__(
@@ -98,21 +97,21 @@ class ParallelModel:
 
     @property
     def decoder_plan(self) -> ShardPlan:
-        """The plan by which the model is cut. Raises ValueError where the ranks hold it whole."""
+        """The plan by which the model is cut. Raises ValueError if the ranks hold it whole."""
         if not isinstance(self.plan, ShardPlan):
             raise ValueError(f"a {self.config.model_type} held whole has no sharding plan to regroup its ranks by")
         return self.plan
 
     @property
     def module(self) -> PreTrainedModel:
-        """transformers' own model. Raises RuntimeError where the ranks hold shards of it."""
+        """transformers' own model. Raises RuntimeError if the ranks hold shards of it."""
         if not isinstance(self.shard, WholeModule):
             raise RuntimeError(f"the ranks of topology {self.topology} hold shards, none of them the whole module")
         return self.shard.model
 
     @property
     def adapters(self) -> Adapters | None:
-        """The adapters, where only they are trained."""
+        """The adapters, if only they are trained."""
         return self.shard.adapters if isinstance(self.shard, WholeModule) else None
 
     @property
@@ -122,11 +121,14 @@ class ParallelModel:
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
-        """What this rank's optimizer steps, by name, with its gradient after `backward`: here all that is trained."""
+        """The tensors that this rank's optimizer steps, by name: here all trained parameters.
+
+        After `backward` their `grad` is the gradient of the batch's loss.
+        """
         return self._trained
 
     def all_gather_updated(self) -> None:
-        """Follow an optimizer step: weights that another replica has stepped arrive."""
+        """Call after an optimizer step: gathers the weights that other replicas have stepped."""
 
     def held_part(self, name: str, shard: Tensor) -> Tensor:
         """The part of a tensor in the shape of a parameter's shard that this rank holds: here all of it."""
@@ -141,7 +143,7 @@ class ParallelModel:
         return part
 
     def weight(self, name: str) -> Tensor:
-        """This stage's and tensor index's shard of a parameter, laid out along its cut: all replicas call."""
+        """The shard of a parameter at this stage and tensor index, laid out along its cut: all replicas call."""
         return self.parameters[name].detach()
 
     @property
@@ -150,7 +152,7 @@ class ParallelModel:
         return self.shard.is_last and self.place.tp == 0
 
     def constants(self) -> dict[str, Tensor]:
-        """Persistent buffers, which belong to what is published; the decoders that are cut have none."""
+        """Persistent buffers, which are published with the weights; decoders that are cut have none."""
         return self.shard.constants() if isinstance(self.shard, WholeModule) else {}
 
     def freeze(self) -> None:
@@ -175,7 +177,7 @@ class ParallelModel:
         return self.sum_over_world(total if self.is_output_rank else 0.0)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
-        """What `read` keeps of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
+        """`read` of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
         batches, real = self._equal_batches(data, budget)
         kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
         return kept[:real]
@@ -206,11 +208,11 @@ class ParallelModel:
         return norm
 
     def relocate(self, copy: Copy) -> int:
-        """Give the weights the storage that `copy` makes of each; their bytes. Nothing else is held between calls."""
+        """Replace the storage of each weight by its `copy`; returns their bytes. Between calls nothing else is held."""
         return relocated(self.parameters.values(), copy)
 
     def release_gradient(self) -> None:
-        """Free the gradient's memory; `backward` takes it anew."""
+        """Free the gradient's memory; `backward` allocates it again."""
         self._gradients = []
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -267,7 +269,7 @@ class ParallelModel:
             self.groups.tie.sum_(gradients[EMBEDDING if self.shard.is_first else TOKEN_HEAD])
 
     def _sum_partial(self, gradients: list[Tensor]) -> None:
-        """Each rank of a stage has seen its own heads only: the norms that all heads share get the sum, in one go."""
+        """Sum the gradients of the norms that all heads share: each rank of a stage has those of its own heads only."""
         if not gradients:
             return
         together = self.groups.tensor.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -275,7 +277,7 @@ class ParallelModel:
             gradient.copy_(summed.view_as(gradient))
 
     def _over_parts(self, measure: Tensor) -> Tensor:
-        """The sum of a measure over the replicas that divide a gradient: here each has it whole."""
+        """The sum of a measure over the replicas that divide a gradient: here each replica has all of it."""
         return measure
 
     def _counts(self, spec: Parameter) -> bool:

@@ -1,8 +1,8 @@
-"""Runs a stage's schedule: activations go down the pipeline, gradients come back up.
+"""Runs a stage's schedule: sends activations to the next stage, and gradients to the one before.
 
 torch.distributed.pipelining does not fit: it fixes one shape for all micro-batches, while ours are cut by a budget of
-tokens and each has its own; and its 1F1B refuses fewer micro-batches than stages. All ranks of a replica hold the same
-rows, so both ends know the shape of every message.
+tokens and differ in shape; and its 1F1B refuses fewer micro-batches than stages. All ranks of a replica hold the same
+rows, so sender and receiver know the shape of every message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OfOutputs = Callable[[int, Tensor], Tensor]  # a micro-batch's number and the la
 
 
 class Pipeline:
-    """One stage, and the ranks of the stages beside it that hold the same tensor index."""
+    """One stage, and the group of the ranks with its tensor index in all stages of its replica."""
 
     def __init__(
         self, shard: DecoderShard | WholeModule, group: RankGroup, dtype: torch.dtype, device: torch.device
@@ -66,7 +66,7 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[MicroBatch], read: OfOutputs) -> list[Tensor]:
-        """Forward of all micro-batches without gradient: what `read` keeps of each, on the last stage; else nothing."""
+        """Forward of all micro-batches without gradients: `read` of each on the last stage, an empty list on others."""
         kept: list[Tensor] = []
         for operation in forward_schedule(self._group.index, self._group.size, len(batches)):
             match operation:

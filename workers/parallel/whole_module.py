@@ -67,9 +67,9 @@ class WholePlan(msgspec.Struct, frozen=True):
 
 
 class WholeModule(nn.Module):
-    """A model from a transformers folder, with what stands on it: logits, or a value or a score a position.
+    """A model from a transformers folder with its head: logits, or a value or a score per position.
 
-    The model stays in eval mode: dropout is never applied, since rows must not depend on which rank computes them.
+    The model stays in eval mode: dropout is never applied, as a row must not depend on which rank computes it.
     Adapters, where the settings have a rank of 1 or more for them, are then all that trains. Every rank reads the whole
     folder into host memory first.
     """
@@ -118,14 +118,14 @@ class WholeModule(nn.Module):
         return {name: p.detach().to(self._device) for name, p in named if only is None or name in only}
 
     def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
-        """Take parameters by name; a tied one at all its places."""
+        """Set parameters by name, a tied one at all its places."""
         for first, parameter in parameters.items():
             for name in self._names[first]:
                 module, _, leaf = name.rpartition(".")
                 setattr(self.model.get_submodule(module), leaf, parameter)
 
     def units(self) -> Iterator[tuple[nn.Module, set[str]]]:
-        """What FSDP gathers together, from the inside out: each block; then everything else."""
+        """The modules that FSDP gathers as units, inner ones first, and the names of their parameters."""
         left = {spec.name for spec in self.plan.specs}
         for prefix, block in self._blocks().items():
             own = {name for name in left if name.startswith(f"{prefix}.")}
@@ -134,15 +134,14 @@ class WholeModule(nn.Module):
         yield self, left
 
     def constants(self) -> dict[str, Tensor]:
-        """Copies of the persistent buffers in host memory: they are not trained, and belong to what is published."""
+        """Copies of the persistent buffers in host memory: they are published, though not trained."""
         state = self.model.state_dict(keep_vars=True)
         return {n: t.to("cpu", copy=True) for n, t in state.items() if not isinstance(t, nn.Parameter)}
 
     def _blocks(self) -> dict[str, nn.Module]:
         """The repeated layers by name: those that transformers does not split, else the longest list of modules.
 
-        A block is left out where it stands inside another one, and where it has a tied parameter, whose other place
-        is outside of it.
+        A block is left out if it is inside another one, or has a tied parameter, whose other place is outside of it.
         """
         kinds = set(getattr(self.model, "_no_split_modules", None) or ())
         modules = dict(self.model.named_modules())

@@ -1,8 +1,8 @@
-"""The tensors that a rank gathers for generation, where its own shards lie in them, and the bytes that this takes.
+"""The tensors that a rank gathers for generation, the places of its own shards in them, and the bytes that they take.
 
-A tensor-parallel shard is *attached*: its place among the gathered entries becomes the parameter, so that nothing is
-held twice, and it is detached again without communication. A share of a fully sharded model is *copied in*, because
-torch's `fully_shard` owns its storage.
+A tensor-parallel shard is *attached*: the parameter becomes a view of its place among the gathered entries, so that
+nothing is held twice, and it is detached again without communication. A share of a fully sharded model is *copied in*,
+because torch's `fully_shard` owns its storage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from workers.resharding.plan import (
 
 
 class _Shard(NamedTuple):
-    """A parameter in the training layout, and where it lies among the gathered tensors."""
+    """A parameter in the training layout, and its place in a gathered tensor."""
 
     parameter: nn.Parameter
     spec: Parameter
@@ -51,7 +51,7 @@ class Gathering:
             model.decoder_plan, grouping, model.rank, bucket_bytes // model.dtype.itemsize, trained
         )
         self.specs = {p.name: p for p in self.layouts.gather.parameters(gathered_stage(grouping, model.rank))}
-        self.held = self.peak = sum(nbytes(parameter) for parameter in model.parameters.values())
+        self.held = self.peak = sum(parameter.nbytes for parameter in model.parameters.values())
         partitions = [groups(grouping, trained) for groups in (exchange_groups, same_index_groups)]
         self._groups = {group.ranks: group for group in (join_groups(ranks, model.rank) for ranks in partitions)}
         self._shards = {gathered_name(name, self.specs): self._shard(name, trained) for name in model.parameters}
@@ -79,7 +79,7 @@ class Gathering:
                 continue
             self._entries[name] = self._empty(size)
             if shard:
-                self._count_freed(shard.parameter)
+                self.count_freed(shard.parameter)
                 self._move_to(shard, self._entries[name][shard.start : shard.start + shard.parameter.numel()])
 
     def copy_in(self, name: str) -> None:
@@ -90,29 +90,29 @@ class Gathering:
             self._entries[name][shard.start : shard.start + len(own)] = own
 
     def detach(self, name: str) -> None:
-        """Give this rank's own shard of a gathered tensor, if it has one, a storage of its own, and free the rest."""
+        """Move this rank's shard of a gathered tensor, if it has one, to its own storage, and free the rest."""
         entries, shard = self._entries.pop(name), self._shards.get(name)
         if shard and self._model.shares == 1 and shard.parameter.numel() == entries.numel():
             return
         if shard and self._model.shares == 1:
             self._move_to(shard, self._empty(shard.parameter.numel()))
-        self._count_freed(entries)
+        self.count_freed(entries)
 
     def free(self, name: str) -> None:
         """Free a gathered tensor that was copied in."""
-        self._count_freed(self._entries.pop(name))
+        self.count_freed(self._entries.pop(name))
 
     def detach_all(self) -> None:
         """`detach` of every tensor."""
         for name in list(self._entries):
             self.detach(name)
 
-    def release(self, tensor: Tensor) -> None:
-        """Count a tensor that `keep_local_shard` returned as freed."""
-        self._count_freed(tensor)
+    def count_freed(self, tensor: Tensor) -> None:
+        """Count a tensor as no longer held: one that `keep_local_shard` returned, or this object's own."""
+        self.held -= tensor.nbytes
 
     def receive(self, collective: Collective) -> int:
-        """Run one collective and copy what it brought to its place; returns the bytes received."""
+        """Run one collective and copy what arrived to its place; returns the bytes received."""
         group, rank = self._groups[collective.members], self._model.rank
         rows = self._empty(len(collective.owners), collective.width)
         if rank in collective.owners:
@@ -126,7 +126,7 @@ class Gathering:
         for index, owner in enumerate(collective.owners):
             if owner != rank:
                 self._copy_row(rows[index], collective, index, outward=False)
-        self._count_freed(rows)
+        self.count_freed(rows)
         return collective.received_elements(rank) * rows.itemsize
 
     def shard(self, name: str) -> Tensor:
@@ -179,13 +179,5 @@ class Gathering:
         return tensor
 
     def _count_held(self, tensor: Tensor) -> None:
-        self.held += nbytes(tensor)
+        self.held += tensor.nbytes
         self.peak = max(self.peak, self.held)
-
-    def _count_freed(self, tensor: Tensor) -> None:
-        self.held -= nbytes(tensor)
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's entries."""
-    return tensor.numel() * tensor.itemsize

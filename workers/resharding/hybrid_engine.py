@@ -1,11 +1,11 @@
 """One set of weights in two layouts: p-t-d for training and p_g-t_g-d_g-d for generation, switched in place.
 
     to_generation:  each shard is copied to its place in the generation weights, and its parameter becomes a view of
-                    them; the other ranks' shards arrive around it, bucket by bucket (`resharding.plan` lists them)
-    to_training:    nothing is sent; each shard gets a storage of its own again and the generation weights are freed
-    stream:         for an engine that has its own copy: the same bytes arrive, and are freed as the engine takes them
+                    them; the other ranks' shards are gathered around it, bucket by bucket (see `resharding.plan`)
+    to_training:    nothing is sent; each shard gets its own storage again, and the generation weights are freed
+    stream:         for an engine that has its own copy: the same bytes are gathered, and freed as the engine loads them
 
-No second copy of the weights exists at any time: besides them, a rank holds one shard while it is copied, and then one
+There is never a second copy of the weights: besides them, a rank holds one shard while it is copied, and then one
 bucket while it is filled. Fully sharded ranks also keep their 1/S, because torch's `fully_shard` owns that storage.
 """
 
@@ -25,21 +25,21 @@ from workers.parallel.decoder import DecoderShard
 from workers.parallel.groups import join_groups
 from workers.parallel.model import ParallelModel, Read
 from workers.parallel.pipeline import Pipeline
-from workers.resharding.gather import Gathering, nbytes
+from workers.resharding.gather import Gathering
 from workers.training.micro_batches import micro_batches
 
 BUCKET_BYTES = 64 * 1024 * 1024
 
 
 class Transition(msgspec.Struct, frozen=True):
-    """What one switch to generation took on this rank."""
+    """The cost of one switch to generation on this rank."""
 
     received_bytes: int
     seconds: float
     peak_bytes: int  # parameters in either layout and the bucket, at their highest
     generation_bytes: int  # the generation weights, which include the training shard where that lies inside them
-    redundant_bytes: int  # training shards held besides
-    copied_bytes: int = 0  # of the generation shard, where another engine (vLLM) has it a second time
+    redundant_bytes: int  # training shards held outside of the generation weights
+    copied_bytes: int = 0  # of the generation shard, if another engine (vLLM) has a second copy
 
 
 class HybridEngine:
@@ -83,7 +83,7 @@ class HybridEngine:
         self.weights = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         self.shard.install(self.weights)
         self._wait()
-        generation = sum(map(nbytes, self.weights.values()))
+        generation = sum(weight.nbytes for weight in self.weights.values())
         seconds = time.perf_counter() - started
         return Transition(received, seconds, gathering.peak, generation, gathering.held - generation)
 
@@ -94,7 +94,7 @@ class HybridEngine:
             raise RuntimeError("the hybrid engine is training already: switch to generation first")
         if self.grouping.style != "hybridflow":  # the others are views of what is gathered
             for weight in self.weights.values():
-                self._gathering.release(weight)
+                self._gathering.count_freed(weight)
         self.weights = {}
         self.shard.clear()
         self._gathering.detach_all()
@@ -130,7 +130,7 @@ class HybridEngine:
         return Transition(received, time.perf_counter() - started, gathering.peak, 0, 0)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
-        """What `read` keeps of each micro-batch's outputs, in order, on the last generation stage; else nothing.
+        """`read` of each micro-batch's outputs, in order, on the last generation stage; an empty list on the others.
 
         `data` are the rows of this rank's generation replica, `budget` is in padded tokens.
         """
@@ -165,7 +165,7 @@ class HybridEngine:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _wait(self) -> None:
-        """Let the device catch up, so that the seconds are those of the transition."""
+        """Wait for the device, so that the measured seconds are those of the transition."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,11 +1,11 @@
-"""What is sent when ranks that trained p-t-d are to generate p_g-t_g-d_g-d: a list of collectives, byte for byte.
+"""The collectives by which ranks that train p-t-d get the weights to generate p_g-t_g-d_g-d, byte for byte.
 
 A rank *gathers* the shard that it needs for generation (hybridflow), or the whole model, of which it keeps its part
 (vanilla, deepspeed). A gathered tensor lies in memory along its cut: the training shards one after another, this
 rank's own among them. So a slice is a name and a range of entries, which its owners read and all others write.
 
-Matrices that are cut travel inside micro-DP groups. Norms, which every tensor rank has, travel only between the stages
-of one tensor index. So with hybridflow a rank receives exactly what it needs less what it owns:
+Matrices that are cut are sent inside micro-DP groups. Norms, which every tensor rank has, are sent only between the
+stages of one tensor index. So with hybridflow a rank receives exactly what it needs less what it owns:
 
     layers                          (1/(t_g p_g) - 1/(t p)) M, as `GenerationGrouping.received_bytes` says
     norms of the layers             (1/p_g - 1/p) of them
@@ -60,7 +60,7 @@ class Collective(msgspec.Struct, frozen=True):
 
 
 class Trained(msgspec.Struct, frozen=True):
-    """Who owns what in training: the topology, and how many replicas share each shard (1: each has it whole)."""
+    """The owners of the weights in training: the topology, and the replicas that share a shard (1: each has it whole)."""
 
     topology: Topology
     shares: int = 1
@@ -70,12 +70,12 @@ class Layouts(msgspec.Struct, frozen=True):
     """The three layouts of a transition."""
 
     train: ShardPlan
-    gather: ShardPlan  # what the collectives bring about
+    gather: ShardPlan  # after the collectives
     generate: ShardPlan
 
     @classmethod
     def of(cls, train: ShardPlan, grouping: GenerationGrouping, trained: Trained | None = None) -> Layouts:
-        """Raises ValueError where the plan is not of the topology that trains, or a matrix's shares don't divide."""
+        """Raises ValueError if the plan is not of the training topology, or if the shares of a matrix don't divide."""
         topology = trained.topology if trained else grouping.topology
         if (train.pp, train.tp) != (topology.pp, topology.tp):
             raise ValueError(f"model is cut {train.pp}-{train.tp}, the grouping's topology is {topology}")
@@ -86,7 +86,7 @@ class Layouts(msgspec.Struct, frozen=True):
 
 
 def trained_by(grouping: GenerationGrouping) -> Trained:
-    """Who owns what when the ranks train as the grouping's style says: with ZeRO each replica owns a share."""
+    """The owners when the ranks train as the grouping's style assumes: in deepspeed's ZeRO each replica has a share."""
     return Trained(grouping.topology, grouping.topology.dp if grouping.style == "deepspeed" else 1)
 
 
@@ -135,10 +135,10 @@ def gathered_name(name: str, gathered: Container[str]) -> str:
 def transition(
     train: ShardPlan, grouping: GenerationGrouping, rank: int, bucket_elements: int, trained: Trained | None = None
 ) -> list[Collective]:
-    """The collectives of one rank, in the order that all members of each share; a bucket bounds all rows of one.
+    """The collectives of one rank, in an order that is the same on all members; a bucket holds all rows of one.
 
     `trained` is by default the grouping's topology, each replica with its shards whole. Raises ValueError for a
-    bucket of less than one entry for each owner, and where shares of a matrix don't divide.
+    bucket of less than one entry for each owner, and if the shares of a matrix don't divide.
     """
     trained = trained or trained_by(grouping)
     layouts, topology = Layouts.of(train, grouping, trained), trained.topology
@@ -147,7 +147,7 @@ def transition(
     for parameter in layouts.gather.parameters(gathered_stage(grouping, rank)):
         members = exchange if parameter.cut is not None else alike
         holders = tuple(r for r in members if topology.coordinates(r).pp == train.stage_of(parameter))
-        # All stages have as many layers, so they send side by side; what only one stage has comes from that stage.
+        # All stages have as many layers, so they send at once; what only one stage has is sent by that stage.
         owners = members if _is_in_layer(parameter) else holders
         rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
         for owner in holders:
@@ -161,7 +161,7 @@ def transition(
 
 
 def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> TensorSlice:
-    """What an owner sends of a parameter: its shard, or its replica's share of that."""
+    """The slice of a parameter that an owner sends: its shard, or its replica's share of the shard."""
     elements = layouts.train.shard_elements(parameter)
     width = -(-elements // trained.shares)
     first = min(width * (owner.dp if trained.shares > 1 else 0), elements)
