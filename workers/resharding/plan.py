@@ -60,7 +60,7 @@ class Collective(msgspec.Struct, frozen=True):
 
 
 class Trained(msgspec.Struct, frozen=True):
-    """The owners of the weights in training: the topology, and the replicas that share a shard (1: each has it whole)."""
+    """The owners of the weights in training: the topology, and how many replicas share a shard (1: none shares it)."""
 
     topology: Topology
     shares: int = 1
