@@ -6,8 +6,9 @@
 
 FSDP2 with reshard_after_forward=False does not replace it: between steps its weights are sharded and `fully_shard` owns
 their storage, so the hybrid engine could not generate with the training shard in place, and each pass would gather the
-weights again. torch's ZeroRedundancyOptimizer assigns whole parameters, so one embedding decides a rank's share; it
-keeps all gradients, and broadcasts views that the hybrid engine may have moved.
+weights again; and the losses of all replicas must reach the same parameters. torch's ZeroRedundancyOptimizer assigns
+whole parameters, so one embedding decides a rank's share; it keeps all gradients, and broadcasts views that the hybrid
+engine may have moved.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class _Piece(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """Parameters of one dtype whose ranges travel in one collective; a larger parameter is one alone."""
+    """Parameters of one dtype whose ranges are sent in one collective; a parameter beyond the limit is alone."""
 
     pieces: tuple[_Piece, ...]
     width: int
@@ -41,7 +42,7 @@ class _Bucket(NamedTuple):
 class Zero1Model(ShardedState):
     """A ParallelModel whose replicas divide the moments."""
 
-    bucket_bytes: ClassVar[int] = 32 * 1024 * 1024
+    bucket_bytes: ClassVar[int] = 32 * 1024 * 1024  # of all replicas' rows of a bucket
 
     def _install(self) -> dict[str, nn.Parameter]:
         parameters = super()._install()
