@@ -286,7 +286,7 @@ class Draft(Batch, frozen=True, kw_only=True, eq=False):
     """Version 1 of a schema."""
 
     schema_id: ClassVar[int] = 900
-    tokens: JaggedInt32
+    responses: JaggedInt32
 
 
 class Grown(Batch, frozen=True, kw_only=True, eq=False):
@@ -294,10 +294,10 @@ class Grown(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 900
     schema_version: ClassVar[int] = 2
-    aligned: ClassVar = ("tokens", "weights")
+    aligned: ClassVar = ("responses", "weights")
     defaults: ClassVar = {"weights": 1.0, "bonus": 0.5, "notes": (), "hints": (7, 8)}
 
-    tokens: JaggedInt32
+    responses: JaggedInt32
     weights: JaggedFloat32
     bonus: Float32
     notes: Text
@@ -309,15 +309,15 @@ class Demanding(Batch, frozen=True, kw_only=True, eq=False):
 
     schema_id: ClassVar[int] = 900
     schema_version: ClassVar[int] = 2
-    tokens: JaggedInt32
+    responses: JaggedInt32
     bonus: Int64
 
 
-DRAFT = Draft(sample_ids=np.array([4, 9]), tokens=Jagged.from_rows([[1, 2], [3]], np.int32))
+DRAFT = Draft(sample_ids=np.array([4, 9]), responses=Jagged.from_rows([[1, 2], [3]], np.int32))
 GROWN = Grown(
     sample_ids=DRAFT.sample_ids,
-    tokens=DRAFT.tokens,
-    weights=DRAFT.tokens.with_values(np.ones(3, np.float32)),
+    responses=DRAFT.responses,
+    weights=DRAFT.responses.with_values(np.ones(3, np.float32)),
     bonus=np.array([0.5, 0.5], np.float32),
     notes=Jagged.from_texts(["", ""]),
     hints=Jagged.from_rows([[7, 8], [7, 8]], np.int32),
