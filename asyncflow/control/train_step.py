@@ -48,18 +48,18 @@ class TrainStep:
         """Train one batch, publish the weights and commit the step. `waited_seconds`: until the batch was complete."""
         step = self._inflight.admission.version
         ages = check_age(batch, step, self._pace.staleness)
-        samples = [sample for notice in self._inflight.notices_of(batch) for sample in notice.alive]
+        notices = self._inflight.notices_of(batch)
+        samples = [sample for notice in notices for sample in notice.alive]
         await self._run_store.batched(samples)
         metrics = await self._train(step, samples)
         metrics["wait.batch_seconds"] = waited_seconds
         busy = self._run_store.log.take_busy_seconds()
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
-        notices = self._inflight.notices_of(batch)
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
         self._run_store.log.observe_staleness(ages, self._pace.samples_per_prompt)
         version = Version(self._run_store.term, step + 1)
-        self._run_store.log.emit(_event(version, seconds, notices, len(samples), ages, metrics))
+        self._run_store.log.emit(_event(version, seconds, notices, ages, metrics))
 
     async def _train(self, step: int, samples: list[int]) -> dict[str, float]:
         """Train these samples in this order and publish the weights. Returns the metrics."""
@@ -80,13 +80,9 @@ class TrainStep:
 
 
 def _event(
-    version: Version,
-    seconds: float,
-    notices: list[PromptSettled],
-    samples: int,
-    ages: list[int],
-    metrics: dict[str, float],
+    version: Version, seconds: float, notices: list[PromptSettled], ages: list[int], metrics: dict[str, float]
 ) -> StepCommitted:
+    samples = sum(len(notice.alive) for notice in notices)
     rewards = sum(notice.reward_sum for notice in notices)
     if costs := [notice.cost_sum for notice in notices if notice.cost_sum is not None]:
         metrics |= {"cost_mean": sum(costs) / max(samples, 1)}

@@ -53,7 +53,9 @@ class UserCode:
                 raise error
         if not errors:  # before the switch: the successor of a service that dies during it gets these
             self._running = self._running | {source.module: source for source in sources}
-        await self._switch(prepared, take=not errors)
+        async with asyncio.TaskGroup() as group:
+            for name, service in prepared.items():
+                group.create_task(_switch(service, take=not errors), name=f"switch code of {name}")
         # A service that was replaced since it prepared has nothing prepared to switch to.
         for service in [service for name, service in services.items() if service is not prepared[name]]:
             with contextlib.suppress(ServiceGone):
@@ -61,12 +63,7 @@ class UserCode:
         if errors:
             raise BadCode("; ".join(dict.fromkeys(map(str, errors))))
 
-    @staticmethod
-    async def _switch(services: Mapping[str, Endpoint], take: bool) -> None:
-        async def switch(service: Endpoint) -> None:
-            with contextlib.suppress(ServiceGone):  # its successor gets the running code
-                await ask(service, SwitchCode(take))
 
-        async with asyncio.TaskGroup() as group:
-            for name, service in services.items():
-                group.create_task(switch(service), name=f"switch code of {name}")
+async def _switch(service: Endpoint, take: bool) -> None:
+    with contextlib.suppress(ServiceGone):  # its successor gets the running code
+        await ask(service, SwitchCode(take))

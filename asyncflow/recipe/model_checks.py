@@ -157,8 +157,6 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
     parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
     folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}
-    for role, folder in folders.items():
-        config_of(role, folder)
     _check_same_vocabulary(folders)
 
 
@@ -204,14 +202,14 @@ def _check_rule(where: str, name: str) -> None:
 
 def _check_same_vocabulary(folders: dict[str, str]) -> None:
     """Models that exchange token ids must have the same tokenizer."""
-    own = folders["policy"]
+    sizes = {role: config_of(role, folder).get("vocab_size") for role, folder in folders.items()}
+    own, size = folders["policy"], sizes["policy"]
     tokenizer = Path(own) / "tokenizer.json"
     if not tokenizer.exists():
         raise BadInput(f"models.policy.path: {own} has no tokenizer.json")
-    size, digest = config_of("policy", own).get("vocab_size"), _digest(tokenizer)
+    digest = _digest(tokenizer)
     for role, folder in folders.items():
-        other = config_of(role, folder).get("vocab_size")
-        if other != size:
+        if (other := sizes[role]) != size:
             raise BadInput(f"models.{role}: vocabulary of {other} tokens where the policy has {size} ({folder}, {own})")
         path = Path(folder) / "tokenizer.json"
         if not path.exists() or _digest(path) != digest:

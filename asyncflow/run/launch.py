@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from asyncflow.client.run import Run
 from asyncflow.control.controller import Controller
@@ -41,9 +40,6 @@ from asyncflow.services.channels.endpoint import Endpoint, Store, all_or_error, 
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.events import RunStarted
 from protocols.control.requests import LoadState
-
-if TYPE_CHECKING:
-    from asyncflow.services.runtime.pools import PoolRequest
 
 CONTROLLER = "controller"
 
@@ -115,7 +111,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
             try:
                 await asyncio.gather(task, return_exceptions=True)
             finally:
-                link.close()
+                services.clear()  # for clients that still read or answer
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)
@@ -200,18 +196,14 @@ def runtime_of(recipe: Recipe) -> Runtime:
         from asyncflow.services.runtime.local import LocalRuntime
 
         return LocalRuntime(recipe.store_bytes)
+    from asyncflow.services.runtime.pools import PoolRequest
     from asyncflow.services.runtime.ray import RayRuntime
 
-    pools = pool_requests(recipe)
+    pools = {  # a calibration file is replaced by the device that it measured
+        name: PoolRequest(pool.devices, pool.device and read_calibration(pool.device).device.name)
+        for name, pool in recipe.pools.items()
+    }
     return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=recipe.store_bytes, pools=pools)
-
-
-def pool_requests(recipe: Recipe) -> dict[str, PoolRequest]:
-    """What the runtime reserves for a recipe's pools. A calibration file is replaced by the device that it measured."""
-    from asyncflow.services.runtime.pools import PoolRequest
-
-    named = {name: pool.device and read_calibration(pool.device).device.name for name, pool in recipe.pools.items()}
-    return {name: PoolRequest(pool.devices, named[name]) for name, pool in recipe.pools.items()}
 
 
 def _write_targets(folder: Path, services: dict[str, Started], port: int) -> None:

@@ -9,14 +9,13 @@ from asyncflow.control.controller import Controller
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import BadInput
 from asyncflow.recipe.service_specs import channel_named
-from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceError, ServiceGone, Store, ask
+from asyncflow.services.channels.endpoint import Payload, ServiceError, ServiceGone, Store, ask
 from asyncflow.services.channels.shard_refs import pack
 from asyncflow.services.channels.subscriptions import follow
 from asyncflow.services.external_workers import take_rows
 from asyncflow.services.runtime import Started
-from protocols.control.delivery import Delivery, ServiceStatistics
+from protocols.control.delivery import ServiceStatistics
 from protocols.control.events import CodeReloaded, Event, RunEnded
-from protocols.control.notices import Notice
 from protocols.control.requests import PutRows, Reply, Request, RowsPut
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics
@@ -24,35 +23,19 @@ from protocols.stage import Failure
 from workers.user_code import BadCode
 
 
-class ServiceHandle:
-    """A service or its current replacement, until the runtime stops. Implements `Endpoint`.
-
-    After that it raises ServiceGone: a request to a dead actor would make Ray start again.
-    """
+class CurrentService:
+    """A service or its current replacement, as long as the run has services. Implements `Requestable`."""
 
     def __init__(self, name: str, services: Mapping[str, Started]) -> None:
-        """`services` holds the current endpoint of each service; a replacement changes it."""
+        """`services` holds the current endpoint of each service; it is emptied before the runtime stops them."""
         self.name = name
-        self._services: Mapping[str, Started] | None = services
-
-    def detach(self) -> None:
-        """From now on every request raises ServiceGone."""
-        self._services = None
-
-    async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        await self._attached.deliver(delivery, payloads)
+        self._services = services
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        return await self._attached.request(request, payloads)
-
-    async def notices(self) -> list[Notice]:
-        return await self._attached.notices()
-
-    @property
-    def _attached(self) -> Endpoint:
-        if self._services is None:
+        current = self._services.get(self.name)
+        if current is None:  # a request to a dead actor would make Ray start again
             raise ServiceGone(f"{self.name}: its run is over")
-        return self._services[self.name].endpoint
+        return await current.endpoint.request(request, payloads)
 
 
 class LocalLink:
@@ -67,17 +50,12 @@ class LocalLink:
         store: Store,
     ) -> None:
         self._controller, self._task, self._checked, self._store = controller, task, checked, store
-        self._services = {name: ServiceHandle(name, services) for name in services}
-
-    def close(self) -> None:
-        """Send no request to the services from now on, because they are about to end."""
-        for service in self._services.values():
-            service.detach()
+        self._services = services
 
     def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
         service, stage = channel_named(self._checked.recipe, self._checked.dataflow, channel)
         assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
-        return follow(self._services[service], self._store, stage.name, stage.produces, self._task.done)
+        return follow(CurrentService(service, self._services), self._store, stage.name, stage.produces, self._task.done)
 
     def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
         return take_rows(self._outside(role), self._store, most, self._task.done)
@@ -95,11 +73,11 @@ class LocalLink:
         assert isinstance(reply, RowsPut)
         return reply
 
-    def _outside(self, role: str) -> Endpoint:
+    def _outside(self, role: str) -> CurrentService:
         outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
         if role not in outside:
             raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
-        return self._services[role]
+        return CurrentService(role, self._services)
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
         return self._controller.events.follow(cursor)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from itertools import accumulate
 
-from asyncflow.services.channels.endpoint import Endpoint, Frame, Payload, PayloadLost, ServiceGone, Store, ask
+from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Requestable, ServiceGone, Store, ask
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, RowRef, ShardRef, parts_of, plan_calls
 from asyncflow.services.ranks.row_reader import RowReader
@@ -279,7 +279,7 @@ def _gathered(rows: Sequence[tuple[Batch, int]]) -> Batch | None:
     return take(concat(list(batches.values())), [first[id(batch)] + row for batch, row in rows])
 
 
-async def take_rows(endpoint: Endpoint, store: Store, most: int, over: Callable[[], bool]) -> AsyncGenerator[Batch]:
+async def take_rows(endpoint: Requestable, store: Store, most: int, over: Callable[[], bool]) -> AsyncGenerator[Batch]:
     """Yield rows for this worker until the run ends; rows that can't be read are answered as failed or lost.
 
     While the service is gone, it polls until the service is replaced or the run ends. Raises ServiceError if the

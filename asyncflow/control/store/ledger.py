@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -122,13 +124,8 @@ class Ledger:
 
     def live(self) -> list[int]:
         """Ids of the samples that have not ended, ascending."""
-        marks = ", ".join("?" * len(LIVE))
-        return [
-            i
-            for (i,) in self._db.execute(
-                f"SELECT sample_id FROM samples WHERE state IN ({marks}) ORDER BY sample_id", LIVE
-            )
-        ]
+        rows = self._db.execute(f"SELECT sample_id FROM samples WHERE {_state_in(LIVE)} ORDER BY sample_id")
+        return [sample for (sample,) in rows]
 
     def restart_live(self, term: int) -> list[int]:
         """Put every live sample back to created with one more attempt, for a new term. Returns their ids."""
@@ -138,27 +135,20 @@ class Ledger:
 
     def regenerate(self, samples: Iterable[int], term: int) -> None:
         """Put live samples whose rows are lost back to created with one more attempt. LedgerError for any other."""
-        marks = ", ".join("?" * len(LIVE))
         again = (
             "UPDATE samples SET state = 'created', attempt = attempt + 1, term = ? "
-            f"WHERE sample_id = ? AND state IN ({marks})"
+            f"WHERE sample_id = ? AND {_state_in(LIVE)}"
         )
         with self._transaction():
             for sample in samples:
-                if self._db.execute(again, (term, sample, *LIVE)).rowcount != 1:
+                if self._db.execute(again, (term, sample)).rowcount != 1:
                     raise LedgerError(f"sample {sample} can't be generated again: it has ended, or was never admitted")
 
     def totals(self) -> Totals:
         """The number of samples by state."""
-        by_state = {s: int(n) for s, n in self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state")}
-        ended = {s: by_state.get(s, 0) for s in TERMINAL}
-        return Totals(
-            sum(by_state.values()),
-            ended["trained"],
-            ended["dropped"],
-            ended["failed"],
-            sum(by_state.get(s, 0) for s in LIVE),
-        )
+        count = Counter[str](dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state")))
+        ended = [count[state] for state in TERMINAL]
+        return Totals(count.total(), *ended, live=sum(count[state] for state in LIVE))
 
     def reasons(self) -> dict[tuple[str, str], int]:
         """The number of samples by (state, reason)."""
@@ -179,14 +169,11 @@ class Ledger:
         self._db.close()
 
     def _move(self, samples: Iterable[int], state: State, reason: str, step: int | None) -> None:
-        before = _BEFORE[state]
-        marks = ", ".join("?" * len(before))
+        update = (
+            f"UPDATE samples SET state = ?, reason = ?, step = ? WHERE sample_id = ? AND {_state_in(_BEFORE[state])}"
+        )
         for sample in samples:
-            changed = self._db.execute(
-                f"UPDATE samples SET state = ?, reason = ?, step = ? WHERE sample_id = ? AND state IN ({marks})",
-                (state, reason, step, sample, *before),
-            ).rowcount
-            if changed != 1:
+            if self._db.execute(update, (state, reason, step, sample)).rowcount != 1:
                 found = self._db.execute("SELECT state FROM samples WHERE sample_id = ?", (sample,)).fetchone()
                 raise LedgerError(f"sample {sample} can't become {state}: it is {found[0] if found else 'unknown'}")
 
@@ -199,23 +186,18 @@ class Ledger:
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
         )
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK if the block or the commit raised."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE ... COMMIT, or ROLLBACK if the block or the commit raised."""
         self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
-            if kind is None:
-                self._db.execute("COMMIT")
+            yield
+            self._db.execute("COMMIT")
         finally:
             if self._db.in_transaction:  # a full disk may have ended it already
                 self._db.execute("ROLLBACK")
+
+
+def _state_in(states: tuple[State, ...]) -> str:
+    """An SQL condition."""
+    return f"state IN ({', '.join(map(repr, states))})"

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
-from asyncflow.services.channels.endpoint import Endpoint, Payload, PayloadLost, ServiceError, Store, ask
+from asyncflow.services.channels.endpoint import Payload, PayloadLost, Requestable, ServiceError, Store, ask
 from asyncflow.services.channels.shard_refs import ShardRef, parts_of, unpack
 from protocols.control.requests import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
 from protocols.data import codec
@@ -136,7 +136,7 @@ class Subscriptions:
 
 
 async def follow(
-    endpoint: Endpoint, store: Store, stage: str, kind: type[B], over: Callable[[], bool]
+    endpoint: Requestable, store: Store, stage: str, kind: type[B], over: Callable[[], bool]
 ) -> AsyncGenerator[tuple[B | None, int]]:
     """Yield what a stage sends from now on until the run ends: each shard's rows, and how many were missed before them.
 
@@ -172,7 +172,7 @@ async def follow(
 
 
 async def _next(
-    endpoint: Endpoint, number: int, seconds: float, over: Callable[[], bool]
+    endpoint: Requestable, number: int, seconds: float, over: Callable[[], bool]
 ) -> tuple[Rows, list[Payload]]:
     try:
         reply, payloads = await ask(endpoint, NextRows(number, seconds))
