@@ -62,13 +62,13 @@ class Evaluations:
     async def _evaluate(self, prompts: ShardRef, version: int) -> Evaluated:
         """Repeat the evaluation if the generator died with its rows: greedy answers come out the same."""
         while True:
-            deaths = self._supervisor.deaths(self._generator)
+            deaths = self._supervisor.deaths[self._generator]
             generator = self._supervisor.with_retry(self._generator)
             try:
                 rollouts = await _invoke(generator, "generate", [prompts], self._sampling)
                 scored = await _invoke(self._supervisor["evaluator"], "score", rollouts)
             except ServiceError:
-                if self._supervisor.deaths(self._generator) == deaths:
+                if self._supervisor.deaths[self._generator] == deaths:
                     raise
                 await self._supervisor.wait_healthy()
                 continue

@@ -39,7 +39,7 @@ class NoticeLoop:
         """Run until cancelled. Raises RunFailed if a step rejects too many prompts."""
         async with asyncio.TaskGroup() as group:
             while True:
-                notice = await self._supervisor.next_notice()
+                notice = await self._supervisor.notices.get()
                 match notice:
                     case Busy():
                         self._run_store.log.add_spans(notice.spans)

@@ -42,7 +42,7 @@ class PromptDispatcher:
     @property
     def _attempt(self) -> int:
         """Rises when the generator is replaced, before its successor is sent anything."""
-        return self._supervisor.replacements(self._generator)
+        return self._supervisor.replacements[self._generator]
 
     async def admit(self, room: int, min_version: int) -> None:
         """Send the next `room` prompts, to be generated with weights of step `min_version` or newer."""

@@ -22,15 +22,6 @@ class Resend(msgspec.Struct, frozen=True):
     edge: str
 
 
-class Replacement(msgspec.Struct, frozen=True):
-    """A service to be started again."""
-
-    service: str
-    number: int  # 1 for the first replacement of this service
-    stages: list[str]  # the stages that it hosted
-    resend: list[Resend]
-
-
 class RestartPolicy:
     """Counts deaths. `hosts` maps each stage to the service that runs it."""
 
@@ -38,24 +29,20 @@ class RestartPolicy:
         self._dataflow, self._hosts = dataflow, hosts
         self._replaceable = frozenset(replaceable)
         self._limit = limit
-        self._deaths: Counter[str] = Counter()
+        self.deaths: Counter[str] = Counter()  # by service
 
     def may_die(self, service: str) -> bool:
         """Whether the run can go on without this service until its successor has started."""
         return service in self._replaceable
 
-    def deaths(self, service: str) -> int:
-        """How often a service has died."""
-        return self._deaths[service]
+    def replace(self, service: str) -> bool:
+        """Count a death. Whether to start a successor; False if the run can't go on."""
+        self.deaths[service] += 1
+        return service in self._replaceable and self.deaths[service] <= self._limit
 
-    def replace(self, service: str) -> Replacement | None:
-        """What to do about a death; None if the run can't go on."""
-        self._deaths[service] += 1
-        if service not in self._replaceable or self._deaths[service] > self._limit:
-            return None
-        stages = [stage for stage, host in self._hosts.items() if host == service]
-        resend = [again for stage in stages for again in self.resend_to(stage)]
-        return Replacement(service, self._deaths[service], stages, resend)
+    def stages_of(self, service: str) -> list[str]:
+        """The stages that a service runs."""
+        return [stage for stage, host in self._hosts.items() if host == service]
 
     def resend_to(self, stage: str) -> list[Resend]:
         """The senders of a stage. A row that a join lost on one edge is needed again on all of its edges."""

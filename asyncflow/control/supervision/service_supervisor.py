@@ -65,15 +65,17 @@ class ServiceSupervisor:
         self.waits = WaitBoard()
         self._leases = shared_leases(pools)
         self._policy, self._restart = policy, restart
-        self._notices: asyncio.Queue[Notice | Replaced] = asyncio.Queue(1)  # unread notices stop the next poll
+        # Replacements, and the notices that are not handled here; one that is not read stops the next poll.
+        self.notices: asyncio.Queue[Notice | Replaced] = asyncio.Queue(1)
+        self.deaths = policy.deaths  # service -> how often its process has died
+        self.replacements: Counter[str] = Counter()  # service -> how often a successor has taken its place
         self._resident: dict[str, str] = {}  # pool -> the service that used its devices last
         self._stays: set[str] = set()  # services that have nothing to move off their devices
         self._replacing: set[str] = set()
-        self._replacements: Counter[str] = Counter()
         self._ready = dict(services)  # a successor joins when it has all it needs
         self._ready_changed = Notifier()
+        self._to_resend: set[Resend] = set()
         self._resending: set[Resend] = set()
-        self._once_more: set[Resend] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._finished = FinishedPrompts()
         self._moved = time.monotonic()
@@ -93,16 +95,12 @@ class ServiceSupervisor:
         ]
         return self._tasks
 
-    async def next_notice(self) -> Notice | Replaced:
-        """The next notice that is not handled here, or the next replacement."""
-        return await self._notices.get()
-
     async def _follow(self, name: str, group: asyncio.TaskGroup) -> None:
         while True:
             try:
                 notices = await self.services[name].notices()
             except ServiceGone as gone:
-                await self._notices.put(await self._replace(name, gone, group))
+                await self.notices.put(await self._replace(name, gone, group))
                 continue
             for notice in notices:
                 await self._handle(name, notice, group)
@@ -122,16 +120,16 @@ class ServiceSupervisor:
             case ServiceFailed():
                 raise RunFailed(f"{notice.stage} on {notice.service} failed: {notice.error}")
             case _:
-                await self._notices.put(notice)
+                await self.notices.put(notice)
         self.mark_progress()
 
     async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> Replaced:
         """Start a successor for a service whose process is gone. Raises `gone` if the run can't go on without it."""
-        replacement = self._policy.replace(name)
-        if replacement is None:
+        if not self._policy.replace(name):
             raise gone
         start = time.monotonic()
-        for stage in replacement.stages:
+        stages = self._policy.stages_of(name)
+        for stage in stages:
             self.waits.note(Waiting(stage))
         if name in self._leases:
             await self._grant(self._leases[name].forget(name))
@@ -142,17 +140,17 @@ class ServiceSupervisor:
                 successor = await self._successor(name)
                 break
             except ServiceError:  # it died as well, or could not start
-                replacement = self._policy.replace(name)
-                if replacement is None:
+                if not self._policy.replace(name):
                     raise
         self.services[name] = successor
-        self._replacements[name] += 1
+        self.replacements[name] += 1
         self._replacing.discard(name)
         self.waits.note(Waiting(name))
-        self._send_again(replacement.resend, group)
+        for stage in stages:
+            self._send_again(self._policy.resend_to(stage), group)
         self.mark_progress()
-        seconds = time.monotonic() - start
-        event = ServiceReplaced(service=name, number=replacement.number, cause=str(gone), seconds=seconds)
+        number, seconds = self.deaths[name], time.monotonic() - start
+        event = ServiceReplaced(service=name, number=number, cause=str(gone), seconds=seconds)
         return Replaced(event, successor)
 
     async def _successor(self, name: str) -> Endpoint:
@@ -182,16 +180,14 @@ class ServiceSupervisor:
     def _send_again(self, resends: list[Resend], group: asyncio.TaskGroup) -> None:
         """Request redeliveries, in tasks: a sender waits for room, which its receiver makes while it is followed."""
         for resend in resends:
-            if resend in self._resending:
-                self._once_more.add(resend)  # the redelivery in progress may have passed the rows lost since
-                continue
-            self._resending.add(resend)
-            self._tasks.append(group.create_task(self._resend(resend), name=f"redelivery to {resend.edge}"))
+            self._to_resend.add(resend)
+            if resend not in self._resending:
+                self._resending.add(resend)
+                self._tasks.append(group.create_task(self._resend(resend), name=f"redelivery to {resend.edge}"))
 
     async def _resend(self, resend: Resend) -> None:
-        self._once_more.add(resend)
-        while resend in self._once_more:
-            self._once_more.discard(resend)
+        while resend in self._to_resend:  # again: a redelivery may have passed the rows that are lost during it
+            self._to_resend.discard(resend)
             await self.tell(resend.service, Redeliver(resend.edge))
         self._resending.discard(resend)
 
@@ -222,34 +218,12 @@ class ServiceSupervisor:
 
         Only for requests that may be sent twice.
         """
-        return _WithRetry(name, self)
+        return _WithRetry(name, self._ready, self._ready_changed, self._policy.may_die(name))
 
     async def wait_healthy(self) -> None:
         """Wait until no service is being replaced, as far as deaths are known."""
         while self._replacing or self._ready != self.services:
             await self._ready_changed.changed()
-
-    def deaths(self, name: str) -> int:
-        """How often a service's process has died."""
-        return self._policy.deaths(name)
-
-    def replacements(self, name: str) -> int:
-        """How often a successor has taken a service's place."""
-        return self._replacements[name]
-
-    async def ask_with_retry(
-        self, name: str, request: Request, payloads: Sequence[Payload]
-    ) -> tuple[Reply, list[Payload]]:
-        """See `with_retry`."""
-        while True:
-            service = self._ready[name]
-            try:
-                return await service.request(request, payloads)
-            except ServiceGone:
-                if not self._policy.may_die(name):
-                    raise
-                while self._ready[name] is service:  # the task that follows it replaces it, or ends the run
-                    await self._ready_changed.changed()
 
     async def deliver(self, name: str, delivery: Delivery, payloads: Sequence[Payload]) -> None:
         """Deliver rows to a service. If it is being replaced they are lost here and sent again to its successor."""
@@ -300,9 +274,17 @@ class ServiceSupervisor:
 class _WithRetry:
     """Implements `Requestable`."""
 
-    def __init__(self, name: str, supervisor: ServiceSupervisor) -> None:
+    def __init__(self, name: str, ready: Mapping[str, Endpoint], ready_changed: Notifier, may_die: bool) -> None:
         self.name = name
-        self._supervisor = supervisor
+        self._ready, self._ready_changed, self._may_die = ready, ready_changed, may_die
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        return await self._supervisor.ask_with_retry(self.name, request, payloads)
+        while True:
+            service = self._ready[self.name]
+            try:
+                return await service.request(request, payloads)
+            except ServiceGone:
+                if not self._may_die:
+                    raise
+                while self._ready[self.name] is service:  # the task that follows it replaces it, or ends the run
+                    await self._ready_changed.changed()

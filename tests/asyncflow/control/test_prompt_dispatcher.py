@@ -81,7 +81,7 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     first, second, third = (source.at(i) for i in range(3))
     assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
     inflight.complete(PromptSettled(second, [], []))
-    supervisor._replacements["generator"] += 1
+    supervisor.replacements["generator"] += 1
     await dispatcher.admit(1, min_version=0)
     fourth = source.at(3)
     assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"

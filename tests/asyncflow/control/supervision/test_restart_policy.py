@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncflow.control.supervision.restart_policy import Replacement, Resend, RestartPolicy
+from asyncflow.control.supervision.restart_policy import Resend, RestartPolicy
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 
@@ -15,19 +15,19 @@ def policy(limit: int = 2) -> RestartPolicy:
 
 
 def test_whoever_sent_to_it_sends_again():
-    assert policy().replace("reward") == Replacement(
-        "reward", 1, ["reward.score#1"], [Resend("generator", "reward.score#1.0")]
-    )
+    assert policy().replace("reward")
+    assert policy().stages_of("reward") == ["reward.score#1"]
+    assert policy().resend_to("reward.score#1") == [Resend("generator", "reward.score#1.0")]
 
 
 def test_a_service_with_state_is_not_replaced():
     for service in ("policy", "critic", "generator", "advantage"):
-        assert policy().replace(service) is None
+        assert not policy().replace(service)
         assert not policy().may_die(service)
 
 
 def test_a_service_that_dies_too_often_ends_the_run_and_others_are_counted_apart():
     deaths = policy(limit=2)
-    numbers = [r.number if (r := deaths.replace("reward")) else None for _ in range(3)]
-    assert numbers == [1, 2, None]
-    assert deaths.replace("reference") is not None
+    assert [deaths.replace("reward") for _ in range(3)] == [True, True, False]
+    assert deaths.replace("reference")
+    assert deaths.deaths == {"reward": 3, "reference": 1}

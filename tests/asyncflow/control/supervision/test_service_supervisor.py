@@ -80,7 +80,7 @@ async def prepare_successors(
     """Take replacements from the queue like a controller, and prepare each successor."""
     async with asyncio.TaskGroup() as group:
         while True:
-            replaced = await supervisor.next_notice()
+            replaced = await supervisor.notices.get()
             assert isinstance(replaced, Replaced)
             calls.append(f"{replaced.event.service} replaced")
             group.create_task(prepare_one(supervisor, replaced, prepare))
@@ -234,7 +234,7 @@ async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
             await ask(supervisor.with_retry("generator"), GetStatistics())
             await supervisor.wait_healthy()
     assert calls == ["restart"] * 3 + ["EndPrompts", "generator replaced", "GetStatistics"]
-    assert supervisor.deaths("generator") == 3
+    assert supervisor.deaths["generator"] == 3
     with pytest.raises(ExceptionGroup) as ended:
         async with mortal([], nothing, limit=1, stillborn=1) as (first, supervisor):
             first.dies.set()
