@@ -43,10 +43,10 @@ from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.events import Notifier
 from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.notice_loop import NoticeLoop
-from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.settings import Deadlines, Pace
 from asyncflow.control.step_boundary import StepBoundary
 from asyncflow.control.store.ledger import LedgerError
+from asyncflow.control.store.run_log import LOG
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed, outcome_of
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
@@ -87,10 +87,17 @@ class Controller:
         self._paused = False
         self._stopping = False
         self._over = False
-        self._dispatcher = PromptDispatcher(
-            dataflow, supervisor, generator, store, source, run_store, inflight, pace.samples_per_prompt
+        self._generator = GeneratingService(
+            generator,
+            dataflow=dataflow,
+            supervisor=supervisor,
+            store=store,
+            source=source,
+            run_store=run_store,
+            inflight=inflight,
+            samples_per_prompt=pace.samples_per_prompt,
+            publish_deadline_seconds=deadlines.publish,
         )
-        self._generator = GeneratingService(generator, supervisor, run_store, deadlines.publish)
         self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generator, run_store)
         self._boundary = StepBoundary(run_store, supervisor, code, deadlines.checkpoint, self._changed)
         self._watchdog = Watchdog(supervisor, deadlines)
@@ -98,7 +105,6 @@ class Controller:
             supervisor,
             self._generator,
             inflight,
-            self._dispatcher,
             self._train_step,
             self._watchdog,
             run_store,
@@ -178,7 +184,7 @@ class Controller:
         except Exception as error:
             outcome = outcome_of(error)
             if outcome.unexpected:
-                self._run_store.log.exception(error)
+                LOG.exception("unexpected")
             return self._ended("failed", outcome.exit_code, outcome.text)
 
     async def _run_tasks(self) -> RunEnded:
@@ -263,7 +269,7 @@ class Controller:
         while True:
             while not self._may_admit():
                 await self._changed.changed()
-            await self._dispatcher.admit(self._admission.room(), self._admission.version)
+            await self._generator.admit(self._admission.room(), self._admission.version)
 
     def _may_admit(self) -> bool:
         if not self._admission.room() or self._paused or self._stopping:

@@ -7,7 +7,6 @@ import asyncio
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts, ended_samples
 from asyncflow.control.events import Notifier
 from asyncflow.control.generating_service import GeneratingService
-from asyncflow.control.prompt_dispatcher import PromptDispatcher
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.supervision.service_supervisor import Replaced, ServiceSupervisor
@@ -25,14 +24,12 @@ class NoticeLoop:
         supervisor: ServiceSupervisor,
         generator: GeneratingService,
         inflight: InFlightPrompts,
-        dispatcher: PromptDispatcher,
         train_step: TrainStep,
         watchdog: Watchdog,
         run_store: RunStore,
         changed: Notifier,
     ) -> None:
-        self._supervisor, self._generator = supervisor, generator
-        self._inflight, self._dispatcher = inflight, dispatcher
+        self._supervisor, self._generator, self._inflight = supervisor, generator, inflight
         self._train_step, self._watchdog, self._run_store, self._changed = train_step, watchdog, run_store, changed
 
     async def run(self) -> None:
@@ -71,4 +68,3 @@ class NoticeLoop:
         async with self._supervisor.on_replaced(replaced) as successor:
             if successor.name == self._generator.name:
                 await self._generator.prepare(successor)
-                await self._dispatcher.regenerate()

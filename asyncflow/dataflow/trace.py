@@ -60,15 +60,12 @@ def declaration_of(function: Algorithm) -> Declaration:
     return getattr(function, "__asyncflow_algorithm__", Declaration())
 
 
-class Symbol:
+class Symbol(msgspec.Struct, frozen=True):
     """The symbolic output of a stage while an algorithm is traced."""
 
-    __slots__ = ("grain", "kind", "source")
-
-    def __init__(self, source: str, kind: type[Batch], grain: Grain) -> None:
-        self.source = source
-        self.kind = kind
-        self.grain: Grain = grain
+    source: str
+    kind: type[Batch]
+    grain: Grain
 
     def __repr__(self) -> str:
         return f"{self.kind.__name__} of {self.source}"

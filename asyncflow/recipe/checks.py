@@ -58,7 +58,8 @@ def check(recipe: Recipe) -> Checked:
     if not recipe.placed_by:
         check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
-    train, heldout = _sources(recipe)
+    train = _source(recipe, recipe.data.train)
+    heldout = _source(recipe, recipe.data.eval) if recipe.data.eval else None
     _check_context_length(recipe, train, heldout)
     return Checked(recipe, dataflow, train, heldout)
 
@@ -148,29 +149,20 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return msgspec.structs.replace(recipe, models=models, data=data, folder=full(recipe.folder))
 
 
-def _sources(recipe: Recipe) -> tuple[PromptSource, PromptSource | None]:
-    train = _source(recipe, recipe.data.train)
-    return train, _source(recipe, recipe.data.eval) if recipe.data.eval else None
-
-
 def _source(recipe: Recipe, path: str) -> PromptSource:
-    rows = _rows(recipe, path)
-    try:
-        return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
-    except ValueError as error:
-        raise BadInput(f"data: {path}: {error}") from error
-
-
-def _rows(recipe: Recipe, path: str) -> list[DataRow]:
+    """The prompts of a file or folder of rows. Raises BadInput."""
     columns = {"prompt": recipe.data.prompt}
     if recipe.data.reference:
         columns["reference"] = recipe.data.reference
     needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
+    policy = recipe.models["policy"].path
     try:
-        rows = read_rows(path, DataRow if needs_reference else Problem, columns, recipe.models["policy"].path)
+        rows = read_rows(path, DataRow if needs_reference else Problem, columns, policy)
+        return PromptSource([DataRow(row.prompt, row.reference) for row in rows], policy, recipe.seed)
     except DataError as error:
         raise BadInput(f"data: {error}") from error
-    return [DataRow(r.prompt, r.reference) for r in rows]
+    except ValueError as error:
+        raise BadInput(f"data: {path}: {error}") from error
 
 
 def _check_pretraining_text(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
 """Which prompts are admitted, when, and how far generation may run ahead of training: pure bookkeeping.
 
-Sending the prompts is the dispatcher's work (`asyncflow.control.prompt_dispatcher`).
+`asyncflow.control.generating_service` sends the prompts.
 """

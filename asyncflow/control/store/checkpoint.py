@@ -72,9 +72,8 @@ def finish(partial: Path, root: Path, step: int, term: int, cursor: int, recipe_
         _sync(folder)
     final = folder_of(root, step)
     abandoned = [f for f in _folders(root) if f.name >= final.name]
-    for (
-        folder
-    ) in abandoned:  # renamed, not removed: two renames leave the least time in which a crash would find no checkpoint
+    # Renamed, not removed: two renames leave the least time in which a crash would find no checkpoint.
+    for folder in abandoned:
         folder.rename(root / f".{folder.name}.abandoned")
     partial.rename(final)
     _sync(root)

@@ -102,10 +102,6 @@ class RunLog:
             for _ in range(samples_per_prompt):
                 self.exporter.observe("trained_staleness_versions", age)
 
-    def exception(self, error: BaseException) -> None:
-        """Log an error that the program does not foresee, with its traceback."""
-        LOG.error("unexpected", exc_info=error)
-
     def write_timeline(self) -> None:
         """Write timeline.json."""
         self._timeline.write(self._folder / "timeline.json")

@@ -1,7 +1,7 @@
 """What follows from a service's death: it is replaced and its rows are sent again, or the run ends. Pure.
 
 A service that only computes rows has no state of its own: its senders still hold the rows that it was working on. A
-generator gets its weights and prompts again and regenerates its rows (`prompt_dispatcher`). A service that trains, or
+generator gets its weights and prompts again and regenerates its rows (`generating_service`). A service that trains, or
 that joins the rows of a batch, takes the run with it; the run is then resumed from a checkpoint.
 """
 

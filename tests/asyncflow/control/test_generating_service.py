@@ -10,7 +10,7 @@ import pytest
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.control.admission.staleness import Admission
-from asyncflow.control.prompt_dispatcher import PromptDispatcher
+from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
@@ -75,16 +75,26 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     inflight = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
     run_store = open_run_store(tmp_path, ledger)
     supervisor = ServiceSupervisor({"generator": generator}, {}, RestartPolicy(REMAX, {}, [], 0), restart)
-    dispatcher = PromptDispatcher(REMAX, supervisor, "generator", LocalStore(), source, run_store, inflight, SAMPLES)
+    service = GeneratingService(
+        "generator",
+        dataflow=REMAX,
+        supervisor=supervisor,
+        store=LocalStore(),
+        source=source,
+        run_store=run_store,
+        inflight=inflight,
+        samples_per_prompt=SAMPLES,
+        publish_deadline_seconds=1.0,
+    )
 
-    await dispatcher.admit(3, min_version=0)
+    await service.admit(3, min_version=0)
     first, second, third = (source.at(i) for i in range(3))
     assert generator.take() == {(greedy, 0): [first, second, third] for greedy in (False, True)}
     inflight.complete(PromptSettled(second, [], []))
     supervisor.replacements["generator"] += 1
-    await dispatcher.admit(1, min_version=0)
+    await service.admit(1, min_version=0)
     fourth = source.at(3)
     assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"
-    await dispatcher.regenerate()
+    await service.regenerate()
     assert generator.take() == {(greedy, 1): [first, third, fourth] for greedy in (False, True)}, "of one attempt all"
     await run_store.abandon()
