@@ -42,7 +42,7 @@ from asyncflow.control.admission.staleness import Admission, CompletePrompt
 from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.events import Notifier
 from asyncflow.control.generating_service import GeneratingService
-from asyncflow.control.notice_loop import NoticeLoop
+from asyncflow.control.notice_loop import handle_notices
 from asyncflow.control.settings import Deadlines, Pace
 from asyncflow.control.step_boundary import StepBoundary
 from asyncflow.control.store.ledger import LedgerError
@@ -101,15 +101,6 @@ class Controller:
         self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generator, run_store)
         self._boundary = StepBoundary(run_store, supervisor, code, deadlines.checkpoint, self._changed)
         self._watchdog = Watchdog(supervisor, deadlines)
-        self._notices = NoticeLoop(
-            supervisor,
-            self._generator,
-            inflight,
-            self._train_step,
-            self._watchdog,
-            run_store,
-            self._changed,
-        )
 
     # --- requests of clients
 
@@ -181,7 +172,7 @@ class Controller:
     async def _outcome(self) -> RunEnded:
         try:
             return await self._run_tasks()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it becomes the outcome
             outcome = outcome_of(error)
             if outcome.unexpected:
                 LOG.exception("unexpected")
@@ -190,7 +181,7 @@ class Controller:
     async def _run_tasks(self) -> RunEnded:
         async with asyncio.TaskGroup() as group:
             background = self._supervisor.follow(group)
-            background.append(group.create_task(self._notices.run(), name="notices"))
+            background.append(group.create_task(self._handle_notices(), name="notices"))
             background.append(group.create_task(self._watch(), name="watchdog"))
             background.append(group.create_task(self._end_finished_prompts(), name="finished prompts"))
             steps = group.create_task(self._drive(group, background), name="steps")
@@ -277,6 +268,12 @@ class Controller:
         # Rows that are computed together decide each other's last bit: a deterministic run sends all prompts of a step
         # at once, and only while the engine has nothing else to do.
         return not (self._pace.deterministic and (self._admission.incomplete or self._evaluations.running))
+
+    async def _handle_notices(self) -> None:
+        run_store, changed = self._run_store, self._changed
+        await handle_notices(
+            self._supervisor, self._generator, self._inflight, self._train_step, self._watchdog, run_store, changed
+        )
 
     async def _end_finished_prompts(self) -> None:
         """A loop of its own: a service that does not answer must not hold up the watchdog."""

@@ -16,55 +16,53 @@ from protocols.control.notices import Busy, Generated, PromptSettled, StepDone
 from protocols.data.ids import purpose_of
 
 
-class NoticeLoop:
-    """Handles the notices that the supervisor passes on, in their order."""
+async def handle_notices(
+    supervisor: ServiceSupervisor,
+    generator: GeneratingService,
+    inflight: InFlightPrompts,
+    train_step: TrainStep,
+    watchdog: Watchdog,
+    run_store: RunStore,
+    changed: Notifier,
+) -> None:
+    """Handle the notices that the supervisor passes on, in their order, until cancelled.
 
-    def __init__(
-        self,
-        supervisor: ServiceSupervisor,
-        generator: GeneratingService,
-        inflight: InFlightPrompts,
-        train_step: TrainStep,
-        watchdog: Watchdog,
-        run_store: RunStore,
-        changed: Notifier,
-    ) -> None:
-        self._supervisor, self._generator, self._inflight = supervisor, generator, inflight
-        self._train_step, self._watchdog, self._run_store, self._changed = train_step, watchdog, run_store, changed
+    Raises RunFailed if a step rejects too many prompts.
+    """
+    async with asyncio.TaskGroup() as group:
+        while True:
+            notice = await supervisor.notices.get()
+            match notice:
+                case Busy():
+                    run_store.log.add_spans(notice.spans)
+                case Generated():
+                    watchdog.generated(notice.tokens)
+                    run_store.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
+                case PromptSettled():
+                    await _complete(notice, inflight, run_store)
+                case StepDone():
+                    train_step.on_notice(notice)
+                case Replaced():
+                    run_store.log.emit(notice.event)
+                    prepared = _prepare(notice, supervisor, generator)
+                    group.create_task(prepared, name=f"prepare {notice.event.service}")
+            changed.notify()
 
-    async def run(self) -> None:
-        """Run until cancelled. Raises RunFailed if a step rejects too many prompts."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                notice = await self._supervisor.notices.get()
-                match notice:
-                    case Busy():
-                        self._run_store.log.add_spans(notice.spans)
-                    case Generated():
-                        self._watchdog.generated(notice.tokens)
-                        self._run_store.generated([s for s in notice.sample_ids if purpose_of(s) == "train"])
-                    case PromptSettled():
-                        await self._complete(notice)
-                    case StepDone():
-                        self._train_step.on_notice(notice)
-                    case Replaced():
-                        self._run_store.log.emit(notice.event)
-                        group.create_task(self._prepare(notice), name=f"prepare {notice.event.service}")
-                self._changed.notify()
 
-    async def _complete(self, notice: PromptSettled) -> None:
-        """All rows of a prompt are at the join: it can be trained, or its samples end."""
-        if not self._inflight.complete(notice):
-            return
-        if notice.trainable and not notice.dead:
-            self._run_store.scored(notice.alive)
-            return
-        ended = ended_samples(notice)
-        await self._run_store.end(ended)
-        if rejects := self._inflight.rejects():
-            raise RunFailed(f"{rejects}; last cause: {ended[0][2]}")
+async def _complete(notice: PromptSettled, inflight: InFlightPrompts, run_store: RunStore) -> None:
+    """All rows of a prompt are at the join: it can be trained, or its samples end."""
+    if not inflight.complete(notice):
+        return
+    if notice.trainable and not notice.dead:
+        run_store.scored(notice.alive)
+        return
+    ended = ended_samples(notice)
+    await run_store.end(ended)
+    if rejects := inflight.rejects():
+        raise RunFailed(f"{rejects}; last cause: {ended[0][2]}")
 
-    async def _prepare(self, replaced: Replaced) -> None:
-        async with self._supervisor.on_replaced(replaced) as successor:
-            if successor.name == self._generator.name:
-                await self._generator.prepare(successor)
+
+async def _prepare(replaced: Replaced, supervisor: ServiceSupervisor, generator: GeneratingService) -> None:
+    async with supervisor.on_replaced(replaced) as successor:
+        if successor.name == generator.name:
+            await generator.prepare(successor)

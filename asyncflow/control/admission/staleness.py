@@ -16,26 +16,19 @@ class Admission:
 
     Invariant: version * P + live <= (version + eta + 1) * P, and prompts are admitted only while fewer than W
     are incomplete. The second condition bounds every join at its source, so that no join ever has to refuse a row.
-
-    Args:
-        window: W, (eta + 1) * P by default. A smaller window bounds the joins more tightly and allows less overlap.
     """
 
-    def __init__(
-        self, prompts_per_step: int, staleness: int, steps: int, version: int = 0, window: int | None = None
-    ) -> None:
+    def __init__(self, prompts_per_step: int, staleness: int, steps: int, version: int = 0) -> None:
         if prompts_per_step < 1 or staleness < 0 or steps < version:
             given = f"{prompts_per_step}, {staleness}, {steps}"
             raise ValueError(f"want prompts_per_step >= 1, staleness >= 0, steps >= {version}; got {given}")
-        if window is not None and window < 1:
-            raise ValueError(f"want a window of at least 1 prompt, got {window}: nothing could be admitted")
         self.prompts_per_step = prompts_per_step
         self.staleness = staleness
         self.steps = steps
         self.version = version  # committed steps
         self.live = 0  # admitted and not yet trained, dropped or failed
         self.incomplete = 0  # admitted, with a row that has not reached the join
-        self.window = (staleness + 1) * prompts_per_step if window is None else window
+        self.window = (staleness + 1) * prompts_per_step  # W; a smaller one bounds the joins more and overlaps less
 
     def room(self) -> int:
         """How many prompts may be admitted now; never more than the remaining steps will train."""

@@ -40,7 +40,8 @@ class Controller:
     def __init__(self, world: World) -> None:
         config, rules = world.config, world.rules
         self._world = world
-        self.admission = rules.admission(config.prompts, config.staleness, config.steps, window=config.window or None)
+        self.admission = rules.admission(config.prompts, config.staleness, config.steps)
+        self.admission.window = config.window or self.admission.window
         self.inflight = rules.inflight_prompts(self.admission, UNLIMITED)
         self.outbox = rules.outbox()  # prompts only: a repeated delivery is built again, under the current attempt
         self.min_versions: dict[int, int] = {}  # live prompts
