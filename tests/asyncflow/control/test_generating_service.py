@@ -20,7 +20,7 @@ from asyncflow.services.channels.endpoint import Endpoint, Payload
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice, PromptSettled
-from protocols.control.requests import Reply, Request
+from protocols.control.requests import Done, Reply, Request, SetPaused
 from protocols.data.ids import BASELINE_INDEX, index_of, prompt_of
 from tests import tiny
 from tests.asyncflow.control.store.test_run_store import open_run_store
@@ -36,12 +36,15 @@ class Generator:
 
     def __init__(self) -> None:
         self.deliveries: list[Delivery] = []
+        self.requests: list[Request] = []
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
         self.deliveries.append(delivery)
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        raise NotImplementedError
+        assert not self.deliveries, "what it is told comes before the prompts"
+        self.requests.append(request)
+        return Done(), []
 
     async def notices(self) -> list[Notice]:
         raise NotImplementedError
@@ -95,6 +98,8 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     await service.admit(1, min_version=0)
     fourth = source.at(3)
     assert generator.take() == {(greedy, 1): [fourth] for greedy in (False, True)}, "nothing new is out of date"
-    await service.regenerate()
+    await service.set_paused(True)
+    await service.prepare(generator)
+    assert generator.requests == [SetPaused(True)] * 2, "the successor pauses as well"
     assert generator.take() == {(greedy, 1): [first, third, fourth] for greedy in (False, True)}, "of one attempt all"
     await run_store.abandon()
