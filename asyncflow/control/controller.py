@@ -19,7 +19,7 @@ restart_policy.py). Its loops, each a task; a `Notifier` wakes those that wait f
     admission          consumes the staleness budget and the prompts of the data file
                        waits for budget, and while the run is paused or (deterministic) evaluates
                        unblocked by a commit, a prompt that finished untrained, resume(), the end of an evaluation
-                       produces samples in the ledger and Prompts for the generators
+                       produces samples in the ledger and Prompts for the generator
     steps              consumes complete prompts, and what clients ask for between two steps
                        waits for a batch, then for all updates and the publication
                        unblocked by PromptSettled and StepDone notices, loaded weights, checkpoint(), reload(), stop()
