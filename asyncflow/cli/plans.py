@@ -45,8 +45,7 @@ def placement(checked: Checked, devices: str, device: str, as_json: bool) -> lis
         cluster = Cluster.parse(devices)
         calibration = read_calibration(device) if device else Calibration(cluster.device)
         cluster = Cluster(calibration.device, cluster.count)
-        shapes = {role: shape for role, shape in shapes_of(recipe).items() if role in checked.dataflow.services}
-        models = work_of(checked.dataflow, shapes)
+        models = work_of(checked.dataflow, shapes_of(recipe))
         workload = workload_of(recipe, prompt_lengths(checked.train), calibration)
         on_ray = msgspec.structs.replace(recipe, runtime="ray")  # the devices are not here, nor need the runtime be
         placed = make_plan(models, cluster, workload, partial(runs, on_ray))

@@ -19,6 +19,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client import Metric as Family
 
+from asyncflow.observe.journal import replace_file
 from asyncflow.observe.metrics import IDENTITY, METRICS, Kind, Metric, metric
 
 MAX_LABEL_VALUES = 64  # per label and metric; further values are counted as OTHER
@@ -124,9 +125,7 @@ def write_targets(path: Path, targets: Iterable[ScrapeTarget]) -> None:
     """
     entries = [{"targets": [t.address], "labels": {"role": t.role, "rank": str(t.rank), "run": t.run}} for t in targets]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
-    part.replace(path)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
 
 
 class _Registry(CollectorRegistry):

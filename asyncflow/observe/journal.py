@@ -38,9 +38,7 @@ class MetricsJournal:
         """Remove the lines of all steps after `step`, which were not committed or were rolled back."""
         kept = [line for line in whole_lines(self._path) if msgspec.json.decode(line)["step"] <= step]
         self._file.close()
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        part.write_bytes(b"".join(line + b"\n" for line in kept))
-        part.replace(self._path)
+        replace_file(self._path, b"".join(line + b"\n" for line in kept))
         self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
@@ -66,6 +64,13 @@ def whole_lines(path: Path) -> list[bytes]:
         return []
     data = path.read_bytes()
     return data[: _whole_bytes(data)].splitlines()
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file atomically, so that a reader always finds a complete one; returns its path."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    return part.replace(path)
 
 
 def _drop_torn_end(path: Path) -> None:

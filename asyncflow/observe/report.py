@@ -6,7 +6,6 @@ policy forbids it) and no script.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, line_chart, number, smoothed
-from asyncflow.observe.journal import read_lines
+from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.style import STYLE
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
@@ -44,10 +43,7 @@ def write_report(folder: Path, totals: Totals | None = None) -> Path:
         spans=read_spans(timeline_path) if timeline_path.exists() else [],
         totals=totals if totals is not None else ledger_totals(folder / "ledger.db"),
     )
-    path = folder / "report.html"
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(page, encoding="utf-8")
-    return part.replace(path)
+    return replace_file(folder / "report.html", page.encode())
 
 
 def ledger_totals(path: Path) -> dict[tuple[str, str], int]:
@@ -199,12 +195,12 @@ def parts_of(steps: Sequence[Row]) -> list[str]:
 
 def _figure(title: str, note: str, lines: list[ChartLine], zero: bool = False) -> Markup:
     """A titled chart; empty if no line has a point."""
-    drawn = [line for line in lines if line.points]
-    if not drawn:
+    filled = [line for line in lines if line.points]
+    if not filled:
         return Markup("")
-    keys = [tag("span", tag("i", class_=f"key {line.style}"), line.name) for line in drawn if line.style == "second"]
+    keys = [tag("span", tag("i", class_=f"key {line.style}"), line.name) for line in filled if line.style == "second"]
     caption = tag("figcaption", tag("b", title), tag("small", note, *keys))
-    return tag("figure", caption, line_chart(drawn, zero=zero))
+    return tag("figure", caption, line_chart(filled, zero=zero))
 
 
 def _last_steps(spans: Sequence[Span]) -> list[Markup]:

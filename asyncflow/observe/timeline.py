@@ -7,7 +7,6 @@ the union of its spans, and its track has one lane per overlap.
 from __future__ import annotations
 
 import heapq
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from asyncflow.observe.journal import whole_lines
+from asyncflow.observe.journal import replace_file, whole_lines
 from protocols.control.notices import Span
 
 Interval = tuple[float, float]
@@ -50,9 +49,7 @@ class Timeline:
 
     def write(self, path: Path) -> Path:
         """Write timeline.json: open it at ui.perfetto.dev, or give it to `read_spans`."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(msgspec.json.encode(trace_of(self.spans)))
-        return part.replace(path)
+        return replace_file(path, msgspec.json.encode(trace_of(self.spans)))
 
     def close(self) -> None:
         """Close the journal."""
@@ -60,9 +57,7 @@ class Timeline:
 
     def _rewritten(self) -> BinaryIO:
         """Rewrite the journal with exactly the kept spans; returns it open for appending."""
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        part.write_bytes(_encode(self.spans))
-        part.replace(self._path)
+        replace_file(self._path, _encode(self.spans))
         self._lines = len(self.spans)
         return self._path.open("ab")
 

@@ -31,7 +31,7 @@ from protocols.control.notices import Span
 
 LEAST_STEPS = 3  # after the warm-up, enough for a median
 TURN_TOKENS = 16  # of an engine that starts new rows while others run
-WORTH = 0.03  # minimum gain of a move that is advised, as a share of the step
+MIN_GAIN = 0.03  # of a move that is advised, as a share of the step
 STEADY_STEPS = 6
 
 
@@ -81,7 +81,7 @@ def advise(folder: Path, recipe: Recipe) -> Advice:
         busy=_busy(spans, scenario),
         pool_idle=_idle(spans, scenario),
         batch_wait=statistics.median(row.get("wait.batch_seconds", 0.0) for row in counted) / step_s,
-        moves=sorted((move for move in moves if move.gain >= WORTH), key=lambda move: move.step_s),
+        moves=sorted((move for move in moves if move.gain >= MIN_GAIN), key=lambda move: move.step_s),
     )
 
 
@@ -95,7 +95,7 @@ def format_advice(advice: Advice) -> str:
     lines += [f"  pool {pool:<12} idle {share:4.0%}" for pool, share in advice.pool_idle.items()]
     lines.append(f"  training waited for a batch {advice.batch_wait:.0%} of the time")
     if not advice.moves:
-        lines.append(f"no other placement of these services is predicted to save {WORTH:.0%} of a step")
+        lines.append(f"no other placement of these services is predicted to save {MIN_GAIN:.0%} of a step")
     for move in advice.moves[:3]:
         lines.append(f"{move.what}: {move.step_s:.3g} s a step predicted, {move.gain:.0%} less")
     return "\n".join(lines)

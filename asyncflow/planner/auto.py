@@ -58,7 +58,7 @@ def place(
     kinds = device_kinds(recipe, calibration)
     devices_text = " + ".join(str(kind.cluster) for kind in kinds)
     try:
-        models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
+        models = work_of(dataflow, shapes_of(recipe))
         feasible = list(candidates(recipe, dataflow, models, kinds, prompt))
     except ValueError as error:
         raise BadInput(f"placement = 'auto': {error}") from None

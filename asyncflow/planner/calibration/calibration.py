@@ -38,6 +38,10 @@ class LinearFit(msgspec.Struct, frozen=True):
     fixed_s: float
     slope_s: float
 
+    def at(self, amount: float) -> float:
+        """Seconds for an amount."""
+        return self.fixed_s + self.slope_s * amount
+
 
 def fit(amounts: Sequence[float], seconds: Sequence[float]) -> LinearFit:
     """Least squares of the relative errors, with both coefficients >= 0.
@@ -81,18 +85,13 @@ class ModelTimings(msgspec.Struct, frozen=True, kw_only=True):
     publish_s: float
 
 
-def fit_decode(steps: Sequence[tuple[float, float]]) -> LinearFit:
-    """Fit points of (mean number of running sequences, seconds of a decoding step)."""
-    return fit([running for running, _ in steps], [seconds for _, seconds in steps])
-
-
 def efficiency_of(timings: ModelTimings) -> Efficiency:
     """The efficiency with which the cost model reproduces the measured times."""
     shape, steps = timings.shape, timings.steps
     token_flops = shape.forward_flops(timings.sample_tokens / 2)
     forward = fit([t.tokens for t in timings.forward], [t.seconds for t in timings.forward])
     # Before several optimizer steps the policy makes an extra forward pass over the batch.
-    again = [forward.fixed_s + forward.slope_s * t.tokens if steps > 1 else 0.0 for t in timings.update]
+    again = [forward.at(t.tokens) if steps > 1 else 0.0 for t in timings.update]
     once = [max(t.seconds - a, t.seconds / 2) / steps for t, a in zip(timings.update, again, strict=True)]
     update = fit([t.tokens / steps for t in timings.update], once)
     state_s = shape.parameters * STATE_BYTES / timings.bandwidth

@@ -16,7 +16,7 @@ NOTHING = LinearFit(0.0, 0.0)
 
 
 class MeasuredSpeed(msgspec.Struct, frozen=True):
-    """The speed of a service from its measured calls. Implements `Speed`."""
+    """The speed of a service from its measured calls; without any, a call takes no time. Implements `Speed`."""
 
     forward: LinearFit = NOTHING  # over rows
     update: LinearFit = NOTHING  # over rows
@@ -27,10 +27,10 @@ class MeasuredSpeed(msgspec.Struct, frozen=True):
     publish_s: float = 0.0
 
     def forward_s(self, lengths: Sequence[int]) -> float:
-        return self.forward.fixed_s + self.forward.slope_s * len(lengths)
+        return self.forward.at(len(lengths))
 
     def update_s(self, lengths: Sequence[int]) -> float:
-        return self.update.fixed_s + self.update.slope_s * len(lengths)
+        return self.update.at(len(lengths))
 
     def prefill_s(self, prompts: Sequence[int]) -> float:
         """0: the measured decoding steps include it."""

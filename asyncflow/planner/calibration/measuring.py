@@ -24,7 +24,7 @@ import msgspec
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.dataflow.graph import ADVANTAGE, Dataflow
 from asyncflow.planner.calibration import machine
-from asyncflow.planner.calibration.calibration import Calibration, ModelTimings, efficiency_of, fit_decode
+from asyncflow.planner.calibration.calibration import Calibration, ModelTimings, efficiency_of, fit
 from asyncflow.planner.calibration.contention import in_processes, in_threads
 from asyncflow.planner.calibration.machine import CalibrationSizes, median_s
 from asyncflow.planner.calibration.worker_harness import WorkerHarness, message_of
@@ -64,7 +64,7 @@ def _measure(
             bandwidth=bandwidth,
             forward=own.forward,
             update=own.update,
-            decode=fit_decode([(one.tokens / one.steps, one.seconds / one.steps) for one in generations]),
+            decode=fit([g.tokens / g.steps for g in generations], [g.seconds / g.steps for g in generations]),
             publish_s=_publish_s(harness),
         )
         efficiency = efficiency_of(timings)

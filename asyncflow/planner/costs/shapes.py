@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from workers.parallel.plan import Decoder
+from workers.parallel.plan import has_plan
 
 WEIGHT_BYTES = 2  # bfloat16
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -54,7 +54,7 @@ class Shape(msgspec.Struct, frozen=True):
             vocabulary=vocabulary,
             head_size=int(config.get("head_dim") or 0),
             tied=bool(config.get("tie_word_embeddings", False)),
-            shardable=_has_plan(config),
+            shardable=has_plan(config),
         )
 
     def scoring(self) -> Shape:
@@ -103,14 +103,6 @@ class Shape(msgspec.Struct, frozen=True):
     def kv_bytes(self, pp: int, tp: int) -> float:
         """Bytes of one token's keys and values on one of pp x tp ranks; heads are repeated if tp exceeds them."""
         return 2 * WEIGHT_BYTES * self.layers / pp * -(-self.kv_heads // tp) * self.head_dimension
-
-
-def _has_plan(config: Mapping[str, Any]) -> bool:
-    try:
-        Decoder.of(config)
-    except ValueError:
-        return False
-    return True
 
 
 LLAMA = {

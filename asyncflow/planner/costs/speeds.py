@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import msgspec
-
 from asyncflow.planner.costs import costs, memory
 from asyncflow.planner.costs.devices import Device
 from asyncflow.planner.costs.layouts import Layout
@@ -52,29 +50,6 @@ class Speed(Protocol):
     def decode_s(self, running: float, context: float) -> float:
         """One token for each of `running` sequences of one engine with a mean context of `context` tokens."""
         ...
-
-
-class FixedSpeed(msgspec.Struct, frozen=True):
-    """A service without a model: rules, advantages. Implements `Speed`."""
-
-    call_s: float = 0.0
-    row_s: float = 0.0
-    engines: int = 1
-    slots: int = 1
-    switch_s: float = 0.0
-    publish_s: float = 0.0
-
-    def forward_s(self, lengths: Sequence[int]) -> float:
-        return self.call_s + self.row_s * len(lengths)
-
-    def update_s(self, lengths: Sequence[int]) -> float:
-        return self.forward_s(lengths)
-
-    def prefill_s(self, prompts: Sequence[int]) -> float:
-        return self.forward_s(prompts)
-
-    def decode_s(self, running: float, context: float) -> float:
-        return self.row_s * running
 
 
 class ModelSpeed:

@@ -10,11 +10,12 @@ import msgspec
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.control.settings import Pace
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.planner.calibration.calibration import Calibration
+from asyncflow.planner.calibration.calibration import Calibration, LinearFit
+from asyncflow.planner.calibration.measured_speeds import MeasuredSpeed
 from asyncflow.planner.costs.devices import GB, Cluster, Device
 from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.shapes import Shape
-from asyncflow.planner.costs.speeds import FixedSpeed, ModelSpeed, Speed
+from asyncflow.planner.costs.speeds import ModelSpeed, Speed
 from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, with_separate_generator, work_of
 from asyncflow.planner.search.plan import PlacedModel, Placement
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
@@ -61,20 +62,15 @@ def workload_of(recipe: Recipe, prompt: Lengths, calibration: Calibration) -> Wo
     )
 
 
-def models_of(recipe: Recipe, dataflow: Dataflow) -> list[ModelWork]:
-    """The models of a recipe and their calls, with a separate generator if the recipe places one."""
-    models = work_of(dataflow, {r: s for r, s in shapes_of(recipe).items() if r in dataflow.services})
-    return with_separate_generator(models) if GENERATOR in recipe.placement else models
-
-
 def of_recipe(
     recipe: Recipe, dataflow: Dataflow, prompt: Lengths, calibration: Calibration, devices: Mapping[str, Device] = {}
 ) -> Scenario:
     """A recipe in its own placement on calibrated devices; `devices` describes other kinds, by the pool's device."""
     device, workload = calibration.device, workload_of(recipe, prompt, calibration)
     pools = {s: p for s, p in pools_of(recipe, dataflow).items() if s in {*dataflow.services, GENERATOR}}
-    speeds: dict[str, Speed] = {s: FixedSpeed(row_s=calibration.row_s.get(s, 0.0)) for s in pools}
-    for model in models_of(recipe, dataflow):
+    speeds: dict[str, Speed] = {s: MeasuredSpeed(LinearFit(0.0, calibration.row_s.get(s, 0.0))) for s in pools}
+    models = work_of(dataflow, shapes_of(recipe))
+    for model in with_separate_generator(models) if GENERATOR in recipe.placement else models:
         grouping = layout_of(recipe, model.role) if model.generates else None
         sizes = (grouping.pp, grouping.tp) if grouping else (0, 0)
         recompute = model.role in recipe.placement and recipe.placement[model.role].recompute
@@ -108,7 +104,7 @@ def of_placement(
     """A placement from the search. A stage takes all available rows at once: each firing fills the pipeline once."""
     placed = {model.role: (pool, model) for pool in placement.pools for model in pool.models}
     works = {model.role: model for model in (with_separate_generator(models) if GENERATOR in placed else models)}
-    speeds: dict[str, Speed] = {service: FixedSpeed() for service in dataflow.services}
+    speeds: dict[str, Speed] = {service: MeasuredSpeed() for service in dataflow.services}
     for role, (_, model) in placed.items():
         cache = model.cache_gb * GB
         speeds[role] = ModelSpeed(works[role], layout_of_placed(model), cluster.device, workload, cache)
