@@ -15,12 +15,14 @@ from asyncflow.planner.costs.layouts import Layout
 from asyncflow.planner.costs.workload import Lengths, ModelWork
 from asyncflow.planner.search.heterogeneous import KindPlacements, heterogeneous_placements
 from asyncflow.planner.search.mapper import placements
+from asyncflow.planner.search.plan import PlacedModel
 from asyncflow.planner.simulation.scenarios import workload_of
 from asyncflow.recipe.config import BadInput, Placed, Pool, Recipe
 from asyncflow.recipe.model_checks import check_placement
 from asyncflow.recipe.service_specs import GENERATOR
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
+from protocols.layout.topology import Backend, Topology
 
 KEEP_PLACEMENTS = 8  # placements from the search that are simulated, for each way to generate
 
@@ -112,11 +114,17 @@ def _from_search(recipe: Recipe, shared: KindPlacements, kinds: Sequence[DeviceK
                     "",
                     parallel=m.parallel,
                     generation=m.generation if m.role == "policy" else "",
+                    backend=_backend(m),
                     recompute=m.recompute,
                 )
                 for m in pool.models
             }
     return _with_pools(recipe, groups, pools)
+
+
+def _backend(model: PlacedModel) -> Backend:
+    """The backend that the memory model assumes: replicas that train divide the optimizer state, and nothing else."""
+    return "zero1" if Topology.parse(model.parallel).dp > 1 and ROLE_SPECS[model.role].trains else "3d"
 
 
 def _with_pools(recipe: Recipe, groups: Mapping[str, Mapping[str, Placed]], pools: dict[str, Pool]) -> Recipe:
@@ -133,8 +141,10 @@ def runs(recipe: Recipe, model: ModelWork, layout: Layout) -> bool:
     topology = layout.topology
     if layout.gen_pp > 1 and recipe.generation.engine == "vllm":
         return False
-    if model.receives_from or recipe.models[model.role].lora.rank:
+    if model.receives_from:
         return topology.world_size == 1
+    if recipe.models[model.role].lora.rank and (topology.replica_size > 1 or (topology.dp > 1 and model.hybrid)):
+        return False
     return recipe.runtime != "local" or topology.world_size == 1 or (
         topology.replica_size == 1 and ROLE_SPECS[model.role].replicable
     )  # fmt: skip

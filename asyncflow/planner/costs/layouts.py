@@ -73,14 +73,15 @@ class LayoutChoice(NamedTuple):
 NOTHING = LayoutChoice(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
 
-def topologies(shape: Shape, devices: int, tensor_limit: int, trains: bool = False) -> Iterator[Topology]:
+def topologies(shape: Shape, devices: int, tensor_limit: int, hybrid: bool = False) -> Iterator[Topology]:
     """Every p-t-d of exactly `devices` ranks that a model can be built on, with tensor shards inside one node.
 
-    A family without a sharding plan is replicated whole, and trains on one device.
+    A family without a sharding plan is whole on each rank. `hybrid`: the ranks that train the model also generate with
+    it; without a plan that takes one device.
     """
     for tp in divisors(devices):
         for pp in divisors(devices // tp):
-            whole = pp == tp == 1 and (shape.shardable or not trains or devices == 1)
+            whole = pp == tp == 1 and (shape.shardable or not hybrid or devices == 1)
             if whole or (tp <= tensor_limit and shape.shardable and not indivisible(shape, pp, tp)):
                 yield Topology(pp, tp, devices // (pp * tp))
 

@@ -157,7 +157,7 @@ class SetCosts:
         """Layouts of one model that fit alone, fastest first; for a generating model with an unlimited KV cache."""
         model = self.models[index]
         found = []
-        for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node, model.trains):
+        for topology in topologies(model.shape, devices, self.cluster.device.devices_per_node, model.hybrid):
             for recompute in (False, True) if model.trains else (False,):
                 base = self._base(model, topology, recompute)
                 if base.peak <= self.cluster.device.usable_bytes:
@@ -219,7 +219,7 @@ class SetCosts:
         fits = [
             (needs.resident + needs.transient, str(topology), needs)
             for devices in range(1, self.cluster.count + 1)
-            for topology in topologies(model.shape, devices, device.devices_per_node, model.trains)
+            for topology in topologies(model.shape, devices, device.devices_per_node, model.hybrid)
             for needs in (memory.footprint(model, topology, self.workload, recompute=model.trains),)
         ]
         size, topology, needs = min(fits, key=lambda fit: fit[0])

@@ -121,6 +121,11 @@ class ModelWork(msgspec.Struct, frozen=True):
     rereads: bool = False  # an extra forward pass over the batch before several optimizer steps
 
     @property
+    def hybrid(self) -> bool:
+        """Whether its ranks both train and generate."""
+        return self.trains and self.generates > 0
+
+    @property
     def label(self) -> str:
         return f"{self.role} ({self.shape.name})"
 
@@ -145,7 +150,7 @@ def with_separate_generator(models: Sequence[ModelWork]) -> list[ModelWork]:
     """The same work with generation moved to a separate model, which loads the policy's weights."""
     split = []
     for model in models:
-        if model.generates and model.trains:
+        if model.hybrid:
             split.append(ModelWork("generator", model.shape, generates=model.generates, receives_from=model.role))
             model = msgspec.structs.replace(model, generates=0)  # noqa: PLW2901
         split.append(model)

@@ -11,8 +11,11 @@ import pytest
 
 from asyncflow.planner.auto import PlacementChoice, bound_s, place
 from asyncflow.planner.calibration.calibration import Calibration
+from asyncflow.planner.candidates import runs
 from asyncflow.planner.costs.devices import CATALOGUE
-from asyncflow.planner.costs.workload import Lengths
+from asyncflow.planner.costs.layouts import Layout
+from asyncflow.planner.costs.shapes import LLAMA
+from asyncflow.planner.costs.workload import Lengths, ModelWork
 from asyncflow.planner.plan_file import text_of, with_saved_plan
 from asyncflow.planner.simulation.scenarios import of_recipe
 from asyncflow.planner.simulation.simulator import simulate
@@ -138,19 +141,20 @@ def test_on_accelerators_the_mapper_proposes_and_the_checks_dispose(asynchronous
     assert generator is None or generator.parallel == "1-1-1"
 
 
-def test_a_policy_with_adapters_stays_on_one_rank(asynchronous: Recipe):
-    """The search would train whole weights on several devices; adapters train on one."""
+def test_a_policy_with_adapters_trains_on_replicas_beside_a_generator_or_on_one_rank(asynchronous: Recipe):
+    """Adapters train on ranks that hold the whole model, and generate there on one rank only."""
     models, pools = asynchronous.models, {"main": Pool(8, "A100-80G")}
-    recipe = msgspec.structs.replace(asynchronous, runtime="ray", pools=pools)
+    whole = msgspec.structs.replace(asynchronous, runtime="ray", pools=pools)
     adapted = models | {"policy": msgspec.structs.replace(models["policy"], lora=Lora(rank=4))}
-    ranks = [
-        Topology.parse(choice.chosen.recipe.placement["policy"].parallel).world_size
-        for choice in (
-            chosen(msgspec.structs.replace(recipe, models=given), Calibration(CATALOGUE["A100-80G"]))
-            for given in (models, adapted)
-        )
-    ]
-    assert ranks[0] > ranks[1] == 1
+    recipe = msgspec.structs.replace(whole, models=adapted)
+    trained = ModelWork("policy", LLAMA["7B"], trains=True)
+    hybrid = msgspec.structs.replace(trained, generates=1)
+    replicas, cut = Layout(Topology(1, 1, 4)), Layout(Topology(1, 2, 2))
+    assert runs(recipe, trained, replicas) and runs(recipe, hybrid, Layout(Topology()))
+    assert not (runs(recipe, hybrid, replicas) or runs(recipe, trained, cut) or runs(recipe, hybrid, cut))
+    assert runs(whole, hybrid, replicas) and runs(whole, hybrid, cut)
+    placed = chosen(recipe, Calibration(CATALOGUE["A100-80G"])).chosen.recipe
+    prepare(placed)  # passes the checks of a run
 
 
 def test_adapters_that_vllm_generates_with_get_a_generator_of_their_own(table: dict[str, Any]):
@@ -161,6 +165,15 @@ def test_adapters_that_vllm_generates_with_get_a_generator_of_their_own(table: d
     assert placed["generator"].pool != placed["policy"].pool
     with pytest.raises(BadInput, match="this version runs no placement"):
         prepare(to_recipe(table | changes | {"pools": {"main": {"devices": 1}}}))
+
+
+def test_replicas_that_train_divide_their_optimizer_state_as_the_memory_model_assumes(asynchronous: Recipe):
+    recipe = msgspec.structs.replace(asynchronous, runtime="ray", pools={"main": Pool(8, "A100-80G")})
+    placement = chosen(recipe, Calibration(CATALOGUE["A100-80G"])).chosen.recipe.placement
+    replicated = {role: Topology.parse(placed.parallel).dp > 1 for role, placed in placement.items()}
+    assert replicated["policy"] or replicated["critic"]
+    for role, placed in placement.items():
+        assert (placed.backend == "zero1") == (replicated[role] and role in ("policy", "critic"))
 
 
 def test_a_resolved_recipe_reads_back(make_recipe: MakeRecipe, tmp_path: Path):

@@ -13,8 +13,9 @@ from asyncflow.planner.costs.devices import CATALOGUE, Cluster
 from asyncflow.planner.costs.layouts import Layout, topologies
 from asyncflow.planner.costs.set_costs import SetCosts
 from asyncflow.planner.costs.shapes import Shape
-from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo
-from asyncflow.planner.search.plan import PlacedModel, make_plan
+from asyncflow.planner.costs.workload import Lengths, ModelWork, Workload, ppo, with_separate_generator
+from asyncflow.planner.search.plan import make_plan
+from asyncflow.planner.simulation.scenarios import layout_of_placed
 from protocols.layout.topology import GenerationGrouping, Topology
 from workers.parallel.decoder import DecoderShard
 from workers.parallel.groups import RankGroup
@@ -55,11 +56,6 @@ def build(config: PretrainedConfig, role: str, layout: Layout) -> None:
         transition(plan, GenerationGrouping(topology, layout.gen_pp, layout.gen_tp), 0, 1 << 40)
 
 
-def layout_of(model: PlacedModel) -> Layout:
-    pp, tp = map(int, model.generation.split("-")) if model.generation else (0, 0)
-    return Layout(Topology.parse(model.parallel), model.recompute, pp, tp)
-
-
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_sample_of_what_is_proposed_is_built(sizes: dict[str, Any]):
     config, dice = config_of(sizes), random.Random(str(sizes))
@@ -68,7 +64,7 @@ def test_a_sample_of_what_is_proposed_is_built(sizes: dict[str, Any]):
         plan = make_plan(models, Cluster(SMALL, devices), WORK)
         for placement in filter(None, (plan.chosen, plan.runner_up)):
             for model in (model for pool in placement.pools for model in pool.models):
-                build(config, model.role, layout_of(model))
+                build(config, model.role, layout_of_placed(model))
     found = SetCosts(models, Cluster(SMALL, 24), WORK)
     layouts = {
         (models[index].role, layout)
@@ -98,17 +94,20 @@ def test_every_topology_that_a_plan_allows_is_considered(sizes: dict[str, Any]):
         assert set(topologies(shape, devices, tensor_limit=8)) == possible
 
 
-def test_a_family_without_a_sharding_plan_is_replicated_whole_and_trains_on_one_device():
+def test_a_family_without_a_sharding_plan_is_whole_on_each_rank_and_generates_where_it_trains_on_one_device():
     config = {
         "model_type": "mistral", "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
         "num_attention_heads": 8, "vocab_size": 32_000,
     }  # fmt: skip
     shape = Shape.from_config("mistral", config)
     assert list(topologies(shape, 4, 8)) == [Topology(1, 1, 4)]
-    assert list(topologies(shape, 4, 8, trains=True)) == []
-    assert list(topologies(shape, 1, 8, trains=True)) == [Topology()]
+    assert list(topologies(shape, 4, 8, hybrid=True)) == []
+    assert list(topologies(shape, 1, 8, hybrid=True)) == [Topology()]
     with pytest.raises(ValueError, match="model_type 'mistral' has no sharding plan"):
         Decoder.of(config)
-    trained = ModelWork("policy", shape, generates=1, trains=True)
-    pools = make_plan([trained], Cluster(CATALOGUE["A100-80G"], 4), WORK).chosen.pools
-    assert {m.parallel for pool in pools for m in pool.models if m.role == "policy"} == {"1-1-1"}
+    trained = [ModelWork("policy", shape, generates=1, trains=True)]
+    found = SetCosts(trained, Cluster(CATALOGUE["A100-80G"], 4), WORK)
+    assert {layout.topology for choice in found.chosen[1] if choice for _, layout in choice.layouts} == {Topology()}
+    found = SetCosts(with_separate_generator(trained), Cluster(CATALOGUE["A100-80G"], 4), WORK)
+    best = found.chosen[2][4]
+    assert best is not None and best.layouts[0][1].topology == Topology(1, 1, 4), "it trains on replicas"
