@@ -52,7 +52,7 @@ class ChannelBenchSizes(msgspec.Struct, frozen=True):
 QUICK = ChannelBenchSizes(rounds=1, rows=32, tokens=64, large_tokens=(65_536,), scale_rows=20_000)
 
 
-class Peer(NamedTuple):
+class PaddedBatch(NamedTuple):
     """A padded batch that the channels are compared with, and its name in rows and in lines."""
 
     row: str
@@ -125,13 +125,13 @@ async def _batch(endpoint: Endpoint, store: Store, sizes: ChannelBenchSizes) -> 
     rival = PaddedRival(RANKS)
     wide_mb, narrow_mb = (f"padded, {nbytes(batch) / 1e6:.1f} MB" for batch in (wide, narrow))
     peers = [
-        Peer("batch", f"{wide_mb} to every rank", lambda: rival.send_whole(wide)),
-        Peer(
+        PaddedBatch("batch", f"{wide_mb} to every rank", lambda: rival.send_whole(wide)),
+        PaddedBatch(
             "batch over chunks cut by the caller",
             "the same, cut by the caller into a chunk a rank",
             lambda: rival.send_chunks(wide),
         ),
-        Peer(
+        PaddedBatch(
             "batch over all to every rank in our types",
             f"{narrow_mb} in our types to every rank",
             lambda: rival.send_whole(narrow),
