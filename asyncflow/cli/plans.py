@@ -69,7 +69,7 @@ def save_plan(recipe: Recipe, device: str, path: Path) -> list[str]:
     with _bad_input():
         calibration = read_calibration(device) if device else None
     choice = auto.place(unplaced, checked.dataflow, prompt_lengths(checked.train), calibration)
-    plan_file.save(choice, path)
+    path.write_text(plan_file.text_of(choice))
     lines = [f"{choice.devices}: {choice.chosen.name}", _format_simulated(choice.chosen.simulated)]
     if choice.runner_up:
         other = choice.runner_up

@@ -71,13 +71,14 @@ def report_page(
         tag("title", f"{name}: run report"),
         tag("style", Markup(STYLE)),
     ]
+    no_timeline = _absent("The run left no timeline.json.")
     main = [
         tag("h1", name),
         tag("p", _subtitle(recipe, steps), class_="muted"),
         _tiles(steps, evaluations, totals),
         _section("Learning", *_learning(steps, evaluations)),
-        _section("The last steps", *_last_steps(spans)),
-        _section("Idle time", *_idle(spans)),
+        _section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),
+        _section("Idle time", *(_idle(spans) if spans else [no_timeline])),
         _section("Samples", *_samples(totals)),
         _section("Details", *_details(recipe, steps)),
     ]
@@ -204,8 +205,6 @@ def _figure(title: str, note: str, lines: list[ChartLine], zero: bool = False) -
 
 
 def _last_steps(spans: Sequence[Span]) -> list[Markup]:
-    if not spans:
-        return [_absent("The run left no timeline.json.")]
     start, end = gantt_window(spans)
     legend = [tag("span", tag("i", class_=f"key {kind}"), label) for kind, label in KIND_NAMES.items()]
     note = (
@@ -229,8 +228,6 @@ def gantt_window(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def _idle(spans: Sequence[Span]) -> list[Markup]:
-    if not spans:
-        return [_absent("The run left no timeline.json.")]
     start, end = min(span.start for span in spans), max(span.end for span in spans)
     use = idle_ratios(spans, start, max(end, start + 1e-6))
     return [

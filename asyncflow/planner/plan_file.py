@@ -25,11 +25,6 @@ class SavedPlan(Settings, frozen=True):
     chosen_on: str = ""
 
 
-def save(choice: PlacementChoice, path: Path) -> None:
-    """Write a choice as a plan file."""
-    path.write_text(text_of(choice))
-
-
 def text_of(choice: PlacementChoice) -> str:
     """A choice as the TOML text of a plan file."""
     recipe = choice.chosen.recipe
