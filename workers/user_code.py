@@ -10,15 +10,16 @@ Modules that the file itself imports are not reloaded.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import linecache
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from protocols.control.requests import CodeSource
 
@@ -35,6 +36,25 @@ def module_of(name: str) -> str:
     """The module in "package.module:function"; "" for a registered name."""
     module, colon, _ = name.partition(":")
     return module if colon else ""
+
+
+def function_named(name: str, registered: Mapping[str, F], what: str) -> F:
+    """A registered function, or the one that "package.module:function" names; `what` it is stands in errors.
+
+    Raises LookupError for an unknown name, a module that fails to import (for whatever reason) and a missing function.
+    """
+    if name in registered:
+        return registered[name]
+    module, colon, attribute = name.partition(":")
+    if not (colon and module and attribute):
+        raise LookupError(f"{what} {name!r} is none of {', '.join(registered)} and no package.module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:
+        raise LookupError(f"{what} {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise LookupError(f"{what} {name!r}: module {module} has no function {attribute!r}")
+    return cast(F, function)
 
 
 def source_of(module: str) -> CodeSource:

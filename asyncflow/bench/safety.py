@@ -24,7 +24,7 @@ from asyncflow.recipe.config import Recipe, load_recipe
 from protocols.data.ids import EVALUATION_EPOCH, prompt_id
 from protocols.roles import Sampling
 from workers.data.datasets import Problem, read_rows
-from workers.roles.cost import ModelCost
+from workers.roles.cost import CostWorker
 from workers.roles.policy import PolicyWorker
 from workers.settings import Loss, Model, Optimizer
 
@@ -92,7 +92,7 @@ def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     generating = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
     sampling = Sampling(max_tokens=recipe.generation.max_tokens, temperature=recipe.generation.temperature)
     answers = generating.generate(prompts, sampling=sampling)
-    scored = ModelCost(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers.batch)
+    scored = CostWorker(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers.batch)
     return [float(cost) for cost in scored.batch.costs]
 
 

@@ -21,11 +21,9 @@ S = TypeVar("S", SftSettings, RewardModelSettings)
 def finetune(path: Path, console: Console) -> None:
     """Run `asyncflow sft`. Raises BadInput."""
     settings = read_settings(path, SftSettings)
-    _check_model(path, settings)
-    _one_thread()
-    from workers.finetune.sft import train_sft
+    with _training(path, settings, console, "sft") as on_step:
+        from workers.finetune.sft import train_sft
 
-    with _progress(console, "sft", settings.schedule.steps) as on_step, _bad_input(path):
         result = train_sft(settings, on_step=on_step)
     console.print(
         f"policy after SFT: {result.output}, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}", soft_wrap=True
@@ -35,29 +33,19 @@ def finetune(path: Path, console: Console) -> None:
 def train_reward(path: Path, console: Console) -> float:
     """Run `asyncflow reward-model`, also for a cost model; returns the held-out pair accuracy. Raises BadInput."""
     settings = read_settings(path, RewardModelSettings)
-    _check_model(path, settings)
-    _one_thread()
-    if settings.kind == "cost":
-        return _train_cost(path, settings, console)
-    from workers.finetune.reward_model import train_reward_model
+    what, signs = f"{settings.kind} model", ""
+    with _training(path, settings, console, what) as on_step:
+        from workers.finetune.cost_model import train_cost_model
+        from workers.finetune.reward_model import train_reward_model
 
-    with _progress(console, "reward model", settings.schedule.steps) as on_step, _bad_input(path):
-        result = train_reward_model(settings, on_step=on_step)
+        if settings.kind == "reward":
+            result = train_reward_model(settings, on_step=on_step)
+        else:
+            result = train_cost_model(settings, on_step=on_step)
+            accuracy = result.heldout_sign_accuracy
+            signs = ", no response is labelled" if accuracy is None else f", sign accuracy {accuracy:.3f}"
     console.print(
-        f"reward model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}", soft_wrap=True
-    )
-    return result.heldout_accuracy
-
-
-def _train_cost(path: Path, settings: RewardModelSettings, console: Console) -> float:
-    from workers.finetune.cost_model import train_cost_model
-
-    with _progress(console, "cost model", settings.schedule.steps) as on_step, _bad_input(path):
-        result = train_cost_model(settings, on_step=on_step)
-    signs = result.heldout_sign_accuracy
-    accuracy = "no response is labelled" if signs is None else f"sign accuracy {signs:.3f}"
-    console.print(
-        f"cost model: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}, {accuracy}", soft_wrap=True
+        f"{what}: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}{signs}", soft_wrap=True
     )
     return result.heldout_accuracy
 
@@ -84,23 +72,15 @@ def _check_model(path: Path, settings: SftSettings | RewardModelSettings) -> Non
         raise BadInput(f"settings {path}: model: {settings.model} has no *.safetensors weights")
 
 
-def _one_thread() -> None:
-    """Small models gain nothing from a second thread, and one thread gives the same bits every time."""
+@contextmanager
+def _training(
+    path: Path, settings: SftSettings | RewardModelSettings, console: Console, what: str
+) -> Iterator[Callable[[int, float], None]]:
+    """Context of a training with a progress bar, which the given function moves. Raises BadInput."""
+    _check_model(path, settings)
     import torch
 
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _bad_input(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, FileExistsError) as error:
-        raise BadInput(f"settings {path}: {error}") from error
-
-
-@contextmanager
-def _progress(console: Console, what: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    torch.set_num_threads(1)  # small models gain nothing from a second one, and one gives the same bits every time
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -108,5 +88,8 @@ def _progress(console: Console, what: str, steps: int) -> Iterator[Callable[[int
         TextColumn("loss {task.fields[loss]:.3f}"),
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(what, total=steps, loss=float("nan"))
-        yield lambda step, loss: progress.update(task, completed=step + 1, loss=loss)
+        task = progress.add_task(what, total=settings.schedule.steps, loss=float("nan"))
+        try:
+            yield lambda step, loss: progress.update(task, completed=step + 1, loss=loss)
+        except (DataError, FileExistsError) as error:
+            raise BadInput(f"settings {path}: {error}") from error

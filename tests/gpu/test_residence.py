@@ -56,7 +56,7 @@ def test_a_role_frees_its_device_and_works_on(kind: str, role: str, tmp_path: Pa
         moved = worker.offloader.offload()
         away = time.perf_counter()
         left = torch.cuda.memory_allocated(device) if kind == "cuda" else 0
-        assert worker.offloader.reload() == moved
+        assert worker.offloader.onload() == moved
         back = time.perf_counter()
         work(worker)
         assert moved == (times * weights if kind == "cuda" else 0)

@@ -19,11 +19,11 @@ from tests.gpu.conftest import Figure
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from workers.advantages.gae import gae
 from workers.parallel.sharding import Sharding
-from workers.roles.cost import ModelCost
+from workers.roles.cost import CostWorker
 from workers.roles.critic import CostCriticWorker, CriticWorker
 from workers.roles.policy import PolicyWorker
 from workers.roles.reference import ReferenceWorker
-from workers.roles.reward import ModelReward
+from workers.roles.reward import RewardWorker
 from workers.settings import Dtype, Generation, Lora, Loss, Model, Optimizer
 
 STEPS = 3
@@ -143,6 +143,6 @@ def computed(role: str, folders: dict[str, str], device: torch.device) -> tuple[
                 rollouts(data)
             ).log_probs.values, {}
         case "reward":
-            return ModelReward(reward, 200, sharding=on).score(rollouts(data)).batch.scores, {}
+            return RewardWorker(reward, 200, sharding=on).score(rollouts(data)).batch.scores, {}
         case _:
-            return ModelCost(reward, 200, sharding=on).score(rollouts(data)).batch.costs, {}
+            return CostWorker(reward, 200, sharding=on).score(rollouts(data)).batch.costs, {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from protocols.weights import BadWeights, Probe, TensorEntry, Version, WeightManifest, pack, verify
 from workers.generation.publication import Part, Publication
 from workers.settings import Model
-from workers.training.lora import merge
+from workers.training.lora import merge, transposed_layers
 from workers.training.models import DTYPES, canonical_tensors, load_causal
 
 # An IEEE number is NaN or infinite if all bits of its exponent are set. numpy has no bfloat16 whose isfinite to call.
@@ -95,9 +95,10 @@ class MergedAdapters:
     def verify(self) -> None:
         """Verify the adapters, and merge them. Raises BadWeights also for adapters that don't fit the base."""
         self._adapters.verify()
-        base = canonical_tensors(load_causal(self._path, self._dtype))
+        base, scaling = load_causal(self._path, self._dtype), self._adapters.manifest.scaling or 0.0
+        adapters = dict(self._adapters.tensors())
         try:
-            self._merged = merge(base, dict(self._adapters.tensors()), self._adapters.manifest.scaling or 0.0)
+            self._merged = merge(canonical_tensors(base), adapters, scaling, transposed_layers(base))
         except ValueError as error:
             raise BadWeights(f"version {self.version}: {error}") from error
         for name, tensor in self._merged.items():

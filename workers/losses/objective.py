@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers.losses import PolicyLoss
 from workers.losses.corrections import Weights, correct
-from workers.losses.regularizers import kl_terms
+from workers.losses.regularizers import kl_loss
 from workers.losses.tokens import Tokens
 from workers.settings import Loss
 
@@ -39,7 +39,7 @@ def policy_objective(policy_loss: PolicyLoss, tokens: Tokens, loss: Loss) -> Obj
             raise ValueError(
                 f"kl_coefficient = {loss.kl_coefficient} needs the reference's log-probs, which are missing"
             )
-        kl = kl_terms(tokens.log_probs, tokens.reference, loss.kl_estimator)
+        kl = kl_loss(tokens.log_probs, tokens.reference, loss.kl_estimator)
         total = total + loss.kl_coefficient * kl
     total = total * correction.values
     if loss.entropy_coefficient:

@@ -9,7 +9,7 @@ from workers.losses.tokens import bounded
 from workers.settings import KlEstimator
 
 
-def kl_terms(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
+def kl_loss(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
     """Per-token estimates of KL(theta || reference), [T], from tokens that theta sampled.
 
     With d = log ref - log pi_theta, clamped to +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (Schulman,

@@ -25,8 +25,9 @@ def merged(model: ParallelModel) -> Iterator[None]:
     kept: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for base, a, b in map(adapter_parameters, adapters.layers):
-                change = model.held_part(base, product(model.weight(a), model.weight(b)))
+            for layer, transposed in adapters.layers.items():
+                base, a, b = adapter_parameters(layer)
+                change = model.held_part(base, product(model.weight(a), model.weight(b), transposed=transposed))
                 kept |= {name: model.parameters[name].detach().clone() for name in (base, b)}
                 weight = model.parameters[base]
                 weight.copy_(merged_weight(weight, change, adapters.scaling))

@@ -5,9 +5,10 @@ The sandbox process imports this module, so it must stay free of heavy imports.
 
 from __future__ import annotations
 
-import importlib
+import os
 from collections.abc import Callable
-from typing import cast
+
+from workers.user_code import function_named
 
 Rule = Callable[[str, str, str], float]
 
@@ -20,8 +21,8 @@ def exact_match(prompt: str, response: str, reference: str) -> float:
 def prefix_match(prompt: str, response: str, reference: str) -> float:
     """Length of the prefix that response and reference share, over the length of the longer text, 0 to 1."""
     given, wanted = response.strip(), reference.strip()
-    right = next((i for i, (a, b) in enumerate(zip(given, wanted)) if a != b), min(len(given), len(wanted)))  # noqa: B905
-    return right / max(len(given), len(wanted), 1)
+    shared = os.path.commonprefix([given, wanted])  # noqa: RUF071 - characters are meant
+    return len(shared) / max(len(given), len(wanted), 1)
 
 
 def excess_characters(prompt: str, response: str, reference: str) -> float:
@@ -40,19 +41,5 @@ RULES: dict[str, Rule] = {
 
 
 def rule_named(name: str) -> Rule:
-    """A registered rule, or the function that "package.module:function" names.
-
-    Raises LookupError for an unknown name, a module that fails to import (for whatever reason) and a missing function.
-    """
-    if name in RULES:
-        return RULES[name]
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute):
-        raise LookupError(f"rule {name!r} is none of {', '.join(RULES)} and no package.module:function")
-    try:
-        function = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:
-        raise LookupError(f"rule {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise LookupError(f"rule {name!r}: module {module} has no function {attribute!r}")
-    return cast(Rule, function)
+    """A registered rule or a user's. Raises LookupError as `function_named` does."""
+    return function_named(name, RULES, "rule")

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from protocols.control.requests import CodeSource
 from protocols.data.messages import Rollouts
 from workers.parallel.backends import frozen_model
-from workers.parallel.sharding import ONE_DEVICE, Sharding
+from workers.parallel.sharding import Sharding
 from workers.rewards.scoring import ScoredRows, scored
 from workers.settings import Model
 from workers.training.models import sequence_scores
-from workers.training.offload import Offloader
 
 
 class ModelScorer:
@@ -20,10 +19,9 @@ class ModelScorer:
     Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
     """
 
-    def __init__(self, model: Model, tokens_per_micro_batch: int, role: str, sharding: Sharding = ONE_DEVICE) -> None:
+    def __init__(self, model: Model, tokens_per_micro_batch: int, role: str, sharding: Sharding) -> None:
         """`role` is the name that failures carry."""
         self.model = frozen_model(model, sharding, head="score")
-        self.offloader = Offloader(self.model.device, self.model.relocate)
         self._budget = tokens_per_micro_batch
         self._role = role
 

@@ -282,7 +282,7 @@ class _OwnEngine(TorchEngine):
         self._offloader = policy.offloader
 
     def step(self) -> list[FinishedRow]:
-        self._offloader.reload()
+        self._offloader.onload()
         return super().step()
 
 

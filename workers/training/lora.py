@@ -7,13 +7,14 @@ so serve every engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from workers.settings import Lora
 
@@ -40,6 +41,7 @@ class Adapters:
             r=settings.rank,
             lora_alpha=settings.scaling * settings.rank,  # type: ignore[arg-type]
             target_modules=_targets(model, settings, path),
+            fan_in_fan_out=bool(transposed_layers(model)),
             base_model_name_or_path=path,
             inference_mode=False,
         )
@@ -52,7 +54,7 @@ class Adapters:
             # In bfloat16, as the base may be, most of an entry's updates would round to nothing.
             layer.lora_A.float()
             layer.lora_B.float()
-        self.layers = [name for name, _ in layers]
+        self.layers = {name: layer.fan_in_fan_out for name, layer in layers}  # name -> whether W is transposed
 
     def export(self, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
         """Write A and B of every layer, by their names in a checkpoint, as a folder that peft loads."""
@@ -77,25 +79,34 @@ def checkpoint_name(name: str) -> str:
     return name.replace(f".{_ADAPTER}.", ".") if is_adapter(name) else name.replace(_BASE, ".")
 
 
-def merge(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+def transposed_layers(model: nn.Module) -> set[str]:
+    """The linear layers whose W is [inputs, outputs]: transformers' Conv1D, which GPT-2 is made of."""
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def merge(
+    base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scaling: float, transposed: Container[str] = ()
+) -> dict[str, Tensor]:
     """base with W + scaling B A in the place of every adapted W; computed in float32, kept in W's dtype.
 
-    Raises ValueError for an adapter whose layer the base does not have, or in another shape.
+    `transposed`: see `transposed_layers`. Raises ValueError for an adapter whose layer the base does not have, or in
+    another shape.
     """
     merged = dict(base)
     for name in (name.removesuffix(A) for name in adapters if name.endswith(A)):
         a, b = adapters[name + A], adapters[name + B]
-        weight = merged.get(f"{name}.weight")
-        if weight is None or weight.shape != (b.shape[0], a.shape[1]):
+        weight, change = merged.get(f"{name}.weight"), product(a, b, transposed=name in transposed)
+        if weight is None or weight.shape != change.shape:
             has = "no such layer" if weight is None else f"one of {list(weight.shape)}"
             raise ValueError(f"adapter of {name}, {list(b.shape)} x {list(a.shape)}: the base has {has}")
-        merged[f"{name}.weight"] = merged_weight(weight, product(a, b), scaling)
+        merged[f"{name}.weight"] = merged_weight(weight, change, scaling)
     return merged
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """B A in float32, [outputs, inputs]."""
-    return b.float() @ a.float()
+def product(a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
+    """B A in float32, in the layout of its layer's W: [outputs, inputs], or transposed."""
+    change = b.float() @ a.float()
+    return change.T if transposed else change
 
 
 def merged_weight(weight: Tensor, product: Tensor, scaling: float) -> Tensor:
@@ -106,7 +117,7 @@ def merged_weight(weight: Tensor, product: Tensor, scaling: float) -> Tensor:
 def _targets(model: PreTrainedModel, settings: Lora, path: str) -> list[str]:
     """The last names of the layers to adapt; without any, all linear ones but the output head."""
     head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     known = sorted({name.rpartition(".")[2] for name in linear})
     if not known:
         raise ValueError(f"lora: {path} has no linear layer to adapt")

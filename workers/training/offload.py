@@ -1,4 +1,4 @@
-"""Offloading: a model's tensors move to host memory while others use its device, and are reloaded before it computes.
+"""Offloading: a model's tensors move to host memory while others use its device, and return before it computes.
 
 Each tensor keeps its identity and changes only its storage, so modules and optimizer do not notice. On a CPU nothing
 moves, because the device's memory is the host's.
@@ -44,7 +44,7 @@ class Offloader:
         self._away = True
         return moved
 
-    def reload(self) -> int:
+    def onload(self) -> int:
         """Move all to the device; returns the bytes that moved, 0 where it is there already."""
         if not self._away:
             return 0

@@ -35,7 +35,7 @@ class LoadedWorker(msgspec.Struct):
     def reload(self) -> None:
         """Have the model on its device, for work."""
         if self.offloader is not None:
-            self.offloader.reload()
+            self.offloader.onload()
 
     def offload(self) -> Done:
         """Free the device's memory, where the model can leave it."""

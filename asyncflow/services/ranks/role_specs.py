@@ -81,23 +81,12 @@ def _reference(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -
     return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation, sharding=sharding))
 
 
-def _reward(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
-    from workers.roles.reward import MixedReward, ModelReward, RuleReward
+def _scorer(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
+    from workers.roles.cost import CostWorker
+    from workers.roles.reward import RewardWorker
 
-    model, tokenizer, budget = settings.model, settings.tokenizer_path, settings.loss.tokens_per_micro_batch
-    if model.mix:
-        return LoadedWorker(MixedReward(model, tokenizer, budget, settings.failures, sharding=sharding))
-    if model.rule:
-        return LoadedWorker(RuleReward(model, tokenizer, settings.failures))
-    return LoadedWorker(ModelReward(model, budget, sharding=sharding))
-
-
-def _cost(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
-    from workers.roles.cost import ModelCost, RuleCost
-
-    if settings.model.rule:
-        return LoadedWorker(RuleCost(settings.model, settings.tokenizer_path, settings.failures))
-    return LoadedWorker(ModelCost(settings.model, settings.loss.tokens_per_micro_batch, sharding=sharding))
+    kind, budget = CostWorker if settings.role == "cost" else RewardWorker, settings.loss.tokens_per_micro_batch
+    return LoadedWorker(kind(settings.model, budget, settings.tokenizer_path, settings.failures, sharding=sharding))
 
 
 def _advantage(spec: ServiceSpec, settings: AdvantageSettings, sharding: Sharding) -> LoadedWorker:
@@ -142,7 +131,7 @@ ROLE_SPECS: dict[str, RoleSpec] = {
     "critic": RoleSpec(_critic, ROLES["critic"], "value", trains=True),
     "cost_critic": RoleSpec(_critic, ROLES["cost_critic"], "value", trains=True),
     "reference": RoleSpec(_reference, ROLES["reference"]),
-    "reward": RoleSpec(_reward, ROLES["reward"], "score"),
-    "cost": RoleSpec(_cost, ROLES["cost"], "score"),
+    "reward": RoleSpec(_scorer, ROLES["reward"], "score"),
+    "cost": RoleSpec(_scorer, ROLES["cost"], "score"),
     "advantage": RoleSpec(_advantage),
 }

@@ -200,7 +200,7 @@ def test_a_loss_is_found_by_name_or_by_module_and_function():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pppo", r"'pppo': one of ppo, gspo, cispo, reinforce, or package\.module:function"),
+        ("pppo", r"'pppo' is none of ppo, gspo, cispo, reinforce and no package\.module:function"),
         ("nowhere.at_all:f", "importing nowhere.at_all raised ModuleNotFoundError"),
         ("workers.losses.policy:pppo", "module workers.losses.policy has no function 'pppo'"),
     ],

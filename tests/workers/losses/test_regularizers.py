@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.advantages import kl
-from workers.losses.regularizers import kl_terms, token_entropies
+from workers.losses.regularizers import kl_loss, token_entropies
 from workers.settings import KlEstimator
 
 ESTIMATORS: list[KlEstimator] = ["k1", "k2", "k3"]
@@ -29,7 +29,7 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 @given(st.lists(st.tuples(st.floats(-15, 0), st.floats(-15, 0)), min_size=1), st.sampled_from(ESTIMATORS))
 def test_the_loss_and_the_reward_estimate_by_the_same_formula(pairs: list[tuple[float, float]], name: KlEstimator):
     policy, reference = (np.array(column) for column in zip(*pairs, strict=True))
-    got = kl_terms(torch.from_numpy(policy), torch.from_numpy(reference), name)
+    got = kl_loss(torch.from_numpy(policy), torch.from_numpy(reference), name)
     np.testing.assert_allclose(got, kl.kl_terms(policy, reference, name), rtol=1e-12, atol=1e-12)
 
 
@@ -37,7 +37,7 @@ def test_the_loss_and_the_reward_estimate_by_the_same_formula(pairs: list[tuple[
 def test_k1_and_k3_have_the_divergence_as_their_mean(name: KlEstimator):
     logits, reference = distributions()
     log_p = torch.log_softmax(logits.detach(), -1)
-    mean = (log_p.exp() * kl_terms(log_p, reference, name)).sum()
+    mean = (log_p.exp() * kl_loss(log_p, reference, name)).sum()
     assert mean.item() == pytest.approx(divergence(log_p, reference).item(), abs=1e-12)
 
 
@@ -46,7 +46,7 @@ def test_in_the_mean_the_gradient_is_the_divergences_the_other_ways_or_none(name
     """Tokens are sampled from p, so each token's gradient is weighted by p, which is not differentiated."""
     logits, reference = distributions()
     log_p = torch.log_softmax(logits, -1)
-    term = (log_p.detach().exp() * kl_terms(log_p, reference, name)).sum()
+    term = (log_p.detach().exp() * kl_loss(log_p, reference, name)).sum()
     (got,) = torch.autograd.grad(term, logits, retain_graph=True)
     towards = {"k1": 0.0 * logits.sum(), "k2": divergence(log_p, reference), "k3": divergence(reference, log_p)}
     (want,) = torch.autograd.grad(towards[name], logits)
@@ -57,9 +57,9 @@ def test_in_the_mean_the_gradient_is_the_divergences_the_other_ways_or_none(name
 def test_kl_terms_have_their_numeric_gradient_and_stay_finite(name: KlEstimator):
     log_probs = torch.tensor([-1.0, -3.0, -0.2], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-1.5, -0.1, -0.2001], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: kl_terms(x, reference, name), (log_probs,))
+    assert torch.autograd.gradcheck(lambda x: kl_loss(x, reference, name), (log_probs,))
     far = torch.tensor([-800.0, -0.1])
-    assert torch.isfinite(kl_terms(far, far.flip(0), name)).all()
+    assert torch.isfinite(kl_loss(far, far.flip(0), name)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -14,7 +14,7 @@ from protocols.data.columns import Jagged, concat, take
 from protocols.data.messages import Scores
 from tests import tiny
 from tests.workers.roles.test_reward import rollouts
-from workers.roles.reward import MixedReward, ModelReward, RuleReward
+from workers.roles.reward import RewardWorker
 from workers.settings import Failures, Model, RewardPart
 
 ROWS = rollouts([("6*7=", "42"), ("6*7=", "4"), ("6*7=", "421")], reference="42", end=True)
@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def mixed(folder: str) -> Iterator[MixedReward]:
+def mixed(folder: str) -> Iterator[RewardWorker]:
     parts = [RIGHT, BEGUN, RewardPart("liked", path=folder, weight=0.25)]
-    reward = MixedReward(Model(mix=parts), folder, 8192, Failures())
+    reward = RewardWorker(Model(mix=parts), 8192, folder, Failures())
     yield reward
     reward.close()
 
@@ -38,14 +38,14 @@ def mixed(folder: str) -> Iterator[MixedReward]:
 def alone(folder: str, part: RewardPart) -> np.ndarray:
     """The scores of a single part."""
     if part.path:
-        return ModelReward(Model(path=part.path), 8192).score(ROWS).batch.scores
-    reward = RuleReward(Model(rule=part.rule), folder, Failures())
+        return RewardWorker(Model(path=part.path), 8192).score(ROWS).batch.scores
+    reward = RewardWorker(Model(rule=part.rule), 8192, folder, Failures())
     scores = reward.score(ROWS).batch.scores
     reward.close()
     return scores
 
 
-def test_a_score_is_the_weighted_sum_and_its_parts_stand_beside_it(mixed: MixedReward, folder: str):
+def test_a_score_is_the_weighted_sum_and_its_parts_stand_beside_it(mixed: RewardWorker, folder: str):
     result = mixed.score(ROWS)
     result.batch.check()
     assert result.failures == []
@@ -61,7 +61,7 @@ def test_a_row_that_one_part_fails_is_failed_by_its_name_and_the_others_are_scor
         "def picky(prompt, response, reference):\n    if response == '4': raise ValueError('no')\n    return 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    reward = MixedReward(Model(mix=[RIGHT, RewardPart("picky", rule="a_part:picky")]), folder, 8192, Failures())
+    reward = RewardWorker(Model(mix=[RIGHT, RewardPart("picky", rule="a_part:picky")]), 8192, folder, Failures())
     result = reward.score(ROWS)
     reward.close()
     (failure,) = result.failures

@@ -83,8 +83,8 @@ def ppo_step(sharding: Sharding, folder: str, lora: Lora) -> PpoStep:
 
 
 @cache
-def alone(folder: str, family: str) -> PpoStep:
-    return ppo_step(ONE_DEVICE, folder, CASES[family])
+def alone(folder: str, rank: int) -> PpoStep:
+    return ppo_step(ONE_DEVICE, folder, LORA if rank else Lora())
 
 
 def saved_again(sharding: Sharding, folder: str, lora: Lora, came: str, goes: str) -> None:
@@ -103,7 +103,7 @@ def cut(sharding: Sharding, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """gpt2 has no sharding plan, other names, learned positions and dropout; qwen2 has linear layers for adapters."""
+    """gpt2 has no sharding plan, other names, learned positions, dropout, and layers whose weight is transposed."""
     shape = GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
         bos_token_id=None, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID,
@@ -121,15 +121,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made
 
 
-CASES = {"gpt2": Lora(), "qwen2": LORA}
+CASES = [("gpt2", Lora()), ("gpt2", LORA), ("qwen2", LORA)]
+each_case = pytest.mark.parametrize(("family", "lora"), CASES, ids=["gpt2", "gpt2-lora", "qwen2-lora"])
 
 
-@pytest.mark.parametrize("family", CASES)
+@each_case
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_ppo_step_on_sharded_ranks_is_that_of_one_device(worlds, folders, backend: Backend, family: str):
-    folder, lora = folders[family], CASES[family]
+def test_a_ppo_step_on_sharded_ranks_is_that_of_one_device(worlds, folders, backend: Backend, family: str, lora: Lora):
+    folder = folders[family]
     first, second = worlds[2].call(ppo_step, Sharding(TWO, backend), folder, lora)
-    theirs = alone(folder, family)
+    theirs = alone(folder, lora.rank)
     for ours, expected in ((first.policy, theirs.policy), (first.critic, theirs.critic)):
         assert ours.keys() == expected.keys()
         assert max(float((ours[name] - expected[name]).abs().max()) for name in expected) < 1e-6
@@ -141,10 +142,12 @@ def test_a_ppo_step_on_sharded_ranks_is_that_of_one_device(worlds, folders, back
     np.testing.assert_allclose(first.probe, theirs.probe, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", CASES)
-def test_a_checkpoint_goes_from_sharded_ranks_to_one_device_and_back(worlds, folders, tmp_path: Path, family: str):
+@each_case
+def test_a_checkpoint_goes_from_sharded_ranks_to_one_device_and_back(
+    worlds, folders, tmp_path: Path, family: str, lora: Lora
+):
     """Weights and moments stay equal bit by bit."""
-    folder, lora, sharded = folders[family], CASES[family], Sharding(TWO, "fsdp")
+    folder, sharded = folders[family], Sharding(TWO, "fsdp")
     places = [tmp_path / name for name in ("first", "second", "third")]
     for place in places:
         place.mkdir()

@@ -10,8 +10,8 @@ import torch
 
 from tests import tiny
 from tests.workers.roles.test_reward import rollouts
-from workers.roles.cost import ModelCost, RuleCost
-from workers.roles.reward import ModelReward
+from workers.roles.cost import CostWorker
+from workers.roles.reward import RewardWorker
 from workers.settings import Failures, Model
 from workers.training.models import load_reward
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_number_of_a_rule_is_a_cost(folder: Path):
-    cost = RuleCost(Model(rule="excess_characters"), str(folder), Failures())
+    cost = CostWorker(Model(rule="excess_characters"), 8192, str(folder), Failures())
     result = cost.score(rollouts(ROWS, reference="42", end=True))
     cost.close()
     result.batch.check()
@@ -33,10 +33,10 @@ def test_the_number_of_a_rule_is_a_cost(folder: Path):
 
 def test_a_cost_model_is_a_reward_model_whose_score_is_a_cost(folder: Path):
     batch = rollouts(ROWS, end=True)
-    costs = ModelCost(Model(path=str(folder)), 10_000).score(batch).batch
+    costs = CostWorker(Model(path=str(folder)), 10_000).score(batch).batch
     costs.check()
     assert costs.sample_ids.tolist() == [50, 51, 52]
-    np.testing.assert_array_equal(costs.costs, ModelReward(Model(path=str(folder)), 10_000).score(batch).batch.scores)
+    np.testing.assert_array_equal(costs.costs, RewardWorker(Model(path=str(folder)), 10_000).score(batch).batch.scores)
 
 
 def test_a_cost_that_is_not_a_number_fails_its_row_and_names_the_cost_model(folder: Path, tmp_path: Path):
@@ -44,6 +44,6 @@ def test_a_cost_that_is_not_a_number_fails_its_row_and_names_the_cost_model(fold
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight")[tiny.VOCABULARY["z"]] = torch.nan
     model.save_pretrained(tmp_path)
-    result = ModelCost(Model(path=str(tmp_path)), 10_000).score(rollouts([("a", "z"), ("a", "b")]))
+    result = CostWorker(Model(path=str(tmp_path)), 10_000).score(rollouts([("a", "z"), ("a", "b")]))
     assert [(failure.sample_id, failure.cause) for failure in result.failures] == [(50, "cost model gave nan")]
     assert result.batch.sample_ids.tolist() == [51]

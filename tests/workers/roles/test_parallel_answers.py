@@ -18,9 +18,9 @@ from protocols.stage import Failure, Partial
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from workers.parallel.sharding import Sharding
-from workers.roles.cost import ModelCost
+from workers.roles.cost import CostWorker
 from workers.roles.reference import ReferenceWorker
-from workers.roles.reward import ModelReward
+from workers.roles.reward import RewardWorker
 from workers.settings import Generation, Loss, Model
 
 ROWS = 7
@@ -45,12 +45,12 @@ def log_probs(topology: Topology, folder: str, rows: int) -> LogProbs | None:
 
 
 def scores(topology: Topology, folder: str, rows: int) -> Partial[Scores] | None:
-    worker = ModelReward(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
+    worker = RewardWorker(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
     return worker.score(own_rows(topology, worker.model.rank, rows))
 
 
 def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
-    worker = ModelCost(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
+    worker = CostWorker(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
     return worker.score(own_rows(topology, worker.model.rank, rows))
 
 
@@ -91,11 +91,11 @@ def test_a_reference_on_ranks_gives_the_log_probs_of_one_process(worlds, folders
 def test_a_reward_and_a_cost_model_on_ranks_give_the_scores_of_one_process(worlds, folders, topology: str):
     at, budget = Topology.parse(topology), LOSS.tokens_per_micro_batch
     given = collected(worlds[at.world_size].call(scores, at, folders["reward"], ROWS), at)
-    alone = ModelReward(Model(path=folders["reward"]), budget).score(batch())
+    alone = RewardWorker(Model(path=folders["reward"]), budget).score(batch())
     np.testing.assert_array_equal(np.concatenate([g.batch.sample_ids for g in given]), alone.batch.sample_ids)
     np.testing.assert_allclose(np.concatenate([g.batch.scores for g in given]), alone.batch.scores, atol=1e-5)
     on_ranks = collected(worlds[at.world_size].call(costs, at, folders["reward"], ROWS), at)
-    in_one = ModelCost(Model(path=folders["reward"]), budget).score(batch())
+    in_one = CostWorker(Model(path=folders["reward"]), budget).score(batch())
     np.testing.assert_allclose(np.concatenate([a.batch.costs for a in on_ranks]), in_one.batch.costs, atol=1e-5)
 
 
@@ -116,4 +116,4 @@ def test_a_frozen_model_has_no_gradients(folders: dict[str, str]):
 def test_a_model_without_a_score_head_is_refused(folders: dict[str, str]):
     path = Path(folders["policy"])
     with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: \['score\.weight'\]"):
-        ModelReward(Model(path=str(path)), 40)
+        RewardWorker(Model(path=str(path)), 40)

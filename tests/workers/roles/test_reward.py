@@ -12,7 +12,7 @@ import torch
 from protocols.data.columns import Jagged, empty
 from protocols.data.messages import Rollouts
 from tests import tiny
-from workers.roles.reward import ModelReward, RuleReward
+from workers.roles.reward import RewardWorker
 from workers.settings import Failures, Model
 from workers.training.models import load_reward
 
@@ -57,11 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def user_rule(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RuleReward]:
+def user_rule(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardWorker]:
     (tmp_path / "rule_of_a_user.py").write_text(RULE)
     monkeypatch.syspath_prepend(tmp_path)
     failures = Failures(reward_timeout_seconds=0.5, reward_retries=2)
-    reward = RuleReward(Model(rule="rule_of_a_user:obey"), str(folder), failures)
+    reward = RewardWorker(Model(rule="rule_of_a_user:obey"), 8192, str(folder), failures)
     yield reward
     reward.close()
 
@@ -71,7 +71,7 @@ def user_rule(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("rule", "scores"), [("exact_match", [1, 0, 0]), ("prefix_match", [1, 1 / 2, 2 / 3])])
 def test_a_rule_reads_texts_without_special_tokens(folder: Path, rule: str, scores: list[float]):
-    reward = RuleReward(Model(rule=rule), str(folder), Failures())
+    reward = RewardWorker(Model(rule=rule), 8192, str(folder), Failures())
     result = reward.score(rollouts([("6*7=", "42"), ("6*7=", "4"), ("6*7=", "421")], reference="42", end=True))
     reward.close()
     assert result.failures == []
@@ -81,7 +81,7 @@ def test_a_rule_reads_texts_without_special_tokens(folder: Path, rule: str, scor
 
 
 def test_each_bad_row_fails_for_its_own_cause_after_its_retries_and_the_others_are_scored(
-    user_rule: RuleReward, tmp_path: Path
+    user_rule: RewardWorker, tmp_path: Path
 ):
     asked = tmp_path / "asked"
     rows = ["fine", "raise", "none", "exit", "ok", "hang", "once", "well"]
@@ -102,7 +102,7 @@ def test_each_bad_row_fails_for_its_own_cause_after_its_retries_and_the_others_a
     }  # fmt: skip
 
 
-def test_a_batch_of_failures_only_has_no_scores(user_rule: RuleReward, tmp_path: Path):
+def test_a_batch_of_failures_only_has_no_scores(user_rule: RewardWorker, tmp_path: Path):
     result = user_rule.score(rollouts([("do", "raise"), ("do", "none")], reference=str(tmp_path / "asked")))
     assert len(result.batch) == 0
     assert [failure.sample_id for failure in result.failures] == [50, 51]
@@ -116,7 +116,7 @@ def test_a_batch_of_failures_only_has_no_scores(user_rule: RuleReward, tmp_path:
 def test_a_reward_model_scores_what_transformers_scores(folder: Path, budget: int):
     rows = [("6*7=", "42"), ("what is this?", "a question"), ("a", "b")]
     batch = rollouts(rows, end=True)
-    result = ModelReward(Model(path=str(folder)), budget).score(batch)
+    result = RewardWorker(Model(path=str(folder)), budget).score(batch)
     assert result.failures == []
     result.batch.check()
     model = load_reward(folder)
@@ -131,13 +131,13 @@ def test_a_score_that_is_not_a_number_fails_its_row_only(folder: Path, tmp_path:
         model.get_parameter("model.embed_tokens.weight")[tiny.VOCABULARY["z"]] = torch.nan
     model.save_pretrained(tmp_path)
     rows = [("6*7=", "42"), ("6*7=", "4z"), ("a", "b")]
-    whole = ModelReward(Model(path=str(folder)), 10_000).score(rollouts(rows)).batch.scores
-    result = ModelReward(Model(path=str(tmp_path)), 10_000).score(rollouts(rows))
+    whole = RewardWorker(Model(path=str(folder)), 10_000).score(rollouts(rows)).batch.scores
+    result = RewardWorker(Model(path=str(tmp_path)), 10_000).score(rollouts(rows))
     assert [(failure.sample_id, failure.cause) for failure in result.failures] == [(51, "reward model gave nan")]
     assert result.batch.sample_ids.tolist() == [50, 52]
     np.testing.assert_allclose(result.batch.scores, whole[[0, 2]], atol=1e-6)
 
 
 def test_no_rows_are_no_scores(folder: Path):
-    result = ModelReward(Model(path=str(folder)), 10_000).score(empty(Rollouts))
+    result = RewardWorker(Model(path=str(folder)), 10_000).score(empty(Rollouts))
     assert (len(result.batch), result.failures) == (0, [])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from protocols.data.messages import Experience, Rollouts
 from protocols.weights import BadWeights, Version
@@ -202,6 +203,41 @@ def test_the_export_loads_merged_in_transformers_and_apart_in_peft(
     assert (tmp_path / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("publish", ["merged", "adapters"])
+def test_layers_whose_weight_is_transposed_are_adapted_published_and_exported_alike(
+    batch: Experience, tmp_path: Path, publish: str
+):
+    """GPT-2 is made of transformers' Conv1D; its attention's output layer is square, so no shape tells."""
+    from peft import PeftModel
+
+    config = GPT2Config(
+        vocab_size=len(tiny.VOCABULARY), n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, exported = tmp_path / "base", tmp_path / "exported"
+    GPT2LMHeadModel(config).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    worker = make(base, Lora(rank=4, alpha=12.0, publish=publish))  # type: ignore[arg-type]
+    np.testing.assert_allclose(answers(worker, batch), plain_answers(load_causal(base), rollouts(batch)), atol=1e-5)
+    names = {name.removesuffix(A).rpartition(".")[2] for name in worker.trained.collect_adapters() if name.endswith(A)}
+    assert names == {"c_attn", "c_fc", "c_proj"}
+    engine = TorchEngine(load_causal(base), Generation(), 3, tiny.EOS_ID)
+    for step in range(1, STEPS + 1):
+        before = answers(worker, batch)
+        worker.update(batch)
+        published = received(*worker.snapshot(Version(0, step)), Model(str(base)))
+        assert engine.load(published).probe_difference < 1e-5
+        assert np.abs(answers(worker, batch) - before).max() > 0.01
+    engine.close()
+    exported.mkdir()
+    worker.export(str(exported))
+    want = answers(worker, batch)
+    np.testing.assert_allclose(plain_answers(load_causal(exported), rollouts(batch)), want, atol=1e-5)
+    apart = PeftModel.from_pretrained(load_causal(base), str(exported / "adapters")).eval()
+    np.testing.assert_allclose(plain_answers(apart, rollouts(batch)), want, atol=1e-5)
+
+
 def test_several_optimizer_steps_are_taken_back_together(folder: Path, batch: Experience):
     worker = make(folder, loss=Loss(epochs=2))
     before = merged_tensors(worker)
@@ -237,6 +273,8 @@ def test_merging_is_the_formula():
     assert merged["x.weight"].tolist() == [[0.5, 1.5, 2.5], [4.0, 5.0, 6.0]]
     assert merged["y"] is base["y"]
     assert base["x.weight"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    turned = merge({"x.weight": base["x.weight"].T}, {"x" + A: a, "x" + B: b}, scaling=0.5, transposed={"x"})
+    assert turned["x.weight"].T.tolist() == merged["x.weight"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClas
 
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
-from workers.roles.cost import ModelCost
+from workers.roles.cost import CostWorker
 from workers.roles.critic import CriticWorker
 from workers.roles.reference import ReferenceWorker
-from workers.roles.reward import ModelReward
+from workers.roles.reward import RewardWorker
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.offload import HOST, Copy, Offloader, relocated
 
@@ -42,9 +42,9 @@ def counted() -> tuple[Offloader, list[Copy]]:
 
 def test_who_is_there_or_gone_already_moves_nothing():
     offloader, asked = counted()
-    assert offloader.reload() == 0
+    assert offloader.onload() == 0
     assert [offloader.offload(), offloader.offload()] == [12, 0]
-    assert [offloader.reload(), offloader.reload()] == [12, 0]
+    assert [offloader.onload(), offloader.onload()] == [12, 0]
     assert len(asked) == 2
 
 
@@ -53,7 +53,7 @@ def test_on_a_cpu_nothing_moves():
         raise AssertionError("it moves")
 
     offloader = Offloader(HOST, refuse)
-    assert (offloader.moves, offloader.offload(), offloader.reload()) == (False, 0, 0)
+    assert (offloader.moves, offloader.offload(), offloader.onload()) == (False, 0, 0)
 
 
 # --- which state moves
@@ -98,12 +98,12 @@ def test_a_critic_takes_its_weights_and_moments_along(folder: str):
         assert torch.equal(tensor, moved.model.parameters[name]), name
 
 
-@pytest.mark.parametrize("role", [ModelReward, ModelCost])
-def test_a_reward_or_cost_model_scores_as_before(folder: str, role: type[ModelReward | ModelCost]):
+@pytest.mark.parametrize("role", [RewardWorker, CostWorker])
+def test_a_reward_or_cost_model_scores_as_before(folder: str, role: type[RewardWorker | CostWorker]):
     worker, rows = role(Model(path=folder), 200), rollouts(experience(5))
     before = worker.score(rows)
     assert before
-    assert worker.model.relocate(elsewhere) == sum(tensor.nbytes for tensor in worker.model.parameters.values())
+    assert worker.models[0].relocate(elsewhere) == sum(tensor.nbytes for tensor in worker.models[0].parameters.values())
     after = worker.score(rows)
     assert after
     for column in ("scores", "costs"):

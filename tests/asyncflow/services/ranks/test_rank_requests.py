@@ -41,4 +41,4 @@ def test_only_requests_that_need_the_model_reload_it(request_: RankRequest, ther
     store = LocalStore()
     carry_out(LoadedWorker(Worker(offloader)), store, request_)
     store.close()
-    assert offloader.reload() == (0 if there else BYTES)
+    assert offloader.onload() == (0 if there else BYTES)
