@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asyncflow.recipe.config import BadInput, to_settings
 from workers.data.datasets import DataError
-from workers.finetune.settings import RewardModelSettings, SftSettings
+from workers.finetune.settings import FineTuning, RewardModelSettings, SftSettings
 
-S = TypeVar("S", SftSettings, RewardModelSettings)
+S = TypeVar("S", bound=FineTuning)
 
 
 def finetune(path: Path, console: Console) -> None:
@@ -64,7 +64,7 @@ def read_settings(path: Path, kind: type[S]) -> S:
     return settings
 
 
-def _check_model(path: Path, settings: SftSettings | RewardModelSettings) -> None:
+def _check_model(path: Path, settings: FineTuning) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (Path(settings.model) / name).exists():
             raise BadInput(f"settings {path}: model: {settings.model} is no transformers folder, it has no {name}")
@@ -73,9 +73,7 @@ def _check_model(path: Path, settings: SftSettings | RewardModelSettings) -> Non
 
 
 @contextmanager
-def _training(
-    path: Path, settings: SftSettings | RewardModelSettings, console: Console, what: str
-) -> Iterator[Callable[[int, float], None]]:
+def _training(path: Path, settings: FineTuning, console: Console, what: str) -> Iterator[Callable[[int, float], None]]:
     """Context of a training with a progress bar, which the given function moves. Raises BadInput."""
     _check_model(path, settings)
     import torch

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from protocols.data.messages import Experience, Rollouts, Scores
 from protocols.stage import Measured
-from workers.advantages.experience import on_tokens, spread, without_critic
+from workers.advantages.experience import on_tokens, without_critic
 from workers.advantages.groups import flat_share, groups_of, have_spread
 from workers.advantages.grpo import standard_scores
 from workers.advantages.kl import Float64
@@ -35,7 +35,6 @@ def dapo(
     return without_critic(
         rollouts,
         advantages,
-        advantage_std=spread(advantages, mask),
         flat_groups=flat_share(scores.scores, groups),
         overlong_penalty=float((shaped - scores.scores).mean()) if len(scores) else 0.0,
     )

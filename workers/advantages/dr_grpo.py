@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocols.data.messages import Experience, Rollouts, Scores
 from protocols.stage import Measured
-from workers.advantages.experience import on_tokens, spread, without_critic
+from workers.advantages.experience import on_tokens, without_critic
 from workers.advantages.groups import flat_share, group_means, groups_of
 
 
@@ -18,6 +18,5 @@ def dr_grpo(rollouts: Rollouts, scores: Scores) -> Measured[Experience]:
     return without_critic(
         rollouts,
         advantages,
-        advantage_std=spread(advantages, mask),
         flat_groups=flat_share(scores.scores, groups),
     )

@@ -51,8 +51,9 @@ def experience_of(
 def without_critic(
     rollouts: Rollouts, advantages: Float64, reference: LogProbs | None = None, **metrics: float
 ) -> Measured[Experience]:
-    """Experience of an estimator that has no critic, with its metrics."""
-    return Measured(experience_of(rollouts, advantages, reference), Metrics(values=metrics))
+    """Experience of an estimator that has no critic, with its metrics and the spread of the advantages."""
+    values = {"advantage_std": spread(advantages, rollouts.loss_mask), **metrics}
+    return Measured(experience_of(rollouts, advantages, reference), Metrics(values=values))
 
 
 def spread(advantages: Float64, mask: Jagged) -> float:

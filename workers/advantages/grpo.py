@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
-from workers.advantages.experience import on_tokens, spread, without_critic
+from workers.advantages.experience import on_tokens, without_critic
 from workers.advantages.groups import SampleGroups, flat_share, group_deviations, group_means, groups_of
 from workers.advantages.kl import Float64
 from workers.advantages.rewards import kl_to_reference, mean_of_trained
@@ -41,7 +41,6 @@ def _measured(rollouts: Rollouts, scores: Scores, reference: LogProbs | None, **
         rollouts,
         advantages,
         reference,
-        advantage_std=spread(advantages, mask),
         flat_groups=flat_share(scores.scores, groups),
         **metrics,
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
-from workers.advantages.experience import on_tokens, spread, without_critic
+from workers.advantages.experience import on_tokens, without_critic
 from workers.advantages.rewards import rewards_to_go, token_rewards
 from workers.settings import KlEstimator
 
@@ -34,6 +34,5 @@ def remax(
         advantages,
         reference,
         kl=earned.kl,
-        advantage_std=spread(advantages, mask),
         baseline_mean=float(greedy.scores.mean(dtype=np.float64)) if len(greedy) else 0.0,
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from protocols.data.messages import Experience, LogProbs, Rollouts, Scores
 from protocols.stage import Measured
-from workers.advantages.experience import on_tokens, spread, without_critic
+from workers.advantages.experience import on_tokens, without_critic
 from workers.advantages.groups import flat_share, group_means, groups_of
 from workers.advantages.rewards import token_rewards
 from workers.settings import KlEstimator
@@ -35,6 +35,5 @@ def rloo(
         advantages,
         reference,
         kl=earned.kl,
-        advantage_std=spread(advantages, mask),
         flat_groups=flat_share(scores.scores, groups),
     )

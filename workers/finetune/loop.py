@@ -17,7 +17,7 @@ import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.data.token_rows import TokenRows
-from workers.finetune.settings import RewardModelSettings, Schedule, SftSettings
+from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
 from workers.parallel.plan import Head
@@ -37,7 +37,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
-def load_trainable(settings: SftSettings | RewardModelSettings, head: Head) -> TrainableModel:
+def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
     """The model to start from, on one device, with its optimizer."""
     schedule, warmup_steps = settings.schedule, settings.optimizer.warmup_steps
     model = trained_model(Model(path=settings.model, dtype=settings.dtype), ONE_DEVICE, head=head, seed=schedule.seed)

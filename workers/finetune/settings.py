@@ -20,28 +20,28 @@ class Schedule(Settings, frozen=True):
     tokens_per_micro_batch: PositiveInt = 8192  # padded tokens in one forward
 
 
-class SftSettings(Settings, frozen=True):
-    """Supervised fine-tuning of a language model on demonstrations."""
+class FineTuning(Settings, frozen=True):
+    """What each of them says: where the model starts from, its data, and its schedule."""
 
     model: str  # transformers folder to start from
-    data: str  # a file or folder of workers.data.datasets.Demonstration
+    data: str  # a file or folder of rows
     output: str  # transformers folder to write; must not exist
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
-    columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in the file
+    columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in the files
     dtype: Dtype = "float32"
 
 
-class RewardModelSettings(Settings, frozen=True):
-    """A Bradley-Terry reward model from preference pairs, or a cost model from pairs whose `chosen` is the safer."""
+class SftSettings(FineTuning, frozen=True):
+    """Supervised fine-tuning of a language model on rows of workers.data.datasets.Demonstration."""
 
-    model: str  # transformers folder to start from: a language model's or a reward model's
-    data: str  # a file or folder of workers.data.datasets.Preference
+
+class RewardModelSettings(FineTuning, frozen=True, kw_only=True):
+    """A Bradley-Terry reward model from preference pairs, or a cost model from pairs whose `chosen` is the safer.
+
+    It starts from a language model or a reward model, and has rows of workers.data.datasets.Preference.
+    """
+
     heldout: str  # pairs for evaluation only
-    output: str  # transformers folder to write; must not exist
-    schedule: Schedule
-    optimizer: Optimizer = Optimizer(warmup_steps=10)
-    columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in both files
     kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.data.datasets.SafetyPair, or PKU-SafeRLHF's
     centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps a reward model's scores around 0
-    dtype: Dtype = "float32"

@@ -5,9 +5,10 @@ Rewards and costs both come from a scorer. A row that can't be scored is a failu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,30 +34,27 @@ class ScoredRows(NamedTuple):
     parts: npt.NDArray[np.float32] | None = None  # [M, K] scores of a mixed scorer's parts, before their weights
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Gives each row a score."""
 
+    @abstractmethod
     def score(self, rollouts: Rollouts) -> ScoredRows | None:
         """Score every row that can be scored; the others are failures with their cause.
 
         None on a rank whose answer is not collected, where several ranks share a model.
         """
-        ...
 
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
+    def prepare_code(self, sources: Sequence[CodeSource]) -> None:  # noqa: B027 - a model calls no code of a user
         """Load a user's rule from its new source, if it is among these, and try it out. Raises BadCode."""
-        ...
 
-    def switch_code(self, take: bool) -> None:
+    def switch_code(self, take: bool) -> None:  # noqa: B027
         """Use the prepared code from the next row on, or drop it."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release processes and memory."""
-        ...
 
 
-class RuleScorer:
+class RuleScorer(Scorer):
     """Scores texts by a rule, which runs in a process of its own."""
 
     def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
@@ -140,7 +138,7 @@ def scored(sample_ids: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], r
     return ScoredRows(sample_ids[finite], scores[finite], failures)
 
 
-class MixedScorer:
+class MixedScorer(Scorer):
     """The weighted sum of several scorers; the score of each part is reported beside it."""
 
     def __init__(self, parts: Sequence[tuple[RewardPart, Scorer]]) -> None:

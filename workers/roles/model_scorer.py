@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from protocols.control.requests import CodeSource
 from protocols.data.messages import Rollouts
 from workers.parallel.backends import frozen_model
 from workers.parallel.sharding import Sharding
-from workers.rewards.scoring import ScoredRows, scored
+from workers.rewards.scoring import ScoredRows, Scorer, scored
 from workers.settings import Model
 from workers.training.models import sequence_scores
 
 
-class ModelScorer:
-    """One rank of such a model; it implements `Scorer`.
+class ModelScorer(Scorer):
+    """One rank of such a model.
 
     Raises ValueError, with the numbers, where model, topology and torch.distributed's world don't fit.
     """
@@ -31,12 +28,3 @@ class ModelScorer:
         if scores is None or not self.model.is_output_rank:
             return None
         return scored(rollouts.sample_ids, scores, self._role)
-
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """It calls no code of a user's."""
-
-    def switch_code(self, take: bool) -> None:
-        """See `prepare_code`."""
-
-    def close(self) -> None:
-        """It holds nothing but memory."""

@@ -82,9 +82,8 @@ class PolicyWorker(Policy):
         self.model = trained_model(model, sharding, seed=seed, regrouped=grouping is not None)
         self.trained = TrainableModel(self.model, model.path, model.learning_rate, optimizer)
         self.offloader = Offloader(self.model.device, self.trained.relocate)
-        self._text: ReplicaText | None = None
-        if loss.ptx_coefficient and pretraining is not None:
-            self._text = ReplicaText(pretraining, self.model.place.dp, self.model.topology.dp)
+        place, replicas = self.model.place, self.model.topology.dp
+        self._text = ReplicaText(pretraining, place.dp, replicas) if pretraining is not None else None
         self._publishes_adapters = model.lora.publish == "adapters"
         self._loss = loss
         self._generation = generation
@@ -233,8 +232,12 @@ class PolicyWorker(Policy):
         return PackedWeights.publish(version, tensors, probe, alone.scaling) if tensors else NOT_COLLECTED
 
     def probe(self) -> Probe:
-        """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike."""
-        tokens = _probe_tokens(int(self.model.config.vocab_size), self._seed)
+        """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike.
+
+        A run has the same batch wherever the policy is trained.
+        """
+        vocabulary = int(self.model.config.vocab_size)
+        tokens = np.random.default_rng([self._seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
         batch = TokenRows.of(tokens[:, :1], tokens[:, 1:])
         kept = self.model.forward(batch, tokens.size, lambda o, m: response_log_probs(o, m, 1.0))
         replica, model = self.model.groups.replica, self.model
@@ -284,12 +287,6 @@ class _OwnEngine(TorchEngine):
     def step(self) -> list[FinishedRow]:
         self._offloader.onload()
         return super().step()
-
-
-def _probe_tokens(vocabulary: int, seed: int) -> np.ndarray:
-    """The probe batch of a run, int32 [PROBE_ROWS, PROBE_TOKENS]: the same wherever the policy is trained."""
-    tokens = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
-    return tokens.astype(np.int32)
 
 
 def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) -> Jagged:

@@ -58,7 +58,12 @@ def write(path: Path, rows: Sequence[Any]) -> str:
 def settings(base: Path, tmp_path: Path, rows: Sequence[Any] = PAIRS, **changes: Any) -> RewardModelSettings:
     data, heldout = write(tmp_path / "pairs.jsonl", rows[::2]), write(tmp_path / "heldout.jsonl", rows[1::2])
     made = RewardModelSettings(
-        str(base), data, heldout, str(tmp_path / "cost"), Schedule(40, batch_size=16, learning_rate=2e-3), kind="cost"
+        str(base),
+        data,
+        str(tmp_path / "cost"),
+        Schedule(40, batch_size=16, learning_rate=2e-3),
+        heldout=heldout,
+        kind="cost",
     )
     return msgspec.structs.replace(made, **changes)
 

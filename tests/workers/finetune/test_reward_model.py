@@ -63,7 +63,7 @@ def test_pair_accuracy_rises_and_the_output_scores_as_it_was_evaluated(base: Pat
     data = write(tmp_path / "pairs.jsonl", PAIRS[::2])
     heldout = write(tmp_path / "heldout.jsonl", PAIRS[1::2])
     schedule = Schedule(60, batch_size=32, learning_rate=2e-3)
-    settings = RewardModelSettings(str(base), str(data), str(heldout), str(tmp_path / "reward"), schedule)
+    settings = RewardModelSettings(str(base), str(data), str(tmp_path / "reward"), schedule, heldout=str(heldout))
     steps: list[int] = []
     result = train_reward_model(settings, on_step=lambda step, _: steps.append(step))
     assert steps == list(range(60))
@@ -122,7 +122,7 @@ def test_bad_heldout_pairs_are_refused_before_training(base: Path, tmp_path: Pat
     data = write(tmp_path / "pairs.jsonl", PAIRS)
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "p", "chosen": "c"}')
     settings = RewardModelSettings(
-        "no model", str(data), str(tmp_path / "heldout.jsonl"), str(tmp_path / "out"), Schedule(1)
+        "no model", str(data), str(tmp_path / "out"), Schedule(1), heldout=str(tmp_path / "heldout.jsonl")
     )
     with pytest.raises(DataError, match=r"heldout\.jsonl:1: no field 'rejected'"):
         train_reward_model(settings)

@@ -46,12 +46,12 @@ def log_probs(topology: Topology, folder: str, rows: int) -> LogProbs | None:
 
 def scores(topology: Topology, folder: str, rows: int) -> Partial[Scores] | None:
     worker = RewardWorker(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
-    return worker.score(own_rows(topology, worker.model.rank, rows))
+    return worker.score(own_rows(topology, worker.models[0].rank, rows))
 
 
 def costs(topology: Topology, folder: str, rows: int) -> Partial[Costs] | None:
     worker = CostWorker(Model(path=folder), LOSS.tokens_per_micro_batch, sharding=Sharding(topology))
-    return worker.score(own_rows(topology, worker.model.rank, rows))
+    return worker.score(own_rows(topology, worker.models[0].rank, rows))
 
 
 # --- the ranks
