@@ -212,7 +212,7 @@ def test_a_refused_step_changes_nothing_and_poisons_nothing(
 
 
 def test_an_unknown_loss_is_refused_by_name(folder: Path):
-    with pytest.raises(LookupError, match=r"loss\.policy 'pppo': one of ppo"):
+    with pytest.raises(LookupError, match=r"loss\.policy 'pppo' is none of ppo"):
         worker(folder, Loss(policy="pppo"))
 
 
