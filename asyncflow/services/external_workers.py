@@ -15,10 +15,10 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from itertools import accumulate
 
-from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Requestable, ServiceGone, Store, ask
+from asyncflow.services.channels.endpoint import Frame, Payload, Requestable, ServiceGone, Store, ask, get_or_none
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
+from asyncflow.services.channels.prompt_join import gather
 from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, RowRef, ShardRef, parts_of, plan_calls
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ModelSettings
@@ -26,7 +26,7 @@ from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard
 from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
 from protocols.data import codec
-from protocols.data.columns import Batch, concat, take
+from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
 from protocols.data.messages import SCHEMAS
 from protocols.layout.topology import Topology
@@ -169,8 +169,8 @@ class ExternalRank:
             self._asked.close(opened, cause)
             self._context.reports.wait(call.stage)
         answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
-        batch = _gathered([answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)])
-        parts = await self._context.pack(batch) if batch is not None else []
+        rows = [answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)]
+        parts = await self._context.pack(gather(rows)) if rows else []
         reply = RankReply(
             start=start,
             end=time.time(),
@@ -269,16 +269,6 @@ class ExternalRank:
                 await self._changed.wait()
 
 
-def _gathered(rows: Sequence[tuple[Batch, int]]) -> Batch | None:
-    """Rows of several batches as one batch, in order; None if there are none."""
-    if not rows:
-        return None
-    batches = {id(batch): batch for batch, _ in rows}
-    ends = accumulate(len(batch) for batch in batches.values())
-    first = {number: end - len(batches[number]) for number, end in zip(batches, ends, strict=True)}
-    return take(concat(list(batches.values())), [first[id(batch)] + row for batch, row in rows])
-
-
 async def take_rows(endpoint: Requestable, store: Store, most: int, over: Callable[[], bool]) -> AsyncGenerator[Batch]:
     """Yield rows for this worker until the run ends; rows that can't be read are answered as failed or lost.
 
@@ -294,17 +284,12 @@ async def take_rows(endpoint: Requestable, store: Store, most: int, over: Callab
         assert isinstance(reply, RowsTaken)
         if reply.call is None:
             continue
-        read = await asyncio.to_thread(RowReader, reply.call, [await _frame(store, payload) for payload in payloads])
+        read = await asyncio.to_thread(
+            RowReader, reply.call, [await get_or_none(store, payload) for payload in payloads]
+        )
         samples = reply.call.sample_ids
         if read.damaged or read.lost:
             damaged = [Failure(samples[row], d.cause) for d in read.damaged for row in d.rows]
             await ask(endpoint, PutRows(failures=damaged, lost=[samples[row] for row in read.lost]))
         if read.rows:
             yield read.inputs[0]
-
-
-async def _frame(store: Store, payload: Payload) -> Frame | None:
-    try:
-        return await store.get(payload)
-    except PayloadLost:
-        return None

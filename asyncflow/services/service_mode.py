@@ -1,8 +1,8 @@
 """ServiceMode: where a service's model computes. Chosen once, when the service starts.
 
+ServiceMode    several ranks that work independently of each other
 LocalMode      one rank, in the compute thread of the coordinator's process
 EngineMode     a local one with an engine that generates: a generator, or a policy that shares its model
-RankedMode     several ranks, each in a process of its own
 ColocatedMode  ranks that work together: they switch between the layouts for training and for generation
 ExternalMode   a worker outside of the run, which takes rows and puts answers
 """
@@ -17,7 +17,7 @@ from asyncflow.services.colocated_generation import ColocatedGeneratingStage, Co
 from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
-from asyncflow.services.ranks.rank import OwnRank, Rank, Ranks
+from asyncflow.services.ranks.rank import LocalRanks, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.ranks.spec import AdvantageSettings, StageSpec
 from asyncflow.services.ranks.worker_factory import build
@@ -42,11 +42,10 @@ from workers.generation.engine import Engine
 
 
 class ServiceMode:
-    """What all modes do alike: stages that need nothing but ranks, direct calls, requests to all ranks."""
+    """Several independent ranks, and what all modes do alike: plain stages, direct calls, requests to all ranks."""
 
-    def __init__(self, context: StageContext, ranks: Ranks, worker: LoadedWorker | None = None) -> None:
-        """`worker`: of the only rank, where that is in this process."""
-        self._context, self._ranks, self._worker = context, ranks, worker
+    def __init__(self, context: StageContext, ranks: Ranks) -> None:
+        self._context, self._ranks = context, ranks
         spec = context.spec
         # Whether its models can leave their devices. Assumed until the ranks answered: otherwise they could occupy
         # devices without a lease.
@@ -63,8 +62,6 @@ class ServiceMode:
     async def stop(self) -> None:
         """Free the ranks."""
         await self._ranks.stop()
-        if self._worker is not None:
-            await self._context.finish(self._worker.close)
 
     def runner(self, stage: StageSpec) -> StageRunner:
         """A stage at work. Raises ValueError for a stage that this mode can't run."""
@@ -119,7 +116,7 @@ class LocalMode(ServiceMode):
     """One rank, in the compute thread of this process."""
 
     def __init__(self, context: StageContext, worker: LoadedWorker) -> None:
-        super().__init__(context, _own_rank(context, worker), worker)
+        super().__init__(context, _own_rank(context, worker))
         self._method = worker.method
 
     def runner(self, stage: StageSpec) -> StageRunner:
@@ -160,15 +157,11 @@ class EngineMode(LocalMode):
         self._loop.pause(paused)
 
 
-class RankedMode(ServiceMode):
-    """Several ranks that work independently, each in a process of its own."""
-
-
 class ColocatedMode(ServiceMode):
     """Ranks that work together, or one that generates with an engine of its own: they switch layouts to generate."""
 
-    def __init__(self, context: StageContext, ranks: Ranks, worker: LoadedWorker | None = None) -> None:
-        super().__init__(context, ranks, worker)
+    def __init__(self, context: StageContext, ranks: Ranks) -> None:
+        super().__init__(context, ranks)
         self._generation = ColocatedGeneration(context)
 
     def runner(self, stage: StageSpec) -> StageRunner:
@@ -215,12 +208,13 @@ async def mode_of(context: StageContext, ranks: Ranks | None) -> ServiceMode:
     if spec.external:
         return ExternalMode(context, ExternalRank(context))
     if ranks is not None:
-        return ColocatedMode(context, ranks) if spec.collective else RankedMode(context, ranks)
+        return ColocatedMode(context, ranks) if spec.collective else ServiceMode(context, ranks)
     worker = await context.compute("start", build, spec)
     if spec.collective:
-        return ColocatedMode(context, _own_rank(context, worker), worker)
+        return ColocatedMode(context, _own_rank(context, worker))
     return EngineMode(context, worker, worker.engine) if worker.engine is not None else LocalMode(context, worker)
 
 
-def _own_rank(context: StageContext, worker: LoadedWorker) -> OwnRank:
-    return OwnRank(Rank(context.spec, worker, context.store, context.thread))
+def _own_rank(context: StageContext, worker: LoadedWorker) -> LocalRanks:
+    spec, store = context.spec, context.store
+    return LocalRanks(spec, store, Rank(spec, worker, store, context.thread))

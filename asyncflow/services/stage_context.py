@@ -309,10 +309,6 @@ class StageContext:
 
     # --- the end
 
-    async def finish(self, last: Callable[[], None]) -> None:
-        """Run `last` in the compute thread, after its current call, which may use what `last` frees."""
-        await asyncio.get_running_loop().run_in_executor(self.thread, last)
-
     def close(self) -> None:
         """Shut the compute thread down after its current call."""
         self.thread.shutdown(wait=False, cancel_futures=True)

@@ -79,6 +79,14 @@ class PayloadLost(Exception):
     """A frame can't be read any more, because the process that owned it is gone."""
 
 
+async def get_or_none(store: Store, payload: Payload) -> Frame | None:
+    """The frame of a payload; None if it was lost."""
+    try:
+        return await store.get(payload)
+    except PayloadLost:
+        return None
+
+
 async def ask(endpoint: Requestable, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
     """Send a request. Raises ServiceError if the service refuses it."""
     reply, answers = await endpoint.request(request, payloads)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, Store
+from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_none
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.quarantine import Quarantine
@@ -20,6 +20,7 @@ from asyncflow.services.ranks.rank_requests import carry_out
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
 from protocols.control.requests import LoadState, RankAnswer, RankRequest
 from protocols.data.columns import Batch
@@ -48,7 +49,7 @@ class Ranks(Protocol):
 
 
 class Rank:
-    """One rank: its worker, its store and its quarantine."""
+    """One rank: its worker, its store, its quarantine and its thread."""
 
     def __init__(
         self, spec: ServiceSpec, loaded: LoadedWorker, store: Store, thread: ThreadPoolExecutor | None, rank: int = 0
@@ -60,19 +61,30 @@ class Rank:
         self._alone = spec.topology.world_size == 1
         self._direct = {stage.name: self._alone and stage.direct for stage in spec.stages}
 
-    async def call(self, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
+    async def call(
+        self, call: RankCall, payloads: list[Payload], output: Store | None = None
+    ) -> tuple[RankReply, list[Payload]]:
         """Fetch the frames, then `work` in the compute thread. See `Ranks.call`."""
-        frames = [await self._fetch(payload) for payload in payloads]
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.work, call, frames)
+        frames = [await get_or_none(self._store, payload) for payload in payloads]
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.work, call, frames, output)
 
-    async def _fetch(self, payload: Payload) -> Frame | None:
-        try:
-            return await self._store.get(payload)
-        except PayloadLost:
-            return None
+    async def ask(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
+        """Run `answer` in the compute thread. See `Ranks.ask`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request, output)
 
-    def work(self, call: RankCall, frames: Sequence[Frame | None]) -> tuple[RankReply, list[Payload]]:
-        """Read the rows, compute, and store the output. Blocking. `None` stands for a lost frame."""
+    async def close(self) -> None:
+        """Free the worker, after its current call."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.close)
+
+    def work(
+        self, call: RankCall, frames: Sequence[Frame | None], output: Store | None = None
+    ) -> tuple[RankReply, list[Payload]]:
+        """Read the rows, compute, and store what came out. Blocking.
+
+        Args:
+            frames: of the call's payloads; None stands for a lost frame.
+            output: the store of the reply's frames, if it is not the rank's own.
+        """
         start = time.time()
         if delay := self._spec.delay_seconds.get(call.method, 0.0):
             time.sleep(delay)
@@ -88,7 +100,7 @@ class Rank:
             options = {} if call.sampling is None else {"sampling": call.sampling}
             result = self._loaded.method(call.method)(*read.inputs, **options)
         batch, failures, metrics = unwrap(result)
-        parts = self._put(call.stage, batch) if batch is not None and len(batch) else []
+        parts = self._put(output or self._store, call.stage, batch) if batch is not None and len(batch) else []
         reply = RankReply(
             start=start,
             end=time.time(),
@@ -102,42 +114,52 @@ class Rank:
         )
         return reply, [part.payload for part in parts]
 
-    async def ask(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        """Run `answer` in the compute thread. See `Ranks.ask`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request)
-
-    def answer(self, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
+    def answer(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Carry out a coordinator's request, which has no rows. Blocking."""
         start = time.time()
-        reply, payloads = carry_out(self._loaded, self._store, request)
+        reply, payloads = carry_out(self._loaded, output or self._store, request)
         if isinstance(request, LoadState) and self._spec.leased:
             self._loaded.offload()  # all services restore at once, without a lease
         return RankAnswer(start, time.time(), reply), payloads
 
-    def _put(self, stage: str, batch: Batch) -> list[ShardRef]:
+    def _put(self, store: Store, stage: str, batch: Batch) -> list[ShardRef]:
         direct = self._direct.get(stage, self._alone)
-        return pack_apart(
-            self._store, batch, self._spec.term, direct=direct, object_bytes=self._spec.limits.object_bytes
-        )
+        return pack_apart(store, batch, self._spec.term, direct=direct, object_bytes=self._spec.limits.object_bytes)
 
 
-class OwnRank:
-    """The single rank of a service, in the coordinator's own process. Implements `Ranks`."""
+class LocalRanks:
+    """The independent ranks of one service in this process, each in a thread. Implements `Ranks`."""
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
+    def __init__(self, spec: ServiceSpec, store: Store, own: Rank | None = None) -> None:
+        """`own`: the single rank of a service, if it was built already."""
+        self._spec, self._store = spec, store
+        self._ranks = [own] if own is not None else []
+        self._threads: list[ThreadPoolExecutor] = []
 
     async def start(self) -> None:
-        """Do nothing: the rank is built already."""
+        if self._ranks:
+            return
+        if self._spec.collective:
+            raise ValueError(
+                f"collective ranks ({self._spec.topology}) need a process each: set runtime = 'ray' in the recipe"
+            )
+        for number in range(self._spec.topology.world_size):
+            thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
+            self._threads.append(thread)
+            loaded = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
+            self._ranks.append(Rank(self._spec, loaded, self._store, thread, number))
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        return await self._rank.call(call, payloads)
+        return await self._ranks[rank].call(call, payloads)
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        return await self._rank.ask(request)
+        return await self._ranks[rank].ask(request)
 
     async def stop(self) -> None:
-        """Do nothing: the coordinator frees the worker."""
+        for rank in self._ranks:
+            await rank.close()
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 def unwrap(result: Any) -> tuple[Batch | None, list[Failure], Metrics | None]:

@@ -6,52 +6,13 @@ It uses the same ModelService, ranks, codec and mailboxes as the Ray runtime; a 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
-from asyncflow.services.channels.endpoint import Payload, ServiceError
-from asyncflow.services.ranks.loaded_worker import LoadedWorker
-from asyncflow.services.ranks.rank import Rank
+from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.ranks.rank import LocalRanks
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.runtime import Started
 from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
-from protocols.control.delivery import RankCall, RankReply
-from protocols.control.requests import RankAnswer, RankRequest
-
-
-class LocalRanks:
-    """The independent ranks of one service, each in a thread. Implements `Ranks`."""
-
-    def __init__(self, spec: ServiceSpec, store: LocalStore) -> None:
-        self._spec, self._store = spec, store
-        self._ranks: list[Rank] = []
-        self._workers: list[LoadedWorker] = []
-        self._threads: list[ThreadPoolExecutor] = []
-
-    async def start(self) -> None:
-        if self._spec.collective:
-            raise ValueError(
-                f"collective ranks ({self._spec.topology}) need a process each: set runtime = 'ray' in the recipe"
-            )
-        for number in range(self._spec.topology.world_size):
-            thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{number}")
-            self._threads.append(thread)
-            loaded = await asyncio.get_running_loop().run_in_executor(thread, build, self._spec, number)
-            self._workers.append(loaded)
-            self._ranks.append(Rank(self._spec, loaded, self._store, thread, number))
-
-    async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
-        return await self._ranks[rank].call(call, payloads)
-
-    async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
-        return await self._ranks[rank].ask(request)
-
-    async def stop(self) -> None:
-        for thread, loaded in zip(self._threads, self._workers, strict=False):
-            await asyncio.get_running_loop().run_in_executor(thread, loaded.close)
-        for thread in self._threads:
-            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class LocalRuntime:

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Frame, Payload, PayloadLost, ServiceGone
+from asyncflow.services.ranks.rank import LocalRanks
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.runtime.local import LocalRanks
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
