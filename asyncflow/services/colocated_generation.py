@@ -21,8 +21,9 @@ from collections.abc import Sequence
 
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.shard_refs import RowRef
+from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.stage_context import Fired, StageContext
+from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import RowStage
 from protocols.control.notices import Generated
 from protocols.control.requests import Done, SwitchLayout

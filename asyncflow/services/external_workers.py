@@ -1,4 +1,4 @@
-"""External workers compute a stage's rows outside of the run: in another program, or by a person.
+"""External workers compute a stage's rows outside the run: in another program, or by a person.
 
     RowStage ──call──> pending rows <──TakeRows── workers, each of which reads the rows it took
                                     <──PutRows─── answers, in several puts and any order
@@ -39,7 +39,7 @@ MOST_REMEMBERED = 100_000  # answered rows; a put for an older one waits until i
 ANSWERED = "it was answered already"
 OVER = "its prompt is over"
 
-Answer = tuple[Batch, int] | Failure | None  # a row of a batch, a tombstone, or None: its bytes were gone
+RowAnswer = tuple[Batch, int] | Failure | None  # a row of a batch, a tombstone, or None: its bytes were gone
 
 
 class PendingCall:
@@ -48,7 +48,7 @@ class PendingCall:
     def __init__(self, call: RankCall, payloads: Sequence[Payload]) -> None:
         self.call = call
         self.free_at = dict.fromkeys(call.sample_ids, 0.0)  # rows without an answer -> seconds of the clock
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, RowAnswer] = {}
         self._position = {sample: i for i, sample in enumerate(call.sample_ids)}
         sources = [ShardRef(Shard([], 0), payload) for payload in payloads]
         self._inputs: list[list[RowRef]] = [
@@ -104,7 +104,7 @@ class PendingRows:
         """When the next row without an answer is free; None if all are answered."""
         return min((at for opened in self._open for at in opened.free_at.values()), default=None)
 
-    def answer(self, answers: dict[int, Answer]) -> dict[int, str]:
+    def answer(self, answers: dict[int, RowAnswer]) -> dict[int, str]:
         """Accept answers, removing them from `answers`; unrequested rows stay. Returns the refused rows, and why."""
         refused = {}
         for sample in list(answers):
@@ -136,7 +136,7 @@ class ExternalRank:
         assert isinstance(context.spec.settings, ModelSettings)
         failures = context.spec.settings.failures
         self._seconds = failures.outside_timeout_seconds
-        self._asked = PendingRows(failures.outside_retake_seconds)
+        self._pending = PendingRows(failures.outside_retake_seconds)
         self._changed = asyncio.Condition()
         self._stopped = False
         role = ROLES[context.spec.role]
@@ -153,20 +153,20 @@ class ExternalRank:
 
     async def ask(self, rank: int, request: RankRequest) -> tuple[RankAnswer, list[Payload]]:
         """Raises ValueError: the run keeps no state of an external model."""
-        raise ValueError(f"{type(request).__name__}: the model of this service is outside of the run")
+        raise ValueError(f"{type(request).__name__}: an external worker has the model of this service")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:
         """Request answers for the rows and wait; rows without an answer in time fail with that cause."""
         start = time.time()
-        self._context.reports.wait(call.stage, "answers", "outside workers")
-        cause = f"no answer from outside within {self._seconds:g} s"
-        opened = self._asked.ask(call, payloads)
+        self._context.reports.wait(call.stage, "answers", "external workers")
+        cause = f"no answer from an external worker within {self._seconds:g} s"
+        opened = self._pending.ask(call, payloads)
         try:
             async with self._changed:
                 self._changed.notify_all()
                 await self._until(lambda: not opened.free_at, self._seconds)
         finally:
-            self._asked.close(opened, cause)
+            self._pending.close(opened, cause)
             self._context.reports.wait(call.stage)
         answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
         rows = [answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)]
@@ -201,11 +201,11 @@ class ExternalRank:
         async with self._changed:
             while not self._stopped:
                 now = time.monotonic()
-                if taken := self._asked.take(most, now):
+                if taken := self._pending.take(most, now):
                     return taken
                 if now >= deadline:
                     break
-                free_at = self._asked.next_free()
+                free_at = self._pending.next_free()
                 await self._wait(min(deadline, free_at) - now if free_at is not None else deadline - now)
         return None
 
@@ -220,7 +220,7 @@ class ExternalRank:
 
         def all_placed() -> bool:
             before = len(answers)
-            refused.update(self._asked.answer(answers))
+            refused.update(self._pending.answer(answers))
             if len(answers) < before:
                 self._changed.notify_all()
             return not answers
@@ -232,11 +232,11 @@ class ExternalRank:
     async def end(self, prompts: Iterable[int]) -> None:
         """These prompts are finished: wake the puts that wait for their rows, which refuse them."""
         async with self._changed:
-            self._asked.end(prompts)
+            self._pending.end(prompts)
             self._changed.notify_all()
 
-    async def _answers(self, request: PutRows, parts: Sequence[ShardRef]) -> dict[int, Answer]:
-        answers: list[tuple[int, Answer]] = [(f.sample_id, f) for f in request.failures]
+    async def _answers(self, request: PutRows, parts: Sequence[ShardRef]) -> dict[int, RowAnswer]:
+        answers: list[tuple[int, RowAnswer]] = [(f.sample_id, f) for f in request.failures]
         answers += [(sample, None) for sample in request.lost]
         for part in parts:
             batch = await asyncio.to_thread(self._decode, await self._context.store.get(part.payload))

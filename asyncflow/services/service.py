@@ -241,7 +241,7 @@ class ModelService:
 
 
 def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
-    """A stage without edges, for a call outside of the dataflow."""
+    """A stage without edges, for a call outside the dataflow."""
     contract = contract_for(spec.role, method)
     name = f"{spec.name}.{method} invoked"
     return StageSpec(

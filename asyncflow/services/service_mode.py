@@ -4,7 +4,7 @@ ServiceMode    several ranks that work independently of each other
 LocalMode      one rank, in the compute thread of the coordinator's process
 EngineMode     a local one with an engine that generates: a generator, or a policy that shares its model
 ColocatedMode  ranks that work together: they switch between the layouts for training and for generation
-ExternalMode   a worker outside of the run, which takes rows and puts answers
+ExternalMode   an external worker, which takes rows and puts answers
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from asyncflow.services.channels.endpoint import Payload
 from asyncflow.services.channels.shard_refs import ShardRef, row_refs
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
 from asyncflow.services.external_workers import ExternalRank
+from asyncflow.services.firing import Fired
 from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank import LocalRanks, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.ranks.spec import AdvantageSettings, StageSpec
 from asyncflow.services.ranks.worker_factory import build
-from asyncflow.services.stage_context import Fired, StageContext
+from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage
 from protocols.control.requests import (
     Done,
@@ -74,7 +75,7 @@ class ServiceMode:
                 raise ValueError(f"{stage.name}: {type(self).__name__} has no stage that fires on {fires!r}")
 
     async def invoke(self, stage: StageSpec, request: Invoke, parts: Sequence[ShardRef]) -> Fired:
-        """Fire once on these rows, outside of the dataflow."""
+        """Fire once on these rows, outside the dataflow."""
         rows = row_refs(parts)
         async with self._context.lease(stage.name):
             return await self._context.fire(stage, [sample for sample, _ in rows], [[place for _, place in rows]])
@@ -108,8 +109,8 @@ class ServiceMode:
     async def serve_worker(
         self, request: TakeRows | PutRows, payloads: Sequence[Payload]
     ) -> tuple[Reply, list[Payload]]:
-        """Give rows to a worker outside of the run, or take its answers. Raises ValueError where the model is here."""
-        raise ValueError(f"service {self._context.spec.name} does its work itself, its model is not outside")
+        """Give rows to an external worker, or take its answers. Raises ValueError if this service has none."""
+        raise ValueError(f"service {self._context.spec.name} does its work itself, it has no external workers")
 
 
 class LocalMode(ServiceMode):
@@ -181,7 +182,7 @@ class ColocatedMode(ServiceMode):
 
 
 class ExternalMode(ServiceMode):
-    """A worker outside of the run: it has its own code and its own devices."""
+    """External workers compute: each has its own code and its own devices."""
 
     def __init__(self, context: StageContext, rank: ExternalRank) -> None:
         super().__init__(context, rank)

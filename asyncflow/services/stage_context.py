@@ -29,11 +29,11 @@ from asyncflow.services.channels.shard_refs import (
     RowRef,
     ShardRef,
     pack_apart,
-    parts_of,
     plan_calls,
     unpack,
 )
 from asyncflow.services.channels.subscriptions import Subscriptions
+from asyncflow.services.firing import Fired, collect
 from asyncflow.services.ranks.collective_calls import CollectiveCalls
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank import Ranks
@@ -46,7 +46,6 @@ from protocols.control.requests import RankRequest, Reply
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
-from protocols.data.messages import Metrics
 from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.layout.transfer import protocol
 from protocols.roles import Sampling
@@ -56,16 +55,6 @@ T = TypeVar("T")
 B = TypeVar("B", bound=Batch)
 
 INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the event loop
-
-
-class Fired(msgspec.Struct):
-    """The result of one firing."""
-
-    parts: list[ShardRef] = []  # the outputs of the collected ranks, in the protocol's order
-    failures: list[Failure] = []
-    metrics: Metrics | None = None
-    lost: list[int] = []  # samples whose bytes were lost
-    generated_tokens: int = 0  # response tokens, if it generated
 
 
 class OutboxEntry(msgspec.Struct, frozen=True):
@@ -153,25 +142,12 @@ class StageContext:
             all_ranks=self.spec.collective,
         )
         answers = await self._call(stage.name, calls)
-        replies = {planned.rank: (planned, *answers[planned.rank]) for planned in calls}
-        self._account(stage, [(planned.rank, reply) for planned, reply, _ in replies.values()], len(samples), step)
-        collected = protocol(stage.protocol).collect(topology, generation=generation)
-        fired = Fired(parts=[], failures=[], lost=[])
-        metrics = []
-        for planned, reply, payloads in (replies[rank] for rank in collected if rank in replies):
-            _collect(fired, stage, planned, reply)
-            fired.parts += parts_of(reply.shards, payloads)
-            fired.generated_tokens += reply.generated_tokens
-            if reply.metrics is not None:
-                metrics.append(reply.metrics)
-            for damaged in reply.damaged:
-                self.counts.damaged(stage.inputs[damaged.input], len(damaged.rows))
-        if metrics:
-            fired.metrics = protocol("METRIC").combine(metrics)
-        else:  # a protocol could distribute too few rows, or collect from too few ranks
-            given = [sample for part in fired.parts for sample in part.shard.sample_ids]
-            check_complete(stage.name, samples, [*given, *(f.sample_id for f in fired.failures), *fired.lost])
-        return fired
+        self._account(stage, {rank: reply for rank, (reply, _) in answers.items()}, len(samples), step)
+        mine = {planned.rank: planned.call.sample_ids for planned in calls}
+        collected = [r for r in protocol(stage.protocol).collect(topology, generation=generation) if r in mine]
+        for damaged in (damaged for rank in collected for damaged in answers[rank][0].damaged):
+            self.counts.damaged(stage.inputs[damaged.input], len(damaged.rows))
+        return collect(stage.name, samples, [(mine[rank], *answers[rank]) for rank in collected])
 
     def _layout(self, *, generates: bool) -> tuple[Topology, GenerationGrouping | None]:
         """The ranks' layout in a firing: fully sharded ranks are replicas in training, tensor shards in generation."""
@@ -313,33 +289,11 @@ class StageContext:
         """Shut the compute thread down after its current call."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-    def _account(self, stage: StageSpec, replies: list[tuple[int, RankReply]], rows: int, step: int) -> None:
+    def _account(self, stage: StageSpec, replies: Mapping[int, RankReply], rows: int, step: int) -> None:
         if not replies:
             return
-        start, end = min(r.start for _, r in replies), max(r.end for _, r in replies)
+        start, end = min(r.start for r in replies.values()), max(r.end for r in replies.values())
         self.reports.spent(stage.name, start, end, rows, step)
-        for rank, reply in replies:
+        for rank, reply in replies.items():
             for edge, nbytes in zip(stage.inputs, reply.read_bytes, strict=False):
                 self.counts.read(edge, rank, nbytes)
-
-
-def _collect(fired: Fired, stage: StageSpec, planned: RankCallPlan, reply: RankReply) -> None:
-    """Add the failures and lost rows of one rank, each of whose rows has to leave exactly once."""
-    mine = planned.call.sample_ids
-    lost = [mine[position] for position in reply.lost]
-    failures = [Failure(mine[position], d.cause) for d in reply.damaged for position in d.rows] + reply.failures
-    fired.lost += lost
-    fired.failures += failures
-    if reply.metrics is None:
-        given = [sample for shard in reply.shards for sample in shard.sample_ids]
-        check_complete(stage.name, mine, [*given, *(f.sample_id for f in failures), *lost])
-
-
-def check_complete(name: str, taken: Sequence[int], given: Sequence[int]) -> None:
-    """Check that each row leaves exactly once, as a value or a tombstone: a join would wait for a missing one for ever.
-
-    Raises ValueError naming the stage and the first samples.
-    """
-    if sorted(given) != sorted(taken):
-        wrong = sorted(set(given) ^ set(taken)) or sorted(s for s in set(given) if list(given).count(s) > 1)
-        raise ValueError(f"{name}: took {len(taken)} rows and gave {len(given)}; not once each: samples {wrong[:4]}")

@@ -32,9 +32,10 @@ from asyncflow.services.channels.endpoint import PayloadLost
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.prompt_join import PromptJoin
 from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, row_refs
+from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.stage_context import Fired, StageContext
+from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
 from protocols.control.requests import CloseBatch, Done
@@ -266,7 +267,7 @@ def breakdown(inputs: Sequence[Batch], names: Sequence[str]) -> dict[str, float]
     """Mean of each part over the batch's samples, before its weight: "reward.<name>".
 
     Of several inputs with scores the first is the samples' own: the others are baselines. Nothing where no scores
-    have as many parts as there are names, as those of an outside reward.
+    have as many parts as there are names, as those of an external worker.
     """
     scores = next((batch for batch in inputs if isinstance(batch, Scores)), None)
     if scores is None or not names or not len(scores) or (scores.parts.lengths != len(names)).any():

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import msgspec
+
 from asyncflow.observe.exporter import Exporter
 from protocols.control.delivery import EdgeStatistics
 
 
-class _Edge:
-    def __init__(self) -> None:
-        self.rows = self.refused = self.damaged = self.inline_bytes = 0
-        self.wait_seconds = 0.0
-        self.read_bytes: defaultdict[int, int] = defaultdict(int)
+class _Edge(msgspec.Struct):
+    """The counts of one edge, as in `EdgeStatistics`."""
+
+    rows: int = 0
+    refused: int = 0
+    damaged: int = 0
+    inline_bytes: int = 0
+    read_bytes: dict[int, int] = {}
+    wait_seconds: float = 0.0
 
 
 class ChannelCounts:
@@ -42,7 +48,8 @@ class ChannelCounts:
 
     def read(self, edge: str, rank: int, nbytes: int) -> None:
         """Count the bytes that a rank read from frames of an edge."""
-        self._edges[edge].read_bytes[rank] += nbytes
+        read = self._edges[edge].read_bytes
+        read[rank] = read.get(rank, 0) + nbytes
         self._exporter.inc("channel_bytes_total", nbytes, channel=edge)
 
     def damaged(self, edge: str, rows: int) -> None:
@@ -52,16 +59,6 @@ class ChannelCounts:
 
     def statistics(self, edge: str, depth: int, capacity: int, peak: int) -> EdgeStatistics:
         """The statistics of one edge since the service started."""
-        counts = self._edges[edge]
         return EdgeStatistics(
-            edge=edge,
-            depth=depth,
-            capacity=capacity,
-            peak=peak,
-            rows=counts.rows,
-            refused=counts.refused,
-            damaged=counts.damaged,
-            inline_bytes=counts.inline_bytes,
-            read_bytes=dict(counts.read_bytes),
-            wait_seconds=counts.wait_seconds,
+            edge=edge, depth=depth, capacity=capacity, peak=peak, **msgspec.structs.asdict(self._edges[edge])
         )

@@ -242,11 +242,37 @@ class Connection:
 PROLOGUE = _PROLOGUE.size  # free bytes that `Connection.send` needs before a message
 
 
-def unix_socket() -> socket.socket:
-    """A new non-blocking Unix socket, to listen or to connect with."""
+async def connect(name: str) -> Connection:
+    """Connect to the socket of that name. Raises OSError (nobody listens, or no descriptor is free), Garbage."""
+    connecting = _unix_socket()
+    try:
+        await asyncio.get_running_loop().sock_connect(connecting, _address(name))
+        return Connection(connecting)
+    except BaseException:
+        connecting.close()
+        raise
+
+
+def listen(name: str, backlog: int) -> socket.socket:
+    """A socket that listens under that name on this node. Raises OSError if the name is taken."""
+    listener = _unix_socket()
+    try:
+        listener.bind(_address(name))
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _unix_socket() -> socket.socket:
     created = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     created.setblocking(False)
     return created
+
+
+def _address(name: str) -> str:
+    return f"\0asyncflow/{name}"  # abstract: no file, and gone with its process
 
 
 def _check_user(connected: socket.socket) -> None:

@@ -1,17 +1,15 @@
 """Wire: calls between two processes of one node over a Unix socket, with frames in shared memory.
 
-It replaces Ray's actor calls and object store where both ends are on one node, because they cost more: a call is a task
-submission and a round through the driver's event loop, and a stored frame is a copy and a reference count over
-processes. `asyncflow bench channels` measures both. Ray still starts the processes, carries object references, and
-connects the nodes.
+    caller ── Call(number, what, body, payloads) ──> one task per call ── Answer(number, body, payloads) ──> caller
 
-    caller ── Call(number, what, body, payloads) ──> a task a call ── Answer(number, body, payloads) ──> the caller
+It replaces Ray's actor calls and object store where both ends are on one node: there a Ray call costs a task submission
+and a round through the driver's event loop, and a stored frame a copy and distributed reference counts. `asyncflow
+bench channels` measures both. Ray still starts the processes, carries object references, and connects the nodes.
 
-A payload is bytes, or a frame in shared memory that travels beside the message. A call waits for its own answer only,
-so a call that waits for credit blocks no other. Sockets have abstract names: they need no file, vanish with
-their process, and can't be reached from another node. Both ends refuse a peer of another user. An answer with a
-reference, because Ray's store holds a frame, is kept where it was made until whoever can carry references has fetched
-it, the caller gives up, or is gone.
+A payload is bytes, or a frame in shared memory that travels beside the message. Calls do not wait for each other. A
+socket has an abstract name: it needs no file, vanishes with its process, and can't be reached from another node or by
+another user. An answer with a reference (a frame in Ray's store) can't travel: it is kept for `collect` through Ray,
+until the caller gives up or is gone.
 """
 
 from __future__ import annotations
@@ -30,7 +28,15 @@ import uvloop
 
 from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.runtime import shared
-from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, Connection, Garbage, unix_socket
+from asyncflow.services.runtime.connection import (
+    MOST_BYTES,
+    MOST_FRAMES,
+    PROLOGUE,
+    Connection,
+    Garbage,
+    connect,
+    listen,
+)
 from asyncflow.services.runtime.shared import SharedFrame
 
 AVAILABLE = shared.AVAILABLE  # other systems lack abstract socket names and SO_PEERCRED
@@ -93,13 +99,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen. Raises OSError if the name is taken."""
-        listener = unix_socket()
-        try:
-            listener.bind(_address(self._name))
-            listener.listen(MOST_CALLS)
-        except OSError:
-            listener.close()
-            raise
+        listener = listen(self._name, MOST_CALLS)
         self._accepting = asyncio.create_task(self._accept(listener), name=f"{self._name} listens")
 
     def collect(self, kept: int) -> list[Any]:
@@ -154,23 +154,20 @@ class Server:
             case Call() as call:
                 payloads = _join_payloads(call.payloads, frames)
                 await room.acquire()
-                self._begin(call, payloads, connection, room)
+                task = asyncio.create_task(self._answer(call, payloads, connection), name=f"{call.what} over the wire")
+                self._calls.add(task)
+                task.add_done_callback(self._calls.discard)
+                task.add_done_callback(lambda _: room.release())
         return True
-
-    def _begin(self, call: Call, payloads: list[Carried], connection: Connection, room: asyncio.Semaphore) -> None:
-        def done(task: asyncio.Task[None]) -> None:
-            self._calls.discard(task)
-            room.release()
-
-        task = asyncio.create_task(self._answer(call, payloads, connection), name=f"{call.what} over the wire")
-        self._calls.add(task)
-        task.add_done_callback(done)
 
     async def _answer(self, call: Call, payloads: list[Carried], connection: Connection) -> None:
         answer, answers = Answer(call.number), []
         try:
             answer.body, answers = await self._work(call.what, call.body, payloads)
-            _check_size(answer.body)
+            if not travels([], answer.body):
+                raise ValueError(
+                    f"an answer of {len(answer.body)} bytes beside its payloads; the limit is {MOST_BYTES // 2}"
+                )
         except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it, this process's log the traceback
             traceback.print_exc()
             # A file name in the text may not be valid Unicode, which a message can't hold.
@@ -258,18 +255,9 @@ class Wire:
             if self._connection is not None:
                 return
             try:
-                calling = unix_socket()
-            except OSError as error:  # no free descriptor
-                raise NotListening(f"{self.name}: {error}") from error
-            try:
-                await asyncio.get_running_loop().sock_connect(calling, _address(self.name))
-                connection = Connection(calling)
+                connection = await connect(self.name)
             except (OSError, Garbage) as error:
-                calling.close()
                 raise NotListening(f"{self.name}: {error}") from error
-            except asyncio.CancelledError:
-                calling.close()
-                raise
             self._connection = connection
             self._listening = asyncio.create_task(self._listen(connection), name=f"answers of {self.name}")
 
@@ -332,16 +320,7 @@ def _join_payloads(inside: Sequence[bytes | None], frames: Sequence[SharedFrame]
     return [next(following) if payload is None else payload for payload in inside]
 
 
-def _check_size(body: bytes) -> None:
-    if not travels([], body):
-        raise ValueError(f"an answer of {len(body)} bytes beside its payloads; the limit is {MOST_BYTES // 2}")
-
-
 def _send(connection: Connection, message: Call | Cancelled | Answer, frames: Sequence[SharedFrame] = ()) -> None:
     packed = bytearray(PROLOGUE)
     _encoder.encode_into(message, packed, PROLOGUE)
     connection.send(packed, frames)
-
-
-def _address(name: str) -> str:
-    return f"\0asyncflow/{name}"

@@ -206,7 +206,7 @@ async def test_without_a_worker_the_rows_fail_in_time_and_the_run_says_why(recip
     async with asyncflow.launch(recipe(**hasty)) as run:
         ended = await run.wait()
     assert ended.outcome == "failed"
-    assert "no answer from outside within 0.2 s" in ended.error
+    assert "no answer from an external worker within 0.2 s" in ended.error
 
 
 async def test_rows_of_a_worker_that_does_not_answer_go_to_another_one(recipe: MakeRecipe) -> None:

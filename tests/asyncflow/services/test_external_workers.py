@@ -15,10 +15,10 @@ from asyncflow.services.channels.shard_refs import Partitioning, RankCallPlan, S
 from asyncflow.services.external_workers import (
     ANSWERED,
     OVER,
-    Answer,
     ExternalRank,
     PendingCall,
     PendingRows,
+    RowAnswer,
     take_rows,
 )
 from asyncflow.services.ranks.rank import RowReader
@@ -60,7 +60,7 @@ def asked_for(*shards: Sequence[int]) -> RankCallPlan:
     return call
 
 
-def tombstones(*samples: int) -> dict[int, Answer]:
+def tombstones(*samples: int) -> dict[int, RowAnswer]:
     """Failures as answers, which need no batch."""
     return {sample: Failure(sample, "x") for sample in samples}
 
@@ -124,7 +124,7 @@ def test_an_answer_counts_once():
     assert pending.answer(tombstones(1, 2)) == {1: ANSWERED, 2: "too late"}
 
 
-def test_what_is_not_asked_stays_with_the_asker():
+def test_what_is_not_pending_stays_with_the_asker():
     pending = PendingRows(RETAKE)
     opened(pending, [1])
     answers = tombstones(1, 7)
@@ -132,7 +132,7 @@ def test_what_is_not_asked_stays_with_the_asker():
     assert list(answers) == [7]
 
 
-def test_a_row_that_is_asked_again_is_open_again():
+def test_a_row_that_is_pending_again_is_open_again():
     pending = PendingRows(RETAKE)
     pending.close(opened(pending, [1]), "its bytes are sent again")
     opened(pending, [1])
@@ -227,12 +227,12 @@ async def test_rows_without_an_answer_in_time_fail_and_late_answers_are_refused(
     await put(rank, rows.scores([1]), seconds=60.0)
     reply, _ = await call
     context.close()
-    cause = "no answer from outside within 0.3 s"
+    cause = "no answer from an external worker within 0.3 s"
     assert reply.failures == [Failure(2, cause)]
     assert await put(rank, rows.scores([2, 1])) == RowsPut({2: cause, 1: ANSWERED})
 
 
-async def test_a_publisher_waits_until_its_rows_are_asked(rank: ExternalRank):
+async def test_a_publisher_waits_until_its_rows_are_pending(rank: ExternalRank):
     """The first row is accepted at once although the second is requested only after the first is answered."""
     putting = asyncio.create_task(put(rank, rows.scores([1, 2]), seconds=10.0))
     first, _ = await asking(rank, [1])
@@ -311,7 +311,7 @@ async def test_the_wait_for_answers_is_reported_to_the_controller(rank: External
     await put(rank, rows.scores([1]), seconds=60.0)
     await call
     assert [(w.what, w.on) for w in await context.reports.notices() if isinstance(w, Waiting)] == [
-        ("answers", "outside workers"),
+        ("answers", "external workers"),
         ("", ""),
     ]
 
@@ -355,7 +355,7 @@ async def test_a_service_that_does_its_work_itself_gives_no_rows_away():
     runtime = LocalRuntime()
     try:
         started = await runtime.start([specs.service("a", specs.stage("a.double#1"))])
-        with pytest.raises(ServiceError, match="service a does its work itself, its model is not outside"):
+        with pytest.raises(ServiceError, match="service a does its work itself, it has no external workers"):
             await ask(started["a"].endpoint, TakeRows(1, 0.0))
     finally:
         await runtime.stop()

@@ -8,9 +8,10 @@ import pytest
 
 from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.channels.shard_refs import RowRef, ShardRef, row_refs
+from asyncflow.services.firing import Fired, check_complete
 from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, Target
 from asyncflow.services.reports import MOST_NOTICES
-from asyncflow.services.stage_context import StageContext, check_complete
+from asyncflow.services.stage_context import StageContext
 from protocols.control.notices import Busy, LeaseAsked, LeaseReturned, Waiting
 from protocols.data import codec
 from protocols.data.ids import sample_id
@@ -41,7 +42,7 @@ def firing(*parts: ShardRef) -> tuple[list[int], list[list[RowRef]]]:
 
 
 def test_values_and_tombstones_together_are_the_rows_that_were_taken():
-    check_complete("reward.score#1", [1, 2, 3], [3, 1, 2])
+    check_complete("reward.score#1", [1, 2, 3], Fired(failures=[Failure(3, "x")], lost=[1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_values_and_tombstones_together_are_the_rows_that_were_taken():
 )
 def test_a_row_that_does_not_leave_exactly_once_is_an_error_that_names_it(given: list[int], wrong: str):
     with pytest.raises(ValueError, match=rf"reward\.score#1: took 2 rows .*{wrong}"):
-        check_complete("reward.score#1", [1, 2], given)
+        check_complete("reward.score#1", [1, 2], Fired(lost=given))
 
 
 # --- firing
