@@ -77,7 +77,7 @@ def make_policy(folder: str | Path, seed: int = 0, tied: bool = True, **shape: i
 
 def make_reward(folder: str | Path, seed: int = 0, **shape: int) -> Path:
     """A random reward model (one label) and its tokenizer as a transformers folder; `shape` goes to `config`."""
-    reward_config = config(**shape)
+    reward_config = config(tied=True, **shape)
     reward_config.num_labels = 1
     return _save(Qwen2ForSequenceClassification, reward_config, folder, seed)
 
