@@ -284,9 +284,8 @@ async def take_rows(endpoint: Requestable, store: Store, most: int, over: Callab
         assert isinstance(reply, RowsTaken)
         if reply.call is None:
             continue
-        read = await asyncio.to_thread(
-            RowReader, reply.call, [await get_or_none(store, payload) for payload in payloads]
-        )
+        frames = [await get_or_none(store, payload) for payload in payloads]
+        read = await asyncio.to_thread(RowReader, reply.call, frames)
         samples = reply.call.sample_ids
         if read.damaged or read.lost:
             damaged = [Failure(samples[row], d.cause) for d in read.damaged for row in d.rows]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -24,16 +24,14 @@ from asyncflow.services.ranks.rank import Rank
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.runtime.ray_peers import RayEndpoint, RayRanks
-from asyncflow.services.runtime.ray_store import RankStore, RayStore, referenced
-from asyncflow.services.runtime.wire import Carried, Server, ServerThread
+from asyncflow.services.runtime.ray_store import RayStore, ReplyStore
+from asyncflow.services.runtime.wire import Server
 from asyncflow.services.service import ModelService
 from protocols.control.delivery import Delivery, RankCall
 from protocols.control.requests import RankRequest, Request
 
 if TYPE_CHECKING:
-    from workers.parallel.process_group import Rendezvous, World
-
-T = TypeVar("T")
+    from workers.parallel.process_group import Rendezvous
 
 _deliveries, _requests = msgspec.msgpack.Decoder(Delivery), msgspec.msgpack.Decoder(Request)
 _rank_calls, _rank_requests = msgspec.msgpack.Decoder(RankCall), msgspec.msgpack.Decoder(RankRequest)
@@ -70,36 +68,28 @@ class ServiceActor:
         }
         self._service.connect({**self._peers, self._spec.name: self._service})
 
-    async def deliver(self, delivery: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        await self._service.deliver(_deliveries.decode(delivery), payloads)
-        return b"", []
-
-    async def request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        reply, answers = await self._request(request, payloads)
+    async def call(self, what: str, body: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        """Answer a call through Ray."""
+        reply, answers = await self._answer(what, body, payloads)
         return reply, await self._store.by_reference(answers)
-
-    async def notices(self, _body: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        return msgspec.msgpack.encode(await self._service.notices()), []
 
     async def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
         assert self._server is not None, "an actor that does not listen keeps no answers"
         return await self._store.by_reference(self._server.collect(kept))
 
-    async def _request(self, request: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        reply, answers = await self._service.request(_requests.decode(request), payloads)
-        return msgspec.msgpack.encode(reply), answers
-
-    async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
+    async def _answer(self, what: str, body: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
         match what:
             case "deliver":  # a mailbox keeps the payloads, while a request's are read at once
                 payloads[:] = await self._store.admit(payloads)  # in place, or the caller's list would keep the frames
-                return await self.deliver(body, payloads)
+                await self._service.deliver(_deliveries.decode(body), payloads)
+                return b"", []
             case "request":
-                return await self._request(body, payloads)
+                reply, answers = await self._service.request(_requests.decode(body), payloads)
+                return msgspec.msgpack.encode(reply), answers
             case "notices":
-                return await self.notices(body, payloads)
-        raise ValueError(f"{self._spec.name} has no call {what!r} on its socket")
+                return msgspec.msgpack.encode(await self._service.notices()), []
+        raise ValueError(f"{self._spec.name} has no call {what!r}")
 
     async def stop(self) -> None:
         await self._service.stop()
@@ -108,101 +98,77 @@ class ServiceActor:
 
 
 class RankActor:
-    """The Ray actor around one rank of a service with several. It runs one call at a time, in its own thread.
-
-    The thread is not Ray's, because calls arrive on the socket too.
-    """
+    """The Ray actor around one rank of a service with several. The rank computes in a thread, one call at a time."""
 
     def __init__(self, spec: bytes, wire: str, rank: int) -> None:
         """`wire`: the socket's name, "" for none."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         self._number = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{self._spec.name}-{rank}-compute")
-        self._server = ServerThread(wire, self._answer) if wire else None
-        self._loaded: LoadedWorker | None = None
+        self._store = RayStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
+        self._server = Server(wire, self._answer) if wire else None
+        self._rank: Rank | None = None
         self._hosted: Rendezvous | None = None
         if self._spec.log_path:
             path = Path(self._spec.log_path)
             log_to(str(path.with_name(f"{path.stem}-{rank}{path.suffix}")))
 
-    def create_store(self) -> str:
+    async def create_store(self) -> str:
         """Create the rendezvous store of all ranks, which this process keeps open; returns its address."""
         from workers.parallel.process_group import create_store
 
         self._hosted, address = create_store(ray.util.get_node_ip_address())
         return address
 
-    def start(self, meeting: str) -> None:
+    async def start(self, meeting: str) -> None:
         """Join the others at `meeting` ("" for independent ranks), load the model, then listen."""
-        self._in_thread(self._start, meeting)
+        loaded = await asyncio.get_running_loop().run_in_executor(self._thread, self._build, meeting)
+        self._rank = Rank(self._spec, loaded, self._store, self._thread, self._number)
         if self._server is not None:
-            self._server.start()
+            await self._server.start()
 
-    def call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """Run the rank's part of a firing; returns the reply and its payloads."""
-        return self._in_thread(self._by_ray, self._call, call, payloads)
+    async def call(self, what: str, body: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
+        """Answer a call through Ray."""
+        return await self._answer(what, body, payloads, ReplyStore(self._spec.limits.inline_bytes))
 
-    def call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
+    async def call_large(
+        self, what: str, body: bytes, payloads: list[Payload]
+    ) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
         """Like `call`, with a large frame as a second value: None stands for it among the payloads."""
-        return self._in_thread(self._by_ray, self._call_large, call, payloads)
+        output = ReplyStore(self._spec.limits.inline_bytes, apart=True)
+        return await self._answer(what, body, payloads, output), output.frame
 
-    def ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        """Carry out a coordinator's request to all ranks; returns the answer and its payloads."""
-        return self._in_thread(self._by_ray, self._ask, request, [])
-
-    def collect(self, kept: int) -> list[Payload]:
+    async def collect(self, kept: int) -> list[Payload]:
         """See `wire.Server.collect`."""
         assert self._server is not None, "an actor that does not listen keeps no answers"
-        return [referenced(payload) for payload in self._server.collect(kept)]
+        return await self._store.by_reference(self._server.collect(kept))
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Stop listening, and free the model if it was loaded."""
         if self._server is not None:
-            self._server.close()
-        if self._loaded is not None:
-            self._in_thread(self._loaded.close)
-        self._thread.shutdown()
+            await self._server.close()
+        if self._rank is not None:
+            await self._rank.close()
+        self._thread.shutdown(wait=False)
 
-    def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        return self._thread.submit(work, *arguments).result()
+    async def _answer(
+        self, what: str, body: bytes, payloads: list[Payload], output: ReplyStore | None = None
+    ) -> tuple[bytes, list[Payload]]:
+        """Run the rank's part of a firing or of a request to all ranks."""
+        assert self._rank is not None, f"rank {self._number} of {self._spec.name} is not started"
+        if what == "call":
+            reply, answers = await self._rank.call(_rank_calls.decode(body), payloads, output)
+        else:
+            reply, answers = await self._rank.ask(_rank_requests.decode(body), output)
+        return msgspec.msgpack.encode(reply), answers
 
-    def _by_ray(self, work: Callable[..., T], *arguments: Any) -> T:
-        self._store.by_ray = True
-        try:
-            return work(*arguments)
-        finally:
-            self._store.by_ray = False
-
-    async def _answer(self, what: str, body: bytes, payloads: list[Carried]) -> tuple[bytes, list[Payload]]:
-        work = {"call": self._call, "ask": self._ask}[what]
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, body, payloads)
-
-    def _start(self, meeting: str) -> None:
-        self._loaded = build(self._spec, self._number, self._join(meeting) if meeting else None)
-        self._store = RankStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
-        self._rank = Rank(self._spec, self._loaded, self._store, None, self._number)
-
-    def _join(self, meeting: str) -> World:
+    def _build(self, meeting: str) -> LoadedWorker:
+        if not meeting:
+            return build(self._spec, self._number)
         from workers.parallel.process_group import connect_store, join_world
 
         size = self._spec.topology.world_size
-        return join_world(self._hosted or connect_store(meeting), self._number, size)
-
-    def _call(self, call: bytes, payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        frames = [self._store.read(payload) for payload in payloads]
-        reply, answers = self._rank.work(_rank_calls.decode(call), frames)
-        return msgspec.msgpack.encode(reply), answers
-
-    def _call_large(self, call: bytes, payloads: list[Payload]) -> tuple[tuple[bytes, list[Payload]], Frame | None]:
-        self._store.answers_apart = True
-        try:
-            return self._call(call, payloads), self._store.answer
-        finally:
-            self._store.answers_apart, self._store.answer = False, None  # also after a call that failed
-
-    def _ask(self, request: bytes, _payloads: list[Payload]) -> tuple[bytes, list[Payload]]:
-        answer, payloads = self._rank.answer(_rank_requests.decode(request))
-        return msgspec.msgpack.encode(answer), payloads
+        return build(self._spec, self._number, join_world(self._hosted or connect_store(meeting), self._number, size))
 
 
 def log_to(path: str) -> None:

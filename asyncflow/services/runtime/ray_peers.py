@@ -40,9 +40,9 @@ class Peer:
     async def call(
         self, method: str, body: bytes, payloads: Sequence[Payload], what: str = "", *, large: bool = False
     ) -> tuple[bytes, list[Payload]]:
-        """Call a method that takes and returns a body and payloads. Raises as `answered` does; `what` names the call.
+        """Have the actor answer `method`, with a body and payloads. Raises as `answered` does; `what` names the call.
 
-        `large`: a large answer is expected, so through Ray use `<method>_large`, see `RankActor.call_large`.
+        `large`: a large answer is expected, see `RankActor.call_large`.
         """
         what = what or method
         if self._wire is not None and travels(payloads, body):
@@ -51,8 +51,8 @@ class Peer:
                 return reply, await self._store.admit(answers)
         references = await self._store.by_reference(payloads)
         if not large:
-            return await called(self.name, what, getattr(self.actor, method), body, references)
-        answer, value = getattr(self.actor, f"{method}_large").options(num_returns=2).remote(body, references)
+            return await called(self.name, what, self.actor.call, method, body, references)
+        answer, value = self.actor.call_large.options(num_returns=2).remote(method, body, references)
         reply, answers = await answered(self.name, what, answer)
         return reply, [[value] if a is None else a for a in answers]
 

@@ -36,7 +36,7 @@ class RayStore:
     def put(self, frame: Frame, direct: bool = False) -> Payload:
         if frame.nbytes <= (max(self._inline_limit, DIRECT_BYTES) if direct else self._inline_limit):
             return frame.tobytes()
-        if self._may_share(frame.nbytes):
+        if holdings().room(self.shared_bytes, frame.nbytes):
             with contextlib.suppress(OSError):  # no memory or no descriptor: use Ray's store, which can spill
                 return SharedFrame.of(frame)
         return [ray.put(frame)]
@@ -51,7 +51,7 @@ class RayStore:
                 return await payload[0]
             except ObjectLostError as error:
                 raise PayloadLost(str(error)) from error
-        return _mapped(payload)
+        return np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload.map()
 
     def inline_bytes(self, payload: Payload) -> int:
         return len(payload) if isinstance(payload, bytes) else 0
@@ -64,46 +64,27 @@ class RayStore:
 
     async def admit(self, payloads: Sequence[Payload]) -> list[Payload]:
         """Keep received payloads: unchanged while shared memory is within its bound, else by reference."""
-        return list(payloads) if self._may_share() else await self.by_reference(payloads)
-
-    def _may_share(self, more: int = 0) -> bool:
-        """Whether this process may hold `more` bytes of shared memory."""
-        return holdings().room(self.shared_bytes, more)
+        return list(payloads) if holdings().room(self.shared_bytes) else await self.by_reference(payloads)
 
 
-class RankStore(RayStore):
-    """The store of a rank, which runs one call at a time in a thread without an event loop.
+class ReplyStore(RayStore):
+    """Stores a rank's reply to one call that arrived through Ray, so that the reply leaves through Ray.
 
-    The answer to a call that arrived through Ray leaves through Ray. The first large frame of a large call is returned
-    as a value of its own, so that readers need not ask its owner. It must exceed RETURNED_INLINE_BYTES: Ray stores such
-    a value by itself, while a smaller one would travel through the coordinator.
+    `apart`: the call is a large one. The reply's first large frame is returned as a value of its own, so that readers
+    need not ask its owner. It must exceed RETURNED_INLINE_BYTES: Ray stores such a value by itself, while a smaller one
+    would travel through the coordinator.
     """
 
-    by_ray = False  # the current call arrived through Ray
-    answers_apart = False  # and it is a large one
-    answer: Frame | None = None
+    def __init__(self, inline_bytes: int, *, apart: bool = False) -> None:
+        super().__init__(inline_bytes)
+        self._apart = apart
+        self.frame: Frame | None = None  # the one to return as a value
 
     def put(self, frame: Frame, direct: bool = False) -> Payload:
-        if self.answers_apart and self.answer is None and frame.nbytes > RETURNED_INLINE_BYTES:
-            self.answer = frame
+        if self._apart and self.frame is None and frame.nbytes > RETURNED_INLINE_BYTES:
+            self.frame = frame
             return None
         return super().put(frame, direct)
-
-    def _may_share(self, more: int = 0) -> bool:
-        return not self.by_ray and super()._may_share(more)
-
-    def read(self, payload: Payload) -> Frame | None:
-        """Read a frame; None if it is lost. Blocking."""
-        if isinstance(payload, list):
-            try:
-                return ray.get(payload[0])
-            except ObjectLostError:
-                return None
-        return _mapped(payload)
-
-
-def _mapped(payload: bytes | SharedFrame) -> Frame:
-    return np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload.map()
 
 
 # Shared frames that were copied to Ray's store, for as long as they live: a frame may have several readers.

@@ -18,13 +18,11 @@ import asyncio
 import itertools
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-import uvloop
 
 from asyncflow.services.channels.endpoint import causes
 from asyncflow.services.runtime import shared
@@ -182,30 +180,6 @@ class Server:
             self._kept[answer.kept] = connection, answers
         _send(connection, answer, frames)
         await connection.drain()
-
-
-class ServerThread:
-    """A server with an event loop in a thread of its own, for a process without one."""
-
-    def __init__(self, name: str, work: Work) -> None:
-        self._server = Server(name, work)
-        self.collect = self._server.collect
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name} wire", daemon=True)
-
-    def start(self) -> None:
-        """See `Server.start`."""
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
-
-    def close(self) -> None:
-        """See `Server.close`; then stop the thread. Does nothing if it was not started."""
-        if not self._thread.is_alive():
-            return
-        asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class Wire:

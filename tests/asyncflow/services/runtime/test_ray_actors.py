@@ -11,5 +11,5 @@ from tests.asyncflow.services.specs import service
 
 @pytest.mark.timeout(5)
 @pytest.mark.parametrize("wire", ["", "a-rank"])
-def test_a_rank_that_never_started_stops_at_once(wire: str):
-    RankActor(msgspec.msgpack.encode(service("reward")), wire, 0).stop()
+async def test_a_rank_that_never_started_stops_at_once(wire: str):
+    await RankActor(msgspec.msgpack.encode(service("reward")), wire, 0).stop()

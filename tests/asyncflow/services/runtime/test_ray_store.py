@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from asyncflow.services.runtime.ray import RayRuntime
-from asyncflow.services.runtime.ray_store import DIRECT_BYTES, RETURNED_INLINE_BYTES, RankStore, RayStore
+from asyncflow.services.runtime.ray_store import DIRECT_BYTES, RETURNED_INLINE_BYTES, RayStore, ReplyStore
 from asyncflow.services.runtime.shared import SharedFrame, holdings
 
 pytestmark = pytest.mark.ray
@@ -90,17 +90,12 @@ async def test_what_arrives_beyond_the_bound_goes_where_it_can_spill():
 
 
 @pytest.mark.usefixtures("ray_started")
-def test_a_ranks_answer_leaves_by_the_way_its_call_came():
-    store = RankStore(inline_bytes=1024, shared_bytes=1 << 30)
+def test_a_ranks_reply_leaves_by_the_way_its_call_came():
     large = frame(1, RETURNED_INLINE_BYTES + 1)
-    assert isinstance(store.put(large), SharedFrame)
-    store.by_ray = True
-    assert isinstance(store.put(large), list)
-    store.answers_apart = True
-    assert isinstance(store.put(frame(2)), list), "too small for Ray to put it into its store by itself"
-    assert store.put(large) is None
-    assert store.answer is large
-    assert isinstance(store.put(large), list), "the first alone"
-    read = store.read(store.put(frame(3)))
-    assert read is not None
-    assert int(read[0]) == 3
+    assert isinstance(RayStore(inline_bytes=1024, shared_bytes=1 << 30).put(large), SharedFrame)
+    assert isinstance(ReplyStore(inline_bytes=1024).put(large), list)
+    output = ReplyStore(inline_bytes=1024, apart=True)
+    assert isinstance(output.put(frame(2)), list), "too small for Ray to put it into its store by itself"
+    assert output.put(large) is None
+    assert output.frame is large
+    assert isinstance(output.put(large), list), "the first alone"

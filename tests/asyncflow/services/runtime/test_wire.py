@@ -10,7 +10,6 @@ import secrets
 import signal
 import socket
 import struct
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import uvloop
 
 from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES
 from asyncflow.services.runtime.shared import SharedFrame, holdings
@@ -28,7 +28,6 @@ from asyncflow.services.runtime.wire import (
     ConnectionLost,
     NotListening,
     Server,
-    ServerThread,
     Wire,
     Work,
     travels,
@@ -61,9 +60,13 @@ async def answer(what: str, body: bytes, payloads: list[Any]) -> tuple[bytes, li
 
 def serve(name: str, ready: Any) -> None:
     """Run in another process: serve until killed."""
-    ServerThread(name, answer).start()
-    ready.set()
-    threading.Event().wait()
+
+    async def run() -> None:
+        await Server(name, answer).start()
+        ready.set()
+        await asyncio.Event().wait()
+
+    uvloop.run(run())
 
 
 @pytest.fixture(scope="module")
@@ -355,20 +358,6 @@ async def test_a_server_that_closed_leaves_nothing():
         assert not server._calls
         assert not to._waiting
         assert not listening(name)
-
-
-def test_a_server_with_a_thread_of_its_own_ends_with_it():
-    name, before = named(), threading.active_count()
-    server = ServerThread(name, answer)
-    server.start()
-    assert (listening(name), threading.active_count()) == (True, before + 1)
-    server.close()
-    assert (listening(name), threading.active_count()) == (False, before)
-    server.close()
-
-
-def test_a_thread_that_was_never_started_is_closed_at_once():
-    ServerThread(named(), answer).close()
 
 
 def test_a_call_is_an_array_of_numbered_parts():
