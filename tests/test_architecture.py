@@ -1,4 +1,4 @@
-"""The house stands: dependencies point one way, modules form no cycle, light modules stay light.
+"""Dependencies point one way, modules form no cycle, and light modules import no heavy library.
 
 `protocols <- workers <- asyncflow <- deploy`, and inside asyncflow the floors below. Read from the sources, so that an
 import inside a function, or for a type checker, counts as well.

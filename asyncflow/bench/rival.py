@@ -1,4 +1,4 @@
-"""What the channels are compared with: padded batches as synchronous systems send them, and bare Ray actors.
+"""The baselines of the channels benchmark: padded batches as synchronous systems send them, and bare Ray actors.
 
 A padded torch batch is pickled to every rank and sliced there, or the caller cuts it into one chunk a rank. Its
 columns, types and padding are those that synchronous systems carry for a log-prob call: 64-bit token ids, masks and

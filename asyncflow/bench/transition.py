@@ -185,11 +185,11 @@ def _received_matrices_bytes(plan: ShardPlan, grouping: GenerationGrouping, rank
     names = {parameter.name for parameter in _matrices(plan)}
     itemsize = torch.float32.itemsize
     return itemsize * sum(
-        piece.elements
+        part.elements
         for move in transition(plan, grouping, rank, _ANY_BUCKET)
-        for owner, pieces in zip(move.owners, move.pieces, strict=True)
-        for piece in pieces
-        if owner != rank and piece.name in names
+        for owner, slices in zip(move.owners, move.slices, strict=True)
+        for part in slices
+        if owner != rank and part.name in names
     )
 
 

@@ -1,1 +1,1 @@
-"""The `asyncflow` command: its subcommands and what they print. What they do is in the rooms below."""
+"""The `asyncflow` command: its subcommands and what they print. The work itself is done by the other packages."""

@@ -1,4 +1,4 @@
-"""The consoles of the command line. Text that the system formats is printed as it is: a path may hold brackets."""
+"""The consoles of the command line. Formatted text is printed without markup, because a path may contain brackets."""
 
 from __future__ import annotations
 

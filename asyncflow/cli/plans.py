@@ -31,7 +31,7 @@ def dataflow(checked: Checked, device: str) -> Iterator[str]:
     yield checked.dataflow.draw()
     for spec in compose(recipe, checked.dataflow, recipe.name, 0, "logs"):
         place = f"pool {spec.pool}{', shared' if spec.leased else ''}" if spec.pool else "no device"
-        yield f"{spec.name:<12} {'outside' if spec.external else spec.role:<10} {place}"
+        yield f"{spec.name:<12} {'external' if spec.external else spec.role:<10} {place}"
     if device:
         with _bad_input():
             scenario = of_recipe(recipe, checked.dataflow, prompt_lengths(checked.train), read_calibration(device))

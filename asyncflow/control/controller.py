@@ -56,7 +56,7 @@ from asyncflow.control.user_code import UserCode
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import Store, causes
 from protocols.control.delivery import ServiceStatistics
-from protocols.control.events import CodeReloaded, RunEnded, StateChanged
+from protocols.control.events import CodeReloaded, RunEnded, RunStarted, StateChanged
 
 TICK_SECONDS = 0.5
 
@@ -77,9 +77,11 @@ class Controller:
         evaluations: Evaluations,
         run_store: RunStore,
         code: UserCode,
+        started: RunStarted,
     ) -> None:
+        """`started` is the run's first event."""
         self.events = run_store.log.events
-        self._pace, self._deadlines, self._evaluations = pace, deadlines, evaluations
+        self._pace, self._deadlines, self._evaluations, self._started = pace, deadlines, evaluations, started
         self._supervisor, self._run_store = supervisor, run_store
         self._admission = Admission(pace.prompts_per_step, pace.staleness, pace.steps, run_store.version)
         self._inflight = inflight = InFlightPrompts(self._admission, pace.max_refills)
@@ -211,6 +213,7 @@ class Controller:
     # --- the steps
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
+        self._run_store.log.emit(self._started)
         await self._generator.publish(self._admission.version)
         await self._evaluations.before_first_step()
         background.append(group.create_task(self._admit(), name="admission"))

@@ -1,4 +1,4 @@
-"""The service that generates: it gets prompts, weights and pauses, and its successor gets all of them again.
+"""What the controller sends to the service that generates, or to its successor: prompts, weights, pauses.
 
 Prompts are recorded in the ledger, then delivered to every stage that generates. The prompts that were live at a
 restored checkpoint are generated again before any new one. The same holds for prompts whose rows died with a generator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from workers.settings import NonNegativeInt, Settings
+from workers.settings import NonNegativeInt, Positive, Settings
 
 
 class Checkpoints(Settings, frozen=True):
@@ -25,11 +25,11 @@ class Evaluation(Settings, frozen=True):
 class Deadlines(Settings, frozen=True):
     """How long something may take before it is reported or ended, in seconds."""
 
-    publish: float = 120.0  # one publication of weights
-    checkpoint: float = 600.0
-    stall: float = 120.0  # without progress: the wait-for graph is shown
-    give_up: float = 900.0  # without progress: the run ends and shows the wait-for graph
-    stop: float = 60.0  # draining after a stop is requested
+    publish: Positive = 120.0  # one publication of weights
+    checkpoint: Positive = 600.0
+    stall: Positive = 120.0  # without progress: the wait-for graph is shown
+    give_up: Positive = 900.0  # without progress: the run ends and shows the wait-for graph
+    stop: Positive = 60.0  # draining after a stop is requested
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""The Prometheus endpoint of one actor: only metrics of the table, a bounded number of label values, its own port.
+"""The Prometheus endpoint of one actor: the metrics of one table, a bounded number of label values, a port of its own.
 
 actor: exporter.inc("tokens_generated_total", 812)  ->  registry  <-  GET /metrics  <-  Prometheus
 """

@@ -118,7 +118,7 @@ def _scenario(recipe: Recipe, dataflow: Dataflow, spans: list[Span], steps: list
     whole = recipe.generation.engine == "torch"
     return Scenario(
         dataflow=dataflow,
-        hosts=services_of(recipe, dataflow),
+        services=services_of(recipe, dataflow),
         pools=pools,
         devices={name: pool.devices for name, pool in recipe.pools.items() if name in pools.values()},
         speeds=speeds_of(spans, list(pools), cores, tokens if whole else min(tokens, TURN_TOKENS)),

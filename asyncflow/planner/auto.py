@@ -115,7 +115,7 @@ def bound_s(scenario: Scenario) -> float:
             pools[pool] = pools.get(pool, 0.0) + seconds
     bounds = [*pools.values(), sum(work.values()) / scenario.cores if scenario.cores else 0.0]
     if not scenario.pace.staleness:
-        generator = next(host for stage, host in scenario.hosts.items() if scenario.dataflow.stage(stage).generates)
+        generator = next(scenario.services[stage.name] for stage in scenario.dataflow.stages if stage.generates)
         bounds.append(_work_s(scenario, generator)[0] + _work_s(scenario, "policy")[2])
     return max(bounds)
 
@@ -126,7 +126,7 @@ def _work_s(scenario: Scenario, service: str) -> tuple[float, float, float]:
     prompt, response = scenario.prompt.mean, scenario.response.mean
     generation = inference = training = 0.0
     for stage in scenario.dataflow.stages:
-        if scenario.hosts[stage.name] != service:
+        if scenario.services[stage.name] != service:
             continue
         delay = scenario.delays.get(service, {}).get(stage.method, 0.0)
         if stage.generates:

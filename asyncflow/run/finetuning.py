@@ -78,6 +78,8 @@ def _training(path: Path, settings: FineTuning, console: Console, what: str) -> 
     _check_model(path, settings)
     import torch
 
+    from workers.training.optimizer_step import StepRefused
+
     torch.set_num_threads(1)  # small models gain nothing from a second one, and one gives the same bits every time
     columns = (
         TextColumn("{task.description}"),
@@ -91,3 +93,5 @@ def _training(path: Path, settings: FineTuning, console: Console, what: str) -> 
             yield lambda step, loss: progress.update(task, completed=step + 1, loss=loss)
         except (DataError, FileExistsError) as error:
             raise BadInput(f"settings {path}: {error}") from error
+        except StepRefused as error:
+            raise BadInput(f"settings {path}: {error}: schedule.learning_rate may be too high") from error

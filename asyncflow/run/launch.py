@@ -97,8 +97,18 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
             _write_targets(folder, services, port)
             return services[name].endpoint
 
-        run_store = _run_store(checked, folder, start, list(services), exporter)
-        controller = _controller(checked, services, restart, runtime.store, run_store, code)
+        exporter.set("staleness_bound_versions", recipe.staleness)
+        run_store = RunStore(
+            folder=folder,
+            term=start.term,
+            ledger=Ledger(folder / "ledger.db"),
+            checkpoints=recipe.checkpoints,
+            stateful=stateful(dataflow),
+            recipe_digest=run_folder.digest_of(recipe),
+            exporter=exporter,
+            restored=start.restore,
+        )
+        controller = _controller(checked, folder, start, services, restart, runtime.store, run_store, code)
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
@@ -120,38 +130,10 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         log.close()
 
 
-def _run_store(
-    checked: Checked, folder: Path, start: run_folder.Start, services: list[str], exporter: Exporter
-) -> RunStore:
-    """The open store of a run; its first event says how the run starts."""
-    recipe = checked.recipe
-    exporter.set("staleness_bound_versions", recipe.staleness)
-    run_store = RunStore(
-        folder=folder,
-        term=start.term,
-        ledger=Ledger(folder / "ledger.db"),
-        checkpoints=recipe.checkpoints,
-        stateful=stateful(checked.dataflow),
-        recipe_digest=run_folder.digest_of(recipe),
-        exporter=exporter,
-        restored=start.restore,
-    )
-    run_store.log.emit(
-        RunStarted(
-            run=folder.name,
-            folder=str(folder),
-            steps=recipe.steps,
-            first_step=run_store.version,
-            term=start.term,
-            services=services,
-            warnings=start.warnings,
-        )
-    )
-    return run_store
-
-
 def _controller(
     checked: Checked,
+    folder: Path,
+    start: run_folder.Start,
     services: dict[str, Started],
     restart: Callable[[str], Awaitable[Endpoint]],
     store: Store,
@@ -178,6 +160,15 @@ def _controller(
         evaluations=evaluations,
         run_store=run_store,
         code=code,
+        started=RunStarted(
+            run=folder.name,
+            folder=str(folder),
+            steps=recipe.steps,
+            first_step=run_store.version,
+            term=start.term,
+            services=list(services),
+            warnings=start.warnings,
+        ),
     )
 
 

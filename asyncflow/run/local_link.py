@@ -58,10 +58,10 @@ class LocalLink:
         return follow(CurrentService(service, self._services), self._store, stage.name, stage.produces, self._task.done)
 
     def take(self, role: str, most: int) -> AsyncGenerator[Batch]:
-        return take_rows(self._outside(role), self._store, most, self._task.done)
+        return take_rows(self._external(role), self._store, most, self._task.done)
 
     async def put(self, role: str, answers: Batch | None, failures: Sequence[Failure], seconds: float) -> RowsPut:
-        service = self._outside(role)
+        service = self._external(role)
         try:
             parts = [await asyncio.to_thread(pack, self._store, answers, 0)] if answers is not None else []
             request = PutRows([part.shard for part in parts], list(failures), seconds=seconds)
@@ -73,10 +73,10 @@ class LocalLink:
         assert isinstance(reply, RowsPut)
         return reply
 
-    def _outside(self, role: str) -> CurrentService:
-        outside = [name for name, model in self._checked.recipe.models.items() if model.outside]
-        if role not in outside:
-            raise BadInput(f"outside {role!r}: no such outside role; of this run: {', '.join(outside) or 'none'}")
+    def _external(self, role: str) -> CurrentService:
+        external = [name for name, model in self._checked.recipe.models.items() if model.outside]
+        if role not in external:
+            raise BadInput(f"outside {role!r}: no such external role; of this run: {', '.join(external) or 'none'}")
         return CurrentService(role, self._services)
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:

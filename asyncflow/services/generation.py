@@ -126,7 +126,7 @@ class GenerationLoop:
 
     @property
     def _steppable(self) -> bool:
-        """Whether rows run under proven weights: an engine that refused a publication has none."""
+        """Whether rows run under verified weights: an engine that refused a publication has none."""
         return self._engine.unfinished > 0 and self._engine.version is not None and not self._paused
 
     def _ready_rows(self, rows: Prompts) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     deliver ──> mailbox ──> stage fires ──> each rank reads its rows, computes, puts ──> deliver to each consumer
     request ──> closing a batch, weights, state, direct calls
-    notices <── settled prompts, finished steps, requests for the lease, time spent
+    notices <── complete prompts, finished steps, requests for the lease, time spent
 
 A coordinator moves names and references, not the rows' bytes. Where the model computes is its `ServiceMode`. The event
 loop never computes: its lag is a metric. Start, run and stop are the same in a Ray actor and in one process with all

@@ -1,8 +1,8 @@
-"""Publication between services: the policy publishes a snapshot, and every generator loads it and proves that it did.
+"""Publication between services: the policy publishes a snapshot, and every generator loads and verifies it.
 
     policy.update done -> lease returned -> snapshot (a copy) -> load on each replica -> receipts -> commit
 
-`workers.generation.publication` says what a receipt proves. Every error names the replica and the cause.
+`workers.generation.publication` says what a receipt shows. Every error names the replica and the cause.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class WaitsChanged(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     waits: dict[str, str]  # stage -> "what on whom"
     live_prompts: int
-    step_progress: float  # fraction of the current batch's prompts that are settled, 0 to 1
+    step_progress: float  # fraction of the current batch's prompts that are complete, 0 to 1
     tokens_per_second: float = 0.0
 
 

@@ -1,4 +1,4 @@
-"""Pretraining text for the ptx loss: the rows that each optimizer step gets beside its experience.
+"""Pretraining text for the ptx loss: which rows each optimizer step gets in addition to its experience.
 
 The rows are a stream of epochs, each a permutation of the file that depends only on (seed, epoch). An optimizer step
 takes its own segment of the stream, so its rows are a function of the step's number and need no checkpoint.

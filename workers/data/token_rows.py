@@ -1,4 +1,4 @@
-"""Prompts and responses as tokens: what a forward pass takes, without torch."""
+"""Tokenized prompts and responses, the input of a forward pass. Torch-free."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.data.token_rows import TokenRows
@@ -21,7 +22,7 @@ from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
 from workers.parallel.plan import Head
-from workers.parallel.sharding import ONE_DEVICE
+from workers.parallel.sharding import Sharding
 from workers.settings import Model
 from workers.training.optimizer_step import LrSchedule
 from workers.training.trainable import TrainableModel
@@ -29,7 +30,7 @@ from workers.training.trainable import TrainableModel
 RESULTS = "training.json"
 
 OnStep = Callable[[int, float], object]
-BatchLoss = Callable[[npt.NDArray[np.int64]], MicroLoss]  # the loss of a batch of these rows
+RowsLoss = Callable[[npt.NDArray[np.int64]], MicroLoss]  # the loss of a batch of these rows
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -38,9 +39,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
-    """The model to start from, on one device, with its optimizer."""
+    """The model to start from and its optimizer: on the GPU, where there is one."""
+    one_device = Sharding(device="cuda" if torch.cuda.is_available() else "cpu")
     schedule, warmup_steps = settings.schedule, settings.optimizer.warmup_steps
-    model = trained_model(Model(path=settings.model, dtype=settings.dtype), ONE_DEVICE, head=head, seed=schedule.seed)
+    model = trained_model(Model(path=settings.model, dtype=settings.dtype), one_device, head=head, seed=schedule.seed)
     rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps)
     return TrainableModel(model, settings.model, schedule.learning_rate, settings.optimizer, rates)
 
@@ -60,7 +62,7 @@ def optimize(
     trained: TrainableModel,
     data: TokenRows,
     schedule: Schedule,
-    batch_loss: BatchLoss,
+    batch_loss: RowsLoss,
     on_step: OnStep | None,
     together: int = 1,
 ) -> list[float]:

@@ -1,4 +1,4 @@
-"""Generation engines (vLLM, torch) behind one interface, and the roads by which new weights reach them.
+"""Generation engines (vLLM, torch) behind one interface, and the transports of new weights to them.
 
 The controller decides when a version is published; the training layout belongs to `workers.resharding`.
 """

@@ -40,7 +40,7 @@ class ColocatedVllm(ColocatedEngine):
             else None
         )
         self._transfer = WeightTransfer(hybrid, self._engine)
-        self._published: Version | None = None  # the last one, proven or not
+        self._published: Version | None = None  # the last one, verified or not
         self._generating = True
         self.release()
 

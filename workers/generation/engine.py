@@ -40,7 +40,7 @@ class Engine(ABC):
     def __init__(self, version: Version | None = None, shapes: Shapes | None = None) -> None:
         """`version` is installed already; `shapes` are those of the tensors, None if the first load defines them."""
         self._version = version
-        self._newest = version  # the last version proven, also while a refused one leaves the engine without weights
+        self._newest = version  # the last version verified, also while a refused one leaves the engine without weights
         self._shapes = shapes
         self._loading: Version | None = None
 
@@ -67,11 +67,11 @@ class Engine(ABC):
         """Advance the running rows by some tokens; the rows that finished. Empty when nothing is queued."""
 
     def load(self, weights: Publication) -> InstallReceipt:
-        """Install a version between two steps, and prove it; see `workers.generation.publication`.
+        """Install a version between two steps, and verify it; see `workers.generation.publication`.
 
-        Raises BadWeights if the version is not newer than the last one proven, if bytes or tensors are wrong, and if
+        Raises BadWeights if the version is not newer than the last one verified, if bytes or tensors are wrong, and if
         the answer to the probe is. `version` is then what it was, or None if the old weights were overwritten already.
-        Such an engine keeps its rows and goes on with the next version that is proven.
+        Such an engine keeps its rows and goes on with the next version that is verified.
         """
         started, version = time.perf_counter(), weights.version
         if self._loading is not None:
@@ -89,9 +89,9 @@ class Engine(ABC):
         try:
             difference = verify_installed(weights.probe, self._answer)
         except BadWeights:
-            self._end_load(proven=False)
+            self._end_load(verified=False)
             raise
-        self._end_load(proven=True)
+        self._end_load(verified=True)
         self._version = self._newest = version
         self._shapes = weights.shapes or self._shapes
         return InstallReceipt(version, tensors, difference, time.perf_counter() - started)
@@ -116,8 +116,8 @@ class Engine(ABC):
         """Log-probs of each sequence's tokens but the first, under the installed weights."""
 
     @abstractmethod
-    def _end_load(self, *, proven: bool) -> None:
-        """Free what the load needed. If it is not proven, undo it or clean up after it."""
+    def _end_load(self, *, verified: bool) -> None:
+        """Free what the load needed. If it is not verified, undo it or clean up after it."""
 
     @abstractmethod
     def close(self) -> None:

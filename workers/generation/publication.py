@@ -8,7 +8,7 @@
                    module that the engine runs
     shared module  nothing: the engine runs what is trained    InPlaceWeights
 
-`Engine.load` is written once. It proves every version in the same way: the digests of the bytes, an emptied prefix
+`Engine.load` is written once. It verifies every version in the same way: the digests of the bytes, an emptied prefix
 cache, the engine's answer to a probe batch. Each publication says in its docstring which part can't apply to it.
 A further transport, such as an NCCL broadcast to several replicas, is one more file with a `Publication` in it.
 """

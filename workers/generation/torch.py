@@ -64,7 +64,7 @@ class TorchEngine(Engine):
         self._owns_model = owns_model
         self._context = settings.max_model_tokens or int(model.config.max_position_embeddings)
         self._queue: dict[int, QueuedRow] = {}
-        self._previous: dict[str, Tensor] = {}  # while a load is not proven
+        self._previous: dict[str, Tensor] = {}  # while a load is not verified
 
     @property
     def unfinished(self) -> int:
@@ -112,8 +112,8 @@ class TorchEngine(Engine):
     def _empty_caches(self) -> None:
         """Nothing to drop: a batch runs from its prompts to its end within one step."""
 
-    def _end_load(self, *, proven: bool) -> None:
-        for name, tensor in self._previous.items() if not proven else ():
+    def _end_load(self, *, verified: bool) -> None:
+        for name, tensor in self._previous.items() if not verified else ():
             self._own[name].copy_(tensor)
         self._previous = {}
 

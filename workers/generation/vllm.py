@@ -1,7 +1,7 @@
-"""An engine over vLLM, stepped by its owner in this process, so that a load stands between two steps.
+"""An engine over vLLM. Its owner calls every step of it in this process, so weights are loaded between two steps.
 
-A load takes the running rows back with the tokens that they have, installs the weights, drops all keys and values of
-the old ones and answers the probe. Only then do the rows go on from where they were. So a token's log-prob always comes
+A load removes the running rows with their tokens from vLLM, installs the weights, empties the KV cache and answers the
+probe. Then the rows continue where they were. So a token's log-prob always comes
 from one version's forward pass over everything before it.
 """
 
@@ -99,12 +99,12 @@ class VllmEngine(Engine):
             self._waiting[sample_id] = UnfinishedRow(sample_id, prompt.tolist(), sampling, retry)
 
     def step(self) -> list[FinishedRow]:
-        """One forward for all running rows. Raises RuntimeError while no proven weights are installed."""
+        """One forward for all running rows. Raises RuntimeError while no verified weights are installed."""
         if not self.unfinished:
             return []
         if self._version is None:
             raise RuntimeError(
-                f"{self.unfinished} rows wait, but no proven weights are installed: load a version first"
+                f"{self.unfinished} rows wait, but no verified weights are installed: load a version first"
             )
         self._admit_waiting()
         finished: list[FinishedRow] = []
@@ -206,8 +206,8 @@ class VllmEngine(Engine):
                 "vLLM kept its prefix cache although no request runs: old keys and values would be reused"
             )
 
-    def _end_load(self, *, proven: bool) -> None:
-        if not proven:
+    def _end_load(self, *, verified: bool) -> None:
+        if not verified:
             self._engine.collective_rpc(zero_kv_cache)
 
     def _take_back_running(self) -> None:

@@ -1,13 +1,12 @@
-"""Sends weights from the ranks that train into vLLM, module by module: they are held twice, and nowhere a third time.
+"""Copies weights from the ranks that train into vLLM, one module at a time, so there are never three full copies.
 
     training shards --HybridEngine.stream, a bucket at a time--> each rank's generation shard of a module
         --shared buffers--> each of vLLM's workers joins the shards, and its loader keeps the worker's part
 
 A generation replica has one engine, in the process of its first rank. The shards of its t_g ranks reach the engine's
-t_g workers through memory of the machine, so nothing crosses the network but what the transition itself gathers. Only
-one generation shard a rank exists twice: the training shards stay as they are, and vLLM has its own layout of it. No
-rank holds more than a bucket and a module besides, and a worker no more than one module (a fused group, the embedding)
-at full size.
+t_g workers through memory of the machine, so the network carries only what the transition itself gathers. Two
+copies exist: the training shards, and the generation shards in vLLM's layout. In addition a rank holds at most one
+bucket and one module, and a worker at most one module (a fused group, the embedding) at full size.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class WeightTransfer:
             for module in [module for module in missing if module <= arrived.keys()]:
                 missing.remove(module)
                 yield self.share({name: arrived.pop(name) for name in sorted(module)})
-                self.meet()  # the workers have read: the buffers may be written again
+                self.synchronize()  # the workers have read: the buffers may be written again
 
     def share(self, module: Mapping[str, Tensor]) -> Part:
         """A module as the engine installs it: in the buffers that its workers read, or as it is in this process."""
@@ -98,10 +97,10 @@ class WeightTransfer:
             self._buffer.memory[start:stop].view(entries.dtype).copy_(entries)
             tensors.append(SharedTensor(spec, str(entries.dtype).removeprefix("torch."), start, stop))
             start = stop
-        self.meet()
+        self.synchronize()
         return SharedTensors(tensors, self._handles)
 
-    def meet(self, refusals: int = 0) -> int:
+    def synchronize(self, refusals: int = 0) -> int:
         """Wait until all ranks of the replica have called and their devices are idle; the sum of their refusals."""
         device = self._hybrid.device
         if device.type == "cuda":
@@ -133,7 +132,7 @@ class StreamedWeights:
         """Have the replica's engine load this version. Every rank calls: the first of a replica with its engine.
 
         Raises BadWeights on every rank of a replica whose engine refuses: it then serves nothing until it is given
-        weights that it proves. Such ranks have taken part to the end, so that other replicas' ranks don't wait.
+        weights that it verifies. Such ranks have taken part to the end, so that other replicas' ranks don't wait.
         """
         receipt = refusal = None
         if engine is not None:
@@ -143,7 +142,7 @@ class StreamedWeights:
                 refusal = error
         for _ in self._stream:
             pass
-        if self._transfer.meet(int(refusal is not None)):
+        if self._transfer.synchronize(int(refusal is not None)):
             raise refusal or BadWeights(f"version {self.version}: this rank's replica's engine refused it")
         assert self._transition is not None
         return TransferredWeights(self._transition, self._transfer.shard_bytes, receipt)

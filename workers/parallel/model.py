@@ -182,8 +182,8 @@ class ParallelModel:
         kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
         return kept[:real]
 
-    def numbers(self, data: Sequences, budget: int, read: Read) -> npt.NDArray[np.float32] | None:
-        """`forward`, joined in host memory: float32, one row's numbers after another's; None before the last stage."""
+    def outputs(self, data: Sequences, budget: int, read: Read) -> npt.NDArray[np.float32] | None:
+        """`forward`, joined in host memory: float32, row after row; None before the last stage."""
         kept = self.forward(data, budget, read)
         if not self.shard.is_last:
             return None

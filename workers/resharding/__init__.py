@@ -1,4 +1,4 @@
-"""The 3D-HybridEngine: from the training layout to a generation layout by one all-gather, and back for free.
+"""The 3D-HybridEngine: to the generation layout by one all-gather, and back without communication.
 
 The engines that use the generation layout belong to `workers.generation`.
 """

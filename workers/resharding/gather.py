@@ -25,7 +25,7 @@ from workers.resharding.plan import (
     exchange_groups,
     gathered_name,
     gathered_stage,
-    owned_piece,
+    owned_slice,
     same_index_groups,
     trained_by,
     transition,
@@ -152,7 +152,7 @@ class Gathering:
     def _shard(self, name: str, trained: Trained) -> _Shard:
         spec = self._model.specs[name]
         held = trained if self._model.shares > 1 else msgspec.structs.replace(trained, shares=1)
-        start = owned_piece(spec, self.layouts, held, self._model.place).start
+        start = owned_slice(spec, self.layouts, held, self._model.place).start
         return _Shard(self._model.parameters[name], spec, start)
 
     def _move_to(self, shard: _Shard, place: Tensor) -> None:
@@ -164,14 +164,14 @@ class Gathering:
     def _copy_row(self, row: Tensor, collective: Collective, owner: int, *, outward: bool) -> None:
         """Copy an owner's slices from the gathered tensors to its row (outward), or back."""
         start = 0
-        for piece in collective.pieces[owner]:
-            here = row[start : start + piece.elements]
-            there = self._entries[piece.name][piece.start : piece.start + piece.elements]
+        for part in collective.slices[owner]:
+            here = row[start : start + part.elements]
+            there = self._entries[part.name][part.start : part.start + part.elements]
             if outward:
                 here.copy_(there)
             else:
                 there.copy_(here)
-            start += piece.elements
+            start += part.elements
 
     def _empty(self, *shape: int) -> Tensor:
         tensor = torch.empty(shape, dtype=self._model.dtype, device=self._model.device)

@@ -46,13 +46,13 @@ class Collective(msgspec.Struct, frozen=True):
 
     members: tuple[int, ...]  # global ranks
     owners: tuple[int, ...]  # the members that send: all (an all-gather), or some (a broadcast from each)
-    pieces: tuple[tuple[TensorSlice, ...], ...]  # of each owner
+    slices: tuple[tuple[TensorSlice, ...], ...]  # of each owner
     width: int  # entries in a row; an owner with fewer pads
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors that it carries parts of, in its order."""
-        return list(dict.fromkeys(piece.name for row in self.pieces for piece in row))
+        return list(dict.fromkeys(part.name for row in self.slices for part in row))
 
     def received_elements(self, rank: int) -> int:
         """Entries that a member receives."""
@@ -151,7 +151,7 @@ def transition(
         owners = members if _is_in_layer(parameter) else holders
         rows = streams.setdefault((members, owners), {owner: [] for owner in owners})
         for owner in holders:
-            rows[owner].append(owned_piece(parameter, layouts, trained, topology.coordinates(owner)))
+            rows[owner].append(owned_slice(parameter, layouts, trained, topology.coordinates(owner)))
     return [
         collective
         for (members, owners), rows in streams.items()
@@ -160,7 +160,7 @@ def transition(
     ]
 
 
-def owned_piece(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> TensorSlice:
+def owned_slice(parameter: Parameter, layouts: Layouts, trained: Trained, owner: Coordinates) -> TensorSlice:
     """The slice of a parameter that an owner sends: its shard, or its replica's share of the shard."""
     elements = layouts.train.shard_elements(parameter)
     width = -(-elements // trained.shares)
@@ -179,19 +179,19 @@ def _in_buckets(
         raise ValueError(f"bucket of {bucket_elements} entries: {len(owners)} ranks send at least one each")
     lines = [list(_in_rows(rows[owner], width)) for owner in owners]
     for i in range(max(map(len, lines))):
-        pieces = tuple(tuple(line[i]) if i < len(line) else () for line in lines)
-        yield Collective(members, owners, pieces, max(sum(piece.elements for piece in row) for row in pieces))
+        slices = tuple(tuple(line[i]) if i < len(line) else () for line in lines)
+        yield Collective(members, owners, slices, max(sum(part.elements for part in row) for row in slices))
 
 
-def _in_rows(pieces: Sequence[TensorSlice], width: int) -> Iterator[list[TensorSlice]]:
-    """Cut pieces, in their order, into rows of `width` entries; the last may be shorter."""
+def _in_rows(slices: Sequence[TensorSlice], width: int) -> Iterator[list[TensorSlice]]:
+    """Cut slices, in their order, into rows of `width` entries; the last may be shorter."""
     row: list[TensorSlice] = []
     room = width
-    for piece in pieces:
-        start, left = piece.start, piece.elements
+    for part in slices:
+        start, left = part.start, part.elements
         while left:
             taken = min(room, left)
-            row.append(TensorSlice(piece.name, start, taken))
+            row.append(TensorSlice(part.name, start, taken))
             start, left, room = start + taken, left - taken, room - taken
             if not room:
                 yield row

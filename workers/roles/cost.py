@@ -10,7 +10,7 @@ from workers.roles.scorer_role import ScorerRole
 
 
 class CostWorker(ScorerRole, Cost):
-    """One rank of a cost. Its scorer's numbers are the costs."""
+    """One rank of a cost. The scorer's values are the costs."""
 
     role = "cost"
 

@@ -1,4 +1,4 @@
-"""The critic: predicts the return before each response token and is fitted to the returns that came.
+"""The critic: predicts the return before each response token and is fitted to the observed returns.
 
 All ranks of a topology call each method together, with their own replica's rows; one device is a topology of one rank.
 A rank whose answer the service does not collect returns NOT_COLLECTED, which is None.
@@ -42,7 +42,7 @@ class CriticWorker(Critic):
 
     def values(self, rollouts: Rollouts) -> Values:
         """Values of this replica's rows under the current weights; each row carries their version."""
-        values = self.model.numbers(rollouts, self._loss.tokens_per_micro_batch, _values_of)
+        values = self.model.outputs(rollouts, self._loss.tokens_per_micro_batch, _values_of)
         if values is None or not self.model.is_output_rank:
             return NOT_COLLECTED
         return Values(

@@ -165,8 +165,8 @@ class PolicyWorker(Policy):
             start = _start_of(batch, experience, old_log_probs) if old_log_probs is not None else None
             return self._micro_loss(batch, weights, start, measured)
 
-        beside = self._text.rows if self._text is not None else None
-        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, batch_loss, beside)
+        text = self._text.rows if self._text is not None else None
+        taken = self.trained.learn("policy.update", experience, self._loss, self._seed, batch_loss, text)
         total = self.trained.over_replicas(measured) | taken
         return Metrics(values=mean_metrics(total)) if self.model.is_output_rank else NOT_COLLECTED
 
@@ -210,7 +210,7 @@ class PolicyWorker(Policy):
     def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
         """Log-probs of the response tokens, on every rank of the last stage."""
         budget = self._loss.tokens_per_micro_batch
-        values = self.model.numbers(rows, budget, lambda o, m: response_log_probs(o, m, self._temperature))
+        values = self.model.outputs(rows, budget, lambda o, m: response_log_probs(o, m, self._temperature))
         return rows.responses.with_values(values) if values is not None else None
 
     # --- publishing and keeping
@@ -290,8 +290,8 @@ class _OwnEngine(TorchEngine):
 
 
 def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) -> Jagged:
-    """`old_log_probs` of the batch's rows, which are some of the experience's; text beside them has none."""
+    """`old_log_probs` of the batch's rows, which are some of the experience's; pretraining text has none."""
     text = is_text(batch)
     start = old_log_probs.take(rows_of(experience, batch.sample_ids[~text]))
-    beside = batch.responses.take(np.flatnonzero(text))
-    return Jagged.concat([start, beside.with_values(np.zeros(len(beside.values), np.float32))])
+    texts = batch.responses.take(np.flatnonzero(text))
+    return Jagged.concat([start, texts.with_values(np.zeros(len(texts.values), np.float32))])

@@ -25,7 +25,7 @@ class ReferenceWorker(Reference):
 
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
         """Log-probs of the response tokens of this replica's rows, at the sampling temperature."""
-        values = self.model.numbers(rollouts, self._budget, lambda o, m: response_log_probs(o, m, self._temperature))
+        values = self.model.outputs(rollouts, self._budget, lambda o, m: response_log_probs(o, m, self._temperature))
         if values is None or not self.model.is_output_rank:
             return NOT_COLLECTED
         return LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.responses.with_values(values))

@@ -1,4 +1,4 @@
-"""Rewards as a role: a rule on texts, a trained reward model on tokens, or a weighted mix of such."""
+"""The reward role: a rule on texts, a trained reward model on tokens, or a weighted mix of these."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.roles.scorer_role import ScorerRole
 
 
 class RewardWorker(ScorerRole, Reward):
-    """One rank of a reward. Its scorer's numbers are the scores; a mix has the number of each part beside them."""
+    """One rank of a reward. The scorer's values are the scores; a mix also gives the value of each part."""
 
     role = "reward"
 

@@ -18,7 +18,7 @@ NO_FAILURES = Failures()  # the settings of a model that calls no rule
 
 
 class ScorerRole:
-    """One rank of a role whose answers are a scorer's numbers.
+    """One rank of a role whose answers are a scorer's values.
 
     They come from a rule on texts, in a process of its own, from a trained model on tokens, at the last token of
     prompt + response, or from a weighted mix of both.

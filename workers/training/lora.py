@@ -27,7 +27,7 @@ _ADAPTER = "default"
 class Adapters:
     """The adapters of a model, which from now on trains nothing else.
 
-    A is drawn from the seed and B is 0, so the model's answers are at first those of its folder. Both are float32,
+    A is sampled from the seed and B is 0, so the model's answers are at first those of its folder. Both are float32,
     whatever the base is.
     """
 

@@ -1,4 +1,4 @@
-"""A step's batch is cut into mini-batches, one for each optimizer step; every replica cuts its rows alike."""
+"""Splits a step's batch into mini-batches, one for each optimizer step, in the same way on every replica."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def load_reward(path: str | Path, dtype: AnyDtype = "float32", seed: int | None 
     """A reward or cost model (sequence classification with one label), in eval mode.
 
     The folder of a language model has no score head: a seed draws one to train, without a seed it is refused with
-    ValueError, as is every other missing tensor. A drawn head's entries have variance 1 / width, so scores start near
+    ValueError, as is every other missing tensor. A new head's entries have variance 1 / width, so scores start near
     unit size: from a zero or tiny head the body gets hardly any gradient, and the first hundred steps are lost.
     """
     model, missing = _loaded(AutoModelForSequenceClassification, path, dtype, num_labels=1)

@@ -67,12 +67,12 @@ class TrainableModel(OptimizerSteps):
         loss: Loss,
         seed: int,
         batch_loss: BatchLoss,
-        beside: Callable[[int], Experience] | None = None,
+        extra_rows: Callable[[int], Experience] | None = None,
     ) -> dict[str, float]:
         """One committed step of epochs x mini_batches optimizer steps: sums of loss, gradient norm and step count.
 
-        The mini-batches are cut from all replicas' rows; `beside` gives the untrained rows that follow those of an
-        optimizer step, numbered from 0 over the whole run. Where a loss or gradient is not finite, or a rank raises,
+        The mini-batches are cut from all replicas' rows; `extra_rows` gives further rows for an optimizer step, which
+        it is given as a number from 0 over the whole run. Where a loss or gradient is not finite, or a rank raises,
         this rank's weights, moments and schedule are bitwise what they were; StepRefused names `what` and the rows.
         """
         taken: dict[str, float] = {}
@@ -82,7 +82,7 @@ class TrainableModel(OptimizerSteps):
             cut = replica_mini_batches(experience, rows, replica, loss, seed + self.version)
             for number, batch in enumerate(cut, self.version * steps):
                 named = f"{what} of {named_rows(batch)}"
-                whole = concat([batch, beside(number)]) if beside is not None else batch
+                whole = concat([batch, extra_rows(number)]) if extra_rows is not None else batch
                 weights = token_weights(whole.loss_mask, self._counts(whole.loss_mask), loss)
                 step = self.step(named, whole, loss.tokens_per_micro_batch, batch_loss(whole, weights))
                 metrics.accumulate(taken, step)

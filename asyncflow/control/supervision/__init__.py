@@ -1,4 +1,4 @@
-"""What happens when a service dies or nothing moves: replacement, the wait-for graph, the watchdog, the run's outcome.
+"""Supervision of a run: replaces dead services, detects stalls (wait-for graph, watchdog), decides the outcome.
 
 Decisions are pure functions; starting processes is the runtime's work (`asyncflow.services.runtime`).
 """

@@ -23,10 +23,10 @@ class Resend(msgspec.Struct, frozen=True):
 
 
 class RestartPolicy:
-    """Counts deaths. `hosts` maps each stage to the service that runs it."""
+    """Counts deaths. `services` maps each stage to the service that runs it."""
 
-    def __init__(self, dataflow: Dataflow, hosts: Mapping[str, str], replaceable: Iterable[str], limit: int) -> None:
-        self._dataflow, self._hosts = dataflow, hosts
+    def __init__(self, dataflow: Dataflow, services: Mapping[str, str], replaceable: Iterable[str], limit: int) -> None:
+        self._dataflow, self._services = dataflow, services
         self._replaceable = frozenset(replaceable)
         self._limit = limit
         self.deaths: Counter[str] = Counter()  # by service
@@ -42,9 +42,9 @@ class RestartPolicy:
 
     def stages_of(self, service: str) -> list[str]:
         """The stages that a service runs."""
-        return [stage for stage, host in self._hosts.items() if host == service]
+        return [stage for stage, running in self._services.items() if running == service]
 
     def resend_to(self, stage: str) -> list[Resend]:
         """The senders of a stage. A row that a join lost on one edge is needed again on all of its edges."""
         inputs = self._dataflow.inputs_of(stage)
-        return [Resend(self._hosts[channel.source], channel.edge) for channel in inputs if channel.source != SOURCE]
+        return [Resend(self._services[channel.source], channel.edge) for channel in inputs if channel.source != SOURCE]

@@ -1,4 +1,4 @@
-"""GRPO: a prompt's samples are each other's baseline. PPO less its critic, with the KL in the loss."""
+"""GRPO: advantages relative to the prompt's other samples. PPO without a critic, with the KL term in the loss."""
 
 from __future__ import annotations
 

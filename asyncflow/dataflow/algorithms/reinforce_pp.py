@@ -1,4 +1,4 @@
-"""REINFORCE++: PPO with the returns themselves in the critic's place, whitened over the batch."""
+"""REINFORCE++: PPO without a critic; the advantages are the returns, whitened over the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReMax: the greedy response's score is the baseline. PPO less its critic, plus one more call of generate."""
+"""ReMax: the greedy response's score is the baseline. PPO without a critic, with a second call of generate."""
 
 from __future__ import annotations
 

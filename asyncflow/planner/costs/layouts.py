@@ -57,7 +57,7 @@ class LayoutChoice(NamedTuple):
         """Bytes per device, without the KV cache."""
         return self.resident + self.transient
 
-    def beside(self, other: LayoutChoice) -> LayoutChoice:
+    def combined(self, other: LayoutChoice) -> LayoutChoice:
         """Both choices together on the same devices, which run one model at a time."""
         return LayoutChoice(
             generation_s=self.generation_s + other.generation_s,
@@ -107,7 +107,7 @@ def pareto_front(choices: Iterable[tuple[LayoutChoice, LayoutChoice]], usable: f
         while end < len(transients) and transients[end] >= transient:
             end += 1
         residents[place:end], transients[place:end] = [resident], [transient]
-        kept.append(one.beside(more))
+        kept.append(one.combined(more))
     return kept
 
 

@@ -18,7 +18,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a simulation needs to know about one run."""
 
     dataflow: Dataflow
-    hosts: Mapping[str, str]  # stage -> the service that runs it
+    services: Mapping[str, str]  # stage -> the service that runs it
     pools: Mapping[str, str]  # service -> pool; "" if it needs no device
     devices: Mapping[str, int]  # pool -> devices
     speeds: Mapping[str, Speed]  # by service

@@ -79,7 +79,7 @@ def of_recipe(
         speeds[model.role] = ModelSpeed(model, layout, devices.get(pool.device, device), workload)
     return Scenario(
         dataflow=dataflow,
-        hosts=services_of(recipe, dataflow),
+        services=services_of(recipe, dataflow),
         pools=pools,
         devices={name: pool.devices for name, pool in recipe.pools.items() if name in pools.values()},
         speeds=speeds,
@@ -110,7 +110,7 @@ def of_placement(
         speeds[role] = ModelSpeed(works[role], layout_of_placed(model), cluster.device, workload, cache)
     return Scenario(
         dataflow=dataflow,
-        hosts={s.name: GENERATOR if s.generates and GENERATOR in placed else s.service for s in dataflow.stages},
+        services={s.name: GENERATOR if s.generates and GENERATOR in placed else s.service for s in dataflow.stages},
         pools={**dict.fromkeys(dataflow.services, ""), **{role: pool.name for role, (pool, _) in placed.items()}},
         devices={pool.name: pool.devices for pool in placement.pools},
         speeds=speeds,

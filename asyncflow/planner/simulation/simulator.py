@@ -76,13 +76,13 @@ class _Run:
         self._changed = Signal(clock)
         self._cursor = 0
         sources = [stage for stage in flow.stages if stage.generates]
-        self._generating_service = scenario.hosts[sources[0].name]
+        self._generating_service = scenario.services[sources[0].name]
         self._separate = self._generating_service != "policy"
         self._outgoing: dict[str, list[int]] = {stage.name: [] for stage in sources}
         self._outgoing_changed = {stage.name: Signal(clock) for stage in sources}
         self._generator = Generator(self.world, self._generating_service, self._separate, self._generated)
         rows = [s for s in flow.stages if not (s.generates or s.closes or s.is_sink)]
-        self._rows = {s.name: SimulatedRowStage(self.world, s, scenario.hosts[s.name], self._send) for s in rows}
+        self._rows = {s.name: SimulatedRowStage(self.world, s, scenario.services[s.name], self._send) for s in rows}
         self._awaited: dict[int, int] = {}  # prompt -> rows that have not reached the join
         self._per_prompt = sum(
             1 if channel.grain == "prompt" else pace.samples_per_prompt

@@ -34,13 +34,13 @@ class PromptJoin:
         finished: FinishedPrompts | None = None,
         trainable: IsTrainable | None = None,
     ) -> None:
-        """`trainable` decides whether a prompt that settled without a failure is trained; None: all are."""
+        """`trainable` decides whether a prompt that is complete without a failure is trained; None: all are."""
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
         self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), finished)
         self._baselines: RowTable[Held] = RowTable(self._by_prompt.count(True), finished)
         self._complete: defaultdict[int, set[int]] = defaultdict(set)
-        self._closed: dict[int, list[int]] = {}  # prompts that settled without a failure -> their samples
+        self._closed: dict[int, list[int]] = {}  # prompts that are complete without a failure -> their samples
         self._per_prompt = samples_per_prompt
         self._trainable = trainable
         self.peak = 0

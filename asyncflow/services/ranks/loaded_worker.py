@@ -32,7 +32,7 @@ class LoadedWorker(msgspec.Struct):
         """A stage method of the worker. Raises AttributeError."""
         return getattr(self.worker, name)
 
-    def reload(self) -> None:
+    def onload(self) -> None:
         """Have the model on its device, for work."""
         if self.offloader is not None:
             self.offloader.onload()

@@ -96,7 +96,7 @@ class Rank:
             exchange_unreadable_rows(call, read, self._loaded.world.exchange)
         result: Any = None
         if read.rows or self._spec.collective:
-            self._loaded.reload()
+            self._loaded.onload()
             options = {} if call.sampling is None else {"sampling": call.sampling}
             result = self._loaded.method(call.method)(*read.inputs, **options)
         batch, failures, metrics = unwrap(result)

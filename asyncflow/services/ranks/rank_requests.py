@@ -36,7 +36,7 @@ def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple
     if isinstance(request, PrepareCode | SwitchCode):
         _take_code(loaded.worker, request)
         return Done(), []
-    loaded.reload()
+    loaded.onload()
     worker: Any = loaded.worker
     match request:
         case TakeSnapshot():

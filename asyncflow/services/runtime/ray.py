@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,7 +75,7 @@ class RayRuntime:
         if len(ray.nodes()) > 1:
             specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
         elif self._wired:
-            self.store.shared_bytes = _shared_bytes(len(specs))
+            self.store.shared_bytes = _shared_bytes(specs)
             specs = [_limited(spec, shared_bytes=self.store.shared_bytes) for spec in specs]
         for spec in specs:
             self._create(spec)
@@ -191,9 +191,11 @@ def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:
     return msgspec.structs.replace(spec, limits=msgspec.structs.replace(spec.limits, **limits))
 
 
-def _shared_bytes(services: int) -> int:
-    """An equal part of half of Ray's store for each coordinator and the controller; ranks hold no frames."""
-    return int(ray.cluster_resources().get("object_store_memory", 0)) // 2 // (1 + services)
+def _shared_bytes(specs: Sequence[ServiceSpec]) -> int:
+    """An equal part of half of Ray's store for the controller and each actor: coordinators, and ranks beside them."""
+    ranks = [spec.topology.world_size for spec in specs]
+    processes = 1 + len(ranks) + sum(n for n in ranks if n > 1)
+    return int(ray.cluster_resources().get("object_store_memory", 0)) // 2 // processes
 
 
 async def _end(actor: Any) -> None:

@@ -44,9 +44,9 @@ class ServiceActor:
         """`wire`: the socket's name, "" for none; `ranks` listen under `rank_wires`."""
         self._spec = msgspec.msgpack.decode(spec, type=ServiceSpec)
         log_to(self._spec.log_path)
-        name, meet = self._spec.name, self._spec.collective
+        name, collective = self._spec.name, self._spec.collective
         self._store = RayStore(self._spec.limits.inline_bytes, self._spec.limits.shared_bytes)
-        several = RayRanks(name, ranks, rank_wires, self._store, meet=meet) if ranks else None
+        several = RayRanks(name, ranks, rank_wires, self._store, rendezvous=collective) if ranks else None
         self._service = ModelService(self._spec, self._store, several)
         self._server = Server(wire, self._answer) if wire else None
         self._peers: dict[str, RayEndpoint] = {}
@@ -120,9 +120,9 @@ class RankActor:
         self._hosted, address = create_store(ray.util.get_node_ip_address())
         return address
 
-    async def start(self, meeting: str) -> None:
-        """Join the others at `meeting` ("" for independent ranks), load the model, then listen."""
-        loaded = await asyncio.get_running_loop().run_in_executor(self._thread, self._build, meeting)
+    async def start(self, address: str) -> None:
+        """Join the others at the rendezvous store's address ("" for independent ranks), load the model, then listen."""
+        loaded = await asyncio.get_running_loop().run_in_executor(self._thread, self._build, address)
         self._rank = Rank(self._spec, loaded, self._store, self._thread, self._number)
         if self._server is not None:
             await self._server.start()
@@ -156,19 +156,22 @@ class RankActor:
     ) -> tuple[bytes, list[Payload]]:
         """Run the rank's part of a firing or of a request to all ranks."""
         assert self._rank is not None, f"rank {self._number} of {self._spec.name} is not started"
-        if what == "call":
-            reply, answers = await self._rank.call(_rank_calls.decode(body), payloads, output)
-        else:
-            reply, answers = await self._rank.ask(_rank_requests.decode(body), output)
+        match what:
+            case "call":
+                reply, answers = await self._rank.call(_rank_calls.decode(body), payloads, output)
+            case "ask":
+                reply, answers = await self._rank.ask(_rank_requests.decode(body), output)
+            case _:
+                raise ValueError(f"rank {self._number} of {self._spec.name} has no call {what!r}")
         return msgspec.msgpack.encode(reply), answers
 
-    def _build(self, meeting: str) -> LoadedWorker:
-        if not meeting:
+    def _build(self, address: str) -> LoadedWorker:
+        if not address:
             return build(self._spec, self._number)
         from workers.parallel.process_group import connect_store, join_world
 
         size = self._spec.topology.world_size
-        return build(self._spec, self._number, join_world(self._hosted or connect_store(meeting), self._number, size))
+        return build(self._spec, self._number, join_world(self._hosted or connect_store(address), self._number, size))
 
 
 def log_to(path: str) -> None:

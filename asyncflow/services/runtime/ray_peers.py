@@ -107,10 +107,10 @@ class RayRanks:
     """
 
     def __init__(
-        self, name: str, actors: Sequence[Any], wires: Sequence[str], store: RayStore, *, meet: bool = False
+        self, name: str, actors: Sequence[Any], wires: Sequence[str], store: RayStore, *, rendezvous: bool = False
     ) -> None:
-        """`wires`: the names of their sockets, see `Peer`; `meet`: they are collective, so they join a rendezvous."""
-        self._name, self._actors, self._meet = name, actors, meet
+        """`wires`: the names of their sockets, see `Peer`; `rendezvous`: they join one process group."""
+        self._name, self._actors, self._rendezvous = name, actors, rendezvous
         self._peers = [
             Peer(f"{name} rank {rank}", actor, wire, store)
             for rank, (actor, wire) in enumerate(zip(actors, wires, strict=True))
@@ -118,10 +118,12 @@ class RayRanks:
 
     async def start(self) -> None:
         first = self._actors[0]
-        meeting = await called(f"{self._name} rank 0", "host meeting", first.create_store) if self._meet else ""
+        address = (
+            await called(f"{self._name} rank 0", "create the store", first.create_store) if self._rendezvous else ""
+        )
         async with all_or_error() as group:
             for rank, actor in enumerate(self._actors):
-                starting = called(f"{self._name} rank {rank}", "start", actor.start, meeting)
+                starting = called(f"{self._name} rank {rank}", "start", actor.start, address)
                 group.create_task(starting, name=f"start rank {rank}")
 
     async def call(self, rank: int, call: RankCall, payloads: list[Payload]) -> tuple[RankReply, list[Payload]]:

@@ -249,7 +249,7 @@ async def test_what_can_not_be_an_answer_is_refused_and_costs_nothing(recipe: Ma
 
 async def test_only_an_external_role_has_external_workers(recipe: MakeRecipe) -> None:
     async with asyncflow.launch(recipe()) as run:
-        with pytest.raises(BadInput, match="outside 'reward': no such outside role; of this run: none"):
+        with pytest.raises(BadInput, match="outside 'reward': no such external role; of this run: none"):
             await anext(run.outside("reward").rows())
 
 

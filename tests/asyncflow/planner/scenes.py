@@ -37,7 +37,7 @@ def scene(
     inference = MeasuredSpeed(LinearFit(INFER, 0))
     settings: dict[str, Any] = {
         "dataflow": dataflow,
-        "hosts": {s.name: generating if s.generates else s.service for s in dataflow.stages},
+        "services": {s.name: generating if s.generates else s.service for s in dataflow.stages},
         "pools": {service: pools.get(service, "") for service in services},
         "devices": dict.fromkeys(pools.values(), 1),
         "speeds": {s: speed.get(s, inference if s in pools else MeasuredSpeed()) for s in services},

@@ -81,7 +81,7 @@ def test_it_serves_nothing_before_the_first_publication(published: Published) ->
     engine = published.engine
     assert engine.version is None
     engine.submit(LONG, Sampling(max_tokens=2))
-    with pytest.raises(RuntimeError, match="12 rows wait, but no proven weights"):
+    with pytest.raises(RuntimeError, match="12 rows wait, but no verified weights"):
         engine.step()
     with pytest.raises(BadWeights, match="probe: log-probs differ by"):  # vLLM itself accepts incomplete weights
         engine.load(without("model.norm.weight", tiny.publish(published.models[0], published.next_version(), PROBE)))
@@ -255,7 +255,7 @@ def test_what_only_the_probe_sees_silences_the_engine_until_good_weights_come(
     with pytest.raises(BadWeights, match=complaint):
         engine.load(damage(tiny.publish(new, published.next_version(), PROBE)))
     assert engine.version is None
-    with pytest.raises(RuntimeError, match="no proven weights"):
+    with pytest.raises(RuntimeError, match="no verified weights"):
         engine.step()
     published.publish(new)
     rows |= drain(engine)

@@ -97,14 +97,14 @@ class Simulation:
     def _collective(self, collective: Collective) -> None:
         sent = [
             [self.has[owner][p.name][p.start : p.start + p.elements].copy() for p in slices]
-            for owner, slices in zip(collective.owners, collective.pieces, strict=True)
+            for owner, slices in zip(collective.owners, collective.slices, strict=True)
         ]
         for member in collective.members:
-            for owner, slices, arrays in zip(collective.owners, collective.pieces, sent, strict=True):
-                for piece, array in zip(slices, arrays, strict=True):
+            for owner, slices, arrays in zip(collective.owners, collective.slices, sent, strict=True):
+                for part, array in zip(slices, arrays, strict=True):
                     if owner != member:
-                        self.has[member][piece.name][piece.start : piece.start + piece.elements] = array
-                        self.received[member][piece.name] += piece.elements
+                        self.has[member][part.name][part.start : part.start + part.elements] = array
+                        self.received[member][part.name] += part.elements
 
     def received_by(self, rank: int, kind: str) -> int:
         return sum(n for name, n in self.received[rank].items() if kind_of(name) == kind)
@@ -193,10 +193,10 @@ def test_a_bucket_bounds_what_a_collective_brings(bucket: int):
     moves = transition(ShardPlan(TIED, 2, 4), grouping_of("2-4-1 -> 1-1"), 3, bucket)
     assert max(len(collective.owners) * collective.width for collective in moves) <= bucket
     assert sum(collective.received_elements(3) for collective in moves) == sum(
-        piece.elements
+        part.elements
         for collective in moves
-        for owner, slices in zip(collective.owners, collective.pieces, strict=True)
-        for piece in slices
+        for owner, slices in zip(collective.owners, collective.slices, strict=True)
+        for part in slices
         if owner != 3
     )  # no padding
 

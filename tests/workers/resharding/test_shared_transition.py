@@ -14,7 +14,7 @@ from workers.resharding.plan import (
     Trained,
     exchange_groups,
     gathered_stage,
-    owned_piece,
+    owned_slice,
     same_index_groups,
     transition,
 )
@@ -62,12 +62,12 @@ def test_each_missing_entry_arrives_once(at: Topology, grouping: GenerationGroup
         seen = {name: np.zeros(both.gather.shard_elements(p), np.int64) for name, p in needed.items()}
         place = at.coordinates(rank)
         for parameter in plan.parameters(place.pp):
-            piece = owned_piece(parameter, both, trained, place)
-            seen[piece.name][piece.start : piece.start + piece.elements] += 1
+            part = owned_slice(parameter, both, trained, place)
+            seen[part.name][part.start : part.start + part.elements] += 1
         for move in transition(plan, grouping, rank, BUCKET, trained):
-            for owner, pieces in zip(move.owners, move.pieces, strict=True):
-                for piece in pieces if owner != rank else ():
-                    seen[piece.name][piece.start : piece.start + piece.elements] += 1
+            for owner, slices in zip(move.owners, move.slices, strict=True):
+                for part in slices if owner != rank else ():
+                    seen[part.name][part.start : part.start + part.elements] += 1
         assert all((times == 1).all() for times in seen.values())
 
 

@@ -55,13 +55,13 @@ def critic(reward_folder: Path) -> ParallelModel:
 
 
 def log_probs(model: ParallelModel, texts: TokenRows, budget: int = 100, temperature: float = 1.0) -> Jagged:
-    numbers = model.numbers(texts, budget, lambda o, m: response_log_probs(o, m, temperature))
+    numbers = model.outputs(texts, budget, lambda o, m: response_log_probs(o, m, temperature))
     assert numbers is not None
     return texts.responses.with_values(numbers)
 
 
 def values(model: ParallelModel, budget: int = 100) -> Jagged:
-    numbers = model.numbers(TEXTS, budget, lambda o, m: m.before_response(o).squeeze(-1))
+    numbers = model.outputs(TEXTS, budget, lambda o, m: m.before_response(o).squeeze(-1))
     assert numbers is not None
     return TEXTS.responses.with_values(numbers)
 
@@ -93,7 +93,7 @@ def test_values_are_those_of_each_row_alone(critic: ParallelModel, budget: int):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path, budget: int):
     model = load_reward(reward_folder)
-    got = trained_model(Model(path=str(reward_folder)), ONE_DEVICE, head="score").numbers(
+    got = trained_model(Model(path=str(reward_folder)), ONE_DEVICE, head="score").outputs(
         TEXTS, budget, sequence_scores
     )
     assert got is not None
