@@ -130,7 +130,7 @@ class SetCosts:
     def _beside(self, other: LayoutChoice, optimistic: LayoutChoice) -> LayoutChoice | None:
         """The generating model beside the others, with the KV cache that fits; None if none does."""
         usable = self.cluster.device.usable_bytes
-        both = optimistic.beside(other)
+        both = optimistic.combined(other)
         if both.peak > usable:
             return None
         layout, shape = optimistic.layouts[0][1], self.models[self._generating].shape

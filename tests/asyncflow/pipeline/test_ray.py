@@ -37,8 +37,9 @@ SPLIT = {
 async def test_a_delayed_critic_trains_the_same_at_staleness_0(make_recipe: MakeRecipe) -> None:
     """If the version rose after the policy's update alone, step 2 would use values of the untrained critic."""
     final = []
-    for delay in (0.0, 1.0):
-        recipe = make_recipe(steps=3, delays={"critic": {"update": delay}}, data={"eval": ""}, **SPLIT)
+    for delay, runtime in ((0.0, "local"), (1.0, "ray")):
+        changes = {**SPLIT, "runtime": runtime, "delays": {"critic": {"update": delay}}}
+        recipe = make_recipe(steps=3, data={"eval": ""}, **changes)
         async with asyncflow.launch(recipe) as run:
             ended = await run.wait()
         assert ended.outcome == "finished", ended.error

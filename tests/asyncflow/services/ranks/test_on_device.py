@@ -59,7 +59,8 @@ def test_the_model_of_every_role_is_on_it(kind: str, folder: str, reward_model: 
     spec = spec_of("policy" if kind == "adapters" else kind, model, "generate" if kind == "adapters" else "rows")
     for accelerated, device in ((True, CARD), (False, torch.device("cpu"))):
         worker = build(msgspec.structs.replace(spec, accelerated=accelerated)).worker
-        assert {parameter.device.type for parameter in worker.model.parameters.values()} == {device.type}
+        models = worker.models if kind in ("reward", "cost") else [worker.model]
+        assert {p.device.type for model in models for p in model.parameters.values()} == {device.type}
         assert worker.offloader.moves == accelerated
 
 
