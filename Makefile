@@ -21,13 +21,15 @@ endif
 
 .PHONY: setup demo test check clean
 
+# Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many images, each process would compile
+# torch and transformers again, which takes as long as importing them.
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("asyncflow needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)/cpu.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python $(TORCH) --override $(CONSTRAINTS)/overrides-cpu.txt --constraint $(CONSTRAINTS)/cpu.txt --editable '.[cpu,dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(TORCH) --override $(CONSTRAINTS)/overrides-cpu.txt --constraint $(CONSTRAINTS)/cpu.txt --editable '.[cpu,dev]'
 	@touch $@
 
 # All three steps of RLHF on a small task: minutes on two cores.
