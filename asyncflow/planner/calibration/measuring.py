@@ -138,8 +138,8 @@ def _without_models(harness: WorkerHarness, tokens: int) -> dict[str, float]:
     rows = max(harness.sizes.trained_rows)
     rollouts = harness.rollouts(rows, tokens)
     found = {}
-    for name in ("reward", "cost"):
-        if name in harness.loaded and harness.recipe.models[name].rule:
+    for name, model in harness.recipe.models.items():
+        if model.rule and name in harness.loaded:
             found[name] = median_s(partial(harness.loaded[name].worker.score, rollouts), harness.sizes.rounds) / rows
     closing_stage = harness.dataflow.batch_stage
     inputs = [message_of(channel.message, rollouts) for channel in harness.dataflow.inputs_of(closing_stage.name)]
