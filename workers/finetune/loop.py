@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.data.token_rows import TokenRows
@@ -22,6 +21,7 @@ from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
 from workers.parallel.plan import Head
+from workers.parallel.process_group import own_device
 from workers.parallel.sharding import Sharding
 from workers.settings import Model
 from workers.training.optimizer_step import LrSchedule
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
     """The model to start from and its optimizer: on the GPU, where there is one."""
-    one_device = Sharding(device="cuda" if torch.cuda.is_available() else "cpu")
+    one_device = Sharding(device=own_device(0))
     schedule, warmup_steps = settings.schedule, settings.optimizer.warmup_steps
     model = trained_model(Model(path=settings.model, dtype=settings.dtype), one_device, head=head, seed=schedule.seed)
     rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps)

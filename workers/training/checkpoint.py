@@ -40,7 +40,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "step"  # a tensor's number of steps, which earlier versions wrote; it is the model's
 _COUNTERS, _OLDER = "trainer.json", "shards.json"
 
 
@@ -117,7 +116,7 @@ class Saved:
 
     def refuse_other(self, names: Collection[str]) -> None:
         """Raise ValueError if the names of its weights are not these."""
-        beside = tuple(f"{part}." for part in (*MOMENTS, STEP))
+        beside = tuple(f"{part}." for part in MOMENTS)
         held = {name for name in self._tensors if not name.startswith(beside)}
         if odd := sorted(held ^ set(names)):
             raise ValueError(f"{self._folder}: tensors differ from the model's: {odd[:5]}")
