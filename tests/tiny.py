@@ -6,14 +6,19 @@ The head size is 32, the smallest that vLLM's CPU attention has a kernel for, so
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -23,7 +28,7 @@ from transformers import (
 
 from protocols import weights
 from protocols.data import ids
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Prompts
 from protocols.weights import Version
 from workers.generation.packed import PackedWeights
@@ -82,9 +87,18 @@ def make_reward(folder: str | Path, seed: int = 0, **shape: int) -> Path:
     return _save(Qwen2ForSequenceClassification, reward_config, folder, seed)
 
 
-def _save(
-    kind: type[Qwen2ForCausalLM | Qwen2ForSequenceClassification], shape: Qwen2Config, folder: str | Path, seed: int
-) -> Path:
+def make_gpt2(folder: str | Path, seed: int = 0, *, reward: bool = False, vocabulary: int = len(VOCABULARY)) -> Path:
+    """A family without a sharding plan: other names, learned positions, dropout, layers whose weight is transposed."""
+    shape = GPT2Config(
+        vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=EOS_ID, pad_token_id=PAD_ID,
+    )  # fmt: skip
+    shape.num_labels = 1
+    assert shape.resid_pdrop == shape.attn_pdrop == 0.1
+    return _save(GPT2ForSequenceClassification if reward else GPT2LMHeadModel, shape, folder, seed)
+
+
+def _save(kind: Callable[[Any], PreTrainedModel], shape: PreTrainedConfig, folder: str | Path, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = kind(shape)

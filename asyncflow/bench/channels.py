@@ -29,7 +29,7 @@ from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec
 from asyncflow.services.runtime.ray import RayRuntime
 from protocols.control.requests import Invoke, Invoked
 from protocols.data import codec
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Rollouts
 from protocols.layout.topology import Topology
 

@@ -64,7 +64,7 @@ class Placed(Settings, frozen=True):
     pool: str
     parallel: str = "1-1-1"  # p-t-d; for a generator p-t
     generation: str = ""  # p-t in which a policy's ranks generate; "": as they train
-    backend: Backend = "3d"  # how several ranks share a model
+    backend: Backend = "3d"  # what data-parallel ranks divide; a model that only answers has "3d" or "fsdp"
     recompute: bool = False  # in training keep one activation per layer and recompute the others: less memory
     replicas: int = 1
 

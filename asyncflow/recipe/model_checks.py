@@ -82,8 +82,11 @@ def _check_parallel(recipe: Recipe, service: str, placed: Placed) -> None:
     if service == GENERATOR and topology.world_size > 1:
         raise BadInput(f"{where}: this version runs generators of one rank; a policy's own ranks may generate instead")
     model = recipe.models.get(service, Model())
-    if topology.replica_size > 1 and (model.rule or model.mix):
-        raise BadInput(f"{where}: a rule or a mix can't be cut over {topology.replica_size} ranks: parallel = '1-1-d'")
+    if (topology.replica_size > 1 or placed.backend == "fsdp") and (model.rule or model.mix):
+        raise BadInput(
+            f"{where}, backend = {placed.backend!r}: a rule or a mix can't be divided over ranks: "
+            "parallel = '1-1-d' and no backend"
+        )
     if topology.world_size > devices:
         raise BadInput(f"{where}: {topology.world_size} ranks in pool {placed.pool!r} of {devices} devices")
     _check_collective(recipe, service, placed)
@@ -101,12 +104,18 @@ def _check_collective(recipe: Recipe, service: str, placed: Placed) -> None:
             f"placement.{service}.recompute = true: it saves memory in training, and {service} does not train; "
             "leave it out"
         )
-    collective = is_collective(recipe, service) and topology_of(recipe, service).world_size > 1
-    if placed.backend != "3d" and not (collective and not ROLE_SPECS[service].replicable):
+    several = topology_of(recipe, service).world_size > 1
+    if placed.backend != "3d" and not several:
         raise BadInput(
-            f"placement.{service}.backend = {placed.backend!r}: it says how ranks that train share a model's state, "
-            f"{service} on {placed.parallel} has none such; leave it out"
+            f"placement.{service}.backend = {placed.backend!r}: it says what several ranks divide, "
+            f"{service} on {placed.parallel} has one; leave it out"
         )
+    if placed.backend in ("zero1", "zero2") and not ROLE_SPECS[service].trains:
+        raise BadInput(
+            f"placement.{service}.backend = {placed.backend!r}: it divides what training needs, and {service} does not "
+            "train: 'fsdp' divides its weights, without a backend each replica has them whole"
+        )
+    collective = is_collective(recipe, service) and several
     if collective and recipe.runtime == "local":
         raise BadInput(
             f"placement.{service}.parallel = {placed.parallel!r}: ranks that work together need a process each, "

@@ -19,7 +19,7 @@ from asyncflow.services.ranks.spec import (
     Target,
     effective_protocol,
 )
-from protocols.layout.topology import GenerationGrouping, Topology, generation_grouping
+from protocols.layout.topology import Backend, GenerationGrouping, Topology, generation_grouping
 from protocols.roles import ROLES, Sampling
 from protocols.stage import contract_of
 from workers.advantages.adaptive_kl import without_steering
@@ -54,6 +54,11 @@ def topology_of(recipe: Recipe, service: str) -> Topology:
     return Topology.parse(recipe.placement[service].parallel) if service in recipe.placement else Topology()
 
 
+def backend_of(recipe: Recipe, service: str) -> Backend:
+    """How a service's ranks divide its model."""
+    return recipe.placement[service].backend if service in recipe.placement else "3d"
+
+
 def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
     """The grouping of a service's ranks for generation. Raises ValueError if it does not divide the topology."""
     topology, placed = topology_of(recipe, service), recipe.placement.get(service)
@@ -66,14 +71,15 @@ def layout_of(recipe: Recipe, service: str) -> GenerationGrouping:
 
 
 def is_collective(recipe: Recipe, service: str) -> bool:
-    """Whether a service's ranks compute together: they share one model, or train replicas of one.
+    """Whether a service's ranks compute together: they divide one model, or train replicas of one.
 
     A policy that generates with vLLM is collective even with one rank, since it alternates generation and training.
     """
     topology = topology_of(recipe, service)
     if service == "policy" and colocates_vllm(recipe):
         return True
-    return topology.replica_size > 1 or (topology.dp > 1 and not ROLE_SPECS[service].replicable)
+    divided = topology.replica_size > 1 or backend_of(recipe, service) == "fsdp"
+    return divided or (topology.dp > 1 and not ROLE_SPECS[service].replicable)
 
 
 def colocates_vllm(recipe: Recipe) -> bool:
@@ -107,7 +113,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             pool=pools[name],
             topology=topology_of(recipe, name),
             generation_layout=Topology(layout.pp, layout.tp),
-            backend=recipe.placement[name].backend if name in recipe.placement else "3d",
+            backend=backend_of(recipe, name),
             recompute=name in recipe.placement and recipe.placement[name].recompute,
             collective=is_collective(recipe, name),
             leased=counts[pools[name]] > 1,

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Array, Batch, ColumnSpec, Jagged, check_form, columns_of, empty
+from protocols.data.columns import Batch, ColumnSpec, check_form, columns_of, empty
 from protocols.data.frame import (
     ALIGNMENT,
     LENGTHS,
@@ -32,6 +32,7 @@ from protocols.data.frame import (
     table_of,
     unseal,
 )
+from protocols.data.jagged import Array, Jagged
 from protocols.data.messages import SCHEMAS
 from protocols.data.partition import Rows, cut
 from protocols.data.schema import check_columns, default_column

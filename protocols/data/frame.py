@@ -27,7 +27,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Array, ColumnSpec
+from protocols.data.columns import ColumnSpec
+from protocols.data.jagged import Array
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]

@@ -13,7 +13,8 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 
-from protocols.data.columns import Batch, Float32, Int64, Jagged, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
+from protocols.data.columns import Batch, Float32, Int64, JaggedFloat32, JaggedInt32, JaggedUInt8, Text, UInt8
+from protocols.data.jagged import Jagged
 
 
 class Finish(IntEnum):

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from protocols.data.columns import Array, Batch, ColumnSpec, Jagged, columns_of
+from protocols.data.columns import Batch, ColumnSpec, columns_of
+from protocols.data.jagged import Array, Jagged
 
 
 def check_columns(kind: type[Batch], version: int, columns: tuple[ColumnSpec, ...]) -> None:

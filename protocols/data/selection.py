@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Array, Jagged
 from protocols.data.frame import Indices
+from protocols.data.jagged import Array, Jagged
 
 
 class Selection(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ from asyncflow.bench.report import BenchRow, Mean, format_report
 from asyncflow.demo.prepare import prepare
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import Recipe, load_recipe
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from workers.losses import POLICY_LOSSES
 from workers.losses.aggregation import counts_of, reduce_loss, token_weights
 from workers.losses.objective import policy_objective

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.layout.topology import Backend, Topology, generation_grouping
 from tests.gpu.conftest import Figure, need_cuda
 from tests.workers.ranks import Ranks, own_device

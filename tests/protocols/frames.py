@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from protocols.data import codec
-from protocols.data.columns import Array, Batch, Jagged, columns_of
+from protocols.data.columns import Batch, columns_of
 from protocols.data.frame import Buffer, Header, bytes_of, unseal
+from protocols.data.jagged import Array, Jagged
 
 Cuts = Sequence[int]  # the first row of each block, and N
 

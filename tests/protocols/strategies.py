@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protocols.data.columns import Array, B, Batch, ColumnSpec, Jagged, columns_of
+from protocols.data.columns import B, Batch, ColumnSpec, columns_of
+from protocols.data.jagged import Array, Jagged
 from protocols.data.messages import SCHEMAS, Finish
 from protocols.layout.topology import Topology
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Rollouts
 
 VOCABULARY = 48  # of the models for these rows; divisible by up to four tensor ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, LogProbs, Metrics, Rollouts, Scores, Values
 from protocols.stage import Measured
 from workers.advantages.experience import experience_of, spread

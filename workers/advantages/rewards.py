@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Rollouts
 from workers.advantages.kl import Float64, kl_terms
 from workers.settings import KlEstimator

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience
 from workers.data.datasets import DataError, Demonstration, read_rows
 from workers.data.hf_folder import context_of, end_of_sequence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Jagged, empty, select, take
+from protocols.data.columns import empty, select, take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Finish, Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure, Partial

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from workers.settings import Loss
 
 

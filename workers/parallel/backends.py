@@ -55,7 +55,8 @@ def trained_model(
 
 def frozen_model(model: Model, sharding: Sharding, *, head: Head = "tokens") -> ParallelModel:
     """This rank's part of a model that only answers, without gradients. Raises as `trained_model` does."""
-    own = trained_model(model, sharding._replace(backend="3d", recompute=False), head=head)
+    backend = "fsdp" if sharding.backend == "fsdp" else "3d"  # ZeRO divides what only training needs
+    own = trained_model(model, sharding._replace(backend=backend, recompute=False), head=head)
     own.freeze()
     return own
 

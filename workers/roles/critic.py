@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 from torch import Tensor
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
 from workers.losses import metrics

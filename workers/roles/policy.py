@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from protocols.control.requests import CodeSource
-from protocols.data.columns import Jagged, rows_of
+from protocols.data.columns import rows_of
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Rollouts
 from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Policy, Sampling

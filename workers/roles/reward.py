@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Rollouts, Scores
 from protocols.roles import Reward
 from protocols.stage import Partial

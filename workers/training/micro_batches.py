@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from workers.data.token_rows import Sequences
 
 HOST = torch.device("cpu")

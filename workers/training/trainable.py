@@ -27,7 +27,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from protocols.data.columns import Batch, Jagged, concat
+from protocols.data.columns import Batch, concat
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience
 from workers.data.hf_folder import copy_auxiliary_files
 from workers.data.token_rows import Sequences

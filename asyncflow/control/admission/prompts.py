@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from protocols.data.columns import Jagged
 from protocols.data.ids import BASELINE_INDEX, EVALUATION_EPOCH, prompt_id, prompt_of, sample_id
 from protocols.data.ids import place_of as place_of_prompt
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Prompts
 
 

@@ -18,7 +18,8 @@ from asyncflow.recipe.config import Recipe
 from asyncflow.recipe.service_specs import GENERATOR, compose
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
-from protocols.data.columns import Batch, Jagged
+from protocols.data.columns import Batch
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Costs, Experience, LogProbs, Prompts, Rollouts, Scores, Values
 from protocols.weights import Version
 from workers.generation.engine import Engine

@@ -56,11 +56,11 @@ async def test_it_learns_from_a_generator_that_follows(table: dict[str, Any], pu
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)  # six processes that import torch, on two cores
-async def test_adapters_train_fully_sharded_on_ranks(table: dict[str, Any]):
+async def test_adapters_train_fully_sharded_on_ranks_that_hold_a_sharded_reference_too(table: dict[str, Any]):
     placed = {"pools": {"train": {"devices": 2}, "rollout": {"devices": 1}}, "runtime": "ray"} | {
         "placement": {
             "policy": {"pool": "train", "parallel": "1-1-2", "backend": "fsdp"},
-            "reference": {"pool": "rollout"},
+            "reference": {"pool": "train", "parallel": "1-1-2", "backend": "fsdp"},
             "generator": {"pool": "rollout"},
         }
     }

@@ -445,13 +445,14 @@ def test_placements_that_this_build_does_not_run(
         (
             "policy",
             {"backend": "fsdp"},
-            ".backend = 'fsdp': it says how ranks that train share a model's state, policy on",
+            ".backend = 'fsdp': it says what several ranks divide, policy on 1-1-1 has one; leave it out",
         ),
         (
             "reward",
             {"parallel": "1-1-2", "backend": "zero1"},
-            ".backend = 'zero1': it says how ranks that train share ",
+            ".backend = 'zero1': it divides what training needs, and reward does not train: 'fsdp' divides its weights",
         ),
+        ("reference", {"parallel": "1-1-2", "backend": "fsdp", "runtime": "local"}, ".parallel = '1-1-2': ranks that "),
         ("reward", {"recompute": True}, ".recompute = true: it saves memory in training, and reward does not train"),
         (
             "policy",
@@ -508,9 +509,10 @@ def test_a_family_without_a_plan_is_not_cut(
     assert said == f"placement.policy.{where}: model_type 'gpt2' has no sharding plan: one of llama, qwen2, qwen3"
 
 
-@pytest.mark.parametrize("reward", [{"rule": "exact_match"}, {"mix": [RIGHT]}])
-def test_a_rule_or_a_mix_is_not_cut_over_ranks(refused: Any, reward: dict[str, Any]):
-    placement = {"reward": {"pool": "many", "parallel": "1-2-1"}}
+@pytest.mark.parametrize("placed", [{"parallel": "1-2-1"}, {"parallel": "1-1-2", "backend": "fsdp"}], ids=str)
+@pytest.mark.parametrize("reward", [{"rule": "exact_match"}, {"mix": [RIGHT]}], ids=["rule", "mix"])
+def test_a_rule_or_a_mix_is_not_divided_over_ranks(refused: Any, reward: dict[str, Any], placed: dict[str, str]):
+    placement = {"reward": {"pool": "many", **placed}}
     pools = {"main": {}, "many": {"devices": 2}}
     said = refused(runtime="ray", deterministic=False, models={"reward": reward}, pools=pools, placement=placement)
-    assert "a rule or a mix can't be cut over 2 ranks: parallel = '1-1-d'" in said
+    assert "a rule or a mix can't be divided over ranks: parallel = '1-1-d' and no backend" in said

@@ -155,6 +155,13 @@ def test_ranks_that_share_a_model_or_train_one_work_together(make_recipe: MakeRe
     assert services["critic"].backend == "3d"
 
 
+@pytest.mark.parametrize("role", ["reference", "reward"])
+def test_ranks_that_divide_a_frozen_model_work_together(make_recipe: MakeRecipe, role: str):
+    placement = {role: {"pool": "main", "parallel": "1-1-2", "backend": "fsdp"}}
+    service = composed(make_recipe(pools={"main": {"devices": 2}}, placement=placement))[role]
+    assert (service.backend, service.collective) == ("fsdp", True)
+
+
 def test_a_policy_with_a_vllm_of_its_own_works_as_ranks_that_work_together_do_alone_too(make_recipe: MakeRecipe):
     assert composed(make_recipe(generation={"engine": "vllm"}))["policy"].collective
     assert not composed(make_recipe(generation={"engine": "vllm"}, **SPLIT))["policy"].collective

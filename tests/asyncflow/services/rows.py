@@ -11,7 +11,8 @@ from asyncflow.services.channels.endpoint import Frame
 from asyncflow.services.channels.row_table import RowTable
 from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.runtime.local_store import LocalStore
-from protocols.data.columns import Batch, Jagged
+from protocols.data.columns import Batch
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Finish, LogProbs, Rollouts, Scores, Values
 from protocols.stage import Failure
 

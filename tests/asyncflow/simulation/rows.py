@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protocols.data.columns import Batch, Jagged
+from protocols.data.columns import Batch
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Costs, LogProbs, Rollouts, Scores, Values
 
 Owner = tuple[str, int]  # a service, and how often it had been restarted

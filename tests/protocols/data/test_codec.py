@@ -12,19 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.data import codec
-from protocols.data.columns import (
-    Array,
-    Batch,
-    Float32,
-    Int64,
-    Jagged,
-    JaggedFloat32,
-    JaggedInt32,
-    Text,
-    columns_of,
-    empty,
-    take,
-)
+from protocols.data.columns import Batch, Float32, Int64, JaggedFloat32, JaggedInt32, Text, columns_of, empty, take
+from protocols.data.jagged import Array, Jagged
 from protocols.data.messages import SCHEMAS, LogProbs, Rollouts, Scores
 from tests.protocols.frames import by_hand, cuts_of, header_of, owners, refusal, sample
 from tests.protocols.strategies import messages

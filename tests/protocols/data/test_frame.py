@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.data import codec
-from protocols.data.columns import Array, Batch, Jagged, concat, empty, take
+from protocols.data.columns import Batch, concat, empty, take
 from protocols.data.frame import cut_rows
+from protocols.data.jagged import Array, Jagged
 from protocols.data.messages import SCHEMAS, Costs, Experience, LogProbs, Prompts, Rollouts, Scores
 from tests.protocols.frames import by_hand, cuts_of, framed, header_of, owners, refusal, sample
 from tests.protocols.strategies import messages

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Batch, Jagged, columns_of
+from protocols.data.columns import Batch, columns_of
+from protocols.data.jagged import Jagged
 from protocols.data.messages import SCHEMAS, Experience, Finish, Metrics, Prompts, Rollouts
 from tests.protocols.strategies import batches, messages
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.data.columns import Batch, Jagged, concat, empty, take
+from protocols.data.columns import Batch, concat, empty, take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Prompts, Rollouts, Scores
 from protocols.data.partition import Rows
 from protocols.layout.row_plan import Located, Segment

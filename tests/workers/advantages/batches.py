@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from protocols.data.columns import Jagged
 from protocols.data.ids import prompt_id, sample_id
+from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Rollouts, Scores, Values
 
 # Seven samples of three prompts, of 3, 3 and 1; the last token of some rows is masked.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Rollouts
 from protocols.stage import Measured
 from tests.workers.advantages.batches import MASK, reference, rollouts, scores, values

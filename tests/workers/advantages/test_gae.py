@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Jagged, take
+from protocols.data.columns import take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Rollouts, Scores, Values
 from tests.workers.advantages import batches
 from tests.workers.advantages.batches import GROUPS, MASK, column

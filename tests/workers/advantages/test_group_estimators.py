@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from protocols.data.columns import Jagged, take
+from protocols.data.columns import take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Scores
 from protocols.stage import Measured
 from tests.workers.advantages.batches import GROUPS, MASK, reference, rollouts, scores

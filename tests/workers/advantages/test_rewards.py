@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from tests.workers.advantages.batches import MASK, column, reference, rollouts
 from workers.advantages.kl import kl_terms
 from workers.advantages.rewards import last_trained, rewards_to_go, token_rewards

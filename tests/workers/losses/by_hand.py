@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from workers.losses.tokens import Tokens
 from workers.settings import Loss
 

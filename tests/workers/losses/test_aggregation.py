@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from workers.losses.aggregation import Counts, counts_of, reduce_loss, token_weights
 from workers.settings import Aggregation, Loss
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.data.columns import Array, Jagged
+from protocols.data.jagged import Array, Jagged
 from protocols.data.messages import Experience
 from tests import tiny
 from tests.workers.gradients import Gradients, gradients_of

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.layout.topology import Coordinates, Topology
 from tests import tiny
 from tests.workers.ranks import RankFailed, Worlds

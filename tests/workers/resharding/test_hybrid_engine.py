@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.layout.topology import GenerationGrouping, Style, Topology
 from tests.workers.ranks import Worlds
 from workers.parallel.model import ParallelModel, plan_of

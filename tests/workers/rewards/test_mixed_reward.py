@@ -10,7 +10,8 @@ import pytest
 
 from asyncflow.services.stages import breakdown
 from protocols.data import codec
-from protocols.data.columns import Jagged, concat, take
+from protocols.data.columns import concat, take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Scores
 from tests import tiny
 from tests.workers.roles.test_reward import rollouts

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2ForCausalLM
 
 from protocols.data.columns import take
 from protocols.data.messages import Experience
@@ -103,22 +101,9 @@ def cut(sharding: Sharding, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """gpt2 has no sharding plan, other names, learned positions, dropout, and layers whose weight is transposed."""
-    shape = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
-        bos_token_id=None, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID,
-    )  # fmt: skip
-    qwen2 = tiny.config()
-    qwen2.vocab_size = VOCABULARY
-    made: dict[str, str] = {}
-    for name, kind, config in (("gpt2", GPT2LMHeadModel, shape), ("qwen2", Qwen2ForCausalLM, qwen2)):
-        torch.manual_seed(0)
-        model: PreTrainedModel = kind(config)
-        made[name] = str(tmp_path_factory.mktemp(name))
-        model.save_pretrained(made[name])
-        tiny.tokenizer().save_pretrained(made[name])
-    assert shape.resid_pdrop == shape.attn_pdrop == 0.1
-    return made
+    root = tmp_path_factory.mktemp("families")
+    made = {"gpt2": tiny.make_gpt2, "qwen2": tiny.make_policy}
+    return {name: str(make(root / name, vocabulary=VOCABULARY)) for name, make in made.items()}
 
 
 CASES = [("gpt2", Lora()), ("gpt2", LORA), ("qwen2", LORA)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Rollouts
 from tests import tiny
 from tests.workers.checkpoints import contents

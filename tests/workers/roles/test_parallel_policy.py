@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.data.columns import Jagged, take
+from protocols.data.columns import take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, LogProbs, Metrics
 from protocols.layout.topology import Topology
 from protocols.layout.transfer import protocol

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.data.columns import Jagged, take
+from protocols.data.columns import take
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Rollouts
 from protocols.weights import Version, digest, verify
 from tests import tiny

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.data.columns import Jagged, empty
+from protocols.data.columns import empty
+from protocols.data.jagged import Jagged
 from protocols.data.messages import Rollouts
 from tests import tiny
 from workers.roles.reward import RewardWorker

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.data.columns import Jagged
+from protocols.data.jagged import Jagged
 from tests import tiny
 from workers.data.token_rows import TokenRows
 from workers.parallel.backends import trained_model
