@@ -72,7 +72,7 @@ class RewardPart(Settings, frozen=True):
     path: str = ""  # transformers folder
     rule: str = ""  # registered rule name, or "package.module:function"
     weight: Finite = 1.0  # not 0
-    dtype: Dtype = "float32"
+    dtype: Dtype = "float32"  # of a model's weights
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,8 +110,8 @@ class Model(Settings, frozen=True):
     rule: str = ""  # registered rule name, or "package.module:function"
     mix: list[RewardPart] = []  # reward only: the weighted sum of these
     outside: bool = False  # an external worker answers: a program or a person outside of the run
-    learning_rate: float = 0.0  # trained roles only
-    dtype: Dtype = "float32"
+    learning_rate: float = 0.0  # of a trained role, which needs one above 0; after the warm-up
+    dtype: Dtype = "float32"  # of the weights
     lora: Lora = Lora()  # policy only
 
     @property
@@ -135,26 +135,26 @@ class Loss(Settings, frozen=True):
     # The ratio divides by the token's probability under "prox", the weights at the start of the step, or under "mu",
     # the weights that sampled it, which may be older.
     old: Literal["prox", "mu"] = "prox"
-    clip_low: Fraction = 0.2
-    clip_high: NonNegative = 0.2
+    clip_low: Fraction = 0.2  # the ratio is clipped to 1 - clip_low ..
+    clip_high: NonNegative = 0.2  # .. 1 + clip_high
     dual_clip: float = 3.0  # bound on the loss where the advantage is negative, more than 1; 0: none
-    correction: Correction = "none"  # a token's weight, from prox / mu; "importance" makes ppo decoupled PPO. The
-    # default of a recipe with staleness is "tis"
+    # A token's weight, from prox / mu; "importance" makes ppo decoupled PPO. With staleness the default is "tis".
+    correction: Correction = "none"
     tis_cap: Positive = 2.0  # tis: larger weights are truncated to it
     icepop_low: float = 0.5  # icepop: tokens whose weight is outside of low..high have weight 0
-    icepop_high: float = 5.0
+    icepop_high: float = 5.0  # see icepop_low
     sequence_low: NonNegative = 0.0  # sequences whose mean prox / mu is below have weight 0; 0: no lower bound
-    sequence_high: float = 0.0  # and those above; 0: no upper bound
+    sequence_high: float = 0.0  # sequences above it have weight 0, too; 0: no upper bound
     kl_coefficient: Coefficient = 0.0  # KL to the reference inside the loss, corrected like the policy loss; 0: none
-    kl_estimator: KlEstimator = "k3"
+    kl_estimator: KlEstimator = "k3"  # of kl_coefficient: k1 log ratio, k2 half its square, k3 never negative
     entropy_coefficient: Finite = 0.0  # entropy bonus; 0: none
     ptx_coefficient: Coefficient = 0.0  # pretraining loss, on the text of the recipe's data.pretrain; 0: none
     ptx_rows: PositiveInt = 32  # rows of pretraining text in one optimizer step
-    value_clip: NonNegative = 0.2  # 0: none
-    aggregation: Aggregation = "token-mean"
+    value_clip: NonNegative = 0.2  # how far a step moves a critic's value before its loss is clipped; 0: none
+    aggregation: Aggregation = "token-mean"  # how the losses of tokens become that of a batch
     fixed_length: NonNegativeInt = 0  # tokens, the divisor of sequence-mean-fixed-length; 0: generation.max_tokens
-    epochs: PositiveInt = 1
-    mini_batches: PositiveInt = 1
+    epochs: PositiveInt = 1  # passes over a step's batch
+    mini_batches: PositiveInt = 1  # optimizer steps in each pass
     tokens_per_micro_batch: PositiveInt = 8192  # padded tokens in one forward
 
     def __post_init__(self) -> None:
@@ -185,10 +185,10 @@ class Loss(Settings, frozen=True):
 class Optimizer(Settings, frozen=True):
     """AdamW and its schedule."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: float = 0.9  # decay of the mean gradient
+    beta2: float = 0.95  # decay of the mean squared gradient
+    epsilon: float = 1e-8  # added to the root of the mean squared gradient
+    weight_decay: float = 0.0  # decoupled, times the learning rate
     gradient_clip: float = 1.0  # global norm; 0: none
     warmup_steps: NonNegativeInt = 0  # optimizer steps of linear warmup
     decay_steps: NonNegativeInt = 0  # RL only: linear decay to 0 at that optimizer step; 0: constant
@@ -197,11 +197,11 @@ class Optimizer(Settings, frozen=True):
 class Generation(Settings, frozen=True):
     """How rollouts are sampled and by which engine."""
 
-    engine: Literal["vllm", "torch"] = "vllm"
-    max_tokens: PositiveInt = 64
-    temperature: FinitePositive = 1.0
+    engine: Literal["vllm", "torch"] = "vllm"  # what generates
+    max_tokens: PositiveInt = 64  # of one response
+    temperature: FinitePositive = 1.0  # of sampling; a held-out answer is greedy
     slots: PositiveInt = 256  # rows generated at the same time
-    kv_cache_bytes: int = 128 * 1024 * 1024
+    kv_cache_bytes: int = 128 * 1024 * 1024  # memory of vLLM's cache of keys and values
     max_model_tokens: NonNegativeInt = 0  # prompt + response; 0: what the model allows
     probe_tolerance: float = 1e-3  # largest log-prob difference that verifies a publication; raise it for bfloat16
 
@@ -209,7 +209,7 @@ class Generation(Settings, frozen=True):
 class Failures(Settings, frozen=True):
     """What happens to a sample whose reward can't be computed, and to a service that dies."""
 
-    reward_timeout_seconds: float = 30.0
+    reward_timeout_seconds: float = 30.0  # for one row of a rule
     reward_retries: NonNegativeInt = 1  # further attempts before the sample is failed
     restarts: NonNegativeInt = 3  # of each service that trains nothing; its next death ends the run
     outside_timeout_seconds: FinitePositive = 300.0  # without an external worker's answer the sample is failed

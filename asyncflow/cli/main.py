@@ -17,7 +17,7 @@ import typer
 import uvloop
 
 from asyncflow.cli.benchmarks import bench
-from asyncflow.cli.console import err, out, print_lines
+from asyncflow.cli.console import Form, err, out, print_lines
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
@@ -64,6 +64,19 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
     from asyncflow.run.prepare import prepare
 
     out.print(recipe_text(prepare(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
+
+
+@app.command()
+def settings(
+    key: Annotated[
+        str, typer.Argument(help="A key or a table, e.g. loss.clip_low, models.policy, sft, reward-model.")
+    ] = "",
+    form: Annotated[Form, typer.Option("--format", help="How to print them.")] = Form.TEXT,
+) -> None:
+    """Print the settings of a recipe, of SFT or of a reward model: type, bounds, default and meaning of each key."""
+    from asyncflow.cli.reference import print_reference
+
+    print_reference(key, form, out)
 
 
 @app.command()

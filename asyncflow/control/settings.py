@@ -26,7 +26,7 @@ class Deadlines(Settings, frozen=True):
     """How long something may take before it is reported or ended, in seconds."""
 
     publish: Positive = 120.0  # one publication of weights
-    checkpoint: Positive = 600.0
+    checkpoint: Positive = 600.0  # writing one checkpoint
     stall: Positive = 120.0  # without progress: the wait-for graph is shown
     give_up: Positive = 900.0  # without progress: the run ends and shows the wait-for graph
     stop: Positive = 60.0  # draining after a stop is requested

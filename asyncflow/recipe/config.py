@@ -44,49 +44,49 @@ class BadInput(Exception):
 class Data(Settings, frozen=True):
     """Prompts in a file or folder of rows (workers.data.dataset_files), and the names of their fields."""
 
-    train: str
+    train: str  # the prompts to train on
     eval: str = ""  # held-out rows; "": no evaluation
-    prompt: str = "prompt"
-    reference: str = "reference"  # "": rows have none
+    prompt: str = "prompt"  # name of the field with the prompt, a text or chat messages
+    reference: str = "reference"  # name of the field with the right answer, for rules; "": rows have none
     pretrain: str = ""  # text of the pretraining loss (loss.ptx_coefficient): rows of text, or of prompt and response
 
 
 class Pool(Settings, frozen=True):
     """Devices that its services share, one firing at a time. Pools never overlap."""
 
-    devices: PositiveInt = 1
+    devices: PositiveInt = 1  # GPUs, or shares of a CPU core where there is none
     device: str = ""  # a device that `plan` knows, or a calibration file; "": what is there, GPUs before CPU slots
 
 
 class Placed(Settings, frozen=True):
     """Where a service runs."""
 
-    pool: str
-    parallel: str = "1-1-1"  # p-t-d; for a generator p-t
+    pool: str  # a name of [pools]
+    parallel: str = "1-1-1"  # p-t-d: pipeline stages, tensor shards, data-parallel replicas; for a generator p-t
     generation: str = ""  # p-t in which a policy's ranks generate; "": as they train
     backend: Backend = "3d"  # what data-parallel ranks divide; a model that only answers has "3d" or "fsdp"
     recompute: bool = False  # in training keep one activation per layer and recompute the others: less memory
-    replicas: int = 1
+    replicas: int = 1  # copies of a service; this version runs one
 
 
 class Recipe(Settings, frozen=True, kw_only=True):
     """The settings of a run."""
 
-    name: str
-    steps: PositiveInt
-    prompts_per_step: PositiveInt
+    name: str  # of the run; it becomes a folder's name
+    steps: PositiveInt  # committed steps at which the run ends
+    prompts_per_step: PositiveInt  # a step trains on prompts_per_step x samples_per_prompt samples
     data: Data
-    models: dict[str, Model]
+    models: dict[str, Model]  # role -> its model; the algorithm says which roles there are
     algorithm: str = "ppo"  # a name, or "package.module:function"
-    samples_per_prompt: PositiveInt = 1
-    staleness: NonNegativeInt = 0  # versions; 0 = synchronous, on policy
-    seed: NonNegativeInt = 0
+    samples_per_prompt: PositiveInt = 1  # responses to each prompt
+    staleness: NonNegativeInt = 0  # versions that generation may be ahead of training; 0: synchronous, on policy
+    seed: NonNegativeInt = 0  # of the order of the prompts, of sampling, and of the cut into mini-batches
     deterministic: bool = False  # with staleness 0 and runtime "local": bit-identical to itself
-    runtime: Literal["ray", "local"] = "ray"
+    runtime: Literal["ray", "local"] = "ray"  # "ray": a process for each service; "local": one process for all
     ray_address: str = ""  # "": the run starts its own Ray
     metrics_host: str = "127.0.0.1"  # of the services' metrics endpoints; "node": each node's own, for a cluster
     folder: str = "runs"  # the run's folder is created below it
-    max_refills: NonNegativeInt = 4
+    max_refills: NonNegativeInt = 4  # rounds of replaced prompts in one step before the run ends
     threads: PositiveInt = 1  # of torch, per service
     inline_bytes: NonNegativeInt = 8192  # frames up to this size travel inside their message
     store_bytes: NonNegativeInt = 0  # memory for rows in flight; 0: the runtime's choice. The rest spills to disk
@@ -101,7 +101,9 @@ class Recipe(Settings, frozen=True, kw_only=True):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     deadlines: Deadlines = Deadlines()
+    # name -> a pool of devices
     pools: dict[str, Pool] = msgspec.field(default_factory=lambda: {"main": Pool()})
+    # service -> where it runs; or "auto", or a plan's file. A service that is left out runs in the first pool.
     placement: dict[str, Placed] = msgspec.field(default_factory=dict)
     placed_by: str = ""  # "auto" or a plan file, given as `placement`; "" once the services are placed
     # service -> stage method -> seconds, injected to study timing

@@ -12,10 +12,10 @@ from workers.settings import Dtype, Optimizer, Positive, PositiveInt, Settings
 class Schedule(Settings, frozen=True):
     """Number of steps, batch size and learning rate, which rises over the optimizer's warmup_steps and then decays."""
 
-    steps: PositiveInt
+    steps: PositiveInt  # optimizer steps
     batch_size: PositiveInt = 64  # rows in one optimizer step
-    learning_rate: Positive = 1e-3
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    learning_rate: Positive = 1e-3  # the highest, after the warm-up
+    decay: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up, to 0 at the last step
     seed: int = 0  # of the order of the rows, and of a reward model's new score head
     tokens_per_micro_batch: PositiveInt = 8192  # padded tokens in one forward
 
@@ -29,7 +29,7 @@ class FineTuning(Settings, frozen=True):
     schedule: Schedule
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in the files
-    dtype: Dtype = "float32"
+    dtype: Dtype = "float32"  # of the weights
 
 
 class SftSettings(FineTuning, frozen=True):
