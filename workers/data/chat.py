@@ -6,19 +6,15 @@ text of the whole conversation, up to the end of the reply.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workers.data.messages import BadChat, Message, rendered
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = Mapping[str, Any]  # "role", "content", and whatever else a template reads
-
-
-class BadChat(ValueError):
-    """Messages that can't be rendered; the message says why."""
 
 
 class ChatTemplate:
@@ -63,13 +59,14 @@ class ChatTemplate:
         return tokenizer
 
     def _render(self, messages: Sequence[Message], *, reply_next: bool) -> str:
+        return rendered(messages, lambda given: self._apply(given, reply_next=reply_next))
+
+    def _apply(self, messages: list[dict[str, Any]], *, reply_next: bool) -> str:
         from jinja2 import TemplateError
 
         tokenizer = self._tokenizer
         try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply_next
-            )
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_next)
         except (TemplateError, TypeError, ValueError) as error:
             raise BadChat(f"the chat template of {self._folder} refuses it: {error}") from error
         assert isinstance(text, str)

@@ -7,6 +7,7 @@ no random generator has to be saved.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ class DataRow(msgspec.Struct, frozen=True):
 
     prompt: str
     reference: str
+    columns: dict[str, Any] = {}  # name -> JSON value of the row's columns that rules ask for (`read_rows`, keep)
 
 
 class PromptSource:

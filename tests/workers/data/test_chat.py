@@ -40,8 +40,13 @@ def one(tmp_path: Path, folder: Path, kind: type, **row: Any) -> Any:
 def test_a_prompt_ends_where_the_reply_begins(tmp_path: Path, folder: Path):
     assert one(tmp_path, folder, Problem, prompt=[USER]) == Problem(PROMPT)
     assert one(tmp_path, folder, Problem, messages=[USER], reference="2") == Problem(PROMPT, "2")
-    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT)  # a second rendering
+    assert one(tmp_path, folder, Problem, messages=[USER, GOOD], reference="4") == Problem(PROMPT, "4")
     assert one(tmp_path, folder, Problem, messages=[USER, GOOD, MORE]).prompt == "u:1+1<eos>.a:2<eos>.u:sure?<eos>.a:"
+
+
+def test_the_answer_that_a_conversation_ends_with_is_the_reference_of_a_row_without_one(tmp_path: Path, folder: Path):
+    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT, "2")
+    assert one(tmp_path, folder, Problem, messages=[USER]) == Problem(PROMPT, "")
 
 
 def test_text_stays_as_it_is(tmp_path: Path, folder: Path):
@@ -103,17 +108,21 @@ def test_a_text_follows_its_own_first_token(folder: Path):
         (Demonstration, {"messages": [USER, GOOD, MORE]}, "does not end with a message of the assistant"),
         (
             Problem,
-            {"messages": [{"from": "human", "value": "1+1"}]},
+            {"messages": [{"speaker": "human", "text": "1+1"}]},
             "the prompt is a list: want chat messages, each with a role",
         ),
         (
             Demonstration,
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            "want chat messages, each with a",
+            r"message 2 \(assistant\) has no content",
         ),
         (Preference, {"prompt": "1", "chosen": [], "rejected": [BAD]}, "the chosen is a list: want chat messages"),
-        (Problem, {"question": "1+1"}, "no field 'prompt'; the row has 'question'; want prompt or messages and"),
-        (Demonstration, {"prompt": "1"}, "want prompt [+] response, prompt [+] completion, messages, or text"),
+        (
+            Problem,
+            {"question": "1+1"},
+            "no field 'prompt'; the row has 'question'; want prompt, messages or conversations and",
+        ),
+        (Demonstration, {"prompt": "1"}, "want prompt [+] response, prompt [+] completion, messages, conversations"),
         (Preference, {"prompt": "1", "chosen": "2"}, "no field 'rejected'.*want prompt [+] chosen [+] rejected"),
     ],
 )

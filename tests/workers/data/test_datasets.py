@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from workers.data.datasets import DataError, Demonstration, Preference, Problem, read_rows
+from workers.data.datasets import ALL, DataError, Demonstration, Preference, Problem, read_rows
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -25,6 +31,22 @@ def test_rows_come_in_the_order_of_the_file(tmp_path: Path):
 def test_columns_rename_and_the_rest_of_a_row_is_ignored(tmp_path: Path):
     path = write(tmp_path, '{"question": "1+1=", "answer": "2", "source": {"page": 7}, "prompt": "not this"}')
     assert read_rows(path, Problem, {"prompt": "question", "reference": "answer"}) == [Problem("1+1=", "2")]
+
+
+class Kept(msgspec.Struct):
+    prompt: str
+    columns: dict[str, Any] = {}
+
+
+def test_a_row_keeps_the_columns_that_are_asked_for(tmp_path: Path):
+    pq.write_table(
+        pa.table({"prompt": ["p"], "day": [date(2026, 1, 2)], "level": [3], "rate": [math.nan], "gone": [None]}),
+        tmp_path / "x.parquet",
+    )
+    whole = {"prompt": "p", "day": "2026-01-02", "level": 3}
+    assert [row.columns for row in read_rows(tmp_path / "x.parquet", Kept, keep=[ALL])] == [whole]
+    assert [row.columns for row in read_rows(tmp_path / "x.parquet", Kept, keep=["level", "gone"])] == [{"level": 3}]
+    assert [row.columns for row in read_rows(tmp_path / "x.parquet", Kept)] == [{}]
 
 
 def test_optional_fields_may_be_absent(tmp_path: Path):
@@ -44,7 +66,7 @@ def test_empty_lines_are_skipped_and_counted(tmp_path: Path):
         ('{"prompt": "p", "answer": "r"}', r"rows\.jsonl:2: no field 'response'; the row has 'prompt', 'answer'"),
         ("{}", r"rows\.jsonl:2: no field 'prompt'; the row has none"),
         ('{"prompt": "p", "response": null}', r"rows\.jsonl:2: no field 'response'; the row has 'prompt'"),
-        ('{"prompt": "p", "response": 7}', r"rows\.jsonl:2: Expected `str`, got `int` - at `\$\.response`"),
+        ('{"prompt": 7, "response": "r"}', r"rows\.jsonl:2: Expected `str`, got `int` - at `\$\.prompt`"),
         ('["prompt", "response"]', r"rows\.jsonl:2: not a JSON object"),
         ('{"prompt": "p", ', r"rows\.jsonl:2: not a JSON object"),
         ("[" * 100_000, r"rows\.jsonl:2: not a JSON object"),
