@@ -12,6 +12,7 @@ and a load does not notice a missing file.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
@@ -103,13 +105,16 @@ class Saved:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self.counters = _read_counters(self._folder)
-        for path in sorted(self._folder.glob("*.safetensors")):
+        for path in sorted(self._folder.glob("[!.]*.safetensors")):
             try:
                 with safe_open(path, "pt"):
                     pass
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: this part of the checkpoint can't be read: {error}") from error
         self._storage = HuggingFaceStorageReader(str(folder))
+        visible = _WithoutHidden()
+        visible.init_path(str(folder))
+        self._storage.fs = visible  # pyright: ignore[reportAttributeAccessIssue] - torch annotates its parent's class
         metadata = self._storage.read_metadata()
         self._storage.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = metadata.state_dict_metadata
@@ -141,6 +146,13 @@ class Saved:
                 f"entries that are wanted; the model's is {list(box.whole)}: another model's, or a file is missing"
             )
         return items
+
+
+class _WithoutHidden(FileSystem):
+    """Hidden files are another program's, as ._0.safetensors that macOS puts beside 0.safetensors."""
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [name for name in super().ls(path) if not Path(name).name.startswith(".")]
 
 
 class _Write(DefaultSavePlanner):

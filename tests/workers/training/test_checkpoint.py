@@ -165,6 +165,13 @@ def test_a_torn_file_is_named(tmp_path: Path):
         Saved(tmp_path)
 
 
+def test_hidden_files_are_not_read(tmp_path: Path):
+    write(tmp_path, ShardPlan(decoder()))
+    expected = Saved(tmp_path)._tensors
+    (tmp_path / "._shard-00000-model-00001-of-00001.safetensors").write_text("what macOS keeps beside a file")
+    assert Saved(tmp_path)._tensors == expected
+
+
 def test_a_folder_without_counters_is_no_checkpoint(tmp_path: Path):
     with pytest.raises(ValueError, match=r"trainer\.json: no checkpoint of a trained model"):
         Saved(tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -105,18 +108,94 @@ def test_every_flipped_bit_of_a_manifest_is_detected(tmp_path: Path):
     manifest = folder / checkpoint.MANIFEST
     sound = manifest.read_bytes()
     for position in range(len(sound)):
-        flip(manifest, position, bit=position % 7)
+        flip(manifest, position, bit=position % 7 if position % 2 else 7)  # the highest makes bytes that are no UTF-8
         with pytest.raises(CheckpointError):
             checkpoint.read(folder)
         manifest.write_bytes(sound)
     assert checkpoint.read(folder).step == 7
 
 
-def test_a_file_too_many_is_damage(tmp_path: Path):
+def test_a_file_that_a_loader_would_read_but_no_manifest_lists_is_damage(tmp_path: Path):
     folder = write(tmp_path, 1)
-    (folder / "policy" / "optimizer.bin").write_text("from elsewhere")
-    with pytest.raises(CheckpointError, match=r"policy/optimizer\.bin"):
+    (folder / "policy" / "0.safetensors").write_text("from elsewhere")
+    with pytest.raises(CheckpointError, match=r"move them away: \['policy/0\.safetensors'\]"):
         checkpoint.read(folder)
+
+
+FOREIGN = (".DS_Store", ".nfs0001", "._model.safetensors", "notes.txt", "model.safetensors~", "policy/.DS_Store")
+
+
+def test_files_of_other_programs_neither_break_a_checkpoint_nor_are_removed(tmp_path: Path):
+    for step in (2, 4):
+        folder = write(tmp_path, step)
+        for name in FOREIGN:
+            (folder / name).write_text("mine")
+    for name in ("lost+found", "step_000004.bak", "step_000009 copy", "step_12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / ".DS_Store").touch()
+    assert checkpoint.newest(tmp_path)[0].name == "step_000004"
+    before = {path for path in tmp_path.rglob("*") if "step_000002" not in str(path)}
+    checkpoint.prune(tmp_path, keep=1)
+    assert {path for path in tmp_path.rglob("*") if "step_000002" not in str(path)} == before
+    left = [path for path in (tmp_path / "step_000002").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "step_000002")) for path in left) == sorted(FOREIGN)
+    write(tmp_path, 4, term=1)
+    path, manifest, damaged = checkpoint.newest(tmp_path)
+    assert (path.name, manifest.term, damaged) == ("step_000004", 1, [])
+
+
+def test_a_hidden_file_that_appears_while_a_checkpoint_is_written_is_no_part_of_it(tmp_path: Path):
+    partial = checkpoint.begin(tmp_path, 1)
+    (partial / "ledger.db").touch()
+    (partial / ".DS_Store").write_text("a file manager's, which rewrites it when it likes")
+    folder, _ = checkpoint.finish(partial, tmp_path, 1, 0, 0, "")
+    (folder / ".DS_Store").write_text("rewritten")
+    assert list(checkpoint.read(folder).files) == ["ledger.db"]
+
+
+def test_the_folder_of_a_step_of_seven_digits_is_newer_than_those_of_six(tmp_path: Path):
+    for step in (999_999, 1_000_000):
+        write(tmp_path, step)
+    assert checkpoint.newest(tmp_path)[1].step == 1_000_000
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["step_1000000"]
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Iterator[None]:
+    """Another user than root, whom no permission stops."""
+    if os.geteuid():
+        yield
+        return
+    for folder in [tmp_path, *tmp_path.parents[:-2]]:  # pytest's own folders are root's alone
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_reported_and_the_one_before_is_used(tmp_path: Path, request: Any):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "ledger.db").chmod(0)
+    (write(tmp_path, 3) / "policy").chmod(0)
+    (write(tmp_path, 4) / checkpoint.MANIFEST).chmod(0)
+    request.getfixturevalue("unprivileged")
+    path, _, damaged = checkpoint.newest(tmp_path)
+    assert path.name == "step_000001"
+    assert [line.split(": ", maxsplit=1)[1] for line in damaged] == ["can't be read: Permission denied"] * 3
+    assert "step_000004/manifest.json: " in damaged[0]
+    assert "step_000003/policy: " in damaged[1]
+    assert "step_000002/ledger.db: " in damaged[2]
+
+
+def test_a_folder_of_checkpoints_that_may_not_be_read_is_not_empty(tmp_path: Path, request: Any):
+    root = tmp_path / "checkpoints"
+    write(root, 1)
+    root.chmod(0)
+    request.getfixturevalue("unprivileged")
+    with pytest.raises(CheckpointError, match="checkpoints: can't be read: Permission denied"):
+        checkpoint.newest(root)
 
 
 def test_two_files_that_changed_places_are_damage(tmp_path: Path):
