@@ -36,6 +36,7 @@ from workers.training.models import canonical_tensors
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1
+END_TOKENS = frozenset({EOS_ID})
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=:.,? "
 VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
 HEAD_SIZE = 32

@@ -5,15 +5,77 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 
-def end_of_sequence(folder: str | Path) -> int:
-    """The end-of-sequence token id of a model folder. Raises ValueError where its files name none."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        if path.exists() and (value := json.loads(path.read_text()).get("eos_token_id")) is not None:
-            return int(value[0] if isinstance(value, list) else value)
-    raise ValueError(f"model folder {folder}: neither generation_config.json nor config.json has an eos_token_id")
+def end_tokens_of(folder: str | Path) -> frozenset[int]:
+    """The ids of the tokens that end a response: those of `eos_token_of`, of which there may be several.
+
+    They are eos_token_id of generation_config.json and of config.json, a number or a list, and the tokenizer's eos
+    token. Llama-3 has three, and its turns end with the last one. Raises ValueError where the files name none.
+    """
+    named = [*_named_end_tokens(folder), *_tokenizer_eos(folder)]
+    if not named:
+        raise ValueError(
+            f"model folder {folder}: no eos_token_id in generation_config.json or config.json, and no eos_token in "
+            "tokenizer_config.json: name the tokens that end a response"
+        )
+    return frozenset(named)
+
+
+def eos_token_of(folder: str | Path) -> int:
+    """The id of the token that ends a text: the tokenizer's eos token, or else the first of `end_tokens_of`.
+
+    Raises ValueError where the folder's files name none.
+    """
+    named = [*_tokenizer_eos(folder), *_named_end_tokens(folder)]
+    return named[0] if named else min(end_tokens_of(folder))
+
+
+def _named_end_tokens(folder: str | Path) -> list[int]:
+    """eos_token_id of the model's files, those of generation_config.json first."""
+    ends: list[int] = []
+    config = _json_of(Path(folder) / "config.json")
+    for settings in (_json_of(Path(folder) / "generation_config.json"), config, config.get("text_config") or {}):
+        named = settings.get("eos_token_id")
+        ends += named if isinstance(named, list) else [] if named is None else [named]
+    return ends
+
+
+def _tokenizer_eos(folder: str | Path) -> list[int]:
+    """The id of the tokenizer's eos token; empty where it has none."""
+    token, path = special_tokens_of(folder).get("eos_token"), Path(folder) / "tokenizer.json"
+    if token is None or not path.exists():
+        return []
+    added = msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
+    return [known.id for known in added if known.content == token]
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _AddedTokens(msgspec.Struct):
+    """The only part of a tokenizer.json that is decoded: its vocabulary may have megabytes."""
+
+    added_tokens: list[_AddedToken] = []
+
+
+def special_tokens_of(folder: str | Path) -> dict[str, str]:
+    """The texts of the tokenizer's special tokens by name ("bos_token", "eos_token", ...), as its files give them."""
+    named: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter is the newer form
+        named |= {key: value for key, value in _json_of(Path(folder) / name).items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def context_of(folder: str | Path) -> int:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience
 from workers.data.datasets import DataError, Demonstration, read_rows
-from workers.data.hf_folder import context_of, end_of_sequence
+from workers.data.hf_folder import context_of, eos_token_of
 from workers.data.token_rows import TokenRows
 from workers.settings import Loss
 
@@ -45,7 +45,7 @@ class PretrainingText:
         """
         demonstrations = read_rows(path, Demonstration, columns, model)
         tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        end, context = end_of_sequence(model), context_of(model)
+        end, context = eos_token_of(model), context_of(model)
         prompts: list[npt.NDArray[np.int32]] = []  # arrays, since a list takes nine times the memory
         responses: list[npt.NDArray[np.int32]] = []
         for number, row in enumerate(demonstrations, 1):

@@ -7,7 +7,7 @@ activations and logits, and their rows are those of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from typing import cast
 
@@ -32,11 +32,11 @@ from workers.settings import Generation
 class ColocatedTorch(ColocatedEngine):
     """The weights are gathered for generation at each `publish` and freed by `release`; every rank has an engine."""
 
-    def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, eos_token_id: int) -> None:
+    def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, end_tokens: Set[int]) -> None:
         super().__init__()
         module = cast(PreTrainedModel, _Replica(hybrid))  # the part of a transformers module that the engine uses
         self._hybrid = hybrid
-        self._new_engine = partial(TorchEngine, module, settings, run_seed, eos_token_id, owns_model=False)
+        self._new_engine = partial(TorchEngine, module, settings, run_seed, end_tokens, owns_model=False)
         self.engine = self._new_engine()
 
     @property

@@ -6,6 +6,7 @@ So only the rounding of its logits depends on the other rows of the batch, and t
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
 
 import msgspec
@@ -42,7 +43,7 @@ class TorchEngine(Engine):
     """Generates with a module that it owns, or with one that its owner trains between two steps.
 
     An engine that owns its module receives weights. With a module that is trained it loads `InPlaceWeights` after each
-    committed step. `eos_token_id` ends a response.
+    committed step. Each of the `end_tokens` (ids) ends a response.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class TorchEngine(Engine):
         model: PreTrainedModel,
         settings: Generation,
         run_seed: int,
-        eos_token_id: int,
+        end_tokens: Set[int],
         *,
         owns_model: bool = True,
         version: Version | None = None,
@@ -60,7 +61,7 @@ class TorchEngine(Engine):
         self._model: PreTrainedModel | None = model
         self._slots = settings.slots
         self._run_seed = run_seed
-        self._eos_token_id = eos_token_id
+        self._end_tokens = end_tokens
         self._owns_model = owns_model
         self._context = settings.max_model_tokens or int(model.config.max_position_embeddings)
         self._queue: dict[int, QueuedRow] = {}
@@ -133,6 +134,7 @@ class TorchEngine(Engine):
         limits = torch.tensor([row.sampling.max_tokens for row in rows], device=device)
         temperatures = torch.tensor([row.sampling.temperature for row in rows], device=device)
         uniforms = torch.from_numpy(self._uniforms(rows)).to(device)
+        ends = torch.tensor(sorted(self._end_tokens), dtype=torch.int64, device=device)
         tokens = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
         log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
         lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -145,7 +147,7 @@ class TorchEngine(Engine):
             logits = self._next_logits(inputs, mask, positions, cache)
             sampled, sampled_log_probs = sample(logits, temperatures[alive], uniforms[alive, t])
             tokens[alive, t], log_probs[alive, t], lengths[alive] = sampled, sampled_log_probs, t + 1
-            going = ((sampled != self._eos_token_id) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
+            going = (~torch.isin(sampled, ends) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):  # finished rows leave, so that nothing is computed for them
@@ -187,7 +189,7 @@ class TorchEngine(Engine):
                 tokens=tokens[i, :length].astype(np.int32),
                 log_probs=log_probs[i, :length].copy(),
                 versions=np.full(length, version_step, np.int32),
-                finish=Finish.STOP if tokens[i, length - 1] == self._eos_token_id else Finish.LENGTH,
+                finish=Finish.STOP if int(tokens[i, length - 1]) in self._end_tokens else Finish.LENGTH,
             )
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
         ]

@@ -7,7 +7,7 @@ from one version's forward pass over everything before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +19,7 @@ from protocols.data.ids import sampling_seed
 from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, Version
-from workers.data.hf_folder import end_of_sequence
+from workers.data.hf_folder import end_tokens_of
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.engine_devices import IN_PROCESS, EngineDevices
 from workers.generation.publication import Part, Publication
@@ -56,9 +56,10 @@ class UnfinishedRow(msgspec.Struct):
 class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
-    Only the shape of the model in the folder `path` matters: `load` brings the weights. `eos_token_id` ends a response;
-    by default it is the folder's. `devices` says in which processes the engine computes; if that is this process, it
-    must not be one rank of several. An engine that `sleeps` can free its CUDA memory. A process has one engine.
+    Only the shape of the model in the folder `path` matters: `load` brings the weights. Each of the `end_tokens` (ids)
+    ends a response, and so do those that the folder names, which are the default. `devices` says in which processes the
+    engine computes; if that is this process, it must not be one rank of several. An engine that `sleeps` can free its
+    CUDA memory. A process has one engine.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class VllmEngine(Engine):
         settings: Generation,
         run_seed: int,
         dtype: str = "float32",
-        eos_token_id: int | None = None,
+        end_tokens: Set[int] | None = None,
         *,
         devices: EngineDevices = IN_PROCESS,
         sleeps: bool = False,
@@ -82,7 +83,8 @@ class VllmEngine(Engine):
         model = self._vllm.vllm_config.model_config
         self._context = int(model.max_model_len)
         self._vocabulary = int(model.get_vocab_size())
-        self._eos_token_id = end_of_sequence(path) if eos_token_id is None else eos_token_id
+        ends = end_tokens_of(path) if end_tokens is None else end_tokens
+        self._end_tokens = sorted(token for token in ends if token < self._vocabulary)  # others are never drawn
         self._run_seed = run_seed
         self._waiting: dict[int, UnfinishedRow] = {}
         self._running: dict[str, UnfinishedRow] = {}  # by vLLM's request id
@@ -161,7 +163,7 @@ class VllmEngine(Engine):
             max_tokens=row.sampling.max_tokens - len(row.tokens),
             temperature=row.sampling.temperature,
             seed=sampling_seed(self._run_seed, row.sample_id, row.retry, token=len(row.tokens)),
-            stop_token_ids=[self._eos_token_id],
+            stop_token_ids=self._end_tokens,
             logprobs=0,  # of the sampled token only
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,

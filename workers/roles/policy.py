@@ -12,7 +12,7 @@ does not collect return NOT_COLLECTED, which is None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Policy, Sampling
 from protocols.stage import Partial
 from protocols.weights import Probe, Version
-from workers.data.hf_folder import end_of_sequence
+from workers.data.hf_folder import end_tokens_of
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
 from workers.data.token_rows import TokenRows
 from workers.generation.colocated import ColocatedEngine
@@ -88,7 +88,7 @@ class PolicyWorker(Policy):
         self._publishes_adapters = model.lora.publish == "adapters"
         self._loss = loss
         self._generation = generation
-        self._end_of_sequence = end_of_sequence(model.path)
+        self._end_tokens = end_tokens_of(model.path)
         self._temperature = generation.temperature
         self._seed = seed
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
@@ -96,7 +96,7 @@ class PolicyWorker(Policy):
         if self.hybrid is not None and generation.engine == "vllm":
             self.colocated = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
         elif self.hybrid is not None:
-            self.colocated = ColocatedTorch(self.hybrid, generation, seed, self._end_of_sequence)
+            self.colocated = ColocatedTorch(self.hybrid, generation, seed, self._end_tokens)
 
     # --- generating
 
@@ -135,7 +135,7 @@ class PolicyWorker(Policy):
         Raises RuntimeError where several ranks share the model, or one holds it as shards.
         """
         version = Version(term, self.trained.version)
-        return _OwnEngine(self, self._generation, self._seed, self._end_of_sequence, version)
+        return _OwnEngine(self, self._generation, self._seed, self._end_tokens, version)
 
     def _regrouped(self) -> ColocatedEngine:
         if self.colocated is None:
@@ -278,11 +278,11 @@ class _OwnEngine(TorchEngine):
     """Runs the module that is trained, which comes back to its device for a step where it was offloaded."""
 
     def __init__(
-        self, policy: PolicyWorker, settings: Generation, run_seed: int, eos_token_id: int, version: Version
+        self, policy: PolicyWorker, settings: Generation, run_seed: int, end_tokens: Set[int], version: Version
     ) -> None:
         if policy.model.topology.world_size > 1:
             raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
-        super().__init__(policy.model.module, settings, run_seed, eos_token_id, owns_model=False, version=version)
+        super().__init__(policy.model.module, settings, run_seed, end_tokens, owns_model=False, version=version)
         self._offloader = policy.offloader
 
     def step(self) -> list[FinishedRow]:

@@ -43,7 +43,9 @@ def grouping_of(text: str) -> GenerationGrouping:
 
 @cache
 def alone(folder: str, sampling: Sampling) -> Rollouts:
-    engine = TorchEngine(load_causal(folder), GENERATION, SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
+    engine = TorchEngine(
+        load_causal(folder), GENERATION, SEED, tiny.END_TOKENS, owns_model=False, version=Version(0, 0)
+    )
     return generate_all(engine, tiny.make_prompts(TEXTS), sampling).batch
 
 
@@ -98,7 +100,7 @@ def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Ro
 def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
     """The rows of this rank's own engine, whether the protocol collects them or not."""
     hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
-    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.EOS_ID)
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.END_TOKENS)
     colocated.publish(0, no_probe)
     return generate_all(colocated.engine, tiny.make_prompts(TEXTS), SAMPLED).batch
 
@@ -172,7 +174,7 @@ def test_all_ranks_of_a_replica_generate_the_same_bits(worlds, folder: str):
 def test_an_engine_of_ranks_that_train_does_not_step(folder: str):
     grouping = grouping_of("1-1-1 -> 1-1")
     hybrid = HybridEngine(ParallelModel(folder, Topology()), grouping)
-    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.EOS_ID)
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.END_TOKENS)
     colocated.publish(0, no_probe)
     colocated.release()
     with pytest.raises(RuntimeError, match="switch to generation before an engine steps"):

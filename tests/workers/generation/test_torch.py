@@ -38,7 +38,7 @@ def model(folders: list[Path]) -> PreTrainedModel:
 
 
 def engine_of(model: PreTrainedModel, slots: int = 64, run_seed: int = RUN_SEED) -> TorchEngine:
-    return TorchEngine(model, Generation(slots=slots), run_seed, tiny.EOS_ID, version=Version(0, 3))
+    return TorchEngine(model, Generation(slots=slots), run_seed, tiny.END_TOKENS, version=Version(0, 3))
 
 
 def drain(engine: TorchEngine) -> dict[int, FinishedRow]:
@@ -141,6 +141,15 @@ def test_a_response_ends_at_its_end_token_or_its_limit(model: PreTrainedModel) -
         ends = np.flatnonzero(row.tokens == tiny.EOS_ID)
         assert ends.tolist() == ([len(row.tokens) - 1] if row.finish is Finish.STOP else [])
         assert row.finish is Finish.STOP or len(row.tokens) in (3, 40)
+
+
+def test_every_end_token_ends_a_response(model: PreTrainedModel) -> None:
+    ends = frozenset({tiny.EOS_ID, 5, 17})
+    engine = TorchEngine(model, Generation(), RUN_SEED, ends, version=Version(0, 3))
+    rows = generate(engine, tiny.make_prompts(["a"], samples=200), Sampling(max_tokens=40))
+    last = {int(row.tokens[-1]) for row in rows.values() if row.finish is Finish.STOP}
+    assert last == ends
+    assert all(ends.isdisjoint(row.tokens[:-1].tolist()) for row in rows.values())
 
 
 def test_rows_make_a_message_with_their_versions(model: PreTrainedModel) -> None:
@@ -274,7 +283,7 @@ def test_bfloat16_travels_and_is_searched_for_infinities(folders: list[Path]) ->
 
 
 def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[Path]) -> None:
-    engine = TorchEngine(load_causal(folders[0]), Generation(), RUN_SEED, tiny.EOS_ID)
+    engine = TorchEngine(load_causal(folders[0]), Generation(), RUN_SEED, tiny.END_TOKENS)
     engine.submit(MIXED, Sampling(max_tokens=2))
     with pytest.raises(RuntimeError, match="16 rows wait"):
         engine.step()
@@ -284,7 +293,7 @@ def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[
 
 def test_a_trained_module_loads_in_place_and_is_sent_nothing(folders: list[Path]) -> None:
     trained = load_causal(folders[0])
-    engine = TorchEngine(trained, Generation(), RUN_SEED, tiny.EOS_ID, owns_model=False, version=Version(0, 0))
+    engine = TorchEngine(trained, Generation(), RUN_SEED, tiny.END_TOKENS, owns_model=False, version=Version(0, 0))
     with torch.no_grad():
         canonical_tensors(trained)["model.embed_tokens.weight"].mul_(1.1)
     engine.load(InPlaceWeights(Version(0, 1)))

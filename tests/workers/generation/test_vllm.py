@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,7 @@ from workers.training.models import canonical_tensors, load_causal
 pytestmark = pytest.mark.vllm
 
 RUN_SEED = 7
+OTHER_END = tiny.VOCABULARY["z"]
 PROBE = "the probe is longer than three blocks of the cache: " * 8
 # Several blocks of the prefix cache, equal in all versions: entries of old weights would be hit.
 LONG = tiny.make_prompts(["3+4*5=" * 70, "sort: dcba " * 40], samples=6)
@@ -51,6 +53,9 @@ class Published:
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     root = tmp_path_factory.mktemp("models")
     folders = [tiny.make_policy(root / str(seed), seed, tied=request.param) for seed in range(5)]
+    # Sampling defaults of a folder must change nothing, and its end token counts beside the tokenizer's.
+    defaults = {"eos_token_id": [OTHER_END], "temperature": 0.2, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0}
+    (folders[0] / "generation_config.json").write_text(json.dumps(defaults))
     engine = VllmEngine(str(folders[0]), Generation(slots=64, kv_cache_bytes=2 * 1024 * 1024), RUN_SEED)
     yield Published(engine, [load_causal(folder) for folder in folders])
     engine.close()
@@ -316,9 +321,11 @@ def test_a_response_ends_at_its_end_token_or_its_limit(published: Published) -> 
     rows = generate(published.engine, tiny.make_prompts(["a"], samples=100), Sampling(max_tokens=40))
     assert {row.finish for row in rows.values()} == {Finish.STOP, Finish.LENGTH}
     for row in rows.values():
-        ends = np.flatnonzero(row.tokens == tiny.EOS_ID)
+        ends = np.flatnonzero(np.isin(row.tokens, [tiny.EOS_ID, OTHER_END]))
         assert ends.tolist() == ([len(row.tokens) - 1] if row.finish is Finish.STOP else [])
         assert row.finish is Finish.STOP or len(row.tokens) == 40
+    stopped_by = {int(row.tokens[-1]) for row in rows.values() if row.finish is Finish.STOP}
+    assert stopped_by == {tiny.EOS_ID, OTHER_END}
 
 
 def test_more_prompts_than_one_step_takes_wait_whole(published: Published) -> None:
