@@ -40,7 +40,7 @@ def text_of(choice: PlacementChoice) -> str:
 def with_saved_plan(recipe: Recipe, path: str) -> Recipe:
     """A recipe with the pools and the placement of a plan file. Raises BadInput."""
     try:
-        table = tomllib.loads(Path(path).read_text("utf-8"))
+        table = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"placement = {path!r}: neither 'auto' nor a plan file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -123,7 +123,7 @@ class Recipe(Settings, frozen=True, kw_only=True):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides. Raises BadInput."""
     try:
-        table = tomllib.loads(Path(path).read_text("utf-8"))
+        table = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"recipe {path}: can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -53,7 +53,7 @@ def train_reward(path: Path, console: Console) -> float:
 def read_settings(path: Path, kind: type[S]) -> S:
     """Read the settings file of one step. Raises BadInput."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise BadInput(f"settings {path}: can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ import msgspec
 
 from workers.data.chat import ChatTemplate
 from workers.data.dataset_files import DataError, Record, records
+from workers.data.file_rows import json_of
 from workers.data.messages import BadChat
 from workers.data.row_shapes import fields_of, names_in, shapes_for
 
@@ -118,7 +119,7 @@ def _row(record: Record, kind: type[R], names: Mapping[str, str], template: Chat
 def _kept(values: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
     """The columns of these names as JSON types: times, decimals and bytes (base64) as text; a NaN is left out."""
     kept = {name: value for name, value in values.items() if ALL in keep or name in keep}
-    plain = msgspec.json.decode(msgspec.json.encode(kept, enc_hook=str))
+    plain = msgspec.json.decode(json_of(kept))
     return {name: value for name, value in plain.items() if value is not None}
 
 

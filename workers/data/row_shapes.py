@@ -22,6 +22,7 @@ from typing import Any, cast
 import msgspec
 
 from workers.data.chat import ChatTemplate
+from workers.data.file_rows import Unreadable
 from workers.data.messages import BadChat, Message, conversation, is_chat
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -84,6 +85,8 @@ def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
         others = _OTHER_NAMES.get(field, ()) if name == field else ()
         for column in (name, *others):
             value = value_of(values, column)
+            if isinstance(value, Unreadable):
+                raise BadChat(f"column {column!r} can't be read: {value}")
             if value is not None and not _is_nan(value):
                 found[field] = _conversation_of(value, values, column) if field in ("prompt", *_ANSWERS) else value
                 break
@@ -93,7 +96,7 @@ def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
         elif "prompt" not in found and "text" in values and "text" not in names:
             found |= {"prompt": "", "response": values["text"]}
     if "prompt" not in found and names.get("prompt") == "prompt" and isinstance(values.get("instruction"), str):
-        found |= _alpaca(values, names)
+        found = _alpaca(values, names) | found
     return found | {field: as_text(found[field]) for field in _NUMBERS_AS_TEXT if field in found}
 
 
@@ -106,7 +109,7 @@ def _alpaca(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def _conversation_of(value: Any, values: Mapping[str, Any], column: str) -> Any:
-    """A conversation in one form, also one message alone or messages as JSON text; other values stay. Raises BadChat."""
+    """A conversation in one form, also one message alone or messages as JSON; other values stay. Raises BadChat."""
     if isinstance(value, str) and (column in _CONVERSATIONS or value.startswith('[{"')):
         decoded = _decoded(value)
         if column in _CONVERSATIONS and not is_chat(decoded):

@@ -47,6 +47,12 @@ def test_a_recipe_is_read_with_its_defaults(path: Path):
     assert recipe.delays == {"reward": {"score": 0.5}}
 
 
+def test_a_recipe_may_start_with_a_byte_order_mark_and_have_windows_line_ends(path: Path):
+    recipe = load_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    assert load_recipe(path) == recipe
+
+
 def test_a_resolved_recipe_reads_as_itself(path: Path, tmp_path: Path):
     recipe = load_recipe(path, ["advantage.gamma=0.9", "advantage.kl_estimator=k2", "placement.policy.pool=train"])
     resolved = tmp_path / "resolved.toml"

@@ -16,7 +16,7 @@ from asyncflow.recipe.checks import check
 from asyncflow.recipe.config import Recipe
 from asyncflow.run import run_folder
 from tests.asyncflow.conftest import data, make_recipe, models, table  # noqa: F401 - fixtures
-from workers.data.dataset_files import DataError, digest_of_rows, records
+from workers.data.dataset_files import DataError, digest_of_rows, places_of, records
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [
@@ -143,22 +143,6 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
         list(records(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        pa.array([None, 1_234_567], pa.timestamp("ns")),  # finer than Python's times
-        pa.array([None, 2**62], pa.timestamp("us")),  # later than Python's times
-        pa.Array.from_buffers(pa.string(), 2, [pa.py_buffer(b"\2"), pa.py_buffer(b"\0\0\0\0" * 2 + b"\1\0\0\0"),
-                                               pa.py_buffer(b"\xff")]),
-    ],
-    ids=["nanoseconds", "year", "not utf-8"],
-)  # fmt: skip
-def test_a_cell_that_python_has_no_value_for_is_refused(tmp_path: Path, cell: pa.Array):
-    pq.write_table(pa.table({"prompt": ["a", "b"], "extra": cell}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x\.parquet: can't be read from row 1 on: "):
-        list(records(tmp_path / "x.parquet"))
-
-
 def test_a_file_cut_short_is_refused_where_it_ends(tmp_path: Path):
     rows: Rows = [{"prompt": f"{number}" * 50} for number in range(5_000)]
     whole = zipped(tmp_path / "x.jsonl.gz", rows).read_bytes()
@@ -175,6 +159,23 @@ def test_only_a_splits_name_is_looked_for_below_its_folder(tmp_path: Path):
     for name in ("trian", "test", "x.jsonl"):
         with pytest.raises(DataError, match=rf"{name}: can't be read: No such file"):
             list(records(tmp_path / name))
+
+
+def test_configurations_of_a_data_set_are_never_mixed(tmp_path: Path):
+    """A clone of a Hub data set may hold several, each with a split of the same name."""
+    for configuration in ("main", "socratic"):
+        parquet(tmp_path / configuration / "train-00000-of-00001.parquet", ROWS)
+    for path in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DataError, match=r"several folders, name one of them: .*/main/train, .*/socratic/train"):
+            list(records(path))
+    assert [record.values for record in records(tmp_path / "socratic" / "train")] == ROWS
+
+
+def test_the_places_of_rows_are_found_by_their_number(tmp_path: Path):
+    folder_of_files(tmp_path / "files", ROWS)
+    places = [place.rpartition("/")[2] for place in places_of(tmp_path / "files", [0, 2, 3])]
+    first, second = "train-00000-of-00002.parquet", "train-00001-of-00002.jsonl"
+    assert places == [f"{first}: row 1", f"{first}: row 3", f"{second}:1"]
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path):

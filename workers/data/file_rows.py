@@ -1,0 +1,229 @@
+"""Reads the raw rows of one data file: JSON lines, a JSON array, CSV, parquet or Arrow.
+
+A value that nobody reads never refuses a row: NaN and Infinity in JSON, times that Python has no type for. Texts are
+UTF-8, with or without a byte-order mark, with either kind of line ends.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import msgspec
+
+
+class DataError(ValueError):
+    """A data file that can't be used. The message names file, row and what is wrong."""
+
+
+class Record(NamedTuple):
+    """One raw row."""
+
+    place: str  # for errors: line "x.jsonl:3" or row "x.parquet: row 3", both counted from 1
+    values: dict[str, Any]  # without nulls, at any depth
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """A cell of a table that Python has no value for."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+TABLES = (".parquet", ".arrow")
+_CELLS = (".csv", ".tsv")
+_TEXTS = (".jsonl", ".ndjson", ".json", *_CELLS)
+KINDS = (*_TEXTS, *(f"{kind}.gz" for kind in _TEXTS), *TABLES)
+
+_ROWS_AT_ONCE = 1024  # rows read at once from a parquet file, because rows may hold images
+_BOM = b"\xef\xbb\xbf"
+_OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # UTF-16 and UTF-32 start with one of these
+_JSON = msgspec.json.Decoder(dict[str, Any])
+_DIGESTED = msgspec.json.Encoder(order="sorted", enc_hook=str)
+
+
+def rows_of(path: Path) -> Iterator[Record]:
+    """All rows of a file in order. Raises DataError at the first row that can't be read."""
+    if path.suffix in TABLES:
+        yield from _table(path)
+        return
+    try:
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            _skip_byte_order_mark(path, file)
+            yield from _cells(path, file) if Path(path.name.removesuffix(".gz")).suffix in _CELLS else _json(path, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def json_of(values: dict[str, Any]) -> bytes:
+    """A row as JSON with sorted names; NaN is null, a value that JSON has no type for its text."""
+    try:
+        return _DIGESTED.encode(values)
+    except OverflowError:  # an integer of more than 64 bits
+        return json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def _skip_byte_order_mark(path: Path, file: Any) -> None:
+    start: bytes = file.peek(4)[:4]
+    if start.startswith(_BOM):
+        file.read(len(_BOM))
+    elif start.startswith(_OTHER_ENCODINGS) or start[1:2] == b"\x00" or start[:1] == b"\x00":
+        raise DataError(f"{path}: is UTF-16 or UTF-32 text: want UTF-8, e.g. `iconv -f UTF-16 -t UTF-8 {path.name}`")
+
+
+# --- JSON
+
+
+def _json(path: Path, file: Any) -> Iterator[Record]:
+    """One JSON object per line, ignoring empty lines; or one array of objects, which is read into memory."""
+    number, first = 0, b""
+    while (line := file.readline()) and not (first := line.strip()):
+        number += 1
+    if first.startswith(b"[") and (first.startswith(b"[{") or path.name.endswith((".json", ".json.gz"))):
+        yield from _array(path, line + file.read())
+        return
+    while line:
+        number += 1
+        if line.strip():
+            yield _object(line, f"{path}:{number}")
+        line = file.readline()
+
+
+def _array(path: Path, data: bytes) -> Iterator[Record]:
+    try:
+        objects: list[Any] = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        objects = _with_constants(data, f"{path}: not a JSON array of objects: {error}")
+    for number, raw in enumerate(objects, 1):
+        place = f"{path}: row {number}"
+        if isinstance(raw, dict):
+            yield Record(place, without_nulls(raw))
+        else:
+            yield _object(bytes(raw) if isinstance(raw, msgspec.Raw) else json.dumps(raw).encode(), place)
+
+
+def _object(text: bytes, place: str) -> Record:
+    try:
+        return Record(place, without_nulls(_JSON.decode(text)))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        complaint = f"{place}: not a JSON object: {error}"
+        if "truncated" in complaint and not text.endswith(b"\n"):
+            complaint += ": the last line is cut off, so the file is incomplete"
+        elif text.strip() == b"{":
+            complaint += ": want each object on one line, or one array of objects"
+        values = _with_constants(text, complaint)
+        if not isinstance(values, dict):
+            raise DataError(complaint) from error
+        return Record(place, without_nulls(values))
+
+
+def _with_constants(text: bytes, complaint: str) -> Any:
+    """JSON with NaN and Infinity, which Python and pandas write. Raises DataError with this complaint."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise DataError(complaint) from error
+    return value
+
+
+# --- CSV
+
+
+def _cells(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    """The rows below a header. All cells are texts; an empty one counts as absent."""
+    csv.field_size_limit(sys.maxsize)  # by default 128 KiB, which a long text exceeds
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    line, number = text.readline(), 1
+    delimiter = "\t" if ".tsv" in path.suffixes else max(",;\t", key=line.count)
+    header = next(csv.reader([line], delimiter=delimiter), [])
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}:1: two columns have one name: {', '.join(header)}")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            place, number = f"{path}:{number + 1}", reader.line_num + 1
+            if len(cells) != len(header) and cells:
+                raise DataError(f"{place}: has {len(cells)} cells, the header has {len(header)}")
+            if cells:
+                yield Record(place, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:{number + 1}: can't be read: {error}") from error
+
+
+# --- tables
+
+
+def _table(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading tables needs pyarrow: pip install 'asyncflow[data]'") from error
+    number = 0
+    try:
+        with pa.memory_map(str(path)) as source:
+            is_parquet = path.suffix == ".parquet"
+            for batch in pq.ParquetFile(source).iter_batches(_ROWS_AT_ONCE) if is_parquet else _arrow(source):
+                names, columns = batch.schema.names, [_column(column) for column in batch.columns]
+                for cells in zip(*columns, strict=True):
+                    number += 1
+                    values = dict(zip(names, cells, strict=True))
+                    yield Record(f"{path}: row {number}", without_nulls(values))
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: can't be read from row {number + 1} on: {reason}") from error
+
+
+def _arrow(source: Any) -> Iterator[Any]:
+    """Record batches of Arrow's stream format, which `datasets` writes, or of its file format."""
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def _column(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_cell(cell) for cell in column]
+
+
+def _cell(cell: Any) -> Any:
+    """A cell's value; its text, where Python has no type for it (nanoseconds)."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        import pyarrow as pa
+
+        try:
+            text = cell.cast(pa.string()).as_py()
+        except (pa.ArrowException, ValueError, OverflowError):
+            return Unreadable(str(error))
+        return Unreadable(text) if text.startswith("<value out of range") else text
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the nulls of its objects, at any depth: tables have one wherever another row has a value."""
+    match value:
+        case dict():
+            items = cast(dict[str, Any], value).items()
+            return {key: without_nulls(inner) for key, inner in items if inner is not None}
+        case list():
+            return [without_nulls(inner) for inner in cast(list[Any], value)]
+        case _:
+            return value
