@@ -50,6 +50,8 @@ def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
 
         def show(event: Event) -> None:
             board.take(event)
+            for warning in event.warnings if isinstance(event, RunStarted) else ():
+                console.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             if live is not None:
                 live.update(panel(board))
                 if isinstance(event, StepCommitted | RunStarted | Evaluated):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import signal
 import sys
 from contextlib import AbstractAsyncContextManager
@@ -32,30 +33,53 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key of the recipe: key.path=value. Repeatable.")
 ]
-Folder = Annotated[Path | None, typer.Option("--folder", help="The run's folder. Default: a new one.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--folder", help="The run's folder; one that holds a run goes on with it. Default: a new one."),
+]
+AllowFresh = Annotated[
+    bool, typer.Option("--allow-fresh", help="Start from the beginning where all checkpoints are damaged or gone.")
+]
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = [], folder: Folder = None) -> None:  # noqa: B006 - typer's way
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer's way
+    folder: Folder = None,
+    allow_fresh: AllowFresh = False,
+) -> None:
     """Start a training run and print its folder and its progress.
 
-    Ctrl-C finishes the current step and writes a checkpoint; a second Ctrl-C ends the run at once. SIGUSR1 reloads the
-    changed files of your own losses, rewards and algorithm between two steps.
+    With --folder the same command starts a run, goes on with it after a crash or a stop, and does nothing once it is
+    finished. Ctrl-C finishes the current step and writes a checkpoint; a second Ctrl-C ends the run at once. SIGUSR1
+    reloads the changed files of your own losses, rewards and algorithm between two steps.
     """
     from asyncflow.run.launch import launch
+    from asyncflow.run.run_folder import is_finished
 
-    raise typer.Exit(_drive(launch(load_recipe(recipe, overrides), folder=folder)).exit_code)
+    given = load_recipe(recipe, overrides)
+    if folder is not None and is_finished(folder, given):
+        return out.print(f"run {folder} is finished after step {given.steps}: {folder / 'policy'}", soft_wrap=True)
+    raise typer.Exit(_drive(launch(given, folder=folder, allow_fresh=allow_fresh)).exit_code)
 
 
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a stopped or killed run.", show_default=False)],
-    allow_fresh: Annotated[bool, typer.Option(help="Start from the beginning if no checkpoint is valid.")] = False,
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", help="Go on with another value: key.path=value, of a key that allows it. Repeatable."),
+    ] = [],  # noqa: B006
+    allow_fresh: AllowFresh = False,
 ) -> None:
-    """Continue a run from its newest valid checkpoint. It prints what `run` prints and takes the same signals."""
+    """Continue a run from its newest valid checkpoint, or from the beginning if it ended before its first one.
+
+    It prints what `run` prints and takes the same signals.
+    """
     from asyncflow.run.launch import resume as resume_run
 
-    raise typer.Exit(_drive(resume_run(folder, allow_fresh=allow_fresh)).exit_code)
+    raise typer.Exit(_drive(resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)).exit_code)
 
 
 @app.command()
@@ -215,7 +239,12 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
                 async for event in running.events():
                     show(event)
             evaluations += running.evaluations
-            return await running.wait()
+            ended = await running.wait()
+            if ended.exit_code:
+                err.print(
+                    f"to go on: asyncflow resume {shlex.quote(str(running.folder))}", markup=False, soft_wrap=True
+                )
+            return ended
     except asyncio.CancelledError:
         return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=INTERRUPTED)
 

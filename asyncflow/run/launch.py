@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from asyncflow.client.run import Run
 from asyncflow.control.controller import Controller
@@ -45,35 +48,62 @@ CONTROLLER = "controller"
 
 
 @asynccontextmanager
-async def launch(recipe: Recipe | str | Path, *, folder: str | Path | None = None) -> AsyncIterator[Run]:
-    """Start a new run; leaving the block stops it and frees its resources.
+async def launch(
+    recipe: Recipe | str | Path, *, folder: str | Path | None = None, allow_fresh: bool = False
+) -> AsyncIterator[Run]:
+    """Start a run; leaving the block stops it and frees its resources.
 
     Args:
         recipe: a recipe, or the path of one.
-        folder: the run's folder; by default a new one below the recipe's `folder`.
+        folder: the run's folder; by default a new one below the recipe's `folder`. If it holds a run already, that run
+            goes on: from its newest valid checkpoint, with this recipe, see `resume`. So a program that is started
+            again may always make the same call.
+        allow_fresh: see `resume`.
 
     Raises:
         BadInput: before a model loads, for anything wrong with the recipe or its files.
         ServiceError: a service did not start; the message names it and its log.
     """
-    checked = await asyncio.to_thread(prepare, recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
-    path = Path(folder) if folder is not None else run_folder.new_folder(checked.recipe)
-    with run_folder.locked(path):
-        start = run_folder.begin_fresh(path, checked.recipe)
-        if checked.plan:
-            (path / "plan.toml").write_text(checked.plan)
-        async with _running(checked, path, start) as run:
-            yield run
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    given = Path(folder) if folder is not None else None
+    goes_on = given is not None and run_folder.holds_run(given)
+    if given is not None and goes_on and recipe.placed_by:  # the run has been placed
+        before = run_folder.recipe_of(given)
+        recipe = msgspec.structs.replace(recipe, placed_by="", pools=before.pools, placement=before.placement)
+    checked = await asyncio.to_thread(prepare, recipe)
+    path = given or run_folder.new_folder(checked.recipe)
+    async with _started(checked, path, goes_on=goes_on, allow_fresh=allow_fresh) as run:
+        yield run
 
 
 @asynccontextmanager
-async def resume(folder: str | Path, *, allow_fresh: bool = False) -> AsyncIterator[Run]:
-    """Continue a stopped or killed run from its newest valid checkpoint. Raises what `launch` raises."""
+async def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fresh: bool = False) -> AsyncIterator[Run]:
+    """Continue a stopped or killed run from its newest valid checkpoint, or from step 0 before its first one.
+
+    Args:
+        folder: the run's folder.
+        overrides: `key=value` of keys that a resumed run may change (asyncflow.recipe.changes), e.g. "steps=500".
+        allow_fresh: start from step 0 also where all checkpoints are damaged or gone.
+
+    Raises what `launch` raises.
+    """
     path = Path(folder)
-    checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path))
+    checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path, overrides))
+    async with _started(checked, path, goes_on=True, allow_fresh=allow_fresh) as run:
+        yield run
+
+
+@asynccontextmanager
+async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: bool) -> AsyncIterator[Run]:
     with run_folder.locked(path):
-        # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
-        start = await asyncio.to_thread(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
+        if goes_on:
+            # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
+            begin = partial(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
+            start = await asyncio.to_thread(begin)
+        else:
+            start = run_folder.begin_fresh(path, checked.recipe)
+        if checked.plan:
+            (path / "plan.toml").write_text(checked.plan)
         async with _running(checked, path, start) as run:
             yield run
 

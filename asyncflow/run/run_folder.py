@@ -1,4 +1,8 @@
-"""The run folder: its lock allows one controller at a time, its term rises with every start."""
+"""The run folder: its lock allows one controller at a time, its term rises with every start.
+
+A run starts from step 0, which is the recipe: its models as they are in their folders. So step 0 needs no checkpoint; a
+run that ended before it wrote one starts from there again, with whatever its recipe then says.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,25 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
 from asyncflow.control.store import checkpoint
+from asyncflow.control.store.ledger import Ledger
+from asyncflow.recipe.changes import Change, changes
 from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
 from workers.data.dataset_files import digest_of_rows
 
+RECIPE, CHANGES = "recipe.toml", "changes.jsonl"
+
 
 class Start(msgspec.Struct, frozen=True):
-    """How a run starts: its term, and the checkpoint that it restores ("" for a new run)."""
+    """How a run starts: its term, and the checkpoint that it restores ("" for one that starts from step 0)."""
 
     term: int
     restore: str
@@ -53,52 +62,121 @@ def locked(folder: Path) -> Iterator[TextIO]:
         file.close()
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in a folder."""
+    return (folder / "ledger.db").exists() or (folder / RECIPE).exists()
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in a folder has made all steps of the recipe and exported its policy."""
+    if not (folder / "policy").is_dir():
+        return False
+    try:
+        _, manifest, damaged = checkpoint.newest(folder / "checkpoints")
+    except checkpoint.CheckpointError:
+        return False
+    return manifest.step >= recipe.steps and not damaged
+
+
 def begin_fresh(folder: Path, recipe: Recipe) -> Start:
     """Lay out the folder of a new run. Raises BadInput if it already holds a run."""
-    if (folder / "ledger.db").exists() or (folder / "recipe.toml").exists():
+    if holds_run(folder):
         raise BadInput(f"run folder {folder} already holds a run: resume it, or choose another folder")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "format").write_text(str(checkpoint.FORMAT))
-    (folder / "recipe.toml").write_text(recipe_text(recipe))
+    _write_recipe(folder, recipe)
     return Start(_next_term(folder), "")
 
 
 def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) -> Start:
     """Replace the ledger by that of the newest valid checkpoint; the old one moves to lineage/.
 
-    Raises BadInput if no checkpoint is valid and `allow_fresh` is false.
+    `recipe` is the one to go on with. Where it differs from the folder's, the differences are recorded in
+    changes.jsonl. A run that has not written a checkpoint yet starts from step 0; if all of its checkpoints are damaged
+    or gone it does so only with `allow_fresh`.
+
+    Raises BadInput, and changes nothing, if no checkpoint is valid, or for a change that a checkpoint does not allow.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    changed = changes(recipe_of(folder), recipe)
     try:
         path, manifest, damaged = checkpoint.newest(folder / "checkpoints")
-        warnings = [f"a newer checkpoint can't be used: {d}" for d in damaged]
-        if manifest.recipe_digest != digest_of(recipe):
-            raise BadInput(
-                f"resume {folder}: algorithm, seed, samples_per_prompt or the training data are not those of the "
-                f"checkpoint of step {manifest.step}: its sample ids would mean other samples"
-            )
     except checkpoint.CheckpointError as error:
-        if not allow_fresh:
+        committed = _committed_steps(folder)
+        if not (allow_fresh or _wrote_no_checkpoint(folder, recipe_of(folder), committed)):
             raise BadInput(f"resume {folder}: {error}; --allow-fresh starts it from the beginning") from error
-        path, manifest, warnings = None, None, [str(error)]
-    if manifest is not None and manifest.step > recipe.steps:
-        raise BadInput(
-            f"resume {folder}: steps = {recipe.steps} in its recipe.toml, but {path} holds {manifest.step} committed "
-            f"steps: want {manifest.step} or more"
-        )
+        path, step = None, 0
+        lost = f", {committed} steps are trained again" if committed else ""
+        warnings = [f"starts from the beginning{lost}: {error}"]
+    else:
+        step, warnings = manifest.step, [f"a newer checkpoint can't be used: {d}" for d in damaged]
+        _check_changes(folder, changed, recipe, manifest)
     term = _next_term(folder)
+    if changed:
+        warnings += [f"changed at step {step}: {change}" for change in changed]
+        _record(folder, term, step, changed)
+        _write_recipe(folder, recipe)
     _set_ledger_aside(folder, term)
     if path is not None:
         shutil.copyfile(path / "ledger.db", folder / "ledger.db")
     return Start(term, str(path) if path is not None else "", warnings)
 
 
-def recipe_of(folder: Path) -> Recipe:
+def _check_changes(folder: Path, changed: list[Change], recipe: Recipe, manifest: checkpoint.Manifest) -> None:
+    fixed = [f"{change}: {change.fixed_because}" for change in changed if change.fixed_because]
+    if fixed:
+        raise BadInput(f"resume {folder}: its checkpoint of step {manifest.step} does not allow {'; '.join(fixed)}")
+    if manifest.recipe_digest != digest_of(recipe):
+        raise BadInput(
+            f"resume {folder}: algorithm, seed, samples_per_prompt or the training data are not those of the "
+            f"checkpoint of step {manifest.step}: its sample ids would mean other samples"
+        )
+    if manifest.step > recipe.steps:
+        raise BadInput(
+            f"resume {folder}: steps = {recipe.steps}, but its checkpoint holds {manifest.step} committed steps: "
+            f"want {manifest.step} or more"
+        )
+
+
+def _wrote_no_checkpoint(folder: Path, recipe: Recipe, committed: int) -> bool:
+    """Whether the run ended before its first checkpoint: there is none, nor should there be one by its recipe."""
+    every = recipe.checkpoints.every
+    return not any((folder / "checkpoints").glob("step_*")) and (not every or committed <= every)
+
+
+def _committed_steps(folder: Path) -> int:
+    """The number of committed steps in the live ledger; 0 where it can't be read."""
+    if not (folder / "ledger.db").exists():
+        return 0
+    try:
+        ledger = Ledger(folder / "ledger.db")
+    except sqlite3.Error:
+        return 0
+    try:
+        return ledger.version
+    finally:
+        ledger.close()
+
+
+def _record(folder: Path, term: int, step: int, changed: list[Change]) -> None:
+    with (folder / CHANGES).open("ab") as file:
+        for change in changed:
+            line = {"term": term, "step": step, "key": change.key, "before": change.before, "after": change.after}
+            file.write(msgspec.json.encode(line) + b"\n")
+
+
+def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    partial = folder / f".{RECIPE}.partial"
+    partial.write_text(recipe_text(recipe))
+    partial.replace(folder / RECIPE)
+
+
+def recipe_of(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Load the resolved recipe of an existing run. Raises BadInput, also for a run folder of another format."""
-    if not (folder / "recipe.toml").exists():
-        raise BadInput(f"{folder} is no run folder: it has no recipe.toml")
+    if not (folder / RECIPE).exists():
+        raise BadInput(f"{folder} is no run folder: it has no {RECIPE}")
     _check_format(folder)  # first: an older recipe may have keys that mean something else now
-    return load_recipe(folder / "recipe.toml")
+    return load_recipe(folder / RECIPE, overrides)
 
 
 def _check_format(folder: Path) -> None:

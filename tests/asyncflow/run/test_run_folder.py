@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from asyncflow.control.store import checkpoint
 from asyncflow.control.store.ledger import Ledger
-from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.observe.journal import read_lines
+from asyncflow.recipe.config import BadInput, Recipe, recipe_text
 from asyncflow.run import run_folder
 from tests.asyncflow.conftest import MakeRecipe
 
@@ -203,6 +205,76 @@ def test_without_a_valid_checkpoint_a_run_starts_anew_only_when_told_to(folder: 
 def test_a_recipe_may_change_but_not_what_the_sample_ids_mean(folder: Path, make_recipe: MakeRecipe):
     begin(folder, make_recipe())
     write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
-    assert run_folder.begin_resumed(folder, make_recipe(steps=50)).warnings == []
-    with pytest.raises(BadInput, match=r"samples_per_prompt .* are not those of the checkpoint of step 1"):
+    assert run_folder.begin_resumed(folder, make_recipe(steps=50)).restore.endswith("step_000001")
+    with pytest.raises(BadInput, match=r"step 1 does not allow samples_per_prompt: 2 -> 3: the sample ids in the"):
         run_folder.begin_resumed(folder, make_recipe(samples_per_prompt=3))
+
+
+def test_an_edit_of_the_folders_own_recipe_is_no_way_around(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
+    (folder / "recipe.toml").write_text(recipe_text(make_recipe(seed=8)))
+    with pytest.raises(BadInput, match=r"seed, .* are not those of the checkpoint of step 1"):
+        run_folder.begin_resumed(folder, make_recipe(seed=8))
+
+
+def test_changes_are_reported_recorded_and_become_the_folders_recipe(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
+    start = run_folder.begin_resumed(folder, make_recipe(steps=50))
+    assert start.warnings == ["changed at step 1: steps: 5 -> 50"]
+    assert run_folder.recipe_of(folder) == make_recipe(steps=50)
+    (line,) = read_lines(folder / "changes.jsonl")
+    assert line == {"term": 1, "step": 1, "key": "steps", "before": 5, "after": 50}
+
+
+def test_a_refused_change_changes_nothing(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe())
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(BadInput, match=r"does not allow prompts_per_step: 4 -> 5: .*; seed: 7 -> 8: "):
+        run_folder.begin_resumed(folder, make_recipe(seed=8, prompts_per_step=5))
+    assert sorted(folder.rglob("*")) == before
+    assert run_folder.recipe_of(folder) == make_recipe()
+
+
+# --- a run that ended before its first checkpoint
+
+
+def test_it_starts_from_step_0_with_any_recipe(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe())
+    start = run_folder.begin_resumed(folder, make_recipe(seed=8))
+    assert (start.term, start.restore) == (1, "")
+    assert start.warnings[0].startswith("starts from the beginning: ")
+    assert run_folder.recipe_of(folder).seed == 8
+
+
+def test_it_says_how_many_steps_are_trained_again(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 3, trained=[0, 1, 2], recipe=recipe).rename(folder / "checkpoints" / ".step_3.partial")
+    start = run_folder.begin_resumed(folder, recipe)
+    assert start.restore == ""
+    assert start.warnings[0].startswith("starts from the beginning, 3 steps are trained again: ")
+    assert (folder / "lineage" / "before_term_1.ledger.db").exists()
+
+
+def test_checkpoints_that_should_be_there_and_are_not_are_no_reason_to_start_again(
+    folder: Path, make_recipe: MakeRecipe
+):
+    recipe = make_recipe(checkpoints={"every": 2})
+    begin(folder, recipe)
+    shutil.rmtree(write_checkpoint(folder, 3, trained=[0, 1, 2], recipe=recipe))
+    with pytest.raises(BadInput, match=r"holds no valid checkpoint: it is empty; --allow-fresh starts it"):
+        run_folder.begin_resumed(folder, recipe)
+
+
+# --- finished
+
+
+def test_a_run_is_finished_with_all_its_steps_and_its_policy(folder: Path, make_recipe: MakeRecipe):
+    begin(folder, make_recipe(steps=1))
+    write_checkpoint(folder, 1, trained=[0], recipe=make_recipe(steps=1))
+    assert not run_folder.is_finished(folder, make_recipe(steps=1)), "the policy is not exported"
+    (folder / "policy").mkdir()
+    assert run_folder.is_finished(folder, make_recipe(steps=1))
+    assert not run_folder.is_finished(folder, make_recipe(steps=2))
