@@ -78,14 +78,14 @@ def config(
 
 def make_policy(folder: str | Path, seed: int = 0, tied: bool = True, **shape: int) -> Path:
     """A random language model and its tokenizer as a transformers folder; `shape` goes to `config`."""
-    return _save(Qwen2ForCausalLM, config(tied=tied, **shape), folder, seed)
+    return save_random(Qwen2ForCausalLM, config(tied=tied, **shape), folder, seed)
 
 
 def make_reward(folder: str | Path, seed: int = 0, **shape: int) -> Path:
     """A random reward model (one label) and its tokenizer as a transformers folder; `shape` goes to `config`."""
     reward_config = config(tied=True, **shape)
     reward_config.num_labels = 1
-    return _save(Qwen2ForSequenceClassification, reward_config, folder, seed)
+    return save_random(Qwen2ForSequenceClassification, reward_config, folder, seed)
 
 
 def make_gpt2(folder: str | Path, seed: int = 0, *, reward: bool = False, vocabulary: int = len(VOCABULARY)) -> Path:
@@ -96,10 +96,11 @@ def make_gpt2(folder: str | Path, seed: int = 0, *, reward: bool = False, vocabu
     )  # fmt: skip
     shape.num_labels = 1
     assert shape.resid_pdrop == shape.attn_pdrop == 0.1
-    return _save(GPT2ForSequenceClassification if reward else GPT2LMHeadModel, shape, folder, seed)
+    return save_random(GPT2ForSequenceClassification if reward else GPT2LMHeadModel, shape, folder, seed)
 
 
-def _save(kind: Callable[[Any], PreTrainedModel], shape: PreTrainedConfig, folder: str | Path, seed: int) -> Path:
+def save_random(kind: Callable[[Any], PreTrainedModel], shape: PreTrainedConfig, folder: str | Path, seed: int) -> Path:
+    """A random model of a class, or of what makes one from its config, and the tokenizer as a transformers folder."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = kind(shape)

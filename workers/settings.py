@@ -201,8 +201,10 @@ class Generation(Settings, frozen=True):
     max_tokens: PositiveInt = 64  # of one response
     temperature: FinitePositive = 1.0  # of sampling; a held-out answer is greedy
     slots: PositiveInt = 256  # rows generated at the same time
-    kv_cache_bytes: int = 128 * 1024 * 1024  # memory of vLLM's cache of keys and values
-    max_model_tokens: NonNegativeInt = 0  # prompt + response; 0: what the model allows
+    # Memory of vLLM's cache of keys and values, on each of its devices. 0: what `slots` rows need, at most 40 % of a
+    # GPU's free memory, or a tenth of the machine's where it computes on the CPU
+    kv_cache_bytes: NonNegativeInt = 0
+    max_model_tokens: NonNegativeInt = 0  # prompt + response; 0: the longest prompt of the data + max_tokens
     probe_tolerance: float = 1e-3  # largest log-prob difference that verifies a publication; raise it for bfloat16
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import msgspec
 
+from workers.data.model_config import UNBOUNDED_CONTEXT, context_in
+from workers.settings import Generation
+
 
 def end_tokens_of(folder: str | Path) -> frozenset[int]:
     """The ids of the tokens that end a response: those of `eos_token_of`, of which there may be several.
@@ -78,12 +81,21 @@ def _json_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
+def config_in(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
 def context_of(folder: str | Path) -> int:
     """The model's context length: most tokens of prompt and response. Raises ValueError if its config has none."""
-    limit = json.loads((Path(folder) / "config.json").read_text()).get("max_position_embeddings")
-    if not isinstance(limit, int):
+    if (limit := context_in(config_in(folder))) is None:
         raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
     return limit
+
+
+def engine_context(folder: str | Path, settings: Generation) -> int:
+    """The most tokens of prompt and response that an engine with these settings takes."""
+    return settings.max_model_tokens or context_in(config_in(folder)) or UNBOUNDED_CONTEXT
 
 
 _BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults

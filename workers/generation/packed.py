@@ -16,8 +16,9 @@ from torch import Tensor
 from protocols.weights import BadWeights, Probe, TensorEntry, Version, WeightManifest, pack, verify
 from workers.generation.publication import Part, Publication
 from workers.settings import Model
+from workers.training.checkpoint_names import CheckpointNames
 from workers.training.lora import merge, transposed_layers
-from workers.training.models import DTYPES, canonical_tensors, load_causal
+from workers.training.models import DTYPES, load_causal, tensors_in_memory
 
 # An IEEE number is NaN or infinite if all bits of its exponent are set. numpy has no bfloat16 whose isfinite to call.
 _EXPONENTS = {"float32": (np.uint32, np.uint32(0x7F800000)), "bfloat16": (np.uint16, np.uint16(0x7F80))}
@@ -98,9 +99,10 @@ class MergedAdapters:
         base, scaling = load_causal(self._path, self._dtype), self._adapters.manifest.scaling or 0.0
         adapters = dict(self._adapters.tensors())
         try:
-            self._merged = merge(canonical_tensors(base), adapters, scaling, transposed_layers(base))
+            merged = merge(tensors_in_memory(base), adapters, scaling, transposed_layers(base))
         except ValueError as error:
             raise BadWeights(f"version {self.version}: {error}") from error
+        self._merged = CheckpointNames(base).to_checkpoint(merged)
         for name, tensor in self._merged.items():
             if not tensor.isfinite().all():
                 raise BadWeights(f"tensor {name} of version {self.version}: values not finite once merged")

@@ -6,7 +6,7 @@ So only the rounding of its logits depends on the other rows of the batch, and t
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from functools import partial
 
 import msgspec
@@ -22,12 +22,14 @@ from protocols.data.ids import sampling_seed
 from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import Version
+from workers.data.model_config import UNBOUNDED_CONTEXT, context_in
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.in_place import InPlaceWeights
 from workers.generation.publication import Part, Publication
 from workers.generation.shared_buffer import SharedTensors
 from workers.settings import Generation
-from workers.training.models import canonical_tensors, log_softmax_of
+from workers.training.checkpoint_names import CheckpointNames
+from workers.training.models import canonical_shapes, log_softmax_of, tensors_in_memory
 
 
 class QueuedRow(msgspec.Struct, frozen=True):
@@ -56,14 +58,14 @@ class TorchEngine(Engine):
         owns_model: bool = True,
         version: Version | None = None,
     ) -> None:
-        self._own = canonical_tensors(model) if owns_model else {}
-        super().__init__(version, {name: tuple(tensor.shape) for name, tensor in self._own.items()} or None)
+        self._own = tensors_in_memory(model) if owns_model else {}
+        super().__init__(version, canonical_shapes(model) if owns_model else None)
         self._model: PreTrainedModel | None = model
         self._slots = settings.slots
         self._run_seed = run_seed
         self._end_tokens = end_tokens
         self._owns_model = owns_model
-        self._context = settings.max_model_tokens or int(model.config.max_position_embeddings)
+        self._context = settings.max_model_tokens or context_in(model.config.to_dict()) or UNBOUNDED_CONTEXT
         self._queue: dict[int, QueuedRow] = {}
         self._previous: dict[str, Tensor] = {}  # while a load is not verified
 
@@ -105,9 +107,15 @@ class TorchEngine(Engine):
 
     def _install(self, part: Part) -> int:
         count = 0
-        for name, tensor in part.on_device(self._module.device) if isinstance(part, SharedTensors) else part:
+
+        def read() -> Iterator[tuple[str, Tensor]]:
+            nonlocal count
+            for named in part.on_device(self._module.device) if isinstance(part, SharedTensors) else part:
+                count += 1
+                yield named
+
+        for name, tensor in CheckpointNames(self._module).to_memory(read()):
             self._own[name].copy_(tensor)
-            count += 1
         return count
 
     def _empty_caches(self) -> None:

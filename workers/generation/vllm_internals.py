@@ -9,12 +9,14 @@ import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from workers.data.hf_folder import context_of
+from workers.data.hf_folder import config_in, engine_context
+from workers.data.model_config import BLOCK_TOKENS, attention_sizes, cache_bytes
 from workers.generation.engine_devices import EngineDevices
 from workers.generation.shared_buffer import SharedTensors
 from workers.settings import Generation
@@ -31,9 +33,12 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # else some versions compile for half a minute at the first request with log-probs
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
 }
-_CPU_BLOCK_TOKENS = 32  # the least that its attention is fast for; the default of 128 holds four times fewer short rows
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
+# The KV cache's most of a device's memory: a GPU's free one, which the engine's own weights are not yet part of; a
+# machine's whole one, which every service shares.
+_CUDA_SHARE, _HOST_SHARE = 0.4, 0.1
+_FALLBACK_CACHE_BYTES = 1 << 30  # for a config that does not say how large its heads are
 
 
 def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, sleeps: bool) -> LLMEngine:
@@ -47,26 +52,26 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
 
     from vllm import EngineArgs, LLMEngine
 
-    # kv_cache_bytes says what is taken. On CUDA vLLM would want nine tenths of the device free, which training has.
+    # kv_cache_memory_bytes says what is taken. On CUDA vLLM would want nine tenths of the device, which training has.
+    context = engine_context(path, settings)
     limits: dict[str, Any] = {"gpu_memory_utilization": 0.01}
     if on_cpu:
         # A prompt cut into chunks takes back a seeded draw, which generators on the CPU can't: prompts run whole.
-        whole = max(_CPU_BATCHED_TOKENS, settings.max_model_tokens or context_of(path))
-        limits = {"block_size": _CPU_BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
-    if settings.max_model_tokens:
-        limits["max_model_len"] = settings.max_model_tokens
+        whole = max(_CPU_BATCHED_TOKENS, context)
+        limits = {"block_size": BLOCK_TOKENS, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     if devices.workers:
         # Forked, they would inherit this process's threads and its part in the training ranks' groups.
         os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
         limits |= {"tensor_parallel_size": devices.workers, "distributed_executor_backend": "mp"}
     arguments = EngineArgs(
         model=path,
+        max_model_len=context,
         dtype=dtype,  # type: ignore[arg-type]
         load_format="dummy",  # weights come by publication
         skip_tokenizer_init=True,
         generation_config="vllm",  # not the folder's sampling defaults
         max_num_seqs=settings.slots,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        kv_cache_memory_bytes=settings.kv_cache_bytes or _cache_bytes(path, settings, context, dtype, devices),
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",  # at the sampling temperature
         enforce_eager=on_cpu,
@@ -78,6 +83,44 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
     )
     with seen_by_workers(devices.visible):
         return LLMEngine.from_engine_args(arguments)
+
+
+def _cache_bytes(path: str, settings: Generation, context: int, dtype: str, devices: EngineDevices) -> int:
+    """Bytes of the KV cache of each worker: for `slots` rows, as far as a part of the device's memory goes.
+
+    Raises ValueError, with the recipe's keys, where that does not hold one row.
+    """
+    sizes = attention_sizes(config_in(path))
+    if sizes is None:
+        return _FALLBACK_CACHE_BYTES
+    shards = max(devices.workers, 1)
+    wanted, one = (cache_bytes(sizes, rows, context, dtype, shards) for rows in (settings.slots, 1))
+    limit = _memory_for_cache()
+    if one > limit:
+        raise ValueError(
+            f"generation.max_model_tokens = {context}: the KV cache of one row takes {one >> 20} MiB, and this device "
+            f"has {limit >> 20} MiB for it; want fewer tokens, or set generation.kv_cache_bytes to take more"
+        )
+    return min(wanted, limit)
+
+
+def _memory_for_cache() -> int:
+    """Bytes: of the free memory of a GPU, or of all memory of a machine that other services share."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return int(free * _CUDA_SHARE)
+    return int(host_memory() * _HOST_SHARE)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return min(machine, int(Path(path).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return machine
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 Head = Literal["tokens", "value", "score"]
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -55,7 +55,7 @@ def indivisible(sizes: DecoderSizes, pp: int, tp: int) -> str:
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """The sizes of a Llama, Qwen2 or Qwen3 decoder, and its head."""
+    """The sizes of a Llama, Mistral, Qwen2 or Qwen3 decoder, and its head."""
 
     family: str  # transformers' model_type
     layers: int
@@ -81,6 +81,9 @@ class Decoder(msgspec.Struct, frozen=True):
         odd = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
         if odd:
             raise ValueError(f"{family} with layers of type {', '.join(odd)}: only full_attention is sharded")
+        if config.get("sliding_window") and (family == "mistral" or config.get("use_sliding_window")):
+            window = config["sliding_window"]
+            raise ValueError(f"{family} with a sliding window of {window} tokens: only full attention is sharded")
         heads = config["num_attention_heads"]
         bias = bool(config.get("attention_bias"))
         return cls(

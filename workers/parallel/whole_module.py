@@ -19,6 +19,7 @@ from workers.parallel.plan import Head, Parameter
 from workers.parallel.sharding import Sharding
 from workers.settings import Model
 from workers.training.lora import Adapters, checkpoint_name
+from workers.training.model_classes import number_head
 from workers.training.models import load_causal, load_critic, load_reward
 
 _LOADERS = {"tokens": load_causal, "value": load_critic}
@@ -81,9 +82,6 @@ class WholeModule(nn.Module):
         super().__init__()
         path, dtype = model.path, model.dtype
         self.model = load_reward(path, dtype, seed) if head == "score" else _LOADERS[head](path, dtype)
-        if head == "score" and not hasattr(self.model, "score"):
-            kind = type(self.model).__name__
-            raise ValueError(f"{path}: {kind} has no score head, want a decoder's reward model")
         self.config = self.model.config
         self._device = torch.device(sharding.device)
         self.adapters = Adapters(self.model, path, model.lora, seed or 0) if model.lora.rank else None
@@ -104,9 +102,9 @@ class WholeModule(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Tokens [n, L] and their mask, 0 on padding -> logits [n, L, V], or values or scores [n, L, 1]."""
         inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-        if self.plan.head != "score":
+        if self.plan.head == "tokens":
             return self.model(**inputs).logits
-        return self.model.get_submodule("score")(self.model.base_model(**inputs).last_hidden_state)
+        return number_head(self.model)(self.model.base_model(**inputs).last_hidden_state)
 
     def by_name(self) -> dict[str, nn.Parameter]:
         """The parameters by transformers' names, a tied one once."""

@@ -26,7 +26,8 @@ from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Policy, Sampling
 from protocols.stage import Partial
 from protocols.weights import Probe, Version
-from workers.data.hf_folder import end_tokens_of
+from workers.data.hf_folder import end_tokens_of, engine_context
+from workers.data.model_config import probe_tokens
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
 from workers.data.token_rows import TokenRows
 from workers.generation.colocated import ColocatedEngine
@@ -52,7 +53,7 @@ from workers.training.models import log_softmax_of, response_log_probs
 from workers.training.offload import Offloader
 from workers.training.trainable import TrainableModel
 
-PROBE_ROWS, PROBE_TOKENS = 4, 64  # longer than three KV blocks of 16, where a stale prefix cache would show
+PROBE_ROWS = 4
 
 
 class PolicyWorker(Policy):
@@ -89,6 +90,7 @@ class PolicyWorker(Policy):
         self._loss = loss
         self._generation = generation
         self._end_tokens = end_tokens_of(model.path)
+        self._probe_tokens = probe_tokens(engine_context(model.path, generation))
         self._temperature = generation.temperature
         self._seed = seed
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
@@ -238,7 +240,9 @@ class PolicyWorker(Policy):
         A run has the same batch wherever the policy is trained.
         """
         vocabulary = int(self.model.config.vocab_size)
-        tokens = np.random.default_rng([self._seed, vocabulary]).integers(0, vocabulary, (PROBE_ROWS, PROBE_TOKENS))
+        tokens = np.random.default_rng([self._seed, vocabulary]).integers(
+            0, vocabulary, (PROBE_ROWS, self._probe_tokens)
+        )
         batch = TokenRows.of(tokens[:, :1], tokens[:, 1:])
         kept = self.model.forward(batch, tokens.size, lambda o, m: response_log_probs(o, m, 1.0))
         replica, model = self.model.groups.replica, self.model

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
+from workers.parallel.plan import Head
+from workers.training.checkpoint_names import CheckpointNames
 from workers.training.micro_batches import MicroBatch
+from workers.training.model_classes import HEADS, model_class, number_head
 
 # What transformers says while it loads (progress bars, a table of the new value head) is for people at a prompt.
 transformers.utils.logging.disable_progress_bar()
@@ -34,7 +31,7 @@ def dtype_of(dtype: AnyDtype) -> torch.dtype:
 
 def load_causal(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedModel:
     """A language model from a transformers folder, in eval mode. Raises ValueError where tensors are missing."""
-    model, missing = _loaded(AutoModelForCausalLM, path, dtype)
+    model, missing = _loaded(path, "tokens", dtype)
     _refuse_missing(missing, path)
     return model.eval()
 
@@ -46,10 +43,10 @@ def load_reward(path: str | Path, dtype: AnyDtype = "float32", seed: int | None 
     ValueError, as is every other missing tensor. A new head's entries have variance 1 / width, so scores start near
     unit size: from a zero or tiny head the body gets hardly any gradient, and the first hundred steps are lost.
     """
-    model, missing = _loaded(AutoModelForSequenceClassification, path, dtype, num_labels=1)
-    _refuse_missing(missing if seed is None else missing - {"score.weight"}, path)
+    model, missing = _loaded(path, "score", dtype)
+    _refuse_missing(missing if seed is None else missing - _head_names(model), path)
     if missing and seed is not None:
-        head = model.score.weight
+        head = number_head(model).get_parameter("weight")
         head.data.normal_(std=head.shape[1] ** -0.5, generator=torch.Generator().manual_seed(seed))
     return model.eval()
 
@@ -60,32 +57,34 @@ def load_critic(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedMode
     A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise. A reward model's
     head is kept where the family names both alike. Raises ValueError where other tensors are missing.
     """
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    config.num_labels = 1
-    config.classifier_dropout = 0.0  # the class drops a tenth of its features by default: values would be noise
-    model, missing = _loaded(AutoModelForTokenClassification, path, dtype, config=config)
-    if missing:
-        heads = ("score", "classifier")  # as the families call it
-        head = {n: p for n, p in model.named_parameters() if n.partition(".")[0] in heads}
-        _refuse_missing(missing - set(head), path)
-        for name in missing:  # a reward model's folder has the weight and lacks the bias only
-            nn.init.zeros_(head[name])
+    model, missing = _loaded(path, "value", dtype)
+    _refuse_missing(missing - _head_names(model), path)
+    for name in missing:  # a reward model's folder has the weight and lacks the bias only
+        nn.init.zeros_(model.get_parameter(name))
     return model.eval()
 
 
-_LOCAL: dict[str, Any] = {
-    "local_files_only": True,
-    "use_safetensors": True,
-    "trust_remote_code": False,
-    "attn_implementation": "eager",
-}
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def _loaded(kind: Any, path: str | Path, dtype: AnyDtype, **options: Any) -> tuple[Any, set[str]]:
-    """The model, and the names of the tensors that its folder lacks."""
-    options |= _LOCAL
-    model, loading = kind.from_pretrained(str(path), dtype=dtype_of(dtype), output_loading_info=True, **options)
+def _loaded(path: str | Path, head: Head, dtype: AnyDtype) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of the tensors that its folder lacks. Raises ValueError for a family without it."""
+    config = AutoConfig.from_pretrained(str(path), **_LOCAL)
+    if head != "tokens":
+        config.num_labels = 1
+    kind: Any = model_class(config, head)
+    model, loading = kind.from_pretrained(
+        str(path), config=config, dtype=dtype_of(dtype), output_loading_info=True, use_safetensors=True,
+        attn_implementation="eager", **_LOCAL,
+    )  # fmt: skip
+    if head != "tokens":
+        number_head(model)
     return model, set(loading["missing_keys"])
+
+
+def _head_names(model: PreTrainedModel) -> set[str]:
+    """The names of the head's tensors that gives one number per position."""
+    return {name for name, _ in model.named_parameters() if name.partition(".")[0] in HEADS}
 
 
 def _refuse_missing(names: set[str], path: str | Path) -> None:
@@ -113,8 +112,8 @@ def sequence_scores(outputs: Tensor, batch: MicroBatch) -> Tensor:
     return batch.at_end(outputs).squeeze(-1).float()
 
 
-def canonical_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """The tensors of the model's checkpoint under their checkpoint names; a tied tensor stands once."""
+def tensors_in_memory(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers, by transformers' names; a tied tensor stands once."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -122,3 +121,17 @@ def canonical_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach()
     return tensors
+
+
+def canonical_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of `canonical_tensors`."""
+    own = {name: tensor.to("meta") for name, tensor in tensors_in_memory(model).items()}
+    return {name: tuple(t.shape) for name, t in CheckpointNames(model).to_checkpoint(own).items()}
+
+
+def canonical_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The tensors of the model's checkpoint under their checkpoint names; a tied tensor stands once.
+
+    They are the model's own tensors, except those that a checkpoint divides otherwise, which are copies.
+    """
+    return CheckpointNames(model).to_checkpoint(tensors_in_memory(model))

@@ -10,7 +10,6 @@ a checkpoint in shards, which any topology and backend reads; rank 0 collects wh
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -19,13 +18,7 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from protocols.data.columns import Batch, concat
 from protocols.data.jagged import Jagged
@@ -38,21 +31,18 @@ from workers.parallel.collection import collect_whole
 from workers.parallel.decoder import unflat
 from workers.parallel.merged import merged
 from workers.parallel.model import MicroLoss
-from workers.parallel.plan import Head, Parameter
+from workers.parallel.plan import Parameter
 from workers.settings import Loss
 from workers.training.checkpoint import MOMENTS, Box, Counters, Saved, write_boxes
+from workers.training.checkpoint_names import CheckpointNames
 from workers.training.lora import checkpoint_name, is_adapter
 from workers.training.mini_batches import named_rows, replica_mini_batches
+from workers.training.model_classes import skeleton
 from workers.training.offload import Copy, relocated
 from workers.training.optimizer_step import OptimizerSteps, StepRefused
 
 ADAPTERS = "adapters"  # their folder, inside an exported one
 
-_KINDS = {
-    "tokens": AutoModelForCausalLM,
-    "value": AutoModelForTokenClassification,
-    "score": AutoModelForSequenceClassification,
-}
 BatchLoss = Callable[[Experience, Jagged], MicroLoss]  # the loss of a mini-batch whose tokens have these global weights
 
 
@@ -155,15 +145,11 @@ class TrainableModel(OptimizerSteps):
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """The model's own tensors on rank 0, in host memory, in their checkpoint's names and order; elsewhere none.
+        """The model's own tensors on rank 0, in host memory, under their checkpoint's names; elsewhere none.
 
         Adapters are left out: inside `merged` the tensors include them. See `collect_whole` for which are copies.
         """
-        found = self._collect(lambda name: not is_adapter(name))
-        if self.model.rank != 0:
-            return {}
-        whole = {checkpoint_name(name): tensor for name, tensor in found.items()} | self.model.constants()
-        return {name: whole[name] for name in self._order if name in whole}  # a tied head is not
+        return CheckpointNames(self._skeleton).to_checkpoint(self._collect_in_memory())
 
     @torch.no_grad()
     def collect_adapters(self) -> dict[str, Tensor]:
@@ -180,7 +166,7 @@ class TrainableModel(OptimizerSteps):
         if (adapters := model.adapters) is not None and (tensors := self.collect_adapters()):
             adapters.export(Path(folder) / ADAPTERS, tensors)
         with merged(model):
-            if whole := self.collect():
+            if whole := self._collect_in_memory():
                 module = skeleton(model.config, model.plan.head)
                 module.load_state_dict(whole, strict=False, assign=True)
                 module.tie_weights()
@@ -191,8 +177,16 @@ class TrainableModel(OptimizerSteps):
     # --- inside
 
     @cached_property
-    def _order(self) -> list[str]:
-        return list(skeleton(self.model.config, self.model.plan.head).state_dict())
+    def _skeleton(self) -> PreTrainedModel:
+        return skeleton(self.model.config, self.model.plan.head)
+
+    def _collect_in_memory(self) -> dict[str, Tensor]:
+        """`collect`, under transformers' names and in its order."""
+        found = self._collect(lambda name: not is_adapter(name))
+        if self.model.rank != 0:
+            return {}
+        whole = {checkpoint_name(name): tensor for name, tensor in found.items()} | self.model.constants()
+        return {name: whole[name] for name in self._skeleton.state_dict() if name in whole}  # a tied head is not
 
     @property
     def _scaling(self) -> float | None:
@@ -276,12 +270,3 @@ class TrainableModel(OptimizerSteps):
             if self.model.place.dp == 0:
                 found[name] = tensor.cpu()
         return found
-
-
-def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
-    """transformers' own module for a model, without memory: its tensors' names and order, and a way to write them."""
-    config = copy.deepcopy(config)
-    if head != "tokens":
-        config.num_labels = 1
-    with torch.device("meta"):
-        return _KINDS[head].from_config(config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
-from tests import tiny
+from tests import families, tiny
 from workers.parallel.decoder import DecoderShard, flat, laid_out, unflat
 from workers.parallel.groups import RankGroup
 from workers.parallel.plan import EMBEDDING, Decoder, Parameter, ShardPlan
@@ -60,6 +60,13 @@ def test_stages_one_after_another_are_the_model(folder: Path, number: int):
     ours, theirs = through(stages(folder, number), TOKENS, MASK), whole_logits(folder)
     inside = MASK.bool()
     assert torch.allclose(ours[inside], theirs[inside], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
+def test_stages_of_every_family_with_a_plan_are_the_model(tmp_path: Path, family: str):
+    folder = families.make(family, tmp_path)
+    ours, theirs = through(stages(folder, 2), TOKENS, MASK), whole_logits(folder)
+    assert torch.allclose(ours[MASK.bool()], theirs[MASK.bool()], atol=1e-6)
 
 
 @pytest.mark.parametrize("number", [1, 2])

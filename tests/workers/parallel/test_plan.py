@@ -136,8 +136,13 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(sizes: dict[str, 
 
 
 def test_other_decoders_are_refused():
-    with pytest.raises(ValueError, match="model_type 'gpt2' has no sharding plan: one of llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="model_type 'gpt2' has no sharding plan: one of llama, mistral, qwen2, qwen3"):
         Decoder.of({"model_type": "gpt2"})
     sliding = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     with pytest.raises(ValueError, match="layers of type sliding_attention"):
         Decoder.of(sliding.to_dict())
+    mistral = {"model_type": "mistral", "sliding_window": 4096}
+    with pytest.raises(
+        ValueError, match="mistral with a sliding window of 4096 tokens: only full"
+    ):
+        Decoder.of(mistral)
