@@ -16,7 +16,8 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe, nearest
-from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, config_of, is_module
+from asyncflow.recipe.engine_checks import check_engine, with_context
+from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, is_module
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.data.datasets import DataError, Problem, read_rows
 from workers.data.pretraining import text_of
@@ -37,7 +38,7 @@ def check(recipe: Recipe) -> Checked:
     """Check a recipe against its files. Raises BadInput.
 
     A recipe without a placement (`placed_by` is set) passes all other checks; `asyncflow.run.prepare` then finds a
-    placement that passes `check_placement` and calls `check_shards`.
+    placement that passes `check_placement` and calls `check_shards` and `check_engine`.
     """
     try:
         algorithm = algorithm_named(recipe.algorithm)
@@ -60,7 +61,9 @@ def check(recipe: Recipe) -> Checked:
     _check_pretraining_text(recipe)
     train = _source(recipe, recipe.data.train)
     heldout = _source(recipe, recipe.data.eval) if recipe.data.eval else None
-    _check_context_length(recipe, train, heldout)
+    recipe = with_context(recipe, train, heldout)
+    if not recipe.placed_by:
+        check_engine(recipe)
     return Checked(recipe, dataflow, train, heldout)
 
 
@@ -177,14 +180,3 @@ def _check_pretraining_text(recipe: Recipe) -> None:
             text_of(loss, path, recipe.models["policy"].path, recipe.seed)
         except (DataError, ValueError) as error:
             raise BadInput(f"data.pretrain: {error}") from error
-
-
-def _check_context_length(recipe: Recipe, *sources: PromptSource | None) -> None:
-    config = config_of("policy", recipe.models["policy"].path)
-    limit = recipe.generation.max_model_tokens or config.get("max_position_embeddings")
-    for source in sources:
-        if source is not None and limit and source.longest + recipe.generation.max_tokens > limit:
-            raise BadInput(
-                f"generation.max_tokens = {recipe.generation.max_tokens}: the longest prompt has "
-                f"{source.longest} tokens and the policy's context is {limit}"
-            )

@@ -6,12 +6,10 @@ import hashlib
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
+from asyncflow.recipe.model_folders import check_folder, config_of
 from asyncflow.recipe.service_specs import (
     GENERATOR,
     colocates_vllm,
@@ -167,6 +165,8 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
     parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
     folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}
     _check_same_vocabulary(folders)
+    for role, folder in folders.items():
+        check_folder(role, folder)
 
 
 def _check_mix(role: str, model: Model) -> None:
@@ -259,22 +259,16 @@ def check_shards(recipe: Recipe, dataflow: Dataflow) -> None:
             try:
                 ShardPlan(Decoder.of(config, ROLE_SPECS[role].head), cut.pp, cut.tp)
             except ValueError as error:
-                raise BadInput(f"placement.{role}.{where}: {error}") from error
+                other = "" if has_plan(config) else _for_any_family(recipe, role)
+                raise BadInput(f"placement.{role}.{where}: {error}{other}") from error
 
 
-def config_of(role: str, folder: str) -> dict[str, Any]:
-    """Read config.json of a role's transformers folder. Raises BadInput if it, config or weights are missing."""
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise BadInput(f"models.{role}.path: no folder {folder}")
-    if not path.exists():
-        raise BadInput(f"models.{role}.path: {folder} is no transformers folder, it has no config.json")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise BadInput(f"models.{role}.path: {folder} has no *.safetensors weights")
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadInput(f"models.{role}.path: {path}: {error}") from error
+def _for_any_family(recipe: Recipe, role: str) -> str:
+    """What works for a family without a sharding plan, where its model would be cut or generate with shards."""
+    if topology_of(recipe, role).replica_size > 1:
+        return "; want parallel = '1-1-d' with backend = 'fsdp', which takes any family"
+    torch = " or generation.engine = 'torch'" if topology_of(recipe, role).world_size == 1 else ""
+    return f"; want a [placement] of {GENERATOR}{torch}"
 
 
 def is_module(name: str) -> bool:

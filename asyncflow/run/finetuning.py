@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncflow.recipe.config import BadInput, to_settings
+from asyncflow.recipe.model_folders import unusable_folder
 from workers.data.datasets import DataError
 from workers.finetune.settings import FineTuning, RewardModelSettings, SftSettings
 
@@ -68,8 +69,9 @@ def _check_model(path: Path, settings: FineTuning) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (Path(settings.model) / name).exists():
             raise BadInput(f"settings {path}: model: {settings.model} is no transformers folder, it has no {name}")
-    if not any(Path(settings.model).glob("*.safetensors")):
-        raise BadInput(f"settings {path}: model: {settings.model} has no *.safetensors weights")
+    head = "tokens" if isinstance(settings, SftSettings) else "value"  # a new score head, as a critic's may be
+    if reason := unusable_folder(settings.model, head):
+        raise BadInput(f"settings {path}: model: {reason}")
 
 
 @contextmanager

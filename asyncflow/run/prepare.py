@@ -11,6 +11,7 @@ from asyncflow.planner import auto, plan_file
 from asyncflow.planner.simulation.scenarios import prompt_lengths
 from asyncflow.recipe.checks import Checked, check
 from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.engine_checks import check_engine
 from asyncflow.recipe.model_checks import check_shards
 
 
@@ -23,4 +24,5 @@ def prepare(recipe: Recipe) -> Checked:
         return checked
     choice = auto.place(checked.recipe, checked.dataflow, prompt_lengths(checked.train))
     check_shards(choice.chosen.recipe, checked.dataflow)
+    check_engine(choice.chosen.recipe)
     return msgspec.structs.replace(checked, recipe=choice.chosen.recipe, plan=plan_file.text_of(choice))

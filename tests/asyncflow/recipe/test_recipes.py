@@ -25,7 +25,7 @@ def here(path: Path, models: Path, data: Path) -> list[str]:
     own = [f"data.train='{data}/train.jsonl'", f"data.eval='{data}/heldout.jsonl'"]
     for role, model in tomllib.loads(path.read_text())["models"].items():
         if "path" in model:
-            own.append(f"models.{role}.path='{models}/{'reward' if role == 'reward' else 'policy'}'")
+            own.append(f"models.{role}.path='{models}/{'reward' if role in ('reward', 'cost') else 'policy'}'")
     if path.stem.endswith(PARALLEL):  # the small models' vocabulary is odd, so it can't be sharded over tensor ranks
         own.append("placement.policy.parallel='2-1-2'")
     return own
