@@ -1,20 +1,18 @@
-"""The prompts of a run: the rows of a data file, shuffled once an epoch, each with a deterministic id.
-
-The permutation of an epoch depends on (run seed, epoch) alone. So one number, the cursor, says where a run stands, and
-no random generator has to be saved.
-"""
+"""The prompts of a run: the tokenized rows of its data sets, each with a deterministic id."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from asyncflow.control.admission.prompt_order import PromptOrder
 from protocols.data.ids import BASELINE_INDEX, EVALUATION_EPOCH, prompt_id, prompt_of, sample_id
-from protocols.data.ids import place_of as place_of_prompt
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Prompts
 
@@ -27,41 +25,56 @@ class DataRow(msgspec.Struct, frozen=True):
     columns: dict[str, Any] = {}  # name -> JSON value of the row's columns that rules ask for (`read_rows`, keep)
 
 
+class Share(msgspec.Struct, frozen=True):
+    """A data set among several."""
+
+    rows: int
+    weight: float  # its prompts relative to those of the other sets
+
+
+_ROWS_AT_ONCE = 10_000  # tokenized in one call: an encoding takes kilobytes until its ids are copied
+
+
 class PromptSource:
-    """Tokenized prompts, and the order in which they are admitted.
+    """Tokenized prompts of one or several data sets, and the order in which they are admitted.
 
     Raises ValueError for a tokenizer that can't be read and for a row whose prompt has no token.
     """
 
-    def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int) -> None:
-        tokenizer = _tokenizer(Path(tokenizer_folder) / "tokenizer.json")
-        self.rows = rows
-        encoded = tokenizer.encode_batch([r.prompt for r in rows], add_special_tokens=False)
-        self._tokens = [np.array(e.ids, np.int32) for e in encoded]
-        if empty := [number for number, tokens in enumerate(self._tokens, 1) if not len(tokens)]:
-            raise ValueError(f"row {empty[0]} has an empty prompt")
-        self._seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+    def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int, shares: Sequence[Share] = ()) -> None:
+        """`shares` divides the rows into data sets, in order; without them all rows are one set."""
+        self.rows, self._seed = rows, seed
+        self._tokens = _tokenized(_tokenizer(Path(tokenizer_folder) / "tokenizer.json"), rows)
+        if len(empty := np.flatnonzero(self.lengths == 0)):
+            raise ValueError(f"row {empty[0] + 1} has an empty prompt")
+        self.shares = list(shares) or [Share(len(rows), 1.0)]
+        self.leave_out(np.empty(0, np.int64))
+
+    def leave_out(self, rows: npt.NDArray[np.int64]) -> None:
+        """Admit and evaluate all rows but these. Raises ValueError if no row of a set is left."""
+        self._kept = np.setdiff1d(np.arange(len(self.rows)), rows)
+        ends = np.cumsum([share.rows for share in self.shares])
+        sets = np.split(self._kept, np.searchsorted(self._kept, ends[:-1]))
+        if empty := [number for number, kept in enumerate(sets) if not len(kept)]:
+            raise ValueError(f"none of the {self.shares[empty[0]].rows} rows is left")
+        self._order = PromptOrder(self._seed, sets, [share.weight for share in self.shares], len(self.rows))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._kept)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The length of each row's prompt in tokens, int64 [N], also of rows that are left out."""
+        return self._tokens.lengths
 
     @property
     def longest(self) -> int:
-        """The length of the longest prompt, in tokens."""
-        return max(len(t) for t in self._tokens)
+        """The length of the longest prompt that is admitted, in tokens."""
+        return int(self.lengths[self._kept].max())
 
     def at(self, cursor: int) -> int:
-        """The id of the prompt at a cursor, which counts admitted prompts from 0 over all epochs.
-
-        Raises ValueError after the last epoch that the ids of training rows can hold.
-        """
-        epoch, position = divmod(cursor, len(self.rows))
-        if epoch >= EVALUATION_EPOCH:
-            raise ValueError(f"prompt {cursor} is in epoch {epoch} of {len(self)} rows; ids end at {EVALUATION_EPOCH}")
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.rows)))
-        return prompt_id(epoch, int(self._order[1][position]))
+        """The id of the prompt at a cursor, which counts admitted prompts from 0."""
+        return self._order.prompt_at(cursor)
 
     def requests(self, prompts: list[int], samples_per_prompt: int, min_version: int) -> Prompts:
         """One row for each sample of the given prompts, admitted at version `min_version`."""
@@ -73,17 +86,26 @@ class PromptSource:
 
     def evaluation(self, min_version: int, limit: int) -> Prompts:
         """One evaluation row for each of the first `limit` rows of the file (0: all)."""
-        count = min(limit or len(self), len(self))
-        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, i), 0) for i in range(count)], min_version)
+        rows = self._kept[: limit or len(self)].tolist()
+        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, row), 0) for row in rows], min_version)
 
     def _rows_of(self, samples: list[int], min_version: int) -> Prompts:
-        rows = [place_of_prompt(prompt_of(s))[1] for s in samples]
+        rows = [self._order.row_of(prompt_of(s)) for s in samples]
         return Prompts(
             sample_ids=np.array(samples, np.int64),
-            prompts=Jagged.from_rows([self._tokens[r] for r in rows], np.int32),
+            prompts=self._tokens.take(rows),
             references=Jagged.from_texts([self.rows[r].reference for r in rows]),
             min_versions=np.full(len(samples), min_version, np.int64),
         )
+
+
+def _tokenized(tokenizer: Tokenizer, rows: list[DataRow]) -> Jagged:
+    parts: list[Jagged] = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        texts = [row.prompt for row in rows[start : start + _ROWS_AT_ONCE]]
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        parts.append(Jagged.from_rows([e.ids for e in encoded], np.int32))
+    return Jagged.concat(parts)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

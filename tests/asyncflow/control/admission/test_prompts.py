@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from asyncflow.control.admission.prompts import DataRow, PromptSource
+from asyncflow.control.admission.prompts import DataRow, PromptSource, Share
 from protocols.data.ids import EVALUATION_EPOCH, index_of, place_of, prompt_of, purpose_of
 from tests import tiny
 
@@ -30,18 +28,6 @@ def order(source: PromptSource, epoch: int) -> list[tuple[int, int]]:
     return [place_of(source.at(epoch * len(source) + i)) for i in range(len(source))]
 
 
-@given(seed=st.integers(0, 5), epoch=st.integers(0, EVALUATION_EPOCH - 1))
-def test_an_epoch_has_every_row_once(source: Make, seed: int, epoch: int):
-    assert sorted(order(source(seed), epoch)) == [(epoch, row) for row in range(len(ROWS))]
-
-
-@given(cursors=st.lists(st.integers(0, 60), min_size=1))
-def test_the_order_depends_on_the_cursor_alone(source: Make, cursors: list[int]):
-    """A cursor gives the same prompt whatever was requested before, as in a resumed run."""
-    reference = [source(1).at(c) for c in range(61)]
-    assert [source(1).at(c) for c in cursors] == [reference[c] for c in cursors]
-
-
 def test_epochs_and_seeds_differ_in_their_order(source: Make):
     def rows(seed: int, epoch: int) -> tuple[int, ...]:
         return tuple(row for _, row in order(source(seed), epoch))
@@ -49,10 +35,31 @@ def test_epochs_and_seeds_differ_in_their_order(source: Make):
     assert len({rows(seed, epoch) for seed in range(4) for epoch in range(4)}) > 12
 
 
-def test_training_does_not_run_into_the_ids_of_evaluation(source: Make):
-    assert purpose_of(source(0).at(EVALUATION_EPOCH * len(ROWS) - 1) << 16) == "train"
-    with pytest.raises(ValueError, match=f"epoch {EVALUATION_EPOCH} of 7 rows"):
-        source(0).at(EVALUATION_EPOCH * len(ROWS))
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("mixed")
+    tiny.tokenizer().save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_rows_may_be_several_sets_by_shares(tokenizer: str):
+    mixed = PromptSource(ROWS, tokenizer, 0, [Share(2, 3.0), Share(5, 1.0)])
+    drawn = [place_of(mixed.at(cursor))[1] for cursor in range(40)]
+    assert sum(row < 2 for row in drawn) == 30
+    assert {row for row in drawn if row >= 2} == {2, 3, 4, 5, 6}
+
+
+def test_rows_that_are_left_out_are_neither_admitted_nor_evaluated(tokenizer: str):
+    left = PromptSource([*ROWS, DataRow("a long prompt", "")], tokenizer, 0)
+    assert left.longest == len("a long prompt")
+    left.leave_out(np.flatnonzero(left.lengths > 4))
+    left.leave_out(np.array([0, 3, 7]))
+    assert (len(left), left.longest) == (5, 4)
+    assert {place_of(left.at(cursor))[1] for cursor in range(20)} == {1, 2, 4, 5, 6}
+    evaluated = left.evaluation(min_version=0, limit=3)
+    assert [evaluated.references.text(i) for i in range(3)] == ["2", "4", "8"]
+    with pytest.raises(ValueError, match="none of the 8 rows is left"):
+        left.leave_out(np.arange(8))
 
 
 def test_requests_have_a_row_a_sample_with_its_prompt_and_reference(source: Make):
