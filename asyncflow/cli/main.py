@@ -87,7 +87,10 @@ def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B0
     """Check a recipe with its data and models, start nothing, and print the recipe with every default written out."""
     from asyncflow.run.prepare import prepare
 
-    out.print(recipe_text(prepare(load_recipe(recipe, overrides)).recipe), end="", markup=False, soft_wrap=True)
+    checked = prepare(load_recipe(recipe, overrides))
+    for note in checked.notes:
+        err.print(note, markup=False, soft_wrap=True)
+    out.print(recipe_text(checked.recipe), end="", markup=False, soft_wrap=True)
 
 
 @app.command()

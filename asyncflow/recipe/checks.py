@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
+from msgspec.structs import replace
 
-from asyncflow.control.admission.prompts import DataRow, PromptSource
+from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
@@ -18,8 +19,9 @@ from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, t
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.recipe.engine_checks import check_engine, with_context
 from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, is_module
+from asyncflow.recipe.prompt_sources import heldout_prompts, train_prompts
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
-from workers.data.datasets import DataError, Problem, read_rows
+from workers.data.datasets import DataError
 from workers.data.pretraining import text_of
 from workers.settings import Loss, Model
 
@@ -31,6 +33,7 @@ class Checked(msgspec.Struct):
     dataflow: Dataflow
     train: PromptSource
     heldout: PromptSource | None
+    notes: list[str] = []  # what a user should know of the data: the mix, rows that are left out
     plan: str = ""  # the placement that the planner chose, as the text of a plan file; "": the recipe has its own
 
 
@@ -59,12 +62,15 @@ def check(recipe: Recipe) -> Checked:
     if not recipe.placed_by:
         check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
-    train = _source(recipe, recipe.data.train)
-    heldout = _source(recipe, recipe.data.eval) if recipe.data.eval else None
+    train, notes = train_prompts(recipe)
+    heldout = None
+    if recipe.data.eval:
+        heldout, more = heldout_prompts(recipe, recipe.data.eval)
+        notes += more
     recipe = with_context(recipe, train, heldout)
     if not recipe.placed_by:
         check_engine(recipe)
-    return Checked(recipe, dataflow, train, heldout)
+    return Checked(recipe, dataflow, train, heldout, notes=notes)
 
 
 def _check_samples_per_prompt(recipe: Recipe, declared: Declaration) -> None:
@@ -143,29 +149,15 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(Path(path).absolute()) if path else ""
 
     def absolute(model: Model) -> Model:
-        mix = [msgspec.structs.replace(part, path=full(part.path)) for part in model.mix]
-        return msgspec.structs.replace(model, path=full(model.path), mix=mix)
+        mix = [replace(part, path=full(part.path)) for part in model.mix]
+        return replace(model, path=full(model.path), mix=mix)
 
     models = {role: absolute(model) for role, model in recipe.models.items()}
-    paths = {name: full(getattr(recipe.data, name)) for name in ("train", "eval", "pretrain")}
-    data = msgspec.structs.replace(recipe.data, **paths)
-    return msgspec.structs.replace(recipe, models=models, data=data, folder=full(recipe.folder))
-
-
-def _source(recipe: Recipe, path: str) -> PromptSource:
-    """The prompts of a file or folder of rows. Raises BadInput."""
-    columns = {"prompt": recipe.data.prompt}
-    if recipe.data.reference:
-        columns["reference"] = recipe.data.reference
-    needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
-    policy = recipe.models["policy"].path
-    try:
-        rows = read_rows(path, DataRow if needs_reference else Problem, columns, policy)
-        return PromptSource([DataRow(row.prompt, row.reference) for row in rows], policy, recipe.seed)
-    except DataError as error:
-        raise BadInput(f"data: {error}") from error
-    except ValueError as error:
-        raise BadInput(f"data: {path}: {error}") from error
+    paths = {name: full(getattr(recipe.data, name)) for name in ("eval", "pretrain")}
+    given = recipe.data.train
+    train = full(given) if isinstance(given, str) else [replace(s, path=full(s.path)) for s in given]
+    data = replace(recipe.data, train=train, **paths)
+    return replace(recipe, models=models, data=data, folder=full(recipe.folder))
 
 
 def _check_pretraining_text(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 import tomli_w
-from msgspec.inspect import DictType, ListType, StructType, Type, type_info
+from msgspec.inspect import DictType, FloatType, IntType, ListType, StructType, Type, UnionType, type_info
 
 from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, Pace
 from asyncflow.dataflow.graph import DataflowError
@@ -24,6 +24,7 @@ from asyncflow.dataflow.trace import declaration_of
 from protocols.layout.topology import Backend
 from workers.settings import (
     Failures,
+    FinitePositive,
     Generation,
     Loss,
     Model,
@@ -41,14 +42,38 @@ class BadInput(Exception):
     """The user gave something that can't be used. The message says what, where, which value, and what to do."""
 
 
-class Data(Settings, frozen=True):
-    """Prompts in a file or folder of rows (workers.data.dataset_files), and the names of their fields."""
+class TrainSet(Settings, frozen=True):
+    """One of several sets of prompts to train on. Each has epochs of its own, in which every row comes once."""
 
-    train: str  # the prompts to train on
+    path: str  # a file or folder of rows
+    weight: FinitePositive = 1.0  # its prompts relative to those of the other sets, whatever the number of rows
+    prompt: str = ""  # as data.prompt; "": that one
+    reference: str = ""  # as data.reference; "": that one
+
+
+class Data(Settings, frozen=True):
+    """Prompts in a file or folder of rows (workers.data.dataset_files), and the names of their fields.
+
+    A dotted name leads into a column: "reward_model.ground_truth", "conversations.1.value".
+    """
+
+    # The prompts to train on: a file or folder of rows; or a list of sets, which are mixed by weight.
+    train: str | list[TrainSet]
     eval: str = ""  # held-out rows; "": no evaluation
     prompt: str = "prompt"  # name of the field with the prompt, a text or chat messages
     reference: str = "reference"  # name of the field with the right answer, for rules; "": rows have none
     pretrain: str = ""  # text of the pretraining loss (loss.ptx_coefficient): rows of text, or of prompt and response
+    # Rows that exceed the policy's context, a prompt together with generation.max_tokens: "skip" leaves them out.
+    overlong: Literal["refuse", "skip"] = "refuse"
+
+    @property
+    def sets(self) -> list[TrainSet]:
+        """The sets of prompts to train on, with their columns' names."""
+        given = [TrainSet(self.train)] if isinstance(self.train, str) else self.train
+        return [
+            msgspec.structs.replace(s, prompt=s.prompt or self.prompt, reference=s.reference or self.reference)
+            for s in given
+        ]
 
 
 class Pool(Settings, frozen=True):
@@ -156,6 +181,7 @@ def to_settings(table: Mapping[str, Any], kind: type[S], where: str) -> S:
 
 def _check_value(value: Any, kind: Type, path: str, where: str) -> None:
     """Refuse unknown keys and values out of bounds; other types are left to msgspec, which names the key as well."""
+    kind = _alternative(kind, value)
     if bound := violated_bound(kind, value):
         raise BadInput(f"{where}: {path} = {value}: want {bound}")
     below = f"{path}." if path else ""
@@ -174,6 +200,13 @@ def _check_value(value: Any, kind: Type, path: str, where: str) -> None:
                 _check_value(inner, inner_kind, f"{below}{number}", where)
         case _:
             pass
+
+
+def _alternative(kind: Type, value: Any) -> Type:
+    """The member of a union that a value can be, by its shape; any other type itself."""
+    shapes = {Mapping: StructType | DictType, list: ListType, int | float: IntType | FloatType}
+    wanted = next((types for shape, types in shapes.items() if isinstance(value, shape)), ())
+    return next((t for t in kind.types if isinstance(t, wanted)), kind) if isinstance(kind, UnionType) else kind
 
 
 def _with_algorithm_defaults(table: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from workers.families import CPU_HEAD_SIZES, vllm_is_for_cpu, vllm_support
 
 
 def with_context(recipe: Recipe, *sources: PromptSource | None) -> Recipe:
-    """The recipe with `generation.max_model_tokens` that its rows need, where it leaves that out. Raises BadInput."""
+    """The recipe with `generation.max_model_tokens` that its rows need, where it leaves that out. Raises BadInput.
+
+    Rows that exceed a context are out of the sources already, see `prompt_sources`.
+    """
     generation, config = recipe.generation, config_of("policy", recipe.models["policy"].path)
     context, longest = context_in(config), max(source.longest for source in sources if source is not None)
     needed, limit = longest + generation.max_tokens, generation.max_model_tokens
@@ -24,22 +27,11 @@ def with_context(recipe: Recipe, *sources: PromptSource | None) -> Recipe:
         raise BadInput(
             f"generation.max_model_tokens = {limit}: the policy's context is {context}; want no more than that, or 0"
         )
-    if needed > (bound := limit or context or needed):
-        where = "generation.max_model_tokens" if limit else "the policy's context"
-        raise BadInput(
-            f"generation.max_tokens = {generation.max_tokens}: the longest prompt has {longest} tokens and {where} is "
-            f"{bound}; want {max(bound - longest, 0)} or less, or shorter prompts" + _raised(limit, context, needed)
-        )
     if limit:
         return recipe
     rounded = -(-max(needed, PROBE_TOKENS + 1) // BLOCK_TOKENS) * BLOCK_TOKENS
     chosen = msgspec.structs.replace(generation, max_model_tokens=min(rounded, context or rounded))
     return msgspec.structs.replace(recipe, generation=chosen)
-
-
-def _raised(limit: int, context: int | None, needed: int) -> str:
-    """What else helps where the recipe, not the model, bounds the tokens."""
-    return f", or generation.max_model_tokens = {needed}" if limit and needed <= (context or needed) else ""
 
 
 def check_engine(recipe: Recipe) -> None:

@@ -138,6 +138,9 @@ def _tables(kind: type[msgspec.Struct], key: str, defaults: object) -> Iterator[
                 inner.append((below, f"{name}.<{_NAMED[field.name]}>", None))
             case ListType(item_type=StructType(cls=below)):
                 inner.append((below, f"{name}[]", None))
+            case UnionType(types=kinds):  # a value of its own, or a list of tables
+                items = [kind.item_type for kind in kinds if isinstance(kind, ListType)]
+                inner += [(item.cls, f"{name}[]", None) for item in items if isinstance(item, StructType)]
             case _:
                 pass
         settings.append(Setting(name, _type(field.type), _default(default), comments.get(field.name, "")))

@@ -197,7 +197,7 @@ def _controller(
             first_step=run_store.version,
             term=start.term,
             services=list(services),
-            warnings=start.warnings,
+            warnings=[*checked.notes, *start.warnings],
         ),
     )
 

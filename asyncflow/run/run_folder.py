@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import msgspec
 
@@ -128,8 +128,9 @@ def _check_changes(folder: Path, changed: list[Change], recipe: Recipe, manifest
         raise BadInput(f"resume {folder}: its checkpoint of step {manifest.step} does not allow {'; '.join(fixed)}")
     if manifest.recipe_digest != digest_of(recipe):
         raise BadInput(
-            f"resume {folder}: algorithm, seed, samples_per_prompt or the training data are not those of the "
-            f"checkpoint of step {manifest.step}: its sample ids would mean other samples"
+            f"resume {folder}: algorithm, seed, samples_per_prompt, the training data or, with data.overlong = 'skip', "
+            f"the room for a prompt are not those of the checkpoint of step {manifest.step}: its sample ids would mean "
+            "other samples"
         )
     if manifest.step > recipe.steps:
         raise BadInput(
@@ -194,8 +195,12 @@ def _check_format(folder: Path) -> None:
 
 def digest_of(recipe: Recipe) -> str:
     """Digest of the part of a recipe that gives sample ids their meaning; a checkpoint stores it."""
-    data = digest_of_rows(recipe.data.train)
-    identity = [recipe.algorithm, recipe.seed, recipe.samples_per_prompt, recipe.data.prompt, data]
+    data: list[Any] = [recipe.data.prompt, digest_of_rows(recipe.data.sets[0].path)]
+    if not isinstance(recipe.data.train, str):
+        data = [[s.prompt, digest_of_rows(s.path), s.weight] for s in recipe.data.sets]
+    if recipe.data.overlong == "skip":  # which rows these are depends on the room for a prompt
+        data += [recipe.generation.max_model_tokens, recipe.generation.max_tokens]
+    identity = [recipe.algorithm, recipe.seed, recipe.samples_per_prompt, *data]
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 

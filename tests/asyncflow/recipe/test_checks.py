@@ -324,51 +324,6 @@ def test_the_policy_has_a_tokenizer_that_can_be_read(refused: Any, folder: Path)
     assert refused(models=all_of_them) == f"models.policy.path: {folder} has no tokenizer.json"
 
 
-# --- data
-
-
-@pytest.mark.parametrize("field", ["train", "eval"])
-def test_a_data_row_without_its_fields_names_file_and_line(refused: Any, tmp_path: Path, field: str):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "1+1=", "reference": "2"}\n{"question": "2+2="}\n')
-    assert refused(data={field: str(file)}).startswith(f"data: {file}:2: no field 'prompt'; the row has 'question'")
-
-
-def test_a_data_file_that_is_not_there(refused: Any, tmp_path: Path):
-    assert refused(data={"train": str(tmp_path / "none")}).startswith(f"data: {tmp_path / 'none'}: can't be read")
-
-
-def test_a_data_file_without_rows(refused: Any, tmp_path: Path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    assert refused(data={"train": str(tmp_path / "empty.jsonl")}).endswith("holds no row")
-
-
-def test_references_are_needed_where_something_compares_with_them(
-    refused: Any, make_recipe: MakeRecipe, tmp_path: Path
-):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "1+1="}\n')
-    bare = {"train": str(file), "eval": ""}
-    check(make_recipe(data=bare))
-    message = refused(data=bare, models={"reward": {"rule": "exact_match"}})
-    assert message.startswith(f"data: {file}:1: no field 'reference'")
-
-
-def test_fields_may_have_other_names(make_recipe: MakeRecipe, tmp_path: Path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"question": "1+1=", "answer": "2"}\n')
-    names = {"train": str(file), "eval": str(file), "prompt": "question", "reference": "answer"}
-    source = check(make_recipe(data=names)).train
-    assert source.requests([source.at(0)], 1, 0).references.text(0) == "2"
-
-
-def test_an_empty_prompt_names_its_row(refused: Any, tmp_path: Path):
-    """An engine would refuse it much later, and its prompt would be refilled forever."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "1+1=", "reference": "2"}\n{"prompt": "", "reference": "2"}\n')
-    assert refused(data={"train": str(file)}) == f"data: {file}: row 2 has an empty prompt"
-
-
 # --- placement
 
 

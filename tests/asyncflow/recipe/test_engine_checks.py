@@ -106,8 +106,8 @@ def test_a_context_that_the_recipe_gives_stays(made):
 @pytest.mark.parametrize(
     ("generation", "message"),
     [
-        ({"max_tokens": 253}, "the longest prompt has 4 tokens and the policy's context is 256; want 252 or less"),
-        ({"max_model_tokens": 9}, "and generation.max_model_tokens is 9; want 5 or less, or shorter prompts, or "),
+        ({"max_tokens": 253}, "a context of 256 tokens has room for prompts of 3 beside generation.max_tokens = 253; "),
+        ({"max_tokens": 253}, "generation.max_tokens = 252 or less"),
         ({"max_model_tokens": 9}, "generation.max_model_tokens = 10"),
         ({"max_model_tokens": 512}, "= 512: the policy's context is 256; want no more than that, or 0"),
         ({"kv_cache_bytes": 10_000}, "tokens takes 65536 bytes (2 layers, 1 key-value heads of 32); want that or more"),

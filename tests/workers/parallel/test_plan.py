@@ -142,7 +142,5 @@ def test_other_decoders_are_refused():
     with pytest.raises(ValueError, match="layers of type sliding_attention"):
         Decoder.of(sliding.to_dict())
     mistral = {"model_type": "mistral", "sliding_window": 4096}
-    with pytest.raises(
-        ValueError, match="mistral with a sliding window of 4096 tokens: only full"
-    ):
+    with pytest.raises(ValueError, match="mistral with a sliding window of 4096 tokens: only full"):
         Decoder.of(mistral)
