@@ -41,6 +41,10 @@ class Partial(Generic[M]):
         self.failures = failures
 
 
+class StepAbandoned(Exception):
+    """An update that was ended half way, because the run ends: the state is as it was before it."""
+
+
 class Measured(Generic[M]):
     """A stage's result with metrics."""
 

@@ -199,12 +199,11 @@ class Controller:
                 if self._paused:  # a paused evaluation would hold up the drain
                     await self._generator.set_paused(False)
                 await asyncio.wait({steps}, timeout=self._deadlines.stop)
-                if not steps.done():
+                if not (steps.done() or self._train_step.partly_done or self._boundary.writing):
                     steps.cancel()
-                    last = self._run_store.last_checkpoint or "none"
-                    return self._ended(
-                        "stopped", 130, f"not drained within {self._deadlines.stop:g} s; last checkpoint: {last}"
-                    )
+                    await asyncio.wait({steps})
+                    given_up = await self._boundary.abandon_step()
+                    return self._ended("stopped", 130, f"not drained within {self._deadlines.stop:g} s: {given_up}")
         return steps.result()
 
     def _ended(self, outcome: Literal["finished", "stopped", "failed"], code: int, error: str) -> RunEnded:

@@ -29,7 +29,9 @@ class Deadlines(Settings, frozen=True):
     checkpoint: Positive = 600.0  # writing one checkpoint
     stall: Positive = 120.0  # without progress: the wait-for graph is shown
     give_up: Positive = 900.0  # without progress: the run ends and shows the wait-for graph
-    stop: Positive = 60.0  # draining after a stop is requested
+    # Draining after a stop is requested. Then a step that no model has finished is given up, and trained again by a
+    # resume; one that a model has finished is waited for.
+    stop: Positive = 60.0
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):

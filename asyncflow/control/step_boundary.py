@@ -15,7 +15,9 @@ from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
+from asyncflow.services.channels.endpoint import ServiceError, all_or_error, ask, causes
 from protocols.control.events import CodeRefused, CodeReloaded
+from protocols.control.requests import AbandonStep
 from workers.user_code import BadCode, digest_of
 
 A = TypeVar("A")
@@ -36,7 +38,9 @@ class StepBoundary:
         self._deadline, self._changed = checkpoint_deadline_seconds, changed
         self._checkpoints: list[asyncio.Future[str]] = []  # clients that wait for one
         self._reloads: list[asyncio.Future[CodeReloaded]] = []
+        self._started_at = run_store.version
         self._over = False
+        self.writing = False  # a checkpoint
 
     @property
     def pending(self) -> bool:
@@ -77,16 +81,42 @@ class StepBoundary:
     async def write_checkpoint(self) -> None:
         """Write the checkpoint of the last step, unless it exists, and answer the clients that wait for one."""
         step = self._run_store.version
+        self.writing = True
         try:
             async with asyncio.timeout(self._deadline):
                 written = await self._run_store.write_checkpoint(self._supervisor.services, step)
         except TimeoutError:
             raise RunFailed(f"checkpoint of step {step} not written within {self._deadline:g} s") from None
+        finally:
+            self.writing = False
         if written is not None:
             self._run_store.log.emit(written)
         waiting, self._checkpoints = self._checkpoints, []
         for future in _open(waiting):
             future.set_result(self._run_store.last_checkpoint)
+
+    async def abandon_step(self) -> str:
+        """Give up the step that is training and write the checkpoint of the last committed one, unless it exists.
+
+        Step 0 needs none, the recipe has it. No model may have finished the step. Returns what happened, in words.
+        """
+        step, failed = self._run_store.version, ""
+        if step:
+            try:
+                await self._save_committed(step)
+            except (RunFailed, ServiceError, ExceptionGroup) as error:
+                failed = f", no checkpoint of step {step}: {causes(error)}"
+        last = self._run_store.last_checkpoint or "none, a resume starts from the beginning"
+        return f"the step that was training is given up{failed}; last checkpoint: {last}"
+
+    async def _save_committed(self, step: int) -> None:
+        services = self._supervisor.services
+        if not self._run_store.is_saved(step):
+            async with all_or_error() as group:
+                for name in self._run_store.stateful:
+                    request = AbandonStep(step - self._started_at)
+                    group.create_task(ask(services[name], request), name=f"abandon the step on {name}")
+        await self.write_checkpoint()
 
     async def _reload(self) -> None:
         waiting = list(self._reloads)

@@ -39,10 +39,15 @@ class TrainStep:
         self._pace, self._dataflow, self._supervisor = pace, dataflow, supervisor
         self._inflight, self._generator, self._run_store = inflight, generator, run_store
         self._updates: dict[tuple[str, int], asyncio.Future[StepDone]] = {}  # (stage, step)
+        # A model has finished the step that is training: it can't go back, so the step has to be finished.
+        self.partly_done = False
 
     def on_notice(self, done: StepDone) -> None:
         """A trained model has finished its batch."""
-        self._updates[done.stage, done.step].set_result(done)
+        update = self._updates[done.stage, done.step]
+        if not update.done():  # cancelled, where the step was abandoned
+            update.set_result(done)
+            self.partly_done = True
 
     async def run(self, batch: list[CompletePrompt], waited_seconds: float) -> None:
         """Train one batch, publish the weights and commit the step. `waited_seconds`: until the batch was complete."""
@@ -57,6 +62,7 @@ class TrainStep:
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
+        self.partly_done = False
         self._run_store.log.observe_staleness(ages, self._pace.samples_per_prompt)
         version = Version(self._run_store.term, step + 1)
         self._run_store.log.emit(_event(version, seconds, notices, ages, metrics))

@@ -29,6 +29,7 @@ from asyncflow.services.stages import ClosingStage, StageRunner, tombstones
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.notices import Notice, ServiceFailed
 from protocols.control.requests import (
+    AbandonStep,
     CloseBatch,
     Done,
     EndPrompts,
@@ -164,6 +165,8 @@ class ModelService:
         match request:
             case TakeSnapshot() | SaveState() | LoadState() | ExportModel() | PrepareCode() | SwitchCode():
                 return await mode.ask_ranks(request)
+            case AbandonStep():
+                return await self._context.ask_ranks(request)  # beside the collective call that it ends
             case YieldDevices():
                 return await mode.yield_devices(request)
             case GetStatistics():

@@ -51,9 +51,19 @@ class Invoke(msgspec.Struct, frozen=True, tag=True):
 
 
 class SaveState(msgspec.Struct, frozen=True, tag=True):
-    """Write the worker's state into an existing folder."""
+    """Write the worker's state after `step` committed steps into an existing folder."""
 
     folder: str
+    step: int
+
+
+class AbandonStep(msgspec.Struct, frozen=True, tag=True):
+    """End the step that is training, and keep the state of the last committed one, which is saved next.
+
+    It is carried out at once, beside the update that it ends. The run ends after it.
+    """
+
+    committed: int  # steps, since this process started
 
 
 class LoadState(msgspec.Struct, frozen=True, tag=True):
@@ -169,6 +179,7 @@ Request = (
     | LoadWeights
     | Invoke
     | SaveState
+    | AbandonStep
     | LoadState
     | ExportModel
     | PrepareCode
@@ -189,7 +200,15 @@ Request = (
 
 # Requests of a coordinator to all of its ranks at once; rank 0 answers.
 RankRequest = (
-    TakeSnapshot | SaveState | LoadState | ExportModel | PrepareCode | SwitchCode | YieldDevices | SwitchLayout
+    TakeSnapshot
+    | SaveState
+    | AbandonStep
+    | LoadState
+    | ExportModel
+    | PrepareCode
+    | SwitchCode
+    | YieldDevices
+    | SwitchLayout
 )
 
 

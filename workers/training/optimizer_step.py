@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from protocols.stage import StepAbandoned
 from workers.parallel.model import ParallelModel
 from workers.settings import Optimizer
 from workers.training.checkpoint import MOMENTS, Counters
@@ -73,6 +74,7 @@ class OptimizerSteps:
         self._clip = settings.gradient_clip or math.inf
         self._schedule = schedule or LrSchedule.of(settings)
         self._updates = 0  # optimizer steps taken, for the schedule
+        self._abandoned = False
         self._optimizer = torch.optim.AdamW(
             model.optimized.values(),
             lr=learning_rate,
@@ -100,6 +102,17 @@ class OptimizerSteps:
             # Gradients that a refused micro-batch left behind would be added to the next step's.
             self.model.release_gradient()
         self.version += 1
+
+    def abandon(self) -> None:
+        """Any thread: have the current update, and any later one, raise StepAbandoned before its next optimizer step.
+
+        All ranks do so at the same optimizer step, also if only one of them is told.
+        """
+        self._abandoned = True
+
+    def _end_if_abandoned(self, what: str) -> None:
+        if self.model.sum_over_world(float(self._abandoned)):
+            raise StepAbandoned(what)
 
     def _weights(self) -> list[Tensor]:
         """What an optimizer step changes."""

@@ -83,12 +83,14 @@ class TrainableModel(OptimizerSteps):
         """One optimizer step inside `update`: its loss, the gradient's norm before clipping, and a count of 1.
 
         The loss sees `together` successive rows at once, see `micro_batches`. Raises StepRefused, naming `what`, where
-        loss or norm is not finite.
+        loss or norm is not finite, and StepAbandoned after `abandon`.
         """
+        self._end_if_abandoned(what)
         total = self.model.backward(batch, budget, loss, together)
         if not math.isfinite(total):
             raise StepRefused(f"{what}: loss is {total}")
         norm = self.model.clip_gradient(self._clip)
+        self._end_if_abandoned(what)
         self._take_step(what, norm)
         self.model.all_gather_updated()
         return {"loss": total, "gradient_norm": norm, metrics.STEPS: 1.0}

@@ -51,7 +51,7 @@ class RunStore:
         self.last_checkpoint = restored
         self.log = RunLog(folder, exporter, self.version)
         self._ledger, self._checkpoints = ledger, checkpoints
-        self._stateful, self._recipe_digest = stateful, recipe_digest
+        self.stateful, self._recipe_digest = stateful, recipe_digest
         # The restored checkpoint is complete; writing it again would risk it for nothing.
         self._saved_step = self.version if restored else -1
         self._restarted = ledger.restart_live(term)
@@ -156,18 +156,22 @@ class RunStore:
         """Whether the recipe asks for a checkpoint after this step."""
         return bool(self._checkpoints.every) and step % self._checkpoints.every == 0
 
+    def is_saved(self, step: int) -> bool:
+        """Whether the checkpoint of a step exists."""
+        return step == self._saved_step
+
     async def write_checkpoint(self, services: Mapping[str, Endpoint], step: int) -> CheckpointWritten | None:
         """Write the checkpoint of a step, unless it exists; all stateful services save at the same time."""
-        if step == self._saved_step:
+        if self.is_saved(step):
             return None
         await self.flush()
         start = time.monotonic()
         root = self.folder / "checkpoints"
         partial = await self._write(checkpoint.begin, root, step)
         async with asyncio.TaskGroup() as group:
-            for name in self._stateful:
+            for name in self.stateful:
                 (partial / name).mkdir()
-                group.create_task(ask(services[name], SaveState(str(partial / name))), name=f"save {name}")
+                group.create_task(ask(services[name], SaveState(str(partial / name), step)), name=f"save {name}")
         await self._write(self._ledger.backup, partial / "ledger.db")
         path, size = await self._write(
             checkpoint.finish, partial, root, step, self.term, self.cursor, self._recipe_digest

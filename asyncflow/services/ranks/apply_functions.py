@@ -1,7 +1,7 @@
 """ApplyFunctions: a closing stage's batch function and filter as a worker, with the state between two batches.
 
-The state changes when a batch is closed. A checkpoint is written only between two steps, so it holds the state of the
-last committed step; a step that is abandoned returns the run, and this state, to a checkpoint.
+The state changes when a batch is closed. A checkpoint holds the state of the last committed step: it is written between
+two steps, or after `keep_committed`, which goes back to the state before the batch of a step that is never committed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class ApplyFunctions:
         assert stage.function is not None, f"{stage.name} closes no batch"
         self._stage, self._function = stage, stage.function
         self._state: msgspec.Struct | None = None
+        self._before: msgspec.Struct | None = None  # the last batch
+        self._closed = 0  # batches
+        self._committed: int | None = None  # of these, once the run abandons a step
         self._module, self._remake, self._kwargs = module, remake, dict(kwargs or {})
         self._next: tuple[Stage, msgspec.Struct | None, ModuleType] | None = None
         setattr(self, stage.method, self._apply)
@@ -82,12 +85,18 @@ class ApplyFunctions:
         result = self._function(*inputs, state=self._state, **self._kwargs)
         if not isinstance(result, Stateful) or not isinstance(result.state, kind):
             raise TypeError(f"{name}: returned {result!r:.80}, want Stateful with a {kind.__name__}")
-        self._state = result.state
+        self._before, self._state = self._state, result.state
+        self._closed += 1
         return result
+
+    def keep_committed(self, committed: int) -> None:
+        """Of the batches closed so far, this many belong to committed steps; `save` leaves out the one after them."""
+        self._committed = committed
 
     def save(self, folder: str) -> None:
         """Write the state into an existing folder."""
-        (Path(folder) / STATE).write_bytes(msgspec.json.encode(self._state))
+        uncommitted = self._committed is not None and self._closed > self._committed
+        (Path(folder) / STATE).write_bytes(msgspec.json.encode(self._before if uncommitted else self._state))
 
     def load(self, folder: str) -> None:
         """Load a saved state. Raises msgspec.ValidationError if it is another function's."""

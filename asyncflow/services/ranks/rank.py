@@ -7,6 +7,7 @@ only its own rows fail. If the owner of a frame died, the rows are sent again.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +17,16 @@ from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_n
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.quarantine import Quarantine
-from asyncflow.services.ranks.rank_requests import carry_out
+from asyncflow.services.ranks.rank_requests import abandon, carry_out
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
-from protocols.control.requests import LoadState, RankAnswer, RankRequest
+from protocols.control.requests import AbandonStep, Done, LoadState, RankAnswer, RankRequest
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics, Rollouts
-from protocols.stage import Failure, Measured, Partial
+from protocols.stage import Failure, Measured, Partial, StepAbandoned
 
 
 class Ranks(Protocol):
@@ -56,6 +57,7 @@ class Rank:
     ) -> None:
         """`thread`: the thread of `call` and `ask`; None if the process calls `work` and `answer` itself."""
         self._spec, self._loaded, self._store, self._thread = spec, loaded, store, thread
+        self._abandoned = threading.Event()
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
         # The output of one of several ranks passes the coordinator by reference, so it must not travel inline.
         self._alone = spec.topology.world_size == 1
@@ -70,6 +72,8 @@ class Rank:
 
     async def ask(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Run `answer` in the compute thread. See `Ranks.ask`."""
+        if isinstance(request, AbandonStep):
+            return self._abandon(request), []
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request, output)
 
     async def close(self) -> None:
@@ -87,7 +91,7 @@ class Rank:
         """
         start = time.time()
         if delay := self._spec.delay_seconds.get(call.method, 0.0):
-            time.sleep(delay)
+            self._abandoned.wait(delay)
         read = RowReader(call, frames)
         for number, reason in read.refused.items():
             if (frame := frames[number]) is not None:
@@ -98,7 +102,10 @@ class Rank:
         if read.rows or self._spec.collective:
             self._loaded.onload()
             options = {} if call.sampling is None else {"sampling": call.sampling}
-            result = self._loaded.method(call.method)(*read.inputs, **options)
+            try:
+                result = self._loaded.method(call.method)(*read.inputs, **options)
+            except StepAbandoned:
+                result = Metrics(values={})
         batch, failures, metrics = unwrap(result)
         parts = self._put(output or self._store, call.stage, batch) if batch is not None and len(batch) else []
         reply = RankReply(
@@ -121,6 +128,13 @@ class Rank:
         if isinstance(request, LoadState) and self._spec.leased:
             self._loaded.offload()  # all services restore at once, without a lease
         return RankAnswer(start, time.time(), reply), payloads
+
+    def _abandon(self, request: AbandonStep) -> RankAnswer:
+        """Beside the compute thread, which is busy with what this ends."""
+        self._abandoned.set()
+        abandon(self._loaded.worker, request)
+        now = time.time()
+        return RankAnswer(now, now, Done())
 
     def _put(self, store: Store, stage: str, batch: Batch) -> list[ShardRef]:
         direct = self._direct.get(stage, self._alone)

@@ -12,6 +12,7 @@ import msgspec
 from asyncflow.services.channels.endpoint import Payload, Store
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from protocols.control.requests import (
+    AbandonStep,
     Done,
     ExportModel,
     LoadState,
@@ -46,6 +47,9 @@ def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple
             manifest, buffer = taken
             return SnapshotTaken(manifest), [store.put(buffer)]
         case SaveState():
+            trained = getattr(worker, "trained", None)
+            if trained is not None and trained.version != request.step:
+                raise ValueError(f"its state is of step {trained.version}, not of step {request.step}")
             worker.save(request.folder)
         case LoadState():
             worker.load(request.folder)
@@ -60,6 +64,14 @@ def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple
     return Done(), []
 
 
+def abandon(worker: Any, request: AbandonStep) -> None:
+    """Have a worker give up the step that it trains. Does not block; may be called beside the worker's thread."""
+    if (trained := getattr(worker, "trained", None)) is not None:
+        trained.abandon()
+    elif keep := getattr(worker, "keep_committed", None):
+        keep(request.committed)
+
+
 def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
     """Pass a change of code on to a worker that calls a user's functions; other workers ignore it."""
     if isinstance(request, PrepareCode) and (prepare := getattr(worker, "prepare_code", None)):
@@ -71,6 +83,7 @@ def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
 _ACTIVITIES = {
     TakeSnapshot: "publish",
     SaveState: "checkpoint",
+    AbandonStep: "abandon",
     LoadState: "restore",
     ExportModel: "export",
     PrepareCode: "reload",

@@ -11,7 +11,7 @@ import asyncflow
 from asyncflow.recipe.config import BadInput, Recipe
 from asyncflow.run.launch import resume
 from asyncflow.run.run_folder import recipe_of
-from protocols.control.events import RunStarted, StepCommitted
+from protocols.control.events import RunEnded, RunStarted, StepCommitted, WaitsChanged
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.runs import differing, finished, weights
 
@@ -37,6 +37,53 @@ async def test_a_run_that_died_before_its_first_checkpoint_starts_again_by_the_s
     assert started.warnings[0].startswith("starts from the beginning, 1 steps are trained again")
     whole = await finished(recipe, tmp_path / "whole")
     assert differing(weights(tmp_path / "died", 2), weights(whole, 2)) == []
+
+
+UPDATES = {"policy.update#1", "critic.update#1"}
+
+
+async def stopped_in_step(step: int, recipe: Recipe, folder: Path) -> RunEnded:
+    """Stop a run while it trains a step, counted from 1: not all updates wait for a batch."""
+    async with asyncflow.launch(recipe, folder=folder) as run:
+        committed = 0
+        async for event in run.events():
+            committed += isinstance(event, StepCommitted)
+            if committed == step - 1 and isinstance(event, WaitsChanged) and not event.waits.keys() >= UPDATES:
+                break
+        return await run.stop()
+
+
+async def test_a_step_longer_than_the_deadline_of_a_stop_is_given_up_and_the_one_before_saved(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    long = {"policy": {"update": 2.0}, "critic": {"update": 2.0}}
+    recipe = make_recipe(steps=2, checkpoints={"every": 0}, deadlines={"stop": 0.1}, delays=long)
+    ended = await stopped_in_step(2, recipe, tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoints" / "step_000001"
+    assert (ended.outcome, ended.exit_code, ended.step) == ("stopped", 130, 1)
+    assert ended.error == (
+        f"not drained within 0.1 s: the step that was training is given up; last checkpoint: {saved}"
+    )
+    async with resume(tmp_path / "run", overrides=["delays={}"]) as resumed:
+        assert (await resumed.wait()).outcome == "finished"
+    whole = await finished(make_recipe(steps=2), tmp_path / "whole")
+    for role in ("policy", "critic"):
+        assert differing(weights(tmp_path / "run", 2, role), weights(whole, 2, role)) == [], role
+
+
+async def test_a_step_that_one_of_two_models_has_finished_is_finished_after_the_deadline(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        steps=2,
+        deadlines={"stop": 1.0},
+        delays={"policy": {"update": 3.0}},
+        pools={"main": {}, "other": {}},
+        placement={"critic": {"pool": "other"}},
+    )
+    ended = await stopped_in_step(1, recipe, tmp_path / "run")
+    assert (ended.outcome, ended.error, ended.step) == ("stopped", "", 1)
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
 
 
 async def test_a_finished_run_goes_on_with_more_steps_and_another_learning_rate(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs
+from protocols.stage import StepAbandoned
 from tests import tiny
 from tests.workers.checkpoints import contents
 from workers.data.token_rows import TokenRows
@@ -111,6 +112,21 @@ def test_a_step_is_a_version_and_ends_in_eval_mode_without_gradients(folder: Pat
     assert model.version == 1
     assert not model.model.module.training
     assert all(p.grad is None for p in model.model.module.parameters())
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 3])
+def test_an_abandoned_step_leaves_nothing_behind(folder: Path, tmp_path: Path, optimizer_steps: int):
+    model = trained(folder)
+    take_steps(model, 2)
+    before = saved(model, tmp_path / "before")
+    with pytest.raises(StepAbandoned), model.update(optimizer_steps):
+        for _ in range(optimizer_steps - 1):
+            step(model, cross_entropy(), "one of them")
+        model.abandon()  # as another thread does meanwhile
+        step(model, cross_entropy(), "the last of them")
+    assert saved(model, tmp_path / "after") == before
+    with pytest.raises(StepAbandoned):
+        take_steps(model, 1)
 
 
 @pytest.mark.parametrize("optimizer_steps", [1, 3])

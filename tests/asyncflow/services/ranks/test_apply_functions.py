@@ -86,6 +86,17 @@ def test_a_restored_state_goes_on_where_it_was_saved(tmp_path: Path, batches: in
     assert restored.add_up(TWO).state == whole.add_up(TWO).state == Seen(2 * batches + 2)
 
 
+@pytest.mark.parametrize("committed", [1, 2])
+def test_a_checkpoint_leaves_out_the_batch_of_a_step_that_is_given_up(tmp_path: Path, committed: int):
+    carrying, restored = worker(), worker()
+    carrying.add_up(TWO)
+    carrying.add_up(TWO)
+    carrying.keep_committed(committed)
+    carrying.save(str(tmp_path))
+    restored.load(str(tmp_path))
+    assert restored.add_up(TWO).state == Seen(2 * committed + 2)
+
+
 def test_a_call_that_fails_leaves_the_state():
     carrying = worker()
     carrying.add_up(TWO)

@@ -73,7 +73,7 @@ def requests(folder: str, checkpoint: str) -> list[str]:
     """A description of this policy rank's answer to each request."""
     rank = rank_of(spec(folder, "policy", "1-2-1"), torch.distributed.get_rank())
     said = []
-    for request in (TakeSnapshot(Version(0, 0)), SaveState(checkpoint), YieldDevices()):
+    for request in (TakeSnapshot(Version(0, 0)), SaveState(checkpoint, 0), YieldDevices()):
         answer, payloads = rank.answer(request)
         said.append(f"{type(answer.reply).__name__} with {len(payloads)} payloads")
         if isinstance(answer.reply, SnapshotTaken):

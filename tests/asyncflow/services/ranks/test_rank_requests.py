@@ -27,7 +27,7 @@ class Worker:
 @pytest.mark.parametrize(
     ("request_", "there"),
     [
-        (SaveState(""), True),
+        (SaveState("", 0), True),
         (ExportModel(""), True),
         (PrepareCode([]), False),
         (SwitchCode(True), False),
