@@ -83,14 +83,21 @@ def resume(
 
 
 @app.command()
-def validate(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a recipe with its data and models, start nothing, and print the recipe with every default written out."""
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default instead.")] = False,
+) -> None:
+    """Check a recipe with its data and models; start nothing. Prints who runs where and the estimated memory."""
+    from asyncflow.cli.validation import print_valid
     from asyncflow.run.prepare import prepare
 
     checked = prepare(load_recipe(recipe, overrides))
     for note in checked.notes:
         err.print(note, markup=False, soft_wrap=True)
-    out.print(recipe_text(checked.recipe), end="", markup=False, soft_wrap=True)
+    if resolved:
+        return out.print(recipe_text(checked.recipe), end="", markup=False, soft_wrap=True)
+    return print_valid(str(recipe), checked, out)
 
 
 @app.command()

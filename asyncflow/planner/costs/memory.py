@@ -46,7 +46,7 @@ def footprint(model: ModelWork, topology: Topology, workload: Workload, recomput
         weights=own * WEIGHT_BYTES,
         optimizer=own * OPTIMIZER_BYTES / topology.dp if model.trains else 0.0,
         gradients=own * GRADIENT_BYTES if model.trains else 0.0,
-        activations=_activations(model, topology, tokens, recompute) if runs else 0.0,
+        activations=activations(model, topology, tokens, recompute) if runs else 0.0,
     )
 
 
@@ -63,16 +63,19 @@ def kv_capacity(shape: Shape, pp: int, tp: int, free: float, workload: Workload)
     return free // (workload.sample_tokens * token)
 
 
-def _activations(model: ModelWork, topology: Topology, tokens: float, recompute: bool) -> float:
+def activations(
+    model: ModelWork, topology: Topology, tokens: float, recompute: bool, weight_bytes: int = WEIGHT_BYTES
+) -> float:
     """Activations of the micro-batches in flight on the first stage, and the head's outputs in float32.
 
-    A layer keeps tokens x hidden x (10 + 24/t) bytes, without the attention matrix (Korthikanti et al., 2022); with
-    recomputation only its input, plus one layer at a time in full.
+    In bfloat16 a layer keeps tokens x hidden x (10 + 24/t) bytes, without the attention matrix (Korthikanti et al.,
+    2022), and as much more as a weight has more bytes; with recomputation only its input, plus one layer at a time in
+    full.
     """
     shape, pp, tp = model.shape, topology.pp, topology.tp
-    layer = tokens * shape.hidden * (10 + 24 / tp)
+    layer = tokens * shape.hidden * (10 + 24 / tp) * weight_bytes / WEIGHT_BYTES
     head = tokens * (shape.outputs or shape.vocabulary) / tp * 4
     if not model.trains:
         return layer + head
-    kept = tokens * shape.hidden * WEIGHT_BYTES if recompute else layer
+    kept = tokens * shape.hidden * weight_bytes if recompute else layer
     return pp * shape.layers / pp * kept + layer + 2 * head

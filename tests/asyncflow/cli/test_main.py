@@ -51,10 +51,19 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
 
 
 def test_validate_prints_the_resolved_recipe_which_is_a_recipe(asyncflow: Command, recipe: Path):
-    result = asyncflow("validate", recipe, "--set", "steps=9", "--set", "loss.clip_low=0.1")
+    result = asyncflow("validate", recipe, "--resolved", "--set", "steps=9", "--set", "loss.clip_low=0.1")
     assert (result.returncode, result.stderr) == (0, "")
     table = tomllib.loads(result.stdout)
     assert (table["steps"], table["loss"]["clip_low"], table["checkpoints"]["keep"]) == (9, 0.1, 2)
+
+
+def test_validate_says_valid_who_runs_where_and_the_memory(asyncflow: Command, recipe: Path):
+    result = asyncflow("validate", recipe)
+    assert (result.returncode, result.stderr) == (0, "")
+    first, *lines = result.stdout.splitlines()
+    assert first == f"{recipe} is valid: ppo, 5 steps of 4 prompts x 2 samples, synchronous"
+    assert any(line.split()[:5] == ["critic", "policy", "main", "1", "weights"] for line in lines)
+    assert any(line.startswith("pool main: 1 x ") and line.endswith("on each") for line in lines)
 
 
 def test_plan_draws_the_dataflow_and_says_who_runs_where(asyncflow: Command, recipe: Path):
