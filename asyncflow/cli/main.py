@@ -29,7 +29,12 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe: a TOML file.", show_default=False)]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe: a TOML file. Its relative paths start at the working directory.", show_default=False
+    ),
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key of the recipe: key.path=value. Repeatable.")
 ]

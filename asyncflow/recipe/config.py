@@ -95,7 +95,7 @@ class Placed(Settings, frozen=True):
 
 
 class Recipe(Settings, frozen=True, kw_only=True):
-    """The settings of a run."""
+    """The settings of a run. Relative paths start at the working directory, wherever the recipe's file is."""
 
     name: str  # of the run; it becomes a folder's name
     steps: PositiveInt  # committed steps at which the run ends

@@ -21,7 +21,10 @@ class Schedule(Settings, frozen=True):
 
 
 class FineTuning(Settings, frozen=True):
-    """What each of them says: where the model starts from, its data, and its schedule."""
+    """What each of them says: where the model starts from, its data, and its schedule.
+
+    Relative paths start at the working directory, wherever the settings' file is.
+    """
 
     model: str  # transformers folder to start from
     data: str  # a file or folder of rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from asyncflow.cli.main import app
 from asyncflow.recipe.config import recipe_text
 from tests.asyncflow.conftest import MakeRecipe
 
@@ -64,6 +67,20 @@ def test_validate_says_valid_who_runs_where_and_the_memory(asyncflow: Command, r
     assert first == f"{recipe} is valid: ppo, 5 steps of 4 prompts x 2 samples, synchronous"
     assert any(line.split()[:5] == ["critic", "policy", "main", "1", "weights"] for line in lines)
     assert any(line.startswith("pool main: 1 x ") and line.endswith("on each") for line in lines)
+
+
+def test_relative_paths_start_at_the_working_directory_wherever_the_recipe_is(
+    recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, elsewhere = tmp_path / "my place", tmp_path / "my recipes"
+    place.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(data / "train.jsonl", place / "my rows.jsonl")
+    shutil.copy(recipe, elsewhere / "first try.toml")
+    monkeypatch.chdir(place)
+    arguments = ["validate", "../my recipes/first try.toml", "--resolved", "--set", "data.train=my rows.jsonl"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert tomllib.loads(result.stdout)["data"]["train"] == str(place / "my rows.jsonl")
 
 
 def test_plan_draws_the_dataflow_and_says_who_runs_where(asyncflow: Command, recipe: Path):
