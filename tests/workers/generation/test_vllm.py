@@ -26,7 +26,8 @@ from workers.training.models import canonical_tensors, load_causal
 pytestmark = pytest.mark.vllm
 
 RUN_SEED = 7
-OTHER_END = tiny.VOCABULARY["z"]
+OTHER_END = tiny.VOCABULARY["z"]  # named by the generator's folder
+ENDS = {tiny.EOS_ID, OTHER_END}
 PROBE = "the probe is longer than three blocks of the cache: " * 8
 # Several blocks of the prefix cache, equal in all versions: entries of old weights would be hit.
 LONG = tiny.make_prompts(["3+4*5=" * 70, "sort: dcba " * 40], samples=6)
@@ -124,7 +125,7 @@ def test_a_load_in_the_middle_splits_rows_between_two_versions(published: Publis
         np.testing.assert_allclose(row.log_probs[:cut], tiny.log_probs(old, prompt, row.tokens)[:cut], atol=1e-4)
         np.testing.assert_allclose(row.log_probs[cut:], tiny.log_probs(new, prompt, row.tokens)[cut:], atol=1e-4)
         assert len(row.tokens) <= 30
-        assert (row.finish is Finish.STOP) == (row.tokens[-1] == tiny.EOS_ID)
+        assert (row.finish is Finish.STOP) == (int(row.tokens[-1]) in ENDS)
         assert row.finish is Finish.STOP or len(row.tokens) == 30
         crossed += 0 < cut < len(row.tokens)
     assert crossed >= 6
@@ -310,7 +311,8 @@ def test_greedy_is_transformers_greedy_also_beside_sampled_rows(published: Publi
     rows = drain(engine)
     for sample_id, prompt in zip(greedy.sample_ids.tolist(), greedy.prompts, strict=True):
         inputs = torch.tensor(prompt[None], dtype=torch.int64)
-        want = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+        ends = {"eos_token_id": list(ENDS), "max_new_tokens": 12}
+        want = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, **ends)  # type: ignore[operator]
         assert rows[sample_id].tokens.tolist() == want[0, len(prompt) :].tolist()
     assert_drawn_by(model, greedy, {i: rows[i] for i in greedy.sample_ids.tolist()})
     assert_drawn_by(model, sampled, {i: rows[i] for i in sampled.sample_ids.tolist()}, temperature=0.8)
@@ -321,11 +323,11 @@ def test_a_response_ends_at_its_end_token_or_its_limit(published: Published) -> 
     rows = generate(published.engine, tiny.make_prompts(["a"], samples=100), Sampling(max_tokens=40))
     assert {row.finish for row in rows.values()} == {Finish.STOP, Finish.LENGTH}
     for row in rows.values():
-        ends = np.flatnonzero(np.isin(row.tokens, [tiny.EOS_ID, OTHER_END]))
+        ends = np.flatnonzero(np.isin(row.tokens, list(ENDS)))
         assert ends.tolist() == ([len(row.tokens) - 1] if row.finish is Finish.STOP else [])
         assert row.finish is Finish.STOP or len(row.tokens) == 40
     stopped_by = {int(row.tokens[-1]) for row in rows.values() if row.finish is Finish.STOP}
-    assert stopped_by == {tiny.EOS_ID, OTHER_END}
+    assert stopped_by == ENDS
 
 
 def test_more_prompts_than_one_step_takes_wait_whole(published: Published) -> None:
