@@ -208,6 +208,21 @@ class Generation(Settings, frozen=True):
     probe_tolerance: float = 1e-3  # largest log-prob difference that verifies a publication; raise it for bfloat16
 
 
+class Chat(Settings, frozen=True):
+    """How rows become conversations, and how the tokenizer's chat template writes them."""
+
+    system: str = ""  # the first message of conversations that have no system message; "": none
+    from_text: bool = False  # a prompt that is a text is the user's message of a conversation; else it stays a text
+    # Arguments of the template, e.g. { enable_thinking = false }; those in a row's chat_template_kwargs come before.
+    arguments: dict[str, bool | int | float | str] = {}
+    tools: str = "tools"  # name of the field with a row's tools, a list or the list as JSON; "": none are written
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if taken := sorted({"messages", "tools", "add_generation_prompt"} & self.arguments.keys()):
+            raise ValueError(f"arguments.{taken[0]}: every row's conversation has its own; leave it out")
+
+
 class Failures(Settings, frozen=True):
     """What happens to a sample whose reward can't be computed, and to a service that dies."""
 

@@ -11,7 +11,6 @@ import random
 from pathlib import Path
 
 import msgspec
-from tokenizers import Tokenizer
 
 from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.demo.task import MAX_TOKENS, preference, write_rows
@@ -21,6 +20,7 @@ from protocols.roles import Sampling
 from protocols.weights import Version
 from workers.data.datasets import Preference, Problem, read_rows
 from workers.data.hf_folder import end_tokens_of
+from workers.data.tokenizer import Tokenizer
 from workers.generation.engine import FinishedRow
 from workers.generation.torch import TorchEngine
 from workers.settings import Generation
@@ -78,7 +78,7 @@ def _sample_answers(policy: Path, problems: list[Problem], wanted: list[int], se
     rows: list[FinishedRow] = []
     while engine.unfinished:
         rows += engine.step()
-    texts = Tokenizer.from_file(str(policy / "tokenizer.json")).decode_batch([r.tokens.tolist() for r in rows])
+    texts = Tokenizer(policy).decode(row.tokens for row in rows)
     answers: list[list[PolicyAnswer]] = [[] for _ in problems]
     for row, text in zip(rows, texts, strict=True):
         answers[place_of(prompt_of(row.sample_id))[1]].append(PolicyAnswer(text, row.finish is not Finish.STOP))

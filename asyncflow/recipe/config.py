@@ -23,6 +23,7 @@ from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
 from protocols.layout.topology import Backend
 from workers.settings import (
+    Chat,
     Failures,
     FinitePositive,
     Generation,
@@ -62,6 +63,7 @@ class Data(Settings, frozen=True):
     eval: str = ""  # held-out rows; "": no evaluation
     prompt: str = "prompt"  # name of the field with the prompt, a text or chat messages
     reference: str = "reference"  # name of the field with the right answer, for rules; "": rows have none
+    chat: Chat = Chat()  # of the rows of train and eval
     pretrain: str = ""  # text of the pretraining loss (loss.ptx_coefficient): rows of text, or of prompt and response
     # Rows that exceed the policy's context, a prompt together with generation.max_tokens: "skip" leaves them out.
     overlong: Literal["refuse", "skip"] = "refuse"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
-from pathlib import Path
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
@@ -22,6 +20,9 @@ from asyncflow.recipe.service_specs import (
 )
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.roles import ROLES
+from workers.data.hf_folder import vocabulary_in
+from workers.data.tokenizer import BadTokenizer, Tokenizer
+from workers.data.tokenizer_difference import difference
 from workers.parallel.plan import Decoder, ShardPlan, has_plan
 from workers.rewards.rules import rule_named
 from workers.settings import Model
@@ -210,26 +211,29 @@ def _check_rule(where: str, name: str) -> None:
 
 
 def _check_same_vocabulary(folders: dict[str, str]) -> None:
-    """Models that exchange token ids must have the same tokenizer."""
-    sizes = {role: config_of(role, folder).get("vocab_size") for role, folder in folders.items()}
-    own, size = folders["policy"], sizes["policy"]
-    tokenizer = Path(own) / "tokenizer.json"
-    if not tokenizer.exists():
-        raise BadInput(f"models.policy.path: {own} has no tokenizer.json")
-    digest = _digest(tokenizer)
+    """Models that exchange token ids must have tokenizers that do the same, and rows for all ids. Raises BadInput."""
+    own = folders["policy"]
+    rows = {role: vocabulary_in(config_of(role, folder)) for role, folder in folders.items()}
+    try:
+        ids = Tokenizer(own).size
+    except BadTokenizer as error:
+        raise BadInput(f"models.policy.path: {error}") from error
+    ids = min(ids, rows["policy"] or ids)  # a policy has no rows for tokens that are never used
     for role, folder in folders.items():
-        if (other := sizes[role]) != size:
-            raise BadInput(f"models.{role}: vocabulary of {other} tokens where the policy has {size} ({folder}, {own})")
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists() or _digest(path) != digest:
+        size = rows[role]
+        if size is not None and size < ids:
             raise BadInput(
-                f"models.{role}: its tokenizer differs from the policy's ({path}, {tokenizer}): "
-                "token ids would mean other text"
+                f"models.{role}: {folder} has {size} rows of vocabulary, and the policy's tokens have ids up to "
+                f"{ids - 1} ({own}): want a model whose embedding has a row for each"
             )
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            unlike = difference(own, folder)
+        except BadTokenizer as error:
+            raise BadInput(f"models.{role}: {error}") from error
+        if unlike:
+            raise BadInput(
+                f"models.{role}: its tokenizer differs from the policy's: {unlike}; token ids would mean other text"
+            )
 
 
 def _check_lora(recipe: Recipe) -> None:

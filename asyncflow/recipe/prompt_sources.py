@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncflow.control.admission.prompts import DataRow, PromptSource, Share
+from asyncflow.control.admission.prompts import BadRow, DataRow, PromptSource, Share
 from asyncflow.recipe.config import BadInput, Recipe, TrainSet
 from asyncflow.recipe.model_folders import config_of
+from workers.data.dataset_files import places_of
 from workers.data.datasets import DataError, MissingField, Problem, read_rows
 from workers.data.model_config import context_in
 from workers.data.overlong import overlong_rows
@@ -35,6 +36,11 @@ def _read(recipe: Recipe, key: str, sets: list[TrainSet]) -> tuple[PromptSource,
     try:
         rows = [row for rows in per_set for row in rows]
         source = PromptSource(rows, recipe.models["policy"].path, recipe.seed, shares)
+    except BadRow as error:
+        number = int(np.searchsorted(np.cumsum([share.rows for share in shares]), error.row, side="right"))
+        before = sum(share.rows for share in shares[:number])
+        (place,) = places_of(sets[number].path, [error.row - before])
+        raise BadInput(f"data: {place}: {error.why}") from error
     except ValueError as error:
         raise BadInput(f"data: {paths}: {error}") from error
     return source, _without_overlong(recipe, key, sets, source)
@@ -46,12 +52,13 @@ def _rows(recipe: Recipe, given: TrainSet) -> list[DataRow]:
         columns["reference"] = given.reference
     needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
     try:
-        rows = read_rows(given.path, DataRow if needs_reference else Problem, columns, recipe.models["policy"].path)
+        kind, policy = DataRow if needs_reference else Problem, recipe.models["policy"].path
+        rows = read_rows(given.path, kind, columns, policy, recipe.data.chat)
     except MissingField as error:
         raise BadInput(f"data: {error}: data.prompt and data.reference say which (a.b: b inside of a)") from error
     except DataError as error:
         raise BadInput(f"data: {error}") from error
-    return [DataRow(row.prompt, row.reference) if isinstance(row, Problem) else row for row in rows]
+    return [DataRow(row.prompt, row.reference, row.is_chat) if isinstance(row, Problem) else row for row in rows]
 
 
 def _mix(source: PromptSource, sets: list[TrainSet]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A row type is a struct with the fields that a training step needs. `columns` maps them to the names in the file; other
 columns of a row are ignored. A prompt or an answer is a text, which stays as it is, or chat messages, which the
-tokenizer's template renders. `workers.data.row_shapes` has the shapes that are read without `columns`.
+tokenizer's template renders; `is_chat` marks such rows, which have its special tokens. `workers.data.row_shapes` has
+the shapes that are read without `columns`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from workers.data.chat import ChatTemplate
 from workers.data.dataset_files import DataError, Record, records
 from workers.data.file_rows import json_of
 from workers.data.messages import BadChat
-from workers.data.row_shapes import fields_of, names_in, shapes_for
+from workers.data.row_shapes import IS_CHAT, fields_of, names_in, shapes_for
+from workers.settings import Chat
 
 __all__ = ["ALL", "DataError", "Demonstration", "MissingField", "Preference", "Problem", "SafetyPair", "read_rows"]
 
@@ -31,6 +33,7 @@ class Problem(msgspec.Struct, frozen=True):
 
     prompt: str
     reference: str = ""
+    is_chat: bool = False
 
 
 class Demonstration(msgspec.Struct, frozen=True):
@@ -38,12 +41,13 @@ class Demonstration(msgspec.Struct, frozen=True):
 
     prompt: str
     response: str
+    is_chat: bool = False
 
 
 class Preference(msgspec.Struct, frozen=True):
     """Two responses to one prompt; `chosen` is the better one.
 
-    A truncated response was cut off by a token limit and gets no end-of-sequence token.
+    A truncated response was cut off by a token limit and gets no end token.
     """
 
     prompt: str
@@ -51,6 +55,7 @@ class Preference(msgspec.Struct, frozen=True):
     rejected: str
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    is_chat: bool = False
 
 
 class SafetyPair(msgspec.Struct, frozen=True):
@@ -63,6 +68,7 @@ class SafetyPair(msgspec.Struct, frozen=True):
     rejected_is_safe: bool | None = None
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    is_chat: bool = False
 
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -79,21 +85,22 @@ def read_rows(
     kind: type[R],
     columns: Mapping[str, str] | None = None,
     tokenizer: str | Path = "",
+    chat: Chat = Chat(),  # noqa: B008 - frozen
     *,
     keep: Collection[str] = (),
 ) -> list[R]:
     """All rows of a file or folder (see workers.data.dataset_files), in any shape of workers.data.row_shapes.
 
     `columns` maps a field of `kind` to its name in the file, where the two differ. `tokenizer` is the transformers
-    folder whose chat template renders messages. `keep` names columns whose values the field `columns` of `kind` gets,
-    as JSON types; `ALL` stands for all of them. Raises DataError for a file that can't be read or holds no row, and
-    for the first row that lacks a field of the right type.
+    folder whose chat template renders messages, as `chat` says. `keep` names columns whose values the field `columns`
+    of `kind` gets, as JSON types; `ALL` stands for all of them. Raises DataError for a file that can't be read or holds
+    no row, and for the first row that lacks a field of the right type.
     """
-    fields = [field.name for field in msgspec.structs.fields(kind) if field.name != KEPT]
+    fields = [field.name for field in msgspec.structs.fields(kind) if field.name not in (KEPT, IS_CHAT)]
     names = {field: (columns or {}).get(field, field) for field in fields}
     if unknown := set(columns or {}) - set(names):
         raise DataError(f"{path}: {sorted(unknown)[0]!r} is no field of {kind.__name__}; it has {', '.join(names)}")
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, chat)
     rows = [_row(record, kind, names, template, keep) for record in records(path)]
     if not rows:
         raise DataError(f"{path}: holds no row")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,19 @@ def eos_token_of(folder: str | Path) -> int:
     return named[0] if named else min(end_tokens_of(folder))
 
 
+def add_end_token(folder: str | Path, token: int) -> None:
+    """Name one more token that ends a response in generation_config.json; no change where it is among them already."""
+    if token not in end_tokens_of(folder):
+        path = Path(folder) / "generation_config.json"
+        named = list(dict.fromkeys([*_named_end_tokens(folder), token]))
+        path.write_text(json.dumps(json_of(path) | {"eos_token_id": named}, indent=2) + "\n", "utf-8")
+
+
 def _named_end_tokens(folder: str | Path) -> list[int]:
     """eos_token_id of the model's files, those of generation_config.json first."""
     ends: list[int] = []
-    config = _json_of(Path(folder) / "config.json")
-    for settings in (_json_of(Path(folder) / "generation_config.json"), config, config.get("text_config") or {}):
+    config = json_of(Path(folder) / "config.json")
+    for settings in (json_of(Path(folder) / "generation_config.json"), config, config.get("text_config") or {}):
         named = settings.get("eos_token_id")
         ends += named if isinstance(named, list) else [] if named is None else [named]
     return ends
@@ -49,34 +58,40 @@ def _named_end_tokens(folder: str | Path) -> list[int]:
 
 def _tokenizer_eos(folder: str | Path) -> list[int]:
     """The id of the tokenizer's eos token; empty where it has none."""
-    token, path = special_tokens_of(folder).get("eos_token"), Path(folder) / "tokenizer.json"
-    if token is None or not path.exists():
-        return []
-    added = msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens
-    return [known.id for known in added if known.content == token]
+    token = special_tokens_of(folder).get("eos_token")
+    return [known.id for known in added_tokens_of(folder) if known.content == token]
 
 
-class _AddedToken(msgspec.Struct):
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token that stands beside the vocabulary of a tokenizer.json and is found before anything else in a text."""
+
     id: int
     content: str
+    special: bool = False  # it is left out where ids are decoded as plain text
 
 
 class _AddedTokens(msgspec.Struct):
     """The only part of a tokenizer.json that is decoded: its vocabulary may have megabytes."""
 
-    added_tokens: list[_AddedToken] = []
+    added_tokens: list[AddedToken] = []
+
+
+def added_tokens_of(folder: str | Path) -> list[AddedToken]:
+    """The added tokens of a folder's tokenizer.json; empty where it has none."""
+    path = Path(folder) / "tokenizer.json"
+    return msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens if path.exists() else []
 
 
 def special_tokens_of(folder: str | Path) -> dict[str, str]:
     """The texts of the tokenizer's special tokens by name ("bos_token", "eos_token", ...), as its files give them."""
     named: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter is the newer form
-        named |= {key: value for key, value in _json_of(Path(folder) / name).items() if key.endswith("_token")}
+        named |= {key: value for key, value in json_of(Path(folder) / name).items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _json_of(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
@@ -98,7 +113,20 @@ def engine_context(folder: str | Path, settings: Generation) -> int:
     return settings.max_model_tokens or context_in(config_in(folder)) or UNBOUNDED_CONTEXT
 
 
-_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # a folder's tokenizer, chat template and generation defaults
+def vocabulary_of(folder: str | Path) -> int | None:
+    """The number of ids that a folder's model has an embedding for; None where it has no config that says so."""
+    return vocabulary_in(json_of(Path(folder) / "config.json"))
+
+
+def vocabulary_in(config: Mapping[str, Any]) -> int | None:
+    """The number of ids that a config.json names, also in its text_config; None where it names none."""
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
+
+
+# A folder's tokenizer, its chat template and its generation defaults.
+_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+CHAT_TEMPLATES = "additional_chat_templates"  # the subfolder of those that have names
 _OF_THE_WEIGHTS = ("training.json", ".index.json")
 
 
@@ -107,3 +135,5 @@ def copy_auxiliary_files(source: str | Path, folder: str | Path) -> None:
     for path in Path(source).iterdir():
         if path.suffix in _BESIDE_WEIGHTS and path.name != "config.json" and not path.name.endswith(_OF_THE_WEIGHTS):
             shutil.copyfile(path, Path(folder) / path.name)
+    if (templates := Path(source) / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(templates, Path(folder) / CHAT_TEMPLATES, dirs_exist_ok=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience
+from workers.data.dataset_files import places_of
 from workers.data.datasets import DataError, Demonstration, read_rows
-from workers.data.hf_folder import context_of, eos_token_of
-from workers.data.token_rows import TokenRows
+from workers.data.hf_folder import context_of
+from workers.data.token_rows import Text, TokenRows, token_pairs, unknown_to_model
+from workers.data.tokenizer import Tokenizer, Tokens
 from workers.settings import Loss
 
 _FLOAT_COLUMNS = [name for name in Experience.aligned if name not in ("responses", "loss_mask")]
@@ -37,21 +38,24 @@ class PretrainingText:
     def read(
         cls, path: str | Path, model: str | Path, rows: int, seed: int, columns: Mapping[str, str] | None = None
     ) -> PretrainingText:
-        """Tokenize the rows of a file with a model folder's tokenizer and append its end-of-sequence token.
+        """Tokenize the rows of a file with a model folder's tokenizer; each ends with its end token.
 
         Rows have any of the shapes of supervised fine-tuning. A row without a prompt is a plain text; a text longer
         than the model's context is split into several rows. Raises DataError for a file that can't be used, for a
-        prompt and response that exceed the context together, and if all texts are empty.
+        prompt and response that exceed the context together, for tokens that the model does not have, and if all texts
+        are empty.
         """
         demonstrations = read_rows(path, Demonstration, columns, model)
-        tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        end, context = eos_token_of(model), context_of(model)
-        prompts: list[npt.NDArray[np.int32]] = []  # arrays, since a list takes nine times the memory
-        responses: list[npt.NDArray[np.int32]] = []
-        for number, row in enumerate(demonstrations, 1):
-            for prompt, response in _split_to_context(row, tokenizer, end, context, f"{path}: row {number}"):
-                prompts.append(np.array(prompt, np.int32))
-                responses.append(np.array(response, np.int32))
+        tokenizer, context = Tokenizer(model), context_of(model)
+        texts = [Text(row.prompt, row.response, is_chat=row.is_chat) for row in demonstrations]
+        prompts: list[Tokens] = []
+        responses: list[Tokens] = []
+        for number, (prompt, response) in enumerate(token_pairs(tokenizer, texts), 1):
+            if found := unknown_to_model(tokenizer, (prompt, response)):
+                raise DataError(f"{places_of(path, [number - 1])[0]}: {found[1]}")
+            for split_prompt, split_response in _split_to_context(prompt, response, context, f"{path}: row {number}"):
+                prompts.append(split_prompt)
+                responses.append(split_response)
         if not prompts:
             raise DataError(f"{path}: all of its {len(demonstrations)} texts are empty: there is nothing to learn")
         return cls(TokenRows.of(prompts, responses), rows, seed)
@@ -114,18 +118,11 @@ def is_text(batch: Experience) -> npt.NDArray[np.bool_]:
     return batch.sample_ids < 0
 
 
-def _split_to_context(
-    row: Demonstration, tokenizer: Tokenizer, end: int, context: int, where: str
-) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) token lists of a row, a long text split into several. A text's first token is its prompt."""
-    prompt, response = _encode(tokenizer, row.prompt), [*_encode(tokenizer, row.response), end]
-    if not prompt:
+def _split_to_context(prompt: Tokens, response: Tokens, context: int, where: str) -> list[tuple[Tokens, Tokens]]:
+    """(prompt, response) of a row, a long text split into several. A text's first token is its prompt."""
+    if not len(prompt):
         cuts = [response[start : start + context] for start in range(0, len(response), context)]
         return [(cut[:1], cut[1:]) for cut in cuts if len(cut) > 1]
     if len(prompt) + len(response) > context:
         raise DataError(f"{where}: has {len(prompt) + len(response)} tokens, the model's context is {context}")
     return [(prompt, response)]
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids

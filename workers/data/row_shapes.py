@@ -37,7 +37,7 @@ def fields_of(values: Mapping[str, Any], names: Mapping[str, str], template: Cha
 
     `names` maps every field to its column. Raises BadChat for messages that can't be rendered.
     """
-    return _as_texts(_found(values, names), names, template)
+    return _as_texts(_found(values, names), names, template, values)
 
 
 def value_of(values: Mapping[str, Any], name: str) -> Any:
@@ -165,7 +165,12 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTemplate) -> dict[str, Any]:
+IS_CHAT = "is_chat"  # the field of a row that says whether the chat template has rendered it
+
+
+def _as_texts(
+    found: dict[str, Any], names: Mapping[str, str], template: ChatTemplate, row: Mapping[str, Any]
+) -> dict[str, Any]:
     """The fields with every conversation rendered as text; fields inside a conversation are taken from it."""
     answers = [field for field in _ANSWERS if field in names]
     for field in ("prompt", *answers):
@@ -183,17 +188,19 @@ def _as_texts(found: dict[str, Any], names: Mapping[str, str], template: ChatTem
             request = prompt[:-1]
             if names.get("reference") == "reference":
                 found = {"reference": prompt[-1]["content"] or "", **found}
-    if not (is_chat(prompt) or any(is_chat(found.get(field)) for field in answers)):
+    chat = is_chat(prompt) or any(is_chat(found.get(field)) for field in answers)
+    if not (chat or (isinstance(prompt, str) and template.takes(prompt))):
         return found
     before = _messages(request)
-    texts = {**found, "prompt": template.prompt(before)}
-    for field in answers:
-        answer = found.get(field)
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        if is_chat(answer):
-            texts[field] = template.reply(before, answer)
-    return texts
+    arguments = template.arguments_of(row)
+    replies = {field: answer for field in answers if is_chat(answer := _answer(found.get(field)))}
+    prompt, texts = template.exchange(before, list(replies.values()), arguments)
+    return {**found, IS_CHAT: True, "prompt": prompt, **dict(zip(replies, texts, strict=True))}
+
+
+def _answer(answer: Any) -> Any:
+    """An answer as messages; a text becomes a message of the assistant."""
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _with_prompt(found: dict[str, Any]) -> dict[str, Any]:

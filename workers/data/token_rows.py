@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from protocols.data.jagged import Jagged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from workers.data.chat import ChatTemplate
+from workers.data.dataset_files import DataError, places_of
+from workers.data.hf_folder import vocabulary_of
+from workers.data.tokenizer import Tokenizer, Tokens
 
 
 class Sequences(Protocol):
@@ -44,28 +46,65 @@ class TokenRows:
         return TokenRows(self.prompts.take(rows), self.responses.take(rows))
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str, bool]]) -> TokenRows:
-    """Tokenize (prompt, response, truncated) rows; a response that is not truncated ends with the eos token.
+class Text(NamedTuple):
+    """A prompt and a response to tokenize; a plain text has an empty prompt."""
 
-    A row without a prompt is a plain text: its prompt is the bos token, or its own first token if the tokenizer has no
-    bos token. Raises ValueError for a tokenizer without an eos token.
+    prompt: str
+    response: str
+    truncated: bool = False  # the response was cut off by a token limit and gets no end token
+    is_chat: bool = False  # rendered by the chat template, which wrote the special tokens before the response
+
+
+def tokenized(tokenizer: Tokenizer, texts: Sequence[Text], where: str | Path = "", per_row: int = 1) -> TokenRows:
+    """The tokens of N texts. The prompt of a plain text is its first token, which is BOS where the model wants one.
+
+    A response that is not truncated ends with its end token: in a chat the token that ends a turn in the template,
+    else the eos token. Raises DataError for a token beyond the rows of the folder's model; it names the place in the
+    file `where`, of which each row has `per_row` texts.
     """
-    prompts, responses, truncated = zip(*rows, strict=True)
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(f"tokenizer of {tokenizer.name_or_path} has no eos token: responses could never end")
-    answers = [ids if cut else [*ids, eos] for ids, cut in zip(_encode(tokenizer, responses), truncated, strict=True)]
-    prompt_ids, bos = _encode(tokenizer, prompts), tokenizer.bos_token_id
-    for row, prompt in enumerate(prompt_ids):
-        if not prompt:
-            prompt_ids[row], answers[row] = _split_text(answers[row], bos if isinstance(bos, int) else None)
-    return TokenRows.of(prompt_ids, answers)
+    prompts: list[Tokens] = []
+    responses: list[Tokens] = []
+    for prompt, response in token_pairs(tokenizer, texts):
+        prompts.append(prompt if len(prompt) else response[:1])
+        responses.append(response if len(prompt) else response[1:])
+    for rows in (prompts, responses):
+        if found := unknown_to_model(tokenizer, rows):
+            (place,) = places_of(where, [found[0] // per_row])
+            raise DataError(f"{place}: {found[1]}")
+    return TokenRows.of(prompts, responses)
 
 
-def _split_text(text: list[int], bos: int | None) -> tuple[list[int], list[int]]:
-    """The context token of a plain text, and its tokens that are predicted."""
-    return ([bos], text) if bos is not None and text[:1] != [bos] else (text[:1], text[1:])
+def token_pairs(tokenizer: Tokenizer, texts: Sequence[Text]) -> Iterator[tuple[Tokens, Tokens]]:
+    """(prompt, response) of each text, with the end of the response; a plain text is a response after no prompt."""
+    asked = [text.prompt for text in texts]
+    prompts = tokenizer.prompts(asked, [text.is_chat for text in texts])
+    responses = tokenizer.continuations(asked, [text.response for text in texts])
+    end_of_turn = end_of_turns(tokenizer) if any(text.is_chat for text in texts) else tokenizer.eos
+    start = np.array(tokenizer.start, np.int32)
+    for text, prompt, response in zip(texts, prompts, responses, strict=True):
+        end = end_of_turn if text.is_chat else tokenizer.eos
+        ended = response if text.truncated else np.append(response, np.int32(end))
+        starts = len(prompt) or np.array_equal(response[: len(start)], start)
+        yield prompt, ended if starts else np.concatenate([start, ended])
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+def end_of_turns(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a turn of a conversation; the eos token where the template writes none."""
+    token = ChatTemplate(tokenizer.folder).end_of_turn
+    number = tokenizer.id_of(token) if token else None
+    return tokenizer.eos if number is None else number
+
+
+def unknown_to_model(tokenizer: Tokenizer, rows: Iterable[Tokens]) -> tuple[int, str] | None:
+    """The first of the rows that has a token beyond the vocabulary of the folder's model, and the complaint."""
+    vocabulary = vocabulary_of(tokenizer.folder)
+    if vocabulary is None or tokenizer.size <= vocabulary:
+        return None
+    for row, tokens in enumerate(rows):
+        if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
+            return row, (
+                f"the token {tokenizer.token_of(largest)!r} has id {largest}, and the model of {tokenizer.folder} has "
+                f"{vocabulary} rows of vocabulary, ids 0 to {vocabulary - 1}: want its own tokenizer, or a model whose "
+                "embedding was resized to this one"
+            )
+    return None

@@ -17,10 +17,12 @@ from torch.nn.functional import logsigmoid
 
 from workers.data.dataset_files import DataError, records
 from workers.data.datasets import SafetyPair, read_rows
-from workers.finetune.loop import OnStep, load_tokenizer, load_trainable, optimize, refuse_existing, save_folder
+from workers.data.tokenizer import Tokenizer
+from workers.finetune.loop import OnStep, load_trainable, optimize, refuse_existing, save_folder
 from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss
+from workers.settings import Chat
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import sequence_scores
 
@@ -34,6 +36,7 @@ class NumberedPair(msgspec.Struct, frozen=True):
     safer_response_id: int
     is_response_0_safe: bool | None = None
     is_response_1_safe: bool | None = None
+    is_chat: bool = False
 
     def ordered(self, place: str) -> SafetyPair:
         """The pair with the safer response first. Raises DataError for a number that is neither 0 nor 1."""
@@ -41,15 +44,15 @@ class NumberedPair(msgspec.Struct, frozen=True):
         if self.safer_response_id not in (0, 1):
             raise DataError(f"{place}: safer_response_id = {self.safer_response_id}: want 0 or 1")
         (safer, is_safe), (other, other_is_safe) = (second, first) if self.safer_response_id else (first, second)
-        return SafetyPair(self.prompt, safer, other, is_safe, other_is_safe)
+        return SafetyPair(self.prompt, safer, other, is_safe, other_is_safe, is_chat=self.is_chat)
 
 
-def read_pairs(path: str, columns: Mapping[str, str], model: str) -> list[SafetyPair]:
+def read_pairs(path: str, columns: Mapping[str, str], model: str, chat: Chat = Chat()) -> list[SafetyPair]:  # noqa: B008 - frozen
     """The pairs of a file; its first row tells which of the two forms it has. Raises DataError."""
     first = next(iter(records(path)), None)
     if columns or first is None or "safer_response_id" not in first.values:
-        return read_rows(path, SafetyPair, columns, model)
-    rows = read_rows(path, NumberedPair, columns, model)
+        return read_rows(path, SafetyPair, columns, model, chat)
+    rows = read_rows(path, NumberedPair, columns, model, chat)
     return [row.ordered(f"{path}: row {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -70,13 +73,14 @@ def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = 
     """
     refuse_existing(settings.output)
     rows, heldout_rows = (
-        read_pairs(path, settings.columns, settings.model) for path in (settings.data, settings.heldout)
+        read_pairs(path, settings.columns, settings.model, settings.chat) for path in (settings.data, settings.heldout)
     )
     labels = signs_of(rows)
     if not labels.any():
         raise DataError(f"{settings.data}: no row says whether a response is safe (chosen_is_safe, rejected_is_safe)")
-    tokenizer = load_tokenizer(settings.model)
-    pairs, heldout = tokenized_pairs(tokenizer, rows), tokenized_pairs(tokenizer, heldout_rows)
+    tokenizer = Tokenizer(settings.model)
+    pairs = tokenized_pairs(tokenizer, rows, settings.data)
+    heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
     trained = load_trainable(settings, "score")
     losses = optimize(trained, pairs, settings.schedule, lambda rows: cost_loss(labels[rows]), on_step, PAIR)
     costs = pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch)
@@ -84,7 +88,7 @@ def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = 
     results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]}
     if sign_accuracy is not None:
         results["heldout_sign_accuracy"] = sign_accuracy
-    save_folder(settings.output, trained, tokenizer, results)
+    save_folder(settings.output, trained, results)
     return CostModelResult(settings.output, losses, accuracy, sign_accuracy)
 
 

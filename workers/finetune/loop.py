@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from workers.data.hf_folder import add_end_token
 from workers.data.token_rows import TokenRows
 from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
@@ -31,11 +31,6 @@ RESULTS = "training.json"
 
 OnStep = Callable[[int, float], object]
 RowsLoss = Callable[[npt.NDArray[np.int64]], MicroLoss]  # the loss of a batch of these rows
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a transformers folder."""
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
@@ -90,17 +85,20 @@ def refuse_existing(output: str | Path) -> None:
 
 
 def save_folder(
-    output: str | Path, trained: TrainableModel, tokenizer: PreTrainedTokenizerBase, results: Mapping[str, float]
+    output: str | Path, trained: TrainableModel, results: Mapping[str, float], end_token: int | None = None
 ) -> None:
     """Write a transformers folder under a temporary name, then rename it: a folder that exists is complete.
 
-    `results` are the training's metrics, written beside the weights as training.json.
+    The tokenizer's files are copies of the ones that it started from. `results` are the training's metrics, written
+    beside the weights as training.json. `end_token` is one that the model has learned to end a response with: its
+    generation_config.json names it from now on.
     """
     target = Path(output)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     trained.export(str(partial))
-    tokenizer.save_pretrained(partial)  # over the copied one: transformers may read a folder's differently
+    if end_token is not None:
+        add_end_token(partial, end_token)
     (partial / RESULTS).write_text(json.dumps(results, indent=2))
     partial.rename(target)

@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
 
 from workers.data.datasets import Preference, SafetyPair, read_rows
-from workers.data.token_rows import TokenRows, tokenized
+from workers.data.token_rows import Text, TokenRows, tokenized
+from workers.data.tokenizer import Tokenizer
 from workers.finetune.loop import (
     RESULTS,
     OnStep,
-    load_tokenizer,
     load_trainable,
     optimize,
     refuse_existing,
@@ -48,10 +47,11 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
     for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
-    rows = read_rows(settings.data, Preference, settings.columns, settings.model)
-    heldout_rows = read_rows(settings.heldout, Preference, settings.columns, settings.model)
-    tokenizer = load_tokenizer(settings.model)
-    pairs, heldout = tokenized_pairs(tokenizer, rows), tokenized_pairs(tokenizer, heldout_rows)
+    rows = read_rows(settings.data, Preference, settings.columns, settings.model, settings.chat)
+    heldout_rows = read_rows(settings.heldout, Preference, settings.columns, settings.model, settings.chat)
+    tokenizer = Tokenizer(settings.model)
+    pairs = tokenized_pairs(tokenizer, rows, settings.data)
+    heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
     trained = load_trainable(settings, "score")
 
     def loss_of(rows: npt.NDArray[np.int64]) -> MicroLoss:
@@ -59,7 +59,7 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
 
     losses = optimize(trained, pairs, settings.schedule, loss_of, on_step, PAIR)
     accuracy = pair_accuracy(pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch))
-    save_folder(settings.output, trained, tokenizer, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
+    save_folder(settings.output, trained, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
     return RewardModelResult(settings.output, losses, accuracy)
 
 
@@ -68,13 +68,13 @@ def heldout_accuracy_of(folder: str | Path) -> float:
     return float(json.loads((Path(folder) / RESULTS).read_text())[HELDOUT_ACCURACY])
 
 
-def tokenized_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference | SafetyPair]) -> TokenRows:
-    """N pairs as 2 N rows of tokens: the chosen response of each, then the rejected one."""
-    rows: list[tuple[str, str, bool]] = []
+def tokenized_pairs(tokenizer: Tokenizer, pairs: Sequence[Preference | SafetyPair], where: str | Path) -> TokenRows:
+    """N pairs of the file `where` as 2 N rows of tokens: the chosen response of each, then the rejected one."""
+    texts: list[Text] = []
     for pair in pairs:
-        rows.append((pair.prompt, pair.chosen, pair.chosen_truncated))
-        rows.append((pair.prompt, pair.rejected, pair.rejected_truncated))
-    return tokenized(tokenizer, rows)
+        texts.append(Text(pair.prompt, pair.chosen, pair.chosen_truncated, pair.is_chat))
+        texts.append(Text(pair.prompt, pair.rejected, pair.rejected_truncated, pair.is_chat))
+    return tokenized(tokenizer, texts, where, PAIR)
 
 
 def pair_loss(pairs: int, centring: float) -> MicroLoss:

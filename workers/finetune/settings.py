@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from workers.settings import Dtype, Optimizer, Positive, PositiveInt, Settings
+from workers.settings import Chat, Dtype, Optimizer, Positive, PositiveInt, Settings
 
 
 class Schedule(Settings, frozen=True):
@@ -33,6 +33,7 @@ class FineTuning(Settings, frozen=True):
     optimizer: Optimizer = Optimizer(warmup_steps=10)
     columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in the files
     dtype: Dtype = "float32"  # of the weights
+    chat: Chat = Chat()
 
 
 class SftSettings(FineTuning, frozen=True):

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: maximize the likelihood of demonstrated responses, including their end of sequence."""
+"""Supervised fine-tuning: maximize the likelihood of demonstrated responses, each with the token that ends it.
+
+That is the token which ends a turn in the chat template for conversations, and the tokenizer's eos token for texts.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import msgspec
 from torch import Tensor
 
 from workers.data.datasets import Demonstration, read_rows
-from workers.data.token_rows import Sequences, tokenized
-from workers.finetune.loop import OnStep, load_tokenizer, load_trainable, optimize, refuse_existing, save_folder
+from workers.data.token_rows import Sequences, Text, end_of_turns, tokenized
+from workers.data.tokenizer import Tokenizer
+from workers.finetune.loop import OnStep, load_trainable, optimize, refuse_existing, save_folder
 from workers.finetune.settings import SftSettings
 from workers.parallel.model import MicroLoss
 from workers.training.micro_batches import MicroBatch
@@ -28,12 +32,14 @@ def train_sft(settings: SftSettings, *, on_step: OnStep | None = None) -> SftRes
     for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
-    rows = read_rows(settings.data, Demonstration, settings.columns, settings.model)
-    tokenizer = load_tokenizer(settings.model)
-    data = tokenized(tokenizer, ((row.prompt, row.response, False) for row in rows))
+    rows = read_rows(settings.data, Demonstration, settings.columns, settings.model, settings.chat)
+    tokenizer = Tokenizer(settings.model)
+    texts = [Text(row.prompt, row.response, is_chat=row.is_chat) for row in rows]
+    data = tokenized(tokenizer, texts, settings.data)
+    end = end_of_turns(tokenizer) if any(row.is_chat for row in rows) else tokenizer.eos
     trained = load_trainable(settings, "tokens")
     losses = optimize(trained, data, settings.schedule, lambda rows: response_loss(data.take(rows)), on_step)
-    save_folder(settings.output, trained, tokenizer, {"final_loss": losses[-1]})
+    save_folder(settings.output, trained, {"final_loss": losses[-1]}, end)
     return SftResult(settings.output, losses)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from asyncflow.control.admission.prompt_order import PromptOrder
 from protocols.data.ids import BASELINE_INDEX, EVALUATION_EPOCH, prompt_id, prompt_of, sample_id
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Prompts
+from workers.data.token_rows import unknown_to_model
+from workers.data.tokenizer import Tokenizer
 
 
 class DataRow(msgspec.Struct, frozen=True):
@@ -22,6 +22,7 @@ class DataRow(msgspec.Struct, frozen=True):
 
     prompt: str
     reference: str
+    is_chat: bool = False
     columns: dict[str, Any] = {}  # name -> JSON value of the row's columns that rules ask for (`read_rows`, keep)
 
 
@@ -32,21 +33,31 @@ class Share(msgspec.Struct, frozen=True):
     weight: float  # its prompts relative to those of the other sets
 
 
-_ROWS_AT_ONCE = 10_000  # tokenized in one call: an encoding takes kilobytes until its ids are copied
+class BadRow(ValueError):
+    """A row whose prompt can't be used: its number, counted from 0 over all sets, and why."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(f"row {row + 1}: {why}")
+        self.row, self.why = row, why
 
 
 class PromptSource:
     """Tokenized prompts of one or several data sets, and the order in which they are admitted.
 
-    Raises ValueError for a tokenizer that can't be read and for a row whose prompt has no token.
+    Raises ValueError for a tokenizer that can't be read, and BadRow for a row whose prompt has no token, or has a token
+    that the folder's model does not have.
     """
 
     def __init__(self, rows: list[DataRow], tokenizer_folder: str, seed: int, shares: Sequence[Share] = ()) -> None:
         """`shares` divides the rows into data sets, in order; without them all rows are one set."""
         self.rows, self._seed = rows, seed
-        self._tokens = _tokenized(_tokenizer(Path(tokenizer_folder) / "tokenizer.json"), rows)
+        tokenizer = Tokenizer(tokenizer_folder)
+        encoded = tokenizer.prompts([row.prompt for row in rows], [row.is_chat for row in rows])
+        if found := unknown_to_model(tokenizer, encoded):
+            raise BadRow(*found)
+        self._tokens = Jagged.from_rows(encoded, np.int32)
         if len(empty := np.flatnonzero(self.lengths == 0)):
-            raise ValueError(f"row {empty[0] + 1} has an empty prompt")
+            raise BadRow(int(empty[0]), "its prompt is empty")
         self.shares = list(shares) or [Share(len(rows), 1.0)]
         self.leave_out(np.empty(0, np.int64))
 
@@ -97,19 +108,3 @@ class PromptSource:
             references=Jagged.from_texts([self.rows[r].reference for r in rows]),
             min_versions=np.full(len(samples), min_version, np.int64),
         )
-
-
-def _tokenized(tokenizer: Tokenizer, rows: list[DataRow]) -> Jagged:
-    parts: list[Jagged] = []
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        texts = [row.prompt for row in rows[start : start + _ROWS_AT_ONCE]]
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        parts.append(Jagged.from_rows([e.ids for e in encoded], np.int32))
-    return Jagged.concat(parts)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"tokenizer {path} can't be read: {error}") from error

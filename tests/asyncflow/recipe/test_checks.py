@@ -299,9 +299,9 @@ def test_a_model_folder_whose_config_is_garbage(refused: Any, folder: Path, text
 
 def test_models_speak_one_vocabulary(refused: Any, folder: Path):
     config = folder / "config.json"
-    config.write_text(config.read_text().replace(f'"vocab_size": {len(tiny.VOCABULARY)}', '"vocab_size": 99'))
+    config.write_text(config.read_text().replace(f'"vocab_size": {len(tiny.VOCABULARY)}', '"vocab_size": 40'))
     message = with_critic(refused, folder)
-    assert message.startswith(f"models.critic: vocabulary of 99 tokens where the policy has {len(tiny.VOCABULARY)}")
+    assert message.startswith(f"models.critic: {folder} has 40 rows of vocabulary, and the policy's tokens have ids up")
 
 
 def test_all_models_must_have_one_tokenizer(refused: Any, folder: Path):
@@ -311,8 +311,9 @@ def test_all_models_must_have_one_tokenizer(refused: Any, folder: Path):
     tokenizer.write_text(text.replace('"a": 12', '"a": 13').replace('"b": 13', '"b": 12'))
     assert tokenizer.read_text() != text
     assert with_critic(refused, folder).startswith("models.critic: its tokenizer differs from the policy's")
+    assert "the token 'a' has id 12 in" in with_critic(refused, folder)
     tokenizer.unlink()
-    assert with_critic(refused, folder).startswith("models.critic: its tokenizer differs from the policy's")
+    assert with_critic(refused, folder).startswith(f"models.critic: {folder} has no tokenizer.json, the only form")
 
 
 def test_the_policy_has_a_tokenizer_that_can_be_read(refused: Any, folder: Path):
@@ -321,7 +322,7 @@ def test_the_policy_has_a_tokenizer_that_can_be_read(refused: Any, folder: Path)
     (folder / "tokenizer.json").write_text("{}")
     assert f"tokenizer {folder / 'tokenizer.json'} can't be read" in refused(models=all_of_them)
     (folder / "tokenizer.json").unlink()
-    assert refused(models=all_of_them) == f"models.policy.path: {folder} has no tokenizer.json"
+    assert refused(models=all_of_them).startswith(f"models.policy.path: {folder} has no tokenizer.json, the only form")
 
 
 # --- placement

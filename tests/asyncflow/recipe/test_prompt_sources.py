@@ -86,7 +86,7 @@ def test_an_empty_prompt_names_its_row(refused: Any, tmp_path: Path):
     """An engine would refuse it much later, and its prompt would be refilled forever."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "1+1=", "reference": "2"}\n{"prompt": "", "reference": "2"}\n')
-    assert refused(data={"train": str(file)}) == f"data: {file}: row 2 has an empty prompt"
+    assert refused(data={"train": str(file)}) == f"data: {file}:2: its prompt is empty"
 
 
 def test_a_missing_field_is_told_with_the_recipes_keys(refused: Any, write: Write):

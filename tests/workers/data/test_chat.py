@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests import tiny
 from workers.data.datasets import DataError, Demonstration, Preference, Problem, read_rows
-from workers.data.token_rows import tokenized
-from workers.finetune.loop import load_tokenizer
+from workers.data.token_rows import Text, tokenized
+from workers.data.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>.{% endfor %}"
@@ -38,15 +39,15 @@ def one(tmp_path: Path, folder: Path, kind: type, **row: Any) -> Any:
 
 
 def test_a_prompt_ends_where_the_reply_begins(tmp_path: Path, folder: Path):
-    assert one(tmp_path, folder, Problem, prompt=[USER]) == Problem(PROMPT)
-    assert one(tmp_path, folder, Problem, messages=[USER], reference="2") == Problem(PROMPT, "2")
-    assert one(tmp_path, folder, Problem, messages=[USER, GOOD], reference="4") == Problem(PROMPT, "4")
+    assert one(tmp_path, folder, Problem, prompt=[USER]) == Problem(PROMPT, is_chat=True)
+    assert one(tmp_path, folder, Problem, messages=[USER], reference="2") == Problem(PROMPT, "2", is_chat=True)
+    assert one(tmp_path, folder, Problem, messages=[USER, GOOD], reference="4") == Problem(PROMPT, "4", is_chat=True)
     assert one(tmp_path, folder, Problem, messages=[USER, GOOD, MORE]).prompt == "u:1+1<eos>.a:2<eos>.u:sure?<eos>.a:"
 
 
 def test_the_answer_that_a_conversation_ends_with_is_the_reference_of_a_row_without_one(tmp_path: Path, folder: Path):
-    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT, "2")
-    assert one(tmp_path, folder, Problem, messages=[USER]) == Problem(PROMPT, "")
+    assert one(tmp_path, folder, Problem, messages=[USER, GOOD]) == Problem(PROMPT, "2", is_chat=True)
+    assert one(tmp_path, folder, Problem, messages=[USER]) == Problem(PROMPT, "", is_chat=True)
 
 
 def test_text_stays_as_it_is(tmp_path: Path, folder: Path):
@@ -66,7 +67,7 @@ def test_text_stays_as_it_is(tmp_path: Path, folder: Path):
     ],
 )
 def test_a_demonstration_is_the_last_reply(tmp_path: Path, folder: Path, row: dict[str, Any]):
-    assert one(tmp_path, folder, Demonstration, **row) == Demonstration(PROMPT, "2")
+    assert one(tmp_path, folder, Demonstration, **row) == Demonstration(PROMPT, "2", is_chat=True)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_demonstration_is_the_last_reply(tmp_path: Path, folder: Path, row: di
     ],
 )
 def test_a_pair_shares_its_prompt(tmp_path: Path, folder: Path, row: dict[str, Any]):
-    assert one(tmp_path, folder, Preference, **row) == Preference(PROMPT, "2", "3")
+    assert one(tmp_path, folder, Preference, **row) == Preference(PROMPT, "2", "3", is_chat=True)
 
 
 def test_a_pair_of_texts_without_a_prompt_is_cut_between_words(tmp_path: Path, folder: Path):
@@ -90,13 +91,13 @@ def test_a_pair_of_texts_without_a_prompt_is_cut_between_words(tmp_path: Path, f
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_conversation(tmp_path: Path, folder: Path):
     row = one(tmp_path, folder, Demonstration, messages=[USER, GOOD])
-    texts = tokenized(load_tokenizer(folder), [(row.prompt, row.response, False)])
-    whole = load_tokenizer(folder).apply_chat_template([USER, GOOD], return_dict=False)
+    texts = tokenized(Tokenizer(folder), [Text(row.prompt, row.response, is_chat=row.is_chat)])
+    whole = AutoTokenizer.from_pretrained(folder).apply_chat_template([USER, GOOD], return_dict=False)
     assert [*texts.prompts[0].tolist(), *texts.responses[0].tolist()] == whole[:-1]  # all but the dot after the end
 
 
 def test_a_text_follows_its_own_first_token(folder: Path):
-    texts = tokenized(load_tokenizer(folder), [("", "12", False), ("1", "2", False)])
+    texts = tokenized(Tokenizer(folder), [Text("", "12"), Text("1", "2")])
     assert [texts.prompts[0].tolist(), texts.prompts[1].tolist()] == [tiny.encode("1").tolist()] * 2
     assert [texts.responses[0].tolist(), texts.responses[1].tolist()] == [[*tiny.encode("2"), tiny.EOS_ID]] * 2
 

@@ -56,7 +56,7 @@ def test_verls_parquet_is_read_by_dotted_names(tmp_path: Path, folder: Path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     read = read_rows(tmp_path / "x.parquet", Problem, {"reference": "reward_model.ground_truth"}, folder)
-    assert read == [Problem("u:1+1=<eos>a:", "2")]
+    assert read == [Problem("u:1+1=<eos>a:", "2", is_chat=True)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_response_may_be_a_number(read: Read):
 
 def test_contents_in_parts_are_joined(read: Read):
     messages = [{"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]}]
-    assert read(Problem, {"messages": messages, "reference": "2"}) == Problem("u:1+1<eos>a:", "2")
+    assert read(Problem, {"messages": messages, "reference": "2"}) == Problem("u:1+1<eos>a:", "2", is_chat=True)
 
 
 CALLING = [
@@ -114,7 +114,7 @@ SHAREGPT = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
 
 
 def test_calls_of_tools_have_no_content(read: Read):
-    expected = Demonstration('u:1+1<eos>a:[add{"a": 1}]<eos>t:2<eos>a:', "two")
+    expected = Demonstration('u:1+1<eos>a:[add{"a": 1}]<eos>t:2<eos>a:', "two", is_chat=True)
     assert read(Demonstration, {"messages": CALLING}) == expected
 
 
@@ -128,8 +128,8 @@ def test_calls_of_tools_have_no_content(read: Read):
     ],
 )
 def test_sharegpt_is_read(read: Read, row: dict[str, Any]):
-    assert read(Demonstration, row) == Demonstration("u:1+1<eos>a:", "2")
-    assert read(Problem, row) == Problem("u:1+1<eos>a:", "2")
+    assert read(Demonstration, row) == Demonstration("u:1+1<eos>a:", "2", is_chat=True)
+    assert read(Problem, row) == Problem("u:1+1<eos>a:", "2", is_chat=True)
 
 
 def test_sharegpts_system_prompt_may_be_a_column(read: Read):
@@ -151,7 +151,7 @@ def test_pairs_may_be_sharegpts(read: Read):
         "chosen": {"from": "gpt", "value": "2"},
         "rejected": {"from": "gpt", "value": "3"},
     }
-    assert read(Preference, row) == Preference("u:1+1<eos>a:", "2", "3")
+    assert read(Preference, row) == Preference("u:1+1<eos>a:", "2", "3", is_chat=True)
 
 
 @pytest.mark.parametrize(

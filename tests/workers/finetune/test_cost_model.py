@@ -17,6 +17,7 @@ from rich.console import Console
 from asyncflow.run.finetuning import train_reward
 from tests import tiny
 from workers.data.dataset_files import DataError
+from workers.data.tokenizer import Tokenizer
 from workers.finetune.cost_model import (
     NumberedPair,
     SafetyPair,
@@ -83,7 +84,7 @@ def model_at(folder: str | Path) -> ParallelModel:
 
 
 def costs_of(folder: str | Path, rows: Sequence[SafetyPair], budget: int = 8192) -> npt.NDArray[np.float32]:
-    return pair_scores(model_at(folder), tokenized_pairs(tiny.tokenizer(), rows), budget)
+    return pair_scores(model_at(folder), tokenized_pairs(Tokenizer(folder), rows, "rows"), budget)
 
 
 def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
@@ -102,7 +103,7 @@ def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
 
 def test_the_loss_is_that_of_the_order_and_of_each_sign(reward: Path):
     rows = [*PAIRS[:2], msgspec.structs.replace(PAIRS[2], chosen_is_safe=None)]
-    pairs, loss = tokenized_pairs(tiny.tokenizer(), rows), cost_loss(signs_of(rows))
+    pairs, loss = tokenized_pairs(Tokenizer(reward), rows, "rows"), cost_loss(signs_of(rows))
     want = 0.0
     for row, (safer, other) in zip(rows, costs_of(reward, rows).tolist(), strict=True):
         want += math.log1p(math.exp(safer - other))

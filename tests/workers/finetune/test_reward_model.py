@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tests import tiny
 from workers.data.datasets import DataError, Preference
+from workers.data.tokenizer import Tokenizer
 from workers.finetune.reward_model import (
     PAIR,
     pair_accuracy,
@@ -56,7 +57,7 @@ def model_at(folder: str | Path) -> ParallelModel:
 
 
 def accuracy_of(folder: str | Path, rows: list[Preference]) -> float:
-    return pair_accuracy(pair_scores(model_at(folder), tokenized_pairs(tiny.tokenizer(), rows), 8192))
+    return pair_accuracy(pair_scores(model_at(folder), tokenized_pairs(Tokenizer(folder), rows, "rows"), 8192))
 
 
 def test_pair_accuracy_rises_and_the_output_scores_as_it_was_evaluated(base: Path, tmp_path: Path):
@@ -99,7 +100,7 @@ def test_the_loss_is_bradley_terry_with_centred_scores(tmp_path: Path):
 
     chosen, rejected = [score("1*1<eos>"), score("77*7<eos>")], [score("1*234<eos>"), score("77*7")]
     want = np.mean([math.log1p(math.exp(r - c)) + 0.1 * (c + r) ** 2 for c, r in zip(chosen, rejected, strict=True)])
-    pairs, loss, whole = tokenized_pairs(tiny.tokenizer(), rows), pair_loss(2, centring=0.1), model_at(folder)
+    pairs, loss, whole = tokenized_pairs(Tokenizer(folder), rows, "rows"), pair_loss(2, centring=0.1), model_at(folder)
     for budget in (8192, 1):  # all at once, and a pair at a time
         with torch.enable_grad():
             assert whole.backward(pairs, budget, loss, PAIR) == pytest.approx(want, abs=1e-5)
@@ -110,8 +111,8 @@ def test_a_tie_counts_half(tmp_path: Path):
     assert accuracy_of(tiny.make_reward(tmp_path / "reward"), [Preference("1*", "1", "1")]) == 0.5
 
 
-def test_a_pair_stays_together_in_every_cut():
-    for batch in micro_batches(tokenized_pairs(tiny.tokenizer(), PAIRS), 60, together=PAIR):
+def test_a_pair_stays_together_in_every_cut(base: Path):
+    for batch in micro_batches(tokenized_pairs(Tokenizer(base), PAIRS, "rows"), 60, together=PAIR):
         chosen, rejected = batch.rows.reshape(-1, PAIR).T
         assert np.array_equal(chosen + 1, rejected)
         assert not (chosen % PAIR).any()

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from workers.data.datasets import DataError
-from workers.data.token_rows import TokenRows, tokenized
-from workers.finetune.loop import batches, load_tokenizer
+from workers.data.token_rows import Text, TokenRows, tokenized
+from workers.data.tokenizer import Tokenizer
+from workers.finetune.loop import batches
 from workers.finetune.settings import Schedule, SftSettings
 from workers.finetune.sft import response_loss, train_sft
 from workers.parallel.backends import trained_model
@@ -24,7 +25,7 @@ from workers.parallel.sharding import ONE_DEVICE
 from workers.settings import Model
 from workers.training.optimizer_step import LrSchedule, StepRefused
 
-ROWS = [(f"{a}+{b}=", str(a + b), False) for a in range(10) for b in range(10)]
+ROWS = [Text(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "sft.jsonl"
-    path.write_bytes(msgspec.json.Encoder().encode_lines([{"prompt": p, "response": r} for p, r, _ in ROWS]))
+    path.write_bytes(msgspec.json.Encoder().encode_lines([{"prompt": p, "response": r} for p, r, *_ in ROWS]))
     return path
 
 
@@ -55,7 +56,7 @@ def test_the_loss_falls_and_the_output_is_a_transformers_folder(base: Path, data
     assert [loss for _, loss in seen] == result.losses
     assert [step for step, _ in seen] == list(range(30))
     assert np.mean(result.losses[-5:]) < 0.5 * result.losses[0]
-    tokens = tokenized(load_tokenizer(result.output), ROWS)
+    tokens = tokenized(Tokenizer(result.output), ROWS)
     assert loss_of(result.output, tokens) < 0.5 * result.losses[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sft"]  # no temporary file is left
 
@@ -82,7 +83,7 @@ def test_the_container_of_the_data_changes_no_bit(base: Path, data: Path, tmp_pa
 
 def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
     model = trained_model(Model(path=str(base)), ONE_DEVICE).module
-    tokens = tokenized(tiny.tokenizer(), [("1+1=", "2", False), ("59+60=", "119", False)])
+    tokens = tokenized(Tokenizer(base), [Text("1+1=", "2"), Text("59+60=", "119")])
     by_hand = [
         tiny.log_probs(model, tiny.encode(prompt), np.append(tiny.encode(response), np.int32(tiny.EOS_ID)))
         for prompt, response in (("1+1=", "2"), ("59+60=", "119"))
@@ -92,8 +93,8 @@ def test_the_loss_is_the_mean_over_response_tokens_with_their_end(base: Path):
     assert loss_of(base, tokens, budget=1) == pytest.approx(want, abs=1e-5)  # one row at a time
 
 
-def test_a_truncated_response_has_no_end():
-    tokens = tokenized(tiny.tokenizer(), [("1=", "1", False), ("1=", "1", True)])
+def test_a_truncated_response_has_no_end(base: Path):
+    tokens = tokenized(Tokenizer(base), [Text("1=", "1"), Text("1=", "1", truncated=True)])
     assert tokens.responses[0].tolist() == [*tiny.encode("1"), tiny.EOS_ID]
     assert tokens.responses[1].tolist() == [*tiny.encode("1")]
 
