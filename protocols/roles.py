@@ -14,10 +14,27 @@ from protocols.stage import Partial, stage
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a response is sampled. temperature 0 is greedy."""
+    """How a response is sampled; workers.training.token_distribution defines the distribution of its tokens."""
 
     max_tokens: int = 64
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 1: all tokens
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0  # a share of the likeliest token's probability; 0: all tokens
+    min_tokens: int = 0  # so many tokens come before one that ends the response
+    stop: tuple[str, ...] = ()  # texts that end a response; the token that completes one belongs to it
+    stop_token_ids: tuple[int, ...] = ()  # ids that end a response, beside the model's own
+
+    @property
+    def greedy(self) -> Sampling:
+        """The likeliest token at each place, with the same limits and ends."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=0.0,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+        )
 
 
 class Greedy(msgspec.Struct, frozen=True):

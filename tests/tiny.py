@@ -31,12 +31,13 @@ from protocols.data import ids
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Prompts
 from protocols.weights import Version
+from workers.data.vocabulary import Vocabulary
 from workers.generation.packed import PackedWeights
 from workers.training.models import canonical_tensors
 
 PAD, EOS = "<pad>", "<eos>"
 PAD_ID, EOS_ID = 0, 1
-END_TOKENS = frozenset({EOS_ID})
+TOKENS = Vocabulary(frozenset({EOS_ID}))
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*=:.,? "
 VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
 HEAD_SIZE = 32

@@ -14,6 +14,8 @@ import msgspec
 from msgspec import Meta
 from msgspec.inspect import FloatType, IntType, StructType, Type, type_info
 
+from protocols.roles import Sampling
+
 LARGEST = sys.float_info.max  # as an upper bound it means "finite"
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -21,6 +23,7 @@ NonNegativeInt = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Coefficient = Annotated[float, Meta(ge=0, le=LARGEST)]
 FinitePositive = Annotated[float, Meta(gt=0, le=LARGEST)]
@@ -61,7 +64,7 @@ def violated_bound(kind: Type, value: object) -> str:
     if low == -LARGEST:
         return "a finite number"
     if high not in (None, LARGEST):
-        return f"{low:g} to {high:g}"
+        return f"more than {low:g}, at most {high:g}" if strict else f"{low:g} to {high:g}"
     return (f"more than {low:g}" if strict else f"{low:g} or more") + (", and finite" if high else "")
 
 
@@ -199,13 +202,55 @@ class Generation(Settings, frozen=True):
 
     engine: Literal["vllm", "torch"] = "vllm"  # what generates
     max_tokens: PositiveInt = 64  # of one response
-    temperature: FinitePositive = 1.0  # of sampling; a held-out answer is greedy
+    temperature: FinitePositive = 1.0  # of sampling; vllm takes 0.01 to 2
+    # Sample from the likeliest tokens that have this probability together; 1: from all. Where this or the next two
+    # truncate, log-probs are those of the distribution that remains, renormalised, in the trainer as in the engine.
+    top_p: Share = 1.0
+    top_k: NonNegativeInt = 0  # sample from the k likeliest tokens; 0: from all
+    # Sample from the tokens with at least this share of the likeliest one's probability; 0: from all.
+    min_p: Fraction = 0.0
+    min_tokens: NonNegativeInt = 0  # so many tokens come before one that ends a response
+    # Texts that end a response, special tokens written out, e.g. "</answer>" or "<|im_end|>". The token that completes
+    # one is the response's last, whole, and is trained like an end-of-sequence token.
+    stop: list[str] = []
+    stop_token_ids: list[NonNegativeInt] = []  # ids that end a response, beside the model's own end tokens
     slots: PositiveInt = 256  # rows generated at the same time
     # Memory of vLLM's cache of keys and values, on each of its devices. 0: what `slots` rows need, at most 40 % of a
     # GPU's free memory, or a tenth of the machine's where it computes on the CPU
     kv_cache_bytes: NonNegativeInt = 0
     max_model_tokens: NonNegativeInt = 0  # prompt + response; 0: the longest prompt of the data + max_tokens
     probe_tolerance: float = 1e-3  # largest log-prob difference that verifies a publication; raise it for bfloat16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "vllm":
+            refuse_in_vllm("temperature", self.temperature)
+        if self.min_tokens >= self.max_tokens > 0:
+            raise ValueError(
+                f"min_tokens = {self.min_tokens}: want less than max_tokens = {self.max_tokens}, or no response can end"
+            )
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every response at once; leave it out")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How rollouts are sampled."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            min_tokens=self.min_tokens,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+        )
+
+
+def refuse_in_vllm(key: str, temperature: float) -> None:
+    """Raise ValueError, with the key, for a temperature that vLLM refuses, or raises without a word."""
+    if temperature and not 0.01 <= temperature <= 2.0:
+        raise ValueError(f"{key} = {temperature:g}: vLLM samples at 0.01 to 2; engine = 'torch' takes any")
 
 
 class Chat(Settings, frozen=True):

@@ -19,8 +19,8 @@ from protocols.data.messages import Finish
 from protocols.roles import Sampling
 from protocols.weights import Version
 from workers.data.datasets import Preference, Problem, read_rows
-from workers.data.hf_folder import end_tokens_of
 from workers.data.tokenizer import Tokenizer
+from workers.data.vocabulary import Vocabulary
 from workers.generation.engine import FinishedRow
 from workers.generation.torch import TorchEngine
 from workers.settings import Generation
@@ -71,7 +71,7 @@ def _sample_answers(policy: Path, problems: list[Problem], wanted: list[int], se
     """Sample the wanted number of the policy's answers to each problem, at temperature 1."""
     source = PromptSource([DataRow(p.prompt, p.reference) for p in problems], str(policy), seed)
     settings = Generation(engine="torch", slots=512)
-    engine = TorchEngine(load_causal(policy), settings, seed, end_tokens_of(policy), version=Version(0, 0))
+    engine = TorchEngine(load_causal(policy), settings, seed, Vocabulary.of(policy), version=Version(0, 0))
     for count in sorted(set(wanted) - {0}):
         ids = [prompt_id(0, row) for row, number in enumerate(wanted) if number == count]
         engine.submit(source.requests(ids, count, min_version=0), Sampling(max_tokens=MAX_TOKENS, temperature=1.0))

@@ -30,7 +30,7 @@ class FinishedRow(msgspec.Struct, frozen=True):
 
     sample_id: int
     tokens: npt.NDArray[np.int32]  # [T], end-of-sequence included where finish is STOP
-    log_probs: npt.NDArray[np.float32]  # [T] of the sampled token, at the sampling temperature
+    log_probs: npt.NDArray[np.float32]  # [T] of the sampled token, as workers.training.token_distribution defines them
     versions: npt.NDArray[np.int32]  # [T] step of the weights that sampled it
     finish: Finish
 
@@ -164,12 +164,25 @@ def submit_rows(engine: Engine, rows: Prompts, sampling: Sampling) -> list[Failu
     return []
 
 
+def refuse_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for values that can't be sampled with."""
+    wanted = {
+        "max_tokens of 1 or more": sampling.max_tokens >= 1,
+        "a finite temperature of 0 or more": 0.0 <= sampling.temperature < math.inf,
+        "top_p above 0 and at most 1": 0.0 < sampling.top_p <= 1.0,
+        "top_k of 0 or more": sampling.top_k >= 0,
+        "min_p of 0 to 1": 0.0 <= sampling.min_p <= 1.0,
+        "min_tokens of 0 or more, less than max_tokens": 0 <= sampling.min_tokens < max(sampling.max_tokens, 1),
+        "stop texts that are not empty": "" not in sampling.stop,
+    }
+    for condition, holds in wanted.items():
+        if not holds:
+            raise ValueError(f"sampling needs {condition}, got {sampling}")
+
+
 def refuse_unfit(prompts: Prompts, sampling: Sampling, taken: Container[int], context: int, vocabulary: int) -> None:
     """Raise ValueError naming the first sample that an engine of this context and vocabulary (tokens) can't run."""
-    if sampling.max_tokens < 1 or not 0.0 <= sampling.temperature < math.inf:
-        raise ValueError(
-            f"sampling needs max_tokens of 1 or more and a finite temperature of 0 or more, got {sampling}"
-        )
+    refuse_sampling(sampling)
     seen: set[int] = set()
     for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
         if len(prompt) == 0:

@@ -7,7 +7,7 @@ activations and logits, and their rows are those of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -21,6 +21,7 @@ from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Partial
 from protocols.weights import Probe, Version
+from workers.data.vocabulary import Vocabulary
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.engine import generate_all
 from workers.generation.in_place import load_in_place
@@ -32,11 +33,11 @@ from workers.settings import Generation
 class ColocatedTorch(ColocatedEngine):
     """The weights are gathered for generation at each `publish` and freed by `release`; every rank has an engine."""
 
-    def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, end_tokens: Set[int]) -> None:
+    def __init__(self, hybrid: HybridEngine, settings: Generation, run_seed: int, vocabulary: Vocabulary) -> None:
         super().__init__()
         module = cast(PreTrainedModel, _Replica(hybrid))  # the part of a transformers module that the engine uses
         self._hybrid = hybrid
-        self._new_engine = partial(TorchEngine, module, settings, run_seed, end_tokens, owns_model=False)
+        self._new_engine = partial(TorchEngine, module, settings, run_seed, vocabulary, owns_model=False)
         self.engine = self._new_engine()
 
     @property

@@ -6,7 +6,7 @@ So only the rounding of its logits depends on the other rows of the batch, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from functools import partial
 
 import msgspec
@@ -23,13 +23,17 @@ from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import Version
 from workers.data.model_config import UNBOUNDED_CONTEXT, context_in
+from workers.data.vocabulary import Vocabulary
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.in_place import InPlaceWeights
+from workers.generation.next_tokens import NextTokens
 from workers.generation.publication import Part, Publication
 from workers.generation.shared_buffer import SharedTensors
+from workers.generation.stop_texts import StopTexts
 from workers.settings import Generation
 from workers.training.checkpoint_names import CheckpointNames
-from workers.training.models import canonical_shapes, log_softmax_of, tensors_in_memory
+from workers.training.models import canonical_shapes, tensors_in_memory
+from workers.training.token_distribution import TokenDistribution
 
 
 class QueuedRow(msgspec.Struct, frozen=True):
@@ -45,7 +49,7 @@ class TorchEngine(Engine):
     """Generates with a module that it owns, or with one that its owner trains between two steps.
 
     An engine that owns its module receives weights. With a module that is trained it loads `InPlaceWeights` after each
-    committed step. Each of the `end_tokens` (ids) ends a response.
+    committed step. `vocabulary` has the tokens that end a response, and the text of them all.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class TorchEngine(Engine):
         model: PreTrainedModel,
         settings: Generation,
         run_seed: int,
-        end_tokens: Set[int],
+        vocabulary: Vocabulary,
         *,
         owns_model: bool = True,
         version: Version | None = None,
@@ -63,7 +67,7 @@ class TorchEngine(Engine):
         self._model: PreTrainedModel | None = model
         self._slots = settings.slots
         self._run_seed = run_seed
-        self._end_tokens = end_tokens
+        self._vocabulary = vocabulary
         self._owns_model = owns_model
         self._context = settings.max_model_tokens or context_in(model.config.to_dict()) or UNBOUNDED_CONTEXT
         self._queue: dict[int, QueuedRow] = {}
@@ -75,6 +79,7 @@ class TorchEngine(Engine):
 
     def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
         refuse_unfit(prompts, sampling, self._queue, self._context, self._module.config.vocab_size)
+        StopTexts.of(sampling, self._vocabulary)
         for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
             self._queue[sample_id] = QueuedRow(sample_id, prompt, sampling, retry)
 
@@ -140,12 +145,12 @@ class TorchEngine(Engine):
     def _generate(self, rows: list[QueuedRow], version_step: int) -> list[FinishedRow]:
         device = self._module.device
         limits = torch.tensor([row.sampling.max_tokens for row in rows], device=device)
-        temperatures = torch.tensor([row.sampling.temperature for row in rows], device=device)
         uniforms = torch.from_numpy(self._uniforms(rows)).to(device)
-        ends = torch.tensor(sorted(self._end_tokens), dtype=torch.int64, device=device)
+        following = NextTokens([row.sampling for row in rows], uniforms, self._vocabulary)
         tokens = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
         log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
         lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
         cache = DynamicCache(config=self._module.config)
         inputs, mask = (column.to(device) for column in _left_padded([row.prompt for row in rows]))
@@ -153,9 +158,9 @@ class TorchEngine(Engine):
         alive = torch.arange(len(rows), device=device)
         for t in range(uniforms.shape[1]):
             logits = self._next_logits(inputs, mask, positions, cache)
-            sampled, sampled_log_probs = sample(logits, temperatures[alive], uniforms[alive, t])
-            tokens[alive, t], log_probs[alive, t], lengths[alive] = sampled, sampled_log_probs, t + 1
-            going = (~torch.isin(sampled, ends) & (limits[alive] > t + 1)).nonzero().squeeze(-1)
+            sampled, log_probs[alive, t], stopped[alive] = following.sample(logits, alive, t)
+            tokens[alive, t], lengths[alive] = sampled, t + 1
+            going = (~stopped[alive] & (limits[alive] > t + 1)).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):  # finished rows leave, so that nothing is computed for them
@@ -163,7 +168,18 @@ class TorchEngine(Engine):
                 alive, mask, sampled = alive[going], mask[going], sampled[going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             inputs, positions = sampled.unsqueeze(1), mask.sum(1, keepdim=True) - 1
-        return self._finished(rows, tokens.cpu().numpy(), log_probs.cpu().numpy(), lengths.tolist(), version_step)
+        finishes = [Finish.STOP if ended else Finish.LENGTH for ended in stopped.tolist()]
+        columns = tokens.cpu().numpy(), log_probs.cpu().numpy(), lengths.tolist(), finishes
+        return [
+            FinishedRow(
+                sample_id=row.sample_id,
+                tokens=row_tokens[:length].astype(np.int32),
+                log_probs=row_log_probs[:length].copy(),
+                versions=np.full(length, version_step, np.int32),
+                finish=finish,
+            )
+            for row, row_tokens, row_log_probs, length, finish in zip(rows, *columns, strict=True)
+        ]
 
     def _next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits of the token after the last input, [n, V]; the cache grows by the inputs."""
@@ -183,50 +199,15 @@ class TorchEngine(Engine):
         seeds = (sampling_seed(self._run_seed, row.sample_id, row.retry) for row in rows)
         return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(width) for seed in seeds])
 
-    def _finished(
-        self,
-        rows: list[QueuedRow],
-        tokens: npt.NDArray[np.int64],
-        log_probs: npt.NDArray[np.float32],
-        lengths: list[int],
-        version_step: int,
-    ) -> list[FinishedRow]:
-        return [
-            FinishedRow(
-                sample_id=row.sample_id,
-                tokens=tokens[i, :length].astype(np.int32),
-                log_probs=log_probs[i, :length].copy(),
-                versions=np.full(length, version_step, np.int32),
-                finish=Finish.STOP if int(tokens[i, length - 1]) in self._end_tokens else Finish.LENGTH,
-            )
-            for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        ]
-
     @torch.no_grad()
     def _answer(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs of each sequence's tokens but the first."""
-        answers: list[list[float]] = []
+        answers, plain = list[list[float]](), TokenDistribution(Sampling(), self._vocabulary)
         for sequence in sequences:
             inputs = torch.tensor([sequence], device=self._module.device)
             logits = self._module(input_ids=inputs, use_cache=False).logits[0, :-1]
-            answers.append(log_softmax_of(logits, inputs[0, 1:]).tolist())
+            answers.append(plain.log_probs(logits, inputs[0, 1:], 0).tolist())
         return answers
-
-
-def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert each row's cumulative distribution at its uniform.
-
-    logits [n, V]; temperatures [n], 0 takes the likeliest token; uniforms float64 [n] in [0, 1). Returns tokens
-    int64 [n] and their log-probs float32 [n] at the temperature, at 1 for greedy rows.
-    """
-    greedy = temperatures == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures).unsqueeze(-1)
-    log_probs = torch.log_softmax(scaled, dim=-1)
-    cumulative = log_probs.double().exp().cumsum(-1)
-    targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    sampled = (cumulative <= targets).sum(-1).clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(greedy, scaled.argmax(-1), sampled)
-    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _left_padded(prompts: list[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:

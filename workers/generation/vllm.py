@@ -7,7 +7,7 @@ from one version's forward pass over everything before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,14 +19,16 @@ from protocols.data.ids import sampling_seed
 from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, Version
-from workers.data.hf_folder import end_tokens_of
+from workers.data.vocabulary import Vocabulary
 from workers.generation.engine import Engine, FinishedRow, refuse_unfit
 from workers.generation.engine_devices import IN_PROCESS, EngineDevices
 from workers.generation.publication import Part, Publication
 from workers.generation.shared_buffer import SharedTensors
+from workers.generation.stop_texts import StopTexts
 from workers.generation.vllm_internals import (
     begin_load,
     finish_load,
+    hide_tokens,
     load_shared,
     load_tensors,
     reprocess_head,
@@ -35,7 +37,7 @@ from workers.generation.vllm_internals import (
     token_prompt,
     zero_kv_cache,
 )
-from workers.settings import Generation
+from workers.settings import Generation, refuse_in_vllm
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -48,6 +50,7 @@ class UnfinishedRow(msgspec.Struct):
     prompt: list[int]
     sampling: Sampling
     retry: int
+    stops: StopTexts | None  # None: no text ends the row
     tokens: list[int] = []
     log_probs: list[float] = []
     versions: list[int] = []
@@ -56,10 +59,10 @@ class UnfinishedRow(msgspec.Struct):
 class VllmEngine(Engine):
     """Generates with vLLM on the CPU or on CUDA, whichever this installation of vLLM is for.
 
-    Only the shape of the model in the folder `path` matters: `load` brings the weights. Each of the `end_tokens` (ids)
-    ends a response, and so do those that the folder names, which are the default. `devices` says in which processes the
-    engine computes; if that is this process, it must not be one rank of several. An engine that `sleeps` can free its
-    CUDA memory. A process has one engine.
+    Only the shape of the model in the folder `path` matters: `load` brings the weights. `vocabulary` has the tokens
+    that end a response, beside the folder's own, and the text of them all; by default it is the folder's. `devices`
+    says in which processes the engine computes; if that is this process, it must not be one rank of several. An engine
+    that `sleeps` can free its CUDA memory. A process has one engine.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class VllmEngine(Engine):
         settings: Generation,
         run_seed: int,
         dtype: str = "float32",
-        end_tokens: Set[int] | None = None,
+        vocabulary: Vocabulary | None = None,
         *,
         devices: EngineDevices = IN_PROCESS,
         sleeps: bool = False,
@@ -82,9 +85,10 @@ class VllmEngine(Engine):
         self._vllm: LLMEngine | None = start(path, settings, dtype, devices, self._sleeps)
         model = self._vllm.vllm_config.model_config
         self._context = int(model.max_model_len)
-        self._vocabulary = int(model.get_vocab_size())
-        ends = end_tokens_of(path) if end_tokens is None else end_tokens
-        self._end_tokens = sorted(token for token in ends if token < self._vocabulary)  # others are never drawn
+        self._rows = int(model.get_vocab_size())
+        self._vocabulary = Vocabulary.of(path) if vocabulary is None else vocabulary
+        hide: Callable[..., None] = hide_tokens
+        self._vllm.collective_rpc(hide, args=(self._vocabulary.unknown(self._rows),))
         self._run_seed = run_seed
         self._waiting: dict[int, UnfinishedRow] = {}
         self._running: dict[str, UnfinishedRow] = {}  # by vLLM's request id
@@ -96,9 +100,11 @@ class VllmEngine(Engine):
 
     def submit(self, prompts: Prompts, sampling: Sampling, retry: int = 0) -> None:
         taken = self._waiting.keys() | {row.sample_id for row in self._running.values()}
-        refuse_unfit(prompts, sampling, taken, self._context, self._vocabulary)
+        refuse_in_vllm("temperature", sampling.temperature)
+        refuse_unfit(prompts, sampling, taken, self._context, self._rows)
         for sample_id, prompt in zip(prompts.sample_ids.tolist(), prompts.prompts, strict=True):
-            self._waiting[sample_id] = UnfinishedRow(sample_id, prompt.tolist(), sampling, retry)
+            stops = StopTexts.of(sampling, self._vocabulary)
+            self._waiting[sample_id] = UnfinishedRow(sample_id, prompt.tolist(), sampling, retry, stops)
 
     def step(self) -> list[FinishedRow]:
         """One forward for all running rows. Raises RuntimeError while no verified weights are installed."""
@@ -113,6 +119,10 @@ class VllmEngine(Engine):
         for output in self._engine.step():
             row = self._running[output.request_id]
             reason = _extend(row, output, self._version.step)
+            if row.stops is not None and row.stops.completed_by(row.tokens[-1]):
+                if reason is None:
+                    self._engine.abort_request([output.request_id])
+                reason = "stop"
             if reason is not None:
                 del self._running[output.request_id]
                 finished.append(_finished_row(row, reason))
@@ -159,11 +169,17 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        sampling, done = row.sampling, len(row.tokens)
+        ends = self._vocabulary.ends.union(sampling.stop_token_ids)
         return SamplingParams(
-            max_tokens=row.sampling.max_tokens - len(row.tokens),
-            temperature=row.sampling.temperature,
-            seed=sampling_seed(self._run_seed, row.sample_id, row.retry, token=len(row.tokens)),
-            stop_token_ids=self._end_tokens,
+            max_tokens=sampling.max_tokens - done,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            min_tokens=max(sampling.min_tokens - done, 0),
+            seed=sampling_seed(self._run_seed, row.sample_id, row.retry, token=done),
+            stop_token_ids=sorted(token for token in ends if token < self._rows),  # others are never sampled
             logprobs=0,  # of the sampled token only
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -178,6 +194,7 @@ class VllmEngine(Engine):
         if self._newest is not None and weights.version.term != self._newest.term:
             for row in self._waiting.values():
                 row.tokens, row.log_probs, row.versions = [], [], []
+                row.stops = StopTexts.of(row.sampling, self._vocabulary)
         self._version = None
         self._on_workers(weights.version, begin_load)
 

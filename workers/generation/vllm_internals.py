@@ -6,6 +6,7 @@ The functions that take a `worker` run where vLLM computes: in this process, or 
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,7 +74,9 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
         max_num_seqs=settings.slots,
         kv_cache_memory_bytes=settings.kv_cache_bytes or _cache_bytes(path, settings, context, dtype, devices),
         enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",  # at the sampling temperature
+        # Of the distribution that is sampled from. It covers temperature, min_p, top_k, top_p and min_tokens in every
+        # version: FlashInfer's sampler, which returns none of it, is not taken with this mode nor with seeds.
+        logprobs_mode="processed_logprobs",
         enforce_eager=on_cpu,
         enable_sleep_mode=sleeps,
         async_scheduling=False,  # a step's tokens are out before the next: nothing is in flight at a load
@@ -159,6 +162,23 @@ def shut_down(engine: LLMEngine, owns_process_group: bool) -> None:
 def token_prompt(tokens: list[int]) -> Any:
     """A prompt that is already tokenized."""
     return {"type": "token", "prompt_token_ids": tokens}
+
+
+def hide_tokens(worker: Any, tokens: list[int]) -> None:
+    """Let the model never give these ids a probability, in what is sampled and in every log-prob.
+
+    A parameter of each request would do it too, for a mask that is copied at each step, or for 1024 tokens at most.
+    """
+    if not tokens:
+        return
+    model = worker.model_runner.get_model()
+    compute_logits, hidden = model.compute_logits, torch.tensor(tokens, device=worker.device)
+
+    def known_only(*args: Any, **kwargs: Any) -> Tensor | None:
+        logits = compute_logits(*args, **kwargs)
+        return None if logits is None else logits.index_fill_(-1, hidden, -math.inf)  # one of several workers has them
+
+    model.compute_logits = known_only
 
 
 def begin_load(worker: Any) -> None:

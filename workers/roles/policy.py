@@ -12,7 +12,7 @@ does not collect return NOT_COLLECTED, which is None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Policy, Sampling
 from protocols.stage import Partial
 from protocols.weights import Probe, Version
-from workers.data.hf_folder import end_tokens_of, engine_context
+from workers.data.hf_folder import engine_context
 from workers.data.model_config import probe_tokens
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
 from workers.data.token_rows import TokenRows
+from workers.data.vocabulary import Vocabulary
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.colocated_vllm import ColocatedVllm
 from workers.generation.engine import FinishedRow, generate_all
@@ -49,8 +50,9 @@ from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
-from workers.training.models import log_softmax_of, response_log_probs
+from workers.training.models import response_log_probs
 from workers.training.offload import Offloader
+from workers.training.token_distribution import TokenDistribution
 from workers.training.trainable import TrainableModel
 
 PROBE_ROWS = 4
@@ -89,16 +91,16 @@ class PolicyWorker(Policy):
         self._publishes_adapters = model.lora.publish == "adapters"
         self._loss = loss
         self._generation = generation
-        self._end_tokens = end_tokens_of(model.path)
         self._probe_tokens = probe_tokens(engine_context(model.path, generation))
-        self._temperature = generation.temperature
+        self._vocabulary = Vocabulary.of(model.path)
+        self._distribution = TokenDistribution(generation.sampling, self._vocabulary)
         self._seed = seed
         self.hybrid = HybridEngine(self.model, grouping) if grouping is not None else None
         self.colocated: ColocatedEngine | None = None
         if self.hybrid is not None and generation.engine == "vllm":
             self.colocated = ColocatedVllm(self.hybrid, model, generation, seed, sleeps=sleeps)
         elif self.hybrid is not None:
-            self.colocated = ColocatedTorch(self.hybrid, generation, seed, self._end_tokens)
+            self.colocated = ColocatedTorch(self.hybrid, generation, seed, self._vocabulary)
 
     # --- generating
 
@@ -137,7 +139,7 @@ class PolicyWorker(Policy):
         Raises RuntimeError where several ranks share the model, or one holds it as shards.
         """
         version = Version(term, self.trained.version)
-        return _OwnEngine(self, self._generation, self._seed, self._end_tokens, version)
+        return _OwnEngine(self, self._generation, self._seed, self._vocabulary, version)
 
     def _regrouped(self) -> ColocatedEngine:
         if self.colocated is None:
@@ -147,7 +149,7 @@ class PolicyWorker(Policy):
     # --- answering and learning
 
     def log_probs(self, rollouts: Rollouts) -> LogProbs:
-        """Log-probs of this replica's rows under the current weights, at the sampling temperature."""
+        """Log-probs of this replica's rows under the current weights, of the distribution that is sampled from."""
         log_probs = self._log_probs(rollouts)
         if log_probs is None or not self.model.is_output_rank:
             return NOT_COLLECTED
@@ -197,8 +199,9 @@ class PolicyWorker(Policy):
         return loss
 
     def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
-        logits = micro.before_response(outputs)
-        log_probs = log_softmax_of(logits, micro.response_tokens(), self._temperature)
+        logits, indices = micro.before_response(outputs), micro.response_indices()
+        log_probs = self._distribution.log_probs(logits, micro.response_tokens(), indices)
+        processed = self._distribution.processed(logits, indices) if self._loss.entropy_coefficient else None
         return Tokens(
             log_probs=log_probs,
             old_log_probs=micro.column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
@@ -207,13 +210,13 @@ class PolicyWorker(Policy):
             mask=micro.column(batch.loss_mask) != 0,
             lengths=micro.tensor(micro.response_lengths),
             reference=micro.column(batch.reference),
-            entropies=token_entropies(logits, self._temperature) if self._loss.entropy_coefficient else None,
+            entropies=token_entropies(processed) if processed is not None else None,
         )
 
     def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
         """Log-probs of the response tokens, on every rank of the last stage."""
         budget = self._loss.tokens_per_micro_batch
-        values = self.model.outputs(rows, budget, lambda o, m: response_log_probs(o, m, self._temperature))
+        values = self.model.outputs(rows, budget, self._distribution.of_responses)
         return rows.responses.with_values(values) if values is not None else None
 
     # --- publishing and keeping
@@ -237,14 +240,14 @@ class PolicyWorker(Policy):
     def probe(self) -> Probe:
         """The probe batch and this model's answer to it, on every rank: who loads its weights must answer alike.
 
-        A run has the same batch wherever the policy is trained.
+        A run has the same batch wherever the policy is trained. Ids that stand for no token are not in it.
         """
-        vocabulary = int(self.model.config.vocab_size)
-        tokens = np.random.default_rng([self._seed, vocabulary]).integers(
-            0, vocabulary, (PROBE_ROWS, self._probe_tokens)
-        )
+        rows = int(self.model.config.vocab_size)
+        known = np.setdiff1d(np.arange(rows), self._vocabulary.unknown(rows))
+        places = np.random.default_rng([self._seed, rows]).integers(0, len(known), (PROBE_ROWS, self._probe_tokens))
+        tokens, plain = known[places], TokenDistribution(Sampling(), self._vocabulary)
         batch = TokenRows.of(tokens[:, :1], tokens[:, 1:])
-        kept = self.model.forward(batch, tokens.size, lambda o, m: response_log_probs(o, m, 1.0))
+        kept = self.model.forward(batch, tokens.size, plain.of_responses)
         replica, model = self.model.groups.replica, self.model
         answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
         replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
@@ -282,11 +285,11 @@ class _OwnEngine(TorchEngine):
     """Runs the module that is trained, which comes back to its device for a step where it was offloaded."""
 
     def __init__(
-        self, policy: PolicyWorker, settings: Generation, run_seed: int, end_tokens: Set[int], version: Version
+        self, policy: PolicyWorker, settings: Generation, run_seed: int, vocabulary: Vocabulary, version: Version
     ) -> None:
         if policy.model.topology.world_size > 1:
             raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
-        super().__init__(policy.model.module, settings, run_seed, end_tokens, owns_model=False, version=version)
+        super().__init__(policy.model.module, settings, run_seed, vocabulary, owns_model=False, version=version)
         self._offloader = policy.offloader
 
     def step(self) -> list[FinishedRow]:

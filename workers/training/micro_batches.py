@@ -50,6 +50,11 @@ class MicroBatch:
         """Token ids of all responses, row by row: int64 [sum of T_i]."""
         return self.tokens[self._response_positions()]
 
+    def response_indices(self) -> Tensor:
+        """The place of each response token in its response, from 0, row by row: int64 [sum of T_i]."""
+        row, position = self._response_positions()
+        return position - self.tensor(self.prompt_lengths)[row]
+
     def at_end(self, outputs: Tensor) -> Tensor:
         """[n, L, ...] -> [n, ...]: the outputs at the last token of each row."""
         return outputs[self.tensor(np.arange(len(self.rows))), self.tensor(self.lengths - 1)]

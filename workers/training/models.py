@@ -103,7 +103,9 @@ def log_softmax_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
 
     Float64 logits stay float64.
     """
-    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / (temperature or 1.0)
+    scaled = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature not in (0.0, 1.0):  # which would copy them for nothing
+        scaled = scaled / temperature
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
 
 

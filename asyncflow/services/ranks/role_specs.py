@@ -18,7 +18,7 @@ from asyncflow.services.ranks.spec import (
 )
 from protocols.roles import ROLES
 from protocols.weights import Version
-from workers.data.hf_folder import end_tokens_of
+from workers.data.vocabulary import Vocabulary
 from workers.parallel.plan import Head
 from workers.parallel.sharding import Sharding
 from workers.user_code import module_of
@@ -53,11 +53,11 @@ def _policy(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> L
 
 
 def _generator(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
-    model, generation, ends = settings.model, settings.generation, end_tokens_of(settings.tokenizer_path)
+    model, generation, vocabulary = settings.model, settings.generation, Vocabulary.of(settings.tokenizer_path)
     if generation.engine == "vllm":
         from workers.generation.vllm import VllmEngine
 
-        return LoadedWorker(None, VllmEngine(model.path, generation, spec.seed, model.dtype, ends))
+        return LoadedWorker(None, VllmEngine(model.path, generation, spec.seed, model.dtype, vocabulary))
     import torch
 
     from workers.generation.torch import TorchEngine
@@ -65,7 +65,7 @@ def _generator(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -
 
     module = load_causal(model.path, model.dtype)
     torch.nn.Module.to(module, torch.device(sharding.device))
-    return LoadedWorker(None, TorchEngine(module, generation, spec.seed, ends))
+    return LoadedWorker(None, TorchEngine(module, generation, spec.seed, vocabulary))
 
 
 def _critic(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
@@ -78,7 +78,10 @@ def _critic(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> L
 def _reference(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
-    return LoadedWorker(ReferenceWorker(settings.model, settings.loss, settings.generation, sharding=sharding))
+    vocabulary = Vocabulary.of(settings.tokenizer_path)
+    return LoadedWorker(
+        ReferenceWorker(settings.model, settings.loss, settings.generation, vocabulary=vocabulary, sharding=sharding)
+    )
 
 
 def _scorer(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:

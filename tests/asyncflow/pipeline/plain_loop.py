@@ -98,7 +98,7 @@ def adamw(model: torch.nn.Module, recipe: Recipe, role: str) -> torch.optim.Opti
 
 def generate(policy: PreTrainedModel, requests: Prompts, recipe: Recipe, step: int, temperature: float = 1.0) -> Batch:
     engine = TorchEngine(
-        policy, recipe.generation, recipe.seed, tiny.END_TOKENS, owns_model=False, version=Version(0, step)
+        policy, recipe.generation, recipe.seed, tiny.TOKENS, owns_model=False, version=Version(0, step)
     )
     engine.submit(requests, Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature))
     generated = {}

@@ -119,7 +119,7 @@ async def bench(
         limits=Limits(mailbox_rows=8, firing_rows=8),
     )
     model = load_causal(folder)
-    engine = TorchEngine(model, settings, 3, tiny.END_TOKENS, owns_model=follows is None, version=version)
+    engine = TorchEngine(model, settings, 3, tiny.TOKENS, owns_model=follows is None, version=version)
     context = StageContext(spec, LocalStore(), Exporter(spec.name))
     made = Bench(context, engine, (lambda: follows(engine)) if follows is not None else None)
     running = asyncio.create_task(made.loop.run()) if run else None

@@ -18,6 +18,7 @@ from protocols.stage import Failure
 from protocols.weights import Probe, Version
 from tests import tiny
 from tests.workers.batches import VOCABULARY, experience
+from workers.data.vocabulary import Vocabulary
 from workers.generation.engine import generate_all
 from workers.generation.hybrid import ColocatedTorch
 from workers.generation.torch import TorchEngine
@@ -44,7 +45,7 @@ def grouping_of(text: str) -> GenerationGrouping:
 @cache
 def alone(folder: str, sampling: Sampling) -> Rollouts:
     engine = TorchEngine(
-        load_causal(folder), GENERATION, SEED, tiny.END_TOKENS, owns_model=False, version=Version(0, 0)
+        load_causal(folder), GENERATION, SEED, Vocabulary.of(folder), owns_model=False, version=Version(0, 0)
     )
     return generate_all(engine, tiny.make_prompts(TEXTS), sampling).batch
 
@@ -100,7 +101,7 @@ def loop(folder: str, grouping: GenerationGrouping) -> tuple[Rollouts | None, Ro
 def all_ranks_rows(folder: str, grouping: GenerationGrouping) -> Rollouts:
     """The rows of this rank's own engine, whether the protocol collects them or not."""
     hybrid = HybridEngine(ParallelModel(folder, grouping.topology), grouping)
-    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.END_TOKENS)
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, Vocabulary.of(folder))
     colocated.publish(0, no_probe)
     return generate_all(colocated.engine, tiny.make_prompts(TEXTS), SAMPLED).batch
 
@@ -174,7 +175,7 @@ def test_all_ranks_of_a_replica_generate_the_same_bits(worlds, folder: str):
 def test_an_engine_of_ranks_that_train_does_not_step(folder: str):
     grouping = grouping_of("1-1-1 -> 1-1")
     hybrid = HybridEngine(ParallelModel(folder, Topology()), grouping)
-    colocated = ColocatedTorch(hybrid, GENERATION, SEED, tiny.END_TOKENS)
+    colocated = ColocatedTorch(hybrid, GENERATION, SEED, Vocabulary.of(folder))
     colocated.publish(0, no_probe)
     colocated.release()
     with pytest.raises(RuntimeError, match="switch to generation before an engine steps"):

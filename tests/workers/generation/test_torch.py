@@ -15,10 +15,11 @@ from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
 from protocols.weights import BadWeights, Version
 from tests import tiny
+from workers.data.vocabulary import Vocabulary
 from workers.generation.engine import FinishedRow, to_rollouts
 from workers.generation.in_place import InPlaceWeights
 from workers.generation.packed import PackedWeights
-from workers.generation.torch import TorchEngine, sample
+from workers.generation.torch import TorchEngine
 from workers.settings import Generation
 from workers.training.models import canonical_tensors, load_causal
 
@@ -38,7 +39,7 @@ def model(folders: list[Path]) -> PreTrainedModel:
 
 
 def engine_of(model: PreTrainedModel, slots: int = 64, run_seed: int = RUN_SEED) -> TorchEngine:
-    return TorchEngine(model, Generation(slots=slots), run_seed, tiny.END_TOKENS, version=Version(0, 3))
+    return TorchEngine(model, Generation(slots=slots), run_seed, tiny.TOKENS, version=Version(0, 3))
 
 
 def drain(engine: TorchEngine) -> dict[int, FinishedRow]:
@@ -123,14 +124,6 @@ def test_first_tokens_follow_the_softmax(model: PreTrainedModel) -> None:
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_a_token_of_no_probability_is_never_drawn() -> None:
-    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(5, -1)
-    edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, log_probs = sample(logits, torch.ones(5), edges)
-    assert tokens.tolist() == [1, 1, 3, 3, 3]
-    np.testing.assert_allclose(log_probs, math.log(0.5), atol=1e-6)
-
-
 def test_a_response_ends_at_its_end_token_or_its_limit(model: PreTrainedModel) -> None:
     engine = engine_of(model)
     engine.submit(tiny.make_prompts(["a"], samples=200), Sampling(max_tokens=40))
@@ -145,7 +138,7 @@ def test_a_response_ends_at_its_end_token_or_its_limit(model: PreTrainedModel) -
 
 def test_every_end_token_ends_a_response(model: PreTrainedModel) -> None:
     ends = frozenset({tiny.EOS_ID, 5, 17})
-    engine = TorchEngine(model, Generation(), RUN_SEED, ends, version=Version(0, 3))
+    engine = TorchEngine(model, Generation(), RUN_SEED, Vocabulary(ends), version=Version(0, 3))
     rows = generate(engine, tiny.make_prompts(["a"], samples=200), Sampling(max_tokens=40))
     last = {int(row.tokens[-1]) for row in rows.values() if row.finish is Finish.STOP}
     assert last == ends
@@ -283,7 +276,7 @@ def test_bfloat16_travels_and_is_searched_for_infinities(folders: list[Path]) ->
 
 
 def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[Path]) -> None:
-    engine = TorchEngine(load_causal(folders[0]), Generation(), RUN_SEED, tiny.END_TOKENS)
+    engine = TorchEngine(load_causal(folders[0]), Generation(), RUN_SEED, tiny.TOKENS)
     engine.submit(MIXED, Sampling(max_tokens=2))
     with pytest.raises(RuntimeError, match="16 rows wait"):
         engine.step()
@@ -293,7 +286,7 @@ def test_an_engine_without_weights_keeps_its_rows_until_they_come(folders: list[
 
 def test_a_trained_module_loads_in_place_and_is_sent_nothing(folders: list[Path]) -> None:
     trained = load_causal(folders[0])
-    engine = TorchEngine(trained, Generation(), RUN_SEED, tiny.END_TOKENS, owns_model=False, version=Version(0, 0))
+    engine = TorchEngine(trained, Generation(), RUN_SEED, tiny.TOKENS, owns_model=False, version=Version(0, 0))
     with torch.no_grad():
         canonical_tensors(trained)["model.embed_tokens.weight"].mul_(1.1)
     engine.load(InPlaceWeights(Version(0, 1)))

@@ -111,7 +111,7 @@ def test_the_merged_model_answers_as_the_adapted_one(folder: Path, batch: Experi
 def test_a_publication_installs_in_an_engine_of_the_base(folder: Path, batch: Experience, publish: str):
     lora = Lora(rank=4, alpha=12.0, targets=LORA.targets, publish=publish)  # type: ignore[arg-type]
     worker = make(folder, lora)
-    engine = TorchEngine(load_causal(folder), Generation(), 3, tiny.END_TOKENS)
+    engine = TorchEngine(load_causal(folder), Generation(), 3, tiny.TOKENS)
     sizes = []
     for step in range(1, STEPS + 1):
         worker.update(batch)
@@ -134,7 +134,7 @@ def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
     lora = Lora(rank=4, publish=publish)  # type: ignore[arg-type]
     model = Model(str(folder), learning_rate=1e-2, dtype="bfloat16", lora=lora)
     worker = PolicyWorker(model, Loss(), Optimizer(), Generation(), 3)
-    engine = TorchEngine(load_causal(folder, "bfloat16"), Generation(), 3, tiny.END_TOKENS)
+    engine = TorchEngine(load_causal(folder, "bfloat16"), Generation(), 3, tiny.TOKENS)
     before = answers(worker, batch)
     worker.update(batch)
     assert engine.load(received(*worker.snapshot(Version(0, 1)), model)).probe_difference < 1e-5
@@ -145,7 +145,7 @@ def test_a_publication_of_a_bfloat16_policy_is_proven_at_the_usual_tolerance(
 def test_adapters_of_another_base_are_refused(folder: Path, tmp_path: Path):
     other = tiny.make_policy(tmp_path / "other", heads=2, kv_heads=1)
     manifest, buffer = make(folder, Lora(rank=2, publish="adapters")).snapshot(Version(0, 1))
-    engine = TorchEngine(load_causal(other), Generation(), 3, tiny.END_TOKENS)
+    engine = TorchEngine(load_causal(other), Generation(), 3, tiny.TOKENS)
     with pytest.raises(BadWeights, match=r"version 0\.1: adapter of model.layers.0.*the base has one of \[64, 64\]"):
         engine.load(received(manifest, buffer, Model(str(other))))
     assert engine.version is None
@@ -222,7 +222,7 @@ def test_layers_whose_weight_is_transposed_are_adapted_published_and_exported_al
     np.testing.assert_allclose(answers(worker, batch), plain_answers(load_causal(base), rollouts(batch)), atol=1e-5)
     names = {name.removesuffix(A).rpartition(".")[2] for name in worker.trained.collect_adapters() if name.endswith(A)}
     assert names == {"c_attn", "c_fc", "c_proj"}
-    engine = TorchEngine(load_causal(base), Generation(), 3, tiny.END_TOKENS)
+    engine = TorchEngine(load_causal(base), Generation(), 3, tiny.TOKENS)
     for step in range(1, STEPS + 1):
         before = answers(worker, batch)
         worker.update(batch)
