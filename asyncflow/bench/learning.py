@@ -103,7 +103,8 @@ async def result_of(case: Case, folder: Path, recipe: Recipe) -> LearningResult:
 
 def _read(case: Case, digest: str, error: str, run: Run, recipe: Recipe) -> LearningResult:
     """A run's result from its events; 0 for what it did not reach."""
-    steps, scores = run.metrics, [evaluated.value for evaluated in run.evaluations]
+    steps, curve = run.metrics, [evaluated.metric for evaluated in run.evaluations][:1]
+    scores = [evaluated.value for evaluated in run.evaluations if evaluated.metric in curve]
     return LearningResult(
         case=case,
         recipe=digest,

@@ -21,8 +21,8 @@ from asyncflow.bench.report import BenchRow, Mean, Measured, grouped, table
 from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.demo.prepare import prepare
 from asyncflow.recipe.config import Recipe, load_recipe
+from asyncflow.recipe.evaluations import data_of
 from protocols.data.ids import EVALUATION_EPOCH, prompt_id
-from protocols.roles import Sampling
 from workers.data.datasets import Problem, read_rows
 from workers.roles.cost import CostWorker
 from workers.roles.policy import PolicyWorker
@@ -85,13 +85,13 @@ async def measure(
 
 def costs_of(policy: Path, cost_model: str, recipe: Recipe) -> list[float]:
     """The costs of ANSWERS answers of a policy to each held-out prompt of a recipe, by a cost model."""
-    rows = [DataRow(row.prompt, row.reference) for row in read_rows(recipe.data.eval, Problem)]
+    held_out = [row for given in data_of(recipe).values() for row in read_rows(given.path, Problem)]
+    rows = [DataRow(row.prompt, row.reference) for row in held_out]
     ids = [prompt_id(EVALUATION_EPOCH, place) for place in range(len(rows))]
     prompts = PromptSource(rows, str(policy), recipe.seed).requests(ids, ANSWERS, min_version=0)
     idle = Model(path=str(policy), learning_rate=1.0)  # a rate is required; nothing is trained here
     generating = PolicyWorker(idle, Loss(), Optimizer(), recipe.generation, recipe.seed)
-    sampling = Sampling(max_tokens=recipe.generation.max_tokens, temperature=recipe.generation.temperature)
-    answers = generating.generate(prompts, sampling=sampling)
+    answers = generating.generate(prompts, sampling=recipe.generation.sampling)
     scored = CostWorker(Model(path=cost_model), recipe.loss.tokens_per_micro_batch).score(answers.batch)
     return [float(cost) for cost in scored.batch.costs]
 

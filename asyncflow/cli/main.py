@@ -204,7 +204,8 @@ def demo(
     evaluations: list[Evaluated] = []
     ended = _drive(launch(recipe), evaluations)
     if ended.outcome == "finished" and len(evaluations) > 1:
-        first, last = evaluations[0], evaluations[-1]
+        curve = [evaluated for evaluated in evaluations if evaluated.metric == evaluations[0].metric]
+        first, last = curve[0], curve[-1]
         if accuracy is not None:
             out.print(f"reward model, held-out pair accuracy: {accuracy:.3f}")
         out.print(

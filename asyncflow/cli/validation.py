@@ -33,8 +33,9 @@ def _batch(recipe: Recipe) -> str:
 def _data(checked: Checked) -> Iterator[str]:
     epochs = checked.recipe.steps * checked.recipe.prompts_per_step / len(checked.train)
     yield f"train: {len(checked.train)} prompts of up to {checked.train.longest} tokens, {epochs:.1f} epochs"
-    if checked.heldout is not None:
-        yield f"eval: {len(checked.heldout)} prompts of up to {checked.heldout.longest} tokens"
+    for wanted, source in checked.heldout:
+        name = f"eval {wanted.name}" if wanted.name else "eval"
+        yield f"{name}: {len(source)} prompts of up to {source.longest} tokens, scored by {', '.join(wanted.scorers)}"
 
 
 def _services(services: list[RankMemory]) -> RenderableType:

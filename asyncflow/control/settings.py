@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from workers.settings import NonNegativeInt, Positive, Settings
+from workers.settings import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, Settings, Share
 
 
 class Checkpoints(Settings, frozen=True):
@@ -15,11 +15,39 @@ class Checkpoints(Settings, frozen=True):
 
 
 class Evaluation(Settings, frozen=True):
-    """Greedy answers to the held-out prompts, scored by a rule that is not the reward."""
+    """Answers to the held-out prompts, scored by metrics; a set of `data.eval` may have its own settings.
 
-    metric: str = "exact_match"  # a rule's name
+    Each metric is one curve, the mean score of all answers. With several answers to a prompt each pass@k is another:
+    the probability that at least one of k answers passes.
+    """
+
+    # A rule's name or "package.module:function", or "reward" for the score of the run's reward; or a list of them.
+    metric: str | list[str] = "exact_match"
     every: NonNegativeInt = 0  # steps; 0: only before the first and after the last
     limit: NonNegativeInt = 0  # rows of the held-out file; 0: all
+    samples: PositiveInt = 1  # answers to each prompt; of each version the same random numbers draw them
+    temperature: NonNegative = 0.0  # 0: greedy, the likeliest token at each place
+    top_p: Share = 1.0  # as generation.top_p, which does not apply here
+    top_k: NonNegativeInt = 0  # as generation.top_k, which does not apply here
+    # The k of pass@k, at most `samples`; none: `samples`, where that is more than 1.
+    pass_at: list[PositiveInt] = msgspec.field(default_factory=list)
+    pass_score: Finite = 1.0  # an answer with this score or more passes
+
+
+class EvaluationData(Settings, frozen=True, omit_defaults=True):
+    """One set of held-out rows, and what is otherwise for it than [evaluation] says."""
+
+    path: str  # a file or folder of rows
+    prompt: str = ""  # as data.prompt; "": that one
+    reference: str = ""  # as data.reference; "": that one
+    metric: str | list[str] | None = None  # none: evaluation.metric
+    limit: NonNegativeInt | None = None  # none: evaluation.limit
+    samples: PositiveInt | None = None  # none: evaluation.samples
+    temperature: NonNegative | None = None  # none: evaluation.temperature
+    top_p: Share | None = None  # none: evaluation.top_p
+    top_k: NonNegativeInt | None = None  # none: evaluation.top_k
+    pass_at: list[PositiveInt] | None = None  # none: evaluation.pass_at
+    pass_score: Finite | None = None  # none: evaluation.pass_score
 
 
 class Deadlines(Settings, frozen=True):

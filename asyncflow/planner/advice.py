@@ -25,6 +25,7 @@ from asyncflow.planner.search.mapper import placements
 from asyncflow.planner.simulation.scenario import WARM_UP, Scenario
 from asyncflow.planner.simulation.simulator import simulate
 from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.recipe.evaluations import is_evaluator
 from asyncflow.recipe.service_specs import GENERATOR, pools_of, services_of
 from asyncflow.services.runtime import CPU_SLOT
 from protocols.control.notices import Span
@@ -107,7 +108,7 @@ def format_advice(advice: Advice) -> str:
 def _steady(spans: list[Span], skipped: int) -> list[Span]:
     """The spans after the last training of the warm-up."""
     since = max((span.end for span in spans if 0 <= span.step < skipped), default=0.0)
-    return [span for span in spans if span.start >= since and span.service != "evaluator"]
+    return [span for span in spans if span.start >= since and not is_evaluator(span.service)]
 
 
 def _scenario(recipe: Recipe, dataflow: Dataflow, spans: list[Span], steps: list[dict[str, Any]]) -> Scenario:

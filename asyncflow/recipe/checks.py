@@ -12,12 +12,14 @@ import msgspec
 from msgspec.structs import replace
 
 from asyncflow.control.admission.prompts import PromptSource
+from asyncflow.control.evaluation_sets import EvaluationSet
 from asyncflow.dataflow.graph import Dataflow, DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.steering import with_steering
 from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.recipe.engine_checks import check_engine, with_context
+from asyncflow.recipe.evaluations import data_of, sets_of
 from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, is_module
 from asyncflow.recipe.prompt_sources import heldout_prompts, train_prompts
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
@@ -32,7 +34,7 @@ class Checked(msgspec.Struct):
     recipe: Recipe
     dataflow: Dataflow
     train: PromptSource
-    heldout: PromptSource | None
+    heldout: list[tuple[EvaluationSet, PromptSource]]
     notes: list[str] = []  # what a user should know of the data: the mix, rows that are left out
     plan: str = ""  # the placement that the planner chose, as the text of a plan file; "": the recipe has its own
 
@@ -63,11 +65,12 @@ def check(recipe: Recipe) -> Checked:
         check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
     train, notes = train_prompts(recipe)
-    heldout = None
-    if recipe.data.eval:
-        heldout, more = heldout_prompts(recipe, recipe.data.eval)
+    heldout: list[tuple[EvaluationSet, PromptSource]] = []
+    for wanted, (name, given) in zip(sets_of(recipe), data_of(recipe).items(), strict=True):
+        source, more = heldout_prompts(recipe, f"data.eval.{name}" if name else "data.eval", given)
+        heldout.append((wanted, source))
         notes += more
-    recipe = with_context(recipe, train, heldout)
+    recipe = with_context(recipe, train, *(source for _, source in heldout))
     if not recipe.placed_by:
         check_engine(recipe)
     return Checked(recipe, dataflow, train, heldout, notes=notes)
@@ -153,10 +156,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         return replace(model, path=full(model.path), mix=mix)
 
     models = {role: absolute(model) for role, model in recipe.models.items()}
-    paths = {name: full(getattr(recipe.data, name)) for name in ("eval", "pretrain")}
     given = recipe.data.train
     train = full(given) if isinstance(given, str) else [replace(s, path=full(s.path)) for s in given]
-    data = replace(recipe.data, train=train, **paths)
+    held_out = {name: replace(given, path=full(given.path)) for name, given in data_of(recipe).items()}
+    single = held_out[""].path if "" in held_out else ""
+    data = replace(recipe.data, train=train, eval=single or held_out or "", pretrain=full(recipe.data.pretrain))
     return replace(recipe, models=models, data=data, folder=full(recipe.folder))
 
 

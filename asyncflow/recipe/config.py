@@ -17,7 +17,7 @@ import msgspec
 import tomli_w
 from msgspec.inspect import DictType, FloatType, IntType, ListType, StructType, Type, UnionType, type_info
 
-from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, Pace
+from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, EvaluationData, Pace
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
@@ -60,7 +60,8 @@ class Data(Settings, frozen=True):
 
     # The prompts to train on: a file or folder of rows; or a list of sets, which are mixed by weight.
     train: str | list[TrainSet]
-    eval: str = ""  # held-out rows; "": no evaluation
+    # Held-out rows: a file or folder; or a table of sets by name, each a path or a table of its own; "": no evaluation.
+    eval: str | dict[str, str | EvaluationData] = ""
     prompt: str = "prompt"  # name of the field with the prompt, a text or chat messages
     reference: str = "reference"  # name of the field with the right answer, for rules; "": rows have none
     chat: Chat = Chat()  # of the rows of train and eval

@@ -7,6 +7,7 @@ import math
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
+from asyncflow.recipe.evaluations import evaluators_of
 from asyncflow.recipe.model_folders import check_folder, config_of
 from asyncflow.recipe.service_specs import (
     GENERATOR,
@@ -160,8 +161,8 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
         elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
     _check_lora(recipe)
-    if recipe.data.eval:
-        _check_rule("evaluation.metric", recipe.evaluation.metric)
+    for metric in evaluators_of(recipe):
+        _check_rule("evaluation.metric", metric)
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
     parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
     folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from asyncflow.control.admission.prompts import BadRow, DataRow, PromptSource, Share
+from asyncflow.control.settings import EvaluationData
 from asyncflow.recipe.config import BadInput, Recipe, TrainSet
 from asyncflow.recipe.model_folders import config_of
 from workers.data.dataset_files import places_of
@@ -24,9 +25,13 @@ def train_prompts(recipe: Recipe) -> tuple[PromptSource, list[str]]:
     return source, [*_mix(source, sets), *notes]
 
 
-def heldout_prompts(recipe: Recipe, path: str) -> tuple[PromptSource, list[str]]:
-    """The prompts of a held-out set, and what to report of them. Raises BadInput."""
-    return _read(recipe, "data.eval", [TrainSet(path, 1.0, recipe.data.prompt, recipe.data.reference)])
+def heldout_prompts(recipe: Recipe, key: str, given: EvaluationData) -> tuple[PromptSource, list[str]]:
+    """The prompts of the held-out set of that key, and what to report of them. Raises BadInput."""
+    return _read(
+        recipe,
+        key,
+        [TrainSet(given.path, 1.0, given.prompt or recipe.data.prompt, given.reference or recipe.data.reference)],
+    )
 
 
 def _read(recipe: Recipe, key: str, sets: list[TrainSet]) -> tuple[PromptSource, list[str]]:

@@ -26,6 +26,7 @@ from msgspec.inspect import (
     IntType,
     ListType,
     LiteralType,
+    NoneType,
     StrType,
     StructType,
     Type,
@@ -40,7 +41,14 @@ from workers.settings import Settings, violated_bound
 ROOTS: dict[str, type[Settings]] = {"recipe": Recipe, "sft": SftSettings, "reward-model": RewardModelSettings}
 
 # The keys of these tables are names; this is what they name.
-_NAMED = {"models": "role", "pools": "pool", "placement": "service", "delays": "service", "columns": "field"}
+_NAMED = {
+    "models": "role",
+    "pools": "pool",
+    "placement": "service",
+    "delays": "service",
+    "columns": "field",
+    "eval": "set",
+}
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -138,15 +146,23 @@ def _tables(kind: type[msgspec.Struct], key: str, defaults: object) -> Iterator[
                 inner.append((below, f"{name}.<{_NAMED[field.name]}>", None))
             case ListType(item_type=StructType(cls=below)):
                 inner.append((below, f"{name}[]", None))
-            case UnionType(types=kinds):  # a value of its own, or a list of tables
+            case UnionType(types=kinds):  # a value of its own, or a list or a table of tables
                 items = [kind.item_type for kind in kinds if isinstance(kind, ListType)]
                 inner += [(item.cls, f"{name}[]", None) for item in items if isinstance(item, StructType)]
+                inner += [(below, f"{name}.<{_NAMED[field.name]}>", None) for below in _tables_in(kinds)]
             case _:
                 pass
         settings.append(Setting(name, _type(field.type), _default(default), comments.get(field.name, "")))
     yield Table(key, _first_paragraph(kind), settings)
     for below, name, instance in inner:
         yield from _tables(below, name, instance)
+
+
+def _tables_in(kinds: tuple[Type, ...]) -> list[type[msgspec.Struct]]:
+    """The structs that are values of a table, where a union has such a table."""
+    values = [kind.value_type for kind in kinds if isinstance(kind, DictType)]
+    members = [member for value in values for member in (value.types if isinstance(value, UnionType) else (value,))]
+    return [member.cls for member in members if isinstance(member, StructType)]
 
 
 def _type(kind: Type) -> str:
@@ -166,7 +182,7 @@ def _word(kind: Type) -> str:
         case DictType(value_type=value):
             word = f"table of {_type(value)}"
         case UnionType(types=kinds):
-            word = " or ".join(map(_type, kinds))
+            word = " or ".join(_type(member) for member in kinds if not isinstance(member, NoneType))
         case _:
             word = _WORDS.get(type(kind), type(kind).__name__)
     return word
@@ -182,9 +198,11 @@ _WORDS: dict[type[Type], str] = {
 
 
 def _default(value: Any) -> str:
-    """A default as TOML; "" for a required key."""
+    """A default as TOML; "" for a required key, "none" for one whose meaning says where its value comes from."""
     if value is NODEFAULT:
         return ""
+    if value is None:
+        return "none"
     plain = msgspec.to_builtins(value)
     if isinstance(plain, dict):
         inner = ", ".join(f"{key} = {_default(inner)}" for key, inner in plain.items())

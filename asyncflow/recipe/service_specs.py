@@ -7,6 +7,7 @@ from collections import Counter
 
 from asyncflow.dataflow.graph import ADVANTAGE, ChannelSpec, Dataflow, Stage
 from asyncflow.recipe.config import BadInput, Recipe, nearest
+from asyncflow.recipe.evaluations import evaluators_of
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.ranks.spec import (
     AdvantageSettings,
@@ -27,7 +28,6 @@ from workers.settings import Model
 from workers.user_code import module_of
 
 GENERATOR = "generator"
-EVALUATOR = "evaluator"
 NO_DEVICE = ""  # the pool of services that need no device of their own
 
 
@@ -42,7 +42,7 @@ def pools_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
     services = [*roles_of(dataflow), *([GENERATOR] if GENERATOR in recipe.placement else [])]
     pools = {s: recipe.placement[s].pool if s in recipe.placement else first for s in services}
     pools |= {s: NO_DEVICE for s in services if s in recipe.models and _needs_no_device(recipe.models[s])}
-    return {**pools, ADVANTAGE: NO_DEVICE, **({EVALUATOR: NO_DEVICE} if recipe.data.eval else {})}
+    return {**pools, ADVANTAGE: NO_DEVICE, **dict.fromkeys(evaluators_of(recipe).values(), NO_DEVICE)}
 
 
 def _needs_no_device(model: Model) -> bool:
@@ -128,8 +128,8 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
         specs.insert(1, spec(GENERATOR, _settings_of(recipe, GENERATOR, recipe.models["policy"])))
     parts = [part.name for part in recipe.models.get("reward", Model()).mix]
     specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), parts)))
-    if recipe.data.eval:
-        specs.append(spec(EVALUATOR, _settings_of(recipe, "reward", Model(rule=recipe.evaluation.metric))))
+    for metric, evaluator in evaluators_of(recipe).items():
+        specs.append(spec(evaluator, _settings_of(recipe, "reward", Model(rule=metric))))
     return specs
 
 
@@ -176,8 +176,7 @@ def _snake(message: str) -> str:
 def user_modules(recipe: Recipe, dataflow: Dataflow) -> list[str]:
     """The user's modules that the services import, from recipe values such as "package.module:function"."""
     rules = [rule for role in roles_of(dataflow) for rule in recipe.models[role].rules]
-    metric = [recipe.evaluation.metric] if recipe.data.eval else []
-    named = [recipe.algorithm, recipe.loss.policy, *rules, *metric]
+    named = [recipe.algorithm, recipe.loss.policy, *rules, *evaluators_of(recipe)]
     return sorted({module for name in named if (module := module_of(name))})
 
 
@@ -242,5 +241,5 @@ def _fires(stage: Stage) -> Fires:
 
 
 def _sampling(recipe: Recipe, stage: Stage) -> Sampling:
-    temperature = 0.0 if stage.greedy else recipe.generation.temperature
-    return Sampling(max_tokens=recipe.generation.max_tokens, temperature=temperature)
+    sampling = recipe.generation.sampling
+    return sampling.greedy if stage.greedy else sampling

@@ -177,8 +177,8 @@ def _controller(
         RestartPolicy(dataflow, services_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
         restart,
     )
-    generator, max_tokens = GENERATOR if GENERATOR in services else "policy", recipe.generation.max_tokens
-    evaluations = Evaluations(checked.heldout, recipe.evaluation, max_tokens, store, generator, supervisor, run_store)
+    generator, every = GENERATOR if GENERATOR in services else "policy", recipe.evaluation.every
+    evaluations = Evaluations(checked.heldout, every, store, generator, supervisor, run_store)
     return Controller(
         pace=recipe.pace,
         deadlines=recipe.deadlines,

@@ -38,12 +38,12 @@ class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Evaluated(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The held-out prompts were evaluated."""
+    """A point of one curve of the evaluation: the mean of a metric over held-out answers, or pass@k."""
 
     step: int
-    metric: str
+    metric: str  # the curve: "exact_match", "exact_match.pass@8", behind a set's name "math.exact_match"
     value: float
-    samples: int
+    samples: int  # answers that were scored
 
 
 class CheckpointWritten(msgspec.Struct, frozen=True, tag=True, kw_only=True):

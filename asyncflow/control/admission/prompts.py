@@ -95,13 +95,19 @@ class PromptSource:
         """One greedy row for each prompt."""
         return self._rows_of([sample_id(p, BASELINE_INDEX) for p in prompts], min_version)
 
-    def evaluation(self, min_version: int, limit: int) -> Prompts:
-        """One evaluation row for each of the first `limit` rows of the file (0: all)."""
-        rows = self._kept[: limit or len(self)].tolist()
-        return self._rows_of([sample_id(prompt_id(EVALUATION_EPOCH, row), 0) for row in rows], min_version)
+    def evaluation(self, min_version: int, limit: int, samples: int = 1, first: int = 0) -> Prompts:
+        """`samples` evaluation rows for each of the first `limit` rows of the file (0: all).
+
+        The file's first row has the ordinal `first`: a run with several held-out files counts through all of them.
+        """
+        rows = self._kept[: limit or len(self)].repeat(samples).tolist()
+        ids = [sample_id(prompt_id(EVALUATION_EPOCH, first + row), i % samples) for i, row in enumerate(rows)]
+        return self._of(rows, ids, min_version)
 
     def _rows_of(self, samples: list[int], min_version: int) -> Prompts:
-        rows = [self._order.row_of(prompt_of(s)) for s in samples]
+        return self._of([self._order.row_of(prompt_of(s)) for s in samples], samples, min_version)
+
+    def _of(self, rows: list[int], samples: list[int], min_version: int) -> Prompts:
         return Prompts(
             sample_ids=np.array(samples, np.int64),
             prompts=self._tokens.take(rows),

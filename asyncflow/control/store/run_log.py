@@ -48,7 +48,7 @@ class RunLog:
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
         self._metrics.rewind(step)
         self._evaluations.rewind(step)
-        self._evaluated_steps = {line["step"] for line in read_lines(folder / "evaluations.jsonl")}
+        self._evaluated = {(line["step"], line["metric"]) for line in read_lines(folder / "evaluations.jsonl")}
         self._timeline = Timeline(folder / "timeline.jsonl")
         self._busy_seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -60,7 +60,7 @@ class RunLog:
                 self._metrics.append(event)
                 self._export_step(event)
             case Evaluated():
-                self._evaluated_steps.add(event.step)
+                self._evaluated.add((event.step, event.metric))
                 self._evaluations.append(event)
                 export.set("evaluation", event.value, metric=event.metric)
             case Published():
@@ -80,9 +80,9 @@ class RunLog:
             LOG.info("%s", event)
         self.events.add(event)
 
-    def was_evaluated(self, step: int) -> bool:
-        """Whether the journal holds this step's evaluation, e.g. from before a restart."""
-        return step in self._evaluated_steps
+    def was_evaluated(self, step: int, curve: str) -> bool:
+        """Whether the journal holds this step's point of a curve, e.g. from before a restart."""
+        return (step, curve) in self._evaluated
 
     def add_spans(self, spans: Iterable[Span]) -> None:
         """Record the time that services were busy."""

@@ -34,7 +34,6 @@ from asyncflow.planner.simulation.scenarios import shapes_of
 from asyncflow.recipe.config import Recipe
 from asyncflow.recipe.service_specs import GENERATOR
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE, Runtime
-from protocols.roles import Sampling
 from protocols.weights import Version
 from workers.generation.packed import received
 
@@ -107,9 +106,7 @@ class TimedGeneration(msgspec.Struct, frozen=True):
 
 def _generate(harness: WorkerHarness, rows: int) -> TimedGeneration:
     engine = harness.engine
-    sampling = Sampling(
-        max_tokens=harness.recipe.generation.max_tokens, temperature=harness.recipe.generation.temperature
-    )
+    sampling = harness.recipe.generation.sampling
     start, finished = time.perf_counter(), []
     engine.submit(harness.prompts(rows), sampling)
     while engine.unfinished:

@@ -15,6 +15,7 @@ from asyncflow.planner.calibration.calibration import Timed
 from asyncflow.planner.calibration.machine import CalibrationSizes, median_s
 from asyncflow.planner.simulation.scenarios import shapes_of
 from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.evaluations import is_evaluator
 from asyncflow.recipe.service_specs import GENERATOR, compose
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
@@ -40,7 +41,7 @@ class WorkerHarness:
         """`only` limits the services; these do not generate. By default all are built."""
         self.recipe, self.dataflow, self.source, self.sizes = recipe, dataflow, source, sizes
         self.specs = {spec.name: spec for spec in compose(recipe, dataflow, "calibration", 0, tempfile.gettempdir())}
-        names = only or self.specs.keys() - {"evaluator"}
+        names = only or [name for name in self.specs if not is_evaluator(name)]
         self.loaded = {name: build(_alone(self.specs[name], generates=not only)) for name in names}
         self._vocabulary = int(shapes_of(recipe)["policy"].vocabulary)
         self._rng = np.random.default_rng(recipe.seed)

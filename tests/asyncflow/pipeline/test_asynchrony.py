@@ -122,6 +122,17 @@ async def test_evaluation_sees_the_held_out_prompts_before_and_after(make_recipe
     assert [(e.step, e.samples) for e in evaluations] == [(0, 10), (1, 10), (2, 10)]
 
 
+async def test_several_held_out_sets_make_a_curve_of_each_metric(make_recipe: MakeRecipe, data: Path) -> None:
+    path = str(data / "heldout.jsonl")
+    sampled = {"path": path, "metric": ["prefix_match", "reward"], "samples": 2, "temperature": 1.0, "limit": 4}
+    sets = {"greedy": path, "sampled": {**sampled, "pass_score": 0.1}}
+    async with asyncflow.launch(make_recipe(steps=1, data={"eval": sets})) as run:
+        evaluations = [e async for e in run.events() if isinstance(e, Evaluated)]
+    curves = [f"sampled.{m}{k}" for m in ("prefix_match", "reward") for k in ("", ".pass@2")]
+    points = [("greedy.exact_match", 10), *((curve, 8) for curve in curves)]
+    assert [(e.step, e.metric, e.samples) for e in evaluations] == [(s, *p) for s in (0, 1) for p in points]
+
+
 def _states(folder: Path) -> set[tuple[str, int]]:
     database = sqlite3.connect(folder / "ledger.db")
     try:

@@ -40,8 +40,7 @@ def test_a_sound_recipe_comes_back_with_what_was_read(make_recipe: MakeRecipe, d
     checked = check(make_recipe())
     assert checked.dataflow.name == "ppo"
     assert len(checked.train) == 30
-    assert checked.heldout is not None
-    assert len(checked.heldout) == 10
+    assert [(wanted.name, len(source)) for wanted, source in checked.heldout] == [("", 10)]
 
 
 def test_paths_become_absolute(make_recipe: MakeRecipe, models: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
@@ -55,7 +54,7 @@ def test_paths_become_absolute(make_recipe: MakeRecipe, models: Path, data: Path
 
 
 def test_without_heldout_data_there_is_no_evaluation(make_recipe: MakeRecipe):
-    assert check(make_recipe(data={"eval": ""})).heldout is None
+    assert check(make_recipe(data={"eval": ""})).heldout == []
 
 
 def test_the_losses_that_a_recipe_may_name_are_those_there_are():

@@ -13,10 +13,10 @@ from asyncflow.dataflow.algorithms.safe_rlhf import safe_rlhf
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.dataflow.trace import Flow, trace
 from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.recipe.evaluations import EVALUATOR
 from asyncflow.recipe.model_checks import check_placement, check_roles
 from asyncflow.recipe.service_specs import (
     ADVANTAGE,
-    EVALUATOR,
     GENERATOR,
     NO_DEVICE,
     compose,
