@@ -190,8 +190,8 @@ def test_a_recipe_may_leave_them_out(make_recipe: MakeRecipe, write: Write):
     skip = {"train": path, "eval": path, "overlong": "skip"}
     checked = check(make_recipe(data=skip, **ROOM))
     assert {place_of(checked.train.at(cursor))[1] for cursor in range(30)} == {0, 2, 6}
-    assert checked.heldout is not None
-    assert len(checked.heldout.evaluation(0, 0)) == 3
+    ((_, heldout),) = checked.heldout
+    assert len(heldout.evaluation(0, 0)) == 3
     assert checked.notes == [f"data.{key}: left out {FOUND.format(path)}: {WHY}" for key in ("train", "eval")]
 
 
