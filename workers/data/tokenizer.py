@@ -7,7 +7,7 @@ batch is made, and are never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -109,6 +109,14 @@ class Tokenizer:
     def decode(self, rows: Iterable[Sequence[int] | Tokens], *, special: bool = False) -> list[str]:
         """The texts of rows of ids; `special` tokens are written as text or left out."""
         return self._tokenizer.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=not special)
+
+    def stream(self) -> Callable[[int], str | None]:
+        """Reads one response token by token: the text that each adds, with special tokens written out.
+
+        None for a token that ends inside a character: the next ones bring it.
+        """
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._tokenizer, token)
 
     def _encoded(self, texts: Iterable[str]) -> Iterator[Tokens]:
         left = iter(texts)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from workers.data.hf_folder import end_tokens_of
+from workers.data.tokenizer import Tokenizer
 
 
 class Vocabulary:
@@ -21,7 +20,7 @@ class Vocabulary:
         """`ends` end a response. Without a folder, or a tokenizer.json in it, all ids are known and no text is."""
         self.ends = ends
         self._unknown: dict[int, list[int]] = {}
-        self._path = Path(folder) / "tokenizer.json" if folder else None
+        self._folder = Path(folder) if folder else None
 
     @classmethod
     def of(cls, folder: str | Path) -> Vocabulary:
@@ -31,14 +30,15 @@ class Vocabulary:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, None without one."""
-        return Tokenizer.from_file(str(self._path)) if self._path is not None and self._path.exists() else None
+        return (
+            Tokenizer(self._folder) if self._folder is not None and (self._folder / "tokenizer.json").exists() else None
+        )
 
     def unknown(self, rows: int) -> list[int]:
         """The ids below `rows`, the size of the model's output, that stand for no token."""
         if rows not in self._unknown:
-            known = self.tokenizer.get_vocab(with_added_tokens=True).values() if self.tokenizer is not None else ()
-            missing = set(range(rows)).difference(known, self.ends) if self.tokenizer is not None else set[int]()
-            self._unknown[rows] = sorted(missing)
+            known = range(rows) if self.tokenizer is None else self.tokenizer.vocabulary.values()
+            self._unknown[rows] = sorted(set(range(rows)).difference(known, self.ends))
         return self._unknown[rows]
 
 

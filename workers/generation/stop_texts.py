@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from protocols.roles import Sampling
+from workers.data.tokenizer import Tokenizer
 from workers.data.vocabulary import Vocabulary
 
 
@@ -31,16 +29,16 @@ class StopTexts:
         return cls(vocabulary.tokenizer, sampling.stop, sampling.min_tokens)
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], min_tokens: int = 0) -> None:
-        self._tokenizer, self._stop, self._min_tokens = tokenizer, tuple(stop), min_tokens
+        self._stop, self._min_tokens = tuple(stop), min_tokens
         self._overlap = max((len(text) for text in stop), default=1) - 1
-        self._stream = DecodeStream(skip_special_tokens=False)
+        self._text_of = tokenizer.stream()
         self._tail = ""  # the last characters, in which a text may have begun
         self._tokens = 0
 
     def completed_by(self, token: int) -> bool:
         """Add the response's next token; whether it completes a stop text."""
         self._tokens += 1
-        chunk = self._stream.step(self._tokenizer, token)
+        chunk = self._text_of(token)
         if not chunk:  # the token ends inside a character
             return False
         before, text = len(self._tail), self._tail + chunk

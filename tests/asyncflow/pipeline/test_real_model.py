@@ -23,7 +23,7 @@ from protocols.data.messages import Finish
 from protocols.roles import Sampling
 from protocols.weights import Version
 from workers.data.datasets import read_rows
-from workers.data.hf_folder import end_tokens_of
+from workers.data.vocabulary import Vocabulary
 from workers.generation.torch import TorchEngine
 from workers.settings import Generation
 from workers.training.models import load_causal
@@ -94,7 +94,7 @@ def test_a_response_ends_at_the_end_of_the_turn(model: Path, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": [QUESTION], "reference": ""}))
     source = PromptSource(read_rows(rows, DataRow, tokenizer=model), str(model), seed=0)
-    engine = TorchEngine(load_causal(model), Generation(engine="torch"), 0, end_tokens_of(model), version=Version(0, 0))
+    engine = TorchEngine(load_causal(model), Generation(engine="torch"), 0, Vocabulary.of(model), version=Version(0, 0))
     engine.submit(source.requests([prompt_id(0, 0)], 1, min_version=0), Sampling(max_tokens=32, temperature=0.0))
     (row,) = engine.step()
     text = AutoTokenizer.from_pretrained(model).decode(row.tokens.tolist())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from protocols.roles import Sampling
+from workers.data.tokenizer import Tokenizer
 from workers.data.vocabulary import ALL_TOKENS
 from workers.generation.stop_texts import StopTexts
 
@@ -13,24 +15,26 @@ SPECIAL = "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A small byte-level BPE: tokens are parts of words, or of characters."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=[SPECIAL])  # type: ignore[call-arg]
     tokenizer.train_from_iterator(["the answer </answer> is wörld \N{SLIGHTLY SMILING FACE}"] * 3, trainer)
-    return tokenizer
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
 
 
 def ended_after(tokenizer: Tokenizer, text: str, stop: list[str], min_tokens: int = 0) -> str | None:
     """The text of the tokens up to the one that completes a stop text; None if none does."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = tokenizer.encode([text])[0].tolist()
     search = StopTexts(tokenizer, stop, min_tokens)
     for count, token in enumerate(ids, 1):
         if search.completed_by(token):
-            return tokenizer.decode(ids[:count], skip_special_tokens=False)
+            return tokenizer.decode([ids[:count]], special=True)[0]
     return None
 
 
@@ -40,7 +44,7 @@ def test_a_text_is_found_wherever_tokens_are_cut(tokenizer: Tokenizer, text: str
 
 
 def test_the_token_that_completes_a_text_is_whole(tokenizer: Tokenizer):
-    assert "answer" in {tokenizer.id_to_token(i) for i in range(290)}
+    assert "answer" in {tokenizer.token_of(i) for i in range(290)}
     assert ended_after(tokenizer, "an</answer>", ["</ans"]) == "an</answer"
 
 
