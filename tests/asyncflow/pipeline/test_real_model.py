@@ -104,7 +104,7 @@ def test_a_response_ends_at_the_end_of_the_turn(model: Path, tmp_path: Path):
 
 @pytest.mark.vllm
 async def test_grpo_trains_all_weights_and_exports_a_model_that_others_load(model: Path):
-    made = recipe("grpo.toml", "staleness=0", "generation.max_model_tokens=256", VARIED)
+    made = recipe("grpo.toml", "staleness=0", VARIED)
     async with asyncflow.launch(made) as run:
         events = [event async for event in run.events()]
         ended = await run.wait()
