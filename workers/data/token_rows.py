@@ -77,15 +77,16 @@ def tokenized(tokenizer: Tokenizer, texts: Sequence[Text], where: str | Path = "
 def token_pairs(tokenizer: Tokenizer, texts: Sequence[Text]) -> Iterator[tuple[Tokens, Tokens]]:
     """(prompt, response) of each text, with the end of the response; a plain text is a response after no prompt."""
     asked = [text.prompt for text in texts]
-    prompts = tokenizer.prompts(asked, [text.is_chat for text in texts])
-    responses = tokenizer.continuations(asked, [text.response for text in texts])
+    prompts = tokenizer.encode(asked)
+    responses = tokenizer.continuations(asked, prompts, [text.response for text in texts])
     end_of_turn = end_of_turns(tokenizer) if any(text.is_chat for text in texts) else tokenizer.eos
-    start = np.array(tokenizer.start, np.int32)
     for text, prompt, response in zip(texts, prompts, responses, strict=True):
         end = end_of_turn if text.is_chat else tokenizer.eos
         ended = response if text.truncated else np.append(response, np.int32(end))
-        starts = len(prompt) or np.array_equal(response[: len(start)], start)
-        yield prompt, ended if starts else np.concatenate([start, ended])
+        if text.is_chat:
+            yield prompt, ended
+        else:
+            yield tokenizer.started(prompt), ended if len(prompt) else tokenizer.started(ended)
 
 
 def end_of_turns(tokenizer: Tokenizer) -> int:

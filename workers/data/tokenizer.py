@@ -87,21 +87,23 @@ class Tokenizer:
 
         An empty text has no ids.
         """
-        start = np.array(self.start, np.int32)
-        return [
-            ids if is_chat or not len(ids) or np.array_equal(ids[: len(start)], start) else np.concatenate([start, ids])
-            for ids, is_chat in zip(self._encoded(texts), rendered, strict=True)
-        ]
+        encoded = self._encoded(texts)
+        return [ids if is_chat else self.started(ids) for ids, is_chat in zip(encoded, rendered, strict=True)]
 
-    def continuations(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Tokens]:
-        """The ids of each text where it follows its prompt.
+    def started(self, ids: Tokens) -> Tokens:
+        """The ids of a plain text with `start` before them, unless they have it; without any where there are none."""
+        start = np.array(self.start, np.int32)
+        return ids if not len(ids) or np.array_equal(ids[: len(start)], start) else np.concatenate([start, ids])
+
+    def continuations(self, prompts: Sequence[str], encoded: Sequence[Tokens], texts: Sequence[str]) -> list[Tokens]:
+        """The ids of each text where it follows its prompt; `encoded` are the prompts' ids of `encode`.
 
         They are what the text adds to the prompt's ids, since some tokenizers put a space before a text that stands
         alone. Where a token would reach over the border, the text is encoded alone: a prompt keeps its ids.
         """
         together = self._encoded(prompt + text for prompt, text in zip(prompts, texts, strict=True))
         added: list[Tokens | None] = []
-        for whole, prompt in zip(together, self._encoded(prompts), strict=True):
+        for whole, prompt in zip(together, encoded, strict=True):
             added.append(whole[len(prompt) :] if np.array_equal(whole[: len(prompt)], prompt) else None)
         alone = self._encoded(text for text, ids in zip(texts, added, strict=True) if ids is None)
         return [next(alone) if ids is None else ids for ids in added]

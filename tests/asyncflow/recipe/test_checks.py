@@ -303,6 +303,18 @@ def test_models_speak_one_vocabulary(refused: Any, folder: Path):
     assert message.startswith(f"models.critic: {folder} has 40 rows of vocabulary, and the policy's tokens have ids up")
 
 
+def test_rows_beyond_the_tokenizers_ids_may_differ(make_recipe: MakeRecipe, tmp_path: Path):
+    """Vocabularies are padded to sizes that suit a machine."""
+    padded = tiny.make_policy(tmp_path / "padded", vocabulary=len(tiny.VOCABULARY) + 9)
+    check(make_recipe(models={"critic": {"path": str(padded), "learning_rate": 1e-3}}))
+
+
+def test_a_tokenizer_written_in_another_form_is_the_same(make_recipe: MakeRecipe, folder: Path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": content["added_tokens"][::-1]}))
+    check(make_recipe(models={"critic": {"path": str(folder), "learning_rate": 1e-3}}))
+
+
 def test_all_models_must_have_one_tokenizer(refused: Any, folder: Path):
     """Two tokens are swapped: the vocabulary has the same size, but texts have other ids."""
     tokenizer = folder / "tokenizer.json"

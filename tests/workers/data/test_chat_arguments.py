@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ TEMPLATE = (
 )
 
 
-def read(tmp_path: Path, row: dict[str, Any], kind: type = Problem, chat: Chat = Chat(), **files: str) -> Any:  # noqa: B008
+def read(
+    tmp_path: Path,
+    row: dict[str, Any],
+    kind: type = Problem,
+    chat: Chat = Chat(),  # noqa: B008 - frozen
+    files: Mapping[str, str] = {"chat_template.jinja": TEMPLATE},
+) -> Any:
     folder = tiny_tokenizers.save(tiny_tokenizers.with_bos(), tmp_path / "model", bos_token=tiny_tokenizers.BOS)
-    for name, text in (files or {"chat_template.jinja": TEMPLATE}).items():
+    for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     path = tmp_path / "rows.jsonl"
@@ -74,18 +81,18 @@ def test_the_tools_of_a_row_are_written(tmp_path: Path, tools: Any):
 def test_tools_and_calls_that_the_template_would_drop_are_refused(tmp_path: Path):
     row, plain = {"prompt": [USER], "tools": [ADD]}, {"chat_template.jinja": "{{ messages[-1].content }}"}
     with pytest.raises(DataError, match=r"the row has 'tools', and .* writes no tools: .* chat\.tools = ''"):
-        read(tmp_path, row, **plain)
-    assert read(tmp_path, row, chat=Chat(tools=""), **plain).prompt == "1+1"
+        read(tmp_path, row, files=plain)
+    assert read(tmp_path, row, chat=Chat(tools=""), files=plain).prompt == "1+1"
     called = [USER, {"role": "assistant", "content": None, "tool_calls": [ADD]}, {"role": "tool", "content": "2"}]
     with pytest.raises(DataError, match="does not write tool calls, and one calls 'add'"):
-        read(tmp_path, {"prompt": called}, **plain)
+        read(tmp_path, {"prompt": called}, files=plain)
     with pytest.raises(DataError, match="tools: want a list of tools, each with its name and parameters, got"):
         read(tmp_path, {"prompt": [USER], "tools": {"add": {}}})
 
 
 def test_a_template_may_write_bos_and_plain_text_gets_no_second(tmp_path: Path):
     template = {"chat_template.jinja": "{{ bos_token }}{{ messages[-1].content }}{{ pad_token }}"}
-    row = read(tmp_path, {"prompt": [USER]}, **template)
+    row = read(tmp_path, {"prompt": [USER]}, files=template)
     assert row.prompt == "<bos>1+1<pad>"
     (tokens,) = Tokenizer(tmp_path / "model").prompts([row.prompt], [row.is_chat])
     assert tokens.tolist().count(tiny_tokenizers.BOS_ID) == 1
@@ -101,7 +108,7 @@ def test_templates_stand_in_any_of_the_files_that_transformers_reads(tmp_path: P
             {"tokenizer_config.json": json.dumps({"chat_template": "old"}), "chat_template.jinja": "d"},
         ]
     ):
-        assert read(tmp_path / str(number), {"prompt": [USER]}, **files).prompt == "d", files
+        assert read(tmp_path / str(number), {"prompt": [USER]}, files=files).prompt == "d", files
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +119,8 @@ def folders(tmp_path: Path) -> None:
 
 def test_tools_choose_the_template_for_them(tmp_path: Path):
     files = {"chat_template.jinja": "d", "additional_chat_templates/tool_use.jinja": "{{ tools[0].function.name }}"}
-    assert read(tmp_path, {"prompt": [USER], "tools": [ADD]}, **files).prompt == "add"
-    assert read(tmp_path, {"prompt": [USER]}, **files).prompt == "d"
+    assert read(tmp_path, {"prompt": [USER], "tools": [ADD]}, files=files).prompt == "add"
+    assert read(tmp_path, {"prompt": [USER]}, files=files).prompt == "d"
 
 
 def test_an_argument_that_every_conversation_has_is_refused():

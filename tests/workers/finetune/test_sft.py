@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import tiny, tiny_tokenizers
 from workers.data.datasets import DataError
+from workers.data.hf_folder import end_tokens_of
 from workers.data.token_rows import Text, TokenRows, tokenized
 from workers.data.tokenizer import Tokenizer
 from workers.finetune.loop import batches
@@ -148,3 +150,45 @@ def test_the_learning_rate_rises_then_decays():
 def test_a_schedule_of_nothing_is_refused(field: str, least: str):
     with pytest.raises(ValueError, match=f"{field} = 0: want {least}"):
         Schedule(**{"steps": 1, field: 0})  # type: ignore[arg-type]
+
+
+def with_bos(base: Path, folder: Path, **config: str) -> Path:
+    """The model with a tokenizer that writes BOS, and a template whose turns don't end with the eos token."""
+    shutil.copytree(base, folder)
+    made = tiny_tokenizers.with_bos()
+    made.add_special_tokens(["<turn>"])
+    template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    tiny_tokenizers.save(made, folder, bos_token=tiny_tokenizers.BOS, chat_template=template, **config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with rows for BOS and the end of a turn."""
+    return tiny.make_policy(tmp_path_factory.mktemp("larger"), vocabulary=tiny_tokenizers.BOS_ID + 2)
+
+
+def test_the_tokenizers_files_are_copied_byte_for_byte(larger: Path, data: Path, tmp_path: Path):
+    model = with_bos(larger, tmp_path / "model", tokenizer_class="LlamaTokenizerFast")  # transformers would rebuild it
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    train_sft(settings(model, data, tmp_path / "sft", steps=1))
+    for name in ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "sft" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_what_ends_a_turn_ends_responses_from_then_on(larger: Path, data: Path, tmp_path: Path):
+    model, turn = with_bos(larger, tmp_path / "model"), tiny_tokenizers.BOS_ID + 1
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}')
+    train_sft(settings(model, chats, tmp_path / "chat", steps=1))
+    assert end_tokens_of(model) == {tiny.EOS_ID}
+    assert end_tokens_of(tmp_path / "chat") == {tiny.EOS_ID, turn}
+    train_sft(settings(model, data, tmp_path / "text", steps=1))
+    assert end_tokens_of(tmp_path / "text") == {tiny.EOS_ID}
+
+
+def test_a_token_without_a_row_of_the_model_is_refused(base: Path, data: Path, tmp_path: Path):
+    model = with_bos(base, tmp_path / "model")
+    with pytest.raises(DataError, match=r"sft\.jsonl:1: the token '<bos>' has id \d+, and the model of .*model has"):
+        train_sft(settings(model, data, tmp_path / "sft"))
