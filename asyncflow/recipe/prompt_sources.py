@@ -63,7 +63,9 @@ def _rows(recipe: Recipe, given: TrainSet) -> list[DataRow]:
         raise BadInput(f"data: {error}: data.prompt and data.reference say which (a.b: b inside of a)") from error
     except DataError as error:
         raise BadInput(f"data: {error}") from error
-    return [DataRow(row.prompt, row.reference, row.is_chat) if isinstance(row, Problem) else row for row in rows]
+    return [
+        DataRow(row.prompt, row.reference, is_chat=row.is_chat) if isinstance(row, Problem) else row for row in rows
+    ]
 
 
 def _mix(source: PromptSource, sets: list[TrainSet]) -> list[str]:

@@ -22,8 +22,8 @@ class DataRow(msgspec.Struct, frozen=True):
 
     prompt: str
     reference: str
-    is_chat: bool = False
     columns: dict[str, Any] = {}  # name -> JSON value of the row's columns that rules ask for (`read_rows`, keep)
+    is_chat: bool = False  # rendered by the chat template, which wrote the special tokens
 
 
 class Share(msgspec.Struct, frozen=True):
