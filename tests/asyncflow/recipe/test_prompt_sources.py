@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from asyncflow.recipe.checks import check
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
@@ -89,32 +90,39 @@ def test_an_empty_prompt_names_its_row(refused: Any, tmp_path: Path):
     assert refused(data={"train": str(file)}) == f"data: {file}:2: its prompt is empty"
 
 
+def models_with(tokenizer: Tokenizer, folder: Path, vocabulary: int, **config: str) -> dict[str, Any]:
+    """The models of a recipe, with this tokenizer in their folders."""
+    policy = tiny.make_policy(folder / "policy", vocabulary=vocabulary)
+    reward = tiny.make_reward(folder / "reward", vocabulary=vocabulary)
+    for path in (policy, reward):
+        tiny_tokenizers.save(tokenizer, path, **config)
+    paths = {"policy": policy, "critic": reward, "reference": policy, "reward": reward}
+    return {role: {"path": str(path), "learning_rate": 1e-3} for role, path in paths.items()}
+
+
 def test_a_token_that_the_policy_has_no_row_for_names_its_place(refused: Any, write: Write, tmp_path: Path):
     """It would fail in every engine, and its prompt would be refilled until the run ends."""
-    policy, reward = tiny.make_policy(tmp_path / "policy"), tiny.make_reward(tmp_path / "reward")
-    for folder in (policy, reward):
-        tiny_tokenizers.save(tiny_tokenizers.characters("<|x9|>"), folder)
-    paths = {"policy": policy, "critic": reward, "reference": policy, "reward": reward}
-    models = {role: {"path": str(path), "learning_rate": 1e-3} for role, path in paths.items()}
+    rows = len(tiny.VOCABULARY)
+    models = models_with(tiny_tokenizers.characters("<|x9|>"), tmp_path, rows)
     sets = [write("fine.jsonl", {"prompt": "1+1="}), write("beyond.jsonl", {"prompt": "1"}, {"prompt": "1<|x9|>"})]
     message = refused(models=models, data={"train": [{"path": path} for path in sets], "eval": ""})
-    rows = len(tiny.VOCABULARY)
-    said = f"the token '<|x9|>' has id {rows}, and the model of {policy} has {rows} rows of vocabulary"
+    said = f"the token '<|x9|>' has id {rows}, and the model of {tmp_path / 'policy'} has {rows} rows of vocabulary"
     assert message.startswith(f"data: {sets[1]}:2: {said}")
 
 
-def test_conversations_are_written_as_the_recipe_says(
-    make_recipe: MakeRecipe, write: Write, models: Path, tmp_path: Path
+def test_a_text_begins_with_bos_and_a_conversation_is_written_as_the_recipe_says(
+    make_recipe: MakeRecipe, write: Write, tmp_path: Path
 ):
-    shutil.copytree(models, tmp_path / "models")
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}{{ end }}"
-    (tmp_path / "models" / "policy" / "chat_template.jinja").write_text(template)
-    chat = {"system": "brief", "from_text": True, "arguments": {"end": "a:"}}
-    data = {"train": write("rows.jsonl", {"prompt": "1+1="}), "eval": "", "chat": chat}
-    policy = {"path": str(tmp_path / "models" / "policy"), "learning_rate": 1e-3}
-    checked = check(make_recipe(models={"policy": policy}, data=data))
-    prompt = checked.train.requests([checked.train.at(0)], 1, 0).prompts[0]
-    assert prompt.tolist() == tiny.encode("s:brief.u:1+1=.a:").tolist()
+    config = {"bos_token": tiny_tokenizers.BOS, "chat_template": template}
+    models = models_with(tiny_tokenizers.with_bos(), tmp_path, tiny_tokenizers.BOS_ID + 1, **config)
+    rows = write("rows.jsonl", {"prompt": "1+1=", "reference": "2"})
+    prompts: list[list[int]] = []
+    for chat in ({}, {"system": "brief", "from_text": True, "arguments": {"end": "a:"}}):
+        source = check(make_recipe(models=models, data={"train": rows, "eval": "", "chat": chat})).train
+        prompts.append(source.requests([source.at(0)], 1, 0).prompts[0].tolist())
+    text, conversation = "1+1=", "s:brief.u:1+1=.a:"
+    assert prompts == [[tiny_tokenizers.BOS_ID, *tiny.encode(text)], tiny.encode(conversation).tolist()]
 
 
 def test_a_missing_field_is_told_with_the_recipes_keys(refused: Any, write: Write):
