@@ -6,6 +6,12 @@ zero1   1            1            1/d
 zero2   1            1/d          1/d
 fsdp    1/d          1/d          1/d
 
+Bytes per parameter, without activations; moments are AdamW's two, and masters are stepped where they are:
+
+dtype      3d, one device     zero1              zero2           fsdp
+float32    4 + 4 + 8          4 + 4 + 12 / d     4 + 12 / d      16 / d     weights + gradient + moments
+bfloat16   2 + 4 + 4 + 8      2 + 4 + 16 / d     2 + 16 / d      16 / d     weights + gradient + masters + moments
+
 A rank holds a `DecoderShard` where p or t cuts the model, where a hybrid engine regroups the ranks, and on several
 ranks of a family that has a sharding plan. Otherwise it holds a `WholeModule`: one device, other families, adapters.
 """
@@ -33,7 +39,13 @@ _MODELS: dict[Backend, type[ParallelModel]] = {
 
 
 def trained_model(
-    model: Model, sharding: Sharding, *, head: Head = "tokens", seed: int | None = None, regrouped: bool = False
+    model: Model,
+    sharding: Sharding,
+    *,
+    head: Head = "tokens",
+    seed: int | None = None,
+    regrouped: bool = False,
+    trains: bool = True,
 ) -> ParallelModel:
     """This rank's part of a model to train, from its folder; with one replica all backends are the same.
 
@@ -43,22 +55,20 @@ def trained_model(
     """
     topology, module = sharding.topology, None
     if not _is_cut(model, sharding, regrouped):
-        module = WholeModule(model, sharding, head, seed)
+        module = WholeModule(model, sharding, head, seed, trains=trains)
     elif model.lora.rank:
         raise ValueError(f"lora: adapters train on ranks that hold the model whole, {topology} cuts it: want 1-1-d")
     kind = _MODELS[sharding.backend] if topology.dp > 1 else ParallelModel
     return kind(
         model.path, topology, head=head, dtype=DTYPES[model.dtype], device=sharding.device,
-        recompute=sharding.recompute, module=module,
+        recompute=sharding.recompute, trains=trains, module=module,
     )  # fmt: skip
 
 
 def frozen_model(model: Model, sharding: Sharding, *, head: Head = "tokens") -> ParallelModel:
     """This rank's part of a model that only answers, without gradients. Raises as `trained_model` does."""
     backend = "fsdp" if sharding.backend == "fsdp" else "3d"  # ZeRO divides what only training needs
-    own = trained_model(model, sharding._replace(backend=backend, recompute=False), head=head)
-    own.freeze()
-    return own
+    return trained_model(model, sharding._replace(backend=backend, recompute=False), head=head, trains=False)
 
 
 def _is_cut(model: Model, sharding: Sharding, regrouped: bool) -> bool:

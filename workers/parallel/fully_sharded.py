@@ -6,21 +6,28 @@ more unit. A rank holds 1/(p t d) of the model, plus one unit's weights and grad
 Matrices are divided along the dimension that tensor parallelism cuts, so that a replica's range of a shard is a finer
 tensor shard. This lets the hybrid engine gather a generation shard from only the ranks that own a part of it. A whole
 module has no such dimension: its parameters are divided by rows.
+
+In bfloat16 a rank's part is the float32 master: `fully_shard` rounds it before it gathers a layer, and sums gradients
+in float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from workers.data.token_rows import Sequences
 from workers.parallel.decoder import unflat
+from workers.parallel.gradients import stepped_dtype
 from workers.parallel.model import MicroLoss, Read
 from workers.parallel.plan import Parameter
+from workers.parallel.shard_reader import ReadParameters
 from workers.parallel.sharded_state import ShardedState
 from workers.training.offload import Copy
 
@@ -28,8 +35,9 @@ from workers.training.offload import Copy
 class FullyShardedModel(ShardedState):
     """A ParallelModel whose replicas divide all of their state. It needs two replicas or more.
 
-    `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided. The losses of all replicas
-    must reach the same parameters: `fully_shard` sums a layer's gradients in one collective, of those that are there.
+    `parameters` are this rank's parts, [rows / d, ...] along the dimension that is divided, as they are stepped. The
+    losses of all replicas must reach the same parameters: `fully_shard` sums a layer's gradients in one collective, of
+    those that are there.
     """
 
     @property
@@ -39,6 +47,10 @@ class FullyShardedModel(ShardedState):
 
     def weight(self, name: str) -> Tensor:
         """See ParallelModel.weight."""
+        return self.unshard(name, self.parameters[name].detach().to(self._dtype_of(name)))
+
+    def stepped_weight(self, name: str) -> Tensor:
+        """See ParallelModel.stepped_weight."""
         return self.unshard(name, self.parameters[name].detach())
 
     def held_part(self, name: str, shard: Tensor) -> Tensor:
@@ -96,7 +108,7 @@ class FullyShardedModel(ShardedState):
         shape, dim = self.plan.shard_shape(self.specs[name]), self._along(name).cut or 0
         return -(-shape[dim] // self.topology.dp) * (self.plan.shard_elements(self.specs[name]) // shape[dim])
 
-    def _install(self) -> dict[str, nn.Parameter]:
+    def _install(self, read: ReadParameters, trains: bool) -> dict[str, nn.Parameter]:
         """Read and divide one unit after another, so that at most one is ever whole on the device."""
         group = self.groups.data.process_group
         if group is None:
@@ -104,8 +116,8 @@ class FullyShardedModel(ShardedState):
         mesh = DeviceMesh.from_group(group, self.device.type)
         for module, names in self.shard.units():
             own = {  # torch takes contiguous parameters only
-                name: nn.Parameter(tensor.contiguous(), requires_grad=not self.specs[name].frozen)
-                for name, tensor in self._read_parameters(names).items()
+                name: nn.Parameter(tensor.contiguous(), requires_grad=trains and not self.specs[name].frozen)
+                for name, tensor in read(names).items()
             }
             self.shard.install(own, names)
             dims = {id(parameter): self._along(name).cut or 0 for name, parameter in own.items()}
@@ -113,6 +125,7 @@ class FullyShardedModel(ShardedState):
                 module,
                 mesh=mesh,
                 reshard_after_forward=True,
+                mp_policy=self._precision(own),
                 shard_placement_fn=lambda parameter, dims=dims: Shard(dims[id(parameter)]),
             )
         for module in self.shard.modules():
@@ -121,9 +134,15 @@ class FullyShardedModel(ShardedState):
                 module.set_force_sum_reduction_for_comms(True)
         self._sharded = self.shard.by_name()
         return {
-            name: nn.Parameter(_own_part(self._sharded[name]), requires_grad=not spec.frozen)
+            name: nn.Parameter(_own_part(self._sharded[name]), requires_grad=trains and not spec.frozen)
             for name, spec in self.specs.items()
         }
+
+    def _precision(self, unit: Mapping[str, nn.Parameter]) -> MixedPrecisionPolicy:
+        """How a unit computes: as its parameters are, unless those are masters of weights in less."""
+        if all(parameter.dtype == self._dtype_of(name) for name, parameter in unit.items()):
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(self.dtype, stepped_dtype(self.dtype), cast_forward_inputs=False)
 
     def _attach_gradient(self) -> None:
         self.release_gradient()

@@ -13,11 +13,15 @@ Here every replica holds its weights, gradient and moments whole. `workers.paral
 `workers.parallel.fully_sharded` divide them over the replicas. They differ in the part of a parameter that a rank's
 optimizer steps (`optimized`, `local_part`, `unshard`), in how that part gets its gradient, and in what follows a step
 (`all_gather_updated`).
+
+A model in bfloat16 computes and is published in bfloat16. The optimizer steps float32 master weights, with float32
+gradients, and the weights are the masters' rounding: at the start, after each step, after a load. At the start a master
+is the value in the model's folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,12 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from protocols.layout.topology import Topology
 from workers.data.token_rows import Sequences, TokenRows
-from workers.parallel.decoder import DecoderShard, unflat
+from workers.parallel.decoder import DecoderShard
+from workers.parallel.gradients import GradientSums, stepped_dtype, sum_together
 from workers.parallel.groups import ProcessGroups
 from workers.parallel.pipeline import Pipeline
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
-from workers.parallel.shard_reader import read_shard
+from workers.parallel.shard_reader import ReadParameters, read_shard
 from workers.parallel.whole_module import WholeModule
 from workers.training.lora import Adapters
 from workers.training.micro_batches import MicroBatch, micro_batches
@@ -53,8 +58,8 @@ class ParallelModel:
 
     torch.distributed's world (gloo or NCCL) has the topology's ranks; one rank needs none. `folder` is a transformers
     folder, of which the rank reads its shard only. `recompute` keeps one activation per layer and computes the others
-    again in the backward pass. With `module` the ranks hold that model whole, and `head`, `dtype` and `recompute` are
-    the module's own. Raises ValueError, with the numbers, where model, topology and world don't fit.
+    again in the backward pass. Without `trains` the model only answers. With `module` the ranks hold that model whole,
+    and these options are its own. Raises ValueError, with the numbers, where model, topology and world don't fit.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class ParallelModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
+        trains: bool = True,
         module: WholeModule | None = None,
     ) -> None:
         self.topology = topology
@@ -80,20 +86,22 @@ class ParallelModel:
                 raise ValueError(f"topology {topology} cuts the model, which this module holds whole: want 1-1-d")
             self.config, self.plan, self.shard = module.config, module.plan, module
             self.groups = ProcessGroups.join(topology, self.rank)
-            self._read_parameters: Callable[[Container[str] | None], dict[str, Tensor]] = module.read
+            read: ReadParameters = module.read
         else:
             self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
             self.plan = plan = plan_of(self.config, topology, head)
             self.groups = ProcessGroups.join(topology, self.rank, plan.tied_across_stages)
             self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute)
-            self._read_parameters = lambda only: read_shard(
-                folder, plan, self.place.pp, self.place.tp, only=only, dtype=dtype, device=device
-            )
+            read = lambda only: read_shard(  # noqa: E731
+                folder, plan, self.place.pp, self.place.tp, only=only,
+                dtype=stepped_dtype(dtype) if trains else dtype, device=device,
+            )  # fmt: skip
         self.specs = {spec.name: spec for spec in self.plan.parameters(self.place.pp)}
-        self.parameters = self._install()  # what this rank holds of each, by name
-        self._trained = {name: p for name, p in self.parameters.items() if not self.specs[name].frozen}
+        self._masters: dict[str, nn.Parameter] = {}  # what is stepped of the parameters that compute in less
+        self.parameters = self._install(read, trains)  # what this rank holds of each, by name
+        self._trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._pipeline = Pipeline(self.shard, self.groups.pipeline, dtype, self.device)
-        self._gradients: list[Tensor] = []  # flat, one for each dtype
+        self._gradients = GradientSums(self._trained, self.specs, joined=self.groups.data.size > 1)
 
     @property
     def decoder_plan(self) -> ShardPlan:
@@ -121,14 +129,22 @@ class ParallelModel:
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
-        """The tensors that this rank's optimizer steps, by name: here all trained parameters.
+        """The tensors that this rank's optimizer steps, by name: here all trained parameters, or their masters.
 
         After `backward` their `grad` is the gradient of the batch's loss.
         """
-        return self._trained
+        return self._trained | self._masters
 
+    @property
+    def updated(self) -> list[Tensor]:
+        """All that an optimizer step, and `all_gather_updated` after it, change on this rank."""
+        return [*self._trained.values(), *self._masters.values()]
+
+    @torch.no_grad()
     def all_gather_updated(self) -> None:
-        """Call after an optimizer step: gathers the weights that other replicas have stepped."""
+        """Call when `optimized` has changed: rounds masters into weights, and gathers what other replicas stepped."""
+        for name, master in self._masters.items():
+            self.parameters[name].copy_(master)
 
     def held_part(self, name: str, shard: Tensor) -> Tensor:
         """The part of a tensor in the shape of a parameter's shard that this rank holds: here all of it."""
@@ -146,6 +162,11 @@ class ParallelModel:
         """The shard of a parameter at this stage and tensor index, laid out along its cut: all replicas call."""
         return self.parameters[name].detach()
 
+    def stepped_weight(self, name: str) -> Tensor:
+        """`weight` in the precision in which it is stepped: of a master, where there is one. All replicas call."""
+        master = self._masters.get(name)
+        return self.weight(name) if master is None else self.unshard(name, master.detach())
+
     @property
     def is_output_rank(self) -> bool:
         """Whether this rank's outputs are its replica's, as the protocols collect them: last stage, tensor index 0."""
@@ -154,11 +175,6 @@ class ParallelModel:
     def constants(self) -> dict[str, Tensor]:
         """Persistent buffers, which are published with the weights; decoders that are cut have none."""
         return self.shard.constants() if isinstance(self.shard, WholeModule) else {}
-
-    def freeze(self) -> None:
-        """Train no parameter: the model only answers."""
-        for parameter in self.shard.parameters():
-            parameter.requires_grad_(False)
 
     def backward(self, data: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> float:
         """Set every parameter's `grad` to the gradient of the batch's loss, and return that loss, on every rank.
@@ -209,20 +225,29 @@ class ParallelModel:
 
     def relocate(self, copy: Copy) -> int:
         """Replace the storage of each weight by its `copy`; returns their bytes. Between calls nothing else is held."""
-        return relocated(self.parameters.values(), copy)
+        return relocated([*self.parameters.values(), *self._masters.values()], copy)
 
     def release_gradient(self) -> None:
         """Free the gradient's memory; `backward` allocates it again."""
-        self._gradients = []
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self._gradients.release()
+        for master in self._masters.values():
+            master.grad = None
 
-    def _install(self) -> dict[str, nn.Parameter]:
-        """Read this rank's shard into its module."""
-        read = self._read_parameters(None)
-        parameters = {name: nn.Parameter(t, requires_grad=not self.specs[name].frozen) for name, t in read.items()}
+    def _install(self, read: ReadParameters, trains: bool) -> dict[str, nn.Parameter]:
+        """Read this rank's shard into its module, unit by unit: at most one is there in another precision too."""
+        parameters: dict[str, nn.Parameter] = {}
+        for _, names in self.shard.units():
+            for name, tensor in read(names).items():
+                trained = trains and not self.specs[name].frozen
+                parameters[name] = nn.Parameter(tensor.to(self._dtype_of(name)), requires_grad=trained)
+                if trained and parameters[name].dtype != tensor.dtype:
+                    self._masters[name] = nn.Parameter(self.local_part(name, tensor))
         self.shard.install(parameters)
-        return parameters
+        return {name: parameters[name] for name in self.specs}
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter computes."""
+        return self.shard.dtypes[name] if isinstance(self.shard, WholeModule) else self.dtype
 
     def _equal_batches(self, data: Sequences, budget: int, together: int = 1) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
@@ -232,49 +257,26 @@ class ParallelModel:
         return batches + [MicroBatch(_FILLER, np.arange(1), self.device) for _ in range(most - real)], real
 
     def _attach_gradient(self) -> None:
-        """Give each parameter a gradient of 0; with several replicas views of a flat buffer, for a single collective.
-
-        So a parameter that the loss does not reach has a gradient of 0 on every backend, and AdamW steps it.
-        """
-        if self.groups.data.size == 1:
-            for parameter in self._trained.values():
-                parameter.grad = torch.zeros_like(parameter)
-            return
-        if not self._gradients:
-            for dtype in dict.fromkeys(parameter.dtype for parameter in self._trained.values()):
-                self._attach_flat({name: p for name, p in self._trained.items() if p.dtype == dtype}, dtype)
-        for gradient in self._gradients:
-            gradient.zero_()
-
-    def _attach_flat(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        sizes = [parameter.numel() for parameter in parameters.values()]
-        self._gradients.append(torch.empty(sum(sizes), dtype=dtype, device=self.device))
-        for (name, parameter), entries in zip(parameters.items(), self._gradients[-1].split(sizes), strict=True):
-            parameter.grad = unflat(entries, self.specs[name], tuple(parameter.shape))
+        """Make room for the sums of the micro-batches' gradients."""
+        self._gradients.attach()
 
     def _end_micro_batch(self) -> None:
         """Follow the backward pass of a micro-batch."""
 
     def _sum_over_replicas(self) -> None:
         """Give `optimized` the gradients of all replicas' rows."""
-        for gradient in self._gradients:
+        for gradient in self._gradients.buffers:
             self.groups.data.sum_(gradient)
+        for name, gradient in self._gradients.beside().items():
+            self._masters[name].grad = gradient
 
     def _reduce_gradient(self) -> None:
         self._sum_over_replicas()
         gradients = {name: p.grad for name, p in self.optimized.items() if p.grad is not None}
         if self.groups.tensor.size > 1:
-            self._sum_partial([gradients[name] for name, spec in self.specs.items() if spec.partial])
+            sum_together([gradients[name] for name, spec in self.specs.items() if spec.partial], self.groups.tensor)
         if self.groups.tie.size > 1:
             self.groups.tie.sum_(gradients[EMBEDDING if self.shard.is_first else TOKEN_HEAD])
-
-    def _sum_partial(self, gradients: list[Tensor]) -> None:
-        """Sum the gradients of the norms that all heads share: each rank of a stage has those of its own heads only."""
-        if not gradients:
-            return
-        together = self.groups.tensor.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
 
     def _over_parts(self, measure: Tensor) -> Tensor:
         """The sum of a measure over the replicas that divide a gradient: here each replica has all of it."""

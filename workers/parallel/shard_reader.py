@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 from workers.parallel.decoder import laid_out
 from workers.parallel.plan import Parameter, ShardPlan
 
+# A rank's shards of the parameters of these names, or of all, as they are stepped; by name, laid out along their cut.
+ReadParameters = Callable[[Container[str] | None], dict[str, Tensor]]
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -14,10 +14,11 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from workers.parallel.plan import Head, Parameter
 from workers.parallel.sharding import Sharding
-from workers.settings import Model
+from workers.settings import Dtype, Model
 from workers.training.lora import Adapters, checkpoint_name
 from workers.training.model_classes import number_head
 from workers.training.models import load_causal, load_critic, load_reward
@@ -72,16 +73,16 @@ class WholeModule(nn.Module):
 
     The model stays in eval mode: dropout is never applied, as a row must not depend on which rank computes it.
     Adapters, where the settings have a rank of 1 or more for them, are then all that trains. Every rank reads the whole
-    folder into host memory first.
+    folder into host memory first; of a model that trains in bfloat16 also in float32, for its master weights.
     """
 
     is_first = is_last = True
 
-    def __init__(self, model: Model, sharding: Sharding, head: Head, seed: int | None) -> None:
+    def __init__(self, model: Model, sharding: Sharding, head: Head, seed: int | None, *, trains: bool = True) -> None:
         """`seed`: see `trained_model`. Raises ValueError where the folder lacks tensors."""
         super().__init__()
-        path, dtype = model.path, model.dtype
-        self.model = load_reward(path, dtype, seed) if head == "score" else _LOADERS[head](path, dtype)
+        path = model.path
+        self.model = _loaded(path, model.dtype, head, seed)
         self.config = self.model.config
         self._device = torch.device(sharding.device)
         self.adapters = Adapters(self.model, path, model.lora, seed or 0) if model.lora.rank else None
@@ -89,9 +90,13 @@ class WholeModule(nn.Module):
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             self._names[first.setdefault(id(parameter), name)].append(name)
+        own = self.by_name()
         self.plan = WholePlan(
-            head, tuple(Parameter(n, tuple(p.shape), frozen=not p.requires_grad) for n, p in self.by_name().items())
+            head, tuple(Parameter(n, tuple(p.shape), frozen=not p.requires_grad) for n, p in own.items())
         )
+        self.dtypes = {name: parameter.dtype for name, parameter in own.items()}  # in which they compute
+        masters = trains and self.adapters is None and model.dtype != "float32"
+        self._unread = dict(_loaded(path, "float32", head, seed).named_parameters()) if masters else own
         for name, buffer in list(self.model.named_buffers()):
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, buffer.to(self._device))
@@ -111,9 +116,9 @@ class WholeModule(nn.Module):
         return dict(self.model.named_parameters())
 
     def read(self, only: Container[str] | None = None) -> dict[str, Tensor]:
-        """The parameters on the model's device, by name; those named `only`, where that is given."""
-        named = self.by_name().items()
-        return {name: p.detach().to(self._device) for name, p in named if only is None or name in only}
+        """The parameters as they are stepped, on the model's device, by name; of those named `only`. Each only once."""
+        names = [name for name in self._unread if only is None or name in only]
+        return {name: self._unread.pop(name).detach().to(self._device) for name in names}
 
     def install(self, parameters: Mapping[str, nn.Parameter], only: Container[str] | None = None) -> None:
         """Set parameters by name, a tied one at all its places."""
@@ -156,6 +161,10 @@ class WholeModule(nn.Module):
             if not any(name.startswith(f"{outer}.") for outer in found)
             and not any(inner.startswith(f"{name}.") for inner in tied)
         }
+
+
+def _loaded(path: str, dtype: Dtype, head: Head, seed: int | None) -> PreTrainedModel:
+    return load_reward(path, dtype, seed) if head == "score" else _LOADERS[head](path, dtype)
 
 
 def _recompute(block: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
     stage 1   moments 1/d;            the gradient is reduced into ranges once a step, after the last micro-batch
     stage 2   moments, gradient 1/d;  each micro-batch's gradient is reduced, bucket by bucket, in the backward pass
-    both      each replica steps its ranges, and gathers the others', bucket by bucket
+    both      each replica steps its ranges, and gathers the others', bucket by bucket; in bfloat16 it has the masters
+              of its ranges, gradients are reduced in float32, and the rounded weights are gathered
 
 FSDP2 with reshard_after_forward=False does not replace it: between steps its weights are sharded and `fully_shard` owns
 their storage, so the hybrid engine could not generate with the training shard in place, and each pass would gather the
@@ -19,6 +20,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from workers.parallel.gradients import stepped_dtype
+from workers.parallel.shard_reader import ReadParameters
 from workers.parallel.sharded_state import ShardedState
 from workers.training.offload import Copy
 
@@ -44,29 +47,31 @@ class Zero1Model(ShardedState):
 
     bucket_bytes: ClassVar[int] = 32 * 1024 * 1024  # of all replicas' rows of a bucket
 
-    def _install(self) -> dict[str, nn.Parameter]:
-        parameters = super()._install()
+    def _install(self, read: ReadParameters, trains: bool) -> dict[str, nn.Parameter]:
+        parameters = super()._install(read, trains)
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         # The backward pass makes gradients from the last parameter to the first.
         self._buckets = list(self._filled(dict(reversed(trained.items()))))
-        self._slices = {name: nn.Parameter(p.detach().new_empty(0)) for name, p in trained.items()}
+        self._views = {n: nn.Parameter(p.detach().new_empty(0)) for n, p in trained.items() if n not in self._masters}
         self._sums: list[Tensor] = []  # of the gradient, this replica's row of each bucket
         return parameters
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:
-        """This replica's range of each parameter [entries], a view of the weights wherever they are now."""
-        for name, own in self._slices.items():
+        """This replica's range of each parameter [entries]: a master, or a view of the weights where they are now."""
+        for name, own in self._views.items():
             own.data = self._range(name, self._flat(name, self.parameters[name].data))
-        return self._slices
+        return {name: self._views[name] if name in self._views else self._masters[name] for name in self._trained}
 
     @torch.no_grad()
     def all_gather_updated(self) -> None:
         """See ParallelModel.all_gather_updated."""
         for bucket in self._buckets:
-            rows = self._rows(bucket)
+            rows = self._rows(bucket, bucket.dtype)
             for piece in bucket.pieces:
-                own = self._range(piece.name, self._flat(piece.name, self.parameters[piece.name]))
+                own = self._masters.get(piece.name)
+                if own is None:
+                    own = self._range(piece.name, self._flat(piece.name, self.parameters[piece.name]))
                 rows[self.place.dp, piece.start : piece.start + len(own)] = own
             self.groups.data.gather_rows_(rows)
             for piece in bucket.pieces:
@@ -81,12 +86,12 @@ class Zero1Model(ShardedState):
         """See ParallelModel.release_gradient."""
         super().release_gradient()
         self._sums = []
-        for own in self._slices.values():
+        for own in self._views.values():
             own.grad = None
 
     def relocate(self, copy: Copy) -> int:
         """See ParallelModel.relocate."""
-        for own in self._slices.values():
+        for own in self._views.values():
             own.data = own.data.new_empty(0)  # a view would keep the storage; `optimized` makes it anew
         return super().relocate(copy)
 
@@ -103,11 +108,11 @@ class Zero1Model(ShardedState):
     def _sum_over_replicas(self) -> None:
         for index in range(len(self._buckets)):
             self._sum(index)
-        self._gradients = []
+        self._gradients.release()
         self._hand_out_sums()
 
     def _reset_sums(self) -> None:
-        self._sums = [torch.zeros(b.width, dtype=b.dtype, device=self.device) for b in self._buckets]
+        self._sums = [torch.zeros(b.width, dtype=stepped_dtype(b.dtype), device=self.device) for b in self._buckets]
 
     def _hand_out_sums(self) -> None:
         """Give each range its part of the sums as its gradient."""
@@ -124,16 +129,14 @@ class Zero1Model(ShardedState):
         The gradient of a parameter that the loss has not reached counts as 0.
         """
         bucket = self._buckets[index]
-        rows = self._rows(bucket)
+        rows = self._rows(bucket, stepped_dtype(bucket.dtype))
         for piece in bucket.pieces:
-            parameter = self.parameters[piece.name]
-            if parameter.grad is not None:
-                _in_ranges(self._flat(piece.name, parameter.grad), rows[:, piece.start : piece.start + piece.width])
-                parameter.grad = None
+            if (gradient := self._gradients.take(piece.name)) is not None:
+                _in_ranges(self._flat(piece.name, gradient), rows[:, piece.start : piece.start + piece.width])
         self._sums[index] += self.groups.data.sum_rows(rows)
 
-    def _rows(self, bucket: _Bucket) -> Tensor:
-        return torch.zeros(self.topology.dp, bucket.width, dtype=bucket.dtype, device=self.device)
+    def _rows(self, bucket: _Bucket, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.topology.dp, bucket.width, dtype=dtype, device=self.device)
 
     def _filled(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[_Bucket]:
         """Parameters in their order, in buckets of at most `bucket_bytes` over all replicas."""
@@ -141,7 +144,8 @@ class Zero1Model(ShardedState):
         width, dtype = 0, self.dtype
         for name, parameter in parameters.items():
             own, kind = self._width(name), parameter.dtype
-            if pieces and (kind != dtype or (width + own) * self.topology.dp * kind.itemsize > self.bucket_bytes):
+            size = stepped_dtype(kind).itemsize
+            if pieces and (kind != dtype or (width + own) * self.topology.dp * size > self.bucket_bytes):
                 yield _Bucket(tuple(pieces), width, dtype)
                 pieces, width = [], 0
             pieces.append(_Piece(name, width, own))
@@ -157,10 +161,11 @@ class Zero2Model(Zero1Model):
     tokens, and those after it are summed when the backward pass is over.
     """
 
-    def _install(self) -> dict[str, nn.Parameter]:
-        parameters = super()._install()
-        for name in self._slices:
-            parameters[name].register_post_accumulate_grad_hook(self._sum_complete)
+    def _install(self, read: ReadParameters, trains: bool) -> dict[str, nn.Parameter]:
+        parameters = super()._install(read, trains)
+        for parameter in parameters.values():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._sum_complete)
         return parameters
 
     def _attach_gradient(self) -> None:

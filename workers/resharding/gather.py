@@ -61,8 +61,8 @@ class Gathering:
         return name in self._entries
 
     def trained(self, name: str) -> Tensor:
-        """A parameter whose shard is the same in both layouts."""
-        return self._shards[name].parameter.detach()
+        """A parameter whose shard is the same in both layouts, in the dtype in which it computes."""
+        return self._shards[name].parameter.detach().to(self._model.dtype)
 
     def attach(self) -> None:
         """Allocate the gathered tensors one by one; each shard is copied to its place there and frees its old storage.

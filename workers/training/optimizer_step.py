@@ -114,10 +114,6 @@ class OptimizerSteps:
         if self.model.sum_over_world(float(self._abandoned)):
             raise StepAbandoned(what)
 
-    def _weights(self) -> list[Tensor]:
-        """What an optimizer step changes."""
-        return [self.model.parameters[name] for name in self.model.optimized]
-
     def _take_step(self, what: str, norm: float) -> None:
         """Step with the gradient that has this global norm. Raises StepRefused, naming `what`, for one not finite."""
         if not math.isfinite(norm):
@@ -140,14 +136,14 @@ class OptimizerSteps:
 
     def _copy(self) -> tuple[list[Tensor], dict[str, object], int]:
         return (
-            [weight.detach().clone() for weight in self._weights()],
+            [weight.detach().clone() for weight in self.model.updated],
             copy.deepcopy(self._optimizer.state_dict()),
             self._updates,
         )
 
     @torch.no_grad()
     def _go_back(self, weights: list[Tensor], optimizer: dict[str, object], updates: int) -> None:
-        for weight, before in zip(self._weights(), weights, strict=True):
+        for weight, before in zip(self.model.updated, weights, strict=True):
             weight.copy_(before)
         self._optimizer.load_state_dict(optimizer)
         self._updates = updates

@@ -112,10 +112,11 @@ class TrainableModel(OptimizerSteps):
     def save(self, folder: str) -> None:
         """Write weights, moments and counters into `folder`, which all ranks see; with adapters theirs alone.
 
-        Returns when all of it is there.
+        Weights are written as they are stepped: a model in bfloat16 has float32 masters and moments there. Returns when
+        all of it is there.
         """
         model, place = self.model, self.model.place
-        tensors = {"": self._in_first_replica(model.weight), **(self._moments() if self._updates else {})}
+        tensors = {"": self._in_first_replica(model.stepped_weight), **(self._moments() if self._updates else {})}
         if place.dp == 0:
             boxes = {
                 prefix + model.plan.source(spec).name: self._box(spec, named[spec.name])
@@ -130,8 +131,9 @@ class TrainableModel(OptimizerSteps):
 
     @torch.no_grad()
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote under any topology and backend.
+        """Restore what `save` wrote under any topology and backend, in either dtype of the model.
 
+        Weights in bfloat16, as earlier versions wrote them, become the values of the masters.
         Raises ValueError, on every rank and changing nothing, where one can't read its part or it is another model's:
         where names, shapes or the scaling of adapters differ.
         """
