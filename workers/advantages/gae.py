@@ -21,6 +21,7 @@ def advantages_and_returns(
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, returns R_t = A_t + V_t. Masked
     tokens (a tool's output, say) are skipped: the next value and advantage carry over them, and their A and R are 0.
+    As in TRL and verl, V is 0 after the last token, also of a response that was cut at max_tokens.
     """
     advantages = np.zeros(len(rewards.values), np.float64)
     returns = np.zeros_like(advantages)

@@ -16,8 +16,9 @@ from workers.advantages.rewards import kl_to_reference, mean_of_trained
 def grpo(rollouts: Rollouts, reference: LogProbs, scores: Scores) -> Measured[Experience]:
     """A_i = (s_i - mean) / (std + 1e-6) over the prompt's samples, on every token (Shao et al. 2024).
 
-    The deviation is the unbiased one; a group of one has mean 0 and deviation 1. GRPO's KL term is in the loss, not in
-    the reward: here the reference's log-probs are passed on and the KL (k1) is only reported.
+    The deviation is the unbiased one and 1e-6 is added, as in verl; TRL adds 1e-4. A group of one has mean 0 and
+    deviation 1, as in verl. GRPO's KL term is in the loss, not in the reward: here the reference's log-probs are passed
+    on and the KL (k1) is only reported.
     """
     mask = rollouts.loss_mask
     kl = mean_of_trained(kl_to_reference(rollouts, reference, "k1"), mask)

@@ -40,8 +40,10 @@ def token_rewards(
 
 def kl_to_reference(rollouts: Rollouts, reference: LogProbs, estimator: KlEstimator) -> Float64:
     """kl_t(mu, reference) of each trained token, flat like the responses; 0 elsewhere."""
-    mu, anchor = rollouts.log_probs.values.astype(np.float64), reference.log_probs.values.astype(np.float64)
-    return kl_terms(mu, anchor, estimator) * (rollouts.loss_mask.values != 0)
+    inside = rollouts.loss_mask.values != 0
+    columns = (rollouts.log_probs.values, reference.log_probs.values)
+    mu, anchor = (np.where(inside, column, 0.0).astype(np.float64) for column in columns)  # 0 x infinity would be NaN
+    return kl_terms(mu, anchor, estimator) * inside
 
 
 def mean_of_trained(flat: Float64, mask: Jagged) -> float:

@@ -22,8 +22,8 @@ def rloo(
 ) -> Measured[Experience]:
     """A_i = R_i - mean of the others' R = k / (k - 1) (R_i - mean) on every token of sample i (Ahmadian et al. 2024).
 
-    R_i is the whole response's reward: its score less kl_coefficient times the sum of its tokens' KL(mu, reference).
-    With k = 1 the baseline is 0.
+    R_i is the whole response's reward: its score less kl_coefficient times the sum of its tokens' KL(mu, reference),
+    as in TRL's RLOOTrainer; so the baseline has the others' KL too. With k = 1 the baseline is 0, as in verl.
     """
     mask, groups = rollouts.loss_mask, groups_of(rollouts.sample_ids)
     earned = token_rewards(rollouts, reference, scores.scores, kl_coefficient, kl_estimator)

@@ -20,6 +20,7 @@ from workers.advantages.rewards import token_rewards
 from workers.advantages.whitening import whiten
 
 LARGEST_REWARD = 50.0  # a token's reward and cost are clamped to +- this
+LARGEST_STEP = math.log(100.0)  # of log lambda: a step changes lambda by a factor of 100 at most
 
 
 class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,8 +34,9 @@ class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ) -> Multiplier:
         """log lambda += rate lambda J_C with J_C = mean(window of costs) - limit, and log lambda <= log most.
 
-        This is gradient ascent on lambda J_C in log lambda (Dai et al. 2024). A lambda of 0 stays 0. Raises ValueError
-        if J_C is not finite.
+        This is gradient ascent on lambda J_C in log lambda (Dai et al. 2024). The reference implementation does not
+        bound a step by LARGEST_STEP: there, one extreme cost can take lambda to 0, where it stays. A lambda of 0 at the
+        start stays 0. Raises ValueError if J_C is not finite.
         """
         recent = [*self.costs, *map(float, costs)][-window:]
         excess = excess_of(recent, limit)
@@ -42,7 +44,8 @@ class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"mean cost less its limit {limit:g} is {excess}: the multiplier can't follow it")
         if self.value == 0.0:
             return Multiplier(0.0, recent)
-        logarithm = min(math.log(self.value) + rate * self.value * excess, math.log(most))
+        step = min(max(rate * self.value * excess, -LARGEST_STEP), LARGEST_STEP)
+        logarithm = min(math.log(self.value) + step, math.log(most))
         return Multiplier(math.exp(logarithm), recent)
 
 

@@ -109,3 +109,13 @@ def unknown_to_model(tokenizer: Tokenizer, rows: Iterable[Tokens]) -> tuple[int,
                 "embedding was resized to this one"
             )
     return None
+
+
+def response_column(responses: Jagged, mask: Jagged, values: npt.NDArray[np.float32]) -> Jagged:
+    """Values of the response tokens as a column; one of a masked token that is not finite becomes 0.
+
+    A message holds finite numbers only, and a masked token may have a log-prob of -inf, which nothing reads. Of a
+    trained token it is an error, which the message reports.
+    """
+    masked = (mask.values == 0) & ~np.isfinite(values)
+    return responses.with_values(np.where(masked, np.float32(0.0), values) if masked.any() else values)

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from protocols.data.jagged import Jagged
+from workers.losses.tokens import trained
 from workers.settings import Loss
 
 
@@ -28,8 +29,8 @@ class Counts:
 
 def counts_of(mask: Jagged) -> Counts:
     """The counts of some rows' loss mask."""
-    trained = _trained(mask)
-    return Counts(int(trained.sum()), int((trained > 0).sum()))
+    lengths = _trained_lengths(mask)
+    return Counts(int(lengths.sum()), int((lengths > 0).sum()))
 
 
 def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
@@ -40,7 +41,7 @@ def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
     token the same in long and in short rows (Dr. GRPO, Liu et al. 2025). Rows without a trained token count nowhere.
     Raises ValueError for a fixed_length that a recipe has not resolved.
     """
-    trained = _trained(mask).astype(np.float64)
+    lengths = _trained_lengths(mask).astype(np.float64)
     rows = max(counts.rows, 1)
     match loss.aggregation:
         case "token-mean":
@@ -48,7 +49,7 @@ def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
         case "sequence-mean-token-sum":
             per_row = np.full(len(mask), 1.0 / rows)
         case "sequence-mean-token-mean":
-            per_row = 1.0 / (rows * np.maximum(trained, 1.0))
+            per_row = 1.0 / (rows * np.maximum(lengths, 1.0))
         case "sequence-mean-fixed-length":
             if not loss.fixed_length:
                 raise ValueError("loss.fixed_length = 0: want the divisor in tokens, 1 or more")
@@ -57,9 +58,12 @@ def token_weights(mask: Jagged, counts: Counts, loss: Loss) -> Jagged:
 
 
 def reduce_loss(per_token: Tensor, weights: Tensor) -> Tensor:
-    """Sum of per-token losses times their weights, both [T]; the sums of micro-batches add up to the batch's loss."""
-    return (per_token * weights.to(per_token.dtype)).sum()
+    """Sum of per-token losses times their weights, both [T]; the sums of micro-batches add up to the batch's loss.
+
+    A loss of weight 0 counts as 0 even where it is not finite.
+    """
+    return (trained(per_token, weights) * weights.to(per_token.dtype)).sum()
 
 
-def _trained(mask: Jagged) -> np.ndarray:
+def _trained_lengths(mask: Jagged) -> np.ndarray:
     return np.array([np.count_nonzero(row) for row in mask], dtype=np.int64)

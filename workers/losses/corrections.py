@@ -2,7 +2,8 @@
 
 mu is the probability that the engine recorded when it sampled the token. k differs from 1 by the sample's age in
 versions and by the engine's numerical differences. A weight carries no gradient and never enters a denominator: a
-token of weight 0 still counts in its mean.
+token of weight 0 still counts in its mean. verl's rejection sampling takes it out of the mask, and so out of the
+denominator.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.losses.tokens import Tokens, bounded, row_means
+from workers.losses.tokens import Tokens, beyond_bound, bounded, row_means
 from workers.settings import Correction, Loss
 
 
@@ -31,7 +32,7 @@ def none(ratio: Tensor, loss: Loss) -> Weights:
 
 
 def importance(ratio: Tensor, loss: Loss) -> Weights:
-    """k itself, unbiased and unbounded: with PPO this is decoupled PPO (Hilton et al. 2022; Fu et al. 2025)."""
+    """k itself, unbiased: with PPO this is decoupled PPO (Hilton et al. 2022; Fu et al. 2025). Only `bounded` bounds it."""
     return Weights(ratio, _nowhere(ratio))
 
 
@@ -59,6 +60,8 @@ def correct(tokens: Tokens, loss: Loss) -> Weights:
     log_ratio = (tokens.old_log_probs - tokens.rollout_log_probs).detach()
     weights = CORRECTIONS[loss.correction](torch.exp(bounded(log_ratio)), loss)
     outside = ~sequences_within(log_ratio, tokens, loss.sequence_low, loss.sequence_high or math.inf)
+    if loss.correction != "none":
+        weights = weights._replace(truncated=weights.truncated | beyond_bound(log_ratio))
     return Weights(weights.values.masked_fill(outside, 0.0), weights.truncated | outside)
 
 

@@ -2,7 +2,8 @@
 
 The correction turns means over sampled tokens into means over theta's own tokens, so it also weighs the KL term: k3 of
 a token that theta would hardly sample is exp(ref - theta), without bound, which stale tokens reach easily
-(DeepSeek-V3.2, 2025). The entropy is over the whole distribution, whichever policy sampled, and needs no correction.
+(DeepSeek-V3.2, 2025); verl's correction weighs the policy loss alone. The entropy is over the whole distribution,
+whichever policy sampled, and needs no correction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from workers.losses import PolicyLoss
 from workers.losses.corrections import Weights, correct
 from workers.losses.regularizers import kl_loss
-from workers.losses.tokens import Tokens
+from workers.losses.tokens import Tokens, zeroed
 from workers.settings import Loss
 
 
@@ -30,8 +31,10 @@ class Objective(NamedTuple):
 def policy_objective(policy_loss: PolicyLoss, tokens: Tokens, loss: Loss) -> Objective:
     """Compose the parts that `loss` names. A coefficient of 0 leaves its part out.
 
-    Raises ValueError where a part lacks its input: the reference's log-probs, or the entropies.
+    Masked tokens change nothing, whatever their numbers are. Raises ValueError where a part lacks its input: the
+    reference's log-probs, or the entropies.
     """
+    tokens = zeroed(tokens)
     surrogate, correction = policy_loss(tokens, loss), correct(tokens, loss)
     total, kl = surrogate.loss, None
     if loss.kl_coefficient:

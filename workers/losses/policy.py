@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.losses.tokens import Surrogate, Tokens, bounded, log_ratio, row_means
+from workers.losses.tokens import Surrogate, Tokens, beyond_bound, bounded, log_ratio, row_means
 from workers.settings import Loss
 
 
@@ -21,7 +21,9 @@ def ppo(tokens: Tokens, loss: Loss) -> Surrogate:
     eps_high > eps_low is DAPO's clip-higher (Yu et al. 2025). With correction = "importance" it is decoupled PPO
     (Hilton et al. 2022; AReaL, Fu et al. 2025): the trust region stands around prox, whatever mu was.
     """
-    return clip_ratio(torch.exp(bounded(log_ratio(tokens, loss))), tokens.advantages, loss)
+    ratio = log_ratio(tokens, loss)
+    surrogate = clip_ratio(torch.exp(bounded(ratio)), tokens.advantages, loss)
+    return surrogate._replace(clipped=surrogate.clipped | (beyond_bound(ratio) & (tokens.advantages != 0)))
 
 
 def gspo(tokens: Tokens, loss: Loss) -> Surrogate:
@@ -31,8 +33,10 @@ def gspo(tokens: Tokens, loss: Loss) -> Surrogate:
     has one advantage, the gradient equals that of the sequence form; per-token advantages are kept. The clips apply to
     s, which moves far less than a token's ratio: the paper's are 3e-4 and 4e-4.
     """
-    sequence = torch.exp(bounded(row_means(log_ratio(tokens, loss), tokens)))
-    return clip_ratio(sequence * torch.exp(tokens.log_probs - tokens.log_probs.detach()), tokens.advantages, loss)
+    mean = row_means(log_ratio(tokens, loss), tokens)
+    ratio = torch.exp(bounded(mean)) * torch.exp(tokens.log_probs - tokens.log_probs.detach())
+    surrogate = clip_ratio(ratio, tokens.advantages, loss)
+    return surrogate._replace(clipped=surrogate.clipped | (beyond_bound(mean) & (tokens.advantages != 0)))
 
 
 def cispo(tokens: Tokens, loss: Loss) -> Surrogate:

@@ -15,7 +15,7 @@ def kl_loss(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Ten
     With d = log ref - log pi_theta, clamped to +-20: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (Schulman,
     "Approximating KL divergence", 2020). As terms of a loss their gradients differ more than their values: k2 has the
     gradient of this divergence, k3 (used by GRPO) that of the reverse divergence, and k1 a gradient whose mean is 0,
-    so k1 belongs in the reward.
+    so k1 belongs in the reward. Where d is clamped, the gradient is 0.
     """
     difference = bounded(reference - log_probs)
     match estimator:
@@ -30,8 +30,8 @@ def kl_loss(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Ten
 def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """-sum p log p of softmax(logits / temperature) in nats: [T, V] -> float32 [T]; temperature 0 reads as 1.
 
-    Float64 logits stay float64.
+    Float64 logits stay float64. A logit of -inf, of a token that can't be sampled, adds 0: the limit of p log p.
     """
     scaled = (logits if logits.dtype == torch.float64 else logits.float()) / (temperature or 1.0)
     log_probs = torch.log_softmax(scaled, dim=-1)
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(dim=-1)

@@ -15,6 +15,7 @@ from protocols.data.messages import Experience, Metrics, Rollouts, Values
 from protocols.roles import Critic
 from workers.losses import metrics
 from workers.losses.aggregation import reduce_loss
+from workers.losses.tokens import trained
 from workers.losses.value import value_loss
 from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
@@ -74,8 +75,9 @@ class CriticWorker(Critic):
 
     def _batch_loss(self, batch: Experience, weights: Jagged) -> MicroLoss:
         def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
-            before, returns = micro.column(batch.values), micro.column(batch.returns)
-            per_token = value_loss(_values_of(outputs, micro), before, returns, self._loss.value_clip)
+            mask = micro.column(batch.loss_mask)
+            columns = (_values_of(outputs, micro), micro.column(batch.values), micro.column(batch.returns))
+            per_token = value_loss(*(trained(column, mask) for column in columns), self._loss.value_clip)
             return reduce_loss(per_token, micro.column(weights))
 
         return loss

@@ -29,7 +29,7 @@ from protocols.weights import Probe, Version
 from workers.data.hf_folder import engine_context
 from workers.data.model_config import probe_tokens
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
-from workers.data.token_rows import TokenRows
+from workers.data.token_rows import TokenRows, response_column
 from workers.data.vocabulary import Vocabulary
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.colocated_vllm import ColocatedVllm
@@ -217,7 +217,7 @@ class PolicyWorker(Policy):
         """Log-probs of the response tokens, on every rank of the last stage."""
         budget = self._loss.tokens_per_micro_batch
         values = self.model.outputs(rows, budget, self._distribution.of_responses)
-        return rows.responses.with_values(values) if values is not None else None
+        return response_column(rows.responses, rows.loss_mask, values) if values is not None else None
 
     # --- publishing and keeping
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from protocols.data.messages import LogProbs, Rollouts
 from protocols.roles import Reference
+from workers.data.token_rows import response_column
 from workers.data.vocabulary import Vocabulary
 from workers.parallel.backends import frozen_model
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
@@ -38,4 +39,5 @@ class ReferenceWorker(Reference):
         values = self.model.outputs(rollouts, self._budget, self._distribution.of_responses)
         if values is None or not self.model.is_output_rank:
             return NOT_COLLECTED
-        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=rollouts.responses.with_values(values))
+        log_probs = response_column(rollouts.responses, rollouts.loss_mask, values)
+        return LogProbs(sample_ids=rollouts.sample_ids, log_probs=log_probs)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, Rollouts
@@ -108,6 +109,26 @@ def test_the_experience_is_the_rows_that_came_in_with_zeros_for_the_critic(name:
     assert not batch.returns.values.any()
     assert not batch.values.values.any()
     assert not batch.advantages.values[~INSIDE].any()
+
+
+@pytest.mark.parametrize("odd", [-np.inf, np.inf, np.nan])
+@pytest.mark.parametrize("name", [*ESTIMATORS, "gae"])
+def test_masked_numbers_change_no_advantage_and_no_metric(name: str, odd: float):
+    def result(number: float) -> Measured[Experience]:
+        def masked(column: Jagged) -> Jagged:
+            return column.with_values(np.where(INSIDE, column.values, np.float32(number)))
+
+        rows = structs.replace(ROWS, log_probs=masked(ROWS.log_probs))
+        if name == "gae":
+            of, anchor = values(rows), reference(rows)
+            of = structs.replace(of, values=masked(of.values))
+            return gae(rows, structs.replace(anchor, log_probs=masked(anchor.log_probs)), of, scores(rows))
+        return ESTIMATORS[name](rows)
+
+    ours, theirs = result(odd), result(0.0)
+    assert ours.batch.advantages == theirs.batch.advantages
+    assert ours.batch.returns == theirs.batch.returns
+    assert ours.metrics.values == theirs.metrics.values
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "remax", "reinforce_pp", "reinforce_pp_baseline"])

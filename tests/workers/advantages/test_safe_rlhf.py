@@ -94,6 +94,12 @@ def test_lambda_stays_under_its_bound_and_comes_back_from_it():
     assert at_bound.after(np.full(9, -300.0), **NUMBERS).value < 5.0
 
 
+def test_lambda_comes_back_from_an_extreme_cost():
+    far = Multiplier(5.0).after(np.array([-3000.0]), **{**NUMBERS, "rate": 0.5})
+    assert far.value == pytest.approx(0.05)
+    assert far.after(np.full(200, 40.0), **NUMBERS).value > far.value
+
+
 def test_only_the_last_samples_are_remembered():
     state = Multiplier(1.0)
     for step in range(4):

@@ -25,4 +25,9 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_mask(mask: np.
 
 def test_equal_advantages_whiten_to_0_and_a_single_one_stays():
     assert np.abs(whiten(np.full(5, 0.1), np.ones(5, np.uint8))).max() < 1e-6
-    assert whiten(np.array([4.0, 9.0]), np.array([1, 0], np.uint8))[0] == 4.0
+    assert whiten(np.array([4.0, 9.0]), np.array([1, 0], np.uint8)).tolist() == [4.0, 0.0]
+
+
+def test_a_masked_number_that_is_not_finite_is_0_afterwards():
+    white = whiten(np.array([4.0, np.nan, 2.0, -np.inf]), np.array([1, 0, 1, 0], np.uint8))
+    np.testing.assert_allclose(white, [1.0, 0.0, -1.0, 0.0], atol=1e-6)
