@@ -32,7 +32,7 @@ def none(ratio: Tensor, loss: Loss) -> Weights:
 
 
 def importance(ratio: Tensor, loss: Loss) -> Weights:
-    """k itself, unbiased: with PPO this is decoupled PPO (Hilton et al. 2022; Fu et al. 2025). Only `bounded` bounds it."""
+    """k itself, with `bounded` as its only bound: with PPO, decoupled PPO (Hilton et al. 2022; Fu et al. 2025)."""
     return Weights(ratio, _nowhere(ratio))
 
 
