@@ -43,7 +43,7 @@ class Probe(msgspec.Struct, frozen=True):
 
     tokens: list[list[int]]
     log_probs: list[list[float]]  # of tokens[i][1:], under the trainer's weights
-    tolerance: float  # the largest absolute difference that still proves the installation
+    tolerance: float  # the largest root mean square difference, nats, that still proves the installation
 
 
 class WeightManifest(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class InstallReceipt(msgspec.Struct, frozen=True):
 
     version: Version
     tensors: int
-    probe_difference: float  # largest absolute log-prob difference over the probe
+    probe_difference: float  # root mean square of the log-prob differences over the probe, nats
     seconds: float
 
 

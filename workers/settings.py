@@ -219,7 +219,9 @@ class Generation(Settings, frozen=True):
     # GPU's free memory, or a tenth of the machine's where it computes on the CPU
     kv_cache_bytes: NonNegativeInt = 0
     max_model_tokens: NonNegativeInt = 0  # prompt + response; 0: the longest prompt of the data + max_tokens
-    probe_tolerance: float = 1e-3  # largest log-prob difference that verifies a publication; raise it for bfloat16
+    # Largest root mean square difference, in nats, between an engine's log-probs of the probe batch and the trainer's;
+    # 0: what the rounding of the model's dtype explains, which the trainer measures for each publication.
+    probe_tolerance: Coefficient = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from protocols.control.requests import CodeSource
@@ -29,7 +28,7 @@ from protocols.weights import Probe, Version
 from workers.data.hf_folder import engine_context
 from workers.data.model_config import probe_tokens
 from workers.data.pretraining import PretrainingText, ReplicaText, is_text
-from workers.data.token_rows import TokenRows, response_column
+from workers.data.token_rows import response_column
 from workers.data.vocabulary import Vocabulary
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.colocated_vllm import ColocatedVllm
@@ -48,14 +47,13 @@ from workers.parallel.merged import merged
 from workers.parallel.model import MicroLoss
 from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.resharding.hybrid_engine import HybridEngine, Transition
+from workers.roles.probe import answered_probe
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import response_log_probs
 from workers.training.offload import Offloader
 from workers.training.token_distribution import TokenDistribution
 from workers.training.trainable import TrainableModel
-
-PROBE_ROWS = 4
 
 
 class PolicyWorker(Policy):
@@ -242,16 +240,8 @@ class PolicyWorker(Policy):
 
         A run has the same batch wherever the policy is trained. Ids that stand for no token are not in it.
         """
-        rows = int(self.model.config.vocab_size)
-        known = np.setdiff1d(np.arange(rows), self._vocabulary.unknown(rows))
-        places = np.random.default_rng([self._seed, rows]).integers(0, len(known), (PROBE_ROWS, self._probe_tokens))
-        tokens, plain = known[places], TokenDistribution(Sampling(), self._vocabulary)
-        batch = TokenRows.of(tokens[:, :1], tokens[:, 1:])
-        kept = self.model.forward(batch, tokens.size, plain.of_responses)
-        replica, model = self.model.groups.replica, self.model
-        answers = kept[0] if kept else torch.empty(len(batch.responses.values), device=model.device)
-        replica.broadcast_(answers, replica.ranks[(model.plan.pp - 1) * model.plan.tp])
-        return Probe(tokens.tolist(), answers.view(PROBE_ROWS, -1).tolist(), self._generation.probe_tolerance)
+        tolerance = self._generation.probe_tolerance
+        return answered_probe(self.model, self._probe_tokens, self._seed, tolerance, self._vocabulary)
 
     def save(self, folder: str) -> None:
         """See TrainableModel.save."""
