@@ -76,8 +76,9 @@ class CriticWorker(Critic):
     def _batch_loss(self, batch: Experience, weights: Jagged) -> MicroLoss:
         def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
             mask = micro.column(batch.loss_mask)
-            columns = (_values_of(outputs, micro), micro.column(batch.values), micro.column(batch.returns))
-            per_token = value_loss(*(trained(column, mask) for column in columns), self._loss.value_clip)
+            values = trained(_values_of(outputs, micro), mask)
+            before, returns = (trained(micro.column(column), mask) for column in (batch.values, batch.returns))
+            per_token = value_loss(values, before, returns, self._loss.value_clip)
             return reduce_loss(per_token, micro.column(weights))
 
         return loss

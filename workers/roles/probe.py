@@ -15,10 +15,10 @@ from workers.parallel.rounding import randomly_rounded
 from workers.training.token_distribution import TokenDistribution
 
 ROWS = 4
-MARGIN = (
-    2.0  # a correct engine differs by 0.44 to 0.83 times what random rounding changes, see there, and up to 1.5 where
-)
-# a token's choice among experts may turn
+# A correct engine differs by up to 0.83 times what random rounding changes, and by up to 1.5 where a token's
+# choice among experts may turn, see `workers.parallel.rounding`.
+MARGIN = 2.0
+LEAST = 1e-5  # of a tolerance, nats: log-sum-exp itself is rounded, whatever the weights are
 
 
 @torch.no_grad()
@@ -27,8 +27,8 @@ def answered_probe(
 ) -> Probe:
     """The batch that `seed` and the vocabulary decide, ROWS of `row_tokens`, and the model's answer, on every rank.
 
-    Ids that stand for no token are not in it. A `tolerance` of 0 stands for MARGIN times what random rounding in the model's dtype changes, which takes a second
-    forward. All ranks call together.
+    Ids that stand for no token are not in it. A `tolerance` of 0 stands for MARGIN times what random rounding in the
+    model's dtype changes, which takes a second forward. All ranks call together.
     """
     size = int(model.config.vocab_size)
     known = np.setdiff1d(np.arange(size), vocabulary.unknown(size))
@@ -37,7 +37,8 @@ def answered_probe(
     answers = _answers(model, batch, plain)
     if not tolerance:
         with randomly_rounded(model.shard, model.dtype, seed):
-            tolerance = MARGIN * float((_answers(model, batch, plain) - answers).square().mean().sqrt())
+            changed = float((_answers(model, batch, plain) - answers).square().mean().sqrt())
+        tolerance = max(MARGIN * changed, LEAST)
     return Probe(tokens.tolist(), answers.view(ROWS, -1).tolist(), tolerance)
 
 

@@ -40,8 +40,8 @@ def taken(tokens: Tokens, loss: Loss) -> tuple[Tensor, Tensor, Tensor, dict[str,
     weights = token_weights(BATCH.mask_column, counts_of(BATCH.mask_column), loss)
     total = reduce_loss(objective.loss, torch.from_numpy(np.array(weights.values)))
     assert tokens.entropies is not None
-    gradients = torch.autograd.grad(total, (tokens.log_probs, tokens.entropies))
-    return total.detach(), *gradients, loss_metrics(tokens, objective, loss)
+    by_log_probs, by_entropies = torch.autograd.grad(total, (tokens.log_probs, tokens.entropies))
+    return total.detach(), by_log_probs, by_entropies, loss_metrics(tokens, objective, loss)
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -25,9 +25,11 @@ SEED, ROW_TOKENS = 3, 32
 
 
 def make_experts(at: Path) -> Path:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
-    layers = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    config = Qwen3MoeConfig(**sizes, **layers, num_experts=4, num_experts_per_tok=2, initializer_range=0.1)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        initializer_range=0.1,
+    )  # fmt: skip
     return tiny.save_random(Qwen3MoeForCausalLM, config, at, seed=0)
 
 
