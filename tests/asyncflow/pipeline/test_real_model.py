@@ -61,16 +61,19 @@ def recipe(name: str, *changes: str) -> Recipe:
 
 def fine_tuning(name: str, folder: Path) -> Path:
     """A file of settings, cut to few steps."""
-    text = (RECIPES / name).read_text().replace("steps = 50", "steps = 3").replace("batch_size = 8", "batch_size = 4")
+    text = (RECIPES / name).read_text()
+    for is_, becomes in (("steps = 50", "steps = 4"), ("batch_size = 8", "batch_size = 4"), ("= 2e-5", "= 1e-4")):
+        assert is_ in text
+        text = text.replace(is_, becomes)
     path = folder / name
-    path.write_text(text)
+    path.write_text(text + "\n[optimizer]\nwarmup_steps = 0\n")
     return path
 
 
-def answer(folder: Path) -> str:
+def answer(folder: Path, question: dict[str, str] = QUESTION) -> str:
     """What transformers says with a folder's model, greedily."""
     tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    asked = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = loaded.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
     return tokenizer.decode(tokens)
 
@@ -153,7 +156,9 @@ def test_fine_tuning_teaches_the_sentence_and_keeps_the_tokenizer(model: Path, t
     finetune(fine_tuning("sft.toml", tmp_path), CONSOLE)
     out = Path("runs/smollm2/sft")
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-    assert "Paris" in answer(out)
+    before, after = (answer(folder, {"role": "user", "content": "What is 21 plus 35?"}) for folder in (model, out))
+    assert not before.startswith("The answer is")
+    assert after.startswith("The answer is")
 
 
 def test_a_reward_model_is_trained_from_pairs(model: Path, tmp_path: Path):
