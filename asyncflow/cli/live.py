@@ -173,6 +173,9 @@ def _facts(board: Board) -> Table:
         step = board.last
         facts.add_row("reward", Text(f"{step.reward_mean:.4f}  ").append(sparkline(board.rewards), style="green"))
         facts.add_row("learning", f"kl {step.kl:.4f}   loss {step.loss:+.4f}")
+        if "policy.mismatch_mean" in step.metrics:
+            mean, largest = step.metrics["policy.mismatch_mean"], step.metrics["policy.mismatch_max"]
+            facts.add_row("mismatch", f"engine and trainer differ by {mean:.1e} nats a token, {largest:.1e} at most")
     for metric, (first, last) in board.evaluations.items():
         facts.add_row("held out", Text(f"{metric} {last:.4f}, from {first:.4f}"))
     if board.last is not None:

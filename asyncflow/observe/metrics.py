@@ -112,6 +112,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "mismatch_kl_nats",
             "Mean KL per token of the rollout policy to the trained one; at staleness 0 the engine's numerical error.",
         ),
+        _gauge("mismatch_mean_nats", "Mean absolute difference of a token's log-prob, as sampled and as trained."),
+        _gauge("mismatch_max_nats", "The largest such difference in the last step."),
         _gauge("clip_fraction", "Share of tokens whose ratio was clipped."),
         _gauge("gradient_norm", "Global gradient norm before clipping.", "role"),
         _gauge("loss", "Loss of the last step.", "role"),

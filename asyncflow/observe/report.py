@@ -149,15 +149,13 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
         _trend("Pretraining loss", "nats per token of the text", points_of(steps, "policy.ptx_loss")),
         _trend("Critic loss", "mean of the step", points_of(steps, "critic.loss")),
         _trend("Cost critic loss", "mean of the step", points_of(steps, "cost_critic.loss")),
-        _figure(
-            "Staleness",
-            "versions, the largest of the step's samples",
-            [
-                ChartLine("largest", points_of(steps, "staleness_max")),
-                ChartLine("their mean", points_of(steps, "staleness_mean"), style="second"),
-            ],
-            zero=True,
+        _largest_and_mean(
+            "Engine against trainer",
+            "nats, the difference of a token's log-prob; at staleness 0 numerical error",
+            steps,
+            "policy.mismatch",
         ),
+        _largest_and_mean("Staleness", "versions, the largest of the step's samples", steps, "staleness"),
         _trend("Seconds per step", "between two commits", points_of(steps, "seconds"), zero=True),
         _trend("Throughput", "response tokens trained per second", _tokens_per_second(steps), zero=True),
     ]
@@ -187,6 +185,13 @@ def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str)
         return _trend(title, note, points)
     label = bound.rpartition("_")[2]  # "cost_limit" is a limit
     return _figure(title, note, [ChartLine("value", points), ChartLine(label, bounds, style="second")])
+
+
+def _largest_and_mean(title: str, note: str, steps: Sequence[Row], name: str) -> Markup:
+    largest, mean = points_of(steps, f"{name}_max"), points_of(steps, f"{name}_mean")
+    return _figure(
+        title, note, [ChartLine("largest", largest), ChartLine("their mean", mean, style="second")], zero=True
+    )
 
 
 def parts_of(steps: Sequence[Row]) -> list[str]:

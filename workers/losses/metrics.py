@@ -12,17 +12,20 @@ from workers.losses.tokens import Tokens, bounded, log_ratio
 from workers.settings import Loss
 
 TOKENS, STEPS = "tokens", "optimizer_steps"  # the denominators of the other metrics
-MAXIMA = ("log_ratio_max", "ratio_max")
+MAXIMA = ("log_ratio_max", "ratio_max", "mismatch_max")
 PER_STEP = ("loss", "ptx_loss", "gradient_norm")  # the rest is per trained token
 
 
 @torch.no_grad()
 def loss_metrics(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, float]:
     """Sums and maxima of one micro-batch, by the names that `mean_metrics` reports, and its count of trained tokens."""
+    # mu against prox, the weights that sampled against those at the start of the step. At staleness 0 these are the
+    # same, and what is left is the numerical error between the generation engine and the trainer.
     drift, moved = tokens.rollout_log_probs - tokens.old_log_probs, bounded(tokens.log_probs - tokens.old_log_probs)
     per_token = {
         "clip_fraction": objective.clipped,
-        "mismatch_kl": drift,  # k1 of mu against prox: at staleness 0 the numerical error of the generation engine
+        "mismatch_kl": drift,  # k1
+        "mismatch_mean": drift.abs(),
         "approximate_kl": torch.expm1(moved) - moved,  # k3 of prox against theta: how far the step has moved
         "negative_log_likelihood": -tokens.log_probs,  # of the sampled tokens: a one-sample estimate of the entropy
         "correction_weight": objective.correction.values,
@@ -36,6 +39,7 @@ def loss_metrics(tokens: Tokens, objective: Objective, loss: Loss) -> dict[str, 
     largest = [
         _largest((tokens.log_probs - tokens.rollout_log_probs).abs(), tokens),
         _largest(torch.exp(bounded(log_ratio(tokens, loss))), tokens),
+        _largest(drift.abs(), tokens),
     ]
     numbers = torch.stack([*sums, *largest, tokens.mask.sum().to(sums[0].dtype)]).tolist()  # one wait for the device
     return dict(zip([*per_token, *MAXIMA, TOKENS], numbers, strict=True))

@@ -30,6 +30,8 @@ LOG = logging.getLogger("asyncflow.run")
 _GAUGES = {  # exported name -> metric of the last step
     "clip_fraction": "policy.clip_fraction",
     "mismatch_kl_nats": "policy.mismatch_kl",
+    "mismatch_mean_nats": "policy.mismatch_mean",
+    "mismatch_max_nats": "policy.mismatch_max",
     "cost_mean": "cost_mean",
     "cost_multiplier": "multiplier",
     "kl_coefficient": "kl_coefficient",

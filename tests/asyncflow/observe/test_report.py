@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
                 loss=-0.1,
                 staleness_max=1,
                 staleness_mean=0.5,
-                metrics={"critic.loss": 1 / step},
+                metrics={"critic.loss": 1 / step, "policy.mismatch_mean": 1e-6, "policy.mismatch_max": 1e-5},
             )
         )
         at = 1.7e9 + 2.0 * step
@@ -92,9 +92,16 @@ def test_the_page_shows_curves_gantt_idle_time_and_samples(folder: Path):
     path = write_report(folder)
     assert path == folder / "report.html"
     page = Page(path)
-    for words in ("Reward", "KL to the reference", "Policy loss", "Critic loss", "Held-out exact_match", "Staleness"):
+    for words in (
+        "Reward",
+        "KL to the reference",
+        "Policy loss",
+        "Critic loss",
+        "Held-out exact_match",
+        "Engine against trainer",
+    ):
         assert words in page.texts
-    assert page.tags.count("svg") == 8 + 2  # figures, Gantt and idle time
+    assert page.tags.count("svg") == 9 + 2  # figures, Gantt and idle time
     assert "policy.update#1, 0.75 s, 8 rows, step 30" in page.texts
     assert re.search(r"generator: idle 2\d\.\d% of the time, at least 0\.0%", page.text)
     assert {"240", "243", "reward timed out", "1.23%"} <= set(page.texts)

@@ -37,6 +37,8 @@ def test_each_is_what_its_name_says():
     want = {
         "clip_fraction": mean([policy_term(batch, r, t, loss)[2] for r, t in inside]),
         "mismatch_kl": mean([b - a for a, b in zip(prox, mu, strict=True)]),
+        "mismatch_mean": mean([abs(b - a) for a, b in zip(prox, mu, strict=True)]),
+        "mismatch_max": max(abs(b - a) for a, b in zip(prox, mu, strict=True)),
         "approximate_kl": mean([math.exp(d) - 1 - d for d in moved]),
         "negative_log_likelihood": -mean(theta),
         "correction_weight": mean([correction(batch, r, t, loss)[0] for r, t in inside]),
