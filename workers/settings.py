@@ -73,7 +73,8 @@ class RewardPart(Settings, frozen=True):
 
     name: str  # its mean is reported as reward.<name>
     path: str = ""  # transformers folder
-    rule: str = ""  # registered rule name, or "package.module:function"
+    rule: str = ""  # registered rule name, "package.module:function" or "file.py:function"
+    check: bool = True  # call the rule once before the run; false: e.g. it needs a server that only the run has
     weight: Finite = 1.0  # not 0
     dtype: Dtype = "float32"  # of a model's weights
 
@@ -110,7 +111,8 @@ class Model(Settings, frozen=True):
     """One role's model: a transformers folder; a reward may also be a rule, a mix of both, or an external worker."""
 
     path: str = ""  # transformers folder
-    rule: str = ""  # registered rule name, or "package.module:function"
+    rule: str = ""  # registered rule name, "package.module:function" or "file.py:function"
+    check: bool = True  # call the rule once before the run; false: e.g. it needs a server that only the run has
     mix: list[RewardPart] = []  # reward only: the weighted sum of these
     outside: bool = False  # an external worker answers: a program or a person outside of the run
     learning_rate: float = 0.0  # of a trained role, which needs one above 0; after the warm-up
@@ -273,8 +275,16 @@ class Chat(Settings, frozen=True):
 class Failures(Settings, frozen=True):
     """What happens to a sample whose reward can't be computed, and to a service that dies."""
 
-    reward_timeout_seconds: float = 30.0  # for one row of a rule
+    reward_timeout_seconds: FinitePositive = 30.0  # of one call of a rule: a row, or the batch of a batch rule
     reward_retries: NonNegativeInt = 1  # further attempts before the sample is failed
+    # The wait before the first further attempt after a failed connection or a busy server; it doubles, up to 30 s.
+    reward_backoff_seconds: NonNegative = 0.5
+    # Rows of one rule scored at the same time on each rank of its service: the most processes of an ordinary rule, each
+    # started when the rows that wait are worth it; the most calls in flight of an async rule, in one process.
+    reward_concurrency: PositiveInt = 8
+    # Train the samples of a prompt without those that failed, where 2 or more are left. By default another prompt takes
+    # its place: a rule that fails on some kinds of answers would otherwise leave these out of every group's mean.
+    partial_groups: bool = False
     restarts: NonNegativeInt = 3  # of each service that trains nothing; its next death ends the run
     outside_timeout_seconds: FinitePositive = 300.0  # without an external worker's answer the sample is failed
     outside_retake_seconds: FinitePositive = 60.0  # rows that a worker took and did not answer are given to another one

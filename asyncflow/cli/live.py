@@ -33,6 +33,7 @@ from protocols.control.events import (
     StateChanged,
     StepCommitted,
     WaitsChanged,
+    Warned,
 )
 
 HISTORY = 40  # steps that the sparkline shows
@@ -98,7 +99,9 @@ class Board:
                 self.state = event.state
             case RunEnded():
                 self.state, self.waits = event.outcome, None
-            case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused() | Stalled():
+            case Stalled() | Warned():
+                pass
+            case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused():
                 pass
 
     @property
@@ -136,14 +139,20 @@ def line_of(event: Event, board: Board) -> str | None:
             line = f"code refused after step {event.step}, the old code stays in use: {' '.join(event.error.split())}"
         case StateChanged():
             line = f"the run is {event.state}"
-        case Stalled():
-            line = f"no progress for {event.seconds:.0f} s: " + "; ".join(event.graph)
+        case Stalled() | Warned():
+            line = _alarm(event)
         case RunEnded():
             cause = f": {event.error}" if event.error else ""
             line = f"run {event.outcome} after step {event.step}{cause}"
         case Published() | WaitsChanged():
             line = None
     return line
+
+
+def _alarm(event: Stalled | Warned) -> str:
+    if isinstance(event, Warned):
+        return f"warning: {event.text}"
+    return f"no progress for {event.seconds:.0f} s: " + "; ".join(event.graph)
 
 
 def panel(board: Board) -> RenderableType:

@@ -53,7 +53,7 @@ async def _complete(notice: PromptSettled, inflight: InFlightPrompts, run_store:
     """All rows of a prompt are at the join: it can be trained, or its samples end."""
     if not inflight.complete(notice):
         return
-    if notice.trainable and not notice.dead:
+    if notice.trains:
         run_store.scored(notice.alive)
         return
     ended = ended_samples(notice)

@@ -70,4 +70,5 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     samples_per_prompt: int
     staleness: int
     deterministic: bool = False  # the prompts of a step are generated together, one step at a time
+    compares_samples: bool = False  # the algorithm does, within each prompt
     max_refills: int  # rounds of replaced prompts in one step before the run ends and reports the reject rate

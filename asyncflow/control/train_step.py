@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 
-from asyncflow.control.admission.inflight_prompts import InFlightPrompts
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts, failed_samples
 from asyncflow.control.admission.staleness import CompletePrompt, check_age
 from asyncflow.control.generating_service import GeneratingService
+from asyncflow.control.reward_warnings import reward_warning
 from asyncflow.control.settings import Pace
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import ask
-from protocols.control.events import StepCommitted
+from protocols.control.events import StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
 from protocols.control.requests import CloseBatch, Done
 from protocols.weights import Version
@@ -56,6 +57,8 @@ class TrainStep:
         notices = self._inflight.notices_of(batch)
         samples = [sample for notice in notices for sample in notice.alive]
         await self._run_store.batched(samples)
+        # Not before: had the join lost these rows, the samples that failed might have been scored the next time.
+        await self._run_store.end(failed_samples(notices))
         metrics = await self._train(step, samples)
         metrics["wait.batch_seconds"] = waited_seconds
         busy = self._run_store.log.take_busy_seconds()
@@ -63,9 +66,14 @@ class TrainStep:
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
         self.partly_done = False
-        self._run_store.log.observe_staleness(ages, self._pace.samples_per_prompt)
+        self._run_store.log.observe_staleness(ages, [len(notice.alive) for notice in notices])
         version = Version(self._run_store.term, step + 1)
-        self._run_store.log.emit(_event(version, seconds, notices, ages, metrics))
+        event = _event(version, seconds, notices, ages, metrics)
+        self._run_store.log.emit(event)
+        compares = self._pace.compares_samples
+        text = reward_warning(event.step, event.samples, len(notices), event.metrics, compares_samples=compares)
+        if text:
+            self._run_store.log.emit(Warned(step=event.step, text=text))
 
     async def _train(self, step: int, samples: list[int]) -> dict[str, float]:
         """Train these samples in this order and publish the weights. Returns the metrics."""

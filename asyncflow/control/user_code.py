@@ -13,8 +13,9 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone, ask
-from protocols.control.requests import CodeSource, PrepareCode, SwitchCode
-from workers.user_code import BadCode, source_of
+from protocols.control.code import CodeSource
+from protocols.control.requests import PrepareCode, SwitchCode
+from workers.user_code import BadCode, reread, source_of
 
 
 class UserCode:
@@ -29,7 +30,7 @@ class UserCode:
 
     def changed(self) -> list[CodeSource]:
         """The files that differ from the running code. Blocking. Raises BadCode for a file that can't be read."""
-        return [source for source in map(source_of, self._running) if source != self._running[source.module]]
+        return [source for source in map(reread, self._running.values()) if source != self._running[source.module]]
 
     async def give_running(self, service: Endpoint) -> None:
         """Have a service that has just started run the code of the others, whatever its files contain by now."""

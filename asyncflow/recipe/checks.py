@@ -20,12 +20,15 @@ from asyncflow.dataflow.trace import Declaration, declaration_of, defaults_of, t
 from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.recipe.engine_checks import check_engine, with_context
 from asyncflow.recipe.evaluations import data_of, sets_of
-from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards, is_module
+from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards
 from asyncflow.recipe.prompt_sources import heldout_prompts, train_prompts
+from asyncflow.recipe.rule_checks import loaded_rules
+from asyncflow.services.channels.prompt_join import LEAST_OF_GROUP
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.data.datasets import DataError
 from workers.data.pretraining import text_of
 from workers.settings import Loss, Model
+from workers.user_code import BadCode, source_of
 
 
 class Checked(msgspec.Struct):
@@ -54,6 +57,7 @@ def check(recipe: Recipe) -> Checked:
     if not recipe.placed_by:
         check_placement(recipe, dataflow)
     _check_samples_per_prompt(recipe, declaration_of(algorithm))
+    _check_partial_groups(recipe)
     _check_advantage_kwargs(recipe, dataflow)
     dataflow = _with_kl_steering(recipe, dataflow)
     _check_deterministic(recipe)
@@ -64,12 +68,14 @@ def check(recipe: Recipe) -> Checked:
     if not recipe.placed_by:
         check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
-    train, notes = train_prompts(recipe)
     heldout: list[tuple[EvaluationSet, PromptSource]] = []
-    for wanted, (name, given) in zip(sets_of(recipe), data_of(recipe).items(), strict=True):
-        source, more = heldout_prompts(recipe, f"data.eval.{name}" if name else "data.eval", given)
-        heldout.append((wanted, source))
-        notes += more
+    with loaded_rules(recipe, dataflow) as rules:
+        train, notes = train_prompts(recipe, rules.rewards)
+        for wanted, (name, given) in zip(sets_of(recipe), data_of(recipe).items(), strict=True):
+            key = f"data.eval.{name}" if name else "data.eval"
+            source, more = heldout_prompts(recipe, key, given, rules.of(wanted.scorers))
+            heldout.append((wanted, source))
+            notes += more
     recipe = with_context(recipe, train, *(source for _, source in heldout))
     if not recipe.placed_by:
         check_engine(recipe)
@@ -81,6 +87,22 @@ def _check_samples_per_prompt(recipe: Recipe, declared: Declaration) -> None:
         raise BadInput(
             f"samples_per_prompt = {recipe.samples_per_prompt}: algorithm {recipe.algorithm!r} compares the samples "
             f"of a prompt, want {declared.least_samples} or more"
+        )
+
+
+def _check_partial_groups(recipe: Recipe) -> None:
+    """Partial groups have 2 samples or more, so a step has at least twice as many rows as prompts. Raises BadInput."""
+    if not recipe.failures.partial_groups:
+        return
+    if recipe.samples_per_prompt <= LEAST_OF_GROUP:
+        raise BadInput(
+            f"failures.partial_groups = true: with samples_per_prompt = {recipe.samples_per_prompt} one failure leaves "
+            f"fewer than {LEAST_OF_GROUP}; want {LEAST_OF_GROUP + 1} or more, or leave it out"
+        )
+    if recipe.loss.mini_batches > (rows := LEAST_OF_GROUP * recipe.prompts_per_step):
+        raise BadInput(
+            f"loss.mini_batches = {recipe.loss.mini_batches}: with failures.partial_groups a step may have {rows} "
+            f"samples: want at most as many mini-batches"
         )
 
 
@@ -134,8 +156,11 @@ def _check_policy_loss(loss: Loss) -> None:
     module, colon, function = loss.policy.partition(":")
     if loss.policy not in LOSSES and not (colon and module and function):
         raise BadInput(f"loss.policy = {loss.policy!r}{nearest(loss.policy, LOSSES)}")
-    if colon and not is_module(module):
-        raise BadInput(f"loss.policy = {loss.policy!r}: there is no module {module!r} on the path")
+    if colon:
+        try:
+            source_of(module)
+        except BadCode as error:
+            raise BadInput(f"loss.policy = {loss.policy!r}: {error}") from error
 
 
 def _check_kl_has_reference(recipe: Recipe, dataflow: Dataflow) -> None:
@@ -161,7 +186,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     held_out = {name: replace(given, path=full(given.path)) for name, given in data_of(recipe).items()}
     single = held_out[""].path if "" in held_out else ""
     data = replace(recipe.data, train=train, eval=single or held_out or "", pretrain=full(recipe.data.pretrain))
-    return replace(recipe, models=models, data=data, folder=full(recipe.folder))
+    code = [full(folder) for folder in recipe.code]
+    return replace(recipe, models=models, data=data, folder=full(recipe.folder), code=code)
 
 
 def _check_pretraining_text(recipe: Recipe) -> None:

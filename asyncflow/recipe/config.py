@@ -35,6 +35,7 @@ from workers.settings import (
     Settings,
     violated_bound,
 )
+from workers.user_code import search_in
 
 S = TypeVar("S", bound=Settings)
 
@@ -114,6 +115,9 @@ class Recipe(Settings, frozen=True, kw_only=True):
     ray_address: str = ""  # "": the run starts its own Ray
     metrics_host: str = "127.0.0.1"  # of the services' metrics endpoints; "node": each node's own, for a cluster
     folder: str = "runs"  # the run's folder is created below it
+    # Folders in which your own modules and files ("module:function", "file.py:function") are searched, after Python's
+    # own path. Default: the recipe's folder, then the working directory.
+    code: list[str] = msgspec.field(default_factory=list)
     max_refills: NonNegativeInt = 4  # rounds of replaced prompts in one step before the run ends
     threads: PositiveInt = 1  # of torch, per service
     inline_bytes: NonNegativeInt = 8192  # frames up to this size travel inside their message
@@ -143,6 +147,11 @@ class Recipe(Settings, frozen=True, kw_only=True):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def compares_samples(self) -> bool:
+        """Whether the algorithm compares the samples of a prompt with each other."""
+        return declaration_of(algorithm_named(self.algorithm)).least_samples > 1
+
+    @property
     def pace(self) -> Pace:
         """The sizes of the run."""
         return msgspec.convert(self, Pace, from_attributes=True)
@@ -158,6 +167,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise BadInput(f"recipe {path}: {error}") from error
     for override in overrides:
         _apply(table, override)
+    table.setdefault("code", list(dict.fromkeys([str(Path(path).absolute().parent), str(Path.cwd())])))
     return to_recipe(table, str(path))
 
 
@@ -165,6 +175,9 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Convert a recipe's table; [loss] and [advantage] default to what the algorithm declares. Raises BadInput."""
     if isinstance(placed_by := table.get("placement"), str):
         table = {"pools": {}, **table, "placement": {}, "placed_by": placed_by}
+    table = {"code": [str(Path.cwd())], **table}
+    if isinstance(table["code"], list):  # before the algorithm is imported; `to_settings` refuses another type
+        search_in(str(Path(folder).absolute()) for folder in table["code"] if isinstance(folder, str))
     recipe = to_settings(_with_algorithm_defaults(table, where), Recipe, where)
     if not re.fullmatch(r"[\w][\w.-]{0,99}", recipe.name):
         raise BadInput(

@@ -7,7 +7,6 @@ import math
 
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.recipe.config import BadInput, Placed, Recipe, nearest
-from asyncflow.recipe.evaluations import evaluators_of
 from asyncflow.recipe.model_folders import check_folder, config_of
 from asyncflow.recipe.service_specs import (
     GENERATOR,
@@ -25,7 +24,6 @@ from workers.data.hf_folder import vocabulary_in
 from workers.data.tokenizer import BadTokenizer, Tokenizer
 from workers.data.tokenizer_difference import difference
 from workers.parallel.plan import Decoder, ShardPlan, has_plan
-from workers.rewards.rules import rule_named
 from workers.settings import Model
 
 
@@ -155,14 +153,11 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
                 f"models.{role}: give a path or a rule, one of them (path = {model.path!r}, rule = {model.rule!r})"
             )
         if model.rule:
-            _check_rule(f"models.{role}.rule", model.rule)
             if not ROLE_SPECS[role].scores:
                 raise BadInput(f"models.{role}.rule = {model.rule!r}: only rewards and costs are rules")
         elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
     _check_lora(recipe)
-    for metric in evaluators_of(recipe):
-        _check_rule("evaluation.metric", metric)
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
     parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
     folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}
@@ -182,9 +177,6 @@ def _check_mix(role: str, model: Model) -> None:
     names = [part.name for part in model.mix]
     if twice := {name for name in names if names.count(name) > 1}:
         raise BadInput(f"models.{role}.mix: name = {min(twice)!r} occurs twice: each part has a name of its own")
-    for part in model.mix:
-        if part.rule:
-            _check_rule(f"models.{role}.mix.{part.name}.rule", part.rule)
 
 
 def _check_outside(recipe: Recipe, role: str) -> None:
@@ -202,13 +194,6 @@ def _check_outside(recipe: Recipe, role: str) -> None:
             f"failures.outside_timeout_seconds = {seconds:g}: a run without progress for "
             f"deadlines.give_up = {give_up:g} s is ended; want less than that"
         )
-
-
-def _check_rule(where: str, name: str) -> None:
-    try:
-        rule_named(name)
-    except LookupError as error:
-        raise BadInput(f"{where}: {error.args[0]}") from error
 
 
 def _check_same_vocabulary(folders: dict[str, str]) -> None:

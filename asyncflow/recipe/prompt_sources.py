@@ -10,32 +10,32 @@ from asyncflow.control.admission.prompts import BadRow, DataRow, PromptSource, S
 from asyncflow.control.settings import EvaluationData
 from asyncflow.recipe.config import BadInput, Recipe, TrainSet
 from asyncflow.recipe.model_folders import config_of
+from asyncflow.recipe.rule_checks import RuleTrials
 from workers.data.dataset_files import places_of
-from workers.data.datasets import DataError, MissingField, Problem, read_rows
+from workers.data.datasets import DataError, MissingField, read_rows
 from workers.data.model_config import context_in
 from workers.data.overlong import overlong_rows
 
 
-def train_prompts(recipe: Recipe) -> tuple[PromptSource, list[str]]:
-    """The prompts to train on, and what to report of them. Raises BadInput."""
+def train_prompts(recipe: Recipe, rules: RuleTrials) -> tuple[PromptSource, list[str]]:
+    """The prompts to train on, and what to report of them; `rules` will score them. Raises BadInput."""
     sets = recipe.data.sets
     if not sets:
         raise BadInput("data.train = []: want the path of a data set, or a list of at least one")
-    source, notes = _read(recipe, "data.train", sets)
+    source, notes = _read(recipe, "data.train", sets, rules)
     return source, [*_mix(source, sets), *notes]
 
 
-def heldout_prompts(recipe: Recipe, key: str, given: EvaluationData) -> tuple[PromptSource, list[str]]:
-    """The prompts of the held-out set of that key, and what to report of them. Raises BadInput."""
-    return _read(
-        recipe,
-        key,
-        [TrainSet(given.path, 1.0, given.prompt or recipe.data.prompt, given.reference or recipe.data.reference)],
-    )
+def heldout_prompts(
+    recipe: Recipe, key: str, given: EvaluationData, rules: RuleTrials
+) -> tuple[PromptSource, list[str]]:
+    """The prompts of that key's held-out set, and what to report of them; `rules` will score them. Raises BadInput."""
+    own = TrainSet(given.path, 1.0, given.prompt or recipe.data.prompt, given.reference or recipe.data.reference)
+    return _read(recipe, key, [own], rules)
 
 
-def _read(recipe: Recipe, key: str, sets: list[TrainSet]) -> tuple[PromptSource, list[str]]:
-    per_set = [_rows(recipe, given) for given in sets]
+def _read(recipe: Recipe, key: str, sets: list[TrainSet], rules: RuleTrials) -> tuple[PromptSource, list[str]]:
+    per_set = [_rows(recipe, given, rules) for given in sets]
     shares = [Share(len(rows), given.weight) for rows, given in zip(per_set, sets, strict=True)]
     paths = ", ".join(given.path for given in sets)
     try:
@@ -48,24 +48,32 @@ def _read(recipe: Recipe, key: str, sets: list[TrainSet]) -> tuple[PromptSource,
         raise BadInput(f"data: {place}: {error.why}") from error
     except ValueError as error:
         raise BadInput(f"data: {paths}: {error}") from error
-    return source, _without_overlong(recipe, key, sets, source)
+    notes = _without_overlong(recipe, key, sets, source)
+    rules.call(source, paths)
+    return source, notes
 
 
-def _rows(recipe: Recipe, given: TrainSet) -> list[DataRow]:
+class _PromptRow(DataRow, frozen=True):
+    """A row that may lack a reference."""
+
+    reference: str = ""
+
+
+def _rows(recipe: Recipe, given: TrainSet, rules: RuleTrials) -> list[DataRow]:
     columns = {"prompt": given.prompt}
     if given.reference:
         columns["reference"] = given.reference
-    needs_reference = any(m.rules for m in recipe.models.values()) or bool(recipe.data.eval)
+    kind, keep = DataRow if rules.need_reference else _PromptRow, rules.keep(given.prompt)
     try:
-        kind, policy = DataRow if needs_reference else Problem, recipe.models["policy"].path
-        rows = read_rows(given.path, kind, columns, policy, recipe.data.chat)
+        policy = recipe.models["policy"].path
+        read = read_rows(given.path, kind, columns, policy, recipe.data.chat, keep=keep)
     except MissingField as error:
         raise BadInput(f"data: {error}: data.prompt and data.reference say which (a.b: b inside of a)") from error
     except DataError as error:
         raise BadInput(f"data: {error}") from error
-    return [
-        DataRow(row.prompt, row.reference, is_chat=row.is_chat) if isinstance(row, Problem) else row for row in rows
-    ]
+    rows = [DataRow(row.prompt, row.reference, rules.columns(row.columns, given.prompt), row.is_chat) for row in read]
+    rules.check_columns(rows, given.path)
+    return rows
 
 
 def _mix(source: PromptSource, sets: list[TrainSet]) -> list[str]:

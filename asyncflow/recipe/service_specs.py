@@ -109,6 +109,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
             term=term,
             seed=recipe.seed,
             deterministic=recipe.deterministic,
+            code=recipe.code,
             stages=_stages_of(recipe, dataflow, name),
             pool=pools[name],
             topology=topology_of(recipe, name),
@@ -126,8 +127,8 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     specs = [spec(role, _settings_of(recipe, role, recipe.models[role])) for role in roles_of(dataflow)]
     if GENERATOR in recipe.placement:
         specs.insert(1, spec(GENERATOR, _settings_of(recipe, GENERATOR, recipe.models["policy"])))
-    parts = [part.name for part in recipe.models.get("reward", Model()).mix]
-    specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), parts)))
+    partial = recipe.failures.partial_groups
+    specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), partial)))
     for metric, evaluator in evaluators_of(recipe).items():
         specs.append(spec(evaluator, _settings_of(recipe, "reward", Model(rule=metric))))
     return specs

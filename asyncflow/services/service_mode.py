@@ -125,8 +125,8 @@ class LocalMode(ServiceMode):
             return super().runner(stage)
         trainable = self._method(stage.filter) if stage.filter else None
         settings = self._context.spec.settings
-        parts = settings.reward_parts if isinstance(settings, AdvantageSettings) else ()
-        return ClosingStage(self._context, stage, self._method(stage.method), trainable, parts)
+        partial = isinstance(settings, AdvantageSettings) and settings.partial_groups
+        return ClosingStage(self._context, stage, self._method(stage.method), trainable, partial=partial)
 
 
 class EngineMode(LocalMode):

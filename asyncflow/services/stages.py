@@ -35,6 +35,7 @@ from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, r
 from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
+from asyncflow.services.reward_metrics import reward_metrics
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
@@ -42,7 +43,7 @@ from protocols.control.requests import CloseBatch, Done
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
-from protocols.data.messages import SCHEMAS, Scores
+from protocols.data.messages import SCHEMAS
 from protocols.stage import Failure
 
 
@@ -139,20 +140,22 @@ class ClosingStage(StageRunner):
         spec: StageSpec,
         function: Callable[..., Any],
         filter: Callable[..., Any] | None = None,
-        reward_parts: Sequence[str] = (),
+        *,
+        partial: bool = False,
     ) -> None:
         """`filter` gets a prompt's rows of the spec's `filter_inputs` and says which are trainable; None: all.
 
-        `reward_parts`: names of a mixed reward's parts, whose means it reports.
+        `partial`: a prompt is trained without the samples that failed, where enough are left.
         """
         super().__init__(context, spec)
-        self._function, self._reward_parts = function, reward_parts
+        self._function = function
         self._filter = filter
         self._join = PromptJoin(
             spec.grains,
             context.spec.samples_per_prompt,
             context.finished,
             None if filter is None else self._is_trainable,
+            partial=partial,
         )
 
     def _is_trainable(self, rows: Mapping[int, Batch]) -> bool:
@@ -196,8 +199,7 @@ class ClosingStage(StageRunner):
         await self.context.send(
             self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
         )
-        parts = breakdown(inputs, self._reward_parts)
-        return Done((metrics.values if metrics is not None else {}) | parts)
+        return Done((metrics.values if metrics is not None else {}) | reward_metrics(inputs))
 
     def depth(self) -> tuple[int, int, int]:
         return self._join.depth, 0, self._join.peak
@@ -261,16 +263,3 @@ async def read_or_fail(
 def tombstones(samples: Sequence[int], cause: str) -> list[Failure]:
     """One a sample."""
     return [Failure(sample, cause) for sample in samples]
-
-
-def breakdown(inputs: Sequence[Batch], names: Sequence[str]) -> dict[str, float]:
-    """Mean of each part over the batch's samples, before its weight: "reward.<name>".
-
-    Of several inputs with scores the first is the samples' own: the others are baselines. Nothing where no scores
-    have as many parts as there are names, as those of an external worker.
-    """
-    scores = next((batch for batch in inputs if isinstance(batch, Scores)), None)
-    if scores is None or not names or not len(scores) or (scores.parts.lengths != len(names)).any():
-        return {}
-    means = scores.parts.values.reshape(len(scores), len(names)).mean(axis=0, dtype=np.float64)
-    return {f"reward.{name}": float(mean) for name, mean in zip(names, means, strict=True)}

@@ -37,6 +37,13 @@ class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     metrics: dict[str, float] = {}  # everything else, by dotted name: "critic.loss", "wait.reward.score#1"
 
 
+class Warned(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Something is probably not as it should be, and the run goes on."""
+
+    step: int
+    text: str
+
+
 class Evaluated(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A point of one curve of the evaluation: the mean of a metric over held-out answers, or pass@k."""
 
@@ -130,6 +137,7 @@ class RunEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 Event = (
     RunStarted
     | StepCommitted
+    | Warned
     | Evaluated
     | CheckpointWritten
     | Published

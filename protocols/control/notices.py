@@ -30,6 +30,12 @@ class PromptSettled(msgspec.Struct, frozen=True, tag=True):
     reward_sum: float = 0.0  # sum of their scores
     cost_sum: float | None = None  # sum of their costs; None where the algorithm has none
     trainable: bool = True  # False: the algorithm's filter dropped it, and the join has freed its rows
+    partial: bool = False  # the samples that are alive may be trained without those that are dead
+
+    @property
+    def trains(self) -> bool:
+        """Whether the samples that are alive wait for a batch; else all samples end untrained."""
+        return self.trainable and (self.partial or not self.dead)
 
 
 class Generated(msgspec.Struct, frozen=True, tag=True):

@@ -9,18 +9,11 @@ from typing import Literal
 
 import msgspec
 
+from protocols.control.code import CodeSource
 from protocols.control.delivery import RankCall, ServiceStatistics, Shard
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.weights import InstallReceipt, Version, WeightManifest
-
-
-class CodeSource(msgspec.Struct, frozen=True):
-    """One module of the user's own code, whole, so that every service runs the same text wherever it is."""
-
-    module: str  # dotted name
-    path: str  # where it was read, for tracebacks
-    text: str
 
 
 class CloseBatch(msgspec.Struct, frozen=True, tag=True):

@@ -24,29 +24,42 @@ class Finish(IntEnum):
     LENGTH = 1  # reached max_tokens
 
 
+_NO_NUMBERS = Jagged.from_rows([])
+_NO_TEXT = Jagged.from_texts([])
+_LINE_END = ord("\n")
+
+
 class Prompts(Batch, frozen=True, kw_only=True, eq=False):
-    """Requests for one response per row; a prompt with n samples has n rows."""
+    """Requests for one response per row; a prompt with n samples has n rows. `columns` may be omitted."""
 
     schema_id: ClassVar[int] = 1
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     oldest_readable: ClassVar[int] = 2  # version 1 called `min_versions` "floors"
     tokens: ClassVar[tuple[str, ...]] = ("prompts",)
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"columns": ()}  # since version 3
 
     prompts: JaggedInt32  # [N, P_i] token ids
     references: Text  # [N] reference answer of the data row, "" if it has none; for rewards and evaluation
     min_versions: Int64  # [N] version at admission: only weights of this version or newer may generate the row
+    columns: Text = _NO_TEXT  # [N] a JSON object of the data row's columns that rules ask for, "" where none does
+
+    def __post_init__(self) -> None:
+        _fill_omitted(self)
 
     def check(self) -> None:
         super().check()
         _check_range(self, "prompts")
         _check_range(self, "min_versions")
         _check_text(self, "references")
+        _check_text(self, "columns")
 
 
 class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
-    """Finished responses."""
+    """Finished responses. `columns` may be omitted."""
 
     schema_id: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 2
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"columns": ()}  # since version 2
     tokens: ClassVar[tuple[str, ...]] = ("prompts", "responses")
     aligned: ClassVar[tuple[str, ...]] = ("responses", "log_probs", "versions", "loss_mask")
 
@@ -57,6 +70,10 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
     versions: JaggedInt32  # [N, T_i] step of the weights that sampled each token; their term is the frame's
     loss_mask: JaggedUInt8  # [N, T_i] 1 where the policy sampled the token and it is trained
     finishes: UInt8  # [N] Finish
+    columns: Text = _NO_TEXT  # [N] as in Prompts
+
+    def __post_init__(self) -> None:
+        _fill_omitted(self)
 
     def check(self) -> None:
         super().check()
@@ -65,6 +82,7 @@ class Rollouts(Batch, frozen=True, kw_only=True, eq=False):
         _check_range(self, "loss_mask", high=1)
         _check_range(self, "finishes", high=max(Finish))
         _check_text(self, "references")
+        _check_text(self, "columns")
 
 
 class LogProbs(Batch, frozen=True, kw_only=True, eq=False):
@@ -86,23 +104,30 @@ class Values(Batch, frozen=True, kw_only=True, eq=False):
     versions: Int64  # [N] step of the critic's weights
 
 
-_OMITTED = Jagged.from_rows([])
-
-
 class Scores(Batch, frozen=True, kw_only=True, eq=False):
-    """A reward per response. `parts` may be omitted; its rows are then empty."""
+    """A reward per response. `parts` and their names may be omitted; their rows are then empty."""
 
     schema_id: ClassVar[int] = 5
-    schema_version: ClassVar[int] = 2
-    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {"parts": ()}  # since version 2
+    schema_version: ClassVar[int] = 3
+    defaults: ClassVar[Mapping[str, float | tuple[float, ...]]] = {
+        "parts": (),  # since version 2
+        "names": (),  # since version 3
+    }
 
     scores: Float32  # [N]
-    parts: JaggedFloat32 = _OMITTED  # [N, K] scores of a mixed reward's K parts, before their weights
+    parts: JaggedFloat32 = _NO_NUMBERS  # [N, K_i] the K_i parts of a score, before their weights
+    names: Text = _NO_TEXT  # [N] the names of a row's parts, joined by line ends; "": they have none
 
     def __post_init__(self) -> None:
-        if self.parts is _OMITTED:
-            offsets = np.zeros(len(self.sample_ids) + 1, np.int64)
-            msgspec.structs.force_setattr(self, "parts", Jagged(np.empty(0, np.float32), offsets))
+        _fill_omitted(self)
+
+    def check(self) -> None:
+        super().check()
+        _check_text(self, "names")
+        counts = np.array([len(row) and 1 + int((row == _LINE_END).sum()) for row in self.names], np.int64)
+        if bool(wrong := np.flatnonzero((counts != 0) & (counts != self.parts.lengths)).tolist()):
+            row = wrong[0]
+            raise ValueError(f"names: row {row} has {counts[row]} names for {self.parts.lengths[row]} parts")
 
 
 class Costs(Batch, frozen=True, kw_only=True, eq=False):
@@ -164,6 +189,14 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 SCHEMAS: dict[int, type[Batch]] = {
     kind.schema_id: kind for kind in (Prompts, Rollouts, LogProbs, Values, Scores, Costs, Experience)
 }
+
+
+def _fill_omitted(batch: Batch) -> None:
+    """Give a jagged column that was left out an empty row for each sample."""
+    for omitted in (_NO_NUMBERS, _NO_TEXT):
+        for name in (name for name in batch.__struct_fields__ if getattr(batch, name) is omitted):
+            offsets = np.zeros(len(batch.sample_ids) + 1, np.int64)
+            msgspec.structs.force_setattr(batch, name, Jagged(np.empty(0, omitted.dtype), offsets))
 
 
 def _check_range(batch: Batch, name: str, high: int | None = None) -> None:

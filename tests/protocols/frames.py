@@ -27,6 +27,10 @@ def sample(kind: type[Batch]) -> Batch:
         values = np.arange(number, number + 3).astype(spec.dtype)
         if spec.name == "references":
             columns[spec.name] = Jagged.from_texts(["42", "π"])
+        elif spec.name == "columns":
+            columns[spec.name] = Jagged.from_texts(['{"level": 3}', ""])
+        elif spec.name == "names":
+            columns[spec.name] = Jagged.from_texts(["right\nbegun\nlike", ""])
         elif spec.name in ("loss_mask", "finishes"):
             flags = np.array([0, 1, 1], np.uint8)
             columns[spec.name] = Jagged.from_lengths(flags, [3, 0]) if spec.jagged else flags[:2]

@@ -41,7 +41,9 @@ def batches(draw: st.DrawFn, kind: type[B], min_rows: int = 0, max_rows: int = 5
         if spec.name == "sample_ids":
             ids = draw(st.lists(sample_ids, min_size=rows, max_size=rows, unique=True))
             columns[spec.name] = np.array(ids, dtype=np.int64)
-        elif spec.name == "references":
+        elif spec.name == "names":
+            columns[spec.name] = Jagged.from_texts("\n".join("x" * count) for count in columns["parts"].lengths)
+        elif spec.name in ("references", "columns"):
             columns[spec.name] = Jagged.from_texts(draw(st.lists(st.text(max_size=3), min_size=rows, max_size=rows)))
         elif spec.jagged:
             counts = shared[spec.name] if spec.name in shared else draw(lengths)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
+from workers import user_code
 from workers.losses import POLICY_LOSSES
 from workers.losses.tokens import Surrogate
 from workers.losses.validate_loss import validate_loss
-from workers.rewards.sandbox import RuleFailed, RuleProcess, RuleRequest
+from workers.rewards.arguments import RuleRow
+from workers.rewards.sandbox_pool import RuleFailed, SandboxPool
 from workers.settings import Loss
 from workers.user_code import BadCode, UserFunction, digest_of, module_of, new_module, source_of
 
@@ -66,7 +68,7 @@ def test_a_source_is_the_file_as_it_is_and_its_digest_its_text(file: Path):
 
 @pytest.mark.parametrize("module", ["nothing_of_this_name", "sys", "nothing.below.it"])
 def test_a_module_without_a_file_is_refused(module: str):
-    with pytest.raises(BadCode, match=f"module {module}"):
+    with pytest.raises(BadCode, match=f"module.* '?{module}"):
         source_of(module)
 
 
@@ -138,19 +140,71 @@ def test_a_loss_with_a_wrong_answer_fails_the_trial(loss: Any, complaint: str):
 
 
 def test_a_rules_process_runs_the_text_that_it_was_given_whatever_the_file_says_by_then(file: Path):
-    process = RuleProcess(f"{NAME}:value", 5.0, source_of(NAME))
+    process = SandboxPool(f"{NAME}:value", source_of(NAME), timeout_seconds=5)
     file.write_text("broken (")
-    row = RuleRequest("", "", "")
+    row = RuleRow("", "", "")
     try:
-        assert process.score(row) == 1.0
+        assert process.score([row])[0].score == 1.0
         process.close()  # as after a timeout: the next row starts a new process
-        assert process.score(row) == 1.0
+        assert process.score([row])[0].score == 1.0
     finally:
         process.close()
 
 
 def test_a_rule_that_cant_be_loaded_does_not_start(file: Path):
-    process = RuleProcess(f"{NAME}:value", 5.0, source(file, "1 / 0"))
+    process = SandboxPool(f"{NAME}:value", source(file, "1 / 0"), timeout_seconds=5)
     with pytest.raises(RuleFailed, match="ZeroDivisionError"):
         process.start()
-    assert process.pid is None
+    assert process.pids == []
+
+
+# --- where a module is found
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Two folders with a module of one name; Python's path is what it was afterwards."""
+    path, own, ours = list(sys.path), list(user_code._FOLDERS), set(user_code._OURS)
+    for number, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module_beside.py").write_text(f"def value(*texts): return {number}\n")
+    yield tmp_path / "first", tmp_path / "second"
+    sys.path[:], user_code._FOLDERS[:], user_code._OURS = path, own, ours
+    sys.modules.pop("module_beside", None)
+
+
+def named(name: str) -> Any:
+    return user_code.function_named(name, {}, "rule")
+
+
+def test_a_module_and_a_file_are_found_in_the_folders_of_the_recipe_loaded_last(folders: tuple[Path, Path]):
+    first, second = map(str, folders)
+    user_code.search_in([first])
+    assert source_of("module_beside").path == source_of("module_beside.py").path == f"{first}/module_beside.py"
+    assert named("module_beside.py:value")() == 0
+    user_code.search_in([second])
+    assert source_of("module_beside").path == source_of("module_beside.py").path == f"{second}/module_beside.py"
+    assert sys.path.index(second) < sys.path.index(first)
+    assert user_code.reread(CodeSource("module_beside", f"{first}/module_beside.py", "")).text.endswith("return 0\n")
+
+
+def test_a_name_that_means_a_library_and_a_file_beside_the_recipe_is_refused(folders: tuple[Path, Path]):
+    for module in ("msgspec", "math"):
+        (folders[0] / f"{module}.py").write_text("def value(): return 1\n")
+    user_code.search_in([str(folders[0])])
+    with pytest.raises(
+        LookupError, match=r"module msgspec is .*/msgspec/__init__.py, and there is .*/first/msgspec.py"
+    ):
+        named("msgspec:value")
+    with pytest.raises(BadCode, match=r"module math is .*, and there is .*: rename one, or give the file"):
+        source_of("math")
+    assert named("msgspec.py:value")() == 1
+    assert importlib.import_module("msgspec").Struct, "nothing of a library's is replaced"
+
+
+def test_what_is_not_found_says_where_it_was_searched(folders: tuple[Path, Path]):
+    user_code.search_in(map(str, folders))
+    with pytest.raises(BadCode, match=f"No module named 'nowhere'; searched on Python's path and in {folders[0]}, "):
+        source_of("nowhere")
+    with pytest.raises(BadCode, match=f"there is no file {folders[0]}/nowhere.py or {folders[1]}/nowhere.py"):
+        source_of("nowhere.py")

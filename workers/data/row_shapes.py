@@ -25,8 +25,8 @@ from workers.data.chat import ChatTemplate
 from workers.data.file_rows import Unreadable
 from workers.data.messages import BadChat, Message, conversation, is_chat
 
-_CONVERSATIONS = ("messages", "conversations", "conversation")
-_OTHER_NAMES = {"prompt": _CONVERSATIONS, "response": ("completion",)}
+CONVERSATIONS = ("messages", "conversations", "conversation")
+_OTHER_NAMES = {"prompt": CONVERSATIONS, "response": ("completion",)}
 _ANSWERS = ("response", "chosen", "rejected")
 _NUMBERS_AS_TEXT = ("reference", "response")
 _MOST_NAMES = 20  # named in an error
@@ -91,7 +91,7 @@ def _found(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
                 found[field] = _conversation_of(value, values, column) if field in ("prompt", *_ANSWERS) else value
                 break
     if "response" in names and "response" not in found and names.get("prompt") == "prompt":
-        if column := next((name for name in _CONVERSATIONS if name in values), None):
+        if column := next((name for name in CONVERSATIONS if name in values), None):
             found["prompt"] = _conversation_of(values[column], values, column)  # the row may repeat it as its prompt
         elif "prompt" not in found and "text" in values and "text" not in names:
             found |= {"prompt": "", "response": values["text"]}
@@ -110,16 +110,16 @@ def _alpaca(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 def _conversation_of(value: Any, values: Mapping[str, Any], column: str) -> Any:
     """A conversation in one form, also one message alone or messages as JSON; other values stay. Raises BadChat."""
-    if isinstance(value, str) and (column in _CONVERSATIONS or value.startswith('[{"')):
+    if isinstance(value, str) and (column in CONVERSATIONS or value.startswith('[{"')):
         decoded = _decoded(value)
-        if column in _CONVERSATIONS and not is_chat(decoded):
+        if column in CONVERSATIONS and not is_chat(decoded):
             raise BadChat(f"{column} is a text: want a list of messages, or the list as JSON, got {value!r:.100}")
         value = decoded if is_chat(decoded) else value
     messages: Any = [value] if is_chat([value]) else value
     if not is_chat(messages):
         return value
     chat = conversation(messages)
-    system = values.get("system") if column in _CONVERSATIONS else None  # ShareGPT's, in a column of its own
+    system = values.get("system") if column in CONVERSATIONS else None  # ShareGPT's, in a column of its own
     if isinstance(system, str) and system and all(message["role"] != "system" for message in chat):
         return [{"role": "system", "content": system}, *chat]
     return chat

@@ -145,6 +145,7 @@ def to_rollouts(prompts: Prompts, rows: list[FinishedRow]) -> Rollouts:
         sample_ids=asked.sample_ids,
         prompts=asked.prompts,
         references=asked.references,
+        columns=asked.columns,
         responses=responses,
         log_probs=Jagged.from_rows([r.log_probs for r in rows], np.float32),
         versions=Jagged.from_rows([r.versions for r in rows], np.int32),

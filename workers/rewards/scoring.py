@@ -6,23 +6,17 @@ Rewards and costs both come from a scorer. A row that can't be scored is a failu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
 from protocols.data.columns import select
 from protocols.data.messages import Rollouts
 from protocols.stage import Failure
-from workers.rewards.sandbox import RuleFailed, RuleProcess, RuleRequest
-from workers.settings import Failures, Model, RewardPart
-from workers.user_code import BadCode, module_of, source_of
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from workers.settings import RewardPart
 
 
 class ScoredRows(NamedTuple):
@@ -31,7 +25,7 @@ class ScoredRows(NamedTuple):
     sample_ids: npt.NDArray[np.int64]  # [M]
     scores: npt.NDArray[np.float32]  # [M] finite
     failures: list[Failure]
-    parts: npt.NDArray[np.float32] | None = None  # [M, K] scores of a mixed scorer's parts, before their weights
+    parts: Sequence[Mapping[str, float]] = ()  # [M] named parts of each score, before their weights; (): none has any
 
 
 class Scorer(ABC):
@@ -54,80 +48,6 @@ class Scorer(ABC):
         """Release processes and memory."""
 
 
-class RuleScorer(Scorer):
-    """Scores texts by a rule, which runs in a process of its own."""
-
-    def __init__(self, model: Model, tokenizer_path: str, failures: Failures) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(Path(tokenizer_path) / "tokenizer.json"))
-        self._rule, self._timeout = model.rule, failures.reward_timeout_seconds
-        self._process = RuleProcess(self._rule, self._timeout, _source_of(self._rule))
-        self._next: RuleProcess | None = None  # runs the prepared rule until `switch_code`
-        self._last: RuleRequest | None = None  # the last request that got a score: a new rule is tried out on it
-        self._retries = failures.reward_retries
-
-    def score(self, rollouts: Rollouts) -> ScoredRows:
-        """Score each row by itself. A row fails with its last cause once every attempt has failed."""
-        results = [self._score_row(rollouts, row) for row in range(len(rollouts))]
-        scored = [row for row, result in enumerate(results) if not isinstance(result, Failure)]
-        return ScoredRows(
-            rollouts.sample_ids[scored],
-            np.array([results[row] for row in scored], np.float32),
-            [result for result in results if isinstance(result, Failure)],
-        )
-
-    def _score_row(self, rollouts: Rollouts, row: int) -> float | Failure:
-        request = RuleRequest(
-            prompt=self._tokenizer.decode(rollouts.prompts[row].tolist(), skip_special_tokens=True),
-            response=self._tokenizer.decode(rollouts.responses[row].tolist(), skip_special_tokens=True),
-            reference=rollouts.references.text(row),
-        )
-        cause = ""
-        for _ in range(self._retries + 1):
-            try:
-                score = self._process.score(request)
-                self._last = request
-                return score
-            except RuleFailed as error:
-                cause = str(error)
-        return Failure(int(rollouts.sample_ids[row]), cause)
-
-    def prepare_code(self, sources: Sequence[CodeSource]) -> None:
-        """Start a process of the new rule beside the running one; it has to score the last row that got a score."""
-        self.switch_code(take=False)
-        for source in sources:
-            if source.module == module_of(self._rule):
-                self._next = RuleProcess(self._rule, self._timeout, source)
-                try:
-                    self._next.start()
-                    if self._last is not None:
-                        self._next.score(self._last)
-                except RuleFailed as error:
-                    self.switch_code(take=False)
-                    raise BadCode(str(error)) from error
-
-    def switch_code(self, take: bool) -> None:
-        """See Scorer."""
-        if self._next is not None:
-            kept, gone = (self._next, self._process) if take else (self._process, self._next)
-            self._process, self._next = kept, None
-            gone.close()
-
-    def close(self) -> None:
-        """End the rule's process."""
-        self.switch_code(take=False)
-        self._process.close()
-
-
-def _source_of(rule: str) -> CodeSource | None:
-    """The source of a user rule's module; None for a registered rule, or if it can't be read (then each row fails)."""
-    try:
-        return source_of(module) if (module := module_of(rule)) else None
-    except BadCode:
-        return None
-
-
 def scored(sample_ids: npt.NDArray[np.int64], scores: npt.NDArray[np.float32], role: str) -> ScoredRows:
     """The rows [N] with a model's scores [N]; a score that is not finite fails its row, naming the role."""
     finite = np.isfinite(scores)
@@ -146,20 +66,27 @@ class MixedScorer(Scorer):
         self._parts = list(parts)
 
     def score(self, rollouts: Rollouts) -> ScoredRows:
-        """Score each row by every part. The first part that fails a row names its cause; later parts skip the row."""
+        """Score each row by every part. The first part that fails a row names its cause; later parts skip the row.
+
+        A part whose rule gives parts itself reports them as "<part>.<its part>".
+        """
         failures: list[Failure] = []
-        results: list[ScoredRows] = []
+        totals: dict[int, float] = dict.fromkeys(rollouts.sample_ids.tolist(), 0.0)
+        parts: dict[int, dict[str, float]] = {sample: {} for sample in totals}
         left = rollouts
         for part, scorer in self._parts:
             result = scorer.score(left)
             assert result is not None, "no part of a mix is cut over ranks"
             failures += [Failure(failure.sample_id, f"{part.name}: {failure.cause}") for failure in result.failures]
-            results.append(result)
+            for row, (sample, score) in enumerate(zip(result.sample_ids.tolist(), result.scores.tolist(), strict=True)):
+                totals[sample] += part.weight * score
+                parts[sample][part.name] = score
+                inner = result.parts[row] if result.parts else {}
+                parts[sample] |= {f"{part.name}.{name}": value for name, value in inner.items()}
             left = select(left, result.sample_ids)
-        columns = [result.scores[np.isin(result.sample_ids, left.sample_ids)] for result in results]
-        parts = np.stack(columns, axis=1).astype(np.float32)
-        scores = parts.astype(np.float64) @ np.array([part.weight for part, _ in self._parts])
-        return ScoredRows(left.sample_ids, scores.astype(np.float32), failures, parts)
+        samples = left.sample_ids.tolist()
+        scores = np.array([totals[sample] for sample in samples], np.float64).astype(np.float32)
+        return ScoredRows(left.sample_ids, scores, failures, [parts[sample] for sample in samples])
 
     def prepare_code(self, sources: Sequence[CodeSource]) -> None:
         """Prepare every part."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
 from protocols.data.columns import rows_of
 from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience, LogProbs, Metrics, Prompts, Rollouts

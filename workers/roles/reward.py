@@ -14,7 +14,7 @@ from workers.roles.scorer_role import ScorerRole
 
 
 class RewardWorker(ScorerRole, Reward):
-    """One rank of a reward. The scorer's values are the scores; a mix also gives the value of each part."""
+    """One rank of a reward. The scorer's values are the scores, with the parts that a mix or a rule gives them."""
 
     role = "reward"
 
@@ -23,7 +23,10 @@ class RewardWorker(ScorerRole, Reward):
         if (scored := self._scorer.score(rollouts)) is None:
             return NOT_COLLECTED
         scores = Scores(sample_ids=scored.sample_ids, scores=scored.scores)
-        if scored.parts is not None:
-            rows, parts = scored.parts.shape
-            scores = replace(scores, parts=Jagged.from_lengths(scored.parts.ravel(), np.full(rows, parts)))
+        if scored.parts:
+            scores = replace(
+                scores,
+                parts=Jagged.from_rows([list(parts.values()) for parts in scored.parts], np.float32),
+                names=Jagged.from_texts("\n".join(parts) for parts in scored.parts),
+            )
         return Partial(scores, scored.failures)

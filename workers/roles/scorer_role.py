@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
 from workers.parallel.sharding import ONE_DEVICE, Sharding
-from workers.rewards.scoring import MixedScorer, RuleScorer, Scorer
+from workers.rewards.rule_scorer import RuleScorer
+from workers.rewards.scoring import MixedScorer, Scorer
 from workers.settings import Failures, Model
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ NO_FAILURES = Failures()  # the settings of a model that calls no rule
 class ScorerRole:
     """One rank of a role whose answers are a scorer's values.
 
-    They come from a rule on texts, in a process of its own, from a trained model on tokens, at the last token of
+    They come from a rule on texts, in processes of its own, from a trained model on tokens, at the last token of
     prompt + response, or from a weighted mix of both.
     """
 
@@ -40,7 +41,7 @@ class ScorerRole:
 
         def scorer_of(model: Model) -> Scorer:
             if model.rule:
-                return RuleScorer(model, tokenizer_path, failures)
+                return RuleScorer(model.rule, tokenizer_path, failures)
             from workers.roles.model_scorer import ModelScorer  # rules do without torch
 
             scorer = ModelScorer(model, tokens_per_micro_batch, self.role, sharding)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from asyncflow.control.admission.staleness import Admission, CompletePrompt, choose_batch
 from asyncflow.control.store.ledger import EndedSample
 from protocols.control.notices import PromptSettled
@@ -47,7 +49,7 @@ class InFlightPrompts:
         if prompt not in self._complete:
             self.admission.complete()
         self._complete[prompt] = notice
-        if notice.dead or not notice.trainable:
+        if not notice.trains:
             self.drop(prompt)
         return True
 
@@ -102,10 +104,15 @@ class InFlightPrompts:
         return finished
 
 
+def failed_samples(notices: Iterable[PromptSettled]) -> list[EndedSample]:
+    """How the samples end that failed in prompts whose others are trained."""
+    return [(failure.sample_id, "failed", failure.cause) for notice in notices for failure in notice.dead]
+
+
 def ended_samples(notice: PromptSettled) -> list[EndedSample]:
     """How the samples of a complete prompt end that is not trained: its failures, then what is dropped with them."""
-    failed: list[EndedSample] = [(failure.sample_id, "failed", failure.cause) for failure in notice.dead]
-    reason = "group_incomplete" if failed else "no_signal"
+    failed = failed_samples([notice])
+    reason = "group_incomplete" if failed and not notice.partial else "no_signal"
     return failed + [(sample, "dropped", reason) for sample in notice.alive]
 
 

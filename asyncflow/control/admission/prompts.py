@@ -104,6 +104,10 @@ class PromptSource:
         ids = [sample_id(prompt_id(EVALUATION_EPOCH, first + row), i % samples) for i, row in enumerate(rows)]
         return self._of(rows, ids, min_version)
 
+    def first(self) -> Prompts:
+        """One row for the first prompt, to try something out on it."""
+        return self.evaluation(0, 1)
+
     def _rows_of(self, samples: list[int], min_version: int) -> Prompts:
         return self._of([self._order.row_of(prompt_of(s)) for s in samples], samples, min_version)
 
@@ -113,4 +117,10 @@ class PromptSource:
             prompts=self._tokens.take(rows),
             references=Jagged.from_texts([self.rows[r].reference for r in rows]),
             min_versions=np.full(len(samples), min_version, np.int64),
+            columns=Jagged.from_texts([self._columns_of(r) for r in rows]),
         )
+
+    def _columns_of(self, row: int) -> str:
+        """The columns that rules ask for as JSON; "" where none does."""
+        columns = self.rows[row].columns
+        return msgspec.json.encode(columns).decode() if columns else ""

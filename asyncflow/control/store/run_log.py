@@ -98,10 +98,10 @@ class RunLog:
         busy, self._busy_seconds = dict(self._busy_seconds), defaultdict(float)
         return busy
 
-    def observe_staleness(self, ages: Iterable[int], samples_per_prompt: int) -> None:
-        """Export the ages, in versions, of the prompts of a trained batch."""
-        for age in ages:
-            for _ in range(samples_per_prompt):
+    def observe_staleness(self, ages: Iterable[int], samples: Iterable[int]) -> None:
+        """Export the ages, in versions, of the prompts of a trained batch, each for its number of samples."""
+        for age, count in zip(ages, samples, strict=True):
+            for _ in range(count):
                 self.exporter.observe("trained_staleness_versions", age)
 
     def write_timeline(self) -> None:

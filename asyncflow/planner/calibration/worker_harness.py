@@ -75,6 +75,7 @@ class WorkerHarness:
             sample_ids=prompts.sample_ids,
             prompts=prompts.prompts,
             references=prompts.references,
+            columns=prompts.columns,
             responses=responses,
             log_probs=responses.with_values(np.full(rows * tokens, -3.0, np.float32)),
             versions=responses.with_values(np.zeros(rows * tokens, np.int32)),

@@ -21,6 +21,7 @@ from protocols.data.messages import Costs, Rollouts, Scores, Values
 from protocols.stage import Failure, Grain
 
 Held = tuple[Batch, int]  # a row inside a batch that arrived
+LEAST_OF_GROUP = 2  # samples: one alone has nothing that it could be compared with
 IsTrainable = Callable[[Mapping[int, Batch]], bool]  # of one prompt's rows, by the position of their sample edge
 
 
@@ -33,8 +34,14 @@ class PromptJoin:
         samples_per_prompt: int,
         finished: FinishedPrompts | None = None,
         trainable: IsTrainable | None = None,
+        *,
+        partial: bool = False,
     ) -> None:
-        """`trainable` decides whether a prompt that is complete without a failure is trained; None: all are."""
+        """Args:
+
+        trainable: decides whether a prompt that may be trained is; None: all are.
+        partial: whether a prompt may be trained without the samples that failed, if `LEAST_OF_GROUP` are left.
+        """
         self._by_prompt = [grain == "prompt" for grain in grains]
         self._place = [self._by_prompt[:p].count(by_prompt) for p, by_prompt in enumerate(self._by_prompt)]
         self._samples: RowTable[Held] = RowTable(self._by_prompt.count(False), finished)
@@ -43,6 +50,7 @@ class PromptJoin:
         self._closed: dict[int, list[int]] = {}  # prompts that are complete without a failure -> their samples
         self._per_prompt = samples_per_prompt
         self._trainable = trainable
+        self._partial = partial
         self.peak = 0
 
     @property
@@ -100,13 +108,15 @@ class PromptJoin:
     def _close(self, prompt: int) -> PromptSettled:
         samples = sorted(self._complete.pop(prompt))
         dead = self._failures(prompt, samples)
-        if dead:
-            # A group that lost a member is not trained: its baseline and its sample count would be wrong.
+        lost = {failure.sample_id for failure in dead}
+        alive = [sample for sample in samples if sample not in lost]
+        if dead and not (self._partial and len(alive) >= LEAST_OF_GROUP):
             self.end([prompt])
-            return PromptSettled(prompt, [s for s in samples if s not in {f.sample_id for f in dead}], dead)
-        summary = self._summary(prompt, samples)
+            return PromptSettled(prompt, alive, dead)
+        self._samples.take(sorted(lost))
+        summary = self._summary(prompt, alive, dead)
         if summary.trainable:
-            self._closed[prompt] = samples
+            self._closed[prompt] = alive
         else:
             # Drop its rows before the controller learns that its place is free, so that the next prompt finds room.
             self.end([prompt])
@@ -119,7 +129,7 @@ class PromptJoin:
         baseline = self._baselines.failure_of(sample_id(prompt, BASELINE_INDEX))
         return [Failure(s, f"its prompt's baseline: {baseline.cause}") for s in samples] if baseline else []
 
-    def _summary(self, prompt: int, samples: list[int]) -> PromptSettled:
+    def _summary(self, prompt: int, samples: list[int], dead: list[Failure]) -> PromptSettled:
         oldest, critic, tokens, reward, cost = 0, -1, 0, 0.0, None
         columns = {
             position: gather(self._samples.column(self._place[position], samples))
@@ -137,7 +147,7 @@ class PromptJoin:
                 case Costs():
                     cost = (cost or 0.0) + float(rows.costs.sum())
         trainable = self._trainable is None or self._trainable(columns)
-        return PromptSettled(prompt, samples, [], oldest, critic, tokens, reward, cost, trainable)
+        return PromptSettled(prompt, samples, dead, oldest, critic, tokens, reward, cost, trainable, partial=bool(dead))
 
     @staticmethod
     def _baseline_of(sample: int) -> int:

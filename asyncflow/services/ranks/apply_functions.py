@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from asyncflow.dataflow.graph import Stage
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
 from protocols.stage import Stateful
 from workers.user_code import install, new_module
 

@@ -68,7 +68,7 @@ class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
     role: ClassVar[str] = "advantage"
     algorithm: str  # where the function comes from
     advantage_kwargs: dict[str, float | bool | str] = {}  # further arguments of the function
-    reward_parts: list[str] = []  # the names of a mixed reward's parts, in order
+    partial_groups: bool = False  # a prompt may be trained without the samples that failed
 
 
 class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):
@@ -102,6 +102,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     term: int = 0
     seed: int = 0
     deterministic: bool = False
+    code: list[str] = []  # folders of the user's own modules
     stages: list[StageSpec] = []
     samples_per_prompt: int = 1
     pool: str = ""  # "": no device

@@ -12,6 +12,7 @@ from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from protocols.layout.topology import Topology
 from protocols.stage import StageContract, contract_of
 from workers.parallel.sharding import ONE_DEVICE, Sharding
+from workers.user_code import search_in
 
 if TYPE_CHECKING:
     from workers.parallel.process_group import World
@@ -46,6 +47,7 @@ def _sharding_of(spec: ServiceSpec, world: World | None) -> Sharding:
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:
     """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
+    search_in(spec.code)
     if spec.role not in ROLE_SPECS:
         return LoadedWorker(_own(spec.role)(spec, rank), world=world)
     if not isinstance(spec.settings, ModelSettings) or not spec.settings.model.folders:  # it does without torch

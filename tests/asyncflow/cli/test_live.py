@@ -23,6 +23,7 @@ from protocols.control.events import (
     StateChanged,
     StepCommitted,
     WaitsChanged,
+    Warned,
 )
 from protocols.weights import Version
 
@@ -108,6 +109,7 @@ def test_without_a_terminal_each_step_is_one_line_however_narrow_it_is():
             Stalled(seconds=61.0, graph=["a waits on b", "b waits on a"]),
             "no progress for 61 s: a waits on b; b waits on a",
         ),
+        (Warned(step=3, text="all 4 rewards are 0"), "warning: all 4 rewards are 0"),
         (RunEnded(outcome="finished", step=60), "run finished after step 60"),
         (RunEnded(outcome="failed", step=7, error="critic died", exit_code=1), "run failed after step 7: critic died"),
     ],

@@ -12,9 +12,10 @@ import pytest
 
 from asyncflow.control.user_code import UserCode
 from asyncflow.services.channels.endpoint import Payload, ServiceGone
+from protocols.control.code import CodeSource
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice
-from protocols.control.requests import CodeSource, Done, PrepareCode, Refused, Reply, Request, SwitchCode
+from protocols.control.requests import Done, PrepareCode, Refused, Reply, Request, SwitchCode
 from workers.user_code import BadCode
 
 NAME = "a_users_own"

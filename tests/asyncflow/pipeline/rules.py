@@ -22,3 +22,10 @@ def varied(prompt: str, response: str, reference: str) -> float:
 def digits(prompt: str, response: str, reference: str) -> float:
     """The share of digits among the answer's characters."""
     return sum(map(str.isdigit, response)) / max(len(response), 1)
+
+
+def refuses_some(prompt: str, response: str, reference: str) -> float:
+    """`varied`, but no score for about a quarter of the answers."""
+    if sum(map(ord, response)) % 4 == 0:
+        raise ValueError("no score for this answer")
+    return varied(prompt, response, reference)

@@ -187,8 +187,8 @@ def test_an_unknown_loss(refused: Any):
 
 def test_a_loss_of_ones_own(make_recipe: MakeRecipe, refused: Any):
     assert check(make_recipe(loss={"policy": "workers.losses.policy:ppo"})).recipe.loss.policy.endswith(":ppo")
-    assert refused(loss={"policy": "no_such.place:ppo"}) == (
-        "loss.policy = 'no_such.place:ppo': there is no module 'no_such.place' on the path"
+    assert refused(loss={"policy": "no_such.place:ppo"}).startswith(
+        "loss.policy = 'no_such.place:ppo': module no_such.place: No module named 'no_such'; searched on Python's path"
     )
 
 
@@ -243,6 +243,17 @@ def test_a_frozen_model_needs_no_learning_rate(make_recipe: MakeRecipe):
     check(make_recipe())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples_per_prompt": 2}, "failures.partial_groups = true: with samples_per_prompt = 2 one failure leaves"),
+        ({"samples_per_prompt": 4, "loss": {"mini_batches": 9}}, "loss.mini_batches = 9: with failures.partial_groups"),
+    ],
+)
+def test_partial_groups_need_samples_to_lose(refused: Any, changes: dict[str, Any], message: str):
+    assert refused(failures={"partial_groups": True}, **changes).startswith(message)
+
+
 def test_only_rewards_are_rules(refused: Any):
     message = refused(models={"reference": {"rule": "exact_match"}})
     assert message == "models.reference.rule = 'exact_match': only rewards and costs are rules"
@@ -253,7 +264,7 @@ def test_only_rewards_are_rules(refused: Any):
     [
         ("exact_math", "rule 'exact_math' is none of exact_match, prefix_match"),
         ("no.such:f", "No module named 'no'"),
-        ("math:nothing", "module math has no function 'nothing'"),
+        ("math:nothing", "has no function 'nothing'"),
         (":f", "':f'"),
     ],
 )

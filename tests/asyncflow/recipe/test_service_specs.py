@@ -24,7 +24,7 @@ from asyncflow.recipe.service_specs import (
     replaceable,
     stateful,
 )
-from asyncflow.services.ranks.spec import AdvantageSettings, ModelSettings, ServiceSpec
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from protocols.data.messages import Experience, Rollouts, Scores
 from protocols.layout.topology import Topology
 from protocols.roles import ROLES, Policy, Reward, Sampling
@@ -119,9 +119,6 @@ def test_a_mix_of_rules_needs_no_device_and_one_with_a_model_does(make_recipe: M
     model = {"name": "liked", "path": "models/reward"}
     alone, both = (composed(make_recipe(models={"reward": {"mix": mix}})) for mix in (rules, [*rules, model]))
     assert (alone["reward"].pool, both["reward"].pool) == (NO_DEVICE, "main")
-    settings = both[ADVANTAGE].settings
-    assert isinstance(settings, AdvantageSettings)
-    assert settings.reward_parts == ["right", "begun", "liked"]
 
 
 def test_an_evaluator_is_there_where_something_is_held_out(make_recipe: MakeRecipe):

@@ -103,6 +103,7 @@ def _constant(rows: int) -> dict[str, Any]:
     return {
         "prompts": tokens,
         "references": octets,
+        "columns": octets,
         "responses": tokens,
         "loss_mask": octets,
         "finishes": np.zeros(rows, np.uint8),

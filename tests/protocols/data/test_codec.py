@@ -265,7 +265,7 @@ def test_a_reader_refuses_frames_beyond_its_limits(monkeypatch: pytest.MonkeyPat
 def test_an_unknown_schema_is_named():
     frame = codec.encode(sample(Scores))
     reason = refusal(frame, schemas={LogProbs.schema_id: LogProbs})
-    assert reason == "unknown schema 5, version 2; this reader knows 3 LogProbs"
+    assert reason == "unknown schema 5, version 3; this reader knows 3 LogProbs"
 
 
 # --- schemas grow

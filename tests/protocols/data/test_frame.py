@@ -31,7 +31,9 @@ MANY = concat(
 )
 BROUGHT: dict[type[Batch], dict[str, int]] = {  # column -> the version that added it
     Experience: {"reference": 2, "cost_returns": 3, "cost_values": 3},
-    Scores: {"parts": 2},
+    Scores: {"parts": 2, "names": 3},
+    Prompts: {"columns": 3},
+    Rollouts: {"columns": 2},
 }
 LOG_PROBS = LogProbs(sample_ids=np.array([5, 6]), log_probs=Jagged.from_rows([[-1], [-2, -3]], np.float32))
 
@@ -78,7 +80,7 @@ def _filled(message: Batch, name: str) -> Jagged:
     """A jagged column's default: one value per token, or empty rows."""
     column, default = getattr(message, name), message.defaults[name]
     if default == ():
-        return Jagged.from_rows([()] * len(message), np.float32)
+        return Jagged.from_rows([()] * len(message), column.dtype)
     return column.with_values(np.full(len(column.values), default, np.float32))
 
 

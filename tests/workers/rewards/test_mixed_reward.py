@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from asyncflow.services.stages import breakdown
+from asyncflow.services.reward_metrics import reward_metrics
 from protocols.data import codec
 from protocols.data.columns import concat, take
 from protocols.data.jagged import Jagged
@@ -76,9 +76,20 @@ def test_a_row_that_one_part_fails_is_failed_by_its_name_and_the_others_are_scor
 # --- the parts in the pipeline
 
 
-def scores(parts: Sequence[Sequence[float]]) -> Scores:
-    ids = np.arange(len(parts), dtype=np.int64)
-    return Scores(sample_ids=ids, scores=ids.astype(np.float32), parts=Jagged.from_rows(parts, np.float32))
+def breakdown(inputs: Sequence[Scores]) -> dict[str, float]:
+    """The metrics of the parts alone."""
+    return {name: value for name, value in reward_metrics(inputs).items() if name.startswith("reward.")}
+
+
+def scores(*rows: Mapping[str, float]) -> Scores:
+    """Scores with these parts, by row."""
+    ids = np.arange(len(rows), dtype=np.int64)
+    return Scores(
+        sample_ids=ids,
+        scores=ids.astype(np.float32),
+        parts=Jagged.from_rows([list(row.values()) for row in rows], np.float32),
+        names=Jagged.from_texts("\n".join(row) for row in rows),
+    )
 
 
 def test_scores_without_parts_have_empty_rows_on_every_way():
@@ -89,19 +100,56 @@ def test_scores_without_parts_have_empty_rows_on_every_way():
 
 
 def test_the_breakdown_is_each_parts_mean_by_name():
-    assert breakdown([scores([[1, 4], [0, 8]])], ["right", "liked"]) == {"reward.right": 0.5, "reward.liked": 6.0}
+    both = scores({"right": 1, "liked": 4}, {"right": 0, "liked": 8})
+    assert breakdown([both]) == {"reward.right": 0.5, "reward.liked": 6.0}
+
+
+def test_a_part_that_some_samples_have_is_the_mean_of_those():
+    assert breakdown([scores({"right": 1, "long": 3}, {}, {"right": 0})]) == {"reward.right": 0.5, "reward.long": 3.0}
 
 
 def test_of_two_scores_the_samples_own_come_first():
-    samples, baselines = scores([[1.0], [0.0]]), scores([[9.0], [9.0]])
-    assert breakdown([samples, baselines], ["right"]) == {"reward.right": 0.5}
+    samples, baselines = scores({"right": 1}, {"right": 0}), scores({"right": 9}, {"right": 9})
+    assert breakdown([samples, baselines]) == {"reward.right": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("parts", "names"), [([], ["right"]), ([[], []], ["right"]), ([[1.0]], []), ([[1.0]], ["a", "b"])]
-)
-def test_there_is_none_of_other_scores(parts: list[list[float]], names: list[str]):
-    assert breakdown([scores(parts)], names) == {}
+def test_there_is_none_without_names():
+    without = Scores(sample_ids=np.arange(2), scores=np.ones(2, np.float32), parts=Jagged.from_rows([[1], [2]], "f4"))
+    without.check()
+    assert breakdown([without]) == breakdown([]) == {}
+
+
+def test_each_part_has_a_name_or_none_has():
+    wrong = Scores(
+        sample_ids=np.arange(1),
+        scores=np.ones(1, np.float32),
+        parts=Jagged.from_rows([[1, 2]], "f4"),
+        names=Jagged.from_texts(["right"]),
+    )
+    with pytest.raises(ValueError, match="names: row 0 has 1 names for 2 parts"):
+        wrong.check()
+
+
+def test_the_parts_of_a_rule_are_reported_and_those_in_a_mix_below_its_part(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a_rule_with_parts.py").write_text(
+        "def total(response):\n    return {'score': 2.0, 'short': len(response) < 2, 'said': response}\n"
+        "def summed(response):\n    return {'short': len(response) < 2, 'long': 0.5}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mix = Model(mix=[RewardPart("a", rule="a_rule_with_parts:total"), RIGHT])
+    for model, totals, means in (
+        (Model(rule="a_rule_with_parts:total"), [2, 2, 2], {"reward.short": 1 / 3}),
+        (Model(rule="a_rule_with_parts:summed"), [0.5, 1.5, 0.5], {"reward.short": 1 / 3, "reward.long": 0.5}),
+        (mix, [4, 2, 2], {"reward.a": 2, "reward.a.short": 1 / 3, "reward.right": 1 / 3}),
+    ):
+        reward = RewardWorker(model, 8192, folder, Failures())
+        result = reward.score(ROWS)
+        reward.close()
+        result.batch.check()
+        assert result.batch.scores.tolist() == totals
+        assert breakdown([result.batch]) == pytest.approx(means)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ def test_a_name_is_registered_or_a_users_function(user_module: str):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("exact_mach", "exact_match, prefix_match, excess_characters and no package.module:function"),
-        (":half", "no package.module:function"),
-        ("rules_of_a_user:", "no package.module:function"),
+        ("exact_mach", "is none of exact_match, prefix_match, excess_characters, math_verify and no package.module"),
+        (":half", "no package.module:function or file.py:function"),
+        ("rules_of_a_user:", "no package.module:function or file.py:function"),
         ("rules_of_nobody:half", "No module named 'rules_of_nobody'"),
-        ("rules_of_a_user:third", "module rules_of_a_user has no function 'third'"),
+        ("rules_of_a_user:third", r"module rules_of_a_user \(.*/rules_of_a_user.py\) has no function 'third'"),
         ("rules_of_a_user:PI", "has no function 'PI'"),
         ("rules_with_a_mistake:half", "raised NameError: name 'undefined_name'"),
         ("rules_with_bad_syntax:half", "raised SyntaxError"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from asyncflow.control.admission.inflight_prompts import InFlightPrompts
+from asyncflow.control.admission.inflight_prompts import InFlightPrompts, ended_samples, failed_samples
 from asyncflow.control.admission.staleness import Admission
 from protocols.control.notices import PromptSettled
 from protocols.stage import Failure
@@ -46,6 +46,23 @@ def test_a_dead_prompt_makes_room_for_exactly_one_other():
     prompts.complete(alive(2))
     prompts.complete(alive(3))
     assert [r.prompt_id for r in prompts.choose() or []] == [2, 3]
+
+
+def test_a_prompt_that_trains_without_its_failures_waits_for_a_batch_and_then_ends_them():
+    prompts = inflight(prompts_per_step=1)
+    prompts.admit([1])
+    partial = replace(dead(1), alive=[11, 12], partial=True)
+    prompts.complete(partial)
+    assert prompts.choose() is not None
+    assert failed_samples([partial]) == [(10, "failed", "raised")]
+    dropped = replace(partial, trainable=False)
+    assert ended_samples(dropped) == [
+        (10, "failed", "raised"),
+        (11, "dropped", "no_signal"),
+        (12, "dropped", "no_signal"),
+    ]
+    incomplete = replace(dead(1), alive=[11])
+    assert ended_samples(incomplete) == [(10, "failed", "raised"), (11, "dropped", "group_incomplete")]
 
 
 def test_a_dropped_prompt_leaves_like_a_failed_one():

@@ -30,10 +30,10 @@ def baseline(prompt: int) -> int:
     return sample_id(prompt, BASELINE_INDEX)
 
 
-def join(edges: int = 2, samples: int = 2) -> PromptJoin:
+def join(edges: int = 2, samples: int = 2, *, partial: bool = False) -> PromptJoin:
     """A join whose edges all carry one row per sample."""
     grains: list[Grain] = ["sample"] * edges
-    return PromptJoin(grains, samples)
+    return PromptJoin(grains, samples, partial=partial)
 
 
 def settled_by(
@@ -83,6 +83,34 @@ def test_each_prompt_settles_once_with_all_its_rows_or_none(
     if trained:
         order = trained[::-1]
         assert joined.take(order) == tuple(KINDS[edge](order) for edge in range(edges))
+    assert joined.depth == 0
+
+
+@given(deliveries())
+def test_a_join_of_partial_prompts_lets_two_or_more_samples_go_on_without_the_failed_ones(
+    case: tuple[int, int, int, list[tuple[int, list[int]]], set[int]],
+):
+    edges, prompts, samples, parts, dead = case
+    joined, settled = join(edges, samples, partial=True), list[PromptSettled]()
+    for edge, part in parts:
+        alive = [s for s in part if edge or s not in dead]
+        failures = [] if edge else rows.tombstones([s for s in part if s in dead])
+        settled += joined.arrive(edge, KINDS[edge](alive) if alive else None, failures)[0]
+        assert joined.depth <= prompts * samples
+    assert sorted(s.prompt_id for s in settled) == list(range(prompts))
+    for prompt in settled:
+        members = group(prompt.prompt_id, samples)
+        assert prompt.alive == [s for s in members if s not in dead]
+        assert {f.sample_id for f in prompt.dead} == dead & set(members), "each sample is alive or dead, never both"
+        assert prompt.trains == (len(prompt.alive) >= 2 or not prompt.dead)
+        assert prompt.partial == (prompt.trains and bool(prompt.dead))
+    trained = [s for p in settled if p.trains for s in p.alive]
+    assert joined.depth == len(trained), "the rows of samples that failed are let go"
+    if trained:
+        order = trained[::-1]
+        assert joined.take(order) == tuple(KINDS[edge](order) for edge in range(edges))
+    ids = [s for p in range(prompts) for s in group(p, samples)]
+    assert sorted(joined.arrive(0, KINDS[0](ids), [])[1].refused) == ids, "rows that come again are refused"
     assert joined.depth == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from asyncflow.dataflow.graph import Filter, Stage
 from asyncflow.services.ranks.apply_functions import ApplyFunctions
-from protocols.control.requests import CodeSource
+from protocols.control.code import CodeSource
 from protocols.data.messages import Experience, Metrics, Scores
 from protocols.stage import Stateful
 from tests.asyncflow.services import rows

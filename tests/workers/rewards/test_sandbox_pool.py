@@ -1,0 +1,414 @@
+"""Whatever a rule does in its process, its row fails with the reason and the others get their scores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.rewards import sandbox, sandbox_pool
+from workers.rewards.arguments import RuleRow
+from workers.rewards.sandbox_pool import RuleFailed, SandboxPool
+
+RULES = '''
+import os, subprocess, sys, time
+import numpy as np
+
+print("imported")
+
+def obey(prompt, response, reference):
+    """Does what the prompt says."""
+    match prompt:
+        case "length": return len(response)
+        case "float32": return np.float32(0.25)
+        case "raise": raise ValueError("no " + response)
+        case "raise long": raise ValueError("x" * 1_000_000)
+        case "raise surrogate": raise ValueError("\\udc80")
+        case "exit": os._exit(3)
+        case "sys.exit": sys.exit(4)
+        case "crash": os.abort()
+        case "hang": time.sleep(600)
+        case "none": return None
+        case "nan": return float("nan")
+        case "infinite": return -float("inf")
+        case "text": return "0.5"
+        case "bool": return True
+        case "list": return [0.5]
+        case "too big for float32": return 1e300
+        case "too big for float": return 10**400
+        case "unprintable": return type("Value", (), {"__repr__": lambda self: 1 / 0})()
+        case "pid": return os.getpid()
+        case "print":
+            print("noise", flush=True)
+            sys.__stdout__.write("noise")
+            os.write(1, b"noise")
+            subprocess.run(["echo", "noise"], check=True)
+            return 0.5
+        case "read": return len(sys.stdin.read()) + len(os.read(0, 10)) + 0.5
+        case "input": return float(input())
+        case "start": return subprocess.Popen(["sleep", "600"]).pid
+'''
+LENGTH = RuleRow("length", "abc", "")
+
+
+class NoScore(Exception):
+    """The cause in an answer without a score."""
+
+
+def score(pool: SandboxPool, row: RuleRow) -> float:
+    """The score of one row. Raises NoScore."""
+    (answer,) = pool.score([row])
+    if answer.score is None:
+        raise NoScore(answer.error)
+    return answer.score
+
+
+def ask(what: str) -> RuleRow:
+    return RuleRow(what, "it", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on sys.path with the rules above."""
+    path = tmp_path_factory.mktemp("sandboxed")
+    (path / "rules_to_obey.py").write_text(RULES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def rule(folder: Path) -> Iterator[SandboxPool]:
+    """One sandbox for all tests, which must survive what each of them does to it."""
+    process = SandboxPool("rules_to_obey:obey", timeout_seconds=5)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def open_rule(folder: Path) -> Iterator[Callable[..., SandboxPool]]:
+    opened: list[SandboxPool] = []
+
+    def start(name: str, timeout_seconds: float = 5) -> SandboxPool:
+        opened.append(SandboxPool(name, timeout_seconds=timeout_seconds))
+        return opened[-1]
+
+    yield start
+    for process in opened:
+        process.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid: int, within_seconds: float = 5) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not is_running(pid)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [("length", 2.0), ("float32", 0.25), ("bool", 1.0), ("print", 0.5), ("read", 0.5)],
+)
+def test_a_score_whatever_is_printed_or_read_on_the_way(rule: SandboxPool, what: str, expected: float):
+    assert score(rule, ask(what)) == expected
+    assert score(rule, LENGTH) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("raise", "raised ValueError: no it"),
+        ("raise surrogate", r"raised ValueError: \\udc80"),
+        ("none", "returned None, want a number, or a dictionary of numbers"),
+        ("text", "returned '0.5', want a number"),
+        ("list", r"returned \[0.5\], want a number"),
+        ("nan", "returned nan, want a finite number"),
+        ("infinite", "returned -inf, want a finite number"),
+        ("too big for float32", r"returned 1e\+300, want a finite number that float32 holds"),
+        ("too big for float", "raised OverflowError"),
+        ("unprintable", "raised ZeroDivisionError"),
+        ("input", "raised EOFError"),
+        ("sys.exit", "raised SystemExit: 4"),
+    ],
+)
+def test_no_score_is_a_cause_and_the_process_lives_on(rule: SandboxPool, what: str, cause: str):
+    score(rule, LENGTH)
+    pids = rule.pids
+    with pytest.raises(NoScore, match=cause):
+        score(rule, ask(what))
+    assert score(rule, LENGTH) == 3.0
+    assert rule.pids == pids
+
+
+def test_a_long_cause_is_cut(rule: SandboxPool):
+    with pytest.raises(NoScore) as failed:
+        score(rule, ask("raise long"))
+    assert len(str(failed.value)) < 400
+
+
+@pytest.mark.parametrize(("what", "cause"), [("exit", "exit code 3"), ("crash", "signal SIGABRT")])
+def test_a_rule_that_ends_its_process_costs_its_own_row_only(rule: SandboxPool, what: str, cause: str):
+    with pytest.raises(NoScore, match=f"ended its process, {cause}"):
+        score(rule, ask(what))
+    assert score(rule, LENGTH) == 3.0
+
+
+def test_a_process_killed_between_two_rows_costs_none_of_them(rule: SandboxPool):
+    score(rule, LENGTH)
+    (pid,) = rule.pids
+    os.kill(pid, signal.SIGKILL)
+    while rule._sandboxes[0].alive:
+        pass
+    assert score(rule, LENGTH) == 3.0
+    assert rule.pids != [pid]
+
+
+@pytest.mark.parametrize("rows_before", [0, 1])
+def test_a_hanging_rule_is_killed_at_its_deadline_whichever_row_it_hangs_in(
+    open_rule: Callable[..., SandboxPool], rows_before: int
+):
+    rule = open_rule("rules_to_obey:obey", timeout_seconds=0.5)
+    for _ in range(rows_before):
+        score(rule, LENGTH)
+    hanging = [*rule.pids]
+    began = time.monotonic()
+    with pytest.raises(NoScore, match=r"gave no answer within 0\.5 s"):
+        score(rule, ask("hang"))
+    assert time.monotonic() - began < 20  # includes the start of the process
+    assert rule.pids == []
+    assert all(map(ends, hanging))
+    assert score(rule, LENGTH) == 3.0
+
+
+def test_texts_larger_than_a_pipe_arrive_whole(rule: SandboxPool):
+    assert score(rule, RuleRow("length", "ä" * 1_000_000, "")) == 1_000_000
+
+
+def test_close_leaves_no_process_behind_not_even_those_that_the_rule_started(open_rule: Callable[..., SandboxPool]):
+    rule = open_rule("rules_to_obey:obey")
+    pids = [int(score(rule, ask("pid"))), int(score(rule, ask("start")))]
+    assert all(is_running(pid) for pid in pids)
+    rule.close()
+    assert all(ends(pid) for pid in pids)
+    rule.close()  # closing twice is harmless
+
+
+def test_the_child_leaves_when_its_requests_end(open_rule: Callable[..., SandboxPool]):
+    rule = open_rule("exact_match")
+    score(rule, LENGTH)
+    (sandbox,) = rule._sandboxes
+    sandbox._in.close()
+    assert ends(sandbox.pid)
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import a_module_that_nobody_wrote", "No module named 'a_module_that_nobody_wrote'"),
+        ("1 / 0", "raised ZeroDivisionError"),
+        ("", "has no function 'obey'"),
+    ],
+)
+def test_a_module_that_does_not_load_tells_every_row_why(
+    folder: Path, open_rule: Callable[..., SandboxPool], source: str, cause: str
+):
+    (folder / "rules_that_fail.py").write_text(source)
+    rule = open_rule("rules_that_fail:obey")
+    for _ in range(2):
+        with pytest.raises(RuleFailed, match=cause):
+            rule.score([LENGTH])
+        assert rule.pids == [], "no process is left, and none is started again"
+
+
+def test_a_slow_import_counts_against_the_start_not_the_first_row(folder: Path, open_rule: Callable[..., SandboxPool]):
+    (folder / "rules_in_no_hurry.py").write_text("import time; time.sleep(1)\ndef obey(*texts): return 1\n")
+    assert score(open_rule("rules_in_no_hurry:obey", timeout_seconds=0.5), LENGTH) == 1.0
+
+
+def test_an_import_that_never_ends_is_given_up(
+    folder: Path, open_rule: Callable[..., SandboxPool], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sandbox, "START_SECONDS", 0.5)
+    (folder / "rules_for_ever.py").write_text("import time; time.sleep(600)\n")
+    rule = open_rule("rules_for_ever:obey")
+    with pytest.raises(RuleFailed, match=r"was not ready within 0\.5 s"):
+        rule.score([RuleRow("", "x" * 1_000_000, "")])
+    assert rule.pids == []
+
+
+# --- several rows
+
+SIDE_BY_SIDE = """
+import asyncio, os, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def nap(prompt, response, reference):
+    time.sleep(0.05)
+    return os.getpid()
+
+def obey(response):
+    with (HERE / f"tried-{response}").open("a") as file:
+        file.write("x")
+    match response.partition("-")[0]:
+        case "hang": time.sleep(600)
+        case "exit": os._exit(3)
+        case "refused": raise ConnectionRefusedError("judge is away")
+        case "busy" if (HERE / f"tried-{response}").stat().st_size < 3: raise Busy()
+        case "wrong": return "good"
+        case "raise": raise ValueError("no")
+    return 1.0
+
+def quick(response):
+    return 1.0 if response[0] in "ax" else obey(response)
+
+class Busy(Exception):
+    status_code = 429
+
+async def obey_async(response):
+    if response.startswith("late"):
+        await asyncio.sleep(600)
+    await asyncio.sleep(0.05)
+    return obey(response)
+
+def obey_all(responses):
+    return [obey(response) for response in responses]
+
+def two(responses):
+    return [1.0, 2.0]
+
+def one_number(responses):
+    return 1.0
+
+async def obey_all_async(responses, **columns):
+    return list(await asyncio.gather(*(obey_async(response) for response in responses)))
+"""
+
+
+@pytest.fixture
+def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SandboxPool]]:
+    (tmp_path / "rules_side_by_side.py").write_text(SIDE_BY_SIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    opened: list[SandboxPool] = []
+
+    def start(function: str, **options: Any) -> SandboxPool:
+        opened.append(SandboxPool(f"rules_side_by_side:{function}", **{"timeout_seconds": 20, **options}))
+        return opened[-1]
+
+    yield start
+    for pool in opened:
+        pool.close()
+
+
+def rows(*responses: str) -> list[RuleRow]:
+    return [RuleRow("", response, "") for response in responses]
+
+
+def results(pool: SandboxPool, *responses: str) -> dict[str, float | str]:
+    """The score of each response, or the cause of its absence."""
+    answers = pool.score(rows(*responses))
+    return {r: a.error if a.score is None else a.score for r, a in zip(responses, answers, strict=True)}
+
+
+def test_slow_rows_are_scored_by_several_processes_and_quick_ones_by_one(pool_of: Callable[..., SandboxPool]):
+    slow, quick = pool_of("nap", concurrency=3), pool_of("obey", concurrency=3)
+    pids = {int(answer.score or 0) for answer in slow.score(rows(*"x" * 60))}
+    assert pids == set(slow.pids)
+    assert 1 < len(pids) <= 3
+    quick.score(rows("a"))
+    results(quick, *"abcdefgh")
+    assert len(quick.pids) == 1
+
+
+@pytest.mark.parametrize("function", ["obey", "obey_async", "obey_all", "obey_all_async"])
+@pytest.mark.parametrize(
+    ("bad", "cause"), [("exit", "ended its process, exit code 3"), ("raise", "raised ValueError: no")]
+)
+def test_a_bad_row_costs_no_other_row_whatever_form_the_rule_has(
+    pool_of: Callable[..., SandboxPool], function: str, bad: str, cause: str
+):
+    assert results(pool_of(function, concurrency=3), "a", "b", bad, "c") == {"a": 1, "b": 1, bad: cause, "c": 1}
+
+
+@pytest.mark.parametrize("function", ["obey", "obey_async", "obey_all"])
+def test_a_hanging_row_costs_no_other_row_and_is_ended_at_its_deadline(
+    pool_of: Callable[..., SandboxPool], monkeypatch: pytest.MonkeyPatch, function: str
+):
+    monkeypatch.setattr(sandbox_pool, "BLOCKED_SECONDS", 0.0)
+    pool = pool_of(function, concurrency=2, timeout_seconds=0.4)
+    cause = "gave no answer within 0.4 s"
+    assert results(pool, "a", "hang", "b", "c") == {"a": 1, "hang": cause, "b": 1, "c": 1}
+
+
+def test_rows_that_wait_in_a_process_are_not_to_blame_for_its_end(pool_of: Callable[..., SandboxPool]):
+    pool = pool_of("quick", timeout_seconds=0.5)
+    pool.score(rows(*"x" * 20))
+    responses = [f"a{n}" for n in range(8)]
+    causes = {"exit": "ended its process, exit code 3", "hang": "gave no answer within 0.5 s"}
+    found = results(pool, "a", "exit", *responses[:4], "hang", *responses[4:])
+    assert found == {"a": 1, **dict.fromkeys(responses, 1), **causes}
+
+
+def test_a_process_that_dies_as_it_is_given_a_row_is_replaced(
+    pool_of: Callable[..., SandboxPool], monkeypatch: pytest.MonkeyPatch
+):
+    pool = pool_of("obey", retries=1)
+    pool.score(rows("a"))
+    monkeypatch.setattr(sandbox.Sandbox, "alive", True)  # it has not been noticed
+    os.kill(pool.pids[0], signal.SIGKILL)
+    os.waitid(os.P_PID, pool.pids[0], os.WEXITED | os.WNOWAIT)
+    assert results(pool, "b") == {"b": 1}
+
+
+def test_a_late_row_of_an_async_rule_ends_without_its_process(pool_of: Callable[..., SandboxPool]):
+    pool = pool_of("obey_async", concurrency=8, timeout_seconds=0.3)
+    pool.start()
+    pids = pool.pids
+    assert results(pool, "a", "late", "b") == {"a": 1, "late": "gave no answer within 0.3 s", "b": 1}
+    assert pool.pids == pids
+
+
+def test_rows_of_an_async_rule_wait_together_up_to_the_bound(pool_of: Callable[..., SandboxPool]):
+    pool = pool_of("obey_async", concurrency=16)
+    pool.start()
+    began = time.monotonic()
+    pool.score(rows(*"x" * 32))
+    assert 0.1 <= time.monotonic() - began < 1.0, "32 rows of 50 ms, 16 at a time"
+    assert len(pool.pids) == 1
+
+
+def test_a_busy_judge_is_tried_again_later_and_a_wrong_value_never(pool_of: Callable[..., SandboxPool], tmp_path: Path):
+    pool = pool_of("obey", retries=2, backoff_seconds=0.1)
+    began = time.monotonic()
+    assert results(pool, "busy", "wrong", "raise", "refused", "a") == {
+        "busy": 1,
+        "wrong": "returned 'good', want a number, or a dictionary of numbers",
+        "raise": "raised ValueError: no",
+        "refused": "raised ConnectionRefusedError: judge is away",
+        "a": 1,
+    }
+    assert time.monotonic() - began >= 0.15, "half of 0.1 s, then half of 0.2 s"
+    tries = {path.name.removeprefix("tried-"): path.stat().st_size for path in tmp_path.glob("tried-*")}
+    assert tries == {"busy": 3, "wrong": 1, "raise": 3, "refused": 3, "a": 1}
+
+
+def test_a_batch_rule_gets_all_rows_at_once_and_has_to_answer_each(pool_of: Callable[..., SandboxPool]):
+    assert [answer.score for answer in pool_of("two").score(rows("a", "b"))] == [1.0, 2.0]
+    assert set(results(pool_of("two"), "a", "b", "c").values()) == {"returned 2 values for a batch of 3"}
+    assert set(results(pool_of("one_number"), "a", "b").values()) == {
+        "returned 1.0 for a batch, want a list of 2 numbers"
+    }
