@@ -20,8 +20,8 @@ from asyncflow.recipe.service_specs import (
 )
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.roles import ROLES
-from workers.data.hf_folder import vocabulary_in
-from workers.data.tokenizer import BadTokenizer, Tokenizer
+from workers.data.hf_folder import end_tokens_of, vocabulary_in
+from workers.data.tokenizer import Tokenizer
 from workers.data.tokenizer_difference import difference
 from workers.parallel.plan import Decoder, ShardPlan, has_plan
 from workers.settings import Model
@@ -197,12 +197,15 @@ def _check_outside(recipe: Recipe, role: str) -> None:
 
 
 def _check_same_vocabulary(folders: dict[str, str]) -> None:
-    """Models that exchange token ids must have tokenizers that do the same, and rows for all ids. Raises BadInput."""
+    """Check that models which exchange token ids have tokenizers that do the same, and rows for all ids; and that the
+    policy names a token that ends a response. Raises BadInput.
+    """
     own = folders["policy"]
     rows = {role: vocabulary_in(config_of(role, folder)) for role, folder in folders.items()}
     try:
         ids = Tokenizer(own).size
-    except BadTokenizer as error:
+        end_tokens_of(own)
+    except ValueError as error:
         raise BadInput(f"models.policy.path: {error}") from error
     ids = min(ids, rows["policy"] or ids)  # a policy has no rows for tokens that are never used
     for role, folder in folders.items():
@@ -214,7 +217,7 @@ def _check_same_vocabulary(folders: dict[str, str]) -> None:
             )
         try:
             unlike = difference(own, folder)
-        except BadTokenizer as error:
+        except ValueError as error:
             raise BadInput(f"models.{role}: {error}") from error
         if unlike:
             raise BadInput(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from asyncflow.recipe.config import BadInput, to_settings
 from asyncflow.recipe.model_folders import unusable_folder
 from workers.data.datasets import DataError
+from workers.data.tokenizer import BadTokenizer
 from workers.finetune.settings import FineTuning, RewardModelSettings, SftSettings
 
 S = TypeVar("S", bound=FineTuning)
@@ -93,7 +94,7 @@ def _training(path: Path, settings: FineTuning, console: Console, what: str) -> 
         task = progress.add_task(what, total=settings.schedule.steps, loss=float("nan"))
         try:
             yield lambda step, loss: progress.update(task, completed=step + 1, loss=loss)
-        except (DataError, FileExistsError) as error:
+        except (BadTokenizer, DataError, FileExistsError) as error:
             raise BadInput(f"settings {path}: {error}") from error
         except StepRefused as error:
             raise BadInput(f"settings {path}: {error}: schedule.learning_rate may be too high") from error

@@ -42,8 +42,11 @@ class TemplateFiles:
     @cached_property
     def _templates(self) -> dict[str, str]:
         """Name -> template: "default", and others such as "tool_use"."""
-        of_processor = json_of(self.folder / "chat_template.json").get("chat_template")
-        given = json_of(self.folder / "tokenizer_config.json").get("chat_template", of_processor)
+        try:
+            of_processor = json_of(self.folder / "chat_template.json").get("chat_template")
+            given = json_of(self.folder / "tokenizer_config.json").get("chat_template", of_processor)
+        except ValueError as error:
+            raise BadChat(str(error)) from error
         named = {"default": given} if isinstance(given, str) else {one["name"]: one["template"] for one in given or ()}
         named |= {path.stem: path.read_text("utf-8") for path in self.folder.glob(f"{CHAT_TEMPLATES}/*.jinja")}
         if (path := self.folder / "chat_template.jinja").exists():

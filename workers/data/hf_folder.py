@@ -58,8 +58,14 @@ def _named_end_tokens(folder: str | Path) -> list[int]:
 
 def _tokenizer_eos(folder: str | Path) -> list[int]:
     """The id of the tokenizer's eos token; empty where it has none."""
-    token = special_tokens_of(folder).get("eos_token")
-    return [known.id for known in added_tokens_of(folder) if known.content == token]
+    token, path = special_tokens_of(folder).get("eos_token"), Path(folder) / "tokenizer.json"
+    if token is None or not path.exists():
+        return []
+    if added := [known.id for known in added_tokens_of(folder) if known.content == token]:
+        return added
+    vocabulary = json_of(path).get("model", {}).get("vocab")  # the rare case, and the slow one
+    number = vocabulary.get(token) if isinstance(vocabulary, dict) else None
+    return [] if number is None else [number]
 
 
 class AddedToken(msgspec.Struct, frozen=True):
@@ -77,9 +83,12 @@ class _AddedTokens(msgspec.Struct):
 
 
 def added_tokens_of(folder: str | Path) -> list[AddedToken]:
-    """The added tokens of a folder's tokenizer.json; empty where it has none."""
+    """The added tokens of a folder's tokenizer.json; empty where it has none. Raises ValueError for what is no JSON."""
     path = Path(folder) / "tokenizer.json"
-    return msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens if path.exists() else []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_AddedTokens).added_tokens if path.exists() else []
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def special_tokens_of(folder: str | Path) -> dict[str, str]:
@@ -92,8 +101,11 @@ def special_tokens_of(folder: str | Path) -> dict[str, str]:
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """The object in a JSON file; empty where there is no such file. Raises ValueError, naming it, for anything else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def config_in(folder: str | Path) -> dict[str, Any]:

@@ -53,8 +53,11 @@ class Tokenizer:
 
     @cached_property
     def eos(self) -> int:
-        """The id of the token that ends a text. Raises ValueError where the folder names none."""
-        return eos_token_of(self.folder)
+        """The id of the token that ends a text. Raises BadTokenizer where the folder names none."""
+        try:
+            return eos_token_of(self.folder)
+        except ValueError as error:
+            raise BadTokenizer(str(error)) from error
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:

@@ -338,6 +338,16 @@ def test_all_models_must_have_one_tokenizer(refused: Any, folder: Path):
     assert with_critic(refused, folder).startswith(f"models.critic: {folder} has no tokenizer.json, the only form")
 
 
+def test_the_policy_names_a_token_that_ends_a_response(refused: Any, folder: Path):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({k: v for k, v in content.items() if not k.startswith("eos_token")}))
+    policy = {"path": str(folder), "learning_rate": 1e-3}
+    message = refused(models={"policy": policy})
+    assert message.startswith(f"models.policy.path: model folder {folder}: no eos_token_id in generation_config.json")
+
+
 def test_the_policy_has_a_tokenizer_that_can_be_read(refused: Any, folder: Path):
     all_of_them = {r: {"path": str(folder), "learning_rate": 1e-3} for r in ("policy", "critic", "reference")}
     all_of_them["reward"] = {"rule": "exact_match"}

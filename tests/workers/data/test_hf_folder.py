@@ -43,6 +43,20 @@ def test_a_text_ends_with_the_eos_token_of_its_tokenizer(tmp_path: Path):
     assert eos_token_of(folder_of(tmp_path, generation_config={"eos_token_id": [9, 4]}, tokenizer_config={})) == 9
 
 
+def test_an_eos_token_may_stand_in_the_vocabulary_alone(tmp_path: Path):
+    folder = folder_of(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": []}))
+    assert eos_token_of(folder) == 1
+
+
+def test_files_that_are_no_json_are_named(tmp_path: Path):
+    folder = folder_of(tmp_path)
+    (folder / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        end_tokens_of(folder)
+
+
 def test_a_folder_that_names_no_end_token_is_refused(tmp_path: Path):
     folder = folder_of(tmp_path, config={}, tokenizer_config={})
     for read in (end_tokens_of, eos_token_of):
