@@ -23,6 +23,7 @@ from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPoo
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.runtime.ray_store import RayStore
+from asyncflow.services.runtime.signals import keep_sigterm
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
@@ -67,7 +68,8 @@ class RayRuntime:
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Start all actors concurrently, wait until each has loaded its model, then connect them."""
         try:
-            await asyncio.to_thread(self._init)
+            with keep_sigterm():
+                await asyncio.to_thread(self._init)
         except Exception as error:  # ray.init raises bare exceptions, too
             where = f"at {self._address}" if self._address else "on this machine"
             raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
