@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from asyncflow.cli.console import Form
-from asyncflow.recipe.reference import ROOTS, Table, find, markdown_page, tables, to_markdown
+from asyncflow.recipe.reference import OF_ALGORITHMS, ROOTS, Table, find, markdown_page, tables, to_markdown
 
 
 def print_reference(key: str, form: Form, console: Console) -> None:
@@ -35,7 +35,8 @@ def _print_text(found: Iterable[Table], console: Console) -> None:
     for number, table in enumerate(found):
         if number:
             console.print()
-        console.print(Text.assemble((f"[{table.key}]  " if table.key else "", "bold"), table.meaning))
+        name, of, _ = table.key.partition(OF_ALGORITHMS)
+        console.print(Text.assemble((f"[{name}]{of}  " if name else "", "bold"), table.meaning))
         grid = Grid(
             Column("key", no_wrap=True),
             Column("type", ratio=3),
@@ -46,6 +47,6 @@ def _print_text(found: Iterable[Table], console: Console) -> None:
             pad_edge=False,
         )
         for setting in table.settings:
-            name = setting.key.removeprefix(f"{table.key}.")
-            grid.add_row(*map(Text, (name, setting.type, setting.default or "required", setting.meaning)))
+            key = setting.key.removeprefix(f"{name}.")
+            grid.add_row(*map(Text, (key, setting.type, setting.default or "required", setting.meaning)))
         console.print(grid)

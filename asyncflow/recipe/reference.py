@@ -7,15 +7,10 @@ behind the text. An installed package has its sources.
 
 from __future__ import annotations
 
-import ast
 import inspect
-import tokenize
 from collections.abc import Iterator
 from difflib import get_close_matches
-from functools import cache
-from io import StringIO
-from textwrap import dedent
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 from msgspec import NODEFAULT
@@ -34,11 +29,17 @@ from msgspec.inspect import (
     type_info,
 )
 
+from asyncflow.dataflow.algorithms import ALGORITHMS
+from asyncflow.dataflow.trace import declaration_of, defaults_of, trace
 from asyncflow.recipe.config import BadInput, Recipe
+from asyncflow.recipe.field_comments import comments_of
+from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering
 from workers.finetune.settings import RewardModelSettings, SftSettings
-from workers.settings import Settings, violated_bound
+from workers.settings import Loss, Settings, violated_bound
 
 ROOTS: dict[str, type[Settings]] = {"recipe": Recipe, "sft": SftSettings, "reward-model": RewardModelSettings}
+
+OF_ALGORITHMS = " of an algorithm"  # the end of a table's key
 
 # The keys of these tables are names; this is what they name.
 _NAMED = {
@@ -69,8 +70,12 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def tables(root: str) -> list[Table]:
-    """All tables of one file of `ROOTS`: its top first, then table by table in the order of their keys."""
-    return list(_tables(ROOTS[root], "", None))
+    """All tables of one file of `ROOTS`: its top first, then table by table in the order of their keys.
+
+    Those of a recipe end with what the algorithms make of [advantage] and [loss].
+    """
+    found = list(_tables(ROOTS[root], "", None))
+    return [*found, *_of_algorithms()] if root == "recipe" else found
 
 
 def find(key: str) -> list[Table]:
@@ -84,14 +89,18 @@ def find(key: str) -> list[Table]:
     found = tables(root)
     if not rest:
         return found
-    below = [table for table in found if _covers(rest, table.key)]
+    below = [table for table in found if _covers(rest, table.key.removesuffix(OF_ALGORITHMS))]
     if below:
         return below
-    for table in found:
-        for setting in table.settings:
-            if _names(rest, setting.key):
-                return [msgspec.structs.replace(table, settings=[setting])]
-    known = {table.key for table in found if table.key} | {setting.key for table in found for setting in table.settings}
+    named = [
+        msgspec.structs.replace(table, settings=own)
+        for table in found
+        if (own := [setting for setting in table.settings if _names(rest, setting.key)])
+    ]
+    if named:
+        return named
+    named_tables = {table.key.removesuffix(OF_ALGORITHMS) for table in found if table.key}
+    known = named_tables | {setting.key for table in found for setting in table.settings}
     prefix = "" if root == "recipe" else f"{root}."
     close = get_close_matches(key, sorted(prefix + name for name in _as_asked(rest, known)), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"`asyncflow settings{prefix and f' {root}'}` prints all"
@@ -118,7 +127,8 @@ def to_markdown(found: list[Table]) -> str:
     """Tables of settings as markdown."""
     lines: list[str] = []
     for table in found:
-        lines += [f"### `[{table.key}]`", ""] if table.key else []
+        name, of, _ = table.key.partition(OF_ALGORITHMS)
+        lines += [f"### `[{name}]`{of}", ""] if table.key else []
         lines += [table.meaning, "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for s in table.settings:
             cells = [f"`{s.key}`", s.type, f"`{s.default}`" if s.default else "", s.meaning]
@@ -131,7 +141,7 @@ def _tables(kind: type[msgspec.Struct], key: str, defaults: object) -> Iterator[
     """A struct's own settings, then the tables inside. `defaults`: an instance, where the table has a default."""
     info = type_info(kind)
     assert isinstance(info, StructType)
-    comments = _comments_of(kind)
+    comments = comments_of(kind)
     settings, inner = list[Setting](), list[tuple[type[msgspec.Struct], str, object]]()
     for field in info.fields:
         default: Any = getattr(defaults, field.name) if defaults is not None else field.default
@@ -163,6 +173,32 @@ def _tables_in(kinds: tuple[Type, ...]) -> list[type[msgspec.Struct]]:
     values = [kind.value_type for kind in kinds if isinstance(kind, DictType)]
     members = [member for value in values for member in (value.types if isinstance(value, UnionType) else (value,))]
     return [member.cls for member in members if isinstance(member, StructType)]
+
+
+def _of_algorithms() -> Iterator[Table]:
+    """The keyword arguments of the algorithms' batch functions, and their own defaults of the loss."""
+    arguments, losses = dict[tuple[str, str, str], list[str]](), dict[tuple[str, str, str], list[str]]()
+    for name, algorithm in ALGORITHMS.items():
+        declared, function = declaration_of(algorithm), trace(algorithm).batch_stage.function
+        assert function is not None
+        hints = get_type_hints(function)
+        known = defaults_of(function) | dict(declared.advantage)
+        if KL_COEFFICIENT in known:
+            known |= msgspec.structs.asdict(KlSteering())
+            hints |= get_type_hints(KlSteering)
+        for key, value in known.items():
+            kind = _type(type_info(hints.get(key, type(value))))
+            arguments.setdefault((key, kind, _default(value)), []).append(name)
+        for key, value in msgspec.structs.asdict(declared.loss).items():
+            if value != getattr(Loss(), key):
+                kind = _type(type_info(get_type_hints(Loss, include_extras=True)[key]))
+                losses.setdefault((key, kind, _default(value)), []).append(name)
+    for table, of, title in (
+        ("advantage", arguments, "Keyword arguments of the batch function, by algorithm."),
+        ("loss", losses, "Defaults that differ from the table above, by algorithm."),
+    ):
+        settings = [Setting(f"{table}.{key}", kind, value, ", ".join(who)) for (key, kind, value), who in of.items()]
+        yield Table(f"{table}{OF_ALGORITHMS}", title, sorted(settings, key=lambda setting: setting.key))
 
 
 def _type(kind: Type) -> str:
@@ -247,36 +283,3 @@ def _as_asked(asked: str, known: set[str]) -> list[str]:
 
 def _first_paragraph(kind: type[msgspec.Struct]) -> str:
     return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-
-
-@cache
-def _comments_of(kind: type[msgspec.Struct]) -> dict[str, str]:
-    """Field -> the comment right above it and the one beside it, for inherited fields as well."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, Settings) and base is not Settings:
-            found |= _own_comments(dedent(inspect.getsource(base)))
-    return found
-
-
-def _own_comments(source: str) -> dict[str, str]:
-    lines = source.splitlines()
-    above, beside = dict[int, str](), dict[int, str]()
-    for token in tokenize.generate_tokens(StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            alone = not lines[row - 1][:column].strip()
-            (above if alone else beside)[row] = token.string.lstrip("# ")
-    (struct,) = ast.parse(source).body
-    assert isinstance(struct, ast.ClassDef)
-    found: dict[str, str] = {}
-    for node in struct.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        first = node.lineno
-        while first - 1 in above:
-            first -= 1
-        texts = [above[row] for row in range(first, node.lineno)]
-        texts += [beside[row] for row in range(node.lineno, (node.end_lineno or node.lineno) + 1) if row in beside]
-        found[node.target.id] = " ".join(texts)
-    return found

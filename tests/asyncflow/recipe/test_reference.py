@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def one(key: str) -> Setting:
-    (table,) = find(key)
+    table, *_ = find(key)  # then what algorithms make of it
     (setting,) = table.settings
     return setting
 
@@ -64,6 +64,14 @@ def test_a_table_is_found_with_all_that_is_in_it():
         "models.<role>.lora",
     ]
     assert [table.key for table in find("sft")] == [table.key for table in tables("sft")]
+
+
+def test_what_an_algorithm_makes_of_a_table_is_there():
+    *_, arguments, losses = tables("recipe")
+    defaults = {(setting.key, setting.default): setting.meaning for setting in arguments.settings + losses.settings}
+    assert "ppo" in defaults["advantage.gae_lambda", "0.95"].split(", ")
+    assert defaults["loss.clip_high", "0.28"] == "dapo"
+    assert [table.key for table in find("advantage.gae_lambda")] == [arguments.key]
 
 
 @pytest.mark.parametrize(
