@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asyncflow.recipe.config import BadInput, to_settings
 from asyncflow.recipe.model_folders import unusable_folder
-from workers.data.datasets import DataError
+from workers.data.datasets import DataError, MissingField
 from workers.data.tokenizer import BadTokenizer
 from workers.finetune.settings import FineTuning, RewardModelSettings, SftSettings
 
@@ -23,10 +23,10 @@ S = TypeVar("S", bound=FineTuning)
 def finetune(path: Path, console: Console) -> None:
     """Run `asyncflow sft`. Raises BadInput."""
     settings = read_settings(path, SftSettings)
-    with _training(path, settings, console, "sft") as on_step:
+    with _training(path, settings, console, "sft") as (on_step, on_warning):
         from workers.finetune.sft import train_sft
 
-        result = train_sft(settings, on_step=on_step)
+        result = train_sft(settings, on_step=on_step, on_warning=on_warning)
     console.print(
         f"policy after SFT: {result.output}, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}", soft_wrap=True
     )
@@ -36,14 +36,14 @@ def train_reward(path: Path, console: Console) -> float:
     """Run `asyncflow reward-model`, also for a cost model; returns the held-out pair accuracy. Raises BadInput."""
     settings = read_settings(path, RewardModelSettings)
     what, signs = f"{settings.kind} model", ""
-    with _training(path, settings, console, what) as on_step:
+    with _training(path, settings, console, what) as (on_step, on_warning):
         from workers.finetune.cost_model import train_cost_model
         from workers.finetune.reward_model import train_reward_model
 
         if settings.kind == "reward":
-            result = train_reward_model(settings, on_step=on_step)
+            result = train_reward_model(settings, on_step=on_step, on_warning=on_warning)
         else:
-            result = train_cost_model(settings, on_step=on_step)
+            result = train_cost_model(settings, on_step=on_step, on_warning=on_warning)
             accuracy = result.heldout_sign_accuracy
             signs = ", no response is labelled" if accuracy is None else f", sign accuracy {accuracy:.3f}"
     console.print(
@@ -76,8 +76,10 @@ def _check_model(path: Path, settings: FineTuning) -> None:
 
 
 @contextmanager
-def _training(path: Path, settings: FineTuning, console: Console, what: str) -> Iterator[Callable[[int, float], None]]:
-    """Context of a training with a progress bar, which the given function moves. Raises BadInput."""
+def _training(
+    path: Path, settings: FineTuning, console: Console, what: str
+) -> Iterator[tuple[Callable[[int, float], None], Callable[[str], None]]]:
+    """Context of a training with a progress bar: a function that moves it, and one that warns. Raises BadInput."""
     _check_model(path, settings)
     import torch
 
@@ -93,7 +95,14 @@ def _training(path: Path, settings: FineTuning, console: Console, what: str) -> 
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(what, total=settings.schedule.steps, loss=float("nan"))
         try:
-            yield lambda step, loss: progress.update(task, completed=step + 1, loss=loss)
+            yield (
+                lambda step, loss: progress.update(task, completed=step + 1, loss=loss),
+                lambda text: console.print(f"warning: {text}", markup=False, soft_wrap=True),
+            )
+        except MissingField as error:
+            raise BadInput(
+                f'settings {path}: {error}: [columns] says which (field = "name", a.b: b inside of a)'
+            ) from error
         except (BadTokenizer, DataError, FileExistsError) as error:
             raise BadInput(f"settings {path}: {error}") from error
         except StepRefused as error:

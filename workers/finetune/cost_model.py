@@ -18,8 +18,8 @@ from torch.nn.functional import logsigmoid
 from workers.data.dataset_files import DataError, records
 from workers.data.datasets import SafetyPair, read_rows
 from workers.data.tokenizer import Tokenizer
-from workers.finetune.loop import OnStep, load_trainable, optimize, refuse_existing, save_folder
-from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, pair_accuracy, pair_scores, tokenized_pairs
+from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize, refuse_existing, save_folder
+from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, fit_pairs, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss
 from workers.settings import Chat
@@ -63,33 +63,42 @@ class CostModelResult(msgspec.Struct, frozen=True):
     losses: list[float]  # of each step, nats
     heldout_accuracy: float  # share of held-out pairs whose safer response has the lower cost; a tie counts half
     heldout_sign_accuracy: float | None  # share of labelled responses whose cost has the right sign; None: no labels
+    skipped: int = 0  # pairs that are longer than the model's context and were left out, held-out ones too
 
 
-def train_cost_model(settings: RewardModelSettings, *, on_step: OnStep | None = None) -> CostModelResult:
+def train_cost_model(
+    settings: RewardModelSettings, *, on_step: OnStep | None = None, on_warning: OnWarning | None = None
+) -> CostModelResult:
     """Train a cost model on pairs, evaluate it on held-out ones and write it as a folder.
 
-    `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
-    for an existing output, both before the model loads.
+    `on_step(step, loss)` is called after every step, from 0; `on_warning(text)` before the model loads. Raises
+    DataError for unusable data and FileExistsError for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
     rows, heldout_rows = (
         read_pairs(path, settings.columns, settings.model, settings.chat) for path in (settings.data, settings.heldout)
     )
-    labels = signs_of(rows)
-    if not labels.any():
+    if not signs_of(rows).any():
         raise DataError(f"{settings.data}: no row says whether a response is safe (chosen_is_safe, rejected_is_safe)")
     tokenizer = Tokenizer(settings.model)
     pairs = tokenized_pairs(tokenizer, rows, settings.data)
     heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
+    fitted = fit_pairs(pairs, settings.data, settings, on_warning)
+    fitted_heldout = fit_pairs(heldout, settings.heldout, settings, on_warning)
+    pairs, heldout, skipped = fitted.rows, fitted_heldout.rows, fitted.skipped + fitted_heldout.skipped
+    labels = signs_of([rows[row] for row in fitted.kept])
     trained = load_trainable(settings, "score")
     losses = optimize(trained, pairs, settings.schedule, lambda rows: cost_loss(labels[rows]), on_step, PAIR)
     costs = pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch)
-    accuracy, sign_accuracy = pair_accuracy(-costs), sign_accuracy_of(costs, signs_of(heldout_rows))
-    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]}
+    accuracy, sign_accuracy = (
+        pair_accuracy(-costs),
+        sign_accuracy_of(costs, signs_of([heldout_rows[row] for row in fitted_heldout.kept])),
+    )
+    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1], "rows_skipped": skipped}
     if sign_accuracy is not None:
         results["heldout_sign_accuracy"] = sign_accuracy
     save_folder(settings.output, trained, results)
-    return CostModelResult(settings.output, losses, accuracy, sign_accuracy)
+    return CostModelResult(settings.output, losses, accuracy, sign_accuracy, skipped)
 
 
 def signs_of(pairs: Sequence[SafetyPair]) -> npt.NDArray[np.float32]:

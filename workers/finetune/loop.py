@@ -30,6 +30,7 @@ from workers.training.trainable import TrainableModel
 RESULTS = "training.json"
 
 OnStep = Callable[[int, float], object]
+OnWarning = Callable[[str], object]
 RowsLoss = Callable[[npt.NDArray[np.int64]], MicroLoss]  # the loss of a batch of these rows
 
 

@@ -15,9 +15,11 @@ from torch.nn.functional import logsigmoid
 from workers.data.datasets import Preference, SafetyPair, read_rows
 from workers.data.token_rows import Text, TokenRows, tokenized
 from workers.data.tokenizer import Tokenizer
+from workers.finetune.lengths import Fitted, fit_to_context
 from workers.finetune.loop import (
     RESULTS,
     OnStep,
+    OnWarning,
     load_trainable,
     optimize,
     refuse_existing,
@@ -38,13 +40,16 @@ class RewardModelResult(msgspec.Struct, frozen=True):
     output: str  # transformers folder: sequence classification with one label
     losses: list[float]  # of each step, nats
     heldout_accuracy: float  # share of held-out pairs whose chosen response has the higher score; a tie counts half
+    skipped: int = 0  # pairs that are longer than the model's context and were left out, held-out ones too
 
 
-def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None = None) -> RewardModelResult:
+def train_reward_model(
+    settings: RewardModelSettings, *, on_step: OnStep | None = None, on_warning: OnWarning | None = None
+) -> RewardModelResult:
     """Train a reward model on pairs, evaluate it on held-out ones and write it as a folder.
 
-    `on_step(step, loss)` is called after every step, from 0. Raises DataError for unusable data and FileExistsError
-    for an existing output, both before the model loads.
+    `on_step(step, loss)` is called after every step, from 0; `on_warning(text)` before the model loads. Raises
+    DataError for unusable data and FileExistsError for an existing output, both before the model loads.
     """
     refuse_existing(settings.output)
     rows = read_rows(settings.data, Preference, settings.columns, settings.model, settings.chat)
@@ -52,6 +57,9 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
     tokenizer = Tokenizer(settings.model)
     pairs = tokenized_pairs(tokenizer, rows, settings.data)
     heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
+    fitted = fit_pairs(pairs, settings.data, settings, on_warning)
+    fitted_heldout = fit_pairs(heldout, settings.heldout, settings, on_warning)
+    pairs, heldout, skipped = fitted.rows, fitted_heldout.rows, fitted.skipped + fitted_heldout.skipped
     trained = load_trainable(settings, "score")
 
     def loss_of(rows: npt.NDArray[np.int64]) -> MicroLoss:
@@ -59,8 +67,9 @@ def train_reward_model(settings: RewardModelSettings, *, on_step: OnStep | None 
 
     losses = optimize(trained, pairs, settings.schedule, loss_of, on_step, PAIR)
     accuracy = pair_accuracy(pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch))
-    save_folder(settings.output, trained, {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1]})
-    return RewardModelResult(settings.output, losses, accuracy)
+    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1], "rows_skipped": skipped}
+    save_folder(settings.output, trained, results)
+    return RewardModelResult(settings.output, losses, accuracy, skipped)
 
 
 def heldout_accuracy_of(folder: str | Path) -> float:
@@ -75,6 +84,15 @@ def tokenized_pairs(tokenizer: Tokenizer, pairs: Sequence[Preference | SafetyPai
         texts.append(Text(pair.prompt, pair.chosen, pair.chosen_truncated, pair.is_chat))
         texts.append(Text(pair.prompt, pair.rejected, pair.rejected_truncated, pair.is_chat))
     return tokenized(tokenizer, texts, where, PAIR)
+
+
+def fit_pairs(pairs: TokenRows, path: str, settings: RewardModelSettings, on_warning: OnWarning | None) -> Fitted:
+    """The pairs whose responses both fit the model's context. Raises DataError, see `fit_to_context`."""
+    hint = "overlong = 'skip', which leaves these pairs out"
+    fitted = fit_to_context(pairs, settings.overlong, path, settings.model, PAIR, hint)
+    if fitted.warning and on_warning:
+        on_warning(fitted.warning)
+    return fitted
 
 
 def pair_loss(pairs: int, centring: float) -> MicroLoss:

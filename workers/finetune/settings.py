@@ -39,6 +39,9 @@ class FineTuning(Settings, frozen=True):
 class SftSettings(FineTuning, frozen=True):
     """Supervised fine-tuning of a language model on rows of workers.data.datasets.Demonstration."""
 
+    # Rows with more tokens than the model's context: "skip" leaves them out, "cut" ends their responses there.
+    overlong: Literal["refuse", "skip", "cut"] = "refuse"
+
 
 class RewardModelSettings(FineTuning, frozen=True, kw_only=True):
     """A Bradley-Terry reward model from preference pairs, or a cost model from pairs whose `chosen` is the safer.
@@ -49,3 +52,4 @@ class RewardModelSettings(FineTuning, frozen=True, kw_only=True):
     heldout: str  # pairs for evaluation only
     kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.data.datasets.SafetyPair, or PKU-SafeRLHF's
     centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps a reward model's scores around 0
+    overlong: Literal["refuse", "skip"] = "refuse"  # pairs with more tokens than the model's context; "skip": left out
