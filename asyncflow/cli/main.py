@@ -38,6 +38,12 @@ RecipePath = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key of the recipe: key.path=value. Repeatable.")
 ]
+SettingsPath = Annotated[
+    Path, typer.Argument(help="Settings: a TOML file; `asyncflow settings sft` lists its keys.", show_default=False)
+]
+SettingsOverrides = Annotated[
+    list[str], typer.Option("--set", help="Override a key of the settings: key.path=value. Repeatable.")
+]
 Folder = Annotated[
     Path | None,
     typer.Option("--folder", help="The run's folder; one that holds a run goes on with it. Default: a new one."),
@@ -166,22 +172,22 @@ def calibrate(
 
 
 @app.command()
-def sft(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
+def sft(settings: SettingsPath, overrides: SettingsOverrides = []) -> None:  # noqa: B006
     """Step 1 of RLHF: fine-tune a policy on demonstrations. Prints the output folder and the loss."""
     from asyncflow.run.finetuning import finetune
 
-    finetune(settings, out)
+    finetune(settings, out, overrides)
 
 
 @app.command("reward-model")
-def reward_model(settings: Annotated[Path, typer.Argument(help="Settings: a TOML file.", show_default=False)]) -> None:
+def reward_model(settings: SettingsPath, overrides: SettingsOverrides = []) -> None:  # noqa: B006
     """Step 2 of RLHF: train a reward model on preference pairs, or a cost model on pairs with safety labels.
 
     Prints the output folder and the accuracy on held-out pairs.
     """
     from asyncflow.run.finetuning import train_reward
 
-    train_reward(settings, out)
+    train_reward(settings, out, overrides)
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """report.html: learning curves, use of time and final states of the samples of a run, in one file.
 
-Everything is read from the run folder, even if the run failed halfway. The page needs no network (its content security
-policy forbids it) and no script.
+Everything is read from the run folder, even if the run failed halfway.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, line_chart, number, smoothed
+from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, number, smoothed
 from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
-from asyncflow.observe.style import STYLE
+from asyncflow.observe.page import figure, page, section
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
 from protocols.control.notices import Span
 
@@ -64,30 +63,18 @@ def report_page(
     *, name: str, recipe: str, steps: Sequence[Row], evaluations: Sequence[Row], spans: Sequence[Span], totals: Totals
 ) -> Markup:
     """The page, from the contents of the run folder."""
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("title", f"{name}: run report"),
-        tag("style", Markup(STYLE)),
-    ]
     no_timeline = _absent("The run left no timeline.json.")
     main = [
         tag("h1", name),
         tag("p", _subtitle(recipe, steps), class_="muted"),
         _tiles(steps, evaluations, totals),
-        _section("Learning", *_learning(steps, evaluations)),
-        _section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),
-        _section("Idle time", *(_idle(spans) if spans else [no_timeline])),
-        _section("Samples", *_samples(totals)),
-        _section("Details", *_details(recipe, steps)),
+        section("Learning", *_learning(steps, evaluations)),
+        section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),
+        section("Idle time", *(_idle(spans) if spans else [no_timeline])),
+        section("Samples", *_samples(totals)),
+        section("Details", *_details(recipe, steps)),
     ]
-    html = tag("html", tag("head", *head), tag("body", tag("main", *main)), lang="en")
-    return Markup(f"<!doctype html>\n{html}\n")
-
-
-def _section(title: str, *content: str) -> Markup:
-    return tag("section", tag("h2", title), *content)
+    return page(f"{name}: run report", main)
 
 
 def _absent(what: str) -> Markup:
@@ -139,7 +126,7 @@ def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
         _bounded("Cost", "mean of the step's samples", steps, "cost_mean", "cost_limit"),
         _trend("Multiplier", "weight of a unit of cost against one of reward", points_of(steps, "multiplier")),
         *(
-            _figure(f"Held-out {m}", "prompts that are never trained", [ChartLine(m, points)], zero=True)
+            figure(f"Held-out {m}", "prompts that are never trained", [ChartLine(m, points)], zero=True)
             for m in sorted({str(row["metric"]) for row in evaluations})
             if (points := points_of([row for row in evaluations if row["metric"] == m], "value"))
         ),
@@ -172,8 +159,8 @@ def _tokens_per_second(steps: Sequence[Row]) -> list[tuple[float, float]]:
 def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool = False) -> Markup:
     """A noisy curve: faint values and their moving mean."""
     if len(points) < 20:
-        return _figure(title, note, [ChartLine("value", points)], zero)
-    return _figure(
+        return figure(title, note, [ChartLine("value", points)], zero)
+    return figure(
         title, note, [ChartLine("value", points, style="faint"), ChartLine("moving mean", smoothed(points))], zero
     )
 
@@ -184,12 +171,12 @@ def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str)
     if not points or not bounds:
         return _trend(title, note, points)
     label = bound.rpartition("_")[2]  # "cost_limit" is a limit
-    return _figure(title, note, [ChartLine("value", points), ChartLine(label, bounds, style="second")])
+    return figure(title, note, [ChartLine("value", points), ChartLine(label, bounds, style="second")])
 
 
 def _largest_and_mean(title: str, note: str, steps: Sequence[Row], name: str) -> Markup:
     largest, mean = points_of(steps, f"{name}_max"), points_of(steps, f"{name}_mean")
-    return _figure(
+    return figure(
         title, note, [ChartLine("largest", largest), ChartLine("their mean", mean, style="second")], zero=True
     )
 
@@ -197,16 +184,6 @@ def _largest_and_mean(title: str, note: str, steps: Sequence[Row], name: str) ->
 def parts_of(steps: Sequence[Row]) -> list[str]:
     """Names of the metrics of a mixed reward's parts, in the order of the recipe."""
     return list(dict.fromkeys(name for row in steps for name in row if name.startswith(PART)))
-
-
-def _figure(title: str, note: str, lines: list[ChartLine], zero: bool = False) -> Markup:
-    """A titled chart; empty if no line has a point."""
-    filled = [line for line in lines if line.points]
-    if not filled:
-        return Markup("")
-    keys = [tag("span", tag("i", class_=f"key {line.style}"), line.name) for line in filled if line.style == "second"]
-    caption = tag("figcaption", tag("b", title), tag("small", note, *keys))
-    return tag("figure", caption, line_chart(filled, zero=zero))
 
 
 def _last_steps(spans: Sequence[Span]) -> list[Markup]:

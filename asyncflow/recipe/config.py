@@ -159,16 +159,22 @@ class Recipe(Settings, frozen=True, kw_only=True):
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides. Raises BadInput."""
+    table = read_table(path, "recipe", overrides)
+    table.setdefault("code", list(dict.fromkeys([str(Path(path).absolute().parent), str(Path.cwd())])))
+    return to_recipe(table, str(path))
+
+
+def read_table(path: str | Path, what: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a TOML file and apply `a.b=c` overrides. Raises BadInput, which names `what` the file is."""
     try:
         table = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
-        raise BadInput(f"recipe {path}: can't be read: {error.strerror}") from error
+        raise BadInput(f"{what} {path}: can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {path}: {error}") from error
+        raise BadInput(f"{what} {path}: {error}") from error
     for override in overrides:
         _apply(table, override)
-    table.setdefault("code", list(dict.fromkeys([str(Path(path).absolute().parent), str(Path.cwd())])))
-    return to_recipe(table, str(path))
+    return table
 
 
 def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:

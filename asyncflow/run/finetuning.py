@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from asyncflow.recipe.config import BadInput, to_settings
+from asyncflow.observe.training_report import write_training_report
+from asyncflow.recipe.config import BadInput, read_table, to_settings
 from asyncflow.recipe.model_folders import unusable_folder
 from workers.data.datasets import DataError, MissingField
 from workers.data.tokenizer import BadTokenizer
@@ -20,21 +21,24 @@ from workers.finetune.settings import FineTuning, RewardModelSettings, SftSettin
 S = TypeVar("S", bound=FineTuning)
 
 
-def finetune(path: Path, console: Console) -> None:
+def finetune(path: Path, console: Console, overrides: Iterable[str] = ()) -> None:
     """Run `asyncflow sft`. Raises BadInput."""
-    settings = read_settings(path, SftSettings)
+    settings = read_settings(path, SftSettings, overrides)
     with _training(path, settings, console, "sft") as (on_step, on_warning):
         from workers.finetune.sft import train_sft
 
         result = train_sft(settings, on_step=on_step, on_warning=on_warning)
-    console.print(
-        f"policy after SFT: {result.output}, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}", soft_wrap=True
-    )
+    heldout = "" if result.heldout_loss is None else f", held-out loss {result.heldout_loss:.3f}"
+    losses = f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}{heldout}"
+    console.print(f"policy after SFT: {result.output}, {losses}", soft_wrap=True, markup=False)
 
 
-def train_reward(path: Path, console: Console) -> float:
-    """Run `asyncflow reward-model`, also for a cost model; returns the held-out pair accuracy. Raises BadInput."""
-    settings = read_settings(path, RewardModelSettings)
+def train_reward(path: Path, console: Console, overrides: Iterable[str] = ()) -> float | None:
+    """Run `asyncflow reward-model`, also for a cost model. Raises BadInput.
+
+    Returns the held-out pair accuracy, None without held-out pairs.
+    """
+    settings = read_settings(path, RewardModelSettings, overrides)
     what, signs = f"{settings.kind} model", ""
     with _training(path, settings, console, what) as (on_step, on_warning):
         from workers.finetune.cost_model import train_cost_model
@@ -46,23 +50,24 @@ def train_reward(path: Path, console: Console) -> float:
             result = train_cost_model(settings, on_step=on_step, on_warning=on_warning)
             accuracy = result.heldout_sign_accuracy
             signs = ", no response is labelled" if accuracy is None else f", sign accuracy {accuracy:.3f}"
-    console.print(
-        f"{what}: {result.output}, held-out pair accuracy {result.heldout_accuracy:.3f}{signs}", soft_wrap=True
-    )
+    found = f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}"
+    if result.heldout_accuracy is not None:
+        found = f"held-out pair accuracy {result.heldout_accuracy:.3f}{signs}"
+    console.print(f"{what}: {result.output}, {found}", soft_wrap=True, markup=False)
     return result.heldout_accuracy
 
 
-def read_settings(path: Path, kind: type[S]) -> S:
-    """Read the settings file of one step. Raises BadInput."""
-    try:
-        table = tomllib.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise BadInput(f"settings {path}: can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"settings {path}: {error}") from error
-    settings = to_settings(table, kind, f"settings {path}")
+def read_settings(path: Path, kind: type[S], overrides: Iterable[str] = ()) -> S:
+    """Read the settings file of one step and apply `a.b=c` overrides. Raises BadInput."""
+    settings = to_settings(read_table(path, "settings", overrides), kind, f"settings {path}")
     if settings.optimizer.decay_steps:
         raise BadInput(f"settings {path}: optimizer.decay_steps is for RL runs; schedule.decay sets the decay here")
+    if settings.lora.publish != "merged":
+        raise BadInput(f"settings {path}: lora.publish is for RL runs; the output has adapters and merged weights both")
+    if settings.lora.rank and find_spec("peft") is None:
+        raise BadInput(f"settings {path}: lora needs peft: pip install 'asyncflow[lora]'")
+    if settings.evaluate_every and not settings.heldout:
+        raise BadInput(f"settings {path}: evaluate_every = {settings.evaluate_every}: there is no heldout to evaluate")
     return settings
 
 
@@ -99,6 +104,7 @@ def _training(
                 lambda step, loss: progress.update(task, completed=step + 1, loss=loss),
                 lambda text: console.print(f"warning: {text}", markup=False, soft_wrap=True),
             )
+            write_training_report(Path(settings.output), what)
         except MissingField as error:
             raise BadInput(
                 f'settings {path}: {error}: [columns] says which (field = "name", a.b: b inside of a)'

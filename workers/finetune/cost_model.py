@@ -18,13 +18,16 @@ from torch.nn.functional import logsigmoid
 from workers.data.dataset_files import DataError, records
 from workers.data.datasets import SafetyPair, read_rows
 from workers.data.tokenizer import Tokenizer
-from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize, refuse_existing, save_folder
+from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize
+from workers.finetune.output import Output
 from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, fit_pairs, pair_accuracy, pair_scores, tokenized_pairs
 from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss
 from workers.settings import Chat
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import sequence_scores
+
+HELDOUT_SIGN_ACCURACY = "heldout_sign_accuracy"
 
 
 class NumberedPair(msgspec.Struct, frozen=True):
@@ -61,7 +64,8 @@ class CostModelResult(msgspec.Struct, frozen=True):
 
     output: str  # transformers folder: sequence classification with one label
     losses: list[float]  # of each step, nats
-    heldout_accuracy: float  # share of held-out pairs whose safer response has the lower cost; a tie counts half
+    # Share of held-out pairs whose safer response has the lower cost, a tie counting half; None: no held-out pairs.
+    heldout_accuracy: float | None
     heldout_sign_accuracy: float | None  # share of labelled responses whose cost has the right sign; None: no labels
     skipped: int = 0  # pairs that are longer than the model's context and were left out, held-out ones too
 
@@ -69,36 +73,55 @@ class CostModelResult(msgspec.Struct, frozen=True):
 def train_cost_model(
     settings: RewardModelSettings, *, on_step: OnStep | None = None, on_warning: OnWarning | None = None
 ) -> CostModelResult:
-    """Train a cost model on pairs, evaluate it on held-out ones and write it as a folder.
+    """Train a cost model on pairs, evaluate it on held-out ones and write it as a folder (`workers.finetune.output`).
 
     `on_step(step, loss)` is called after every step, from 0; `on_warning(text)` before the model loads. Raises
     DataError for unusable data and FileExistsError for an existing output, both before the model loads.
     """
-    refuse_existing(settings.output)
-    rows, heldout_rows = (
-        read_pairs(path, settings.columns, settings.model, settings.chat) for path in (settings.data, settings.heldout)
-    )
+    output = Output(settings.output)
+    rows = _pairs(settings, settings.data)
+    heldout_rows = _pairs(settings, settings.heldout) if settings.heldout else []
     if not signs_of(rows).any():
         raise DataError(f"{settings.data}: no row says whether a response is safe (chosen_is_safe, rejected_is_safe)")
     tokenizer = Tokenizer(settings.model)
-    pairs = tokenized_pairs(tokenizer, rows, settings.data)
-    heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
-    fitted = fit_pairs(pairs, settings.data, settings, on_warning)
-    fitted_heldout = fit_pairs(heldout, settings.heldout, settings, on_warning)
-    pairs, heldout, skipped = fitted.rows, fitted_heldout.rows, fitted.skipped + fitted_heldout.skipped
-    labels = signs_of([rows[row] for row in fitted.kept])
+    fitted = fit_pairs(tokenized_pairs(tokenizer, rows, settings.data), settings.data, settings, on_warning)
+    pairs, labels, skipped = fitted.rows, signs_of([rows[row] for row in fitted.kept]), fitted.skipped
+    heldout, heldout_labels = None, signs_of([])
+    if heldout_rows:
+        found = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
+        fitted = fit_pairs(found, settings.heldout, settings, on_warning)
+        heldout, heldout_labels = fitted.rows, signs_of([heldout_rows[row] for row in fitted.kept])
+        skipped += fitted.skipped
     trained = load_trainable(settings, "score")
-    losses = optimize(trained, pairs, settings.schedule, lambda rows: cost_loss(labels[rows]), on_step, PAIR)
-    costs = pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch)
-    accuracy, sign_accuracy = (
-        pair_accuracy(-costs),
-        sign_accuracy_of(costs, signs_of([heldout_rows[row] for row in fitted_heldout.kept])),
+    output.begin()
+
+    def evaluate() -> dict[str, float]:
+        assert heldout is not None
+        costs = pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch)
+        found = {HELDOUT_ACCURACY: pair_accuracy(-costs)}
+        if (signs := sign_accuracy_of(costs, heldout_labels)) is not None:
+            found[HELDOUT_SIGN_ACCURACY] = signs
+        return found
+
+    curve = optimize(
+        trained,
+        pairs,
+        settings.schedule,
+        lambda rows: cost_loss(labels[rows]),
+        output,
+        evaluate=evaluate if heldout is not None else None,
+        evaluate_every=settings.evaluate_every,
+        on_step=on_step,
+        together=PAIR,
     )
-    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1], "rows_skipped": skipped}
-    if sign_accuracy is not None:
-        results["heldout_sign_accuracy"] = sign_accuracy
-    save_folder(settings.output, trained, results)
-    return CostModelResult(settings.output, losses, accuracy, sign_accuracy, skipped)
+    results = {"final_loss": curve.losses[-1]} | curve.heldout
+    output.finish(trained, results | {"rows_skipped": skipped})
+    accuracy, signs = results.get(HELDOUT_ACCURACY), results.get(HELDOUT_SIGN_ACCURACY)
+    return CostModelResult(settings.output, curve.losses, accuracy, signs, skipped)
+
+
+def _pairs(settings: RewardModelSettings, path: str) -> list[SafetyPair]:
+    return read_pairs(path, settings.columns, settings.model, settings.chat)
 
 
 def signs_of(pairs: Sequence[SafetyPair]) -> npt.NDArray[np.float32]:

@@ -6,17 +6,14 @@ summed over micro-batches. So a result does not depend on how a batch is split.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from workers.data.hf_folder import add_end_token
 from workers.data.token_rows import TokenRows
+from workers.finetune.output import Output
 from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
 from workers.parallel.model import MicroLoss
@@ -27,18 +24,25 @@ from workers.settings import Model
 from workers.training.optimizer_step import LrSchedule
 from workers.training.trainable import TrainableModel
 
-RESULTS = "training.json"
-
 OnStep = Callable[[int, float], object]
 OnWarning = Callable[[str], object]
+Evaluate = Callable[[], dict[str, float]]  # held-out values by name
 RowsLoss = Callable[[npt.NDArray[np.int64]], MicroLoss]  # the loss of a batch of these rows
+
+
+class Curve(NamedTuple):
+    """How a training went."""
+
+    losses: list[float]  # of each step
+    heldout: dict[str, float]  # what `evaluate` found after the last step; empty without held-out rows
 
 
 def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
     """The model to start from and its optimizer: on the GPU, where there is one."""
     one_device = Sharding(device=own_device(0))
     schedule, warmup_steps = settings.schedule, settings.optimizer.warmup_steps
-    model = trained_model(Model(path=settings.model, dtype=settings.dtype), one_device, head=head, seed=schedule.seed)
+    base = Model(path=settings.model, dtype=settings.dtype, lora=settings.lora)
+    model = trained_model(base, one_device, head=head, seed=schedule.seed)
     rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps)
     return TrainableModel(model, settings.model, schedule.learning_rate, settings.optimizer, rates)
 
@@ -59,47 +63,35 @@ def optimize(
     data: TokenRows,
     schedule: Schedule,
     batch_loss: RowsLoss,
-    on_step: OnStep | None,
+    output: Output,
+    *,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int = 0,
+    on_step: OnStep | None = None,
     together: int = 1,
-) -> list[float]:
-    """Train and return the loss of each step. `on_step(step, loss)` is called after every step, from 0.
+) -> Curve:
+    """Train; all that is measured goes into the output's journal.
 
-    A batch has `batch_size` examples of `together` successive rows each, which a loss sees at once. Raises StepRefused
-    if a loss or the gradient's norm is not finite; the weights are then those of the previous step.
+    A batch has `batch_size` examples of `together` successive rows each, which a loss sees at once. `evaluate` measures
+    held-out rows before the first step, every `evaluate_every` steps, and after the last. `on_step(step, loss)` is
+    called after every step, from 0. Raises StepRefused if a loss or the gradient's norm is not finite; the weights are
+    then those of the previous step.
     """
     step_losses: list[float] = []
+    heldout: dict[str, float] = {}
+    if evaluate is not None:
+        output.metrics(0, evaluate())
     for step, examples in enumerate(batches(len(data) // together, schedule)):
         rows = (examples[:, None] * together + np.arange(together)).ravel()
         what = f"step {step} at a learning rate of up to {schedule.learning_rate}"
         with trained.update(1):
             taken = trained.step(what, data.take(rows), schedule.tokens_per_micro_batch, batch_loss(rows), together)
         step_losses.append(taken["loss"])
+        done = step + 1
+        due = done == schedule.steps or (evaluate_every and not done % evaluate_every)
+        heldout = evaluate() if evaluate is not None and due else {}
+        measured = {"loss": taken["loss"], "gradient_norm": taken["gradient_norm"], "learning_rate": trained.last_rate}
+        output.metrics(done, measured | heldout)
         if on_step:
             on_step(step, taken["loss"])
-    return step_losses
-
-
-def refuse_existing(output: str | Path) -> None:
-    """Raise FileExistsError if the output folder exists: a finished model is never overwritten."""
-    if Path(output).exists():
-        raise FileExistsError(f"{output} exists already: remove it, or name another output")
-
-
-def save_folder(
-    output: str | Path, trained: TrainableModel, results: Mapping[str, float], end_token: int | None = None
-) -> None:
-    """Write a transformers folder under a temporary name, then rename it: a folder that exists is complete.
-
-    The tokenizer's files are copies of the ones that it started from. `results` are the training's metrics, written
-    beside the weights as training.json. `end_token` is one that the model has learned to end a response with: its
-    generation_config.json names it from now on.
-    """
-    target = Path(output)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    trained.export(str(partial))
-    if end_token is not None:
-        add_end_token(partial, end_token)
-    (partial / RESULTS).write_text(json.dumps(results, indent=2))
-    partial.rename(target)
+    return Curve(step_losses, heldout)

@@ -16,15 +16,8 @@ from workers.data.datasets import Preference, SafetyPair, read_rows
 from workers.data.token_rows import Text, TokenRows, tokenized
 from workers.data.tokenizer import Tokenizer
 from workers.finetune.lengths import Fitted, fit_to_context
-from workers.finetune.loop import (
-    RESULTS,
-    OnStep,
-    OnWarning,
-    load_trainable,
-    optimize,
-    refuse_existing,
-    save_folder,
-)
+from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize
+from workers.finetune.output import RESULTS, Output
 from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss, ParallelModel
 from workers.training.micro_batches import MicroBatch
@@ -39,42 +32,63 @@ class RewardModelResult(msgspec.Struct, frozen=True):
 
     output: str  # transformers folder: sequence classification with one label
     losses: list[float]  # of each step, nats
-    heldout_accuracy: float  # share of held-out pairs whose chosen response has the higher score; a tie counts half
+    # Share of held-out pairs whose chosen response has the higher score, a tie counting half; None: no held-out pairs.
+    heldout_accuracy: float | None
     skipped: int = 0  # pairs that are longer than the model's context and were left out, held-out ones too
 
 
 def train_reward_model(
     settings: RewardModelSettings, *, on_step: OnStep | None = None, on_warning: OnWarning | None = None
 ) -> RewardModelResult:
-    """Train a reward model on pairs, evaluate it on held-out ones and write it as a folder.
+    """Train a reward model on pairs, evaluate it on held-out ones and write it as a folder (`workers.finetune.output`).
 
     `on_step(step, loss)` is called after every step, from 0; `on_warning(text)` before the model loads. Raises
     DataError for unusable data and FileExistsError for an existing output, both before the model loads.
     """
-    refuse_existing(settings.output)
-    rows = read_rows(settings.data, Preference, settings.columns, settings.model, settings.chat)
-    heldout_rows = read_rows(settings.heldout, Preference, settings.columns, settings.model, settings.chat)
+    output, budget = Output(settings.output), settings.schedule.tokens_per_micro_batch
+    rows = _pairs(settings, settings.data)
+    heldout_rows = _pairs(settings, settings.heldout) if settings.heldout else []
     tokenizer = Tokenizer(settings.model)
-    pairs = tokenized_pairs(tokenizer, rows, settings.data)
-    heldout = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
-    fitted = fit_pairs(pairs, settings.data, settings, on_warning)
-    fitted_heldout = fit_pairs(heldout, settings.heldout, settings, on_warning)
-    pairs, heldout, skipped = fitted.rows, fitted_heldout.rows, fitted.skipped + fitted_heldout.skipped
+    fitted = fit_pairs(tokenized_pairs(tokenizer, rows, settings.data), settings.data, settings, on_warning)
+    pairs, heldout, skipped = fitted.rows, None, fitted.skipped
+    if heldout_rows:
+        found = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
+        fitted = fit_pairs(found, settings.heldout, settings, on_warning)
+        heldout, skipped = fitted.rows, skipped + fitted.skipped
     trained = load_trainable(settings, "score")
+    output.begin()
 
     def loss_of(rows: npt.NDArray[np.int64]) -> MicroLoss:
         return pair_loss(len(rows) // PAIR, settings.centring)
 
-    losses = optimize(trained, pairs, settings.schedule, loss_of, on_step, PAIR)
-    accuracy = pair_accuracy(pair_scores(trained.model, heldout, settings.schedule.tokens_per_micro_batch))
-    results = {HELDOUT_ACCURACY: accuracy, "final_loss": losses[-1], "rows_skipped": skipped}
-    save_folder(settings.output, trained, results)
-    return RewardModelResult(settings.output, losses, accuracy, skipped)
+    def evaluate() -> dict[str, float]:
+        assert heldout is not None
+        return {HELDOUT_ACCURACY: pair_accuracy(pair_scores(trained.model, heldout, budget))}
+
+    curve = optimize(
+        trained,
+        pairs,
+        settings.schedule,
+        loss_of,
+        output,
+        evaluate=evaluate if heldout is not None else None,
+        evaluate_every=settings.evaluate_every,
+        on_step=on_step,
+        together=PAIR,
+    )
+    results = {"final_loss": curve.losses[-1]} | curve.heldout
+    output.finish(trained, results | {"rows_skipped": skipped})
+    return RewardModelResult(settings.output, curve.losses, results.get(HELDOUT_ACCURACY), skipped)
 
 
-def heldout_accuracy_of(folder: str | Path) -> float:
-    """The held-out accuracy that `train_reward_model` wrote into the folder."""
-    return float(json.loads((Path(folder) / RESULTS).read_text())[HELDOUT_ACCURACY])
+def _pairs(settings: RewardModelSettings, path: str) -> list[Preference]:
+    return read_rows(path, Preference, settings.columns, settings.model, settings.chat)
+
+
+def heldout_accuracy_of(folder: str | Path) -> float | None:
+    """The held-out accuracy that `train_reward_model` wrote into the folder, None where it had no held-out pairs."""
+    found = json.loads((Path(folder) / RESULTS).read_text()).get(HELDOUT_ACCURACY)
+    return None if found is None else float(found)
 
 
 def tokenized_pairs(tokenizer: Tokenizer, pairs: Sequence[Preference | SafetyPair], where: str | Path) -> TokenRows:

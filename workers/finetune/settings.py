@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from workers.settings import Chat, Dtype, Optimizer, Positive, PositiveInt, Settings
+from workers.settings import Chat, Dtype, Lora, NonNegativeInt, Optimizer, Positive, PositiveInt, Settings
 
 
 class Schedule(Settings, frozen=True):
@@ -34,6 +34,11 @@ class FineTuning(Settings, frozen=True):
     columns: dict[str, str] = msgspec.field(default_factory=dict)  # field -> its name in the files
     dtype: Dtype = "float32"  # of the weights
     chat: Chat = Chat()
+    lora: Lora = Lora()  # a reward or cost model trains its score head as well; `publish` is for RL
+    heldout: str = ""  # rows like those of `data`, for evaluation only; "": none
+    evaluate_every: NonNegativeInt = (
+        0  # steps between evaluations of `heldout`; 0: only before the first, after the last
+    )
 
 
 class SftSettings(FineTuning, frozen=True):
@@ -41,6 +46,8 @@ class SftSettings(FineTuning, frozen=True):
 
     # Rows with more tokens than the model's context: "skip" leaves them out, "cut" ends their responses there.
     overlong: Literal["refuse", "skip", "cut"] = "refuse"
+    samples: NonNegativeInt = 4  # prompts that are answered before and after, of `heldout` or else of `data`
+    sample_tokens: PositiveInt = 128  # of one of these answers, at most
 
 
 class RewardModelSettings(FineTuning, frozen=True, kw_only=True):
@@ -49,7 +56,6 @@ class RewardModelSettings(FineTuning, frozen=True, kw_only=True):
     It starts from a language model or a reward model, and has rows of workers.data.datasets.Preference.
     """
 
-    heldout: str  # pairs for evaluation only
     kind: Literal["reward", "cost"] = "reward"  # cost: rows of workers.data.datasets.SafetyPair, or PKU-SafeRLHF's
     centring: float = 0.01  # weight of (r_chosen + r_rejected)^2, which keeps a reward model's scores around 0
     overlong: Literal["refuse", "skip"] = "refuse"  # pairs with more tokens than the model's context; "skip": left out

@@ -86,6 +86,8 @@ class WholeModule(nn.Module):
         self.config = self.model.config
         self._device = torch.device(sharding.device)
         self.adapters = Adapters(self.model, path, model.lora, seed or 0) if model.lora.rank else None
+        if self.adapters is not None and head == "score":
+            number_head(self.model).requires_grad_(True)  # it may be new, and adapters alone could not scale its scores
         self._names: defaultdict[str, list[str]] = defaultdict(list)  # all names of a tied parameter, by its first
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from workers.settings import Lora
+from workers.training.model_classes import number_head
 
 A, B = ".lora_A.weight", ".lora_B.weight"  # behind a layer's name; [rank, inputs] and [outputs, rank]
 _BASE = ".base_layer."
@@ -116,7 +117,7 @@ def merged_weight(weight: Tensor, product: Tensor, scaling: float) -> Tensor:
 
 def _targets(model: PreTrainedModel, settings: Lora, path: str) -> list[str]:
     """The last names of the layers to adapt; without any, all linear ones but the output head."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or number_head(model)
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     known = sorted({name.rpartition(".")[2] for name in linear})
     if not known:

@@ -75,6 +75,7 @@ class OptimizerSteps:
         self._schedule = schedule or LrSchedule.of(settings)
         self._updates = 0  # optimizer steps taken, for the schedule
         self._abandoned = False
+        self.last_rate = 0.0  # learning rate of the last optimizer step
         self._optimizer = torch.optim.AdamW(
             model.optimized.values(),
             lr=learning_rate,
@@ -121,6 +122,7 @@ class OptimizerSteps:
         self._updates += 1
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * self._schedule.factor(self._updates)
+            self.last_rate = group["lr"]
         self._optimizer.step()
 
     def _restore(self, counters: Counters) -> None:

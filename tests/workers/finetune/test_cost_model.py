@@ -91,7 +91,7 @@ def test_it_learns_the_order_and_the_sign(base: Path, tmp_path: Path):
     steps: list[int] = []
     result = train_cost_model(settings(base, tmp_path), on_step=lambda step, _: steps.append(step))
     assert steps == list(range(40))
-    assert result.heldout_accuracy > 0.8
+    assert result.heldout_accuracy is not None and result.heldout_accuracy > 0.8
     assert result.heldout_sign_accuracy is not None
     assert result.heldout_sign_accuracy > 0.9
     costs = costs_of(result.output, PAIRS[1::2])

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests import tiny
@@ -16,6 +17,7 @@ from workers.data.datasets import DataError, Preference
 from workers.data.tokenizer import Tokenizer
 from workers.finetune.reward_model import (
     PAIR,
+    heldout_accuracy_of,
     pair_accuracy,
     pair_loss,
     pair_scores,
@@ -26,7 +28,7 @@ from workers.finetune.settings import RewardModelSettings, Schedule
 from workers.parallel.backends import trained_model
 from workers.parallel.model import ParallelModel
 from workers.parallel.sharding import ONE_DEVICE
-from workers.settings import Model
+from workers.settings import Lora, Model
 from workers.training.micro_batches import micro_batches
 from workers.training.models import load_reward
 
@@ -69,8 +71,23 @@ def test_pair_accuracy_rises_and_the_output_scores_as_it_was_evaluated(base: Pat
     result = train_reward_model(settings, on_step=lambda step, _: steps.append(step))
     assert steps == list(range(60))
     assert result.losses[0] == pytest.approx(math.log(2), abs=0.3)
-    assert result.heldout_accuracy > 0.8
+    assert result.heldout_accuracy is not None and result.heldout_accuracy > 0.8
     assert accuracy_of(result.output, PAIRS[1::2]) == result.heldout_accuracy
+
+
+def test_adapters_and_a_new_score_head_train_without_held_out_pairs(base: Path, tmp_path: Path):
+    data = write(tmp_path / "pairs.jsonl", PAIRS)
+    schedule = Schedule(40, batch_size=32, learning_rate=5e-3)
+    settings = RewardModelSettings(str(base), str(data), str(tmp_path / "reward"), schedule, lora=Lora(rank=4))
+    result = train_reward_model(settings)
+    assert result.heldout_accuracy is None and heldout_accuracy_of(result.output) is None
+    assert accuracy_of(result.output, PAIRS) > 0.7
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "reward" / "model.safetensors")
+    changed = {name for name, tensor in after.items() if name in before and not torch.equal(tensor, before[name])}
+    assert changed and all("_proj." in name for name in changed)
+    fresh = head(trained_model(Model(path=str(base)), ONE_DEVICE, head="score", seed=0).module)
+    assert not torch.equal(after["score.weight"], fresh), "the head trains as well"
+    assert (tmp_path / "reward" / "adapters").is_dir()
 
 
 def test_training_goes_on_from_a_reward_model(tmp_path: Path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from asyncflow.observe.journal import read_lines
 from tests import tiny, tiny_tokenizers
 from workers.data.datasets import DataError
 from workers.data.hf_folder import end_tokens_of
@@ -24,7 +25,7 @@ from workers.finetune.settings import Schedule, SftSettings
 from workers.finetune.sft import response_loss, train_sft
 from workers.parallel.backends import trained_model
 from workers.parallel.sharding import ONE_DEVICE
-from workers.settings import Model
+from workers.settings import Lora, Model
 from workers.training.optimizer_step import LrSchedule, StepRefused
 
 ROWS = [Text(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
@@ -44,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(base: Path, data: Path, output: Path, steps: int = 30, budget: int = 8192) -> SftSettings:
     schedule = Schedule(steps, batch_size=32, learning_rate=2e-3, tokens_per_micro_batch=budget)
-    return SftSettings(str(base), str(data), str(output), schedule)
+    return SftSettings(str(base), str(data), str(output), schedule, samples=0)
 
 
 def loss_of(folder: Path | str, tokens: TokenRows, budget: int = 8192) -> float:
@@ -114,8 +115,42 @@ def test_bad_data_and_an_existing_output_are_refused_before_the_model_is_touched
 def test_a_loss_that_is_not_finite_ends_training_without_an_output(base: Path, data: Path, tmp_path: Path):
     schedule = Schedule(20, batch_size=8, learning_rate=1e30)
     with pytest.raises(StepRefused, match=r"step \d+ at a learning rate of up to 1e\+30: (loss|gradient norm) is"):
-        train_sft(SftSettings(str(base), str(data), str(tmp_path / "sft"), schedule))
-    assert list(tmp_path.iterdir()) == []
+        train_sft(SftSettings(str(base), str(data), str(tmp_path / "sft"), schedule, samples=0))
+    assert not (tmp_path / "sft").exists()
+    assert read_lines(tmp_path / ".sft.partial" / "metrics.jsonl"), "what it said on its way is kept"
+
+
+def test_the_journal_has_every_step_and_the_held_out_loss_at_intervals(base: Path, data: Path, tmp_path: Path):
+    given = settings(base, data, tmp_path / "sft", steps=5)
+    result = train_sft(msgspec.structs.replace(given, heldout=str(data), evaluate_every=2))
+    lines = read_lines(tmp_path / "sft" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert [line["loss"] for line in lines[1:]] == result.losses
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 2, 4, 5]
+    assert lines[-1]["heldout_loss"] == result.heldout_loss
+    tokens = tokenized(Tokenizer(result.output), ROWS)
+    assert result.heldout_loss == pytest.approx(loss_of(result.output, tokens), abs=1e-5)
+    assert lines[0]["heldout_loss"] == pytest.approx(loss_of(base, tokens), abs=1e-5)
+    assert "step 5: loss" in (tmp_path / "sft" / "training.log").read_text()
+
+
+def test_a_few_prompts_are_answered_before_and_after(base: Path, data: Path, tmp_path: Path):
+    given = settings(base, data, tmp_path / "sft", steps=60)
+    train_sft(msgspec.structs.replace(given, samples=2, sample_tokens=4))
+    first, second = read_lines(tmp_path / "sft" / "samples.jsonl")
+    assert [(row["prompt"], row["demonstrated"]) for row in (first, second)] == [("0+0=", "0"), ("0+1=", "1")]
+    assert first["before"] != first["after"]
+    assert all(1 <= len(row["after"]) <= 2 for row in (first, second)), "it has learned to end"
+
+
+def test_adapters_train_and_the_output_has_them_and_the_merged_weights(base: Path, data: Path, tmp_path: Path):
+    given = settings(base, data, tmp_path / "sft", steps=20)
+    result = train_sft(msgspec.structs.replace(given, lora=Lora(rank=8)))
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "sft"))
+    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert changed and all("_proj." in name for name in changed)
+    assert (tmp_path / "sft" / "adapters" / "adapter_model.safetensors").exists()
 
 
 def test_a_learning_rate_that_is_no_number_is_refused():
