@@ -21,6 +21,7 @@ from asyncflow.recipe.config import BadInput, Recipe, nearest
 from asyncflow.recipe.engine_checks import check_engine, with_context
 from asyncflow.recipe.evaluations import data_of, sets_of
 from asyncflow.recipe.model_checks import check_models, check_placement, check_roles, check_shards
+from asyncflow.recipe.model_folders import config_of
 from asyncflow.recipe.prompt_sources import heldout_prompts, train_prompts
 from asyncflow.recipe.rule_checks import loaded_rules
 from asyncflow.services.channels.prompt_join import LEAST_OF_GROUP
@@ -65,6 +66,7 @@ def check(recipe: Recipe) -> Checked:
     _check_kl_has_reference(recipe, dataflow)
     recipe = _with_absolute_paths(recipe)
     check_models(recipe, dataflow)
+    _check_stop_token_ids(recipe)
     if not recipe.placed_by:
         check_shards(recipe, dataflow)
     _check_pretraining_text(recipe)
@@ -188,6 +190,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     data = replace(recipe.data, train=train, eval=single or held_out or "", pretrain=full(recipe.data.pretrain))
     code = [full(folder) for folder in recipe.code]
     return replace(recipe, models=models, data=data, folder=full(recipe.folder), code=code)
+
+
+def _check_stop_token_ids(recipe: Recipe) -> None:
+    config = config_of("policy", recipe.models["policy"].path)
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if rows and (beyond := [token for token in recipe.generation.stop_token_ids if token >= rows]):
+        raise BadInput(f"generation.stop_token_ids: {beyond[0]} is no token: the policy's vocabulary has {rows}")
 
 
 def _check_pretraining_text(recipe: Recipe) -> None:

@@ -181,6 +181,22 @@ def test_rollouts_are_sampled_at_a_temperature(refused: Any, temperature: float)
     )
 
 
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"top_p": 0.0}, "recipe: generation.top_p = 0.0: want more than 0, at most 1"),
+        ({"top_k": -1}, "recipe: generation.top_k = -1: want 0 or more"),
+        ({"min_p": 1.5}, "recipe: generation.min_p = 1.5: want 0 to 1"),
+        ({"min_tokens": 6}, "recipe: min_tokens = 6: want less than max_tokens = 6, or no response can end"),
+        ({"stop": ["\n", ""]}, "recipe: stop: an empty text would end every response at once"),
+        ({"stop_token_ids": [1, 500]}, "generation.stop_token_ids: 500 is no token: the policy's vocabulary has 47"),
+        ({"engine": "vllm", "temperature": 2.5}, "recipe: temperature = 2.5: vLLM samples at 0.01 to 2"),
+    ],
+)
+def test_sampling_that_can_not_be(refused: Any, generation: dict[str, Any], message: str):
+    assert refused(generation=generation).startswith(message)
+
+
 def test_an_unknown_loss(refused: Any):
     assert refused(loss={"policy": "ppp"}) == "loss.policy = 'ppp', did you mean 'ppo'?"
 
