@@ -42,7 +42,11 @@ class FineTuning(Settings, frozen=True):
 
 
 class SftSettings(FineTuning, frozen=True):
-    """Supervised fine-tuning of a language model on rows of workers.data.datasets.Demonstration."""
+    """Supervised fine-tuning of a language model on rows of workers.data.datasets.Demonstration.
+
+    The loss is that of the responses, each with the token that ends it: in a conversation the one that ends a turn in
+    the chat template, which the output's generation_config.json then names, else the tokenizer's eos token.
+    """
 
     # Rows with more tokens than the model's context: "skip" leaves them out, "cut" ends their responses there.
     overlong: Literal["refuse", "skip", "cut"] = "refuse"
