@@ -42,7 +42,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 8}),
     "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
-    "phi3": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
+    "phi3": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "num_experts": 4}),

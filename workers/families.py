@@ -1,6 +1,7 @@
 """Which families of models run where: one table, read from transformers' and vLLM's own registries.
 
-    one device, fully sharded (1-1-d)   every causal language model of transformers, in every role
+    one device, fully sharded (1-1-d)   every causal language model of transformers whose layers are all attention, in
+                                        every role; a recurrent state does not stand padded rows that leave a batch
     3D (p-t-d), the policy's own ranks  the families with a sharding plan (workers.parallel.plan.FAMILIES)
     a vLLM generator                    vLLM's own architectures; others through its transformers backend
 

@@ -34,14 +34,20 @@ class AttentionSizes(NamedTuple):
 
 
 def context_in(config: Mapping[str, Any]) -> int | None:
-    """The most tokens of prompt and response; None for a family that has no bound."""
+    """The most tokens of prompt and response; None for a family that has no bound.
+
+    Of LongRoPE (Phi-3) the original context: a longer row changes the rotary factors of all rows of its forward pass in
+    transformers, and of every row in vLLM, so its log-probs would depend on the rows beside it.
+    """
     if config.get("model_type") in _UNBOUNDED:
         return None
     limit = _first(config, _CONTEXT)
     rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if limit and kind in ("yarn", "linear", "dynamic") and "original_max_position_embeddings" not in rope:
-        limit = int(limit * max(1.0, float(rope.get("factor") or 1.0)))
+    kind, original = rope.get("rope_type", rope.get("type")), rope.get("original_max_position_embeddings")
+    if kind in ("longrope", "su"):
+        return original or config.get("original_max_position_embeddings") or limit
+    if limit and kind in ("yarn", "linear") and original is None:
+        return int(limit * max(1.0, float(rope.get("factor") or 1.0)))
     return limit
 
 

@@ -118,7 +118,8 @@ def merged_weight(weight: Tensor, product: Tensor, scaling: float) -> Tensor:
 def _targets(model: PreTrainedModel, settings: Lora, path: str) -> list[str]:
     """The last names of the layers to adapt; without any, all linear ones but the output head."""
     head = model.get_output_embeddings() or number_head(model)
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    # A router of experts may be a linear layer of a kind of its own, which answers more than a product.
+    linear = [name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
     known = sorted({name.rpartition(".")[2] for name in linear})
     if not known:
         raise ValueError(f"lora: {path} has no linear layer to adapt")

@@ -40,7 +40,11 @@ def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
         return known[type(config)]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model_type {config.model_type!r}: transformers has no causal language model of this family")
-    return _headed_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], head)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        parts = dict(causal(copy.deepcopy(config)).named_children())
+    body = next(name for name, part in parts.items() if isinstance(part, PreTrainedModel))
+    return _headed_class(causal, head, body)
 
 
 def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
@@ -80,7 +84,8 @@ class _Headed(PreTrainedModel):
 
 
 @cache
-def _headed_class(causal: type[PreTrainedModel], head: Head) -> type[PreTrainedModel]:
+def _headed_class(causal: type[PreTrainedModel], head: Head, body: str) -> type[PreTrainedModel]:
+    """`body` is the body's name in the language model, and so in its checkpoint."""
     family = next(base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel))
     _, suffix = _CLASSES[head]
     name = causal.__name__.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + suffix
@@ -88,7 +93,7 @@ def _headed_class(causal: type[PreTrainedModel], head: Head) -> type[PreTrainedM
         # transformers takes a class of another module for custom code, and converts no names for it.
         "__module__": causal.__module__,
         "__doc__": f"{causal.__name__}'s body with a head of one number per position.",
-        "base_model_prefix": causal.base_model_prefix,
+        "base_model_prefix": body,
         "head_bias": head == "value",
     }
     made = type(name, (_Headed, family), own)

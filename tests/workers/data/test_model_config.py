@@ -7,6 +7,8 @@ import pytest
 from tests import families
 from workers.data.model_config import attention_sizes, cache_bytes, cache_bytes_per_row, context_in, probe_tokens
 
+LONG = {"type": "longrope", "long_factor": [4.0], "short_factor": [1.0]}
+
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_the_sizes_of_each_family_are_its_configs(family: str):
@@ -15,7 +17,7 @@ def test_the_sizes_of_each_family_are_its_configs(family: str):
     assert sizes is not None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     assert sizes[:4] == (config.num_hidden_layers, config.num_attention_heads, heads, 32)
-    assert context_in(config.to_dict()) == config.max_position_embeddings
+    assert context_in(config.to_dict()) == (128 if family == "phi3" else config.max_position_embeddings)
 
 
 def test_a_row_takes_whole_blocks_of_keys_and_values():
@@ -43,6 +45,7 @@ def test_layers_of_several_kinds_are_counted_as_vllm_pools_them():
         ({"n_positions": 1024}, 1024),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 16384),
         ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 4096),
+        ({"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_scaling": LONG}, 4096),
         ({"model_type": "bloom", "seq_length": 2048}, None),
         ({}, None),
     ],
