@@ -36,12 +36,12 @@ def test_every_algorithm_has_a_recipe_for_the_same_task():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_is_sound(path: Path, models: Path, data: Path):
+def test_a_recipe_is_sound(path: Path, models: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(path.parent))  # where a recipe's own rules are
     recipe = load_recipe(path, here(path, models, data))
-    assert (recipe.algorithm, recipe.samples_per_step) == (
-        path.stem.removesuffix(PARALLEL).removesuffix(COLOCATED),
-        256,
-    )
+    if path.parent.name != "smollm2":  # whose recipes are called by what they show, and sized for a laptop
+        algorithm = path.stem.removesuffix(PARALLEL).removesuffix(COLOCATED)
+        assert (recipe.algorithm, recipe.samples_per_step) == (algorithm, 256)
     checked = check(recipe)
     assert set(recipe.models) == {s for s in checked.dataflow.services if s != "advantage"}, "no model but those called"
     specs = compose(checked.recipe, checked.dataflow, recipe.name, 0, "logs")
