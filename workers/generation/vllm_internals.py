@@ -185,8 +185,19 @@ def begin_load(worker: Any) -> None:
     """Make every layer wait for its tensors: vLLM processes a layer's weights when all of them are there."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
 
+    model = worker.model_runner.get_model()
+    if not torch.cuda.is_available():
+        _forget_expert_kernels(model)
     with _configured(worker):
-        initialize_layerwise_reload(worker.model_runner.get_model())
+        initialize_layerwise_reload(model)
+
+
+def _forget_expert_kernels(model: Any) -> None:
+    """Have vLLM set up the kernels of experts anew: for one that is there, it leaves out the packing that CPUs need."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def load_tensors(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:

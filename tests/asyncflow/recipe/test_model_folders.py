@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncflow.recipe.config import BadInput
-from asyncflow.recipe.model_folders import check_folder
+from asyncflow.recipe.model_folders import check_folder, unusable_folder
 from tests import families, tiny
 
 TENSORS = "model.safetensors"
@@ -86,6 +86,15 @@ def test_a_layer_or_rows_that_a_family_without_a_plan_lacks_are_named(changed, f
     assert said("policy", folder) == "it lacks all tensors of layer 1 of 2: download the folder again"
     shutil.rmtree(folder)
     assert "has 47 rows, its config.json says vocab_size = 64" in said("policy", changed(family, vocab_size=64))
+
+
+def test_training_starts_from_any_language_model_whose_files_are_whole(folders, changed):
+    """SFT wants a token head; a reward model's head is new."""
+    assert not unusable_folder(str(folders["gemma3"]), "tokens")
+    assert not unusable_folder(str(folders["gemma3"]), "value")
+    broken = changed("gemma3")
+    (broken / TENSORS).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is a git-lfs pointer" in unusable_folder(str(broken), "tokens")
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from workers.settings import Generation, Loss, Model, Optimizer
 pytestmark = pytest.mark.vllm
 
 GENERATION = Generation(max_tokens=8, slots=4, max_model_tokens=96)  # the cache is what four such rows need
-# vLLM runs GPT-NeoX by transformers' code, which it changes for the whole process: it has a test in its own.
-FAMILIES = [family for family in families.CONFIGS if vllm_support(families.config(family).to_dict()) == "own"]
+# Those that vLLM's reload could take otherwise than the usual decoder: transposed layers, layers of two kinds, rotary
+# factors that depend on the context, experts, which a CPU packs, under two sets of names.
+PARTICULAR = ("gpt2", "gemma3", "phi3", "qwen3_moe", "mixtral")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_publication_of_every_family_is_proven_and_generates(family: str, tmp_path: Path):
+@pytest.mark.parametrize("family", PARTICULAR)
+def test_a_publication_of_a_family_is_proven_and_generates(family: str, tmp_path: Path):
     folder = str(families.make(family, tmp_path / family, vocabulary=VOCABULARY))
     model = Model(path=folder, learning_rate=1e-2)
     policy = PolicyWorker(model, Loss(), Optimizer(), GENERATION, seed=3)
@@ -54,4 +55,7 @@ def test_the_table_of_head_sizes_is_vllms():
 
 
 def test_every_family_but_one_is_vllms_own():
-    assert set(families.CONFIGS) - set(FAMILIES) == {"gpt_neox"}
+    """GPT-NeoX is run by transformers' code, which vLLM changes for its whole process."""
+    support = {family: vllm_support(families.config(family).to_dict()) for family in families.CONFIGS}
+    assert {family for family, kind in support.items() if kind != "own"} == {"gpt_neox"}
+    assert support["gpt_neox"] == "transformers"

@@ -13,14 +13,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from protocols.data.messages import Experience, Rollouts
 from protocols.weights import BadWeights, Version
-from tests import tiny
+from tests import families, tiny
 from tests.workers.batches import experience, rollouts
 from workers.generation.packed import received
 from workers.generation.torch import TorchEngine
 from workers.parallel.merged import merged
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
-from workers.training.lora import A, B, merge
+from workers.training.lora import A, Adapters, B, merge
 from workers.training.models import canonical_tensors, load_causal
 
 STEPS = 3
@@ -283,3 +283,12 @@ def test_merging_is_the_formula():
 def test_settings_without_meaning_are_refused(given: dict[str, object]):
     with pytest.raises(ValueError, match=r"^(lora: )?(rank|alpha) = "):
         Lora(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_of_a_mixture_of_experts_the_attention_is_adapted(tmp_path: Path, family: str):
+    model = load_causal(families.make(family, tmp_path))
+    layers = Adapters(model, str(tmp_path), Lora(rank=2), seed=0).layers
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(ValueError, match="no linear layer 'gate_up_proj'; it has k_proj, o_proj, q_proj, v_proj"):
+        Adapters(load_causal(tmp_path), str(tmp_path), Lora(rank=2, targets=["gate_up_proj"]), seed=0)
