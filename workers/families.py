@@ -3,7 +3,7 @@
     one device, fully sharded (1-1-d)   every causal language model of transformers whose layers are all attention, in
                                         every role; a recurrent state does not stand padded rows that leave a batch
     3D (p-t-d), the policy's own ranks  the families with a sharding plan (workers.parallel.plan.FAMILIES)
-    a vLLM generator                    vLLM's own architectures; others through its transformers backend
+    a vLLM generator                    vLLM's own architectures; not those that it runs by transformers' code
 
 The registries are parsed from the installed packages' sources: importing them takes seconds, and loads torch.
 """

@@ -49,10 +49,10 @@ def _check_vllm(recipe: Recipe, config: Mapping[str, Any]) -> None:
     kind, support = config.get("model_type"), vllm_support(config)
     if support == "none":
         raise BadInput(f"generation.engine = 'vllm': it has no model_type {kind!r}; want generation.engine = 'torch'")
-    if support == "transformers" and recipe.runtime == "local":
+    if support == "transformers":
         raise BadInput(
-            f"generation.engine = 'vllm': it runs model_type {kind!r} by transformers' own code, which it changes for "
-            "all services of a process: want runtime = 'ray', or generation.engine = 'torch'"
+            f"generation.engine = 'vllm': it runs model_type {kind!r} by transformers' own code, which does not take "
+            "new weights while it runs; want generation.engine = 'torch'"
         )
     sizes = attention_sizes(config)
     if sizes and not sizes.latent and vllm_is_for_cpu() and sizes.head_size not in CPU_HEAD_SIZES:

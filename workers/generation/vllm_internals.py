@@ -195,7 +195,7 @@ def begin_load(worker: Any) -> None:
 def _forget_expert_kernels(model: Any) -> None:
     """Have vLLM set up the kernels of experts anew: for one that is there, it leaves out the packing that CPUs need."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 

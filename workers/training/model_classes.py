@@ -40,7 +40,7 @@ def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
         return known[type(config)]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model_type {config.model_type!r}: transformers has no causal language model of this family")
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         parts = dict(causal(copy.deepcopy(config)).named_children())
     body = next(name for name, part in parts.items() if isinstance(part, PreTrainedModel))

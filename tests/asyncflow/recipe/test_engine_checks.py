@@ -15,6 +15,7 @@ from tests.asyncflow.conftest import MakeRecipe
 
 VLLM = {"runtime": "ray", "deterministic": False, "pools": {"main": {}, "one": {}}}
 GENERATOR = {"generator": {"pool": "one"}}
+WITH_A_PLAN = ("llama3", "mistral", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,11 @@ def made(make_recipe: MakeRecipe, folders: dict[str, Path]) -> Any:
     """A recipe with a family's models, an engine, a placement and other changes."""
 
     def make(family: str, engine: str = "vllm", placement: dict[str, Any] = GENERATOR, **changes: Any) -> Any:
-        policy = {"path": str(folders[family]), "learning_rate": 1e-3}
+        critic = {"path": str(folders[family]), "learning_rate": 1e-3}
+        policy = critic | {"lora": changes.pop("lora", {})}
         models = {"policy": policy, "reference": {"path": str(folders[family])}, "reward": {"rule": "exact_match"}}
         generation = {"engine": engine, "max_tokens": 6, **changes.pop("generation", {})}
-        models |= {"critic": policy}
+        models |= {"critic": critic}
         recipe = make_recipe(models=models, placement=placement, generation=generation, **(VLLM | changes))
         return check(recipe).recipe
 
@@ -49,9 +51,9 @@ def refused(made: Any, *arguments: Any, **changes: Any) -> str:
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
-@pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_every_family_generates_in_a_service_of_its_own(made, family: str, engine: str):
-    assert made(family, engine).generation.engine == engine
+def test_every_family_generates_in_a_service_of_its_own(made, family: str):
+    for engine in ["torch"] if family == "gpt_neox" else ["torch", "vllm"]:
+        assert made(family, engine).generation.engine == engine
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -61,7 +63,7 @@ def test_on_one_rank_every_family_generates_with_torch_beside_its_training(made,
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_beside_its_training_vllm_generates_for_families_with_a_plan(made, family: str):
-    if families.CONFIGS[family][0] in ("llama", "mistral", "qwen2", "qwen3") and family != "mistral-window":
+    if family in WITH_A_PLAN:
         made(family, "vllm", {})
     else:
         message = refused(made, family, "vllm", {})
@@ -69,10 +71,36 @@ def test_beside_its_training_vllm_generates_for_families_with_a_plan(made, famil
         assert message.endswith("; want a [placement] of generator or generation.engine = 'torch'")
 
 
-def test_a_family_that_vllm_runs_by_transformers_code_needs_a_process_of_its_own(made):
-    message = refused(made, "gpt_neox", runtime="local")
-    assert message.endswith("for all services of a process: want runtime = 'ray', or generation.engine = 'torch'")
-    assert made("gpt_neox", "torch", runtime="local")
+MANY = {"pools": {"main": {"devices": 2}, "one": {}}}
+FULLY_SHARDED = {"pool": "main", "parallel": "1-1-2", "backend": "fsdp"}
+ROLES = ("policy", "critic", "reference")
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["whole", "lora"])
+def test_every_family_is_fully_sharded_in_every_role(made, family: str, lora: dict[str, int]):
+    made(family, "torch", GENERATOR | dict.fromkeys(ROLES, FULLY_SHARDED), lora=lora, **MANY)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("role", ROLES)
+def test_in_3d_run_the_families_with_a_plan(made, family: str, role: str):
+    placement = GENERATOR | {role: {"pool": "main", "parallel": "2-1-1"}}
+    if family in WITH_A_PLAN:
+        made(family, "torch", placement, **MANY)
+        if role == "policy":
+            message = refused(made, family, "torch", placement, lora={"rank": 2}, **MANY)
+            assert message.startswith("models.policy.lora: adapters train on ranks that hold the whole model")
+    else:
+        message = refused(made, family, "torch", placement, **MANY)
+        assert message.startswith(f"placement.{role}.parallel = '2-1-1': ")
+        assert message.endswith("; want parallel = '1-1-d' with backend = 'fsdp', which takes any family")
+
+
+def test_a_family_that_vllm_runs_by_transformers_code_is_refused(made):
+    """It would change that code for its whole process, and its layers don't take the weights of a publication."""
+    message = refused(made, "gpt_neox")
+    assert message.endswith("new weights while it runs; want generation.engine = 'torch'")
 
 
 def test_a_family_that_vllm_does_not_have_is_named(made, monkeypatch: pytest.MonkeyPatch):

@@ -55,7 +55,7 @@ def test_the_table_of_head_sizes_is_vllms():
 
 
 def test_every_family_but_one_is_vllms_own():
-    """GPT-NeoX is run by transformers' code, which vLLM changes for its whole process."""
+    """GPT-NeoX is run by transformers' code, into which a publication is not loaded: `validate` refuses it."""
     support = {family: vllm_support(families.config(family).to_dict()) for family in families.CONFIGS}
     assert {family for family, kind in support.items() if kind != "own"} == {"gpt_neox"}
     assert support["gpt_neox"] == "transformers"

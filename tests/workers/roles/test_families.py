@@ -19,8 +19,9 @@ from protocols.data.messages import Experience
 from protocols.layout.topology import Topology
 from protocols.layout.transfer import protocol
 from protocols.weights import Version
-from tests import families, tiny
+from tests import families
 from tests.workers.batches import VOCABULARY, experience, rollouts
+from workers.data.vocabulary import Vocabulary
 from workers.generation.packed import received
 from workers.generation.torch import TorchEngine
 from workers.parallel.merged import merged
@@ -130,7 +131,7 @@ def test_a_step_on_fully_sharded_ranks_is_that_of_one_device(worlds, folders, re
 @pytest.mark.parametrize("lora", [WHOLE, LORA, Lora(rank=2, publish="adapters")], ids=["full", "merged", "adapters"])
 def test_a_publication_has_the_checkpoints_names_and_an_engine_proves_it(folders, family: str, lora: Lora):
     folder = folders[family]
-    policy, engine = policy_at(folder, lora), TorchEngine(load_causal(folder), GENERATION, 3, {tiny.EOS_ID})
+    policy, engine = policy_at(folder, lora), TorchEngine(load_causal(folder), GENERATION, 3, Vocabulary.of(folder))
     policy.update(experience(ROWS))
     manifest, buffer = policy.snapshot(Version(0, 1))
     if lora.publish == "merged":
