@@ -78,7 +78,7 @@ def _critic(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> L
 def _reference(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -> LoadedWorker:
     from workers.roles.reference import ReferenceWorker
 
-    vocabulary = Vocabulary.of(settings.tokenizer_path)
+    vocabulary = Vocabulary.of(settings.tokenizer_path or settings.model.path)
     return LoadedWorker(
         ReferenceWorker(settings.model, settings.loss, settings.generation, vocabulary=vocabulary, sharding=sharding)
     )
