@@ -89,6 +89,6 @@ def _whole_bytes(data: bytes) -> int:
         try:
             msgspec.json.decode(data[start:end], type=dict)
             return end
-        except msgspec.DecodeError:  # a power cut can leave a block of zeros, ended or not
+        except (msgspec.DecodeError, UnicodeDecodeError):  # a power cut can leave a block of zeros, ended or not
             end = start
     return 0

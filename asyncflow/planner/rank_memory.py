@@ -107,8 +107,9 @@ def _footprint(recipe: Recipe, work: ModelWork, workload: Workload, weight_bytes
     tokens = max(micro_rows(rows, topology.pp, workload) * workload.sample_tokens, workload.longest_sample)
     recompute = work.role in recipe.placement and recipe.placement[work.role].recompute
     runs = work.trains or work.forwards
+    share_is_master = bool(master) and work.trains and weights < 1.0  # of fsdp: a layer is rounded when it is gathered
     return Footprint(
-        weights=own * weight_bytes * weights,
+        weights=0.0 if share_is_master else own * weight_bytes * weights,
         optimizer=trained * (MOMENT_BYTES + master) * moments,
         gradients=trained * GRADIENT_BYTES * gradients,
         activations=activations(work, topology, tokens, recompute, weight_bytes) if runs else 0.0,

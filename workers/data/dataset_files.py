@@ -85,7 +85,7 @@ def _saved_files(folder: Path) -> list[Path]:
     """The files of a saved data set, in the order of its state.json."""
     try:
         state = msgspec.json.decode((folder / "state.json").read_bytes(), type=_State)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{folder / 'state.json'}: can't be read: {error}") from error
     return [folder / file.filename for file in state.data_files]
 

@@ -183,5 +183,5 @@ def _read_counters(folder: Path) -> Counters:
         raise ValueError(f"{folder}: {_OLDER} is of an older version, whose shards are not read any more")
     try:
         return msgspec.json.decode(path.read_bytes(), type=Counters)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no checkpoint of a trained model: {error}") from error

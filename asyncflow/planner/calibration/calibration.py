@@ -125,5 +125,5 @@ def read_calibration(given: str) -> Calibration:
     except OSError as error:
         known = ", ".join(CATALOGUE)
         raise Refused(f"device {given!r}: no file ({error.strerror}), and no device of {known}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Refused(f"device {given!r}: no calibration of `asyncflow calibrate`: {error}") from error

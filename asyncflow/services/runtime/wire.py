@@ -134,7 +134,7 @@ class Server:
         try:
             while await self._take(connection, room):
                 pass  # `_take` has returned, so the last message's frames are not held until the next one arrives
-        except (Garbage, msgspec.MsgspecError, OSError) as error:
+        except (Garbage, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             sys.stderr.write(f"{self._name}: a connection is closed: {error}\n")
         finally:
             connection.close()  # calls under way are finished all the same, as Ray's are
@@ -239,7 +239,7 @@ class Wire:
         try:
             while await self._take(connection):
                 pass  # `_take` has returned, see `Server`
-        except (Garbage, msgspec.MsgspecError, OSError) as error:
+        except (Garbage, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             sys.stderr.write(f"{self.name}: the connection is closed: {error}\n")
         finally:
             self._connection = None  # the next call connects again

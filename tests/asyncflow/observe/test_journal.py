@@ -88,7 +88,7 @@ def test_a_crash_at_any_byte_loses_at_most_the_line_it_tore(tmp_path: Path):
         assert steps_of(path) == [*kept, 3], f"cut at byte {cut}"
 
 
-@pytest.mark.parametrize("torn", [b"\0" * 40, b"\0" * 40 + b"\n", b'{"step": 2, "rew\n', b"7\n"])
+@pytest.mark.parametrize("torn", [b"\0" * 40, b"\0" * 40 + b"\n", b'{"step": 2, "rew\n', b"7\n", b'{"a":"\xff"}\n'])
 def test_an_end_that_is_no_line_is_removed_on_opening(tmp_path: Path, torn: bytes):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n' + torn)

@@ -44,6 +44,19 @@ def test_two_replicas_divide_what_their_backend_divides(
     assert (found.weights, found.gradients, found.optimizer) == tuple(share * parameters for share in shares)
 
 
+@pytest.mark.parametrize(
+    ("backend", "shares"), [("3d", (2, 4, 12)), ("zero1", (2, 4, 6)), ("zero2", (2, 2, 6)), ("fsdp", (0, 2, 6))]
+)
+def test_in_bfloat16_masters_are_where_they_are_stepped(
+    make_recipe: MakeRecipe, backend: str, shares: tuple[int, int, int]
+):
+    critic = {"path": make_recipe().models["critic"].path, "learning_rate": 1e-3, "dtype": "bfloat16"}
+    placement = {"critic": {"pool": "main", "parallel": "1-1-2", "backend": backend}}
+    recipe = make_recipe(models={"critic": critic}, placement=placement, **RANKS)
+    parameters, found = shapes_of(recipe)["critic"].parameters, footprint_of(recipe, "critic")
+    assert (found.weights, found.gradients, found.optimizer) == tuple(share * parameters for share in shares)
+
+
 def test_adapters_train_little(make_recipe: MakeRecipe):
     whole, adapted = make_recipe(), make_recipe(models={"policy": {**_policy(make_recipe()), "lora": {"rank": 2}}})
     assert footprint_of(adapted, "policy").weights == footprint_of(whole, "policy").weights

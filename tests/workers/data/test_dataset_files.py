@@ -182,6 +182,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path):
     (tmp_path / "README.md").write_text("nothing here")
     with pytest.raises(DataError, match=r"a folder without data; it may hold \.jsonl"):
         list(records(tmp_path))
-    (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"state\.json: can't be read"):
-        list(records(tmp_path))
+    for content in (b"{}", b'{"_data_files": [{"filename": "\xff"}]}'):
+        (tmp_path / "state.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"state\.json: can't be read"):
+            list(records(tmp_path))

@@ -175,6 +175,9 @@ def test_hidden_files_are_not_read(tmp_path: Path):
 def test_a_folder_without_counters_is_no_checkpoint(tmp_path: Path):
     with pytest.raises(ValueError, match=r"trainer\.json: no checkpoint of a trained model"):
         Saved(tmp_path)
+    (tmp_path / "trainer.json").write_bytes(b'{"torch_rng": "\xff"}')
+    with pytest.raises(ValueError, match=r"trainer\.json: no checkpoint of a trained model"):
+        Saved(tmp_path)
 
 
 def test_shards_of_an_older_version_are_refused(tmp_path: Path):

@@ -98,6 +98,7 @@ def test_responses_of_no_known_limit_were_not_cut():
 def test_what_is_no_calibration_is_refused(tmp_path: Path):
     with pytest.raises(Refused, match=r"device 'H999': no file .*and no device of A100-80G"):
         read_calibration("H999")
-    (tmp_path / "other.json").write_text('{"device": 3}')
-    with pytest.raises(Refused, match="no calibration of `asyncflow calibrate`"):
-        read_calibration(str(tmp_path / "other.json"))
+    for content in (b'{"device": 3}', b'{"device": {"name": "\xff"}}'):
+        (tmp_path / "other.json").write_bytes(content)
+        with pytest.raises(Refused, match="no calibration of `asyncflow calibrate`"):
+            read_calibration(str(tmp_path / "other.json"))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES
+from asyncflow.services.runtime.connection import MOST_BYTES, MOST_FRAMES, PROLOGUE, connect
 from asyncflow.services.runtime.shared import SharedFrame, holdings
 from asyncflow.services.runtime.wire import (
     Call,
@@ -344,6 +344,20 @@ async def test_another_user_is_refused_on_either_side(monkeypatch: pytest.Monkey
         assert await reader.read() == b""
         writer.close()
     assert "this process as 12345" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("message", [b"\xc1", b"\x95\x00\x01\xa1\xff\xc4\x00\x90"], ids=["no message", "no UTF-8"])
+async def test_a_message_that_can_not_be_read_closes_its_connection_only(
+    message: bytes, capfd: pytest.CaptureFixture[str]
+):
+    name = named()
+    async with served(name), wired(name) as to:
+        broken = await connect(name)
+        broken.send(bytearray(PROLOGUE) + message)
+        assert await broken.receive() is None
+        broken.close()
+        assert await to.call("echo", b"more") is not None
+    assert "a connection is closed" in capfd.readouterr().err
 
 
 async def test_a_server_that_closed_leaves_nothing():
