@@ -88,6 +88,7 @@ def _training(
     _check_model(path, settings)
     import torch
 
+    from workers.finetune.dropout import NoDropout
     from workers.training.optimizer_step import StepRefused
 
     torch.set_num_threads(1)  # small models gain nothing from a second one, and one gives the same bits every time
@@ -109,7 +110,7 @@ def _training(
             raise BadInput(
                 f'settings {path}: {error}: [columns] says which (field = "name", a.b: b inside of a)'
             ) from error
-        except (BadTokenizer, DataError, FileExistsError) as error:
+        except (BadTokenizer, DataError, FileExistsError, NoDropout) as error:
             raise BadInput(f"settings {path}: {error}") from error
         except StepRefused as error:
             raise BadInput(f"settings {path}: {error}: schedule.learning_rate may be too high") from error

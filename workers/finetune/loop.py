@@ -1,18 +1,21 @@
 """The training loop shared by SFT, reward and cost models, on the model and optimizer steps that RL training has.
 
 All randomness comes from the schedule's seed, and a loss is divided by the whole batch's denominator before it is
-summed over micro-batches. So a result does not depend on how a batch is split.
+summed over micro-batches. So a result does not depend on how a batch is split, except with dropout: its masks
+have the shapes of the micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from workers.data.token_rows import TokenRows
+from workers.finetune.dropout import dropout_by_seed
 from workers.finetune.output import Output
 from workers.finetune.settings import FineTuning, Schedule
 from workers.parallel.backends import trained_model
@@ -69,13 +72,15 @@ def optimize(
     evaluate_every: int = 0,
     on_step: OnStep | None = None,
     together: int = 1,
+    dropout: bool = False,
 ) -> Curve:
     """Train; all that is measured goes into the output's journal.
 
     A batch has `batch_size` examples of `together` successive rows each, which a loss sees at once. `evaluate` measures
     held-out rows before the first step, every `evaluate_every` steps, and after the last. `on_step(step, loss)` is
-    called after every step, from 0. Raises StepRefused if a loss or the gradient's norm is not finite; the weights are
-    then those of the previous step.
+    called after every step, from 0. With `dropout` the steps have the model's own, whose masks the schedule's seed and
+    the step decide; `evaluate` never has any. Raises StepRefused if a loss or the gradient's norm is not finite; the
+    weights are then those of the previous step.
     """
     step_losses: list[float] = []
     heldout: dict[str, float] = {}
@@ -84,7 +89,8 @@ def optimize(
     for step, examples in enumerate(batches(len(data) // together, schedule)):
         rows = (examples[:, None] * together + np.arange(together)).ravel()
         what = f"step {step} at a learning rate of up to {schedule.learning_rate}"
-        with trained.update(1):
+        dropped = dropout_by_seed(trained.model, schedule.seed, step) if dropout else nullcontext()
+        with trained.update(1), dropped:
             taken = trained.step(what, data.take(rows), schedule.tokens_per_micro_batch, batch_loss(rows), together)
         step_losses.append(taken["loss"])
         done = step + 1

@@ -16,7 +16,7 @@ class Schedule(Settings, frozen=True):
     batch_size: PositiveInt = 64  # rows in one optimizer step
     learning_rate: Positive = 1e-3  # the highest, after the warm-up
     decay: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up, to 0 at the last step
-    seed: int = 0  # of the order of the rows, and of a reward model's new score head
+    seed: int = 0  # of the order of the rows, of dropout, and of a reward model's new score head
     tokens_per_micro_batch: PositiveInt = 8192  # padded tokens in one forward
 
 
@@ -50,6 +50,7 @@ class SftSettings(FineTuning, frozen=True):
 
     # Rows with more tokens than the model's context: "skip" leaves them out, "cut" ends their responses there.
     overlong: Literal["refuse", "skip", "cut"] = "refuse"
+    dropout: bool = False  # apply the dropout rates of the model's config.json; RL never does
     samples: NonNegativeInt = 4  # prompts that are answered before and after, of `heldout` or else of `data`
     sample_tokens: PositiveInt = 128  # of one of these answers, at most
 

@@ -12,6 +12,7 @@ from workers.data.datasets import Demonstration, read_rows
 from workers.data.token_rows import Sequences, Text, end_of_turns, tokenized
 from workers.data.tokenizer import Tokenizer
 from workers.finetune.answers import greedy_answers
+from workers.finetune.dropout import refuse_without_dropout
 from workers.finetune.lengths import Fitted, fit_to_context
 from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize
 from workers.finetune.output import Output
@@ -39,7 +40,8 @@ def train_sft(
     """Fine-tune a folder's model on demonstrations and write the result as a folder, see `workers.finetune.output`.
 
     `on_step(step, loss)` is called after every step, from 0; `on_warning(text)` before the model loads. Raises
-    DataError for unusable data and FileExistsError for an existing output, both before the model loads.
+    DataError for unusable data and FileExistsError for an existing output, both before the model loads, and NoDropout
+    for dropout of a model that has none.
     """
     output, budget = Output(settings.output), settings.schedule.tokens_per_micro_batch
     texts = _texts(settings, settings.data)
@@ -54,6 +56,8 @@ def train_sft(
     data, heldout = fitted.rows, fitted_heldout.rows if fitted_heldout is not None else None
     end = end_of_turns(tokenizer) if any(text.is_chat for text in texts) else tokenizer.eos
     trained = load_trainable(settings, "tokens")
+    if settings.dropout:
+        refuse_without_dropout(trained.model.config, settings.model)
     output.begin()
     shown = [(heldout_texts or texts)[row] for row in both[-1].kept[: settings.samples]]
     prompts = [both[-1].rows.prompts[row] for row in range(len(shown))]
@@ -75,6 +79,7 @@ def train_sft(
         evaluate=evaluate if heldout is not None else None,
         evaluate_every=settings.evaluate_every,
         on_step=on_step,
+        dropout=settings.dropout,
     )
     for text, old, new in zip(shown, before, answers(), strict=True):
         output.sample({"prompt": text.prompt, "demonstrated": text.response, "before": old, "after": new})

@@ -71,7 +71,8 @@ class WholePlan(msgspec.Struct, frozen=True):
 class WholeModule(nn.Module):
     """A model from a transformers folder with its head: logits, or a value or a score per position.
 
-    The model stays in eval mode: dropout is never applied, as a row must not depend on which rank computes it.
+    The model stays in eval mode: dropout is never applied, as a row must not depend on which rank computes it. Only
+    supervised fine-tuning on one device may apply it, see `workers.finetune.dropout`.
     Adapters, where the settings have a rank of 1 or more for them, are then all that trains. Every rank reads the whole
     folder into host memory first; of a model that trains in bfloat16 also in float32, for its master weights.
     """

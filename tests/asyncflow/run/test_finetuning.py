@@ -46,6 +46,15 @@ def test_a_mistake_is_named_with_its_key(file: Path, override: str, message: str
     assert str(refused.value) == f"settings {file}: {message}"
 
 
+def test_dropout_of_a_model_that_has_none_is_refused(file: Path, tmp_path: Path):
+    tiny.make_policy(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "response": "2"}')
+    paths = {"model": "base", "data": "rows.jsonl", "output": "sft"}
+    given = [f"{key}={str(tmp_path / name)!r}" for key, name in paths.items()]
+    with pytest.raises(BadInput, match=r"dropout = true: .*base has none in its config\.json .*or leave dropout out"):
+        finetune(file, Console(quiet=True), ["dropout=true", *given])
+
+
 def test_the_output_has_the_curve_the_answers_and_a_report(tmp_path: Path):
     tiny.make_policy(tmp_path / "base")
     rows = [{"prompt": f"{a}+1=", "response": str(a + 1)} for a in range(9)]
