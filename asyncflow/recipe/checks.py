@@ -69,10 +69,11 @@ def check(recipe: Recipe) -> Checked:
     _check_stop_token_ids(recipe)
     if not recipe.placed_by:
         check_shards(recipe, dataflow)
-    _check_pretraining_text(recipe)
+    notes = _check_pretraining_text(recipe)
     heldout: list[tuple[EvaluationSet, PromptSource]] = []
     with loaded_rules(recipe, dataflow) as rules:
-        train, notes = train_prompts(recipe, rules.rewards)
+        train, more = train_prompts(recipe, rules.rewards)
+        notes += more
         for wanted, (name, given) in zip(sets_of(recipe), data_of(recipe).items(), strict=True):
             key = f"data.eval.{name}" if name else "data.eval"
             source, more = heldout_prompts(recipe, key, given, rules.of(wanted.scorers))
@@ -199,15 +200,17 @@ def _check_stop_token_ids(recipe: Recipe) -> None:
         raise BadInput(f"generation.stop_token_ids: {beyond[0]} is no token: the policy's vocabulary has {rows}")
 
 
-def _check_pretraining_text(recipe: Recipe) -> None:
+def _check_pretraining_text(recipe: Recipe) -> list[str]:
+    """Check that the text can be used; returns what to report of it."""
     path, loss = recipe.data.pretrain, recipe.loss
     if bool(path) != bool(loss.ptx_coefficient):
         raise BadInput(
             f"data.pretrain = {path!r}, loss.ptx_coefficient = {loss.ptx_coefficient}: the pretraining loss wants "
             "both, a text and a coefficient above 0, or neither"
         )
-    if path:
-        try:
-            text_of(loss, path, recipe.models["policy"].path, recipe.seed)
-        except (DataError, ValueError) as error:
-            raise BadInput(f"data.pretrain: {error}") from error
+    try:
+        skip = recipe.data.overlong == "skip"
+        text = text_of(loss, path, recipe.models["policy"].path, recipe.seed, skip_overlong=skip)
+    except (DataError, ValueError) as error:
+        raise BadInput(f"data.pretrain: {error}") from error
+    return [f"data.pretrain: left out {text.left_out}"] if text and text.left_out else []

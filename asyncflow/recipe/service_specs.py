@@ -145,6 +145,7 @@ def _settings_of(recipe: Recipe, role: str, model: Model) -> ModelSettings:
         recipe.failures,
         tokenizer_path=recipe.models["policy"].path,
         pretrain=recipe.data.pretrain,
+        skip_overlong=recipe.data.overlong == "skip",
     )
 
 

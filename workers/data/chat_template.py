@@ -5,6 +5,7 @@ transformers renders, but without its tokenizer: that may be rebuilt by its clas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +16,26 @@ import msgspec
 from workers.data.hf_folder import CHAT_TEMPLATES, json_of, special_tokens_of
 from workers.data.messages import BadChat, Message, rendered
 
+_log = logging.getLogger("asyncflow.data")
+
 
 class TemplateFiles:
     """The chat templates of a folder, read when the first conversation is written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._warned = False
 
     def write(self, messages: Sequence[Message], arguments: Mapping[str, Any], *, reply_next: bool) -> str:
         """The text of a conversation; `reply_next` adds the beginning of the assistant's reply.
 
-        Raises BadChat for a folder without a template, and for what the template refuses or leaves out.
+        A template without tool calls leaves them out, with a warning. Raises BadChat for a folder without a template,
+        and for what the template refuses.
         """
-        return rendered(messages, lambda given: self._write(given, arguments, reply_next=reply_next))
+        text = rendered(messages, lambda given: self._write(given, arguments, reply_next=reply_next))
+        if dropped := [name for message in messages for name in _called(message) if name not in text]:
+            self._warn_of_calls(dropped[0])
+        return text
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -75,11 +83,18 @@ class TemplateFiles:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise BadChat(f"the chat template of {self.folder} refuses it: {error}") from error
-        text = str(texts[0])
-        for name in (name for message in messages for name in _called(message)):
-            if name not in text:
-                raise BadChat(f"the chat template of {self.folder} does not write tool calls, and one calls {name!r}")
-        return text
+        return str(texts[0])
+
+    def _warn_of_calls(self, name: str) -> None:
+        """Warn once: a plain template is used for such data on purpose as often as by mistake."""
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "the chat template of %s does not write tool calls: that of %r, and all others, are left out of the "
+                "text; want a template that writes them if they shall be learned",
+                self.folder,
+                name,
+            )
 
 
 def tools_of(value: Any, column: str) -> list[Any]:

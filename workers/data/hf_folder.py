@@ -113,13 +113,6 @@ def config_in(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / "config.json").read_text())
 
 
-def context_of(folder: str | Path) -> int:
-    """The model's context length: most tokens of prompt and response. Raises ValueError if its config has none."""
-    if (limit := context_in(config_in(folder))) is None:
-        raise ValueError(f"model folder {folder}: config.json has no max_position_embeddings")
-    return limit
-
-
 def engine_context(folder: str | Path, settings: Generation) -> int:
     """The most tokens of prompt and response that an engine with these settings takes."""
     return settings.max_model_tokens or context_in(config_in(folder)) or UNBOUNDED_CONTEXT

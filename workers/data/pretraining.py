@@ -6,6 +6,7 @@ takes its own segment of the stream, so its rows are a function of the step's nu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from protocols.data.jagged import Jagged
 from protocols.data.messages import Experience
 from workers.data.dataset_files import places_of
 from workers.data.datasets import DataError, Demonstration, read_rows
-from workers.data.hf_folder import context_of
+from workers.data.hf_folder import config_in
+from workers.data.model_config import context_in
+from workers.data.overlong import overlong_rows
 from workers.data.token_rows import Text, TokenRows, token_pairs, unknown_to_model
 from workers.data.tokenizer import Tokenizer, Tokens
 from workers.settings import Loss
@@ -31,34 +34,55 @@ class PretrainingText:
     The loss is taken over the response of a row; the response of a plain text is all but its first token.
     """
 
-    def __init__(self, texts: TokenRows, rows: int, seed: int) -> None:
+    def __init__(self, texts: TokenRows, rows: int, seed: int, left_out: str = "") -> None:
         self._texts, self._rows, self._seed = texts, rows, seed
+        self.left_out = left_out  # how many rows are too long and which, "" for none
 
     @classmethod
     def read(
-        cls, path: str | Path, model: str | Path, rows: int, seed: int, columns: Mapping[str, str] | None = None
+        cls,
+        path: str | Path,
+        model: str | Path,
+        rows: int,
+        seed: int,
+        columns: Mapping[str, str] | None = None,
+        *,
+        skip_overlong: bool = False,
     ) -> PretrainingText:
         """Tokenize the rows of a file with a model folder's tokenizer; each ends with its end token.
 
         Rows have any of the shapes of supervised fine-tuning. A row without a prompt is a plain text; a text longer
-        than the model's context is split into several rows. Raises DataError for a file that can't be used, for a
-        prompt and response that exceed the context together, for tokens that the model does not have, and if all texts
-        are empty.
+        than the model's context is split into several rows. A prompt and response that exceed the context together are
+        left out with `skip_overlong`, else refused. Raises DataError for these, for a file that can't be used, for
+        tokens that the model does not have, and if all texts are empty.
         """
         demonstrations = read_rows(path, Demonstration, columns, model)
-        tokenizer, context = Tokenizer(model), context_of(model)
+        tokenizer, context = Tokenizer(model), context_in(config_in(model)) or sys.maxsize
         texts = [Text(row.prompt, row.response, is_chat=row.is_chat) for row in demonstrations]
         prompts: list[Tokens] = []
         responses: list[Tokens] = []
-        for number, (prompt, response) in enumerate(token_pairs(tokenizer, texts), 1):
+        lengths = np.zeros(len(texts), np.int64)
+        for row, (prompt, response) in enumerate(token_pairs(tokenizer, texts)):
             if found := unknown_to_model(tokenizer, (prompt, response)):
-                raise DataError(f"{places_of(path, [number - 1])[0]}: {found[1]}")
-            for split_prompt, split_response in _split_to_context(prompt, response, context, f"{path}: row {number}"):
-                prompts.append(split_prompt)
-                responses.append(split_response)
+                raise DataError(f"{places_of(path, [row])[0]}: {found[1]}")
+            lengths[row] = len(prompt) and len(prompt) + len(response)
+            if lengths[row] <= context:
+                for split_prompt, split_response in _split_to_context(prompt, response, context):
+                    prompts.append(split_prompt)
+                    responses.append(split_response)
+        left_out = ""
+        if len(overlong := np.flatnonzero(lengths > context)):
+            left_out = f"{overlong_rows(path, overlong, lengths)}: the model's context is {context} tokens"
+            if not skip_overlong:
+                raise DataError(
+                    f"{left_out}; want shorter rows, or data.overlong = 'skip', which leaves these out; a row of text "
+                    "alone may be longer"
+                )
+        if not prompts and left_out:
+            raise DataError(f"{path}: no text is left: {left_out}")
         if not prompts:
             raise DataError(f"{path}: all of its {len(demonstrations)} texts are empty: there is nothing to learn")
-        return cls(TokenRows.of(prompts, responses), rows, seed)
+        return cls(TokenRows.of(prompts, responses), rows, seed, left_out)
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -105,12 +129,14 @@ class ReplicaText:
         return batch.responses.with_values(np.repeat(share, batch.responses.lengths))
 
 
-def text_of(loss: Loss, path: str, model: str, seed: int) -> PretrainingText | None:
+def text_of(loss: Loss, path: str, model: str, seed: int, *, skip_overlong: bool = False) -> PretrainingText | None:
     """The pretraining text of a policy's loss, in a model folder's tokens; None if the loss has no ptx term.
 
     Raises as `PretrainingText.read` does.
     """
-    return PretrainingText.read(path, model, loss.ptx_rows, seed) if loss.ptx_coefficient else None
+    if not loss.ptx_coefficient:
+        return None
+    return PretrainingText.read(path, model, loss.ptx_rows, seed, skip_overlong=skip_overlong)
 
 
 def is_text(batch: Experience) -> npt.NDArray[np.bool_]:
@@ -118,11 +144,9 @@ def is_text(batch: Experience) -> npt.NDArray[np.bool_]:
     return batch.sample_ids < 0
 
 
-def _split_to_context(prompt: Tokens, response: Tokens, context: int, where: str) -> list[tuple[Tokens, Tokens]]:
+def _split_to_context(prompt: Tokens, response: Tokens, context: int) -> list[tuple[Tokens, Tokens]]:
     """(prompt, response) of a row, a long text split into several. A text's first token is its prompt."""
-    if not len(prompt):
-        cuts = [response[start : start + context] for start in range(0, len(response), context)]
-        return [(cut[:1], cut[1:]) for cut in cuts if len(cut) > 1]
-    if len(prompt) + len(response) > context:
-        raise DataError(f"{where}: has {len(prompt) + len(response)} tokens, the model's context is {context}")
-    return [(prompt, response)]
+    if len(prompt):
+        return [(prompt, response)]
+    cuts = [response[start : start + context] for start in range(0, len(response), context)]
+    return [(cut[:1], cut[1:]) for cut in cuts if len(cut) > 1]

@@ -1,4 +1,4 @@
-"""Scores of responses: rules, the sandbox process that runs a user's rule, and the scorers of rewards and costs.
+"""Scores of responses: rules, the sandbox processes that run them, and the scorers of rewards and costs.
 
 The roles that use them are in `workers.roles`.
 """

@@ -12,22 +12,19 @@ failed or a server was busy, after a wait that doubles.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 import selectors
 import time
 from collections.abc import Sequence
 
-import msgspec
-
 from protocols.control.code import CodeSource
 from workers.rewards.answers import RuleAnswer, late_answer, refusal
 from workers.rewards.arguments import RuleNeeds, RuleRow
 from workers.rewards.exchange import Answers
+from workers.rewards.row_attempts import RowAttempts, WaitingRow
 from workers.rewards.sandbox import CallInFlight, Sandbox, SandboxDied
 
-LONGEST_WAIT_SECONDS = 30.0  # before another attempt
 QUICK_SECONDS = 0.002  # a row; a process of such a rule has its next rows at hand
 QUICK_CALLS = 32
 SLOW_SECONDS = 0.02  # one row alone tells nothing before that
@@ -36,16 +33,6 @@ BLOCKED_SECONDS = 1.0  # an async rule ends its own late calls; with this delay 
 
 class RuleFailed(Exception):
     """A rule can't be used: its module does not load, or its process does not start."""
-
-
-class _Waiting(msgspec.Struct, order=True):
-    """A row that waits for an attempt."""
-
-    not_before: float  # time.monotonic()
-    turn: int
-    row: int
-    attempts: int = 0  # that failed
-    alone: bool = False
 
 
 class SandboxPool:
@@ -116,7 +103,7 @@ class SandboxPool:
         """An answer a row, in their order; one without a score says why in `error`. Raises what `start` raises."""
         needs = self.start()
         self._drop_dead()
-        firing = _Firing(rows, self._retries, self._backoff, self._turns)
+        firing = RowAttempts(rows, self._retries, self._backoff, self._turns)
         while firing.unanswered:
             self._assign(firing, needs)
             if not self._sandboxes:  # the last one died as it was given a row
@@ -160,13 +147,15 @@ class SandboxPool:
 
     # --- which process scores which row
 
-    def _assign(self, firing: _Firing, needs: RuleNeeds) -> None:
+    def _assign(self, firing: RowAttempts, needs: RuleNeeds) -> None:
         """Give rows to processes that have room, and start a process where that is worth it."""
         if not self._sandboxes or time.monotonic() >= self._next_growth(firing, needs):
             self._add()
         for sandbox in list(self._sandboxes):
             while (taken := self._next_call(sandbox, firing, needs)) is not None:
                 late = self._timeout + (BLOCKED_SECONDS if needs.concurrent else 0.0)
+                if sandbox.calls and not needs.concurrent:
+                    late = float("inf")  # its time starts when the calls before it are answered
                 rows, numbers = [firing.rows[w.row] for w in taken], [w.row for w in taken]
                 firing.in_flight |= {w.row: w for w in taken}
                 try:
@@ -175,7 +164,7 @@ class SandboxPool:
                     self._died(sandbox, firing, refusal(str(error)))
                     break
 
-    def _next_call(self, sandbox: Sandbox, firing: _Firing, needs: RuleNeeds) -> list[_Waiting] | None:
+    def _next_call(self, sandbox: Sandbox, firing: RowAttempts, needs: RuleNeeds) -> list[WaitingRow] | None:
         """The rows of the next call that a process has room for; None if it has none, or no row may be tried now."""
         if sandbox.ready is None or any(call.alone for call in sandbox.calls.values()):
             return None
@@ -190,20 +179,20 @@ class SandboxPool:
         quick = 0.0 < self._row_seconds < QUICK_SECONDS and not needs.batch
         return QUICK_CALLS if quick else 1
 
-    def _next_growth(self, firing: _Firing, needs: RuleNeeds) -> float:
+    def _next_growth(self, firing: RowAttempts, needs: RuleNeeds) -> float:
         """When it is worth to start another process, because the rows that wait would take longer than its start."""
         if needs.concurrent or needs.batch or len(self._sandboxes) >= self._concurrency:
             return float("inf")
-        calls = [call for sandbox in self._sandboxes for call in sandbox.calls.values()]
+        heads = [next(iter(sandbox.calls.values())) for sandbox in self._sandboxes if sandbox.calls]
         waiting = firing.waiting_now
-        if not waiting or len(calls) < len(self._sandboxes):  # or a process is idle or starting
+        if not waiting or len(heads) < len(self._sandboxes):  # or a process is idle or starting
             return float("inf")
         worth = self._start_seconds * len(self._sandboxes) / waiting  # seconds a row from which it is
-        return 0.0 if self._row_seconds > worth else min(call.start for call in calls) + max(worth, SLOW_SECONDS)
+        return 0.0 if self._row_seconds > worth else min(call.start for call in heads) + max(worth, SLOW_SECONDS)
 
     # --- what a process answered
 
-    def _serve(self, sandbox: Sandbox, firing: _Firing) -> None:
+    def _serve(self, sandbox: Sandbox, firing: RowAttempts) -> None:
         starting = sandbox.ready is None
         try:
             for call, answers in sandbox.exchange():
@@ -216,7 +205,7 @@ class SandboxPool:
         elif time.monotonic() >= sandbox.deadline:
             self._died(sandbox, firing, refusal(sandbox.late) if starting else late_answer(self._timeout))
 
-    def _answered(self, sandbox: Sandbox, call: CallInFlight, answers: Answers, firing: _Firing) -> None:
+    def _answered(self, sandbox: Sandbox, call: CallInFlight, answers: Answers, firing: RowAttempts) -> None:
         seconds = (time.monotonic() - call.start) / len(call.rows)
         assert self._needs is not None
         if not self._needs.concurrent and sandbox.calls:
@@ -232,7 +221,7 @@ class SandboxPool:
             else:
                 firing.answered(row, answer, now, jitter)
 
-    def _died(self, sandbox: Sandbox, firing: _Firing, cause: RuleAnswer) -> None:
+    def _died(self, sandbox: Sandbox, firing: RowAttempts, cause: RuleAnswer) -> None:
         """A process is gone, or has to go: the row is to blame on which it worked, or one of several such rows."""
         calls = list(sandbox.calls.values())
         at_work = len(calls) if self._needs is not None and self._needs.concurrent else 1
@@ -249,78 +238,3 @@ class SandboxPool:
                 firing.answered(row, cause, time.monotonic(), 1.0)
             else:
                 firing.score_alone(row)
-
-
-class _Firing:
-    """The rows of one call of `score`: those that wait, those in a process, and the answers."""
-
-    def __init__(self, rows: Sequence[RuleRow], retries: int, backoff: float, turns: itertools.count[int]) -> None:
-        self.rows = rows
-        self.in_flight: dict[int, _Waiting] = {}
-        self.unanswered = len(rows)
-        self._answers: list[RuleAnswer | None] = [None] * len(rows)
-        self._retries, self._backoff, self._turns = retries, backoff, turns
-        self._waiting = [_Waiting(0.0, next(turns), row) for row in range(len(rows))]
-
-    @property
-    def answers(self) -> list[RuleAnswer]:
-        """One a row, once all are answered."""
-        return [answer for answer in self._answers if answer is not None]
-
-    @property
-    def next_attempt(self) -> float:
-        """When a row that waits for its next attempt may have it; infinite if none waits for the clock."""
-        first = self._waiting[0].not_before if self._waiting else float("inf")
-        return first if first > time.monotonic() else float("inf")
-
-    @property
-    def waiting_now(self) -> int:
-        """The number of rows that could be scored now."""
-        now = time.monotonic()
-        return sum(waiting.not_before <= now for waiting in self._waiting)
-
-    def take(self, *, batch: bool, busy: bool) -> list[_Waiting] | None:
-        """The rows of one call that may be made now: one, or all of a batch; a lonely one only where nobody is busy."""
-        now, taken = time.monotonic(), list[_Waiting]()
-        while self._waiting and self._waiting[0].not_before <= now:
-            first = self._waiting[0]
-            if first.alone and (busy or taken):
-                break
-            taken.append(heapq.heappop(self._waiting))
-            if first.alone or not batch:
-                break
-        return taken or None
-
-    def answered(self, row: int, answer: RuleAnswer, now: float, jitter: float) -> None:
-        """Keep an answer, or have the row tried again; `jitter` is the factor of a wait before that."""
-        waiting = self.in_flight.pop(row)
-        if answer.score is not None or answer.retry == "never" or waiting.attempts >= self._retries:
-            self._answers[row] = answer
-            self.unanswered -= 1
-            return
-        waiting.attempts += 1
-        wait = 0.0
-        if answer.retry == "later":
-            wait = max(self._backoff * 2 ** (waiting.attempts - 1) * jitter, answer.wait_seconds)
-        self._put(waiting, now + min(wait, LONGEST_WAIT_SECONDS))
-
-    def score_again(self, row: int) -> None:
-        """Have a row scored that its process did not come to."""
-        self._put(self.in_flight.pop(row), 0.0)
-
-    def score_alone(self, row: int) -> None:
-        """Have a row scored again, alone: it or another row of its call, or of its process, is to blame."""
-        waiting = self.in_flight.pop(row)
-        waiting.alone = True
-        self._put(waiting, 0.0)
-
-    def give_up(self, cause: RuleAnswer) -> None:
-        """No process starts: the rows that wait fail with the cause."""
-        for waiting in self._waiting:
-            self._answers[waiting.row] = cause
-        self.unanswered -= len(self._waiting)
-        self._waiting = []
-
-    def _put(self, waiting: _Waiting, not_before: float) -> None:
-        waiting.not_before, waiting.turn = not_before, next(self._turns)
-        heapq.heappush(self._waiting, waiting)

@@ -59,7 +59,8 @@ class ModelSettings(msgspec.Struct, frozen=True, tag="model"):
     generation: Generation = Generation()
     failures: Failures = Failures()
     tokenizer_path: str = ""
-    pretrain: str = ""  # a JSON Lines file of pretraining text, if the loss has a pretraining term
+    pretrain: str = ""  # a file or folder of pretraining text, if the loss has a pretraining term
+    skip_overlong: bool = False  # leave out the rows of that text that exceed the context
 
 
 class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):

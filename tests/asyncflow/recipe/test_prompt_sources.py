@@ -237,6 +237,17 @@ def test_a_set_of_which_nothing_is_left_is_refused(refused: Any, write: Write):
     assert message.startswith(f"data.train: {path}: all of its rows are too long, 3 of 3 rows: {path}:1 has 40 tokens")
 
 
+def test_rows_of_pretraining_text_that_are_left_out_are_reported_too(
+    refused: Any, make_recipe: MakeRecipe, write: Write
+):
+    path = write("x.jsonl", {"text": "1"}, {"prompt": "1" * 1000, "response": "1" * 100})
+    changes = {"data": {"pretrain": path}, "loss": {"ptx_coefficient": 0.1}}
+    assert refused(**changes).startswith(f"data.pretrain: 1 of 2 rows: {path}:2 has 1101 tokens")
+    changes["data"]["overlong"] = "skip"
+    (note,) = check(make_recipe(**changes)).notes
+    assert note.startswith(f"data.pretrain: left out 1 of 2 rows: {path}:2 has 1101 tokens: the model's context is 10")
+
+
 def test_a_resume_with_another_room_for_prompts_would_mean_other_samples(make_recipe: MakeRecipe, write: Write):
     data = {"train": write("x.jsonl", *LONG), "overlong": "skip"}
     one, other = (make_recipe(data=data, generation={"max_tokens": n, "max_model_tokens": 40}) for n in (6, 8))

@@ -78,16 +78,22 @@ def test_the_tools_of_a_row_are_written(tmp_path: Path, tools: Any):
     assert read(tmp_path, row, chat=Chat(tools="functions")).prompt == "[add]u:1+1<eos>a:"
 
 
-def test_tools_and_calls_that_the_template_would_drop_are_refused(tmp_path: Path):
+def test_tools_that_the_template_would_drop_are_refused(tmp_path: Path):
     row, plain = {"prompt": [USER], "tools": [ADD]}, {"chat_template.jinja": "{{ messages[-1].content }}"}
     with pytest.raises(DataError, match=r"the row has 'tools', and .* writes no tools: .* chat\.tools = ''"):
         read(tmp_path, row, files=plain)
     assert read(tmp_path, row, chat=Chat(tools=""), files=plain).prompt == "1+1"
-    called = [USER, {"role": "assistant", "content": None, "tool_calls": [ADD]}, {"role": "tool", "content": "2"}]
-    with pytest.raises(DataError, match="does not write tool calls, and one calls 'add'"):
-        read(tmp_path, {"prompt": called}, files=plain)
     with pytest.raises(DataError, match="tools: want a list of tools, each with its name and parameters, got"):
         read(tmp_path, {"prompt": [USER], "tools": {"add": {}}})
+
+
+def test_calls_that_the_template_leaves_out_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Data with calls of tools are used with a plain template on purpose, too."""
+    called = [USER, {"role": "assistant", "content": None, "tool_calls": [ADD]}, {"role": "tool", "content": "2"}]
+    plain = {"chat_template.jinja": "{% for m in messages %}{{ m.content }}.{% endfor %}"}
+    assert read(tmp_path, {"prompt": called}, files=plain).prompt == "1+1..2."
+    (warning,) = caplog.messages
+    assert "does not write tool calls: that of 'add', and all others, are left out of the text" in warning
 
 
 def test_a_template_may_write_bos_and_plain_text_gets_no_second(tmp_path: Path):

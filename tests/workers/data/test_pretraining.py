@@ -103,10 +103,16 @@ def test_a_text_longer_than_the_context_is_several_rows(folder: str, write: Writ
     assert sorted(batch.prompts.lengths + batch.responses.lengths) == [7, 32, 32]
 
 
-def test_a_response_that_does_not_fit_is_refused(folder: str, write: Write):
-    path = write({"text": "good"}, {"prompt": "a" * 30, "response": "b" * 5})
-    with pytest.raises(DataError, match="row 2: has 36 tokens, the model's context is 32"):
+def test_rows_that_do_not_fit_are_all_reported_and_refused_or_left_out(folder: str, write: Write):
+    path = write({"text": "good"}, {"prompt": "a" * 30, "response": "b" * 5}, {"prompt": "a", "response": "b" * 40})
+    found = rf"2 of 3 rows: {path}:2 has 36 tokens, {path}:3 has 42 tokens: the model's context is 32 tokens"
+    with pytest.raises(DataError, match=f"^{found}; want shorter rows, or data.overlong = 'skip'"):
         PretrainingText.read(path, folder, rows=1, seed=0)
+    text = PretrainingText.read(path, folder, rows=1, seed=0, skip_overlong=True)
+    assert (len(text), text.left_out) == (1, found)
+    path = write({"prompt": "a" * 30, "response": "b" * 5})
+    with pytest.raises(DataError, match="no text is left: 1 of 1 rows"):
+        PretrainingText.read(path, folder, rows=1, seed=0, skip_overlong=True)
 
 
 def test_a_file_of_empty_texts_is_refused(folder: str, write: Write):

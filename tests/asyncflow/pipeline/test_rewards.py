@@ -1,4 +1,4 @@
-"""Rewards that fail, or that teach nothing: each sample ends once, and a step without a signal is a warning."""
+"""Rules in a run: those that fail, those that read columns of the data, and those that teach nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import asyncflow
@@ -83,3 +84,26 @@ async def test_a_step_whose_rewards_are_all_the_same_is_a_warning(recipe_of: Mak
     assert [event.text for event in events if isinstance(event, Warned)] == [
         f"all 16 rewards of step {step} are 0.5: the policy learns nothing from them" for step in (1, 2, 3)
     ]
+
+
+async def test_a_rule_beside_the_recipe_gets_the_columns_of_its_rows_in_a_run(
+    recipe_of: MakeOf, table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "rule_of_columns.py").write_text(
+        "async def level(responses, raw_responses, prompts, level, **columns):\n"
+        "    assert columns['topic'] == ['sums'] * len(level)\n"
+        "    return [{'level': n, 'half': 0.5 * (p == f'{n}+1=')} for n, p in zip(level, prompts)]\n"
+    )
+    rows = [f'{{"prompt": "{n}+1=", "level": {n}, "topic": "sums"}}' for n in range(1, 9)]
+    (tmp_path / "levels.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of("flat")
+    reward = msgspec.structs.replace(recipe.models["reward"], rule="rule_of_columns.py:level", check=True)
+    data = msgspec.structs.replace(recipe.data, train=str(tmp_path / "levels.jsonl"))
+    changed = msgspec.structs.replace(
+        recipe, models=recipe.models | {"reward": reward}, data=data, code=[str(tmp_path)]
+    )
+    _, events = await events_of(changed)
+    steps = [event for event in events if isinstance(event, StepCommitted)]
+    assert [step.metrics["reward.half"] for step in steps] == [0.5] * STEPS
+    assert all(step.reward_mean == pytest.approx(step.metrics["reward.level"] + 0.5) for step in steps)
