@@ -96,14 +96,14 @@ def test_every_topology_that_a_plan_allows_is_considered(sizes: dict[str, Any]):
 
 def test_a_family_without_a_sharding_plan_is_whole_on_each_rank_and_generates_where_it_trains_on_one_device():
     config = {
-        "model_type": "mistral", "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
+        "model_type": "olmo2", "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12,
         "num_attention_heads": 8, "vocab_size": 32_000,
     }  # fmt: skip
-    shape = Shape.from_config("mistral", config)
+    shape = Shape.from_config("olmo2", config)
     assert list(topologies(shape, 4, 8)) == [Topology(1, 1, 4)]
     assert list(topologies(shape, 4, 8, hybrid=True)) == []
     assert list(topologies(shape, 1, 8, hybrid=True)) == [Topology()]
-    with pytest.raises(ValueError, match="model_type 'mistral' has no sharding plan"):
+    with pytest.raises(ValueError, match="model_type 'olmo2' has no sharding plan"):
         Decoder.of(config)
     trained = [ModelWork("policy", shape, generates=1, trains=True)]
     found = SetCosts(trained, Cluster(CATALOGUE["A100-80G"], 4), WORK)
