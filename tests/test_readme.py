@@ -34,9 +34,15 @@ def test_the_first_recipe_is_one_that_runs_after_the_demonstration():
     assert (recipe.data.train, recipe.data.eval) == (demo["data"]["train"], demo["data"]["eval"])
 
 
+def test_the_tables_of_ones_own_model_data_and_reward_are_those_of_a_recipe():
+    sizes = {"name": "own", "algorithm": "grpo", "steps": 1, "prompts_per_step": 1, "samples_per_prompt": 2}
+    recipe = to_recipe(sizes | tomllib.loads(blocks("toml")[1]))
+    assert recipe.models["policy"].dtype == "bfloat16"
+
+
 def test_the_placements_on_several_gpus_are_placements():
     base = tomllib.loads(blocks("toml")[0])
-    for line in blocks("toml")[1].strip().splitlines():
+    for line in blocks("toml")[2].strip().splitlines():
         placement = tomllib.loads(line)["policy"]
         table = base | {"pools": {"train": {"devices": 4}}, "placement": {"policy": placement}}
         recipe = to_recipe(table | {"generation": {"engine": "torch", "max_tokens": 8}})
