@@ -202,7 +202,10 @@ def test_a_loss_is_found_by_name_or_by_module_and_function():
     [
         ("pppo", r"'pppo' is none of ppo, gspo, cispo, reinforce and no package\.module:function"),
         ("nowhere.at_all:f", "importing nowhere.at_all raised ModuleNotFoundError"),
-        ("workers.losses.policy:pppo", "module workers.losses.policy has no function 'pppo'"),
+        (
+            "workers.losses.policy:pppo",
+            r"loss\.policy 'workers\.losses\.policy:pppo': module .* \(.*losses/policy\.py\) has no function 'pppo'",
+        ),
     ],
 )
 def test_a_loss_that_is_not_there_is_refused(name: str, message: str):
