@@ -34,6 +34,10 @@ _answers, _ready = msgspec.msgpack.Decoder(Answers), msgspec.msgpack.Decoder(Rea
 class SandboxDied(Exception):
     """The process is gone, or what it wrote is no answer; the message continues "rule NAME ..."."""
 
+    def __init__(self, cause: str, answered: Sequence[tuple[CallInFlight, Answers]] = ()) -> None:
+        super().__init__(cause)
+        self.answered = answered  # the calls whose answers came before what is no answer
+
 
 class CallInFlight(msgspec.Struct):
     """A call that the process has not answered."""
@@ -97,7 +101,7 @@ class Sandbox:
         return f"was not ready within {START_SECONDS:g} s"
 
     def call(self, rows: Sequence[RuleRow], numbers: list[int], deadline: float, *, alone: bool) -> None:
-        """Have it score these rows. Raises SandboxDied."""
+        """Have it score these rows."""
         self._next += 1
         self.calls[self._next] = CallInFlight(numbers, time.monotonic(), deadline, alone)
         self._send(framed(Call(self._next, list(rows))))
@@ -106,18 +110,22 @@ class Sandbox:
         """Write and read what the pipes take and hold. Returns the calls that were answered. Raises SandboxDied."""
         if self._unsent:
             self._send(b"")
+        ended = False
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while not ended:
                 data = os.read(self._out.fileno(), _READ_BYTES)
-                if not data:
-                    raise SandboxDied(f"ended its process, {self._ending()}")
+                ended = not data
                 self._read += data
                 if len(data) < _READ_BYTES:
                     break
+        answered: list[tuple[CallInFlight, Answers]] = []
         try:
-            return self._messages()
-        except (msgspec.MsgspecError, KeyError) as error:
-            raise SandboxDied(f"wrote into the answers of its process: {error}") from None
+            self._take_messages(answered)
+        except (ValueError, RecursionError) as error:  # of msgspec; bytes that are no UTF-8 give a UnicodeDecodeError
+            raise SandboxDied(f"wrote into the answers of its process: {error}", answered) from None
+        if ended:
+            raise SandboxDied(f"ended its process, {self._ending()}", answered)
+        return answered
 
     def close(self) -> None:
         """Kill the process and those that it started. Idempotent."""
@@ -140,23 +148,24 @@ class Sandbox:
             with contextlib.suppress(KeyError):  # registered already
                 self._selector.register(self._in, selectors.EVENT_WRITE, self)
             return
-        except OSError:
-            raise SandboxDied(f"ended its process, {self._ending()}") from None
+        except OSError:  # it reads no more; its answers so far, and then its end, are still to be read
+            self._unsent.clear()
         with contextlib.suppress(KeyError):
             self._selector.unregister(self._in)
 
-    def _messages(self) -> list[tuple[CallInFlight, Answers]]:
-        answered: list[tuple[CallInFlight, Answers]] = []
+    def _take_messages(self, answered: list[tuple[CallInFlight, Answers]]) -> None:
+        """Add the calls that whole messages answer. Raises ValueError or RecursionError for what is no answer."""
         while (body := take_frame(self._read)) is not None:
             if self.ready is None:
                 self.ready = _ready.decode(body)
                 continue
             answers = _answers.decode(body)
-            call = self.calls.pop(answers.number)
-            if len(answers.answers) != len(call.rows):
-                raise KeyError(f"{len(answers.answers)} answers to {len(call.rows)} rows")
-            answered.append((call, answers))
-        return answered
+            call = self.calls.get(answers.number)
+            if call is None:
+                raise ValueError(f"an answer to call {answers.number}, which is not in flight")
+            if len(answers.answers) != len(call.rows):  # the call stays in flight: its rows have no answer
+                raise ValueError(f"{len(answers.answers)} answers to a call of {len(call.rows)} rows")
+            answered.append((self.calls.pop(answers.number), answers))
 
     def _ending(self) -> str:
         """How the process ended; kills what is left of it, which changes nothing in a process that is ending."""

@@ -106,8 +106,6 @@ class SandboxPool:
         firing = RowAttempts(rows, self._retries, self._backoff, self._turns)
         while firing.unanswered:
             self._assign(firing, needs)
-            if not self._sandboxes:  # the last one died as it was given a row
-                continue
             self._wait(min(self._next_deadline(), firing.next_attempt, self._next_growth(firing, needs)))
             for sandbox in list(self._sandboxes):
                 self._serve(sandbox, firing)
@@ -158,11 +156,7 @@ class SandboxPool:
                     late = float("inf")  # its time starts when the calls before it are answered
                 rows, numbers = [firing.rows[w.row] for w in taken], [w.row for w in taken]
                 firing.in_flight |= {w.row: w for w in taken}
-                try:
-                    sandbox.call(rows, numbers, time.monotonic() + late, alone=taken[0].alone)
-                except SandboxDied as error:
-                    self._died(sandbox, firing, refusal(str(error)))
-                    break
+                sandbox.call(rows, numbers, time.monotonic() + late, alone=taken[0].alone)
 
     def _next_call(self, sandbox: Sandbox, firing: RowAttempts, needs: RuleNeeds) -> list[WaitingRow] | None:
         """The rows of the next call that a process has room for; None if it has none, or no row may be tried now."""
@@ -194,11 +188,15 @@ class SandboxPool:
 
     def _serve(self, sandbox: Sandbox, firing: RowAttempts) -> None:
         starting = sandbox.ready is None
+        died: SandboxDied | None = None
         try:
-            for call, answers in sandbox.exchange():
-                self._answered(sandbox, call, answers, firing)
+            answered = sandbox.exchange()
         except SandboxDied as error:
-            self._died(sandbox, firing, refusal(str(error)))
+            answered, died = error.answered, error
+        for call, answers in answered:
+            self._answered(sandbox, call, answers, firing)
+        if died is not None:
+            self._died(sandbox, firing, refusal(str(died)))
             return
         if starting and sandbox.ready is not None:
             self._on_ready(sandbox)

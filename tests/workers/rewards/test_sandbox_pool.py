@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from workers.rewards import sandbox, sandbox_pool
+from workers.rewards.answers import RuleAnswer
 from workers.rewards.arguments import RuleRow
+from workers.rewards.exchange import LENGTH as LENGTH_OF
+from workers.rewards.exchange import Answers, framed
 from workers.rewards.sandbox_pool import RuleFailed, SandboxPool
 
 RULES = '''
-import os, subprocess, sys, time
+import fcntl, os, subprocess, sys, time
 import numpy as np
 
 print("imported")
@@ -52,7 +55,16 @@ def obey(prompt, response, reference):
         case "read": return len(sys.stdin.read()) + len(os.read(0, 10)) + 0.5
         case "input": return float(input())
         case "start": return subprocess.Popen(["sleep", "600"]).pid
+        case _: write_into_answers(bytes.fromhex(prompt))
+
+def write_into_answers(data):
+    """What a C library could do to a descriptor by mistake."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and os.readlink(f"/proc/self/fd/{number}").startswith("pipe:"):
+            if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+                os.write(number, data)
 '''
+ONE = RuleAnswer(score=1.0)
 LENGTH = RuleRow("length", "abc", "")
 
 
@@ -163,6 +175,32 @@ def test_a_long_cause_is_cut(rule: SandboxPool):
 def test_a_rule_that_ends_its_process_costs_its_own_row_only(rule: SandboxPool, what: str, cause: str):
     with pytest.raises(NoScore, match=f"ended its process, {cause}"):
         score(rule, ask(what))
+    assert score(rule, LENGTH) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("written", "cause"),
+    [
+        (framed(Answers(1, [RuleAnswer(error="~")])).replace(b"~", b"\xff"), "can't decode byte 0xff"),
+        (LENGTH_OF.pack(1) + b"\xc1", "MessagePack data is malformed"),
+        (LENGTH_OF.pack(50_004) + b"\x81\xa1a" + b"\x91" * 50_000 + b"\xc0", "maximum recursion depth exceeded"),
+        (framed(Answers(7, [ONE])), "an answer to call 7, which is not in flight"),
+        (framed(Answers(1, [ONE, ONE])), "2 answers to a call of 1 rows"),
+    ],
+    ids=["no UTF-8", "no msgpack", "too deep", "no such call", "too many"],
+)
+def test_a_process_that_writes_no_answer_costs_its_own_row_only(
+    open_rule: Callable[..., SandboxPool], written: bytes, cause: str
+):
+    rule = open_rule("rules_to_obey:obey")
+    with pytest.raises(NoScore, match=f"wrote into the answers of its process: .*{cause}"):
+        score(rule, ask(written.hex()))
+    assert score(rule, LENGTH) == 3.0
+
+
+def test_an_answer_before_what_is_none_is_kept(open_rule: Callable[..., SandboxPool]):
+    rule = open_rule("rules_to_obey:obey")
+    assert score(rule, ask((framed(Answers(1, [ONE])) + LENGTH_OF.pack(1) + b"\xc1").hex())) == 1.0
     assert score(rule, LENGTH) == 3.0
 
 
