@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -16,7 +17,30 @@ class Form(StrEnum):
     MARKDOWN = "markdown"
 
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+class ClosableConsole(Console):
+    """A console whose reader may go away, as `head` does: what is printed afterwards is dropped."""
+
+    closed = False
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich when the pipe is broken. rich itself would end the program here."""
+        self.closed = self.quiet = True
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.file.fileno())  # else the interpreter fails at its end, when it flushes its streams
+        os.close(nothing)
+
+
+out, err = ClosableConsole(highlight=False), ClosableConsole(stderr=True, highlight=False)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in the place of standard streams that were closed.
+
+    Otherwise the next file that is opened, such as the ledger, gets their descriptor, and what a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def print_lines(lines: Iterable[str]) -> None:

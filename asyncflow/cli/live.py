@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from asyncflow.observe.sentences import one_line, sentence, tokens_per_second
 from protocols.control.events import (
     CheckpointWritten,
     CodeRefused,
@@ -55,9 +56,7 @@ def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
                 console.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             if live is not None:
                 live.update(panel(board))
-                if isinstance(event, StepCommitted | RunStarted | Evaluated):
-                    return  # the panel says it
-            if line := line_of(event, board):  # above the panel, where it stays when the panel is gone
+            for line in lines_of(event, board, live is not None):  # above the panel, where they stay when it is gone
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield show
@@ -110,49 +109,13 @@ class Board:
         return sum(self.seconds) / len(self.seconds) * (self.steps - self.committed) if self.seconds else None
 
 
-def line_of(event: Event, board: Board) -> str | None:
-    """An event as one plain line, None for an event that is not logged. `board` already includes the event."""
-    match event:
-        case RunStarted():
-            resumed = f", {event.first_step} of them done before" if event.first_step else ""
-            line = f"run {event.run}: {event.steps} steps{resumed}, in {event.folder}"
-        case StepCommitted():
-            line = (
-                f"step {event.step}/{board.steps}  reward {event.reward_mean:.4f}  kl {event.kl:.4f}  "
-                f"loss {event.loss:+.4f}  staleness {event.staleness_max}  samples {event.samples}  "
-                f"{_rate(event):.0f} tokens/s  {event.seconds:.2f} s"
-            )
-        case Evaluated():
-            line = f"evaluation at step {event.step}: {event.metric} {event.value:.4f} over {event.samples} samples"
-        case CheckpointWritten():
-            line = (
-                f"checkpoint of step {event.step}: {event.path}, {event.nbytes / 1e6:.1f} MB in {event.seconds:.2f} s"
-            )
-        case SamplesEnded():
-            line = f"{event.count} samples {event.state}: {' '.join(event.reason.split())}"
-        case ServiceReplaced():
-            line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {' '.join(event.cause.split())}"
-        case CodeReloaded():
-            files = [f"{module} {digest[:12]}" for module, digest in event.digests.items()]
-            line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"
-        case CodeRefused():
-            line = f"code refused after step {event.step}, the old code stays in use: {' '.join(event.error.split())}"
-        case StateChanged():
-            line = f"the run is {event.state}"
-        case Stalled() | Warned():
-            line = _alarm(event)
-        case RunEnded():
-            cause = f": {event.error}" if event.error else ""
-            line = f"run {event.outcome} after step {event.step}{cause}"
-        case Published() | WaitsChanged():
-            line = None
-    return line
-
-
-def _alarm(event: Stalled | Warned) -> str:
-    if isinstance(event, Warned):
-        return f"warning: {event.text}"
-    return f"no progress for {event.seconds:.0f} s: " + "; ".join(event.graph)
+def lines_of(event: Event, board: Board, on_panel: bool) -> Iterator[str]:
+    """What is printed of an event; `on_panel`: beside a panel, which shows the steps. `board` includes the event."""
+    shown = on_panel and isinstance(event, StepCommitted | RunStarted | Evaluated)
+    if not shown and not isinstance(event, Published) and (line := sentence(event, board.steps)):
+        yield line
+    if isinstance(event, RunStarted):
+        yield from (f"warning: {one_line(warning)}" for warning in event.warnings)
 
 
 def panel(board: Board) -> RenderableType:
@@ -188,7 +151,11 @@ def _facts(board: Board) -> Table:
     for metric, (first, last) in board.evaluations.items():
         facts.add_row("held out", Text(f"{metric} {last:.4f}, from {first:.4f}"))
     if board.last is not None:
-        tokens = board.waits.tokens_per_second if board.waits and board.waits.tokens_per_second else _rate(board.last)
+        tokens = (
+            board.waits.tokens_per_second
+            if board.waits and board.waits.tokens_per_second
+            else tokens_per_second(board.last)
+        )
         staleness = f"staleness {board.last.staleness_max} versions at most, {board.last.staleness_mean:.2f} on average"
         facts.add_row("flow", f"{tokens:,.0f} tokens/s   {staleness}")
     if board.waits is not None:
@@ -216,10 +183,6 @@ def sparkline(values: deque[float] | list[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)
-
-
-def _rate(step: StepCommitted) -> float:
-    return step.tokens_generated / step.seconds if step.seconds else 0.0
 
 
 def _duration(seconds: float | None) -> str:

@@ -18,7 +18,7 @@ import typer
 import uvloop
 
 from asyncflow.cli.benchmarks import bench
-from asyncflow.cli.console import Form, err, out, print_lines
+from asyncflow.cli.console import Form, err, open_standard_streams, out, print_lines
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
@@ -236,8 +236,10 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
     current: list[Run] = []
 
     def interrupted() -> None:
+        signal.alarm(0)  # Ray's own handler of SIGTERM sets an alarm that would abort the drain
         if current and not stopping:
-            err.print("draining: finishing the current step and writing a checkpoint; interrupt again to end at once")
+            line = "draining: finishing the current step and writing a checkpoint; interrupt again to end at once"
+            err.print(line, soft_wrap=True)
             stopping.append(loop.create_task(current[0].stop(), name="stop"))
         else:
             this.cancel()
@@ -250,8 +252,9 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
         else:
             err.print("the run has not started yet: nothing is reloaded")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(number, interrupted)
     loop.add_signal_handler(signal.SIGUSR1, reload)
     try:
         async with context as running:
@@ -259,7 +262,13 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
             out.print(f"run folder: {running.folder}", soft_wrap=True)
             with live_view(out) as show:
                 async for event in running.events():
-                    show(event)
+                    try:
+                        show(event)
+                    except OSError:  # the terminal is gone
+                        out.on_broken_pipe()
+                    if out.closed and not stopping:
+                        err.print("nobody reads the output any more")
+                        interrupted()
             evaluations += running.evaluations
             ended = await running.wait()
             if ended.exit_code:
@@ -281,6 +290,7 @@ def main() -> None:
     """Run the `asyncflow` command."""
     from asyncflow.services.channels.endpoint import ServiceError
 
+    open_standard_streams()
     try:
         app()
     except (BadInput, ServiceError) as error:

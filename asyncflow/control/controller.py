@@ -46,8 +46,8 @@ from asyncflow.control.notice_loop import handle_notices
 from asyncflow.control.settings import Deadlines, Pace
 from asyncflow.control.step_boundary import StepBoundary
 from asyncflow.control.store.ledger import LedgerError
-from asyncflow.control.store.run_log import LOG
 from asyncflow.control.store.run_store import RunStore
+from asyncflow.control.store.storage import StorageFailed, is_shortage
 from asyncflow.control.supervision.outcome import RunFailed, outcome_of
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.supervision.watchdog import Watchdog
@@ -161,15 +161,17 @@ class Controller:
             await self._run_store.finalize(ended)
         except Exception as error:  # noqa: BLE001 - it becomes the outcome
             code = 3 if isinstance(error, LedgerError) else max(ended.exit_code, 1)
-            before = f"{ended.error}; and " if ended.error else ""
-            ended = self._ended("failed", code, f"{before}finalizing the run folder: {causes(error)}")
+            text = str(error) if isinstance(error, StorageFailed) else f"finalizing the run folder: {causes(error)}"
+            # A disk that is full says so at each write: once is enough.
+            first = ended.error if ended.error and is_shortage(ended.error) and is_shortage(text) else ""
+            ended = self._ended("failed", code, first or "; and ".join(filter(None, [ended.error, text])))
         self._end(ended)
         return ended
 
     def _end(self, ended: RunEnded) -> None:
         self._over = True
         self._boundary.end(ended.error or ended.outcome)
-        self.events.add(ended)
+        self._run_store.log.emit(ended)
 
     async def _outcome(self) -> RunEnded:
         try:
@@ -177,7 +179,7 @@ class Controller:
         except Exception as error:  # noqa: BLE001 - it becomes the outcome
             outcome = outcome_of(error)
             if outcome.unexpected:
-                LOG.exception("unexpected")
+                self._run_store.log.file.exception("an unexpected error ends the run")
             return self._ended("failed", outcome.exit_code, outcome.text)
 
     async def _run_tasks(self) -> RunEnded:

@@ -6,6 +6,7 @@ the union of its spans, and its track has one lane per overlap.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +54,8 @@ class Timeline:
 
     def close(self) -> None:
         """Close the journal."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk refused once is still in its buffer
+            self._file.close()
 
     def _rewritten(self) -> BinaryIO:
         """Rewrite the journal with exactly the kept spans; returns it open for appending."""

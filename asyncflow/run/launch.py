@@ -6,6 +6,7 @@ No other module chooses implementations.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
 from asyncflow.observe.exporter import Exporter, ScrapeTarget, write_targets
+from asyncflow.observe.log import close_log
 from asyncflow.planner.calibration.calibration import read_calibration
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import Recipe, load_recipe
@@ -39,7 +41,7 @@ from asyncflow.recipe.service_specs import (
 from asyncflow.run import run_folder
 from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
-from asyncflow.services.channels.endpoint import Endpoint, Store, all_or_error, ask
+from asyncflow.services.channels.endpoint import Endpoint, ServiceError, Store, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.events import RunStarted
 from protocols.control.requests import LoadState
@@ -65,7 +67,7 @@ async def launch(
         ServiceError: a service did not start; the message names it and its log.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    given = Path(folder) if folder is not None else None
+    given = run_folder.absolute(folder) if folder is not None else None
     goes_on = given is not None and run_folder.holds_run(given)
     if given is not None and goes_on and recipe.placed_by:  # the run has been placed
         before = run_folder.recipe_of(given)
@@ -87,7 +89,7 @@ async def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fre
 
     Raises what `launch` raises.
     """
-    path = Path(folder)
+    path = run_folder.absolute(folder)
     checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path, overrides))
     async with _started(checked, path, goes_on=True, allow_fresh=allow_fresh) as run:
         yield run
@@ -96,14 +98,15 @@ async def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fre
 @asynccontextmanager
 async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: bool) -> AsyncIterator[Run]:
     with run_folder.locked(path):
-        if goes_on:
-            # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
-            begin = partial(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
-            start = await asyncio.to_thread(begin)
-        else:
-            start = run_folder.begin_fresh(path, checked.recipe)
-        if checked.plan:
-            (path / "plan.toml").write_text(checked.plan)
+        with run_folder.writing(path):
+            if goes_on:
+                # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
+                begin = partial(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
+                start = await asyncio.to_thread(begin)
+            else:
+                start = run_folder.begin_fresh(path, checked.recipe)
+            if checked.plan:
+                (path / "plan.toml").write_text(checked.plan)
         async with _running(checked, path, start) as run:
             yield run
 
@@ -111,13 +114,12 @@ async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: 
 @asynccontextmanager
 async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> AsyncIterator[Run]:
     recipe, dataflow = checked.recipe, checked.dataflow
-    log = _log_to(folder / "logs" / f"{CONTROLLER}.log")
+    log = run_folder.open_controller_log(folder)
     runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
     code = UserCode(user_modules(recipe, dataflow))  # before services import it: no change is missed
     try:
-        services = await runtime.start(compose(recipe, dataflow, folder.name, start.term, str(folder / "logs")))
-        await _restore(services, stateful(dataflow), start.restore)
+        services = await _start(checked, folder, start, runtime, log)
         port = exporter.serve()
         _write_targets(folder, services, port)
 
@@ -128,16 +130,19 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
             return services[name].endpoint
 
         exporter.set("staleness_bound_versions", recipe.staleness)
-        run_store = RunStore(
-            folder=folder,
-            term=start.term,
-            ledger=Ledger(folder / "ledger.db"),
-            checkpoints=recipe.checkpoints,
-            stateful=stateful(dataflow),
-            recipe_digest=run_folder.digest_of(recipe),
-            exporter=exporter,
-            restored=start.restore,
-        )
+        with run_folder.writing(folder):
+            run_store = RunStore(
+                folder=folder,
+                term=start.term,
+                ledger=Ledger(folder / "ledger.db"),
+                checkpoints=recipe.checkpoints,
+                stateful=stateful(dataflow),
+                recipe_digest=run_folder.digest_of(recipe),
+                exporter=exporter,
+                log=log,
+                restored=start.restore,
+            )
+        start = msgspec.structs.replace(start, warnings=[*start.warnings, *runtime.warnings])
         controller = _controller(checked, folder, start, services, restart, runtime.store, run_store, code)
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
@@ -155,9 +160,24 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     finally:
         await runtime.stop()
         await asyncio.to_thread(exporter.close)
-        write_targets(folder / "metrics" / "targets.json", [])  # else a scrape would report the ended run as down
-        logging.getLogger("asyncflow").removeHandler(log)
-        log.close()
+        with contextlib.suppress(OSError):  # a full disk: a scrape then reports the ended run as down
+            write_targets(folder / "metrics" / "targets.json", [])
+        close_log(log)
+
+
+async def _start(
+    checked: Checked, folder: Path, start: run_folder.Start, runtime: Runtime, log: logging.Logger
+) -> dict[str, Started]:
+    """Start the services and restore their state. What goes wrong stands in the log, too."""
+    specs = compose(checked.recipe, checked.dataflow, folder.name, start.term, str(folder / "logs"))
+    log.info("starts %s on the %s runtime", ", ".join(spec.name for spec in specs), checked.recipe.runtime)
+    try:
+        services = await runtime.start(specs)
+        await _restore(services, stateful(checked.dataflow), start.restore)
+    except ServiceError as error:
+        log.error("the run did not start: %s", error)
+        raise
+    return services
 
 
 def _controller(
@@ -231,13 +251,3 @@ def _write_targets(folder: Path, services: dict[str, Started], port: int) -> Non
     targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=folder.name) for n, s in services.items()]
     targets.append(ScrapeTarget(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=folder.name))
     write_targets(folder / "metrics" / "targets.json", targets)
-
-
-def _log_to(path: Path) -> logging.Handler:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("asyncflow")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(handler)
-    return handler

@@ -5,6 +5,8 @@ The checks are in `recipe.checks` (algorithm, modes, data) and `recipe.model_che
 
 from __future__ import annotations
 
+import threading
+
 import msgspec
 
 from asyncflow.planner import auto, plan_file
@@ -14,9 +16,16 @@ from asyncflow.recipe.config import Recipe
 from asyncflow.recipe.engine_checks import check_engine
 from asyncflow.recipe.model_checks import check_shards
 
+_alone = threading.Lock()  # Python 3.11 may fail when two threads parse code, as two runs that start together do
+
 
 def prepare(recipe: Recipe) -> Checked:
     """Resolve `placement = "auto"` or a plan's file, and check the recipe against its files. Raises BadInput."""
+    with _alone:
+        return _prepare(recipe)
+
+
+def _prepare(recipe: Recipe) -> Checked:
     if recipe.placed_by not in ("", auto.AUTO):
         recipe = plan_file.with_saved_plan(recipe, recipe.placed_by)
     checked = check(auto.check_devices(recipe))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import sqlite3
@@ -21,11 +22,14 @@ import msgspec
 
 from asyncflow.control.store import checkpoint
 from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.store.run_store import EXPORT_PARTIAL
+from asyncflow.control.store.storage import StorageFailed, storing
+from asyncflow.observe.log import open_log
 from asyncflow.recipe.changes import Change, changes
 from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
 from workers.data.dataset_files import digest_of_rows
 
-RECIPE, CHANGES = "recipe.toml", "changes.jsonl"
+RECIPE, CHANGES, LEDGER_PARTIAL = "recipe.toml", "changes.jsonl", ".ledger.partial"
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -36,10 +40,15 @@ class Start(msgspec.Struct, frozen=True):
     warnings: list[str] = []
 
 
+def absolute(folder: str | Path) -> Path:
+    """The path for processes that have another working directory, as those of a Ray that was there already."""
+    return Path(folder).absolute()
+
+
 def new_folder(recipe: Recipe) -> Path:
     """A path that does not exist yet, named after the recipe and the time."""
     stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    root = Path(recipe.folder)
+    root = absolute(recipe.folder)
     return next(p for i in range(1000) if not (p := root / (stem if not i else f"{stem}-{i}")).exists())
 
 
@@ -60,6 +69,22 @@ def locked(folder: Path) -> Iterator[TextIO]:
         yield file
     finally:
         file.close()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise BadInput where the folder can't be written, as on a full disk."""
+    try:
+        with storing("run folder", folder):
+            yield
+    except StorageFailed as error:
+        raise BadInput(str(error)) from error
+
+
+def open_controller_log(folder: Path) -> logging.Logger:
+    """The log of the run's controller. Raises BadInput."""
+    with writing(folder):
+        return open_log(folder / "logs" / "controller.log")
 
 
 def holds_run(folder: Path) -> bool:
@@ -98,6 +123,7 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
     Raises BadInput, and changes nothing, if no checkpoint is valid, or for a change that a checkpoint does not allow.
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    _clear_partial(folder)
     changed = changes(recipe_of(folder), recipe)
     try:
         path, manifest, damaged = checkpoint.newest(folder / "checkpoints")
@@ -111,6 +137,9 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
     else:
         step, warnings = manifest.step, [f"a newer checkpoint can't be used: {d}" for d in damaged]
         _check_changes(folder, changed, recipe, manifest)
+    copy = folder / LEDGER_PARTIAL
+    if path is not None:  # first: a full disk must not end this between two ledgers
+        shutil.copyfile(path / "ledger.db", copy)
     term = _next_term(folder)
     if changed:
         warnings += [f"changed at step {step}: {change}" for change in changed]
@@ -118,7 +147,7 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
         _write_recipe(folder, recipe)
     _set_ledger_aside(folder, term)
     if path is not None:
-        shutil.copyfile(path / "ledger.db", folder / "ledger.db")
+        copy.rename(folder / "ledger.db")
     return Start(term, str(path) if path is not None else "", warnings)
 
 
@@ -215,6 +244,13 @@ def _next_term(folder: Path) -> int:
         os.fsync(file.fileno())
     partial.replace(path)
     return term
+
+
+def _clear_partial(folder: Path) -> None:
+    """Remove what the run's last process left unfinished."""
+    checkpoint.clear_partial(folder / "checkpoints")
+    shutil.rmtree(folder / EXPORT_PARTIAL, ignore_errors=True)
+    (folder / LEDGER_PARTIAL).unlink(missing_ok=True)
 
 
 def _set_ledger_aside(folder: Path, term: int) -> None:

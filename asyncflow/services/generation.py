@@ -8,7 +8,7 @@ GenerationLoop.run
 
 GeneratingStage.run
     consumes      finished rows and failures of its jobs
-    waits for     the first of them; then credit at the consumers
+    waits for     the first of them, which is reported as what the loop waits for; then credit at the consumers
     unblocked by  a job that gives rows; the consumers' mailboxes
     produces      rollouts and failures for the next stages
 
@@ -84,6 +84,12 @@ class GenerationLoop:
         self._loads: deque[tuple[WeightManifest, Frame, asyncio.Future[InstallReceipt]]] = deque()
         self._wake = asyncio.Event()
         self._paused = False
+        self._counted = 0  # tokens of the engine that were reported
+        self._followers: list[Callable[[str], None]] = []
+
+    def on_wait(self, follower: Callable[[str], None]) -> None:
+        """Have a function told what generation waits for: "rows", "weights", "lease", or "" while it generates."""
+        self._followers.append(follower)
 
     def submit(self, job: Job) -> None:
         """Queue a job's rows."""
@@ -110,12 +116,30 @@ class GenerationLoop:
     async def run(self) -> None:
         """Load first, then generate, with one firing per lease. Runs for ever."""
         while True:
+            if not self._paused:
+                self._waits("weights" if self._waiting or self._engine.unfinished else "rows")
             await self._wake.wait()
             self._wake.clear()
             while self._loads or await self._startable():
+                self._waits("lease")
                 async with self._context.lease(f"{self._context.spec.name}.generate"):
+                    self._waits("")
                     await self._install()
                     await self._fire()
+
+    def _waits(self, what: str) -> None:
+        for follower in self._followers:
+            follower(what)
+
+    def note_progress(self) -> None:
+        """Report the tokens generated since the last report, also those of rows that have not finished."""
+        self._report([])
+
+    def _report(self, finished: list[int]) -> None:
+        fresh, self._counted = self._engine.tokens - self._counted, self._engine.tokens
+        if fresh or finished:
+            self._context.exporter.inc("tokens_generated_total", fresh)
+            self._context.reports.notify(Generated(finished, fresh))
 
     async def _startable(self) -> bool:
         if self._paused:
@@ -176,10 +200,7 @@ class GenerationLoop:
             by_job.setdefault(id(job), (job, []))[1].append(row)
         for job, rows in by_job.values():
             job.finish(rows, [])
-        if finished:
-            tokens = sum(len(r.tokens) for r in finished)
-            self._context.exporter.inc("tokens_generated_total", tokens)
-            self._context.reports.notify(Generated([r.sample_id for r in finished], tokens))
+        self._report([row.sample_id for row in finished])
 
     async def _install(self) -> None:
         settings = self._context.spec.settings
@@ -189,11 +210,19 @@ class GenerationLoop:
             try:
                 receipt = await self._context.compute("load", load, self._engine, manifest, buffer, settings.model)
             except BadWeights as error:
+                self._context.log.error("version %s is refused: %s", manifest.version, error)
                 if not done.cancelled():
                     done.set_exception(error)
                 continue
             self._context.exporter.set("weights_version", manifest.version.step, replica="0")
             self._context.exporter.observe("weight_sync_seconds", receipt.seconds, phase="load")
+            self._context.log.info(
+                "version %s loaded: %d tensors, probe differs by %.2g, %.2f s",
+                manifest.version,
+                receipt.tensors,
+                receipt.probe_difference,
+                receipt.seconds,
+            )
             if not done.cancelled():
                 done.set_result(receipt)
 
@@ -229,6 +258,9 @@ class GeneratingStage(StageRunner):
         )  # submitted prompts, so that none is generated twice
         self._out: deque[tuple[Rollouts | None, list[Failure], int]] = deque()  # bounded by the admission window
         self._finished = asyncio.Event()
+        self._sends = False
+        self._generation_waits = "rows"
+        loop.on_wait(self._note_wait)
 
     async def accept(self, position: int, delivery: Delivery, parts: list[ShardRef]) -> int:
         if self.spec.schemas[position] != Prompts.schema_id:
@@ -262,10 +294,22 @@ class GeneratingStage(StageRunner):
 
     async def turn(self) -> None:
         """Send all rows that finished while the last send waited."""
-        self.waits("rows", ", ".join(self.spec.sources))
         await self._finished.wait()
         self._finished.clear()
-        self.waits("", "")
+        self._sends = True  # what it waits for now is credit; meanwhile the engine goes on
+        try:
+            await self._send_finished()
+        finally:
+            self._sends = False
+        self._note_wait(self._generation_waits)
+
+    def _note_wait(self, what: str) -> None:
+        self._generation_waits = what
+        if not self._sends:
+            on = {"rows": ", ".join(self.spec.sources), "weights": "policy", "lease": self.context.spec.pool}
+            self.waits(what, on.get(what, ""))
+
+    async def _send_finished(self) -> None:
         gathered = list(self._out)
         self._out.clear()
         for attempt in dict.fromkeys(a for _, _, a in gathered):

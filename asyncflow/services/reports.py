@@ -28,6 +28,9 @@ class Reports:
 
     def wait(self, who: str, what: str = "", on: str = "", since: float | None = None) -> None:
         """Report that `who` waits for `what` from now on; an empty `what`: it no longer waits."""
+        before = self.waits.get(who)
+        if since is None and before is not None and (before.what, before.on) == (what, on):
+            return  # it has waited for that all along
         waiting = Waiting(who, what, on, time.time() if since is None else since)
         if what:
             self.waits[who] = waiting

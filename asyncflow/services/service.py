@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +57,7 @@ from protocols.control.requests import (
     YieldDevices,
 )
 
-LAG_EVERY_SECONDS = 0.5
+WATCH_EVERY_SECONDS = 0.5
 
 
 class ModelService:
@@ -101,6 +100,7 @@ class ModelService:
         """End the stages, then free the worker, the thread and the port."""
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
+            self._context.log.info("%s stops", self.name)
         if self._tasks is not None:
             self._tasks.cancel()
             await asyncio.gather(self._tasks, return_exceptions=True)
@@ -141,6 +141,7 @@ class ModelService:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
+            self._context.log.error("%s is refused: %s", type(request).__name__, causes(error))
             return Refused(causes(error)), []
 
     async def _answer(self, request: Request, payloads: Sequence[Payload]) -> tuple[Reply, list[Payload]]:
@@ -216,7 +217,7 @@ class ModelService:
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._guard("loop lag", self._watch_lag()), name=f"{self.name} loop lag")
+                group.create_task(self._guard("watch", self._watch()), name=f"{self.name} watch")
                 if self._mode is not None:
                     group.create_task(self._guard("generate", self._mode.run()), name=f"{self.name} engine")
                 for name, runner in self._runners.items():
@@ -229,14 +230,16 @@ class ModelService:
             await work
         except Exception as error:
             self._context.reports.notify(ServiceFailed(self.name, stage, causes(error)))
-            traceback.print_exc()
+            self._context.log.exception("%s failed", stage)
             raise _StageEnded(stage) from error
 
-    async def _watch_lag(self) -> None:
+    async def _watch(self) -> None:
         while True:
             before = time.monotonic()
-            await asyncio.sleep(LAG_EVERY_SECONDS)
-            self._exporter.observe("event_loop_lag_seconds", max(0.0, time.monotonic() - before - LAG_EVERY_SECONDS))
+            await asyncio.sleep(WATCH_EVERY_SECONDS)
+            self._exporter.observe("event_loop_lag_seconds", max(0.0, time.monotonic() - before - WATCH_EVERY_SECONDS))
+            if self._mode is not None:
+                self._mode.note_progress()
             for name, runner in self._runners.items():
                 depth, capacity, _ = runner.depth()
                 self._exporter.set("channel_depth", depth, channel=name)

@@ -60,6 +60,9 @@ class ServiceMode:
     async def run(self) -> None:
         """The mode's own loop, beside those of the stages."""
 
+    def note_progress(self) -> None:
+        """Report how far a long piece of work has come."""
+
     async def stop(self) -> None:
         """Free the ranks."""
         await self._ranks.stop()
@@ -138,6 +141,9 @@ class EngineMode(LocalMode):
 
     async def run(self) -> None:
         await self._loop.run()
+
+    def note_progress(self) -> None:
+        self._loop.note_progress()
 
     def runner(self, stage: StageSpec) -> StageRunner:
         generates = stage.fires == "generate"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from asyncflow.observe.exporter import Exporter
+from asyncflow.observe.log import close_log, open_log
 from asyncflow.services.channels.channel_counts import ChannelCounts
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
@@ -37,12 +38,13 @@ from asyncflow.services.firing import Fired, collect
 from asyncflow.services.ranks.collective_calls import CollectiveCalls
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank import Ranks
-from asyncflow.services.ranks.rank_requests import activity_of
+from asyncflow.services.ranks.rank_requests import activity_of, described
+from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec, StageSpec
 from asyncflow.services.reports import Reports
 from protocols.control.delivery import Delivery, RankReply
 from protocols.control.notices import LeaseAsked, LeaseReturned, RowsLost
-from protocols.control.requests import RankRequest, Reply
+from protocols.control.requests import RankRequest, Reply, SwitchLayout, YieldDevices
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
@@ -78,6 +80,7 @@ class StageContext:
         self.spec = spec
         self.store = store
         self.exporter = exporter
+        self.log = open_log(spec.log_path)
         self.counts = ChannelCounts(exporter)
         self.finished = FinishedPrompts()
         self.outbox: Outbox[OutboxEntry] = Outbox(self.finished)
@@ -105,8 +108,9 @@ class StageContext:
             await asyncio.sleep(delay)
 
         def timed() -> tuple[T, float, float]:  # in the thread: time in its queue is another call's
-            start = time.time()
-            return function(*arguments), start, time.time()
+            with computing():
+                start = time.time()
+                return function(*arguments), start, time.time()
 
         result, start, end = await asyncio.get_running_loop().run_in_executor(self.thread, timed)
         self.reports.spent(activity, start - delay, end, rows, step)
@@ -172,7 +176,10 @@ class StageContext:
         what, ranks = activity_of(request), self.ranks
         parts = {rank: ranks.ask(rank, request) for rank in range(self.topology.world_size)}
         answers = [answer for _, answer in sorted((await self.collective.run(what, parts)).items())]
-        self.reports.spent(what, min(a.start for a, _ in answers), max(a.end for a, _ in answers))
+        start, end = min(a.start for a, _ in answers), max(a.end for a, _ in answers)
+        self.reports.spent(what, start, end)
+        if not isinstance(request, SwitchLayout | YieldDevices):  # these come with every step
+            self.log.info("%s took %.2f s", described(request), end - start)
         first, payloads = answers[0]
         return first.reply, payloads
 
@@ -286,8 +293,9 @@ class StageContext:
     # --- the end
 
     def close(self) -> None:
-        """Shut the compute thread down after its current call."""
+        """Shut the compute thread down after its current call, and close the log."""
         self.thread.shutdown(wait=False, cancel_futures=True)
+        close_log(self.log)
 
     def _account(self, stage: StageSpec, replies: Mapping[int, RankReply], rows: int, step: int) -> None:
         if not replies:

@@ -44,6 +44,7 @@ class Engine(ABC):
         self._newest = version  # the last version verified, also while a refused one leaves the engine without weights
         self._shapes = shapes
         self._loading: Version | None = None
+        self.tokens = 0  # generated so far, those of unfinished rows included; read from other threads
 
     @property
     def version(self) -> Version | None:

@@ -5,6 +5,8 @@ Writer and readers must agree otherwise on when it may be read, and when it may 
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -19,6 +21,10 @@ from workers.parallel.plan import Parameter
 from workers.training.models import DTYPES
 
 _MEMORY = Path("/dev/shm")  # else the folder for temporary files: slower, and as correct
+
+
+class NoRoom(Exception):
+    """No file system of this machine has room for a shared buffer. The message says how much there is."""
 
 
 class BufferHandle(msgspec.Struct, frozen=True):
@@ -41,14 +47,13 @@ class SharedBuffer:
     """The writer's side: `memory`, and the `handle` to give to the readers."""
 
     def __init__(self, size: int, device: torch.device) -> None:
+        """Raises NoRoom."""
         self._file: tempfile._TemporaryFileWrapper | None = None
         if device.type == "cuda":
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
             self.handle = BufferHandle(size, ipc_handle=tuple(self.memory.untyped_storage()._share_cuda_()))
             return
-        # Its name is removed when this object is closed or collected; processes that have mapped it keep the memory.
-        self._file = tempfile.NamedTemporaryFile(dir=_MEMORY if _MEMORY.is_dir() else None, prefix="weights-")  # noqa: SIM115
-        self._file.truncate(size)
+        self._file = _reserved(size, [_MEMORY, Path(tempfile.gettempdir())])
         self.handle = BufferHandle(size, path=self._file.name)
         self.memory = _mapped(self._file.name, size)
 
@@ -82,6 +87,28 @@ class SharedTensors(msgspec.Struct, frozen=True):
     def on_device(self, device: torch.device | None) -> Iterator[tuple[str, Tensor]]:
         """The tensors by name, each at full size while it is used."""
         return ((tensor.spec.name, tensor.join(self.buffers, device)) for tensor in self.tensors)
+
+
+def _reserved(size: int, folders: list[Path]) -> tempfile._TemporaryFileWrapper:
+    """A file of that size in the first of the folders that has room for it. Raises NoRoom.
+
+    Its name is removed when it is closed or collected; processes that have mapped it keep the memory.
+    """
+    refused: list[str] = []
+    for folder in folders:
+        try:
+            file = tempfile.NamedTemporaryFile(dir=folder, prefix="weights-")  # noqa: SIM115
+            # Its pages are taken now: a page that is missing when it is written would kill the process by SIGBUS.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            free = f", {shutil.disk_usage(folder).free / 1e6:.1f} MB free" if folder.is_dir() else ""
+            refused.append(f"{folder}: {error.strerror}{free}")
+        else:
+            return file
+    raise NoRoom(
+        f"a shared buffer of {size / 1e6:.1f} MB finds no room: {'; '.join(refused)}; enlarge /dev/shm "
+        f"(docker run --shm-size), or set TMPDIR to a folder with room"
+    )
 
 
 @cache

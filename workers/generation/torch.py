@@ -160,6 +160,7 @@ class TorchEngine(Engine):
             logits = self._next_logits(inputs, mask, positions, cache)
             sampled, log_probs[alive, t], stopped[alive] = following.sample(logits, alive, t)
             tokens[alive, t], lengths[alive] = sampled, t + 1
+            self.tokens += len(sampled)
             going = (~stopped[alive] & (limits[alive] > t + 1)).nonzero().squeeze(-1)
             if len(going) == 0:
                 break

@@ -118,7 +118,9 @@ class VllmEngine(Engine):
         finished: list[FinishedRow] = []
         for output in self._engine.step():
             row = self._running[output.request_id]
+            before = len(row.tokens)
             reason = _extend(row, output, self._version.step)
+            self.tokens += len(row.tokens) - before
             if row.stops is not None and row.stops.completed_by(row.tokens[-1]):
                 if reason is None:
                     self._engine.abort_request([output.request_id])

@@ -28,7 +28,7 @@ import msgspec
 MANIFEST = "manifest.json"
 FORMAT = 2  # of run folders and of the checkpoints in them; no other format is read
 _STEP = re.compile(r"step_(\d{6,})")
-_LEFTOVER = re.compile(r"\.step_\d{6,}\.(partial|abandoned(\.\d+)?)")
+_PARTIAL, _ABANDONED = re.compile(r"\.step_\d{6,}\.partial"), re.compile(r"\.step_\d{6,}\.abandoned(\.\d+)?")
 _READ_BY_NAME = (".safetensors", ".json")  # suffixes by which a model's loader would pick up a file that is too many
 
 
@@ -54,21 +54,20 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def begin(root: Path, step: int) -> Path:
-    """Create an empty partial folder and remove those of earlier attempts."""
+    """Create an empty partial folder and remove what earlier attempts have left."""
     clear_partial(root)
+    for abandoned in _matching(root, _ABANDONED):
+        _remove(abandoned)
     partial = root / f".step_{step:06d}.partial"
     partial.mkdir(parents=True, exist_ok=True)  # a network file system may still hold a file that was open, as .nfs*
     return partial
 
 
 def clear_partial(root: Path) -> None:
-    """Remove what attempts that did not finish have left. Raises OSError if a file of theirs stays."""
-    for leftover in _matching(root, _LEFTOVER):
-        if not leftover.name.endswith(".partial"):
-            _remove(leftover)
-            continue
-        shutil.rmtree(leftover, ignore_errors=True)
-        if leftover.exists() and (left := next(_files(leftover), None)) is not None:
+    """Remove checkpoints that were not finished. Raises OSError if a file of theirs stays."""
+    for partial in _matching(root, _PARTIAL):
+        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists() and (left := next(_files(partial), None)) is not None:
             raise OSError(errno.ENOTEMPTY, "this file of an unfinished checkpoint can't be removed", str(left))
 
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from asyncflow.control.events import EventLog
+from asyncflow.control.store.storage import storing
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import PART
+from asyncflow.observe.sentences import one_line, sentence
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from protocols.control.events import (
@@ -19,14 +21,15 @@ from protocols.control.events import (
     Evaluated,
     Event,
     Published,
+    RunStarted,
     SamplesEnded,
     ServiceReplaced,
+    Stalled,
     StepCommitted,
-    WaitsChanged,
+    Warned,
 )
 from protocols.control.notices import Span
 
-LOG = logging.getLogger("asyncflow.run")
 _GAUGES = {  # exported name -> metric of the last step
     "clip_fraction": "policy.clip_fraction",
     "mismatch_kl_nats": "policy.mismatch_kl",
@@ -41,11 +44,16 @@ _GAUGES = {  # exported name -> metric of the last step
 class RunLog:
     """What one run reports while it is open."""
 
-    def __init__(self, folder: Path, exporter: Exporter, step: int) -> None:
-        """`step` is the number of committed steps from which the run goes on: the journals are rewound to it."""
+    def __init__(self, folder: Path, exporter: Exporter, file: logging.Logger, step: int) -> None:
+        """Args:
+
+        file: the log file, which outlives this object.
+        step: the number of committed steps from which the run goes on: the journals are rewound to it.
+        """
         self.events = EventLog()
         self.exporter = exporter
-        self._folder = folder
+        self.file = file
+        self._folder, self._steps = folder, 0
         self._metrics = MetricsJournal(folder / "metrics.jsonl")
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
         self._metrics.rewind(step)
@@ -55,15 +63,21 @@ class RunLog:
         self._busy_seconds: defaultdict[str, float] = defaultdict(float)
 
     def emit(self, event: Event) -> None:
-        """Journal, export and log one event, then show it to the followers."""
+        """Journal, export and log one event, then show it to the followers. Raises StorageFailed."""
         export = self.exporter
         match event:
+            case RunStarted():
+                self._steps = event.steps
+                for warning in event.warnings:
+                    self.file.warning(one_line(warning))
             case StepCommitted():
-                self._metrics.append(event)
+                with storing("metrics", self._folder):
+                    self._metrics.append(event)
                 self._export_step(event)
             case Evaluated():
                 self._evaluated.add((event.step, event.metric))
-                self._evaluations.append(event)
+                with storing("evaluations", self._folder):
+                    self._evaluations.append(event)
                 export.set("evaluation", event.value, metric=event.metric)
             case Published():
                 export.observe("weight_sync_seconds", event.seconds, phase="total")
@@ -78,8 +92,8 @@ class RunLog:
                 export.set("last_checkpoint_timestamp_seconds", time.time())
             case _:
                 pass
-        if not isinstance(event, WaitsChanged):  # twice a second, for the live view only
-            LOG.info("%s", event)
+        if line := sentence(event, self._steps):
+            (self.file.warning if isinstance(event, Stalled | ServiceReplaced | Warned) else self.file.info)("%s", line)
         self.events.add(event)
 
     def was_evaluated(self, step: int, curve: str) -> bool:
@@ -87,9 +101,10 @@ class RunLog:
         return (step, curve) in self._evaluated
 
     def add_spans(self, spans: Iterable[Span]) -> None:
-        """Record the time that services were busy."""
+        """Record the time that services were busy. Raises StorageFailed."""
         spans = list(spans)
-        self._timeline.add(spans)
+        with storing("timeline", self._folder):
+            self._timeline.add(spans)
         for span in spans:
             self._busy_seconds[span.service] += span.end - span.start
 

@@ -6,24 +6,33 @@ SQLite and files are used from one thread beside the event loop, in the order of
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import logging
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from asyncflow.control.settings import Checkpoints
 from asyncflow.control.store import checkpoint
 from asyncflow.control.store.ledger import EndedSample, EndState, Ledger, LedgerError
-from asyncflow.control.store.run_log import LOG, RunLog
+from asyncflow.control.store.run_log import RunLog
+from asyncflow.control.store.storage import failure, free_bytes, is_shortage, size_of, storing
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.report import write_report
-from asyncflow.services.channels.endpoint import Endpoint, ask
+from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
 from protocols.control.events import CheckpointWritten, RunEnded, SamplesEnded
 from protocols.control.requests import ExportModel, SaveState
 from protocols.data.ids import prompt_of
+
+EXPORT_PARTIAL = ".policy.partial"  # in the run folder, while the policy is exported
 
 T = TypeVar("T")
 
@@ -41,19 +50,21 @@ class RunStore:
         stateful: list[str],
         recipe_digest: str,
         exporter: Exporter,
+        log: logging.Logger,
         restored: str = "",
     ) -> None:
-        """`restored` is the checkpoint that this run resumes from, "" for a fresh run."""
+        """`restored` is the checkpoint that this run resumes from, "" for a fresh run. `log`: the controller's."""
         self.folder = folder
         self.term = term
         self.version = ledger.version
         self.cursor = ledger.cursor
         self.last_checkpoint = restored
-        self.log = RunLog(folder, exporter, self.version)
+        self.log = RunLog(folder, exporter, log, self.version)
         self._ledger, self._checkpoints = ledger, checkpoints
         self.stateful, self._recipe_digest = stateful, recipe_digest
         # The restored checkpoint is complete; writing it again would risk it for nothing.
         self._saved_step = self.version if restored else -1
+        self._checkpoint_bytes = size_of(Path(restored)) if restored else 0  # of the last one
         self._restarted = ledger.restart_live(term)
         self._live = set(self._restarted)
         self._generated: list[int] = []
@@ -64,8 +75,10 @@ class RunStore:
         exporter.set("controller_term", term)
 
     async def _write(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function on the store's thread. Raises StorageFailed if the disk refuses what it writes."""
         start = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+        with storing("ledger and checkpoints", self.folder):
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
         self.log.exporter.observe("ledger_commit_seconds", time.monotonic() - start)
         return result
 
@@ -167,43 +180,69 @@ class RunStore:
         await self.flush()
         start = time.monotonic()
         root = self.folder / "checkpoints"
-        partial = await self._write(checkpoint.begin, root, step)
-        async with asyncio.TaskGroup() as group:
-            for name in self.stateful:
-                (partial / name).mkdir()
-                group.create_task(ask(services[name], SaveState(str(partial / name), step)), name=f"save {name}")
-        await self._write(self._ledger.backup, partial / "ledger.db")
-        path, size = await self._write(
-            checkpoint.finish, partial, root, step, self.term, self.cursor, self._recipe_digest
-        )
+        with self._whole_or_not_at_all(f"checkpoint of step {step}", root / f".step_{step:06d}.partial"):
+            path, size = await self._write_checkpoint(services, step, root)
         await self._write(checkpoint.prune, root, self._checkpoints.keep)
-        self._saved_step, self.last_checkpoint = step, str(path)
+        self._saved_step, self.last_checkpoint, self._checkpoint_bytes = step, str(path), size
         seconds = time.monotonic() - start
         return CheckpointWritten(step=step, path=str(path), seconds=seconds, nbytes=size)
 
+    async def _write_checkpoint(self, services: Mapping[str, Endpoint], step: int, root: Path) -> tuple[Path, int]:
+        partial = await self._write(checkpoint.begin, root, step)
+        if free_bytes(partial) < self._checkpoint_bytes:  # as large as the last one: known before anything is written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        async with all_or_error() as group:
+            for name in self.stateful:
+                (partial / name).mkdir(exist_ok=True)
+                group.create_task(ask(services[name], SaveState(str(partial / name), step)), name=f"save {name}")
+        await self._write(self._ledger.backup, partial / "ledger.db")
+        return await self._write(checkpoint.finish, partial, root, step, self.term, self.cursor, self._recipe_digest)
+
     async def export(self, policy: Endpoint) -> None:
         """Write the trained policy as a transformers folder, atomically."""
-        partial, final = self.folder / ".policy.partial", self.folder / "policy"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        await ask(policy, ExportModel(str(partial)))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        partial, final = self.folder / EXPORT_PARTIAL, self.folder / "policy"
+        with self._whole_or_not_at_all("policy", partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            await ask(policy, ExportModel(str(partial)))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self, what: str, partial: Path) -> Iterator[None]:
+        """Remove a folder that could not be finished, which leaves room for what the end of a run writes.
+
+        Raises StorageFailed where the disk is the cause, also if another process met it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            written = size_of(partial) if partial.exists() else 0
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) or (isinstance(error, ServiceError) and is_shortage(str(error))):
+                raise failure(what, partial.parent, error, max(written, self._checkpoint_bytes)) from error
+            raise
 
     # --- the end
 
     async def finalize(self, ended: RunEnded) -> None:
-        """Write timeline and report, close everything. Raises LedgerError if a finished run left samples open."""
+        """Write timeline and report, close everything.
+
+        Raises LedgerError if a finished run left samples open, StorageFailed if the disk is full.
+        """
         try:
             await self.flush()
-        finally:
             totals = await self._write(self._ledger.totals)
             reasons = await self._write(self._ledger.reasons)
             self.log.exporter.set("ledger_imbalance", totals.imbalance)
-            self.log.write_timeline()
+            with storing("timeline", self.folder):
+                self.log.write_timeline()
+        finally:
             await self.abandon()
-        await asyncio.to_thread(write_report, self.folder, reasons)
-        LOG.info("%s; ledger: %s", ended, totals)
+        with storing("report", self.folder):
+            await asyncio.to_thread(write_report, self.folder, reasons)
+        counts = ", ".join(f"{count} {state}" for state, count in msgspec.structs.asdict(totals).items())
+        self.log.file.info("samples in the ledger: %s", counts)
         if ended.outcome == "finished" and (totals.imbalance or totals.live):
             raise LedgerError(f"the run is finished and the ledger is not: {totals}")
 

@@ -8,6 +8,7 @@ import msgspec
 
 from asyncflow.control.admission.staleness import StalenessExceeded
 from asyncflow.control.store.ledger import LedgerError
+from asyncflow.control.store.storage import StorageFailed
 from asyncflow.services.channels.endpoint import ServiceError, causes
 from asyncflow.services.weight_sync import PublicationFailed
 
@@ -34,7 +35,7 @@ def outcome_of(error: BaseException) -> Outcome:
     return Outcome(3 if broken else 1, prefix + "; ".join(texts), unexpected)
 
 
-_FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded)
+_FORESEEN = (RunFailed, ServiceError, PublicationFailed, LedgerError, StalenessExceeded, StorageFailed)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

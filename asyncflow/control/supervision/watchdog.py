@@ -18,13 +18,14 @@ class Watchdog:
         self._supervisor, self._deadlines = supervisor, deadlines
         self._tokens, self._checked_at = 0, time.monotonic()
         self._reported = False
+        self._waits: WaitsChanged | None = None  # the last that was reported
 
     def generated(self, tokens: int) -> None:
         """Count generated tokens."""
         self._tokens += tokens
 
     def check(self, *, live_prompts: int, step_progress: float, paused: bool) -> Iterator[Event]:
-        """The events to report now: the waits, and once a stall its graph. RunFailed if a stall lasts too long.
+        """The events to report now: waits that changed, and once a stall its graph. RunFailed if it lasts too long.
 
         Args:
             step_progress: share of the current batch's prompts that are complete, 0 to 1.
@@ -34,14 +35,20 @@ class Watchdog:
         rate = self._tokens / (now - self._checked_at)
         self._tokens, self._checked_at = 0, now
         waits = self._supervisor.waits.current()
-        yield WaitsChanged(waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate)
+        now_waits = WaitsChanged(
+            waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate
+        )
+        if now_waits != self._waits:
+            self._waits = now_waits
+            yield now_waits
         idle = self._supervisor.idle_seconds
         if paused or idle < self._deadlines.stall:
             self._reported = False
             return
-        graph = self._supervisor.graph()
+        graph = self._supervisor.graph() or ["no service waits for another: each is computing"]
         if idle > self._deadlines.give_up:
-            raise RunFailed(f"nothing moved for {idle:.0f} s:\n  " + "\n  ".join(graph))
+            allowed = f"deadlines.give_up = {self._deadlines.give_up:g}"
+            raise RunFailed(f"nothing moved for {idle:.0f} s ({allowed}):\n  " + "\n  ".join(graph))
         if not self._reported:
             self._reported = True
             yield Stalled(seconds=idle, graph=graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class Quarantine:
         self._kept += 1
         if self._folder is None or self._kept > MOST_KEPT:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         stem = self._folder / f"{self._name}-{os.getpid()}-{self._kept}"
-        stem.with_suffix(".frame").write_bytes(frame.tobytes())
-        stem.with_suffix(".txt").write_text(f"{reason}\n")
+        with contextlib.suppress(OSError):  # a full disk: the frame is counted, and its rows fail with the reason
+            self._folder.mkdir(parents=True, exist_ok=True)
+            stem.with_suffix(".txt").write_text(f"{reason}\n")
+            stem.with_suffix(".frame").write_bytes(frame.tobytes())

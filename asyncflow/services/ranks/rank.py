@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_none
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
@@ -20,6 +20,7 @@ from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank_requests import abandon, carry_out
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.row_reader import RowReader
+from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
@@ -27,6 +28,8 @@ from protocols.control.requests import AbandonStep, Done, LoadState, RankAnswer,
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics, Rollouts
 from protocols.stage import Failure, Measured, Partial, StepAbandoned
+
+T = TypeVar("T")
 
 
 class Ranks(Protocol):
@@ -68,17 +71,24 @@ class Rank:
     ) -> tuple[RankReply, list[Payload]]:
         """Fetch the frames, then `work` in the compute thread. See `Ranks.call`."""
         frames = [await get_or_none(self._store, payload) for payload in payloads]
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.work, call, frames, output)
+        return await self._in_thread(lambda: self.work(call, frames, output))
 
     async def ask(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Run `answer` in the compute thread. See `Ranks.ask`."""
         if isinstance(request, AbandonStep):
             return self._abandon(request), []
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, request, output)
+        return await self._in_thread(lambda: self.answer(request, output))
 
     async def close(self) -> None:
         """Free the worker, after its current call."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.close)
+        await self._in_thread(self._loaded.close)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        def alone() -> T:
+            with computing():
+                return function()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, alone)
 
     def work(
         self, call: RankCall, frames: Sequence[Frame | None], output: Store | None = None

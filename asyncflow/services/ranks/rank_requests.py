@@ -95,3 +95,14 @@ _ACTIVITIES = {
 def activity_of(request: RankRequest) -> str:
     """The request's name in the timeline."""
     return f"to_{request.to}" if isinstance(request, SwitchLayout) else _ACTIVITIES[type(request)]
+
+
+def described(request: RankRequest) -> str:
+    """The request in words, for a log."""
+    match request:
+        case TakeSnapshot():
+            return f"publish of version {request.version}"
+        case SaveState() | LoadState() | ExportModel():
+            return f"{activity_of(request)}, in {request.folder},"
+        case _:
+            return activity_of(request)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+import os
+import time
 from typing import TYPE_CHECKING
 
+from asyncflow.observe.log import close_log, open_log
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
+from asyncflow.services.ranks.shared_process import loading
 from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
 from protocols.layout.topology import Topology
 from protocols.stage import StageContract, contract_of
+from workers.data.folder_tensors import stored_tensors
 from workers.parallel.sharding import ONE_DEVICE, Sharding
 from workers.user_code import search_in
 
@@ -46,7 +52,40 @@ def _sharding_of(spec: ServiceSpec, world: World | None) -> Sharding:
 
 
 def build(spec: ServiceSpec, rank: int = 0, world: World | None = None) -> LoadedWorker:
-    """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models."""
+    """Build the worker of one of a service's ranks; `world`: of several that work together. Blocking: loads models.
+
+    The service's log tells what was loaded, and has what libraries wrote meanwhile.
+    """
+    log, start = open_log(spec.log_path), time.monotonic()
+    who = f"{spec.name} rank {rank}" if spec.topology.world_size > 1 else spec.name
+    log.info("%s starts in process %d", who, os.getpid())
+    try:
+        with loading(spec.log_path):
+            loaded = _build(spec, rank, world)
+    except Exception:
+        log.exception("%s did not start", who)
+        raise
+    else:
+        log.info("%s is ready after %.1f s: %s", who, time.monotonic() - start, _described(spec, world))
+        return loaded
+    finally:
+        close_log(log)
+
+
+def _described(spec: ServiceSpec, world: World | None) -> str:
+    """The model that a worker has, in words."""
+    if not isinstance(spec.settings, ModelSettings) or not spec.settings.model.folders:
+        return "it has no model"
+    models = [f"{folder}, {_parameters(folder) / 1e6:.1f} M parameters" for folder in spec.settings.model.folders]
+    sharding = _sharding_of(spec, world)
+    return f"{'; '.join(models)}, {spec.settings.model.dtype}, on {sharding.device}, in ranks {sharding.topology}"
+
+
+def _parameters(folder: str) -> int:
+    return sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+
+
+def _build(spec: ServiceSpec, rank: int, world: World | None) -> LoadedWorker:
     search_in(spec.code)
     if spec.role not in ROLE_SPECS:
         return LoadedWorker(_own(spec.role)(spec, rank), world=world)

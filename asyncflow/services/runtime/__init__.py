@@ -23,6 +23,8 @@ class Started(msgspec.Struct):
 class Runtime(Protocol):
     """Starts, replaces and stops services."""
 
+    warnings: list[str]  # of the start, for the user
+
     @property
     def store(self) -> Store:
         """The store through which the controller reads frames."""

@@ -21,6 +21,7 @@ class LocalRuntime:
     def __init__(self, store_bytes: int = 0) -> None:
         """`store_bytes`: memory for the rows in flight, 0 for a gigabyte; frames beyond it are written to files."""
         self.store = LocalStore(store_bytes or DEFAULT_BUDGET)
+        self.warnings: list[str] = []
         self._services: dict[str, ModelService] = {}
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:

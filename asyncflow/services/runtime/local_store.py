@@ -6,6 +6,7 @@ mapped when they are read. A sender waits only for a mailbox's credit, which cou
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import weakref
@@ -49,7 +50,15 @@ class LocalStore:
                 self._folder = tempfile.TemporaryDirectory(prefix="asyncflow-spill-", ignore_cleanup_errors=True)
             self._files += 1
             path = Path(self._folder.name) / f"{self._files}.frame"
-        frame.tofile(path)
+        try:
+            frame.tofile(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise OSError(
+                f"rows of {frame.nbytes / 1e6:.1f} MB beyond store_bytes don't fit into {path.parent}, where "
+                f"{free:.1f} MB are free: {error}; make room there, set TMPDIR to another folder, or raise store_bytes"
+            ) from error
         return Spilled(path, frame.nbytes)
 
     def piece_bytes(self, nbytes: int, direct: bool) -> int:

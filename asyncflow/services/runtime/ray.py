@@ -53,6 +53,7 @@ class RayRuntime:
         wired: processes of one node also call each other over sockets (wire.py); else through Ray alone.
         """
         self.store = RayStore(inline_bytes)
+        self.warnings: list[str] = []
         self._address = address
         self._cpus = cpus
         self._store_bytes = store_bytes

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -410,6 +412,47 @@ async def test_a_slow_consumer_holds_no_engine_slot(folders: list[Path]):
     generated = concat([batch for _, batches in consumer.arrived for batch in batches])
     assert sorted(generated.sample_ids.tolist()) == prompts(*"1234").sample_ids.tolist()
     assert [len(d.failures) for d, _ in consumer.arrived if d.failures] == [1], "its tombstone travels in its place"
+
+
+async def test_while_a_batch_is_generated_nobody_waits_and_its_tokens_are_reported(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """A stage that said "waits for rows" would be blamed for a stall, and a long batch would look like one."""
+    reached, go_on = threading.Event(), threading.Event()
+    consumer = Consumer("reward")
+    async with bench(folders[0]) as b, generating(b, consumer) as stage:
+        forward = b.engine._next_logits
+
+        def gated(*arguments: Any) -> Any:
+            if b.engine.tokens:
+                reached.set()
+                go_on.wait(60)
+            return forward(*arguments)
+
+        monkeypatch.setattr(b.engine, "_next_logits", gated)
+        await b.until(lambda: waits(b) == "rows on prompts", "the first wait")
+        await stage.deliver(0, *delivered("1", "2"))
+        await b.until(reached.is_set, "the first token")
+        b.context.reports._notices.clear()
+        assert waits(b) == ""
+        b.loop.note_progress()
+        assert await b.context.reports.notices() == [Generated([], 2)]
+        go_on.set()
+        await b.until(lambda: len(arrived(consumer)) == 2, "both rows")
+        await b.until(lambda: waits(b) == "rows on prompts", "the wait for more rows")
+
+
+async def test_rows_that_are_too_new_for_the_weights_wait_for_weights(folders: list[Path]):
+    consumer = Consumer("reward")
+    async with bench(folders[0], version=None) as b, generating(b, consumer) as stage:
+        await stage.deliver(0, *delivered("1"))
+        await b.until(lambda: waits(b) == "weights on policy", "its wait for weights")
+
+
+def waits(b: Bench) -> str:
+    """What the stage waits for."""
+    waiting = b.context.reports.waits.get(STAGE.name)
+    return f"{waiting.what} on {waiting.on}" if waiting else ""
 
 
 async def test_a_prompt_that_is_delivered_twice_is_generated_once(folders: list[Path]):

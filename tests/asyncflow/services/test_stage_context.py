@@ -259,7 +259,7 @@ async def test_the_lease_is_asked_for_where_others_share_the_pool_and_always_ret
 
 async def test_notices_that_nobody_reads_end_the_service_and_not_the_machine():
     async with hosted(SPEC) as context:
-        for _ in range(MOST_NOTICES):
-            context.reports.wait("a.double#1", "rows")
+        for number in range(MOST_NOTICES):
+            context.reports.wait("a.double#1", "rows", f"sender {number}")
         with pytest.raises(RuntimeError, match=f"service a: {MOST_NOTICES} notices"):
             context.reports.wait("a.double#1", "rows")

@@ -12,6 +12,7 @@ from asyncflow.control.settings import Checkpoints
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.observe.exporter import Exporter
+from asyncflow.observe.log import open_log
 from protocols.control.events import StepCommitted
 from protocols.data.ids import prompt_id, prompt_of, sample_id
 from tests.asyncflow.observe.test_exporter import scrape
@@ -35,6 +36,7 @@ def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = 
         stateful=[],
         recipe_digest="",
         exporter=Exporter("controller"),
+        log=open_log(""),
         restored=restored,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from asyncflow.services.runtime.local_store import LocalStore, Spilled
 from tests.asyncflow.services.rows import held_bytes
+from tests.disks import mounted
 
 
 def frame(value: int, nbytes: int = 1000) -> np.ndarray:
@@ -56,3 +58,12 @@ def test_closing_leaves_nothing_behind():
     spilled = store.put(frame(1))
     store.close()
     assert not spilled.path.parent.exists()
+
+
+def test_a_frame_that_fits_nowhere_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with mounted(tmp_path / "tmp", 1 << 20) as small:
+        monkeypatch.setattr(tempfile, "tempdir", str(small))
+        store = LocalStore(budget_bytes=0)
+        with pytest.raises(OSError, match=r"rows of 2\.1 MB beyond store_bytes don't fit .* 1\.0 MB are free"):
+            store.put(frame(1, 2 << 20))
+        store.close()

@@ -1,0 +1,76 @@
+"""Events of a run as sentences, for its log and for a person who follows it on a console."""
+
+from __future__ import annotations
+
+from protocols.control.events import (
+    CheckpointWritten,
+    CodeRefused,
+    CodeReloaded,
+    Evaluated,
+    Event,
+    Published,
+    RunEnded,
+    RunStarted,
+    SamplesEnded,
+    ServiceReplaced,
+    Stalled,
+    StateChanged,
+    StepCommitted,
+    WaitsChanged,
+    Warned,
+)
+
+
+def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one case per event
+    """An event in one line; None for the waits, which change all the time. `steps`: of the whole run."""
+    match event:
+        case RunStarted():
+            resumed = f", {event.first_step} of them done before" if event.first_step else ""
+            line = f"run {event.run}: {event.steps} steps{resumed}, in {event.folder}"
+        case StepCommitted():
+            line = (
+                f"step {event.step}/{steps}  reward {event.reward_mean:.4f}  kl {event.kl:.4f}  "
+                f"loss {event.loss:+.4f}  staleness {event.staleness_max}  samples {event.samples}  "
+                f"{tokens_per_second(event):.0f} tokens/s  {event.seconds:.2f} s"
+            )
+        case Evaluated():
+            line = f"evaluation at step {event.step}: {event.metric} {event.value:.4f} over {event.samples} samples"
+        case CheckpointWritten():
+            line = (
+                f"checkpoint of step {event.step}: {event.path}, {event.nbytes / 1e6:.1f} MB in {event.seconds:.2f} s"
+            )
+        case Published():
+            proofs = [f"probe differs by {receipt.probe_difference:.2g}" for receipt in event.receipts]
+            megabytes = f"{event.nbytes / 1e6:.1f} MB in {event.seconds:.2f} s"
+            line = f"version {event.version} published: {megabytes}, {', '.join(proofs) or 'to no engine'}"
+        case SamplesEnded():
+            line = f"{event.count} samples {event.state}: {one_line(event.reason)}"
+        case ServiceReplaced():
+            line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}"
+        case CodeReloaded():
+            files = [f"{module} {digest[:12]}" for module, digest in event.digests.items()]
+            line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"
+        case CodeRefused():
+            line = f"code refused after step {event.step}, the old code stays in use: {one_line(event.error)}"
+        case StateChanged():
+            line = f"the run is {event.state}"
+        case Stalled():
+            line = f"no progress for {event.seconds:.0f} s: " + "; ".join(event.graph)
+        case Warned():
+            line = f"warning: {event.text}"
+        case RunEnded():
+            cause = f": {event.error}" if event.error else ""
+            line = f"run {event.outcome} after step {event.step}{cause}"
+        case WaitsChanged():
+            line = None
+    return line
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks."""
+    return " ".join(text.split())
+
+
+def tokens_per_second(step: StepCommitted) -> float:
+    """The rate at which a step's response tokens came, over its whole time."""
+    return step.tokens_generated / step.seconds if step.seconds else 0.0
