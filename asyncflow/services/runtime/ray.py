@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,12 +15,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from asyncflow.services.channels.endpoint import ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.runtime import Started, wire
+from asyncflow.services.runtime import Started, ray_session, wire
 from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.runtime.ray_store import RayStore
-from asyncflow.services.runtime.signals import keep_sigterm
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
@@ -33,7 +29,7 @@ CONCURRENT_CALLS = 1000  # of one actor; each delivery that waits for credit is 
 
 
 class RayRuntime:
-    """Implements `Runtime`. Without an address it starts a local Ray, and shuts it down at the end."""
+    """Implements `Runtime`, on the Ray that this process is connected to; see ray_session.py for when there is none."""
 
     def __init__(
         self,
@@ -63,17 +59,17 @@ class RayRuntime:
         self._endpoints: dict[str, RayEndpoint] = {}
         self._pools = ReservedPools(pools)
         self._wired = wired
-        self._owns_ray = False
+        self._joining: asyncio.Task[list[str]] | None = None
+        self._namespace = (
+            f"asyncflow-{secrets.token_hex(8)}"  # of the actors' names: folders of two runs may be namesakes
+        )
         self._restarting = asyncio.Lock()
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Start all actors concurrently, wait until each has loaded its model, then connect them."""
-        try:
-            with keep_sigterm():
-                await asyncio.to_thread(self._init)
-        except Exception as error:  # ray.init raises bare exceptions, too
-            where = f"at {self._address}" if self._address else "on this machine"
-            raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {error}") from error
+        joining = asyncio.to_thread(ray_session.join, self._address, self._cpus, self._store_bytes)
+        self._joining = asyncio.create_task(joining, name="join Ray")
+        self.warnings += await asyncio.shield(self._joining)
         await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
             specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
@@ -110,9 +106,10 @@ class RayRuntime:
         count = spec.topology.world_size
         name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
         rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]
+        process = {"max_restarts": 0, "runtime_env": {"env_vars": ray_session.environment()}}
         rank_actor: Any = ray.remote(RankActor)
         ranks = [
-            rank_actor.options(max_restarts=0, **self._pools.options(spec, rank)).remote(packed, rank_name, rank)
+            rank_actor.options(**process, **self._pools.options(spec, rank)).remote(packed, rank_name, rank)
             for rank, rank_name in enumerate(rank_names)
         ]
         coordinator: Any = ray.remote(ServiceActor)
@@ -120,7 +117,8 @@ class RayRuntime:
         self._ranks[spec.name] = ranks
         self._actors[spec.name] = coordinator.options(
             name=f"{spec.run}/{spec.name}",
-            max_restarts=0,
+            namespace=self._namespace,
+            **process,
             max_concurrency=CONCURRENT_CALLS,
             **(NO_DEVICE if ranks else self._pools.options(spec)),
         ).remote(packed, name, ranks, rank_names)
@@ -154,7 +152,20 @@ class RayRuntime:
         started[spec.name] = Started(self._endpoints[spec.name], f"{host}:{port}")
 
     async def stop(self) -> None:
-        """Stop each service, then kill its processes, then shut down a Ray that this runtime started."""
+        """Stop each service, then kill its processes, then leave Ray."""
+        joining, self._joining = self._joining, None
+        if joining is None:
+            return
+        await asyncio.wait([joining])
+        if joining.exception() is not None:
+            return
+        try:
+            if ray.is_initialized():  # else the program has shut it down, and a call would start another
+                await self._stop_actors()
+        finally:
+            await asyncio.to_thread(ray_session.leave)
+
+    async def _stop_actors(self) -> None:
         actors, self._actors = self._actors, {}
         await asyncio.gather(*(_end(actor) for actor in actors.values()))
         for endpoint in self._endpoints.values():
@@ -163,31 +174,6 @@ class RayRuntime:
         for actor in (actor for group in ranks.values() for actor in group):
             ray.kill(actor)
         await asyncio.to_thread(self._pools.release)
-        if self._owns_ray:
-            self._owns_ray = False
-            await asyncio.to_thread(ray.shutdown)
-
-    def _init(self) -> None:
-        if ray.is_initialized():
-            return
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._owns_ray = not self._address
-        project = str(Path(__file__).parents[3])
-        ray.init(
-            address=self._address or "local",
-            num_cpus=None if self._address else self._cpus,
-            object_store_memory=None if self._address else self._store_bytes or None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={
-                "env_vars": {
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])]),
-                }
-            },
-        )
 
 
 def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:

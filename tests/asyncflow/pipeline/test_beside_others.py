@@ -7,12 +7,13 @@ import logging
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
 import asyncflow
-from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.config import Recipe, to_recipe
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.runs import finished
 
@@ -44,6 +45,20 @@ async def test_two_runs_in_one_program_have_a_log_of_their_own_and_leave_the_pro
     after = [(log.level, log.propagate, list(log.handlers)) for log in (logging.getLogger("asyncflow"), logging.root)]
     assert after == before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("no_ray")
+async def test_the_run_that_ends_first_leaves_the_other_ones_ray_alone(table: dict[str, Any], tmp_path: Path):
+    """Their folders have the same name, too: the names of their actors must not meet."""
+    import ray
+
+    models = {name: table["models"][name] for name in ("policy", "reference")} | {"reward": {"rule": "exact_match"}}
+    free = {"runtime": "ray", "deterministic": False, "advantage": {}}
+    grpo = table | WITHOUT_EVALUATION | free | {"algorithm": "grpo", "models": models}
+    recipes = [to_recipe(grpo | {"data": table["data"] | {"eval": ""}, "steps": steps}) for steps in (1, 6)]
+    await asyncio.gather(*(finished(recipe, tmp_path / str(i) / "r") for i, recipe in enumerate(recipes)))
+    assert not ray.is_initialized(), "the last run ends the Ray that the first one started"
 
 
 async def test_a_running_loop_starts_runs_one_after_the_other_also_after_an_error_of_its_own(

@@ -1,0 +1,179 @@
+"""This process's connection to Ray, which its runs share: the first of them makes it, the last one ends it.
+
+A Ray that the user's program started with ray.init() is used as it is, and never shut down.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+
+from asyncflow.services.channels.endpoint import ServiceError
+
+LOCAL = "local"
+STARTS = 2  # Ray gives a node a fixed time to start, which is too short on a busy machine
+PROJECT = str(Path(__file__).parents[3])
+_SHARED_MEMORY = Path("/dev/shm")
+_SOCKET_BYTES = 107  # the most that a Unix socket's path may have on Linux
+_LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_123456_4194304/sockets/plasma_store.1"
+
+_lock = threading.Lock()
+_runs = 0
+_own_job = ""  # Ray's id of the connection that a run here made; "": the user's program made it
+_own_address = ""
+
+
+def join(address: str, cpus: int | None = None, store_bytes: int = 0) -> list[str]:
+    """Use this process's connection to Ray, and make it if there is none. Blocks. Returns warnings.
+
+    Args:
+        address: of a cluster; "" takes RAY_ADDRESS, and without it starts a Ray on this machine.
+        cpus, store_bytes: of a Ray that is started; None and 0 are Ray's defaults.
+
+    Raises ServiceError, in one line, if Ray can't be started or reached, or is another one than `address` says.
+    """
+    global _runs, _own_job, _own_address  # noqa: PLW0603 - a process has one connection to Ray
+    with _lock:
+        if ray.is_initialized():
+            _refuse_other(address)
+            warnings = ["store_bytes is not used: Ray was there already"] if store_bytes else []
+        else:
+            address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
+            warnings = _connect(address, cpus, store_bytes)
+            _runs, _own_job, _own_address = 0, _job(), address
+        _runs += 1
+    return warnings
+
+
+def leave() -> None:
+    """Stop using the connection, and end it if no other run here uses it and a run here made it. Blocks."""
+    global _runs  # noqa: PLW0603
+    with _lock:
+        _runs -= 1
+        if not _runs and ray.is_initialized() and _is_own():
+            ray.shutdown()
+
+
+def environment() -> dict[str, str]:
+    """Environment variables of an actor's process, so that it imports what this program imports, whoever started Ray.
+
+    A user's ray.init() may have set another working directory, and another PYTHONPATH for its workers.
+    """
+    given = (ray.get_runtime_context().runtime_env or {}).get("env_vars", {})
+    paths = [*import_paths(sys.path, str(Path.cwd())), *given.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys([PROJECT, *filter(None, paths)]))}
+
+
+def import_paths(paths: list[str], cwd: str) -> list[str]:
+    """The entries of sys.path that are the user's own, absolute; those of the Python installation are left out."""
+    installed = [Path(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix)]
+    own = [Path(cwd, path) for path in paths]  # "" is the working directory
+    return [str(path) for path in own if path.exists() and not any(path.is_relative_to(lib) for lib in installed)]
+
+
+def temp_folder(environ: Mapping[str, str]) -> str:
+    """A folder for Ray's sockets and logs that exists, can be written, and has a path that is short enough.
+
+    RAY_TMPDIR says it; otherwise it is TMPDIR, or /tmp where that does not do. Raises ServiceError.
+    """
+    told = environ.get("RAY_TMPDIR", "")
+    candidates = [told] if told else [*filter(None, [environ.get("TMPDIR", "")]), "/tmp"]
+    defects = [(folder, defect) for folder in candidates if (defect := _defect_of(folder))]
+    usable = [folder for folder in candidates if folder not in dict(defects)]
+    if not usable:
+        reasons = "; ".join(f"{folder} {defect}" for folder, defect in defects)
+        raise ServiceError(f"Ray has no folder for its sockets: {reasons}; set RAY_TMPDIR to a short writable one")
+    return usable[0]
+
+
+def _defect_of(folder: str) -> str:
+    """Why Ray can't use a folder; "" if it can."""
+    longest = _SOCKET_BYTES - len(_LONGEST_SOCKET)
+    if len(os.fsencode(folder)) > longest:
+        return f"has {len(os.fsencode(folder))} bytes in its path, and sockets below it allow {longest}"
+    if not Path(folder).is_dir():
+        return "is no folder"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else "can't be written"
+
+
+def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
+    local = address == LOCAL
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own = {"num_cpus": cpus, "object_store_memory": store_bytes or None, "_temp_dir": f"{temp_folder(os.environ)}/ray"}
+    if local:
+        _ensure_token()
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if local else {}),
+            )
+            return _small_shared_memory() if local else []
+        except Exception as error:  # ray.init raises bare exceptions, too
+            ray.shutdown()
+            if local and "timed out" in str(error) and attempt < STARTS:
+                continue
+            where = "on this machine" if local else f"at {address}"
+            raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {_one_line(error)}") from error
+    raise AssertionError("every attempt returns or raises")
+
+
+def _ensure_token() -> None:
+    """Give a Ray of our own a token in the environment where it can't keep one in the home folder."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    try:
+        kept = Path.home() / ".ray" / "auth_token"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        writable = kept.exists() or os.access(kept.parent, os.W_OK)
+    except (OSError, RuntimeError):  # no home folder, or one that can't be written
+        writable = False
+    if not writable:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _small_shared_memory() -> list[str]:
+    store = int(ray.cluster_resources().get("object_store_memory", 0))
+    there = shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else 0
+    if there >= store:
+        return []
+    return [
+        f"{_SHARED_MEMORY} holds {there / 1e6:.0f} MB, Ray's object store {store / 1e6:.0f} MB: it is kept on disk, "
+        f"which is slower; enlarge it (docker run --shm-size) or lower store_bytes"
+    ]
+
+
+def _refuse_other(address: str) -> None:
+    """Raise ServiceError if a run names another Ray than the one that this process is connected to."""
+    if not address or (_is_own() and address == _own_address):
+        return
+    connected = str(ray.get_runtime_context().gcs_address)
+    if address.rpartition(":")[2] != connected.rpartition(":")[2]:  # a host has several names: its port is compared
+        raise ServiceError(
+            f"ray_address = {address!r}: this program is connected to the Ray at {connected} already, and a process "
+            f"has one connection: leave ray_address out, or start the run in another process"
+        )
+
+
+def _is_own() -> bool:
+    return bool(_own_job) and _job() == _own_job
+
+
+def _job() -> str:
+    return f"{ray.get_runtime_context().gcs_address} {ray.get_runtime_context().get_job_id()}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
