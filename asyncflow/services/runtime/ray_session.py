@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -67,7 +68,8 @@ def environment() -> dict[str, str]:
 
     A user's ray.init() may have set another working directory, and another PYTHONPATH for its workers.
     """
-    given = (ray.get_runtime_context().runtime_env or {}).get("env_vars", {})
+    own: dict[str, Any] = ray.get_runtime_context().runtime_env or {}
+    given: dict[str, str] = own.get("env_vars") or {}
     paths = [*import_paths(sys.path, str(Path.cwd())), *given.get("PYTHONPATH", "").split(os.pathsep)]
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys([PROJECT, *filter(None, paths)]))}
 

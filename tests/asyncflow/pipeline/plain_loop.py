@@ -78,6 +78,7 @@ class Batch:
 
 
 def prompt_source(recipe: Recipe) -> PromptSource:
+    assert isinstance(recipe.data.train, str)
     lines = Path(recipe.data.train).read_text().splitlines()
     rows = [msgspec.json.decode(line, type=DataRow) for line in lines]
     return PromptSource(rows, recipe.models["policy"].path, recipe.seed)
