@@ -236,7 +236,6 @@ async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[E
     current: list[Run] = []
 
     def interrupted() -> None:
-        signal.alarm(0)  # Ray's own handler of SIGTERM sets an alarm that would abort the drain
         if current and not stopping:
             line = "draining: finishing the current step and writing a checkpoint; interrupt again to end at once"
             err.print(line, soft_wrap=True)

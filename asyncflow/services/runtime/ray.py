@@ -20,6 +20,7 @@ from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPoo
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
 from asyncflow.services.runtime.ray_store import RayStore
+from asyncflow.services.runtime.signals import keep_sigterm
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
@@ -69,7 +70,8 @@ class RayRuntime:
         """Start all actors concurrently, wait until each has loaded its model, then connect them."""
         joining = asyncio.to_thread(ray_session.join, self._address, self._cpus, self._store_bytes)
         self._joining = asyncio.create_task(joining, name="join Ray")
-        self.warnings += await asyncio.shield(self._joining)
+        with keep_sigterm():
+            self.warnings += await asyncio.shield(self._joining)
         await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
             specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
