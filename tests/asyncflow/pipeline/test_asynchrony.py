@@ -109,7 +109,8 @@ async def test_a_run_whose_every_reward_fails_ends_with_the_reject_rate(
     (tmp_path / "broken.py").write_text("def score(prompt, response, reference):\n    return None\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
-        async with asyncflow.launch(make_recipe(max_refills=2, models={"reward": {"rule": "broken:score"}})) as run:
+        reward = {"rule": "broken:score", "check": False}
+        async with asyncflow.launch(make_recipe(max_refills=2, models={"reward": reward})) as run:
             ended = await run.wait()
     assert (ended.outcome, ended.exit_code) == ("failed", 1)
     assert "max_refills = 2" in ended.error
