@@ -29,11 +29,11 @@ from workers.generation.torch import TorchEngine
 from workers.settings import Generation
 from workers.training.models import load_causal
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)  # a step of the real model on a share of one core
 
 RECIPES = Path(__file__).parents[3] / "deploy" / "recipes" / "smollm2"
 SMALL = ["steps=2", "prompts_per_step=2", "samples_per_prompt=2", "runtime=local", "generation.max_tokens=16"]
-SMALL += ["evaluation.limit=2", "checkpoints.every=0"]
+SMALL += ["data.eval=", "checkpoints.every=0"]
 VARIED = "models.reward.rule=tests.asyncflow.pipeline.rules:varied"  # two samples of a prompt have different rewards
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 CONSOLE = Console(quiet=True)
