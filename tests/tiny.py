@@ -143,9 +143,17 @@ def publish(model: PreTrainedModel, version: Version, probe: str = "", tolerance
 
 @torch.no_grad()
 def log_probs(
-    model: PreTrainedModel, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32], temperature: float = 1.0
+    model: PreTrainedModel,
+    prompt: npt.NDArray[np.int32],
+    response: npt.NDArray[np.int32],
+    temperature: float = 1.0,
+    *,
+    known: int | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Log-probs of the response's tokens, float32 [T], from a forward pass of this row alone."""
+    """Log-probs of the response's tokens, float32 [T], from a forward pass of this row alone.
+
+    `known`: the number of ids that may be sampled, where the model has further rows.
+    """
     row = torch.tensor(np.concatenate([prompt, response])[None], dtype=torch.int64)
-    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+    logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1, :known].float() / temperature
     return logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None]).squeeze(-1).numpy()

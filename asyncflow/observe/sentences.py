@@ -48,7 +48,7 @@ def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one cas
         case ServiceReplaced():
             line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}"
         case CodeReloaded():
-            files = [f"{module} {digest[:12]}" for module, digest in event.digests.items()]
+            files = [f"{module} {digest}" for module, digest in event.digests.items()]
             line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"
         case CodeRefused():
             line = f"code refused after step {event.step}, the old code stays in use: {one_line(event.error)}"

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.timeout(1500)  # a step of the real model on a share of
 RECIPES = Path(__file__).parents[3] / "deploy" / "recipes" / "smollm2"
 SMALL = ["steps=2", "prompts_per_step=2", "samples_per_prompt=2", "runtime=local", "generation.max_tokens=16"]
 SMALL += ["data.eval=", "checkpoints.every=0"]
+ONE_SMALL_STEP = ["generation.engine=torch", "steps=1", "models.policy.learning_rate=1e-6"]
 VARIED = "models.reward.rule=tests.asyncflow.pipeline.rules:varied"  # two samples of a prompt have different rewards
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 CONSOLE = Console(quiet=True)
@@ -144,7 +145,7 @@ def said_by_vllm(folder: Path) -> str:
 
 
 async def test_grpo_trains_adapters_alone(model: Path):
-    async with asyncflow.launch(recipe("grpo_lora.toml", "generation.engine=torch", "steps=1", VARIED)) as run:
+    async with asyncflow.launch(recipe("grpo_lora.toml", VARIED, *ONE_SMALL_STEP)) as run:
         events = [event async for event in run.events()]
         ended = await run.wait()
     assert ended.outcome == "finished", ended.error
