@@ -16,7 +16,8 @@ from asyncflow.services.channels.shard_refs import ShardRef, row_refs
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
 from asyncflow.services.external_workers import ExternalRank
 from asyncflow.services.firing import Fired
-from asyncflow.services.generation import GeneratingStage, GenerationLoop, generate_now
+from asyncflow.services.generating_stage import GeneratingStage
+from asyncflow.services.generation import GenerationLoop, generate_now
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.rank import LocalRanks, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of

@@ -20,7 +20,7 @@ from workers.data.datasets import SafetyPair, read_rows
 from workers.data.tokenizer import Tokenizer
 from workers.finetune.loop import OnStep, OnWarning, load_trainable, optimize
 from workers.finetune.output import Output
-from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, fit_pairs, pair_accuracy, pair_scores, tokenized_pairs
+from workers.finetune.reward_model import HELDOUT_ACCURACY, PAIR, fit_pairs, pair_accuracy, pair_scores
 from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss
 from workers.settings import Chat
@@ -84,12 +84,11 @@ def train_cost_model(
     if not signs_of(rows).any():
         raise DataError(f"{settings.data}: no row says whether a response is safe (chosen_is_safe, rejected_is_safe)")
     tokenizer = Tokenizer(settings.model)
-    fitted = fit_pairs(tokenized_pairs(tokenizer, rows, settings.data), settings.data, settings, on_warning)
+    fitted = fit_pairs(tokenizer, rows, settings.data, settings, on_warning)
     pairs, labels, skipped = fitted.rows, signs_of([rows[row] for row in fitted.kept]), fitted.skipped
     heldout, heldout_labels = None, signs_of([])
     if heldout_rows:
-        found = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
-        fitted = fit_pairs(found, settings.heldout, settings, on_warning)
+        fitted = fit_pairs(tokenizer, heldout_rows, settings.heldout, settings, on_warning)
         heldout, heldout_labels = fitted.rows, signs_of([heldout_rows[row] for row in fitted.kept])
         skipped += fitted.skipped
     trained = load_trainable(settings, "score")

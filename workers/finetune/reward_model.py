@@ -49,11 +49,10 @@ def train_reward_model(
     rows = _pairs(settings, settings.data)
     heldout_rows = _pairs(settings, settings.heldout) if settings.heldout else []
     tokenizer = Tokenizer(settings.model)
-    fitted = fit_pairs(tokenized_pairs(tokenizer, rows, settings.data), settings.data, settings, on_warning)
+    fitted = fit_pairs(tokenizer, rows, settings.data, settings, on_warning)
     pairs, heldout, skipped = fitted.rows, None, fitted.skipped
     if heldout_rows:
-        found = tokenized_pairs(tokenizer, heldout_rows, settings.heldout)
-        fitted = fit_pairs(found, settings.heldout, settings, on_warning)
+        fitted = fit_pairs(tokenizer, heldout_rows, settings.heldout, settings, on_warning)
         heldout, skipped = fitted.rows, skipped + fitted.skipped
     trained = load_trainable(settings, "score")
     output.begin()
@@ -100,10 +99,21 @@ def tokenized_pairs(tokenizer: Tokenizer, pairs: Sequence[Preference | SafetyPai
     return tokenized(tokenizer, texts, where, PAIR)
 
 
-def fit_pairs(pairs: TokenRows, path: str, settings: RewardModelSettings, on_warning: OnWarning | None) -> Fitted:
-    """The pairs whose responses both fit the model's context. Raises DataError, see `fit_to_context`."""
+def fit_pairs(
+    tokenizer: Tokenizer,
+    pairs: Sequence[Preference | SafetyPair],
+    path: str,
+    settings: RewardModelSettings,
+    on_warning: OnWarning | None,
+) -> Fitted:
+    """The tokens of the pairs of a file whose responses both fit the model's context.
+
+    Raises DataError, see `fit_to_context`.
+    """
     hint = "overlong = 'skip', which leaves these pairs out"
-    fitted = fit_to_context(pairs, settings.overlong, path, settings.model, PAIR, hint)
+    fitted = fit_to_context(
+        tokenized_pairs(tokenizer, pairs, path), settings.overlong, path, settings.model, PAIR, hint
+    )
     if fitted.warning and on_warning:
         on_warning(fitted.warning)
     return fitted

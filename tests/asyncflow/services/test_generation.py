@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.shard_refs import ShardRef
-from asyncflow.services.generation import GeneratingStage, GenerationLoop, Job, generate_now
+from asyncflow.services.generating_stage import GeneratingStage
+from asyncflow.services.generation import GenerationLoop, Job, generate_now
 from asyncflow.services.ranks.spec import Limits, ModelSettings, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
