@@ -1,6 +1,9 @@
 """This process's connection to Ray, which its runs share: the first of them makes it, the last one ends it.
 
 A Ray that the user's program started with ray.init() is used as it is, and never shut down.
+
+The kernel kills the processes of a Ray on this machine when the thread that started them ends, and the threads of an
+event loop's pool end with the loop. Ray is therefore started in a thread of its own, which lasts until it is shut down.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ _lock = threading.Lock()
 _runs = 0
 _own_job = ""  # Ray's id of the connection that a run here made; "": the user's program made it
 _own_address = ""
+_shut_down = threading.Event()  # ends the thread that started our Ray
 
 
 def join(address: str, cpus: int | None = None, store_bytes: int = 0) -> list[str]:
@@ -48,7 +53,7 @@ def join(address: str, cpus: int | None = None, store_bytes: int = 0) -> list[st
             warnings = ["store_bytes is not used: Ray was there already"] if store_bytes else []
         else:
             address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
-            warnings = _connect(address, cpus, store_bytes)
+            warnings = _in_lasting_thread(lambda: _connect(address, cpus, store_bytes))
             _runs, _own_job, _own_address = 0, _job(), address
         _runs += 1
     return warnings
@@ -61,6 +66,7 @@ def leave() -> None:
         _runs -= 1
         if not _runs and ray.is_initialized() and _is_own():
             ray.shutdown()
+            _shut_down.set()
 
 
 def environment() -> dict[str, str]:
@@ -104,6 +110,27 @@ def _defect_of(folder: str) -> str:
     if not Path(folder).is_dir():
         return "is no folder"
     return "" if os.access(folder, os.W_OK | os.X_OK) else "can't be written"
+
+
+def _in_lasting_thread(connect: Callable[[], list[str]]) -> list[str]:
+    """What `connect` returns or raises, called in a thread that lasts until `leave` shuts Ray down."""
+    global _shut_down  # noqa: PLW0603
+    _shut_down.set()  # the program may have shut down an earlier Ray of ours by itself
+    _shut_down = ended = threading.Event()
+    connected: Future[list[str]] = Future()
+
+    def live() -> None:
+        try:
+            warnings = connect()
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            connected.set_exception(error)
+            return
+        connected.set_result(warnings)
+        ended.wait()
+
+    # A daemon, or the interpreter would wait for it at its end, before Ray's own exit handler runs.
+    threading.Thread(target=live, name="asyncflow-ray", daemon=True).start()
+    return connected.result()
 
 
 def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:

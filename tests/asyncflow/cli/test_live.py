@@ -99,7 +99,7 @@ def test_without_a_terminal_each_step_is_one_line_however_narrow_it_is():
         (StateChanged(state="paused"), "the run is paused"),
         (
             CodeReloaded(step=3, digests={"mine": "0123456789abcdef"}),
-            "code reloaded after step 3: mine 0123456789ab",
+            "code reloaded after step 3: mine 0123456789abcdef",
         ),
         (
             CodeRefused(step=3, digests={"mine": "0"}, error="mine.py:1 raised\nSyntaxError"),
