@@ -52,10 +52,15 @@ def search_in(folders: Iterable[str]) -> None:
     own = dict.fromkeys(folders)
     kept = [folder for folder in _FOLDERS if folder not in own]
     _OURS.update(folder for folder in own if folder not in sys.path)
-    before = [folder for folder in sys.path if folder not in _OURS]
+    before = pythons_path()
     _FOLDERS[:] = [*own, *kept]
     sys.path[:] = [*before, *(folder for folder in _FOLDERS if folder in _OURS)]
     importlib.invalidate_caches()  # the file may be younger than the last look into its folder
+
+
+def pythons_path() -> list[str]:
+    """sys.path without the folders that `search_in` added."""
+    return [folder for folder in sys.path if folder not in _OURS]
 
 
 def module_of(name: str) -> str:

@@ -104,7 +104,9 @@ class RayRuntime:
             return started[name]
 
     def _create(self, spec: ServiceSpec) -> None:
-        packed = msgspec.msgpack.encode(msgspec.structs.replace(spec, accelerated=self._pools.accelerates(spec)))
+        code = list(dict.fromkeys([*spec.code, *ray_session.later_paths()]))
+        complete = msgspec.structs.replace(spec, code=code, accelerated=self._pools.accelerates(spec))
+        packed = msgspec.msgpack.encode(complete)
         count = spec.topology.world_size
         name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
         rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]
@@ -144,7 +146,8 @@ class RayRuntime:
                 host, port = await actor.start.remote()
         except TimeoutError:
             raise ServiceError(
-                f"{spec.name}: did not start within {START_SECONDS:g} s; its log: {spec.log_path}"
+                f"{spec.name}: did not start within {START_SECONDS:g} s; its log: {spec.log_path}; where it has none, "
+                f"its process did not start: see raylet.err in the logs of Ray's session"
             ) from None
         except RayTaskError as error:
             cause = causes(error.cause)

@@ -13,8 +13,9 @@ import os
 import secrets
 import shutil
 import sys
+import sysconfig
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from typing import Any
 import ray
 
 from asyncflow.services.channels.endpoint import ServiceError
+from workers.user_code import pythons_path
 
 LOCAL = "local"
 STARTS = 2  # Ray gives a node a fixed time to start, which is too short on a busy machine
 PROJECT = str(Path(__file__).parents[3])
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 _SHARED_MEMORY = Path("/dev/shm")
 _SOCKET_BYTES = 107  # the most that a Unix socket's path may have on Linux
 _LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_123456_4194304/sockets/plasma_store.1"
@@ -72,19 +75,33 @@ def leave() -> None:
 def environment() -> dict[str, str]:
     """Environment variables of an actor's process, so that it imports what this program imports, whoever started Ray.
 
-    A user's ray.init() may have set another working directory, and another PYTHONPATH for its workers.
+    A user's ray.init() may have set another working directory, and another PYTHONPATH for its workers. PYTHONPATH comes
+    before the Python installation, so it holds only what comes before it in this program, too: else the user's json.py,
+    say, would stand in for Python's json, and no process could start. See `later_paths` for the rest.
     """
     own: dict[str, Any] = ray.get_runtime_context().runtime_env or {}
     given: dict[str, str] = own.get("env_vars") or {}
-    paths = [*import_paths(sys.path, str(Path.cwd())), *given.get("PYTHONPATH", "").split(os.pathsep)]
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys([PROJECT, *filter(None, paths)]))}
+    first, _ = import_paths(pythons_path(), str(Path.cwd()))
+    paths = [PROJECT, *first, *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-def import_paths(paths: list[str], cwd: str) -> list[str]:
-    """The entries of sys.path that are the user's own, absolute; those of the Python installation are left out."""
+def later_paths() -> list[str]:
+    """The folders that this program imports from after it has looked into the Python installation."""
+    return import_paths(pythons_path(), str(Path.cwd()))[1]
+
+
+def import_paths(paths: Sequence[str], cwd: str) -> tuple[list[str], list[str]]:
+    """The existing entries of sys.path that are the user's own, absolute: before and after the standard library."""
     installed = [Path(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix)]
-    own = [Path(cwd, path) for path in paths]  # "" is the working directory
-    return [str(path) for path in own if path.exists() and not any(path.is_relative_to(lib) for lib in installed)]
+    own: tuple[list[str], list[str]] = [], []
+    after = False
+    for entry in paths:
+        path = Path(cwd, entry)  # "" is the working directory
+        after = after or path == _STANDARD_LIBRARY
+        if path.exists() and not any(path.is_relative_to(folder) for folder in installed):
+            own[after].append(str(path))
+    return own
 
 
 def temp_folder(environ: Mapping[str, str]) -> str:

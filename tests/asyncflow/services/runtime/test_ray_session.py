@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.runtime import ray_session
-from asyncflow.services.runtime.ray_session import environment, import_paths, join, leave, temp_folder
+from asyncflow.services.runtime.ray_session import environment, import_paths, join, later_paths, leave, temp_folder
+from workers.user_code import search_in
 
 SHORT = "/tmp"
 
@@ -22,15 +24,16 @@ def process() -> int:
     return os.getpid()
 
 
-def test_the_users_own_import_paths_reach_the_actors_and_the_installations_do_not(tmp_path: Path):
-    own = tmp_path / "own"
-    own.mkdir()
-    installed = str(Path(sys.base_prefix, "lib", "python3.11"))
-    assert import_paths(["", "own", str(own), installed, "absent"], str(tmp_path)) == [
-        str(tmp_path),
-        str(own),
-        str(own),
-    ]
+def test_the_users_own_import_paths_keep_their_place_before_or_after_pythons_installation(tmp_path: Path):
+    for name in ("script", "appended"):
+        (tmp_path / name).mkdir()
+    script, appended = str(tmp_path / "script"), str(tmp_path / "appended")
+    library, packages = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    assert import_paths([packages, "", "script", library, packages, "absent", appended], str(tmp_path)) == (
+        [str(tmp_path), script],
+        [appended],
+    )
+    assert import_paths(["script"], str(tmp_path)) == ([script], [])
 
 
 def test_rays_folder_is_the_first_of_the_told_ones_that_can_hold_sockets(tmp_path: Path):
@@ -43,6 +46,21 @@ def test_rays_folder_is_the_first_of_the_told_ones_that_can_hold_sockets(tmp_pat
     assert temp_folder({"TMPDIR": "/absent", "RAY_TMPDIR": "/var/tmp"}) == "/var/tmp"
     with pytest.raises(ServiceError, match=r"/absent is no folder; set RAY_TMPDIR to a short writable one"):
         temp_folder({"RAY_TMPDIR": "/absent"})
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_started")
+def test_folders_of_a_recipe_stand_in_for_no_library_in_an_actors_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A process whose json is the user's json.py can't start, and Ray would try again without end."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "json.py").write_text("")
+    search_in([str(tmp_path)])
+    assert str(tmp_path) in sys.path
+    assert str(tmp_path) not in environment()["PYTHONPATH"].split(os.pathsep)
+    sys.path.append(str(tmp_path / ".."))
+    assert later_paths()[-1] == str(tmp_path / "..")
 
 
 @pytest.mark.ray
