@@ -21,7 +21,8 @@ def test_a_run_that_loses_its_reader_or_its_terminal_saves_what_it_has(
     """Its standard input is closed, too: a file of the run must not take that descriptor's place."""
     recipe, folder = tmp_path / "recipe.toml", tmp_path / "run"
     recipe.write_text(recipe_text(make_recipe(steps=10_000, checkpoints={"every": 0}, data={"eval": ""})))
-    command = ["sh", "-c", 'exec "$@" <&-', "sh", *ASYNCFLOW, "run", str(recipe), "--folder", str(folder)]
+    default = ["env", "--default-signal=HUP"]  # under nohup it is ignored, and children inherit that
+    command = [*default, "sh", "-c", 'exec "$@" <&-', "sh", *ASYNCFLOW, "run", str(recipe), "--folder", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
