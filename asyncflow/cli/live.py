@@ -30,6 +30,7 @@ from protocols.control.events import (
     RunStarted,
     SamplesEnded,
     ServiceReplaced,
+    ServiceSilent,
     Stalled,
     StateChanged,
     StepCommitted,
@@ -52,8 +53,6 @@ def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
 
         def show(event: Event) -> None:
             board.take(event)
-            for warning in event.warnings if isinstance(event, RunStarted) else ():
-                console.print(f"note: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             if live is not None:
                 live.update(panel(board))
             for line in lines_of(event, board, live is not None):  # above the panel, where they stay when it is gone
@@ -98,7 +97,7 @@ class Board:
                 self.state = event.state
             case RunEnded():
                 self.state, self.waits = event.outcome, None
-            case Stalled() | Warned():
+            case Stalled() | Warned() | ServiceSilent():
                 pass
             case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused():
                 pass

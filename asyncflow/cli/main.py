@@ -1,30 +1,22 @@
 """The command line of asyncflow. Each command calls the API that programs use.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 3 a broken invariant, 130 interrupted.
+Exit codes: 0 done, or drained after SIGTERM; 1 the run failed; 2 bad input; 3 a broken invariant; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import shlex
-import signal
 import sys
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import uvloop
 
 from asyncflow.cli.benchmarks import bench
 from asyncflow.cli.console import Form, err, open_standard_streams, out, print_lines
-from asyncflow.client.run import Run
-from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
-from protocols.control.events import Evaluated, RunEnded
+from protocols.control.events import Evaluated
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
@@ -63,16 +55,23 @@ def run(
     """Start a training run and print its folder and its progress.
 
     With --folder the same command starts a run, goes on with it after a crash or a stop, and does nothing once it is
-    finished. Ctrl-C finishes the current step and writes a checkpoint; a second Ctrl-C ends the run at once. SIGUSR1
-    reloads the changed files of your own losses, rewards and algorithm between two steps.
+    finished.
+
+    Ctrl-C, SIGTERM or SIGHUP finishes the current step and writes a checkpoint, within deadlines.stop. The second one
+    gives the step up and saves the last finished one; the third ends the run at once. SIGUSR1 reloads the changed files
+    of your own losses, rewards and algorithm between two steps.
+
+    Exit codes: 0 finished, or saved after SIGTERM; 1 failed; 2 bad input; 3 a broken invariant; 130 saved after Ctrl-C
+    or SIGHUP; 128 + the signal's number where it ended at once.
     """
+    from asyncflow.cli.driving import drive
     from asyncflow.run.launch import launch
     from asyncflow.run.run_folder import is_finished
 
     given = load_recipe(recipe, overrides)
     if folder is not None and is_finished(folder, given):
         return out.print(f"run {folder} is finished after step {given.steps}: {folder / 'policy'}", soft_wrap=True)
-    raise typer.Exit(_drive(launch(given, folder=folder, allow_fresh=allow_fresh)).exit_code)
+    raise typer.Exit(drive(launch(given, folder=folder, allow_fresh=allow_fresh)).exit_code)
 
 
 @app.command()
@@ -86,11 +85,12 @@ def resume(
 ) -> None:
     """Continue a run from its newest valid checkpoint, or from the beginning if it ended before its first one.
 
-    It prints what `run` prints and takes the same signals.
+    It prints what `run` prints, takes the same signals and has the same exit codes.
     """
+    from asyncflow.cli.driving import drive
     from asyncflow.run.launch import resume as resume_run
 
-    raise typer.Exit(_drive(resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)).exit_code)
+    raise typer.Exit(drive(resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)).exit_code)
 
 
 @app.command()
@@ -204,11 +204,12 @@ def demo(
     from asyncflow.demo.prepare import prepare
 
     accuracy = prepare(recipes, out)
+    from asyncflow.cli.driving import drive
     from asyncflow.run.launch import launch
 
     recipe = load_recipe(recipes / "ppo.toml", overrides)
     evaluations: list[Evaluated] = []
-    ended = _drive(launch(recipe), evaluations)
+    ended = drive(launch(recipe), evaluations)
     if ended.outcome == "finished" and len(evaluations) > 1:
         curve = [evaluated for evaluated in evaluations if evaluated.metric == evaluations[0].metric]
         first, last = curve[0], curve[-1]
@@ -219,70 +220,6 @@ def demo(
         )
         out.print(f"held-out {last.metric} after PPO:     {last.value:.3f}")
     raise typer.Exit(ended.exit_code)
-
-
-def _drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
-    """Run to the end under uvloop, with the live view and the signal handlers."""
-    return uvloop.run(_follow(context, evaluations if evaluations is not None else []))
-
-
-async def _follow(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated]) -> RunEnded:
-    from asyncflow.cli.live import live_view
-
-    loop, this = asyncio.get_running_loop(), asyncio.current_task()
-    assert this is not None
-    stopping: list[asyncio.Task[Any]] = []
-    reloading: set[asyncio.Task[None]] = set()
-    current: list[Run] = []
-
-    def interrupted() -> None:
-        if current and not stopping:
-            line = "draining: finishing the current step and writing a checkpoint; interrupt again to end at once"
-            err.print(line, soft_wrap=True)
-            stopping.append(loop.create_task(current[0].stop(), name="stop"))
-        else:
-            this.cancel()
-
-    def reload() -> None:
-        if current:
-            task = loop.create_task(_reload(current[0]), name="reload")
-            reloading.add(task)
-            task.add_done_callback(reloading.discard)
-        else:
-            err.print("the run has not started yet: nothing is reloaded")
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            loop.add_signal_handler(number, interrupted)
-    loop.add_signal_handler(signal.SIGUSR1, reload)
-    try:
-        async with context as running:
-            current.append(running)
-            out.print(f"run folder: {running.folder}", soft_wrap=True)
-            with live_view(out) as show:
-                async for event in running.events():
-                    try:
-                        show(event)
-                    except OSError:  # the terminal is gone
-                        out.on_broken_pipe()
-                    if out.closed and not stopping:
-                        err.print("nobody reads the output any more")
-                        interrupted()
-            evaluations += running.evaluations
-            ended = await running.wait()
-            if ended.exit_code:
-                err.print(
-                    f"to go on: asyncflow resume {shlex.quote(str(running.folder))}", markup=False, soft_wrap=True
-                )
-            return ended
-    except asyncio.CancelledError:
-        return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=INTERRUPTED)
-
-
-async def _reload(running: Run) -> None:
-    """Request a reload. Its result, or the end of the run, is an event, which the view shows."""
-    with contextlib.suppress(BadInput, RunFailed):
-        await running.reload()
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Link(ChannelLink, OutsideLink, Protocol):
     async def checkpoint(self) -> str: ...
     async def reload(self) -> CodeReloaded: ...
     async def statistics(self) -> list[ServiceStatistics]: ...
-    async def stop(self) -> RunEnded: ...
+    async def stop(self, *, abandon: bool) -> RunEnded: ...
 
 
 class Run:
@@ -87,9 +87,13 @@ class Run:
         """The statistics of every service: rows, bytes by rank, refused duplicates, and who waits on whom."""
         return await self._link.statistics()
 
-    async def stop(self) -> RunEnded:
-        """Drain, write a checkpoint and stop, within the recipe's deadline. The run can be resumed."""
-        self._ended = await self._link.stop()
+    async def stop(self, *, abandon: bool = False) -> RunEnded:
+        """Drain, write a checkpoint and stop, within the recipe's deadline. The run can be resumed.
+
+        `abandon`: do not wait for the step that is training, unless one of its models has finished it; a resume trains
+        it again. May be called while another call drains.
+        """
+        self._ended = await self._link.stop(abandon=abandon)
         return self._ended
 
     def channel(self, name: str) -> Channel:

@@ -39,6 +39,7 @@ from typing import Literal
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
 from asyncflow.control.admission.prompts import PromptSource
 from asyncflow.control.admission.staleness import Admission, CompletePrompt
+from asyncflow.control.drain import Drain
 from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.events import Notifier
 from asyncflow.control.generating_service import GeneratingService
@@ -102,6 +103,7 @@ class Controller:
         )
         self._train_step = TrainStep(pace, dataflow, supervisor, inflight, self._generator, run_store)
         self._boundary = StepBoundary(run_store, supervisor, code, deadlines.checkpoint, self._changed)
+        self._drain = Drain(deadlines.stop, self._train_step, self._boundary, run_store)
         self._watchdog = Watchdog(supervisor, deadlines)
 
     # --- requests of clients
@@ -137,12 +139,17 @@ class Controller:
             raise RunFailed("the run is over: its services are gone")
         return await self._supervisor.statistics()
 
-    def stop(self) -> None:
-        """Drain: finish the step that is training, write a checkpoint, end."""
+    def stop(self, *, abandon: bool = False) -> None:
+        """Drain: finish the step that is training, write a checkpoint, end.
+
+        `abandon`: give that step up now, not at the deadline, unless a model has finished it; also during a drain.
+        """
         if not self._stopping and not self._over:
             self._stopping = True
             self._run_store.log.emit(StateChanged(state="draining"))
             self._changed.notify()
+        if abandon:
+            self._drain.abandon()
 
     # --- the run
 
@@ -200,12 +207,8 @@ class Controller:
             if self._stopping and not steps.done():
                 if self._paused:  # a paused evaluation would hold up the drain
                     await self._generator.set_paused(False)
-                await asyncio.wait({steps}, timeout=self._deadlines.stop)
-                if not (steps.done() or self._train_step.partly_done or self._boundary.writing):
-                    steps.cancel()
-                    await asyncio.wait({steps})
-                    given_up = await self._boundary.abandon_step()
-                    return self._ended("stopped", 130, f"not drained within {self._deadlines.stop:g} s: {given_up}")
+                if (given_up := await self._drain.wait(steps)) is not None:
+                    return self._ended("stopped", *given_up)
         return steps.result()
 
     def _ended(self, outcome: Literal["finished", "stopped", "failed"], code: int, error: str) -> RunEnded:

@@ -87,7 +87,7 @@ class Evaluations:
                 await self._supervisor.wait_healthy()
 
     async def _score(self, scorer: str, answers: list[ShardRef]) -> Scores:
-        scored = await _invoke(self._supervisor[scorer], "score", answers)
+        scored = await _invoke(self._supervisor.with_retry(scorer), "score", answers)
         return unpack([await self._store.get(part.payload) for part in scored], Scores)
 
 

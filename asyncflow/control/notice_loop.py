@@ -44,6 +44,8 @@ async def handle_notices(
                     train_step.on_notice(notice)
                 case Replaced():
                     run_store.log.emit(notice.event)
+                    if notice.event.service == train_step.join:  # before its successor reports a prompt
+                        inflight.mark_incomplete(train_step.prompts)
                     prepared = _prepare(notice, supervisor, generator)
                     group.create_task(prepared, name=f"prepare {notice.event.service}")
             changed.notify()

@@ -57,6 +57,9 @@ class Deadlines(Settings, frozen=True):
     checkpoint: Positive = 600.0  # writing one checkpoint
     stall: Positive = 120.0  # without progress: the wait-for graph is shown
     give_up: Positive = 900.0  # without progress: the run ends and shows the wait-for graph
+    # Without an answer of a service's process, busy or not: it is reported, and ended and replaced where it trains
+    # nothing; one that trains is ended after give_up.
+    answer: Positive = 60.0
     # Draining after a stop is requested. Then a step that no model has finished is given up, and trained again by a
     # resume; one that a model has finished is waited for.
     stop: Positive = 60.0

@@ -42,6 +42,12 @@ class TrainStep:
         self._updates: dict[tuple[str, int], asyncio.Future[StepDone]] = {}  # (stage, step)
         # A model has finished the step that is training: it can't go back, so the step has to be finished.
         self.partly_done = False
+        self.prompts: frozenset[int] = frozenset()  # of the step that is training
+
+    @property
+    def join(self) -> str:
+        """The service that joins the rows of a batch and closes it."""
+        return self._dataflow.batch_stage.service
 
     def on_notice(self, done: StepDone) -> None:
         """A trained model has finished its batch."""
@@ -53,6 +59,7 @@ class TrainStep:
     async def run(self, batch: list[CompletePrompt], waited_seconds: float) -> None:
         """Train one batch, publish the weights and commit the step. `waited_seconds`: until the batch was complete."""
         step = self._inflight.admission.version
+        self.prompts = frozenset(prompt.prompt_id for prompt in batch)
         ages = check_age(batch, step, self._pace.staleness)
         notices = self._inflight.notices_of(batch)
         samples = [sample for notice in notices for sample in notice.alive]
@@ -65,7 +72,7 @@ class TrainStep:
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
-        self.partly_done = False
+        self.partly_done, self.prompts = False, frozenset()
         self._run_store.log.observe_staleness(ages, [len(notice.alive) for notice in notices])
         version = Version(self._run_store.term, step + 1)
         event = _event(version, seconds, notices, ages, metrics)
@@ -79,7 +86,8 @@ class TrainStep:
         """Train these samples in this order and publish the weights. Returns the metrics."""
         for sink in self._dataflow.sinks:
             self._updates[sink.name, step] = asyncio.get_running_loop().create_future()
-        closed, _ = await ask(self._supervisor[self._dataflow.batch_stage.service], CloseBatch(step, samples))
+        # A successor of the join closes the batch again; a model that has it already refuses it, by its step.
+        closed, _ = await ask(self._supervisor.with_retry(self.join), CloseBatch(step, samples))
         assert isinstance(closed, Done)
         metrics = dict(closed.values)
         for stage in sorted(self._dataflow.sinks, key=lambda sink: sink.service != "policy"):

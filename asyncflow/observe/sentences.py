@@ -13,6 +13,7 @@ from protocols.control.events import (
     RunStarted,
     SamplesEnded,
     ServiceReplaced,
+    ServiceSilent,
     Stalled,
     StateChanged,
     StepCommitted,
@@ -47,6 +48,9 @@ def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one cas
             line = f"{event.count} samples {event.state}: {one_line(event.reason)}"
         case ServiceReplaced():
             line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}"
+        case ServiceSilent():
+            ended = ", so it is killed" if event.ended else ""
+            line = f"{event.service} has not answered for {event.seconds:.0f} s{ended}"
         case CodeReloaded():
             files = [f"{module} {digest}" for module, digest in event.digests.items()]
             line = f"code reloaded after step {event.step}: {', '.join(files) or 'no file changed'}"

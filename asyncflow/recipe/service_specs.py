@@ -187,10 +187,14 @@ def services_of(recipe: Recipe, dataflow: Dataflow) -> dict[str, str]:
     return {stage.name: _service_of(recipe, stage) for stage in dataflow.stages}
 
 
-def replaceable(recipe: Recipe) -> list[str]:
-    """The services that can be replaced when they die: those that train nothing and have no external workers."""
+def replaceable(recipe: Recipe, dataflow: Dataflow) -> list[str]:
+    """The services that can be replaced when they die: those without state of their own and without external workers.
+
+    The rows that a batch function without state has joined are sent to its successor again.
+    """
     answering = [role for role, model in recipe.models.items() if ROLE_SPECS[role].replicable and not model.outside]
-    return answering + [GENERATOR] * (GENERATOR in recipe.placement)
+    joining = [] if ADVANTAGE in stateful(dataflow) else [ADVANTAGE]
+    return [*answering, *[GENERATOR] * (GENERATOR in recipe.placement), *joining, *evaluators_of(recipe).values()]
 
 
 def stateful(dataflow: Dataflow) -> list[str]:

@@ -20,6 +20,7 @@ from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.store.run_store import RunStore
+from asyncflow.control.supervision.liveness import Liveness
 from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
@@ -41,7 +42,7 @@ from asyncflow.recipe.service_specs import (
 from asyncflow.run import run_folder
 from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
-from asyncflow.services.channels.endpoint import Endpoint, ServiceError, Store, all_or_error, ask
+from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.events import RunStarted
 from protocols.control.requests import LoadState
@@ -143,7 +144,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
                 restored=start.restore,
             )
         start = msgspec.structs.replace(start, warnings=[*start.warnings, *runtime.warnings])
-        controller = _controller(checked, folder, start, services, restart, runtime.store, run_store, code)
+        controller = _controller(checked, folder, start, services, restart, runtime, run_store, code)
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
@@ -186,16 +187,26 @@ def _controller(
     start: run_folder.Start,
     services: dict[str, Started],
     restart: Callable[[str], Awaitable[Endpoint]],
-    store: Store,
+    runtime: Runtime,
     run_store: RunStore,
     code: UserCode,
 ) -> Controller:
-    recipe, dataflow = checked.recipe, checked.dataflow
+    recipe, dataflow, store = checked.recipe, checked.dataflow, runtime.store
+    deadlines, successors = recipe.deadlines, replaceable(recipe, dataflow)
+    liveness = Liveness(deadlines.answer, lambda s: deadlines.answer if s in successors else deadlines.give_up)
     supervisor = ServiceSupervisor(
         {name: service.endpoint for name, service in services.items()},
         {service: pool for service, pool in pools_of(recipe, dataflow).items() if pool != NO_DEVICE},
-        RestartPolicy(dataflow, services_of(recipe, dataflow), replaceable(recipe), recipe.failures.restarts),
+        RestartPolicy(
+            dataflow,
+            services_of(recipe, dataflow),
+            successors,
+            recipe.failures.restarts,
+            recipe.failures.restart_window_seconds,
+        ),
         restart,
+        runtime.kill,
+        liveness,
     )
     generator, every = GENERATOR if GENERATOR in services else "policy", recipe.evaluation.every
     evaluations = Evaluations(checked.heldout, every, store, generator, supervisor, run_store)

@@ -100,6 +100,6 @@ class LocalLink:
     async def statistics(self) -> list[ServiceStatistics]:
         return await self._controller.statistics()
 
-    async def stop(self) -> RunEnded:
-        self._controller.stop()
+    async def stop(self, *, abandon: bool) -> RunEnded:
+        self._controller.stop(abandon=abandon)
         return await asyncio.shield(self._task)

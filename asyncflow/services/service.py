@@ -40,6 +40,7 @@ from protocols.control.requests import (
     LoadState,
     LoadWeights,
     NextRows,
+    Ping,
     PrepareCode,
     PutRows,
     Redeliver,
@@ -170,6 +171,8 @@ class ModelService:
                 return await self._context.ask_ranks(request)  # beside the collective call that it ends
             case YieldDevices():
                 return await mode.yield_devices(request)
+            case Ping():
+                await mode.ping()
             case GetStatistics():
                 return Statistics(self._statistics()), []
             case Grant():

@@ -9,6 +9,7 @@ ExternalMode   an external worker, which takes rows and puts answers
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from asyncflow.services.channels.endpoint import Payload
@@ -31,6 +32,7 @@ from protocols.control.requests import (
     Invoke,
     LoadState,
     LoadWeights,
+    Ping,
     PrepareCode,
     PutRows,
     RankRequest,
@@ -92,6 +94,12 @@ class ServiceMode:
                 return await self._context.ask_ranks(request)
         async with self._context.collective.exclusive():
             return await self._context.ask_ranks(request)
+
+    async def ping(self) -> None:
+        """Wait until every rank has answered, beside the calls that it computes."""
+        async with asyncio.TaskGroup() as group:
+            for rank in range(self._context.topology.world_size):
+                group.create_task(self._ranks.ask(rank, Ping()), name=f"ping rank {rank}")
 
     async def yield_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
         """Offload the models, and note whether they can leave their devices."""
@@ -197,6 +205,9 @@ class ExternalMode(ServiceMode):
 
     async def ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
         return (Done(), []) if isinstance(request, PrepareCode | SwitchCode) else await super().ask_ranks(request)
+
+    async def ping(self) -> None:
+        """The process answers; a worker has a deadline for its rows."""
 
     async def yield_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
         return Done({"moves": 0.0}), []

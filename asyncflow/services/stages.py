@@ -5,8 +5,8 @@
                    unblocked by a delivery; the controller's Grant; a consumer that took its rows in
                    produces rows, and tombstones for rows that failed
     ClosingStage   consumes rows of every input; they are joined as they arrive, and its loop only sleeps
-                   waits for nothing: the controller calls `close`
-                   unblocked by CloseBatch, which names the batch's samples
+                   waits for nothing: the controller calls `close`; if it replaces a process that died, for its rows
+                   unblocked by CloseBatch, which names the batch's samples, and redeliveries
                    produces PromptSettled notices, and a closed batch of experience
     TrainingStage  consumes one closed batch
                    waits for the batch, then the lease
@@ -157,6 +157,7 @@ class ClosingStage(StageRunner):
             None if filter is None else self._is_trainable,
             partial=partial,
         )
+        self._arrived = asyncio.Event()  # set by each arrival of rows
 
     def _is_trainable(self, rows: Mapping[int, Batch]) -> bool:
         assert self._filter is not None
@@ -179,6 +180,7 @@ class ClosingStage(StageRunner):
         for notices, _ in arrived:
             for notice in notices:
                 self.context.reports.notify(notice)
+        self._arrived.set()
         return sum(len(arrival.refused) for _, arrival in arrived)
 
     async def turn(self) -> None:
@@ -187,6 +189,7 @@ class ClosingStage(StageRunner):
 
     async def close(self, request: CloseBatch) -> Done:
         """Fire on a closed batch and send its experience to the trainers."""
+        await self._wait_for(request.sample_ids)
         inputs = self._join.take(request.sample_ids)
         result = await self.context.compute(
             self.spec.name,
@@ -200,6 +203,14 @@ class ClosingStage(StageRunner):
             self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
         )
         return Done((metrics.values if metrics is not None else {}) | reward_metrics(inputs))
+
+    async def _wait_for(self, samples: list[int]) -> None:
+        """Wait for rows that the controller knows from the process before this one, and that are on their way again."""
+        while not self._join.holds(samples):
+            self._arrived.clear()
+            self.waits("rows again", ", ".join(self.spec.sources))
+            await self._arrived.wait()
+        self.waits("", "")
 
     def depth(self) -> tuple[int, int, int]:
         return self._join.depth, 0, self._join.peak

@@ -88,6 +88,14 @@ class ServiceReplaced(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     seconds: float
 
 
+class ServiceSilent(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A service's process exists and does not answer: it is stopped, or hangs."""
+
+    service: str
+    seconds: float
+    ended: bool  # it is killed now, which is what a death of its own would be
+
+
 class CodeReloaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """All services use these files' new code. Rows computed before `step` steps were committed used the old code."""
 
@@ -143,6 +151,7 @@ Event = (
     | Published
     | SamplesEnded
     | ServiceReplaced
+    | ServiceSilent
     | CodeReloaded
     | CodeRefused
     | StateChanged

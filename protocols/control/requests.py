@@ -124,6 +124,10 @@ class Redeliver(msgspec.Struct, frozen=True, tag=True):
     edge: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answer at once, beside whatever is computed: the service and all of its ranks are alive."""
+
+
 class GetStatistics(msgspec.Struct, frozen=True, tag=True):
     """Ask what the service's channels did so far."""
 
@@ -182,6 +186,7 @@ Request = (
     | SetPaused
     | EndPrompts
     | Redeliver
+    | Ping
     | GetStatistics
     | Subscribe
     | NextRows
@@ -202,6 +207,7 @@ RankRequest = (
     | SwitchCode
     | YieldDevices
     | SwitchLayout
+    | Ping
 )
 
 

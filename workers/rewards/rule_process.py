@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ _setups, _calls = msgspec.msgpack.Decoder(Setup), msgspec.msgpack.Decoder(Call)
 
 def main(name: str) -> None:
     """Serve the rule of that name over the process's own stdin and stdout."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a service blocks signals, which processes of the rule need
     requests, answers = _take_over_pipes()
     setup = _setups.decode(_next(requests))
     try:

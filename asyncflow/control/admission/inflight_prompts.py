@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from asyncflow.control.admission.staleness import Admission, CompletePrompt, choose_batch
 from asyncflow.control.store.ledger import EndedSample
@@ -65,10 +65,12 @@ class InFlightPrompts:
         self._untrained_in_step += 1
         self._finished.append(prompt)
 
-    def mark_incomplete(self) -> None:
-        """The join lost its memory between two steps: every complete prompt waits for its rows again."""
-        self.admission.mark_incomplete(len(self._complete))
-        self._complete.clear()
+    def mark_incomplete(self, training: Collection[int] = ()) -> None:
+        """The join lost its memory: every complete prompt waits for its rows again, but for those that train now."""
+        lost = [prompt for prompt in self._complete if prompt not in training]
+        self.admission.mark_incomplete(len(lost))
+        for prompt in lost:
+            del self._complete[prompt]
 
     def rejects(self) -> str | None:
         """Why the step should be given up: more prompts finished untrained than `max_refills` rounds replace."""

@@ -24,6 +24,7 @@ from protocols.control.events import (
     RunStarted,
     SamplesEnded,
     ServiceReplaced,
+    ServiceSilent,
     Stalled,
     StepCommitted,
     Warned,
@@ -39,6 +40,9 @@ _GAUGES = {  # exported name -> metric of the last step
     "cost_multiplier": "multiplier",
     "kl_coefficient": "kl_coefficient",
 }
+
+
+LOUD = Stalled | ServiceReplaced | ServiceSilent | Warned  # events that are logged as warnings
 
 
 class RunLog:
@@ -93,7 +97,7 @@ class RunLog:
             case _:
                 pass
         if line := sentence(event, self._steps):
-            (self.file.warning if isinstance(event, Stalled | ServiceReplaced | Warned) else self.file.info)("%s", line)
+            (self.file.warning if isinstance(event, LOUD) else self.file.info)("%s", line)
         self.events.add(event)
 
     def was_evaluated(self, step: int, curve: str) -> bool:

@@ -104,7 +104,9 @@ class RunStore:
 
     async def flush(self) -> None:
         """Record the reports so far. Reports of two services may overtake each other: scored wins over generated."""
-        scored, self._scored = [s for s in self._scored if s in self._live], []
+        # A join that lost its rows reports their prompts again.
+        scored = list(dict.fromkeys(s for s in self._scored if s in self._live and s not in self._was_scored))
+        self._scored = []
         self._was_scored.update(scored)
         generated = [s for s in self._generated if s in self._live and s not in self._was_scored]
         self._generated = []

@@ -7,7 +7,7 @@ that joins the rows of a batch, takes the run with it; the run is then resumed f
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -23,22 +23,44 @@ class Resend(msgspec.Struct, frozen=True):
 
 
 class RestartPolicy:
-    """Counts deaths. `services` maps each stage to the service that runs it."""
+    """Counts deaths: each service may die `limit` times within any `window_seconds`."""
 
-    def __init__(self, dataflow: Dataflow, services: Mapping[str, str], replaceable: Iterable[str], limit: int) -> None:
+    def __init__(
+        self,
+        dataflow: Dataflow,
+        services: Mapping[str, str],
+        replaceable: Iterable[str],
+        limit: int,
+        window_seconds: float,
+    ) -> None:
+        """`services` maps each stage to the service that runs it."""
         self._dataflow, self._services = dataflow, services
         self._replaceable = frozenset(replaceable)
-        self._limit = limit
-        self.deaths: Counter[str] = Counter()  # by service
+        self._limit, self._window = limit, window_seconds
+        self.deaths: Counter[str] = Counter()  # by service, in the whole run
+        self._recent: defaultdict[str, deque[float]] = defaultdict(deque)  # times of the deaths in the window
 
     def may_die(self, service: str) -> bool:
         """Whether the run can go on without this service until its successor has started."""
         return service in self._replaceable
 
-    def replace(self, service: str) -> bool:
-        """Count a death. Whether to start a successor; False if the run can't go on."""
+    def replace(self, service: str, now: float) -> bool:
+        """Count a death at `now`, in seconds of any clock. Whether to start a successor; False: `refusal` says why."""
         self.deaths[service] += 1
-        return service in self._replaceable and self.deaths[service] <= self._limit
+        recent = self._recent[service]
+        recent.append(now)
+        while recent[0] <= now - self._window:
+            recent.popleft()
+        return service in self._replaceable and len(recent) <= self._limit
+
+    def refusal(self, service: str) -> str:
+        """Why a service that died gets no successor."""
+        if service not in self._replaceable:
+            return f"{service} died, and the run can't go on without what it has trained or joined"
+        return (
+            f"{service} died {len(self._recent[service])} times within {self._window:g} s, more than "
+            f"failures.restarts = {self._limit} allows"
+        )
 
     def stages_of(self, service: str) -> list[str]:
         """The stages that a service runs."""

@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 from asyncflow.control.device_lease import Claim, shared_leases
 from asyncflow.control.events import Notifier
+from asyncflow.control.supervision.liveness import Liveness
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.control.supervision.restart_policy import Resend, RestartPolicy
+from asyncflow.control.supervision.silences import Silences
 from asyncflow.control.supervision.wait_graph import WaitBoard
+from asyncflow.control.supervision.with_retry import WithRetry
 from asyncflow.services.channels.endpoint import (
     Endpoint,
     Payload,
@@ -37,7 +40,6 @@ from protocols.control.requests import (
     GetStatistics,
     Grant,
     Redeliver,
-    Reply,
     Request,
     Statistics,
     YieldDevices,
@@ -52,7 +54,7 @@ class Replaced(NamedTuple):
 
 
 class ServiceSupervisor:
-    """All services by name. `restart` starts a successor in the place of a dead service."""
+    """All services by name. `restart` starts a successor in the place of a dead service, `kill` makes one dead."""
 
     def __init__(
         self,
@@ -60,11 +62,14 @@ class ServiceSupervisor:
         pools: Mapping[str, str],
         policy: RestartPolicy,
         restart: Callable[[str], Awaitable[Endpoint]],
+        kill: Callable[[str], None],
+        liveness: Liveness,
     ) -> None:
         self.services = dict(services)
         self.waits = WaitBoard()
         self._leases = shared_leases(pools)
         self._policy, self._restart = policy, restart
+        self.silences = Silences(self.services, liveness, kill)
         # Replacements, and the notices that are not handled here; one that is not read stops the next poll.
         self.notices: asyncio.Queue[Notice | Replaced] = asyncio.Queue(1)
         self.deaths = policy.deaths  # service -> how often its process has died
@@ -93,6 +98,7 @@ class ServiceSupervisor:
         self._tasks += [
             group.create_task(self._follow(name, group), name=f"notices of {name}") for name in self.services
         ]
+        self._tasks += [group.create_task(self.silences.ping(name), name=f"pings to {name}") for name in self.services]
         return self._tasks
 
     async def _follow(self, name: str, group: asyncio.TaskGroup) -> None:
@@ -125,8 +131,9 @@ class ServiceSupervisor:
 
     async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> Replaced:
         """Start a successor for a service whose process is gone. Raises `gone` if the run can't go on without it."""
-        if not self._policy.replace(name):
-            raise gone
+        gone = self.silences.cause_of(name, gone)
+        if not self._policy.replace(name, time.monotonic()):
+            raise ServiceGone(f"{self._policy.refusal(name)}: {gone}") from gone
         start = time.monotonic()
         stages = self._policy.stages_of(name)
         for stage in stages:
@@ -139,9 +146,9 @@ class ServiceSupervisor:
             try:
                 successor = await self._successor(name)
                 break
-            except ServiceError:  # it died as well, or could not start
-                if not self._policy.replace(name):
-                    raise
+            except ServiceError as error:  # it died as well, or could not start
+                if not self._policy.replace(name, time.monotonic()):
+                    raise ServiceError(f"{self._policy.refusal(name)}: {error}") from error
         self.services[name] = successor
         self.replacements[name] += 1
         self._replacing.discard(name)
@@ -218,7 +225,7 @@ class ServiceSupervisor:
 
         Only for requests that may be sent twice.
         """
-        return _WithRetry(name, self._ready, self._ready_changed, self._policy.may_die(name))
+        return WithRetry(name, self._ready, self._ready_changed, self._policy.may_die(name))
 
     async def wait_healthy(self) -> None:
         """Wait until no service is being replaced, as far as deaths are known."""
@@ -265,26 +272,18 @@ class ServiceSupervisor:
         """Time without progress; 0 while a successor starts, which has a deadline of its own."""
         return 0.0 if self._replacing else time.monotonic() - self._moved
 
+    def current_waits(self) -> dict[str, str]:
+        """stage -> "what on whom"."""
+        silent = self.silences.current
+        waits = {"controller": f"an answer on {', '.join(silent)}"} if silent else {}
+        return waits | self.waits.current(self._silent_stages)
+
     def graph(self) -> list[str]:
-        """Who waits for what on whom, one line an edge."""
+        """The services that do not answer, then who waits for what on whom, one line an edge."""
         holders = {lease.pool: lease.holder.stage for lease in self._leases.values() if lease.holder is not None}
-        return self.waits.graph(time.time(), holders)
+        silent = [f"{name} has not answered for {s:.0f} s" for name, s in self.silences.current.items()]
+        return silent + self.waits.graph(time.time(), holders, self._silent_stages)
 
-
-class _WithRetry:
-    """Implements `Requestable`."""
-
-    def __init__(self, name: str, ready: Mapping[str, Endpoint], ready_changed: Notifier, may_die: bool) -> None:
-        self.name = name
-        self._ready, self._ready_changed, self._may_die = ready, ready_changed, may_die
-
-    async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
-        while True:
-            service = self._ready[self.name]
-            try:
-                return await service.request(request, payloads)
-            except ServiceGone:
-                if not self._may_die:
-                    raise
-                while self._ready[self.name] is service:  # the task that follows it replaces it, or ends the run
-                    await self._ready_changed.changed()
+    @property
+    def _silent_stages(self) -> set[str]:
+        return {stage for name in self.silences.current for stage in self._policy.stages_of(name)}

@@ -32,9 +32,10 @@ class Watchdog:
             paused: nothing is meant to move.
         """
         now = time.monotonic()
-        rate = self._tokens / (now - self._checked_at)
-        self._tokens, self._checked_at = 0, now
-        waits = self._supervisor.waits.current()
+        since, self._checked_at = self._checked_at, now
+        rate, self._tokens = self._tokens / (now - since), 0
+        yield from self._supervisor.silences.elapse(now - since)
+        waits = self._supervisor.current_waits()
         now_waits = WaitsChanged(
             waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate
         )

@@ -77,6 +77,10 @@ class PromptJoin:
         closed = [self._close(p) for p in touched if self._is_complete(p)]
         return closed, Arrival(arrival.complete, arrival.refused + late)
 
+    def holds(self, samples: list[int]) -> bool:
+        """Whether `take` can have these samples."""
+        return all(prompt_of(sample) in self._closed for sample in samples)
+
     def take(self, samples: list[int]) -> tuple[Batch, ...]:
         """Take joined rows out, each input in the order of `samples`; a prompt's row is repeated for its samples."""
         prompts = dict.fromkeys(map(prompt_of, samples))

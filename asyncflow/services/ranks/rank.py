@@ -24,7 +24,7 @@ from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
-from protocols.control.requests import AbandonStep, Done, LoadState, RankAnswer, RankRequest
+from protocols.control.requests import AbandonStep, Done, LoadState, Ping, RankAnswer, RankRequest
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics, Rollouts
 from protocols.stage import Failure, Measured, Partial, StepAbandoned
@@ -75,6 +75,8 @@ class Rank:
 
     async def ask(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Run `answer` in the compute thread. See `Ranks.ask`."""
+        if isinstance(request, Ping):
+            return RankAnswer(time.time(), time.time(), Done()), []
         if isinstance(request, AbandonStep):
             return self._abandon(request), []
         return await self._in_thread(lambda: self.answer(request, output))

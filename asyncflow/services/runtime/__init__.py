@@ -38,6 +38,10 @@ class Runtime(Protocol):
         """Replace a service by a new one of the same spec, which starts without state, and reconnect the others."""
         ...
 
+    def kill(self, name: str) -> None:
+        """Kill a service's processes at once, which are stopped or hang: its callers get ServiceGone."""
+        ...
+
     async def stop(self) -> None:
         """Stop all services. Idempotent."""
         ...

@@ -40,6 +40,9 @@ class LocalRuntime:
             service.connect(self._services)
         return started
 
+    def kill(self, name: str) -> None:
+        """Nothing: a service that hangs in this process hangs with the caller."""
+
     async def _start(self, spec: ServiceSpec) -> Started:
         several = spec.topology.world_size > 1
         service = ModelService(spec, self.store, LocalRanks(spec, self.store) if several else None)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any
 
@@ -60,7 +61,8 @@ class RayRuntime:
         self._endpoints: dict[str, RayEndpoint] = {}
         self._pools = ReservedPools(pools)
         self._wired = wired
-        self._joining: asyncio.Task[list[str]] | None = None
+        self._joining: Future[list[str]] | None = None
+        self._starts_ray = False
         self._namespace = (
             f"asyncflow-{secrets.token_hex(8)}"  # of the actors' names: folders of two runs may be namesakes
         )
@@ -68,10 +70,10 @@ class RayRuntime:
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Start all actors concurrently, wait until each has loaded its model, then connect them."""
-        joining = asyncio.to_thread(ray_session.join, self._address, self._cpus, self._store_bytes)
-        self._joining = asyncio.create_task(joining, name="join Ray")
+        self._starts_ray = ray_session.starts_ray(self._address)
+        self._joining = ray_session.join_in_thread(self._address, self._cpus, self._store_bytes)
         with keep_sigterm():
-            self.warnings += await asyncio.shield(self._joining)
+            self.warnings += await ray_session.join_within(ray_session.JOIN_SECONDS, self._joining, self._address)
         await asyncio.to_thread(self._pools.reserve, specs)
         if len(ray.nodes()) > 1:
             specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
@@ -95,13 +97,17 @@ class RayRuntime:
         """
         async with self._restarting:  # of two that die together, none may be connected before it has started
             spec = self._specs[name]
-            for actor in [self._actors[name], *self._ranks.get(name, [])]:
-                ray.kill(actor)
+            self.kill(name)
             self._create(spec)
             started: dict[str, Started] = {}
             await self._await_start(spec, started)
             await self._connect()
             return started[name]
+
+    def kill(self, name: str) -> None:
+        """Kill a service's processes; Ray does so from outside of them, so they need not answer."""
+        for actor in [self._actors[name], *self._ranks.get(name, [])]:
+            ray.kill(actor)
 
     def _create(self, spec: ServiceSpec) -> None:
         code = list(dict.fromkeys([*spec.code, *ray_session.later_paths()]))
@@ -161,8 +167,12 @@ class RayRuntime:
         joining, self._joining = self._joining, None
         if joining is None:
             return
-        await asyncio.wait([joining])
-        if joining.exception() is not None:
+        if not joining.done() and not self._starts_ray:  # nobody may be there
+            joining.add_done_callback(_leave_late)
+            return
+        try:
+            await asyncio.shield(asyncio.wrap_future(joining))
+        except Exception:  # noqa: BLE001 - `start` has raised it
             return
         try:
             if ray.is_initialized():  # else the program has shut it down, and a call would start another
@@ -179,6 +189,11 @@ class RayRuntime:
         for actor in (actor for group in ranks.values() for actor in group):
             ray.kill(actor)
         await asyncio.to_thread(self._pools.release)
+
+
+def _leave_late(joined: Future[list[str]]) -> None:
+    if joined.exception() is None:
+        ray_session.leave()
 
 
 def _limited(spec: ServiceSpec, **limits: int) -> ServiceSpec:

@@ -4,14 +4,17 @@ A Ray that the user's program started with ray.init() is used as it is, and neve
 
 The kernel kills the processes of a Ray on this machine when the thread that started them ends, and the threads of an
 event loop's pool end with the loop. Ray is therefore started in a thread of its own, which lasts until it is shut down.
+Ray's processes ignore the signals that stop the program (signals.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import sysconfig
 import threading
@@ -23,9 +26,12 @@ from typing import Any
 import ray
 
 from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.runtime.signals import shield_children
 from workers.user_code import pythons_path
 
 LOCAL = "local"
+JOIN_SECONDS = 120.0  # deadline for starting Ray, twice if need be, or for connecting to one
+REACH_SECONDS = 10.0  # for the address to accept a connection
 STARTS = 2  # Ray gives a node a fixed time to start, which is too short on a busy machine
 PROJECT = str(Path(__file__).parents[3])
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -38,6 +44,34 @@ _runs = 0
 _own_job = ""  # Ray's id of the connection that a run here made; "": the user's program made it
 _own_address = ""
 _shut_down = threading.Event()  # ends the thread that started our Ray
+
+
+async def join_within(seconds: float, joining: Future[list[str]], address: str) -> list[str]:
+    """The warnings of `join_in_thread`. Raises what it raises, and ServiceError after a deadline."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(asyncio.wrap_future(joining))
+    except TimeoutError:
+        raise ServiceError(f"{_named(address)} can't be used: no answer within {seconds:g} s") from None
+
+
+def join_in_thread(address: str, cpus: int | None, store_bytes: int) -> Future[list[str]]:
+    """`join` in a thread that nobody has to wait for: what is at an address may never answer."""
+    joined: Future[list[str]] = Future()
+
+    def run() -> None:
+        try:
+            joined.set_result(join(address, cpus, store_bytes))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            joined.set_exception(error)
+
+    threading.Thread(target=run, name="asyncflow-join-ray", daemon=True).start()
+    return joined
+
+
+def starts_ray(address: str) -> bool:
+    """Whether `join` would start a Ray on this machine."""
+    return not ray.is_initialized() and _resolved(address) == LOCAL
 
 
 def join(address: str, cpus: int | None = None, store_bytes: int = 0) -> list[str]:
@@ -55,7 +89,7 @@ def join(address: str, cpus: int | None = None, store_bytes: int = 0) -> list[st
             _refuse_other(address)
             warnings = ["store_bytes is not used: Ray was there already"] if store_bytes else []
         else:
-            address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
+            address = _resolved(address)
             warnings = _in_lasting_thread(lambda: _connect(address, cpus, store_bytes))
             _runs, _own_job, _own_address = 0, _job(), address
         _runs += 1
@@ -137,6 +171,7 @@ def _in_lasting_thread(connect: Callable[[], list[str]]) -> list[str]:
     connected: Future[list[str]] = Future()
 
     def live() -> None:
+        shield_children()
         try:
             warnings = connect()
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
@@ -150,8 +185,32 @@ def _in_lasting_thread(connect: Callable[[], list[str]]) -> list[str]:
     return connected.result()
 
 
+def _resolved(address: str) -> str:
+    return address or os.environ.get("RAY_ADDRESS", "") or LOCAL
+
+
+def _named(address: str) -> str:
+    return "Ray on this machine" if _resolved(address) == LOCAL else f"Ray at {_resolved(address)}"
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ServiceError if nothing listens at host:port, which Ray itself finds out after minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host or not port.isdecimal():  # "auto", or a proxy's ray://host:port
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except OSError as error:
+        raise ServiceError(
+            f"{_named(address)} can't be used: nothing answers there: {error}; start it, or correct ray_address or "
+            f"RAY_ADDRESS"
+        ) from error
+
+
 def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
     local = address == LOCAL
+    if not local:
+        _check_reachable(address)
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own = {"num_cpus": cpus, "object_store_memory": store_bytes or None, "_temp_dir": f"{temp_folder(os.environ)}/ray"}
@@ -171,8 +230,9 @@ def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
             ray.shutdown()
             if local and "timed out" in str(error) and attempt < STARTS:
                 continue
-            where = "on this machine" if local else f"at {address}"
-            raise ServiceError(f"Ray {where} can't be used: {type(error).__name__}: {_one_line(error)}") from error
+            raise ServiceError(
+                f"{_named(address)} can't be used: {type(error).__name__}: {_one_line(error)}"
+            ) from error
     raise AssertionError("every attempt returns or raises")
 
 

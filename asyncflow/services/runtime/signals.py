@@ -1,4 +1,8 @@
-"""A program's signal handlers, kept while a library installs its own."""
+"""Signals of a program that starts Ray: its own handlers stay, and Ray's processes leave its signals to it.
+
+A terminal, `kill -- -PGID` and service managers signal all processes of a program. The program then drains, for which
+it needs Ray and its actors: they must not end before it ends them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+def shield_children() -> None:
+    """Block the stopping signals in this thread, for good, and so in all processes that it starts.
+
+    Ray ends those processes by SIGKILL where SIGTERM does not end them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 @contextmanager

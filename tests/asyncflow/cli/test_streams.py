@@ -39,7 +39,7 @@ def test_a_run_that_loses_its_reader_or_its_terminal_saves_what_it_has(
     expected = ["nobody reads the output any more"] * (loss == "reader")
     assert told[:-1] == [
         *expected,
-        "draining: finishing the current step and writing a checkpoint; interrupt again to end at once",
+        "draining: finishing the current step and writing a checkpoint; interrupt again to give that step up",
     ]
     assert told[-1] == f"to go on: asyncflow resume {folder}"
     _, manifest, damaged = checkpoint.newest(folder / "checkpoints")

@@ -12,6 +12,7 @@ from asyncflow.control.admission.prompts import DataRow, PromptSource
 from asyncflow.control.admission.staleness import Admission
 from asyncflow.control.generating_service import GeneratingService
 from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.supervision.liveness import Liveness
 from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.algorithms.remax import remax
@@ -65,6 +66,10 @@ async def restart(name: str) -> Endpoint:
     raise NotImplementedError
 
 
+def kill(name: str) -> None:
+    raise NotImplementedError
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> PromptSource:
     tiny.tokenizer().save_pretrained(str(tmp_path))
@@ -77,7 +82,8 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     generator, ledger = Generator(), Ledger(tmp_path / "ledger.db")
     inflight = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
     run_store = open_run_store(tmp_path, ledger)
-    supervisor = ServiceSupervisor({"generator": generator}, {}, RestartPolicy(REMAX, {}, [], 0), restart)
+    policy, liveness = RestartPolicy(REMAX, {}, [], 0, 60.0), Liveness(60.0, lambda _: 60.0)
+    supervisor = ServiceSupervisor({"generator": generator}, {}, policy, restart, kill, liveness)
     service = GeneratingService(
         "generator",
         dataflow=REMAX,

@@ -106,7 +106,7 @@ def test_samples_that_may_be_stale_are_weighed_unless_the_recipe_says_otherwise(
         ("pools.train.devces=2", "unknown key pools.train.devces, did you mean 'devices'?"),
         ("placement.policy.pol='train'", "unknown key placement.policy.pol, did you mean 'pool'?"),
         ("generation.max_token=1", "unknown key generation.max_token, did you mean 'max_tokens'?"),
-        ("deadlines.zzz=1", "unknown key deadlines.zzz; known: checkpoint, give_up, publish, stall, stop"),
+        ("deadlines.zzz=1", "unknown key deadlines.zzz; known: answer, checkpoint, give_up, publish, stall, stop"),
     ],
 )
 def test_an_unknown_key_is_told_the_nearest_known_one(path: Path, override: str, message: str):

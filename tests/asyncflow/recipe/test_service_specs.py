@@ -221,7 +221,15 @@ def test_a_cost_may_have_several_ranks_and_a_successor(make_recipe: MakeRecipe):
     recipe = safe_recipe(make_recipe, pools=pools, placement={"cost": {"pool": "frozen", "parallel": "1-1-2"}})
     check_placement(recipe, trace(safe_rlhf))
     assert composed(recipe, trace(safe_rlhf))["cost"].topology == Topology(1, 1, 2)
-    assert replaceable(recipe) == ["reference", "reward", "cost"]
+    assert replaceable(recipe, trace(safe_rlhf)) == ["reference", "reward", "cost", "evaluator"]
+
+
+def test_what_trains_nothing_may_be_replaced_also_the_join_where_it_carries_no_state(make_recipe: MakeRecipe):
+    """The multiplier of safe_rlhf is state: it would be lost with its process."""
+    placement = {"generator": {"pool": "rollout"}}
+    recipe = make_recipe(pools={"main": {}, "rollout": {}}, placement=placement, deterministic=False)
+    assert replaceable(recipe, trace(ppo)) == ["reference", "reward", "generator", "advantage", "evaluator"]
+    assert "advantage" not in replaceable(safe_recipe(make_recipe), trace(safe_rlhf))
 
 
 def test_the_stage_that_closes_a_batch_knows_its_filter(make_recipe: MakeRecipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
@@ -150,7 +150,7 @@ class AgesAgainstYesterday(Chooses):
 class NeverMarksIncomplete(InFlightPrompts):
     """Still counts prompts as complete after their join lost its memory."""
 
-    def mark_incomplete(self) -> None:
+    def mark_incomplete(self, training: Collection[int] = ()) -> None:
         pass
 
 

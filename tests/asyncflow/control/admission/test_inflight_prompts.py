@@ -121,7 +121,11 @@ def test_prompts_whose_join_lost_its_memory_complete_again():
     prompts.complete(alive(2))
     assert prompts.choose() is None
     prompts.complete(alive(1))
-    assert [r.prompt_id for r in prompts.choose() or []] == [1, 2]
+    batch = prompts.choose() or []
+    assert [r.prompt_id for r in batch] == [1, 2]
+    prompts.mark_incomplete(training={1, 2})
+    assert prompts.admission.incomplete == 0, "the batch that trains has left the join"
+    prompts.commit(batch)
 
 
 def test_the_prompts_that_ended_are_told_once():

@@ -8,14 +8,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from asyncflow.control.supervision.liveness import Liveness
 from asyncflow.control.supervision.restart_policy import RestartPolicy
 from asyncflow.control.supervision.service_supervisor import Replaced, ServiceSupervisor
 from asyncflow.dataflow.algorithms.ppo import ppo
 from asyncflow.dataflow.trace import trace
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceError, ServiceGone, ask
 from protocols.control.delivery import Delivery
+from protocols.control.events import ServiceSilent
 from protocols.control.notices import LeaseAsked, LeaseReturned, Notice, Waiting
-from protocols.control.requests import Done, GetStatistics, Grant, Reply, Request, YieldDevices
+from protocols.control.requests import Done, GetStatistics, Grant, Ping, Reply, Request, YieldDevices
 
 
 class Sharing:
@@ -61,13 +63,22 @@ async def followed(calls: list[str], moves: float) -> AsyncIterator[tuple[dict[s
 
     services = {name: Sharing(name, calls, moves) for name in ("policy", "reference")}
     supervisor = ServiceSupervisor(
-        services, dict.fromkeys(services, "main"), RestartPolicy(trace(ppo), {}, [], 0), restart
+        services,
+        dict.fromkeys(services, "main"),
+        RestartPolicy(trace(ppo), {}, [], 0, 60.0),
+        restart,
+        kill,
+        Liveness(60.0, lambda _: 60.0),
     )
     async with asyncio.TaskGroup() as group:
         tasks = supervisor.follow(group)
         yield services, supervisor
         for task in tasks:
             task.cancel()
+
+
+def kill(name: str) -> None:
+    raise NotImplementedError
 
 
 async def nothing(successor: Endpoint) -> None:
@@ -153,15 +164,19 @@ async def test_who_has_the_lease_waits_for_who_has_not_left_yet():
 
 
 class Mortal(Sharing):
-    """A service that answers until it dies."""
+    """A service that answers until it is stopped or dies."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         super().__init__(name, calls, moves=0.0)
-        self.dies = asyncio.Event()
+        self.dies, self.stopped = asyncio.Event(), asyncio.Event()
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
+        if self.stopped.is_set():
+            await self.dies.wait()
         if self.dies.is_set():
             raise ServiceGone(f"{self.name}: its process is gone")
+        if isinstance(request, Ping):
+            return Done(), []
         self._calls.append(type(request).__name__)
         return Done(), []
 
@@ -187,7 +202,12 @@ async def mortal(
             raise ServiceError(f"{name}: died while starting")
         return Mortal(name, calls)
 
-    supervisor = ServiceSupervisor(services, {}, RestartPolicy(trace(ppo), {}, ["generator"], limit), restart)
+    def kill(name: str) -> None:
+        calls.append("kill")
+        services[name].dies.set()
+
+    policy = RestartPolicy(trace(ppo), {"policy.generate#1": "generator"}, ["generator"], limit, 3600.0)
+    supervisor = ServiceSupervisor(services, {}, policy, restart, kill, Liveness(10.0, lambda _: 10.0))
     async with asyncio.TaskGroup() as group:
         tasks = supervisor.follow(group)
         tasks.append(group.create_task(prepare_successors(supervisor, calls, prepare)))
@@ -222,7 +242,9 @@ async def test_a_successor_that_dies_while_it_is_equipped_has_one_too_or_ends_th
             first.dies.set()
             async with asyncio.timeout(60):
                 await ask(supervisor.with_retry("generator"), GetStatistics())
-    assert ended.group_contains(ServiceGone), "it may die once"
+    assert ended.group_contains(ServiceGone, match=r"generator died 2 times .* failures.restarts = 1 allows"), (
+        "it may die once"
+    )
     assert calls == ["restart", "EndPrompts", "generator replaced"]
 
 
@@ -241,6 +263,31 @@ async def test_a_successor_that_dies_while_it_starts_counts_as_a_death():
             async with asyncio.timeout(60):
                 await ask(supervisor.with_retry("generator"), GetStatistics())
     assert ended.group_contains(ServiceError, match="died while starting")
+
+
+async def test_a_service_that_is_stopped_is_named_alone_then_killed_and_replaced():
+    """Its own last word would blame another service."""
+    calls: list[str] = []
+    async with mortal(calls, nothing) as (first, supervisor):
+        first.stopped.set()
+        supervisor.waits.note(Waiting("policy.generate#1", "credit", "reward.score#1", 1.0))
+        supervisor.waits.note(Waiting("reward.score#1", "rows", "policy.generate#1", 1.0))
+        async with asyncio.timeout(60):
+            while not supervisor.silences.current:
+                await asyncio.sleep(0)
+                assert [s for s in supervisor.silences.elapse(2.0) if s.ended] == []
+            assert [line.partition(" since")[0] for line in supervisor.graph()] == [
+                "generator has not answered for 6 s",
+                "reward.score#1 waits for rows on policy.generate#1",
+            ]
+            assert supervisor.current_waits() == {
+                "controller": "an answer on generator",
+                "reward.score#1": "rows on policy.generate#1",
+            }
+            told = [silent for _ in range(5) for silent in supervisor.silences.elapse(2.0)]
+            await ask(supervisor.with_retry("generator"), GetStatistics())
+    assert told == [ServiceSilent(service="generator", seconds=10.0, ended=True)]
+    assert calls == ["kill", "restart", "EndPrompts", "generator replaced", "GetStatistics"]
 
 
 async def test_rows_for_a_service_that_is_being_replaced_are_left_to_who_prepares_it():

@@ -18,7 +18,13 @@ class Services:
     """What a watchdog asks its supervisor for."""
 
     def __init__(self) -> None:
-        self.waits, self.idle_seconds = WaitBoard(), 0.0
+        self.waits, self.idle_seconds, self.silences = WaitBoard(), 0.0, self
+
+    def elapse(self, seconds: float) -> list[Event]:
+        return []
+
+    def current_waits(self) -> dict[str, str]:
+        return self.waits.current()
 
     def graph(self) -> list[str]:
         return self.waits.graph(now=100.0)

@@ -1,0 +1,114 @@
+"""Drives one run from the command line: its event loop, its signals, the live view and the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import uvloop
+
+from asyncflow.cli.console import err, out
+from asyncflow.cli.interrupts import SENTENCES, Interrupts
+from asyncflow.cli.live import live_view
+from asyncflow.client.run import Run
+from asyncflow.control.supervision.outcome import RunFailed
+from asyncflow.recipe.config import BadInput
+from protocols.control.events import Evaluated, RunEnded
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
+    """Run to the end under uvloop, with the live view and the signal handlers."""
+    return uvloop.run(_Driver(evaluations if evaluations is not None else []).follow(context))
+
+
+class _Driver:
+    """The state that signals and the view of one run share."""
+
+    def __init__(self, evaluations: list[Evaluated]) -> None:
+        self._evaluations = evaluations
+        self._interrupts = Interrupts()
+        self._run: Run | None = None
+        self._following: asyncio.Task[Any] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def follow(self, context: AbstractAsyncContextManager[Run]) -> RunEnded:
+        """Start the run, show its events, wait for its end."""
+        loop, self._following = asyncio.get_running_loop(), asyncio.current_task()
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                loop.add_signal_handler(number, self._interrupted, number)
+        loop.add_signal_handler(signal.SIGUSR1, self._reload)
+        try:
+            async with context as running:
+                self._run = running
+                ended = await self._show(running)
+        except asyncio.CancelledError:
+            if self._run is None:
+                err.print("interrupted before the run has started")
+            return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=self._interrupts.ended_at_once)
+        if ended.outcome != "finished":
+            err.print(f"to go on: asyncflow resume {shlex.quote(str(running.folder))}", markup=False, soft_wrap=True)
+        return RunEnded(
+            outcome=ended.outcome,
+            step=ended.step,
+            error=ended.error,
+            exit_code=self._interrupts.code_of(ended.exit_code),
+        )
+
+    async def _show(self, running: Run) -> RunEnded:
+        out.print(f"run folder: {running.folder}", soft_wrap=True)
+        told = False
+        with live_view(out) as show:
+            async for event in running.events():
+                try:
+                    show(event)
+                except OSError:  # the terminal is gone
+                    out.on_broken_pipe()
+                if out.closed and not told:
+                    told = True
+                    err.print("nobody reads the output any more")
+                    self._interrupted(signal.SIGHUP)
+        self._evaluations += running.evaluations
+        return await running.wait()
+
+    def _interrupted(self, number: signal.Signals) -> None:
+        # Ray's handler of SIGTERM, which is in force while it is joined, aborts the process three seconds later.
+        signal.alarm(0)
+        assert self._following is not None
+        action = self._interrupts.take(number, started=self._run is not None)
+        if action in SENTENCES:
+            err.print(SENTENCES[action], soft_wrap=True)
+        match action:
+            case "drain" | "abandon":
+                assert self._run is not None
+                self._spawn(self._run.stop(abandon=action == "abandon"), "stop")
+            case "cancel":
+                self._following.cancel()
+            case "exit":
+                os._exit(self._interrupts.ended_at_once)
+            case "wait":
+                pass
+
+    def _reload(self) -> None:
+        if self._run is None:
+            err.print("the run has not started yet: nothing is reloaded")
+        else:
+            self._spawn(_reload(self._run), "reload")
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _reload(running: Run) -> None:
+    """Request a reload. Its result, or the end of the run, is an event, which the view shows."""
+    with contextlib.suppress(BadInput, RunFailed):
+        await running.reload()
