@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -100,8 +101,13 @@ def _scrape(targets: Path) -> dict[str, str]:
     return pages
 
 
-def test_sigterm_drains_writes_a_checkpoint_and_leaves_nothing_behind(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Also where that takes longer than the three seconds after which Ray's own handler would abort the process."""
+def test_sigterm_to_the_whole_group_saves_the_run_and_leaves_nothing_behind(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Also where that takes longer than the three seconds after which Ray's own handler would abort the process.
+
+    As from a service manager: Ray and the actors get it too. The second one gives up the step that is training.
+    """
     recipe = make_recipe(steps=10_000, checkpoints={"every": 0}, delays={"critic": {"update": 5.0}}, **SPLIT)
     folder = tmp_path / "run"
     process = _start(recipe, folder, tmp_path)
@@ -110,8 +116,10 @@ def test_sigterm_drains_writes_a_checkpoint_and_leaves_nothing_behind(make_recip
         members = _session_members(process.pid)
         assert len(members) > 5, "the actors run in the session of the command"
         shared = _shared_memory(members)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=90) == 130
+        os.killpg(process.pid, signal.SIGTERM)
+        _wait_for(folder / "logs" / "controller.log", "draining")
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=90) == 0
     finally:
         process.kill()
     assert list((folder / "checkpoints").glob("step_*/manifest.json"))
@@ -131,6 +139,13 @@ def _wait_for_steps(process: subprocess.Popen[bytes], folder: Path, steps: int) 
     while len(read_lines(folder / "metrics.jsonl")) < steps:
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
         assert time.monotonic() < deadline, f"step {steps} was not reached"
+        time.sleep(0.1)
+
+
+def _wait_for(log: Path, words: str) -> None:
+    deadline = time.monotonic() + 60
+    while words not in log.read_text():
+        assert time.monotonic() < deadline, f"{words!r} is not in {log}"
         time.sleep(0.1)
 
 

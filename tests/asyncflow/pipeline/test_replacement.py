@@ -11,7 +11,7 @@ import pytest
 
 import asyncflow
 from asyncflow.control.store.ledger import Ledger
-from protocols.control.events import ServiceReplaced, StepCommitted
+from protocols.control.events import ServiceReplaced, ServiceSilent, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = pytest.mark.ray
@@ -34,29 +34,50 @@ def _writes_to(pid: int, log: Path) -> bool:
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_a_killed_reward_reference_of_two_ranks_and_generator_cost_no_sample(make_recipe: MakeRecipe) -> None:
+async def test_whatever_trains_nothing_may_die_or_stop_and_costs_no_sample(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
         steps=5,
         staleness=1,
         runtime="ray",
         deterministic=False,
-        data={"eval": ""},
+        evaluation={"every": 1, "limit": 2},
+        deadlines={"answer": 5.0},
         pools={"main": {}, "frozen": {"devices": 2}, "rollout": {}},
         placement={"reference": {"pool": "frozen", "parallel": "1-1-2"}, "generator": {"pool": "rollout"}},
         delays={"reward": {"score": 0.2}, "reference": {"log_probs": 0.2}},
     )
-    # "reference-1" is one of two ranks, whose coordinator ends with it. The generator loses its weights and its rows.
-    killed = {1: "reward", 2: "reference-1", 3: "generator"}
+    # "reference-1" is one of two ranks, whose coordinator ends with it. The generator loses its weights and its rows,
+    # the advantage those that it has joined. Two at a time save the start of a process each.
+    faults = {
+        1: {"reward": signal.SIGKILL, "advantage": signal.SIGKILL},
+        2: {"reference-1": signal.SIGKILL, "evaluator": signal.SIGKILL},
+        3: {"generator": signal.SIGKILL, "reward": signal.SIGSTOP},
+    }
     replaced: list[ServiceReplaced] = []
+    silent: list[str] = []
     async with asyncflow.launch(recipe) as run:
         async for event in run.events():
-            if isinstance(event, StepCommitted) and event.step in killed:
-                os.kill(process_of(killed[event.step], run.folder), signal.SIGKILL)
-            if isinstance(event, ServiceReplaced):
-                replaced.append(event)
+            match event:
+                case StepCommitted():
+                    for service, fault in faults.get(event.step, {}).items():
+                        os.kill(process_of(service, run.folder), fault)
+                case ServiceReplaced():
+                    replaced.append(event)
+                case ServiceSilent(ended=True):
+                    silent.append(event.service)
         ended = await run.wait()
     assert ended.outcome == "finished", ended.error
-    assert [(r.service, r.number) for r in replaced] == [("reward", 1), ("reference", 1), ("generator", 1)]
+    assert sorted((r.service, r.number) for r in replaced) == [
+        ("advantage", 1),
+        ("evaluator", 1),
+        ("generator", 1),
+        ("reference", 1),
+        ("reward", 1),
+        ("reward", 2),
+    ]
+    assert silent == ["reward"], "who waits for it is not blamed"
+    assert "reward: it had not answered for 5 s and was killed" in [r.cause for r in replaced]
+    assert sorted(e.step for e in run.evaluations) == list(range(6)), "each version was evaluated once"
     ledger = Ledger(run.folder / "ledger.db")
     totals = ledger.totals()
     ledger.close()

@@ -256,6 +256,19 @@ async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_s
         assert (delivery.step, batches) == (4, [rows.log_probs(asked)])
 
 
+async def test_a_batch_that_its_process_has_not_joined_yet_is_closed_when_its_rows_have_come_again():
+    """As in the successor of one that died while the batch was closed."""
+    async with closing_stage() as (stage, _):
+        first, second = sample_id(1, 0), sample_id(2, 0)
+        closing = asyncio.create_task(stage.close(CloseBatch(4, [first, second])))
+        await deliver(stage, sent(first))
+        await asyncio.sleep(0)
+        assert not closing.done()
+        assert {w.who: w.what for w in await noticed(stage.context) if isinstance(w, Waiting) and w.who == CLOSE.name}
+        await deliver(stage, sent(second))
+        assert await closing == Done({"rows": 2.0})
+
+
 async def test_a_refused_shard_is_tombstones_at_the_join_and_costs_no_other():
     async with closing_stage() as (stage, _):
         good, bad = sample_id(1, 0), sample_id(2, 0)
