@@ -18,7 +18,7 @@ from asyncflow.services.ranks.spec import StageSpec, Target
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
 from protocols.control.delivery import Delivery
-from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone
+from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone, Waiting
 from protocols.control.requests import CloseBatch, Done
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import LogProbs, Metrics
@@ -264,7 +264,8 @@ async def test_a_batch_that_its_process_has_not_joined_yet_is_closed_when_its_ro
         await deliver(stage, sent(first))
         await asyncio.sleep(0)
         assert not closing.done()
-        assert {w.who: w.what for w in await noticed(stage.context) if isinstance(w, Waiting) and w.who == CLOSE.name}
+        waits = [notice for notice in await noticed(stage.context) if isinstance(notice, Waiting)]
+        assert (CLOSE.name, "rows again") in [(wait.who, wait.what) for wait in waits]
         await deliver(stage, sent(second))
         assert await closing == Done({"rows": 2.0})
 
