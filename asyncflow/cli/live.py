@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -144,6 +144,8 @@ def _facts(board: Board) -> Table:
         step = board.last
         facts.add_row("reward", Text(f"{step.reward_mean:.4f}  ").append(sparkline(board.rewards), style="green"))
         facts.add_row("learning", f"kl {step.kl:.4f}   loss {step.loss:+.4f}")
+        if "response_length_mean" in step.metrics:
+            facts.add_row("responses", _lengths(step.metrics))
         if "policy.mismatch_mean" in step.metrics:
             mean, largest = step.metrics["policy.mismatch_mean"], step.metrics["policy.mismatch_max"]
             facts.add_row("mismatch", f"engine and trainer differ by {mean:.1e} nats a token, {largest:.1e} at most")
@@ -164,6 +166,11 @@ def _facts(board: Board) -> Table:
     for reason, count in sorted(board.ended.items(), key=lambda item: -item[1])[:REASONS]:
         facts.add_row("samples", Text(f"{count} {reason}", style="yellow"))
     return facts
+
+
+def _lengths(metrics: Mapping[str, float]) -> str:
+    mean, p95, cut = (metrics[f"response_{name}"] for name in ("length_mean", "length_p95", "cut"))
+    return f"{mean:,.1f} tokens, 95% have {p95:,.0f} at most, {cut:.0%} cut by max_tokens"
 
 
 def _waits(waits: list[tuple[str, str]]) -> Table:

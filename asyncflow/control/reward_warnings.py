@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from asyncflow.services.reward_metrics import FLAT_GROUPS, HIGHEST, LOWEST
+from asyncflow.services.batch_metrics import FLAT_GROUPS, HIGHEST, LOWEST
 
 
 def reward_warning(

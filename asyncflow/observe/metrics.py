@@ -102,6 +102,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "learning": (
         _gauge("reward_mean", "Mean reward of the last step's samples."),
+        _gauge("reward_std", "Standard deviation of the rewards of the last step's samples."),
         _gauge("reward_part_mean", "Mean of one part of a mixed reward, before its weight.", "part"),
         _gauge("cost_mean", "Mean cost of the last step's samples; above the limit is unsafe."),
         _gauge("cost_multiplier", "Safe-RLHF's lambda: the weight of a unit of cost against a unit of reward."),
@@ -115,6 +116,17 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("mismatch_mean_nats", "Mean absolute difference of a token's log-prob, as sampled and as trained."),
         _gauge("mismatch_max_nats", "The largest such difference in the last step."),
         _gauge("clip_fraction", "Share of tokens whose ratio was clipped."),
+        _gauge(
+            "negative_log_likelihood_nats",
+            "Mean over the sampled tokens: an estimate of the policy's entropy from one sample of each.",
+        ),
+        _gauge(
+            "response_length_tokens",
+            "Length of the last step's responses; p95 is the one that 95 % of them do not exceed.",
+            "statistic",
+        ),
+        _gauge("response_cut_ratio", "Share of the last step's responses that max_tokens cut short."),
+        _gauge("learning_rate", "Mean learning rate of the last step's optimizer steps.", "role"),
         _gauge("gradient_norm", "Global gradient norm before clipping.", "role"),
         _gauge("loss", "Loss of the last step.", "role"),
     ),

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncflow.services.batch_metrics import batch_metrics
 from asyncflow.services.channels.endpoint import PayloadLost
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.prompt_join import PromptJoin
@@ -35,7 +36,6 @@ from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, r
 from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
-from asyncflow.services.reward_metrics import reward_metrics
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
@@ -202,7 +202,7 @@ class ClosingStage(StageRunner):
         await self.context.send(
             self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
         )
-        return Done((metrics.values if metrics is not None else {}) | reward_metrics(inputs))
+        return Done((metrics.values if metrics is not None else {}) | batch_metrics(inputs))
 
     async def _wait_for(self, samples: list[int]) -> None:
         """Wait for rows that the controller knows from the process before this one, and that are on their way again."""

@@ -13,7 +13,7 @@ from workers.settings import Loss
 
 TOKENS, STEPS = "tokens", "optimizer_steps"  # the denominators of the other metrics
 MAXIMA = ("log_ratio_max", "ratio_max", "mismatch_max")
-PER_STEP = ("loss", "ptx_loss", "gradient_norm")  # the rest is per trained token
+PER_STEP = ("loss", "ptx_loss", "gradient_norm", "learning_rate")  # the rest is per trained token
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class TrainableModel(OptimizerSteps):
         return taken
 
     def step(self, what: str, batch: Sequences, budget: int, loss: MicroLoss, together: int = 1) -> dict[str, float]:
-        """One optimizer step inside `update`: its loss, the gradient's norm before clipping, and a count of 1.
+        """One optimizer step inside `update`: loss, the gradient's norm before clipping, learning rate, a count of 1.
 
         The loss sees `together` successive rows at once, see `micro_batches`. Raises StepRefused, naming `what`, where
         loss or norm is not finite, and StepAbandoned after `abandon`.
@@ -93,7 +93,7 @@ class TrainableModel(OptimizerSteps):
         self._end_if_abandoned(what)
         self._take_step(what, norm)
         self.model.all_gather_updated()
-        return {"loss": total, "gradient_norm": norm, metrics.STEPS: 1.0}
+        return {"loss": total, "gradient_norm": norm, "learning_rate": self.last_rate, metrics.STEPS: 1.0}
 
     def over_replicas(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The metrics of all replicas' rows, from those of each one's own: on every rank of the last stage."""

@@ -36,11 +36,14 @@ _GAUGES = {  # exported name -> metric of the last step
     "mismatch_kl_nats": "policy.mismatch_kl",
     "mismatch_mean_nats": "policy.mismatch_mean",
     "mismatch_max_nats": "policy.mismatch_max",
+    "negative_log_likelihood_nats": "policy.negative_log_likelihood",
+    "reward_std": "reward_std",
+    "response_cut_ratio": "response_cut",
     "cost_mean": "cost_mean",
     "cost_multiplier": "multiplier",
     "kl_coefficient": "kl_coefficient",
 }
-
+_LENGTH = "response_length_"  # prefix of a statistic of the responses' lengths
 
 LOUD = Stalled | ServiceReplaced | ServiceSilent | Warned  # events that are logged as warnings
 
@@ -147,10 +150,12 @@ class RunLog:
             if key in metrics:
                 export.set(gauge, metrics[key])
         for name, value in metrics.items():
+            if name.startswith(_LENGTH):
+                export.set("response_length_tokens", value, statistic=name.removeprefix(_LENGTH))
             if name.startswith(PART):
                 export.set("reward_part_mean", value, part=name.removeprefix(PART))
         for role in (role for role, spec in ROLE_SPECS.items() if spec.trains):
-            for name in ("loss", "gradient_norm"):
+            for name in ("loss", "gradient_norm", "learning_rate"):
                 if f"{role}.{name}" in metrics:
                     export.set(name, metrics[f"{role}.{name}"], role=role)
         export.inc("straggler_wait_seconds_total", metrics.get("wait.batch_seconds", 0.0))

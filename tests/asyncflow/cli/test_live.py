@@ -45,7 +45,13 @@ def committed(step: int, reward: float = 0.5) -> StepCommitted:
         loss=-0.02,
         staleness_max=1,
         staleness_mean=0.5,
-        metrics={"policy.mismatch_mean": 1.2e-6, "policy.mismatch_max": 0.000015},
+        metrics={
+            "policy.mismatch_mean": 1.2e-6,
+            "policy.mismatch_max": 0.000015,
+            "response_length_mean": 8.04,
+            "response_length_p95": 12.0,
+            "response_cut": 0.25,
+        },
     )
 
 
@@ -140,6 +146,7 @@ def test_the_panel_says_how_far_how_well_how_fast_and_who_waits():
         "step 2/60",
         "1 min 56 s left",
         "0.9000  ▁█",
+        "8.0 tokens, 95% have 12 at most, 25% cut by max_tokens",
         "engine and trainer differ by 1.2e-06 nats a token, 1.5e-05 at most",
         "exact_match 0.4000, from 0.2000",
         "1,234 tokens/s",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncflow.control.reward_warnings import reward_warning
-from asyncflow.services.reward_metrics import reward_metrics
+from asyncflow.services.batch_metrics import batch_metrics
 from protocols.data.ids import sample_id
 from protocols.data.messages import Scores
 
@@ -17,7 +17,7 @@ def warning(*groups: list[float], compares_samples: bool = True) -> str:
     scores = Scores(
         sample_ids=np.array(ids, np.int64), scores=np.array([score for group in groups for score in group], np.float32)
     )
-    metrics = reward_metrics([scores])
+    metrics = batch_metrics([scores])
     return reward_warning(3, len(scores), len(groups), metrics, compares_samples=compares_samples)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncflow.services.reward_metrics import reward_metrics
+from asyncflow.services.batch_metrics import batch_metrics
 from protocols.data import codec
 from protocols.data.columns import concat, take
 from protocols.data.jagged import Jagged
@@ -78,7 +78,7 @@ def test_a_row_that_one_part_fails_is_failed_by_its_name_and_the_others_are_scor
 
 def breakdown(inputs: Sequence[Scores]) -> dict[str, float]:
     """The metrics of the parts alone."""
-    return {name: value for name, value in reward_metrics(inputs).items() if name.startswith("reward.")}
+    return {name: value for name, value in batch_metrics(inputs).items() if name.startswith("reward.")}
 
 
 def scores(*rows: Mapping[str, float]) -> Scores:
