@@ -282,6 +282,10 @@ class Failures(Settings, frozen=True):
     # Rows of one rule scored at the same time on each rank of its service: the most processes of an ordinary rule, each
     # started when the rows that wait are worth it; the most calls in flight of an async rule, in one process.
     reward_concurrency: PositiveInt = 8
+    # Memory of a rule's process, and of each that it starts: data, not mapped files; 0: no limit. At the limit the row
+    # is tried again in a new process.
+    reward_memory_bytes: NonNegativeInt = 4 << 30
+    reward_output_bytes: NonNegativeInt = 1 << 18  # what one call may print before it fails like a late one; 0: all
     # Train the samples of a prompt without those that failed, where 2 or more are left. By default another prompt takes
     # its place: a rule that fails on some kinds of answers would otherwise leave these out of every group's mean.
     partial_groups: bool = False

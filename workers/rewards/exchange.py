@@ -17,13 +17,22 @@ from workers.rewards.answers import RuleAnswer
 from workers.rewards.arguments import RuleNeeds, RuleRow
 
 LENGTH = struct.Struct("<I")
+OUT_OF_MEMORY = 251  # exit code of a rule's process that was refused memory: what it leaked goes with it
+
+
+class RuleLimits(msgspec.Struct, frozen=True):
+    """What a rule may take."""
+
+    timeout_seconds: float  # of one call
+    memory_bytes: int = 0  # data of its process, and of each that this starts; 0: no limit
+    output_bytes: int = 0  # printed in one call, as far as its pipe does not hide it (64 kB); 0: no limit
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The rule's module, whole, and the time limit of a call."""
+    """The rule's module, whole, and its limits."""
 
     source: CodeSource | None  # None: a registered rule, or a module without a file
-    timeout_seconds: float
+    limits: RuleLimits
 
 
 class Ready(msgspec.Struct, frozen=True):

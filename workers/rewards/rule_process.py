@@ -7,8 +7,11 @@ process, so its clients and semaphores may be made once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import inspect
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -18,7 +21,7 @@ import msgspec
 
 from workers.rewards.answers import RuleAnswer, answer_of, late_answer, refusal, refusal_of
 from workers.rewards.arguments import RuleArguments
-from workers.rewards.exchange import LENGTH, Answers, Call, Ready, Setup, framed
+from workers.rewards.exchange import LENGTH, OUT_OF_MEMORY, Answers, Call, Ready, Setup, framed
 from workers.user_code import BadCode, function_in, install, new_module
 
 _setups, _calls = msgspec.msgpack.Decoder(Setup), msgspec.msgpack.Decoder(Call)
@@ -29,15 +32,18 @@ def main(name: str) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a service blocks signals, which processes of the rule need
     requests, answers = _take_over_pipes()
     setup = _setups.decode(_next(requests))
+    if most := setup.limits.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
         rule = _loaded(name, setup)
         arguments = RuleArguments(rule)
     except (BadCode, LookupError) as refused:
+        _end_if_out_of_memory(refused.__cause__ or refused)
         _send(answers, Ready(error=refusal(str(refused.args[0])).error))
         return
     _send(answers, Ready(arguments.needs))
     if arguments.needs.concurrent:
-        asyncio.run(_serve_concurrently(rule, arguments, setup.timeout_seconds, requests, answers))
+        asyncio.run(_serve_concurrently(rule, arguments, setup.limits.timeout_seconds, requests, answers))
         return
     while body := _next(requests):
         call = _calls.decode(body)
@@ -79,6 +85,7 @@ def _answers_to(rule: Callable[..., Any], arguments: RuleArguments, call: Call) 
         if inspect.isawaitable(value):  # of a function that does not say it is async
             value = asyncio.run(_wait_for(value))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever user code raises is the row's cause of failure
+        _end_if_out_of_memory(error)
         return _failed(call, refusal_of(error))
     return Answers(call.number, _answers_in(value, arguments, len(call.rows)))
 
@@ -134,12 +141,22 @@ async def _answers_within(rule: Callable[..., Any], arguments: RuleArguments, ca
         async with limit:
             value = await rule(*positional, **named)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+        _end_if_out_of_memory(error)
         late = isinstance(error, TimeoutError) and limit.expired()
         return _failed(call, late_answer(seconds) if late else refusal_of(error))
     return Answers(call.number, _answers_in(value, arguments, len(call.rows)))
 
 
+def _end_if_out_of_memory(error: BaseException) -> None:
+    """A process at its limit fails every later row, too: the next one has room again."""
+    refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if refused or "can't allocate memory" in str(error):  # of torch
+        os._exit(OUT_OF_MEMORY)
+
+
 def _send(answers: BinaryIO, message: Ready | Answers) -> None:
+    with contextlib.suppress(Exception):  # a rule may have closed or replaced it
+        sys.stdout.flush()  # what was printed comes before the answer
     answers.write(framed(message))
     answers.flush()
 

@@ -101,6 +101,8 @@ class RuleScorer(Scorer):
             concurrency=failures.reward_concurrency,
             retries=failures.reward_retries,
             backoff_seconds=failures.reward_backoff_seconds,
+            memory_bytes=failures.reward_memory_bytes,
+            output_bytes=failures.reward_output_bytes,
         )
 
     def _try(self, pool: SandboxPool) -> None:

@@ -1,7 +1,8 @@
 """One process that runs a user's reward rule, so that it may raise, hang or die without harming the service.
 
 The service speaks to it through pipes, without ever blocking (exchange.py); `sandbox_pool` decides what each process
-does, and kills one that misses a deadline, with all processes that it started.
+does, and kills one that misses a deadline, with all processes that it started. What it prints passes through here, so
+that it can be limited.
 
 Why not pebble's ProcessPool, which has deadlines too: it kills only the worker process, not the processes that a rule
 started (a compiler, a test run), it unpickles whatever the worker sends, and output that a rule prints shares the
@@ -24,7 +25,7 @@ import msgspec
 
 from protocols.control.code import CodeSource
 from workers.rewards.arguments import RuleRow
-from workers.rewards.exchange import Answers, Call, Ready, Setup, framed, take_frame
+from workers.rewards.exchange import OUT_OF_MEMORY, Answers, Call, Ready, RuleLimits, Setup, framed, take_frame
 
 START_SECONDS = 60.0  # deadline for the interpreter and the imports of the user's module
 _READ_BYTES = 1 << 16
@@ -51,7 +52,7 @@ class CallInFlight(msgspec.Struct):
 class Sandbox:
     """A process of one rule. Until it is `ready` it takes no call."""
 
-    def __init__(self, rule: str, source: CodeSource | None, timeout_seconds: float, selector: selectors.BaseSelector):
+    def __init__(self, rule: str, source: CodeSource | None, limits: RuleLimits, selector: selectors.BaseSelector):
         """`source` is the text of the rule's module: the process runs this text, even if the file changes later.
 
         The selector is told what the process waits for; its events carry the sandbox.
@@ -61,22 +62,26 @@ class Sandbox:
         self.started = time.monotonic()
         self._selector, self._next = selector, 0
         self._unsent, self._read = bytearray(), bytearray()
+        self._limits, self._printed = limits, 0  # bytes, since the last answer
         path = os.pathsep.join(dict.fromkeys(folder or str(Path.cwd()) for folder in sys.path))
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "workers.rewards.rule_process", rule],  # -P: no module comes from the cwd
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             bufsize=0,  # a buffer that a dead child never read would raise again when its pipe is closed
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # its own process group, to be killed as one
         )
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._in, self._out = self._child.stdin, self._child.stdout
-        for pipe in (self._in, self._out):
+        assert self._child.stderr is not None
+        self._in, self._out, self._err = self._child.stdin, self._child.stdout, self._child.stderr
+        for pipe in (self._in, self._out, self._err):
             os.set_blocking(pipe.fileno(), False)
-        selector.register(self._out, selectors.EVENT_READ, self)
-        self._send(framed(Setup(source, timeout_seconds)))
+        for pipe in (self._out, self._err):
+            selector.register(pipe, selectors.EVENT_READ, self)
+        self._send(framed(Setup(source, limits)))
 
     @property
     def pid(self) -> int:
@@ -110,6 +115,9 @@ class Sandbox:
         """Write and read what the pipes take and hold. Returns the calls that were answered. Raises SandboxDied."""
         if self._unsent:
             self._send(b"")
+        self._pass_output_on()
+        if 0 < self._limits.output_bytes < self._printed:
+            raise SandboxDied(f"printed more than failures.reward_output_bytes = {self._limits.output_bytes} in a call")
         ended = False
         with contextlib.suppress(BlockingIOError):
             while not ended:
@@ -123,21 +131,37 @@ class Sandbox:
             self._take_messages(answered)
         except (ValueError, RecursionError) as error:  # of msgspec; bytes that are no UTF-8 give a UnicodeDecodeError
             raise SandboxDied(f"wrote into the answers of its process: {error}", answered) from None
+        if answered or ended:
+            self._pass_output_on()
+            self._printed = 0
         if ended:
             raise SandboxDied(f"ended its process, {self._ending()}", answered)
         return answered
 
     def close(self) -> None:
         """Kill the process and those that it started. Idempotent."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(self._out)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(self._in)
+        for pipe in (self._in, self._out, self._err):
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(pipe)
         if self._child.returncode is None:  # its group exists until it is reaped
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
-        self._in.close()
-        self._out.close()
+        for pipe in (self._in, self._out, self._err):
+            pipe.close()
+
+    def _pass_output_on(self) -> None:
+        """Write what was printed to this process's stderr: a pipe's content at most."""
+        try:
+            data = os.read(self._err.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            with contextlib.suppress(KeyError):  # the process has closed it, and may live on
+                self._selector.unregister(self._err)
+        self._printed += len(data)
+        with contextlib.suppress(OSError):  # this process has no stderr any more
+            while data:
+                data = data[os.write(2, data) :]
 
     def _send(self, data: bytes) -> None:
         self._unsent += data
@@ -171,4 +195,6 @@ class Sandbox:
         """How the process ended; kills what is left of it, which changes nothing in a process that is ending."""
         self.close()
         code = self._child.returncode
+        if code == OUT_OF_MEMORY:
+            return f"out of memory: failures.reward_memory_bytes = {self._limits.memory_bytes}"
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from protocols.control.code import CodeSource
 from workers.rewards.answers import RuleAnswer, late_answer, refusal
 from workers.rewards.arguments import RuleNeeds, RuleRow
-from workers.rewards.exchange import Answers
+from workers.rewards.exchange import Answers, RuleLimits
 from workers.rewards.row_attempts import RowAttempts, WaitingRow
 from workers.rewards.sandbox import CallInFlight, Sandbox, SandboxDied
 
@@ -48,6 +48,8 @@ class SandboxPool:
         concurrency: int = 1,
         retries: int = 0,
         backoff_seconds: float = 0.5,
+        memory_bytes: int = 0,
+        output_bytes: int = 0,
     ) -> None:
         """Args:
 
@@ -57,9 +59,11 @@ class SandboxPool:
         concurrency: most processes, or most rows at a time in the process of an async rule.
         retries: further attempts of a row that failed.
         backoff_seconds: the wait before the first of them where the failure was of a connection or a busy server.
+        memory_bytes, output_bytes: see RuleLimits.
         """
         self._rule, self._source = rule, source
         self._timeout, self._retries, self._backoff = timeout_seconds, retries, backoff_seconds
+        self._limits = RuleLimits(timeout_seconds, memory_bytes, output_bytes)
         self._concurrency = concurrency
         self._selector = selectors.DefaultSelector()
         self._sandboxes: list[Sandbox] = []
@@ -119,7 +123,7 @@ class SandboxPool:
     # --- processes
 
     def _add(self) -> None:
-        self._sandboxes.append(Sandbox(self._rule, self._source, self._timeout, self._selector))
+        self._sandboxes.append(Sandbox(self._rule, self._source, self._limits, self._selector))
 
     def _remove(self, sandbox: Sandbox) -> None:
         self._sandboxes.remove(sandbox)

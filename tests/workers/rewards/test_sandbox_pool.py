@@ -23,6 +23,7 @@ import fcntl, os, subprocess, sys, time
 import numpy as np
 
 print("imported")
+kept = []
 
 def obey(prompt, response, reference):
     """Does what the prompt says."""
@@ -54,6 +55,11 @@ def obey(prompt, response, reference):
             return 0.5
         case "read": return len(sys.stdin.read()) + len(os.read(0, 10)) + 0.5
         case "input": return float(input())
+        case "print much":
+            for _ in range(100): os.write(2, b"noise" * 2000 + b"\\n")
+            return 0.5
+        case "take memory": kept.append(bytearray(1 << 28)); return 0.5
+        case "take much memory": return float(bytearray(1 << 40)[0])
         case "start": return subprocess.Popen(["sleep", "600"]).pid
         case _: write_into_answers(bytes.fromhex(prompt))
 
@@ -106,8 +112,8 @@ def rule(folder: Path) -> Iterator[SandboxPool]:
 def open_rule(folder: Path) -> Iterator[Callable[..., SandboxPool]]:
     opened: list[SandboxPool] = []
 
-    def start(name: str, timeout_seconds: float = 5) -> SandboxPool:
-        opened.append(SandboxPool(name, timeout_seconds=timeout_seconds))
+    def start(name: str, timeout_seconds: float = 5, **limits: Any) -> SandboxPool:
+        opened.append(SandboxPool(name, timeout_seconds=timeout_seconds, **limits))
         return opened[-1]
 
     yield start
@@ -229,6 +235,29 @@ def test_a_hanging_rule_is_killed_at_its_deadline_whichever_row_it_hangs_in(
     assert rule.pids == []
     assert all(map(ends, hanging))
     assert score(rule, LENGTH) == 3.0
+
+
+def test_a_rule_that_takes_more_memory_than_allowed_fails_its_row_and_what_it_leaked_goes_with_it(
+    open_rule: Callable[..., SandboxPool],
+):
+    rule = open_rule("rules_to_obey:obey", memory_bytes=1 << 30, retries=1)
+    with pytest.raises(NoScore, match=f"out of memory: failures.reward_memory_bytes = {1 << 30}"):
+        score(rule, ask("take much memory"))
+    assert [score(rule, ask("take memory")) for _ in range(6)] == [0.5] * 6, "1.5 GB, in two processes"
+
+
+def test_a_rule_that_prints_more_than_allowed_fails_its_row(
+    open_rule: Callable[..., SandboxPool], capfd: pytest.CaptureFixture[str]
+):
+    rule = open_rule("rules_to_obey:obey", output_bytes=200_000)
+    with pytest.raises(NoScore, match=r"printed more than failures\.reward_output_bytes = 200000 in a call"):
+        score(rule, ask("print much"))
+    assert 200_000 < capfd.readouterr().err.count("noise") * 5 < 600_000, "what it printed until then is shown"
+    for _ in range(3):
+        assert score(rule, ask("print")) == 0.5
+    assert capfd.readouterr().err.count("noise") == 12
+    unlimited = open_rule("rules_to_obey:obey")
+    assert score(unlimited, ask("print much")) == 0.5
 
 
 def test_texts_larger_than_a_pipe_arrive_whole(rule: SandboxPool):
