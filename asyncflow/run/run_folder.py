@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import sqlite3
 import time
@@ -27,6 +26,7 @@ from asyncflow.control.store.storage import StorageFailed, storing
 from asyncflow.observe.log import open_log
 from asyncflow.recipe.changes import Change, changes
 from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
+from asyncflow.run.terms import LINEAGE, next_term, set_aside_name
 from workers.data.dataset_files import digest_of_rows
 
 RECIPE, CHANGES, LEDGER_PARTIAL = "recipe.toml", "changes.jsonl", ".ledger.partial"
@@ -110,7 +110,7 @@ def begin_fresh(folder: Path, recipe: Recipe) -> Start:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "format").write_text(str(checkpoint.FORMAT))
     _write_recipe(folder, recipe)
-    return Start(_next_term(folder), "")
+    return Start(next_term(folder)[0], "")
 
 
 def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) -> Start:
@@ -140,7 +140,8 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
     copy = folder / LEDGER_PARTIAL
     if path is not None:  # first: a full disk must not end this between two ledgers
         shutil.copyfile(path / "ledger.db", copy)
-    term = _next_term(folder)
+    term, reused = next_term(folder)
+    warnings += [reused] if reused else []
     if changed:
         warnings += [f"changed at step {step}: {change}" for change in changed]
         _record(folder, term, step, changed)
@@ -233,19 +234,6 @@ def digest_of(recipe: Recipe) -> str:
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
-def _next_term(folder: Path) -> int:
-    """Take the next term. Terms start at 0 and are never reused, not even after a start that failed at once."""
-    path = folder / "term"
-    term = int(path.read_text()) + 1 if path.exists() else 0
-    partial = folder / ".term.partial"
-    with partial.open("w") as file:
-        file.write(str(term))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return term
-
-
 def _clear_partial(folder: Path) -> None:
     """Remove what the run's last process left unfinished."""
     checkpoint.clear_partial(folder / "checkpoints")
@@ -254,9 +242,9 @@ def _clear_partial(folder: Path) -> None:
 
 
 def _set_ledger_aside(folder: Path, term: int) -> None:
-    lineage = folder / "lineage"
+    lineage = folder / LINEAGE
     lineage.mkdir(exist_ok=True)
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would take a journal that stays for the next ledger's
         path = folder / f"ledger.db{suffix}"
         if path.exists():
-            path.rename(lineage / f"before_term_{term}.ledger.db{suffix}")
+            path.rename(lineage / f"{set_aside_name(term)}{suffix}")

@@ -137,6 +137,13 @@ def newest(root: Path) -> tuple[Path, Manifest, list[str]]:
     raise CheckpointError(f"{root} holds no valid checkpoint: {'; '.join(damaged) or 'it is empty'}")
 
 
+def terms(root: Path) -> Iterator[int]:
+    """The terms in which the checkpoints were written whose manifests can be read; their files are not."""
+    for folder in _folders(root):
+        with contextlib.suppress(CheckpointError):
+            yield _manifest_of(folder).term
+
+
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints (0: remove none)."""
     for folder in _folders(root)[keep:] if keep else []:

@@ -86,6 +86,12 @@ class Ledger:
         return self._meta("version")
 
     @property
+    def term(self) -> int:
+        """The newest term of a sample; -1 where there is none."""
+        (term,) = self._db.execute("SELECT MAX(term) FROM samples").fetchone()
+        return -1 if term is None else int(term)
+
+    @property
     def cursor(self) -> int:
         """The number of prompts taken from the data, over all epochs."""
         return self._meta("cursor")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,7 +168,9 @@ def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe:
     live = Ledger(folder / "ledger.db")
     live.admit([1], 1, 0, 2)
     live.close()
+    (folder / "ledger.db-journal").touch()  # of a process that was killed as it made the file
     run_folder.begin_resumed(folder, recipe)
+    assert [path.name for path in folder.glob("ledger.db*")] == ["ledger.db"]
     aside = Ledger(folder / "lineage" / "before_term_1.ledger.db")
     assert aside.totals().created == 2
     aside.close()
@@ -174,6 +180,74 @@ def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Pat
     begin(folder, recipe)
     write_checkpoint(folder, 1, trained=[0], recipe=recipe)
     assert [run_folder.begin_resumed(folder, recipe).term for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "is gone"), (lambda p: p.write_text(""), "is damaged")])
+def test_a_term_that_its_file_has_forgotten_is_not_used_again(
+    folder: Path, recipe: Recipe, damage: Callable[[Path], object], words: str
+):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    assert [run_folder.begin_resumed(folder, recipe).term for _ in range(2)] == [1, 2]
+    damage(folder / "term")
+    start = run_folder.begin_resumed(folder, recipe)
+    assert start.term == 3
+    assert [words in warning for warning in start.warnings] == [True]
+    shutil.rmtree(folder / "lineage")
+    (folder / "term").unlink()
+    assert run_folder.begin_resumed(folder, recipe).term == 1, "after that of the checkpoint"
+
+
+def killed_at(number: int, folder: Path, function: Callable[[], object]) -> bool:
+    """Call a function in a process that is killed before the function's nth change of the folder; whether it was."""
+    changes = 0
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal changes
+        changing = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile")
+        changing = changing or (event == "open" and isinstance(arguments[1], str) and arguments[1] not in ("r", "rb"))
+        if changing and str(folder) in str(arguments[0]):
+            changes += 1
+            if changes == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        sys.addaudithook(count)
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def go_on(folder: Path, recipe: Recipe) -> run_folder.Start:
+    """What `run --folder` does."""
+    with run_folder.locked(folder):
+        begin = run_folder.begin_resumed if run_folder.holds_run(folder) else run_folder.begin_fresh
+        return begin(folder, recipe)
+
+
+def test_a_start_that_was_killed_anywhere_can_be_made_again(tmp_path: Path, recipe: Recipe):
+    number = 1
+    while killed_at(number, folder := tmp_path / str(number), partial(go_on, folder, recipe)):
+        assert go_on(folder, recipe).term <= 1
+        assert run_folder.recipe_of(folder) == recipe
+        number += 1
+    assert number > 5, "recipe, term and their partial files are changes"
+
+
+def test_a_resume_that_was_killed_anywhere_can_be_made_again(tmp_path: Path, folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    write_checkpoint(folder, 2, trained=[1], recipe=recipe)
+    number = 1
+    while killed_at(number, copy := tmp_path / str(number), partial(go_on, shutil.copytree(folder, copy), recipe)):
+        assert go_on(copy, recipe).restore == str(copy / "checkpoints" / "step_000002")
+        ledger = Ledger(copy / "ledger.db")
+        assert ledger.version == 2
+        ledger.close()
+        number += 1
+    assert number > 5, "the copy of the ledger, the one set aside, the term"
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder: Path, recipe: Recipe):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import sysconfig
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,16 @@ import pytest
 
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.runtime import ray_session
-from asyncflow.services.runtime.ray_session import environment, import_paths, join, later_paths, leave, temp_folder
+from asyncflow.services.runtime.ray_session import (
+    environment,
+    import_paths,
+    join,
+    join_in_thread,
+    join_within,
+    later_paths,
+    leave,
+    temp_folder,
+)
 from workers.user_code import search_in
 
 SHORT = "/tmp"
@@ -61,6 +72,17 @@ def test_folders_of_a_recipe_stand_in_for_no_library_in_an_actors_process(
     assert str(tmp_path) not in environment()["PYTHONPATH"].split(os.pathsep)
     sys.path.append(str(tmp_path / ".."))
     assert later_paths()[-1] == str(tmp_path / "..")
+
+
+async def test_an_address_where_no_ray_answers_is_named_within_a_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nobody = f"127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(ServiceError, match=f"Ray at {nobody} can't be used: nothing answers there: .*ray_address"):
+        await join_within(60.0, join_in_thread(nobody, None, 0), nobody)
+    silent: Future[list[str]] = Future()
+    with pytest.raises(ServiceError, match=r"Ray at head:6379 can't be used: no answer within 0\.01 s"):
+        await join_within(0.01, silent, "head:6379")
+    assert not silent.cancelled(), "a connection that comes late is left again"
 
 
 @pytest.mark.ray
