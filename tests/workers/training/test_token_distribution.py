@@ -132,3 +132,15 @@ def test_a_greedy_token_s_log_prob_is_at_temperature_1_and_not_truncated(logits:
     tokens, log_probs = greedy.sample(logits.float(), torch.zeros(ROWS, dtype=torch.float64), 0)
     assert torch.equal(tokens, logits.float().argmax(-1))
     torch.testing.assert_close(log_probs, logits.float().log_softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_engine_and_the_trainer_give_the_token_of_a_large_vocabulary_the_same_log_prob(temperature: float):
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(8, 49_152, generator=generator) * 2
+    large[:, 0] += 14  # a confident model: many small terms beside a large one
+    distribution = TokenDistribution(Sampling(temperature=temperature))
+    tokens, sampled = distribution.sample(large, torch.full((8,), 0.5, dtype=torch.float64), 0)
+    assert torch.equal(sampled, distribution.log_probs(large, tokens, 0))
+    exact = large.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(sampled.double(), exact, rtol=0, atol=1e-6)
