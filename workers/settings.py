@@ -118,6 +118,8 @@ class Model(Settings, frozen=True):
     learning_rate: float = 0.0  # of a trained role, which needs one above 0; after the warm-up
     dtype: Dtype = "float32"  # of the weights
     lora: Lora = Lora()  # policy only
+    # Response tokens whose logits exist at the same time, see workers.training.outputs; 0: 256 MiB of them in float32
+    head_chunk: NonNegativeInt = 0
 
     @property
     def folders(self) -> list[str]:

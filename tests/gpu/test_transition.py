@@ -19,6 +19,7 @@ from workers.parallel.sharding import Sharding
 from workers.resharding.hybrid_engine import HybridEngine
 from workers.settings import Model
 from workers.training.micro_batches import MicroBatch
+from workers.training.outputs import Outputs
 
 ROUNDS = 5
 RANKS = 2
@@ -65,9 +66,9 @@ def switched(folder: str, backend: Backend, switch: str, kind: str) -> Switched:
     )
 
 
-def log_probs(outputs: Tensor, micro: MicroBatch) -> Tensor:
-    tokens = micro.response_tokens().to(outputs.device)
-    return micro.before_response(outputs).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).cpu()
+def log_probs(outputs: Outputs, micro: MicroBatch) -> Tensor:
+    tokens = micro.response_tokens()
+    return outputs.before_response(micro).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).cpu()
 
 
 def make(folder: str, kind: str) -> int:

@@ -26,6 +26,7 @@ from workers.parallel.model import MicroLoss
 from workers.settings import Chat
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import sequence_scores
+from workers.training.outputs import Outputs
 
 HELDOUT_SIGN_ACCURACY = "heldout_sign_accuracy"
 
@@ -136,7 +137,7 @@ def cost_loss(labels: npt.NDArray[np.float32]) -> MicroLoss:
     loss), which `labels` [2 n] has. A response without a label has no sign term.
     """
 
-    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+    def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
         costs, signs = sequence_scores(outputs, micro), micro.tensor(labels[micro.rows])
         of_signs = torch.where(signs == 0.0, 0.0, logsigmoid(signs * costs))
         safer, other = costs.view(-1, PAIR).unbind(1)

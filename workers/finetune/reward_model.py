@@ -22,6 +22,7 @@ from workers.finetune.settings import RewardModelSettings
 from workers.parallel.model import MicroLoss, ParallelModel
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import sequence_scores
+from workers.training.outputs import Outputs
 
 HELDOUT_ACCURACY = "heldout_pair_accuracy"  # its name in a folder's results
 PAIR = 2  # successive rows of a pair: the chosen response, then the rejected one
@@ -126,7 +127,7 @@ def pair_loss(pairs: int, centring: float) -> MicroLoss:
     level of the scores, which differences alone leave free.
     """
 
-    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+    def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
         chosen, rejected = sequence_scores(outputs, micro).view(-1, PAIR).unbind(1)
         return (-logsigmoid(chosen - rejected) + centring * (chosen + rejected).square()).sum() / pairs
 

@@ -20,6 +20,7 @@ from workers.finetune.settings import SftSettings
 from workers.parallel.model import MicroLoss
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import response_log_probs
+from workers.training.outputs import Outputs
 
 HELDOUT_LOSS = "heldout_loss"  # its name in a folder's journal and results
 
@@ -104,7 +105,7 @@ def response_loss(batch: Sequences) -> MicroLoss:
     """-mean(log p) over all response tokens of a batch; micro-batches add up to it."""
     tokens = len(batch.responses.values)
 
-    def loss(logits: Tensor, micro: MicroBatch) -> Tensor:
-        return -response_log_probs(logits, micro).sum() / tokens
+    def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
+        return -response_log_probs(outputs, micro).sum() / tokens
 
     return loss

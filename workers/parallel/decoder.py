@@ -24,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 
 from workers.parallel.groups import RankGroup, copied, joined, summed
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan, layer_parameters
+from workers.training.outputs import Outputs, ReadOutputs, chunk_of
 
 
 class VocabularyEmbedding(nn.Module):
@@ -67,9 +68,17 @@ class DecoderShard(nn.Module):
     """
 
     def __init__(
-        self, config: PretrainedConfig, plan: ShardPlan, stage: int, tensor_group: RankGroup, recompute: bool = False
+        self,
+        config: PretrainedConfig,
+        plan: ShardPlan,
+        stage: int,
+        tensor_group: RankGroup,
+        recompute: bool = False,
+        head_chunk: int = 0,
     ) -> None:
+        """`head_chunk`: see `workers.training.outputs.chunk_of`."""
         super().__init__()
+        self._chunk = chunk_of(head_chunk, plan.decoder.vocabulary)
         self.plan = plan
         self.stage = stage
         self._group = tensor_group
@@ -152,8 +161,11 @@ class DecoderShard(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
+        read: ReadOutputs = Outputs.whole,
     ) -> Tensor:
-        """Tokens [n, L] to activations [n, L, H]; on the last stage to logits [n, L, V], or values or scores [n, L, 1].
+        """Tokens [n, L] to activations [n, L, H]; on the last stage to `read` of the outputs.
+
+        These are logits [n, L, V], or values or scores [n, L, 1].
 
         `hidden` [n, L, H] are the activations of the stage before, except on the first. `mask` int64 [n, cached + L] is
         0 on padding; `positions` int64 [n or 1, L] count from 0 by default; `cache` is this stage's own and takes the
@@ -177,12 +189,19 @@ class DecoderShard(nn.Module):
                 states = layer(states, **options)
         if not self.is_last:
             return states
-        return self._read(self.model["norm"](states[:, -1:] if last_only else states))
+        return read(self._outputs(self.model["norm"](states[:, -1:] if last_only else states)))
 
-    def _read(self, hidden: Tensor) -> Tensor:
+    def _outputs(self, hidden: Tensor) -> Outputs:
+        """The ranks of a tensor group read the same chunks in the same order: each is joined from all of them."""
         if self.plan.decoder.head != "tokens":
-            return self.get_submodule("score")(hidden)
-        return joined(self.get_submodule("lm_head")(copied(hidden, self._group)), self._group)
+            return Outputs(hidden, self.get_submodule("score"))
+        head = self.get_submodule("lm_head")
+        return Outputs(
+            copied(hidden, self._group),
+            lambda states: joined(head(states), self._group),
+            list(head.parameters()),
+            self._chunk,
+        )
 
     def _layer(self, kind: Any, index: int) -> nn.Module:
         """A layer with 1/t of the heads and neurons; outputs and input gradients are summed over the ranks."""

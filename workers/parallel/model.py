@@ -44,10 +44,10 @@ from workers.parallel.whole_module import WholeModule
 from workers.training.lora import Adapters
 from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.offload import Copy, relocated
+from workers.training.outputs import Outputs
 
-# Of the last stage's outputs ([n, L, V] logits, or [n, L, 1] values or scores) and their micro-batch:
-MicroLoss = Callable[[Tensor, MicroBatch], Tensor]  # a scalar, in global weights
-Read = Callable[[Tensor, MicroBatch], Tensor]  # the part of them to keep
+MicroLoss = Callable[[Outputs, MicroBatch], Tensor]  # a scalar, in global weights
+Read = Callable[[Outputs, MicroBatch], Tensor]  # what to keep of the outputs
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
 _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
@@ -58,8 +58,9 @@ class ParallelModel:
 
     torch.distributed's world (gloo or NCCL) has the topology's ranks; one rank needs none. `folder` is a transformers
     folder, of which the rank reads its shard only. `recompute` keeps one activation per layer and computes the others
-    again in the backward pass. Without `trains` the model only answers. With `module` the ranks hold that model whole,
-    and these options are its own. Raises ValueError, with the numbers, where model, topology and world don't fit.
+    again in the backward pass; `head_chunk`: see `workers.training.outputs`. Without `trains` the model only answers.
+    With `module` the ranks hold that model whole, and these options are its own. Raises ValueError, with the numbers,
+    where model, topology and world don't fit.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ParallelModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
+        head_chunk: int = 0,
         trains: bool = True,
         module: WholeModule | None = None,
     ) -> None:
@@ -91,7 +93,7 @@ class ParallelModel:
             self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
             self.plan = plan = plan_of(self.config, topology, head)
             self.groups = ProcessGroups.join(topology, self.rank, plan.tied_across_stages)
-            self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute)
+            self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute, head_chunk)
             read = lambda only: read_shard(  # noqa: E731
                 folder, plan, self.place.pp, self.place.tp, only=only,
                 dtype=stepped_dtype(dtype) if trains else dtype, device=device,
@@ -185,8 +187,8 @@ class ParallelModel:
         batches, real = self._equal_batches(data, budget, together)
         self._attach_gradient()
 
-        def weighed(micro: int, outputs: Tensor) -> Tensor:
-            return loss(outputs, batches[micro]) if micro < real else (outputs * 0.0).sum()
+        def weighed(micro: int, outputs: Outputs) -> Tensor:
+            return loss(outputs, batches[micro]) if micro < real else (outputs.whole() * 0.0).sum()
 
         total = self._pipeline.train(batches, weighed, self._end_micro_batch)
         self._reduce_gradient()
@@ -195,7 +197,7 @@ class ParallelModel:
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
         """`read` of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
         batches, real = self._equal_batches(data, budget)
-        kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else o.new_empty(0))
+        kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else torch.empty(0))
         return kept[:real]
 
     def outputs(self, data: Sequences, budget: int, read: Read) -> npt.NDArray[np.float32] | None:
@@ -252,8 +254,7 @@ class ParallelModel:
     def _equal_batches(self, data: Sequences, budget: int, together: int = 1) -> tuple[list[MicroBatch], int]:
         """This replica's micro-batches, filled up to the largest number of any replica, and how many are real."""
         batches = list(micro_batches(data, budget, self.device, together))
-        real = len(batches)
-        most = int(self.groups.data.max_(torch.tensor(real, device=self.device)))
+        most = int(self.groups.data.max_(torch.tensor(real := len(batches), device=self.device)))
         return batches + [MicroBatch(_FILLER, np.arange(1), self.device) for _ in range(most - real)], real
 
     def _attach_gradient(self) -> None:

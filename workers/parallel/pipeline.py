@@ -18,8 +18,9 @@ from workers.parallel.groups import RankGroup
 from workers.parallel.schedule import Backward, Forward, Message, Transfer, forward_schedule, train_schedule
 from workers.parallel.whole_module import WholeModule
 from workers.training.micro_batches import MicroBatch
+from workers.training.outputs import Outputs
 
-OfOutputs = Callable[[int, Tensor], Tensor]  # a micro-batch's number and the last stage's outputs of it
+OfOutputs = Callable[[int, Outputs], Tensor]  # a micro-batch's number and the last stage's outputs of it
 
 
 class Pipeline:
@@ -52,9 +53,8 @@ class Pipeline:
                     self._exchange(operation, batches)
                 case Forward(micro):
                     inputs[micro] = hidden = self._in.pop(("activation", micro), None)
-                    outputs[micro] = self._forward(batches[micro], hidden, micro)
+                    outputs[micro] = self._forward(batches[micro], hidden, micro, loss)
                     if self._shard.is_last:
-                        outputs[micro] = loss(micro, outputs[micro])
                         total += outputs[micro].detach()
                 case Backward(micro):
                     outputs.pop(micro).backward(self._in.pop(("gradient", micro), None))
@@ -73,15 +73,16 @@ class Pipeline:
                 case Transfer():
                     self._exchange(operation, batches)
                 case Forward(micro):
-                    output = self._forward(batches[micro], self._in.pop(("activation", micro), None), micro)
+                    output = self._forward(batches[micro], self._in.pop(("activation", micro), None), micro, read)
                     if self._shard.is_last:
-                        kept.append(read(micro, output))
+                        kept.append(output)
         return kept
 
-    def _forward(self, batch: MicroBatch, hidden: Tensor | None, micro: int) -> Tensor:
+    def _forward(self, batch: MicroBatch, hidden: Tensor | None, micro: int, read: OfOutputs) -> Tensor:
+        """Activations for the next stage; on the last stage `read` of the outputs."""
         if hidden is not None and torch.is_grad_enabled():
             hidden.requires_grad_()
-        output = self._shard(batch.tokens, batch.mask, hidden)
+        output = self._shard(batch.tokens, batch.mask, hidden, read=lambda outputs: read(micro, outputs))
         if not self._shard.is_last:
             self._out["activation", micro] = output.detach()
         return output

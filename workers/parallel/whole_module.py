@@ -6,6 +6,7 @@ ZeRO and FSDP train any model, with or without adapters; no parameter has a dime
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,10 @@ from workers.settings import Dtype, Model
 from workers.training.lora import Adapters, checkpoint_name
 from workers.training.model_classes import number_head
 from workers.training.models import load_causal, load_critic, load_reward
+from workers.training.outputs import Outputs, ReadOutputs, chunk_of
+from workers.training.token_head import TokenHead
+
+_log = logging.getLogger("asyncflow.models")
 
 _LOADERS = {"tokens": load_causal, "value": load_critic}
 
@@ -93,6 +98,8 @@ class WholeModule(nn.Module):
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             self._names[first.setdefault(id(parameter), name)].append(name)
+        self._token_head = self._tried_head() if head == "tokens" else None
+        self._chunk = chunk_of(model.head_chunk, self.config.get_text_config().vocab_size)
         own = self.by_name()
         self.plan = WholePlan(
             head, tuple(Parameter(n, tuple(p.shape), frozen=not p.requires_grad) for n, p in own.items())
@@ -107,12 +114,20 @@ class WholeModule(nn.Module):
             for block in self._blocks().values():
                 _recompute(block)
 
-    def forward(self, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Tokens [n, L] and their mask, 0 on padding -> logits [n, L, V], or values or scores [n, L, 1]."""
+    def forward(
+        self, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None, *, read: ReadOutputs = Outputs.whole
+    ) -> Tensor:
+        """Tokens [n, L] and their mask, 0 on padding -> `read` of the outputs, which are logits, values or scores.
+
+        It is called in here because fully sharded ranks hold the head's weights only in a forward or backward pass.
+        """
         inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-        if self.plan.head == "tokens":
-            return self.model(**inputs).logits
-        return number_head(self.model)(self.model.base_model(**inputs).last_hidden_state)
+        if self.plan.head == "tokens" and self._token_head is None:
+            return read(Outputs(self.model(**inputs).logits))
+        states = self.model.base_model(**inputs).last_hidden_state
+        if self._token_head is None:
+            return read(Outputs(states, number_head(self.model)))
+        return read(Outputs(states, self._token_head, self._token_head.parameters(), self._chunk))
 
     def by_name(self) -> dict[str, nn.Parameter]:
         """The parameters by transformers' names, a tied one once."""
@@ -143,6 +158,13 @@ class WholeModule(nn.Module):
         """Copies of the persistent buffers in host memory: they are published, though not trained."""
         state = self.model.state_dict(keep_vars=True)
         return {n: t.to("cpu", copy=True) for n, t in state.items() if not isinstance(t, nn.Parameter)}
+
+    def _tried_head(self) -> TokenHead | None:
+        """The head by itself; None, with a line in the log, for a family whose forward pass can't be divided."""
+        if (found := TokenHead.find(self.model)) is None:
+            _log.warning("%s: logits of all positions are computed at once: its head can't be used by itself",
+                         type(self.model).__name__)  # fmt: skip
+        return found
 
     def _blocks(self) -> dict[str, nn.Module]:
         """The repeated layers by name: those that transformers does not split, else the longest list of modules.

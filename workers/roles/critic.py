@@ -23,6 +23,7 @@ from workers.parallel.sharding import NOT_COLLECTED, ONE_DEVICE, Sharding
 from workers.settings import Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
 from workers.training.offload import Offloader
+from workers.training.outputs import Outputs
 from workers.training.trainable import TrainableModel
 
 
@@ -74,7 +75,7 @@ class CriticWorker(Critic):
         self.trained.export(folder)
 
     def _batch_loss(self, batch: Experience, weights: Jagged) -> MicroLoss:
-        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+        def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
             mask = micro.column(batch.loss_mask)
             values = trained(_values_of(outputs, micro), mask)
             before, returns = (trained(micro.column(column), mask) for column in (batch.values, batch.returns))
@@ -92,5 +93,5 @@ class CostCriticWorker(CriticWorker):
         return super().update(replace(experience, returns=experience.cost_returns, values=experience.cost_values))
 
 
-def _values_of(outputs: Tensor, micro: MicroBatch) -> Tensor:
-    return micro.before_response(outputs).squeeze(-1).float()
+def _values_of(outputs: Outputs, micro: MicroBatch) -> Tensor:
+    return outputs.before_response(micro).squeeze(-1).float()

@@ -32,8 +32,9 @@ from workers.data.token_rows import response_column
 from workers.data.vocabulary import Vocabulary
 from workers.generation.colocated import ColocatedEngine
 from workers.generation.colocated_vllm import ColocatedVllm
-from workers.generation.engine import FinishedRow, generate_all
+from workers.generation.engine import generate_all
 from workers.generation.hybrid import ColocatedTorch
+from workers.generation.own_engine import OwnEngine
 from workers.generation.packed import PackedWeights
 from workers.generation.torch import TorchEngine
 from workers.losses.aggregation import reduce_loss
@@ -50,8 +51,9 @@ from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.roles.probe import answered_probe
 from workers.settings import Generation, Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
-from workers.training.models import response_log_probs
+from workers.training.models import log_softmax_of
 from workers.training.offload import Offloader
+from workers.training.outputs import Outputs
 from workers.training.token_distribution import TokenDistribution
 from workers.training.trainable import TrainableModel
 
@@ -136,8 +138,12 @@ class PolicyWorker(Policy):
 
         Raises RuntimeError where several ranks share the model, or one holds it as shards.
         """
+        if self.model.topology.world_size > 1:
+            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
         version = Version(term, self.trained.version)
-        return _OwnEngine(self, self._generation, self._seed, self._vocabulary, version)
+        return OwnEngine(
+            self.model.module, self._generation, self._seed, self._vocabulary, self.offloader, version=version
+        )
 
     def _regrouped(self) -> ColocatedEngine:
         if self.colocated is None:
@@ -183,24 +189,35 @@ class PolicyWorker(Policy):
         """
         of_text = self._text.weights(batch) if self._text is not None else None
 
-        def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
-            tokens = self._tokens(outputs, micro, batch, old_log_probs)
+        def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
+            tokens, plain = self._tokens(outputs, micro, batch, old_log_probs, plain=of_text is not None)
             objective = policy_objective(self._policy_loss.current, tokens, self._loss)
             accumulate(measured, loss_metrics(tokens, objective, self._loss))
             reinforced = reduce_loss(objective.loss, micro.column(weights))
-            if of_text is None:
+            if of_text is None or plain is None:
                 return reinforced
-            cross_entropy = reduce_loss(-response_log_probs(outputs, micro, 1.0), micro.column(of_text))
+            cross_entropy = reduce_loss(-plain, micro.column(of_text))
             accumulate(measured, {"ptx_loss": cross_entropy.item()})
             return reinforced + self._loss.ptx_coefficient * cross_entropy
 
         return loss
 
-    def _tokens(self, outputs: Tensor, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None) -> Tokens:
-        logits, indices = micro.before_response(outputs), micro.response_indices()
-        log_probs = self._distribution.log_probs(logits, micro.response_tokens(), indices)
-        processed = self._distribution.processed(logits, indices) if self._loss.entropy_coefficient else None
-        return Tokens(
+    def _tokens(
+        self, outputs: Outputs, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None, *, plain: bool
+    ) -> tuple[Tokens, Tensor | None]:
+        """What the loss reads of the response tokens; with `plain` also their log-probs at temperature 1."""
+        entropy = self._loss.entropy_coefficient != 0.0
+
+        def read(logits: Tensor, tokens: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+            found = [self._distribution.log_probs(logits, tokens, indices)]
+            if entropy:
+                found.append(token_entropies(self._distribution.processed(logits, indices)))
+            if plain:
+                found.append(log_softmax_of(logits, tokens))
+            return tuple(found)
+
+        log_probs, *others = outputs.of_responses(micro, read)
+        tokens = Tokens(
             log_probs=log_probs,
             old_log_probs=micro.column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
             rollout_log_probs=micro.column(batch.log_probs),
@@ -208,8 +225,9 @@ class PolicyWorker(Policy):
             mask=micro.column(batch.loss_mask) != 0,
             lengths=micro.tensor(micro.response_lengths),
             reference=micro.column(batch.reference),
-            entropies=token_entropies(processed) if processed is not None else None,
+            entropies=others[0] if entropy else None,
         )
+        return tokens, others[-1] if plain else None
 
     def _log_probs(self, rows: Rollouts | Experience) -> Jagged | None:
         """Log-probs of the response tokens, on every rank of the last stage."""
@@ -269,22 +287,6 @@ class PolicyWorker(Policy):
         """End the engine that is beside the model, where there is one."""
         if self.colocated is not None:
             self.colocated.close()
-
-
-class _OwnEngine(TorchEngine):
-    """Runs the module that is trained, which comes back to its device for a step where it was offloaded."""
-
-    def __init__(
-        self, policy: PolicyWorker, settings: Generation, run_seed: int, vocabulary: Vocabulary, version: Version
-    ) -> None:
-        if policy.model.topology.world_size > 1:
-            raise RuntimeError("this policy was given no generation layout: it trains and answers, others generate")
-        super().__init__(policy.model.module, settings, run_seed, vocabulary, owns_model=False, version=version)
-        self._offloader = policy.offloader
-
-    def step(self) -> list[FinishedRow]:
-        self._offloader.onload()
-        return super().step()
 
 
 def _start_of(batch: Experience, experience: Experience, old_log_probs: Jagged) -> Jagged:

@@ -15,6 +15,7 @@ from workers.parallel.plan import Head
 from workers.training.checkpoint_names import CheckpointNames
 from workers.training.micro_batches import MicroBatch
 from workers.training.model_classes import HEADS, model_class, number_head
+from workers.training.outputs import Outputs
 
 # What transformers says while it loads (progress bars, a table of the new value head) is for people at a prompt.
 transformers.utils.logging.disable_progress_bar()
@@ -93,9 +94,10 @@ def _refuse_missing(names: set[str], path: str | Path) -> None:
         raise ValueError(f"model folder {path} lacks {len(names)} of the model's tensors: {sorted(names)[:5]}")
 
 
-def response_log_probs(logits: Tensor, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs of the response tokens, [sum of T_i], from the logits of the whole rows, [n, L, V]."""
-    return log_softmax_of(batch.before_response(logits), batch.response_tokens(), temperature)
+def response_log_probs(outputs: Outputs, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probs of the response tokens, [sum of T_i]."""
+    (found,) = outputs.of_responses(batch, lambda logits, tokens, _: (log_softmax_of(logits, tokens, temperature),))
+    return found
 
 
 def log_softmax_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -109,9 +111,9 @@ def log_softmax_of(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
 
 
-def sequence_scores(outputs: Tensor, batch: MicroBatch) -> Tensor:
-    """Scores of whole rows, float32 [n], from a reward model's outputs at every position, [n, L, 1]."""
-    return batch.at_end(outputs).squeeze(-1).float()
+def sequence_scores(outputs: Outputs, batch: MicroBatch) -> Tensor:
+    """Scores of whole rows, float32 [n], of a reward model."""
+    return outputs.at_end(batch).squeeze(-1).float()
 
 
 def tensors_in_memory(model: PreTrainedModel) -> dict[str, Tensor]:

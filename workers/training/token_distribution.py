@@ -31,6 +31,7 @@ from protocols.roles import Sampling
 from workers.data.vocabulary import ALL_TOKENS, Vocabulary
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import log_softmax_of
+from workers.training.outputs import Outputs
 
 _ROWS_SORTED = 256  # at once: a sort of the whole vocabulary needs five times the memory of its logits
 
@@ -45,9 +46,10 @@ class TokenDistribution:
         self._ends = vocabulary.ends.union(sampling.stop_token_ids)
         self._masks: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor]] = {}
 
-    def of_responses(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Log-probs of the response tokens, [sum of T_i], from the logits of the whole rows, [n, L, V]."""
-        return self.log_probs(batch.before_response(logits), batch.response_tokens(), batch.response_indices())
+    def of_responses(self, outputs: Outputs, batch: MicroBatch) -> Tensor:
+        """Log-probs of the response tokens, [sum of T_i]."""
+        (found,) = outputs.of_responses(batch, lambda *logits: (self.log_probs(*logits),))
+        return found
 
     def log_probs(self, logits: Tensor, tokens: Tensor, positions: Tensor | int) -> Tensor:
         """Log-probs of these tokens, [n], from logits [n, V]: float32, float64 for float64 logits.

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from protocols.layout.topology import Backend, Topology, generating_topology
 from tests.workers.parallel.test_model import (
     BUDGET,
+    HEAD_CHUNK,
     RATE,
     ROWS,
     Case,
@@ -35,6 +36,7 @@ from workers.parallel.model import ParallelModel, plan_of
 from workers.parallel.sharding import Sharding
 from workers.parallel.zero import Zero1Model, Zero2Model
 from workers.settings import Model
+from workers.training.outputs import Outputs
 
 BACKENDS: list[Backend] = ["zero1", "zero2", "fsdp"]
 TOPOLOGIES = ["1-1-2", "1-1-4", "1-2-2", "2-1-2"]
@@ -61,7 +63,9 @@ MODELS: dict[Backend, type[ParallelModel]] = {
 
 def build(backend: Backend, topology: Topology, case: Case) -> ParallelModel:
     """The model that `trained_model` builds, in any dtype and with buckets that a small model fills."""
-    return MODELS[backend](case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
+    return MODELS[backend](
+        case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute, head_chunk=HEAD_CHUNK
+    )
 
 
 # --- what every rank runs
@@ -102,14 +106,14 @@ def logits_after(backend: Backend, topology: Topology, case: Case) -> list[Tenso
     model = build(backend, topology, case)
     data = part(rows(ROWS), model.place.dp, topology.dp)
 
-    def broken(outputs: Tensor, micro: object) -> Tensor:
+    def broken(outputs: Outputs, micro: object) -> Tensor:
         raise ArithmeticError("the loss")
 
     try:
         model.backward(data, BUDGET, broken)
     except ArithmeticError:
         model.release_gradient()
-    return model.forward(data, BUDGET, lambda outputs, micro: micro.before_response(outputs))
+    return model.forward(data, BUDGET, lambda outputs, micro: outputs.before_response(micro))
 
 
 class Bytes(NamedTuple):

@@ -29,6 +29,7 @@ from workers.settings import Dtype, Generation, Lora, Loss, Model, Optimizer
 from workers.training.micro_batches import MicroBatch
 from workers.training.models import load_causal, response_log_probs
 from workers.training.optimizer_step import StepRefused
+from workers.training.outputs import Outputs
 
 RATE = 1e-6  # of RL: an update is far below half a step of most weights in bfloat16
 STEPS = 20
@@ -121,7 +122,7 @@ def sum_of_equal_rows(sharding: Sharding, folder: str, copies: int) -> dict[str,
     model = trained_model(Model(path=folder, dtype="bfloat16"), sharding)
     data = take(experience(ROWS), np.zeros(copies, np.int64))
 
-    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
+    def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
         log_probs = response_log_probs(outputs, micro)
         return reduce_loss(-log_probs, torch.ones_like(log_probs))
 

@@ -28,10 +28,12 @@ from tests.workers.ranks import RankFailed, Worlds
 from workers.parallel.model import MicroLoss, ParallelModel, plan_of
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Head, ShardPlan
 from workers.training.micro_batches import MicroBatch, micro_batches
-from workers.training.models import load_causal, load_critic, log_softmax_of
+from workers.training.models import load_causal, load_critic, response_log_probs
+from workers.training.outputs import Outputs
 
 TOPOLOGIES = ["2-1-1", "1-2-1", "1-1-2", "2-2-1", "1-2-2", "2-1-2", "2-2-2"]
 BUDGET = 40  # padded tokens a micro-batch
+HEAD_CHUNK = 4  # response tokens; most micro-batches have more
 ROWS = 11  # on two replicas: three and two micro-batches, all of different shapes
 RATE = 1e-3
 
@@ -80,12 +82,12 @@ def loss_of(data: Rows, head: Head, share: float) -> MicroLoss:
     """A policy-gradient or value loss: the mean over these rows' trained tokens, times their share of the batch."""
     weight = share / max(trained(data), 1)
 
-    def loss(outputs: Tensor, micro: MicroBatch) -> Tensor:
-        seen, advantages = micro.before_response(outputs), micro.column(data.advantages)
+    def loss(outputs: Outputs, micro: MicroBatch) -> Tensor:
+        advantages = micro.column(data.advantages)
         if head == "tokens":
-            per_token = -log_softmax_of(seen, micro.response_tokens()) * advantages
+            per_token = -response_log_probs(outputs, micro) * advantages
         else:
-            per_token = (seen.squeeze(-1) - advantages) ** 2
+            per_token = (outputs.before_response(micro).squeeze(-1) - advantages) ** 2
         return (per_token * micro.column(data.mask) * weight).sum()
 
     return loss
@@ -111,7 +113,8 @@ def whole(case: Case, number: int, limit: float = math.inf) -> Step:
     nn.Module.to(model, case.dtype)
     loss_of_micro, total = loss_of(data, case.head, 1.0), 0.0
     for micro in micro_batches(data, 10_000):
-        loss = loss_of_micro(model(input_ids=micro.tokens, attention_mask=micro.mask, use_cache=False).logits, micro)
+        logits = model(input_ids=micro.tokens, attention_mask=micro.mask, use_cache=False).logits
+        loss = loss_of_micro(Outputs(logits), micro)
         loss.backward()
         total += loss.item()
     named = dict(model.named_parameters())
@@ -126,7 +129,9 @@ def whole(case: Case, number: int, limit: float = math.inf) -> Step:
 
 def sharded_step(topology: Topology, case: Case, number: int, limit: float) -> Step:
     """This rank's part of the same step."""
-    model = ParallelModel(case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute)
+    model = ParallelModel(
+        case.folder, topology, head=case.head, dtype=case.dtype, recompute=case.recompute, head_chunk=HEAD_CHUNK
+    )
     data = part(rows(number), model.place.dp, topology.dp)
     share = trained(data) / trained(rows(number))
     loss = model.backward(data, BUDGET, loss_of(data, case.head, share))
@@ -139,9 +144,9 @@ def sharded_step(topology: Topology, case: Case, number: int, limit: float) -> S
 
 def outputs(topology: Topology, case: Case, number: int) -> list[Tensor]:
     """This rank's log-probs of the response tokens, one tensor per micro-batch."""
-    model = ParallelModel(case.folder, topology)
+    model = ParallelModel(case.folder, topology, head_chunk=HEAD_CHUNK)
     data = part(rows(number), model.place.dp, topology.dp)
-    return model.forward(data, BUDGET, lambda o, m: log_softmax_of(m.before_response(o), m.response_tokens()))
+    return model.forward(data, BUDGET, response_log_probs)
 
 
 def passes(topology: Topology, case: Case, number: int) -> int:

@@ -20,6 +20,7 @@ from workers.parallel.plan import EMBEDDING, ShardPlan
 from workers.resharding.hybrid_engine import HybridEngine, Transition
 from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.models import load_causal
+from workers.training.outputs import Outputs
 
 SWITCHES = ["1-4-2 -> 1-2", "1-2-2 -> 1-1", "2-2-2 -> 1-2", "2-4-1 -> 1-1", "1-8-1 -> 1-2", "4-2-1 -> 2-1"]
 BUDGET = 60
@@ -53,11 +54,11 @@ def part(data: Rows, index: int, of: int) -> Rows:
     return Rows(*(column.take(own) for column in data))
 
 
-def at_responses(outputs: Tensor, micro: MicroBatch) -> Tensor:
-    return micro.before_response(outputs)
+def at_responses(outputs: Outputs, micro: MicroBatch) -> Tensor:
+    return outputs.before_response(micro)
 
 
-def likelihood(outputs: Tensor, micro: MicroBatch) -> Tensor:
+def likelihood(outputs: Outputs, micro: MicroBatch) -> Tensor:
     return torch.nn.functional.cross_entropy(at_responses(outputs, micro), micro.response_tokens(), reduction="sum")
 
 

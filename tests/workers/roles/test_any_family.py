@@ -47,7 +47,7 @@ class PpoStep(NamedTuple):
 
 
 def model_at(folder: str, lora: Lora) -> Model:
-    return Model(path=folder, learning_rate=0.1, lora=lora)
+    return Model(path=folder, learning_rate=0.1, lora=lora, head_chunk=5)  # a micro-batch has more response tokens
 
 
 def policy_at(sharding: Sharding, folder: str, lora: Lora) -> PolicyWorker:

@@ -61,7 +61,7 @@ def log_probs(model: ParallelModel, texts: TokenRows, budget: int = 100, tempera
 
 
 def values(model: ParallelModel, budget: int = 100) -> Jagged:
-    numbers = model.outputs(TEXTS, budget, lambda o, m: m.before_response(o).squeeze(-1))
+    numbers = model.outputs(TEXTS, budget, lambda o, m: o.before_response(m).squeeze(-1))
     assert numbers is not None
     return TEXTS.responses.with_values(numbers)
 

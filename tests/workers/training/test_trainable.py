@@ -28,6 +28,7 @@ from workers.training.micro_batches import MicroBatch
 from workers.training.mini_batches import mini_batches, named_rows
 from workers.training.models import response_log_probs
 from workers.training.optimizer_step import LrSchedule, StepRefused
+from workers.training.outputs import Outputs
 from workers.training.trainable import TrainableModel
 
 RATE = 1e-3
@@ -51,7 +52,7 @@ def cross_entropy(scale: float = 1.0) -> MicroLoss:
     return lambda outputs, micro: -scale * response_log_probs(outputs, micro).mean()
 
 
-def infinite_gradient(outputs: Tensor, micro: MicroBatch) -> Tensor:
+def infinite_gradient(outputs: Outputs, micro: MicroBatch) -> Tensor:
     """A finite loss with an infinite gradient."""
     loss = cross_entropy()(outputs, micro)
     return loss + (loss - loss.detach()).sqrt()
