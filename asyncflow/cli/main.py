@@ -6,6 +6,7 @@ Exit codes: 0 done, or drained after SIGTERM; 1 the run failed; 2 bad input; 3 a
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from protocols.control.events import Evaluated
 
 FAILED, BAD_INPUT = 1, 2
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
 
 RecipePath = Annotated[
@@ -40,6 +41,7 @@ Folder = Annotated[
     Path | None,
     typer.Option("--folder", help="The run's folder; one that holds a run goes on with it. Default: a new one."),
 ]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]
 AllowFresh = Annotated[
     bool, typer.Option("--allow-fresh", help="Start from the beginning where all checkpoints are damaged or gone.")
 ]
@@ -91,6 +93,36 @@ def resume(
     from asyncflow.run.launch import resume as resume_run
 
     raise typer.Exit(drive(resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)).exit_code)
+
+
+@app.command()
+def runs(
+    root: Annotated[Path, typer.Argument(help="The folder that run folders are in.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List the runs in a folder: state, step, reward and evaluation of each. Nothing is changed."""
+    from asyncflow.cli.runs import print_runs
+
+    print_runs(root, as_json, out)
+
+
+@app.command()
+def status(
+    folder: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Print how a run stands: whether it runs, how far it is, its evaluations, its samples, its newest checkpoint."""
+    from asyncflow.cli.runs import print_status
+
+    print_status(folder, as_json, out)
+
+
+@app.command()
+def stop(folder: RunFolder) -> None:
+    """Ask a run on this machine to finish its step, write a checkpoint and end, as Ctrl-C does."""
+    from asyncflow.cli.runs import stop as stop_run
+
+    print_lines([stop_run(folder)])
 
 
 @app.command()
@@ -220,6 +252,21 @@ def demo(
         )
         out.print(f"held-out {last.metric} after PPO:     {last.value:.3f}")
     raise typer.Exit(ended.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_lines([f"asyncflow {version('asyncflow')}"])
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; the help of the application is the module's."""
 
 
 def main() -> None:

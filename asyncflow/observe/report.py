@@ -15,7 +15,9 @@ from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, nu
 from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.page import figure, page, section
+from asyncflow.observe.sentences import sentence
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
+from protocols.control.events import RunEnded
 from protocols.control.notices import Span
 
 Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
@@ -26,11 +28,11 @@ GANTT_STEPS = 4  # number of last steps in the Gantt chart
 GANTT_SECONDS = 60.0  # its length if no span has a step
 
 
-def write_report(folder: Path, totals: Totals | None = None) -> Path:
+def write_report(folder: Path, totals: Totals | None = None, ended: RunEnded | None = None) -> Path:
     """Write `folder`/report.html and return its path; a section whose file is missing says so.
 
-    `totals` are the samples by final state, by default read from the run's ledger.db. Raises msgspec.DecodeError,
-    tomllib.TOMLDecodeError or sqlite3.Error for a broken file.
+    `totals` are the samples by final state, by default read from the run's ledger.db; `ended` is the run's end. Raises
+    msgspec.DecodeError, tomllib.TOMLDecodeError or sqlite3.Error for a broken file.
     """
     recipe_path, timeline_path = folder / "recipe.toml", folder / "timeline.json"
     recipe = recipe_path.read_text() if recipe_path.exists() else ""
@@ -41,6 +43,7 @@ def write_report(folder: Path, totals: Totals | None = None) -> Path:
         evaluations=read_lines(folder / "evaluations.jsonl"),
         spans=read_spans(timeline_path) if timeline_path.exists() else [],
         totals=totals if totals is not None else ledger_totals(folder / "ledger.db"),
+        end=(sentence(ended, 0) or "") if ended is not None else "",
     )
     return replace_file(folder / "report.html", page.encode())
 
@@ -60,13 +63,21 @@ def ledger_totals(path: Path) -> dict[tuple[str, str], int]:
 
 
 def report_page(
-    *, name: str, recipe: str, steps: Sequence[Row], evaluations: Sequence[Row], spans: Sequence[Span], totals: Totals
+    *,
+    name: str,
+    recipe: str,
+    steps: Sequence[Row],
+    evaluations: Sequence[Row],
+    spans: Sequence[Span],
+    totals: Totals,
+    end: str = "",
 ) -> Markup:
-    """The page, from the contents of the run folder."""
+    """The page, from the contents of the run folder; `end` says how the run ended."""
     no_timeline = _absent("The run left no timeline.json.")
     main = [
         tag("h1", name),
         tag("p", _subtitle(recipe, steps), class_="muted"),
+        *([tag("p", f"The {end}.", class_="muted")] if end else []),
         _tiles(steps, evaluations, totals),
         section("Learning", *_learning(steps, evaluations)),
         section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),

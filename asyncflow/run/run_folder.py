@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import os
 import shutil
 import sqlite3
 import time
@@ -21,6 +22,7 @@ import msgspec
 
 from asyncflow.control.store import checkpoint
 from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.store.run_log import ENDED
 from asyncflow.control.store.run_store import EXPORT_PARTIAL
 from asyncflow.control.store.storage import StorageFailed, storing
 from asyncflow.observe.log import open_log
@@ -29,7 +31,7 @@ from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
 from asyncflow.run.terms import LINEAGE, next_term, set_aside_name
 from workers.data.dataset_files import digest_of_rows
 
-RECIPE, CHANGES, LEDGER_PARTIAL = "recipe.toml", "changes.jsonl", ".ledger.partial"
+RECIPE, CHANGES, LOCK, LEDGER_PARTIAL = "recipe.toml", "changes.jsonl", "run.lock", ".ledger.partial"
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -57,7 +59,7 @@ def locked(folder: Path) -> Iterator[TextIO]:
     """Lock the folder. Raises BadInput if another process holds the lock; the lock ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "run.lock").open("w")
+        file = (folder / LOCK).open("a+")  # not "w": it holds the number of another process that may run
     except OSError as error:
         raise BadInput(f"run folder {folder}: can't be written: {error.strerror}") from error
     try:
@@ -66,6 +68,9 @@ def locked(folder: Path) -> Iterator[TextIO]:
         file.close()
         raise BadInput(f"run {folder}: another process is running it") from None
     try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield file
     finally:
         file.close()
@@ -237,6 +242,7 @@ def digest_of(recipe: Recipe) -> str:
 def _clear_partial(folder: Path) -> None:
     """Remove what the run's last process left unfinished."""
     checkpoint.clear_partial(folder / "checkpoints")
+    (folder / ENDED).unlink(missing_ok=True)
     shutil.rmtree(folder / EXPORT_PARTIAL, ignore_errors=True)
     (folder / LEDGER_PARTIAL).unlink(missing_ok=True)
 

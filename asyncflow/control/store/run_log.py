@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
+
 from asyncflow.control.events import EventLog
 from asyncflow.control.store.storage import storing
 from asyncflow.observe.exporter import Exporter
@@ -21,6 +23,7 @@ from protocols.control.events import (
     Evaluated,
     Event,
     Published,
+    RunEnded,
     RunStarted,
     SamplesEnded,
     ServiceReplaced,
@@ -45,7 +48,16 @@ _GAUGES = {  # exported name -> metric of the last step
 }
 _LENGTH = "response_length_"  # prefix of a statistic of the responses' lengths
 
+ENDED = "ended.json"  # in the run folder: how its last process ended the run; a killed one leaves none
 LOUD = Stalled | ServiceReplaced | ServiceSilent | Warned  # events that are logged as warnings
+
+
+def read_end(folder: Path) -> RunEnded | None:
+    """How the last process of the run in a folder ended it; None if it runs or was killed."""
+    try:
+        return msgspec.json.decode((folder / ENDED).read_bytes(), type=RunEnded)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 class RunLog:
@@ -97,11 +109,20 @@ class RunLog:
                 export.observe("checkpoint_seconds", event.seconds)
                 export.set("checkpoint_bytes", event.nbytes)
                 export.set("last_checkpoint_timestamp_seconds", time.time())
+            case RunEnded():
+                self._record_end(event)
             case _:
                 pass
         if line := sentence(event, self._steps):
             (self.file.warning if isinstance(event, LOUD) else self.file.info)("%s", line)
         self.events.add(event)
+
+    def _record_end(self, ended: RunEnded) -> None:
+        """For `read_end`. Where the disk refuses it, the run reads as killed: its end must not fail."""
+        try:
+            (self._folder / ENDED).write_bytes(msgspec.json.encode(ended))
+        except OSError as error:
+            self.file.warning("%s can't be written: %s", self._folder / ENDED, error.strerror)
 
     def was_evaluated(self, step: int, curve: str) -> bool:
         """Whether the journal holds this step's point of a curve, e.g. from before a restart."""

@@ -242,7 +242,7 @@ class RunStore:
         finally:
             await self.abandon()
         with storing("report", self.folder):
-            await asyncio.to_thread(write_report, self.folder, reasons)
+            await asyncio.to_thread(write_report, self.folder, reasons, ended)
         counts = ", ".join(f"{count} {state}" for state, count in msgspec.structs.asdict(totals).items())
         self.log.file.info("samples in the ledger: %s", counts)
         if ended.outcome == "finished" and (totals.imbalance or totals.live):
