@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from asyncflow.cli.console import err, out
-from asyncflow.cli.interrupts import SENTENCES, Interrupts
+from asyncflow.cli.interrupts import SAVED, SENTENCES, Interrupts
 from asyncflow.cli.live import live_view
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
@@ -50,9 +50,11 @@ class _Driver:
                 self._run = running
                 ended = await self._show(running)
         except asyncio.CancelledError:
+            code = self._interrupts.ended_at_once
             if self._run is None:
                 err.print("interrupted before the run has started")
-            return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=self._interrupts.ended_at_once)
+                code = self._interrupts.code_of(SAVED)  # nothing is lost
+            return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=code)
         if ended.outcome != "finished":
             err.print(f"to go on: asyncflow resume {shlex.quote(str(running.folder))}", markup=False, soft_wrap=True)
         return RunEnded(

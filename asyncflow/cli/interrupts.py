@@ -20,7 +20,8 @@ _RUNNING: tuple[Action, ...] = ("drain", "abandon", "cancel", "wait")
 SENTENCES: dict[Action, str] = {
     "drain": "draining: finishing the current step and writing a checkpoint; interrupt again to give that step up",
     "abandon": "giving the current step up and saving the last finished one; interrupt again to end at once",
-    "wait": "ending: waiting for the run's processes",
+    "cancel": "ending at once: waiting for the run's processes",
+    "wait": "it is ending already: waiting for the run's processes",
 }
 
 

@@ -20,6 +20,8 @@ from protocols.control.events import CodeRefused, CodeReloaded
 from protocols.control.requests import AbandonStep
 from workers.user_code import BadCode, digest_of
 
+ABANDON_SECONDS = 30.0  # a service gives up a step at once, beside its computing, or does not answer at all
+
 A = TypeVar("A")
 
 
@@ -112,10 +114,14 @@ class StepBoundary:
     async def _save_committed(self, step: int) -> None:
         services = self._supervisor.services
         if not self._run_store.is_saved(step):
-            async with all_or_error() as group:
-                for name in self._run_store.stateful:
-                    request = AbandonStep(step - self._started_at)
-                    group.create_task(ask(services[name], request), name=f"abandon the step on {name}")
+            try:
+                async with asyncio.timeout(ABANDON_SECONDS), all_or_error() as group:
+                    for name in self._run_store.stateful:
+                        request = AbandonStep(step - self._started_at)
+                        group.create_task(ask(services[name], request), name=f"abandon the step on {name}")
+            except TimeoutError:
+                stateful = ", ".join(self._run_store.stateful)
+                raise RunFailed(f"no answer within {ABANDON_SECONDS:g} s from one of {stateful}") from None
         await self.write_checkpoint()
 
     async def _reload(self) -> None:

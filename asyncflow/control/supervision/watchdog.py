@@ -34,7 +34,10 @@ class Watchdog:
         now = time.monotonic()
         since, self._checked_at = self._checked_at, now
         rate, self._tokens = self._tokens / (now - since), 0
-        yield from self._supervisor.silences.elapse(now - since)
+        for silent in self._supervisor.silences.elapse(now - since):
+            yield silent
+            if silent.ended:
+                self._supervisor.mark_progress()  # what follows a death has deadlines of its own
         waits = self._supervisor.current_waits()
         now_waits = WaitsChanged(
             waits=waits, live_prompts=live_prompts, step_progress=step_progress, tokens_per_second=rate
