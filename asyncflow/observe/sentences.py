@@ -47,7 +47,10 @@ def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one cas
         case SamplesEnded():
             line = f"{event.count} samples {event.state}: {one_line(event.reason)}"
         case ServiceReplaced():
-            line = f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}"
+            line = (
+                f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}; "
+                f"its log: logs/{event.service}.log"
+            )
         case ServiceSilent():
             ended = ", so it is killed" if event.ended else ""
             line = f"{event.service} has not answered for {event.seconds:.0f} s{ended}"

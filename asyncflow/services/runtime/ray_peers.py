@@ -155,6 +155,13 @@ def _end_with(gone: ServiceGone) -> NoReturn:
     os._exit(1)
 
 
+def _cause_of(error: RayActorError) -> str:
+    """What Ray knows of an actor's end, in one line: without its ids, and without a list of what may be the causes."""
+    told = " ".join(str(error).split())
+    _, found, cause = told.partition("The actor is dead because ")
+    return (cause if found else f"{type(error).__name__}: {told}").partition(" There are some potential")[0]
+
+
 async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:
     """Call an actor's method. Raises as `answered` does."""
     return await answered(name, what, method.remote(*arguments))
@@ -169,6 +176,6 @@ async def answered(name: str, what: str, answer: Any) -> Any:
     except ActorUnavailableError as error:  # it may live: the caller can't know what was done
         raise ServiceError(f"{name}: {what}: can't be reached ({error})") from error
     except RayActorError as error:
-        raise ServiceGone(f"{name}: {what}: its process is gone ({type(error).__name__}: {error})") from error
+        raise ServiceGone(f"{name}: {what}: its process is gone ({_cause_of(error)})") from error
     except RayError as error:
         raise ServiceError(f"{name}: {what}: {type(error).__name__}: {error}") from error

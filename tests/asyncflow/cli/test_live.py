@@ -19,6 +19,8 @@ from protocols.control.events import (
     RunEnded,
     RunStarted,
     SamplesEnded,
+    ServiceReplaced,
+    ServiceSilent,
     Stalled,
     StateChanged,
     StepCommitted,
@@ -116,12 +118,30 @@ def test_without_a_terminal_each_step_is_one_line_however_narrow_it_is():
             "no progress for 61 s: a waits on b; b waits on a",
         ),
         (Warned(step=3, text="all 4 rewards are 0"), "warning: all 4 rewards are 0"),
+        (
+            ServiceReplaced(service="reward", number=1, cause="reward: its process\nis gone", seconds=2.0),
+            "reward died and was replaced in 2.0 s: reward: its process is gone; its log: logs/reward.log",
+        ),
+        (ServiceSilent(service="critic", seconds=60.0, ended=False), "critic has not answered for 60 s"),
+        (
+            ServiceSilent(service="reward", seconds=60.0, ended=True),
+            "reward has not answered for 60 s, so it is killed",
+        ),
         (RunEnded(outcome="finished", step=60), "run finished after step 60"),
         (RunEnded(outcome="failed", step=7, error="critic died", exit_code=1), "run failed after step 7: critic died"),
     ],
 )
 def test_what_matters_besides_steps_is_one_line_each(event: Event, line: str):
     assert plain([event]) == [line]
+
+
+def test_a_warning_of_the_start_is_printed_once_on_any_console():
+    started = RunStarted(run="r", folder="/f", steps=9, warnings=["a newer checkpoint can't be used: it is damaged"])
+    for terminal in (False, True):
+        out = io.StringIO()
+        with live_view(Console(file=out, width=200, force_terminal=terminal)) as show:
+            show(started)
+        assert out.getvalue().count("a newer checkpoint can't be used: it is damaged") == 1
 
 
 def test_what_changes_all_the_time_is_no_line():
