@@ -29,6 +29,7 @@ Coefficient = Annotated[float, Meta(ge=0, le=LARGEST)]
 FinitePositive = Annotated[float, Meta(gt=0, le=LARGEST)]
 
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Aggregation = Literal["token-mean", "sequence-mean-token-sum", "sequence-mean-token-mean", "sequence-mean-fixed-length"]
 Correction = Literal["none", "importance", "tis", "icepop"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -118,6 +119,8 @@ class Model(Settings, frozen=True):
     learning_rate: float = 0.0  # of a trained role, which needs one above 0; after the warm-up
     dtype: Dtype = "float32"  # of the weights
     lora: Lora = Lora()  # policy only
+    # sdpa: torch's fused attention, or eager for a family without it; flash_attention_2: flash-attn, bfloat16, a GPU
+    attention: Attention = "sdpa"
     # Response tokens whose logits exist at the same time, see workers.training.outputs; 0: 256 MiB of them in float32
     head_chunk: NonNegativeInt = 0
 

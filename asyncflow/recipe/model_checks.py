@@ -158,6 +158,7 @@ def check_models(recipe: Recipe, dataflow: Dataflow) -> None:
         elif role in trained and not 0 < model.learning_rate < math.inf:
             raise BadInput(f"models.{role}.learning_rate = {model.learning_rate}: a trained model needs one above 0")
     _check_lora(recipe)
+    _check_attention(recipe)
     folders = {role: recipe.models[role].path for role in roles_of(dataflow) if recipe.models[role].path}
     parts = recipe.models["reward"].mix if "reward" in roles_of(dataflow) else []
     folders |= {f"reward.mix.{part.name}": part.path for part in parts if part.path}
@@ -232,6 +233,19 @@ def _check_lora(recipe: Recipe) -> None:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
     if adapted and not is_module("peft"):
         raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")
+
+
+def _check_attention(recipe: Recipe) -> None:
+    """Refuse flash attention where it can't run. Raises BadInput."""
+    for role, model in recipe.models.items():
+        if model.attention != "flash_attention_2":
+            continue
+        if model.dtype != "bfloat16":
+            raise BadInput(
+                f"models.{role}.attention = 'flash_attention_2' computes in bfloat16, dtype = {model.dtype!r}"
+            )
+        if not is_module("flash_attn"):
+            raise BadInput(f"models.{role}.attention = 'flash_attention_2' needs flash-attn; 'sdpa' needs nothing")
 
 
 def check_shards(recipe: Recipe, dataflow: Dataflow) -> None:

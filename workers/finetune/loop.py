@@ -42,9 +42,15 @@ class Curve(NamedTuple):
 
 def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
     """The model to start from and its optimizer: on the GPU, where there is one."""
-    one_device = Sharding(device=own_device(0))
+    one_device = Sharding(device=own_device(0), recompute=settings.recompute)
     schedule, warmup_steps = settings.schedule, settings.optimizer.warmup_steps
-    base = Model(path=settings.model, dtype=settings.dtype, lora=settings.lora)
+    base = Model(
+        path=settings.model,
+        dtype=settings.dtype,
+        lora=settings.lora,
+        attention=settings.attention,
+        head_chunk=settings.head_chunk,
+    )
     model = trained_model(base, one_device, head=head, seed=schedule.seed)
     rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps)
     return TrainableModel(model, settings.model, schedule.learning_rate, settings.optimizer, rates)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from workers.settings import Chat, Dtype, Lora, NonNegativeInt, Optimizer, Positive, PositiveInt, Settings
+from workers.settings import Attention, Chat, Dtype, Lora, NonNegativeInt, Optimizer, Positive, PositiveInt, Settings
 
 
 class Schedule(Settings, frozen=True):
@@ -35,6 +35,11 @@ class FineTuning(Settings, frozen=True):
     dtype: Dtype = "float32"  # of the weights
     chat: Chat = Chat()
     lora: Lora = Lora()  # a reward or cost model trains its score head as well; `publish` is for RL
+    # sdpa: torch's fused attention, or eager for a family without it; flash_attention_2: flash-attn, bfloat16, a GPU
+    attention: Attention = "sdpa"
+    # Response tokens whose logits exist at the same time, see workers.training.outputs; 0: 256 MiB of them in float32
+    head_chunk: NonNegativeInt = 0
+    recompute: bool = False  # keep one activation per layer and recompute the others: less memory
     heldout: str = ""  # rows like those of `data`, for evaluation only; "": none
     evaluate_every: NonNegativeInt = (
         0  # steps between evaluations of `heldout`; 0: only before the first, after the last

@@ -61,7 +61,8 @@ def trained_model(
     kind = _MODELS[sharding.backend] if topology.dp > 1 else ParallelModel
     return kind(
         model.path, topology, head=head, dtype=DTYPES[model.dtype], device=sharding.device,
-        recompute=sharding.recompute, head_chunk=model.head_chunk, trains=trains, module=module,
+        recompute=sharding.recompute, head_chunk=model.head_chunk, attention=model.attention, trains=trains,
+        module=module,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 
 from workers.parallel.groups import RankGroup, copied, joined, summed
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Parameter, ShardPlan, layer_parameters
+from workers.training.attention import reads_mask
 from workers.training.outputs import Outputs, ReadOutputs, chunk_of
 
 
@@ -79,6 +80,7 @@ class DecoderShard(nn.Module):
         """`head_chunk`: see `workers.training.outputs.chunk_of`."""
         super().__init__()
         self._chunk = chunk_of(head_chunk, plan.decoder.vocabulary)
+        self.reads_mask = reads_mask(config)
         self.plan = plan
         self.stage = stage
         self._group = tensor_group
@@ -155,7 +157,7 @@ class DecoderShard(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         hidden: Tensor | None = None,
         *,
         positions: Tensor | None = None,
@@ -168,13 +170,14 @@ class DecoderShard(nn.Module):
         These are logits [n, L, V], or values or scores [n, L, 1].
 
         `hidden` [n, L, H] are the activations of the stage before, except on the first. `mask` int64 [n, cached + L] is
-        0 on padding; `positions` int64 [n or 1, L] count from 0 by default; `cache` is this stage's own and takes the
-        new keys and values. With `last_only` the last stage returns the last position only, [n, 1, ...]. All ranks of
-        a tensor group call, and get the same result.
+        0 on padding, or None without a cache if all padding is on the right; `positions` int64 [n or 1, L] count from 0
+        by default; `cache` is this stage's own and takes the new keys and values. With `last_only` the last stage
+        returns the last position only, [n, 1, ...]. All ranks of a tensor group call, and get the same result.
         """
         states = cast(Tensor, self.model["embed_tokens"](tokens) if hidden is None else hidden)
         if positions is None:
-            positions = torch.arange(mask.shape[1] - tokens.shape[1], mask.shape[1], device=tokens.device).unsqueeze(0)
+            cached = 0 if mask is None else mask.shape[1] - tokens.shape[1]
+            positions = torch.arange(cached, cached + tokens.shape[1], device=tokens.device).unsqueeze(0)
         options = {
             "attention_mask": create_causal_mask(self._config, states, mask, cache, position_ids=positions),
             "position_ids": positions,

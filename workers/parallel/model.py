@@ -41,15 +41,15 @@ from workers.parallel.pipeline import Pipeline
 from workers.parallel.plan import EMBEDDING, TOKEN_HEAD, Decoder, Head, Parameter, ShardPlan
 from workers.parallel.shard_reader import ReadParameters, read_shard
 from workers.parallel.whole_module import WholeModule
+from workers.settings import Attention
 from workers.training.lora import Adapters
 from workers.training.micro_batches import MicroBatch, micro_batches
 from workers.training.offload import Copy, relocated
 from workers.training.outputs import Outputs
 
 MicroLoss = Callable[[Outputs, MicroBatch], Tensor]  # a scalar, in global weights
-Read = Callable[[Outputs, MicroBatch], Tensor]  # what to keep of the outputs
-
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
+Read = Callable[[Outputs, MicroBatch], Tensor]  # what to keep
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
 
 
@@ -58,7 +58,7 @@ class ParallelModel:
 
     torch.distributed's world (gloo or NCCL) has the topology's ranks; one rank needs none. `folder` is a transformers
     folder, of which the rank reads its shard only. `recompute` keeps one activation per layer and computes the others
-    again in the backward pass; `head_chunk`: see `workers.training.outputs`. Without `trains` the model only answers.
+    again in the backward pass; `head_chunk` and `attention`: see `workers.settings`. Without `trains` it only answers.
     With `module` the ranks hold that model whole, and these options are its own. Raises ValueError, with the numbers,
     where model, topology and world don't fit.
     """
@@ -73,6 +73,7 @@ class ParallelModel:
         device: torch.device | str = "cpu",
         recompute: bool = False,
         head_chunk: int = 0,
+        attention: Attention = "sdpa",
         trains: bool = True,
         module: WholeModule | None = None,
     ) -> None:
@@ -90,7 +91,7 @@ class ParallelModel:
             self.groups = ProcessGroups.join(topology, self.rank)
             read: ReadParameters = module.read
         else:
-            self.config = AutoConfig.from_pretrained(str(folder), **_LOCAL)
+            self.config = AutoConfig.from_pretrained(str(folder), attn_implementation=attention, **_LOCAL)
             self.plan = plan = plan_of(self.config, topology, head)
             self.groups = ProcessGroups.join(topology, self.rank, plan.tied_across_stages)
             self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute, head_chunk)
@@ -220,9 +221,8 @@ class ParallelModel:
             if self._counts(self.specs[name]):
                 squares += gradient.double().square().sum()
         norm = float(self._over_parts(self.groups.replica.sum_(squares)).sqrt())
-        scale = min(1.0, limit / (norm + 1e-6))
         for gradient in gradients.values():
-            gradient.mul_(scale)
+            gradient.mul_(min(1.0, limit / (norm + 1e-6)))
         return norm
 
     def relocate(self, copy: Copy) -> int:
@@ -280,7 +280,7 @@ class ParallelModel:
             self.groups.tie.sum_(gradients[EMBEDDING if self.shard.is_first else TOKEN_HEAD])
 
     def _over_parts(self, measure: Tensor) -> Tensor:
-        """The sum of a measure over the replicas that divide a gradient: here each replica has all of it."""
+        """The sum of a measure over the replicas that divide a gradient: here each has all of it."""
         return measure
 
     def _counts(self, spec: Parameter) -> bool:

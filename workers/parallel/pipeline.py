@@ -82,7 +82,8 @@ class Pipeline:
         """Activations for the next stage; on the last stage `read` of the outputs."""
         if hidden is not None and torch.is_grad_enabled():
             hidden.requires_grad_()
-        output = self._shard(batch.tokens, batch.mask, hidden, read=lambda outputs: read(micro, outputs))
+        mask = batch.mask if self._shard.reads_mask else None
+        output = self._shard(batch.tokens, mask, hidden, read=lambda outputs: read(micro, outputs))
         if not self._shard.is_last:
             self._out["activation", micro] = output.detach()
         return output

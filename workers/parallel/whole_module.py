@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from workers.parallel.plan import Head, Parameter
 from workers.parallel.sharding import Sharding
 from workers.settings import Dtype, Model
+from workers.training.attention import reads_mask
 from workers.training.lora import Adapters, checkpoint_name
 from workers.training.model_classes import number_head
 from workers.training.models import load_causal, load_critic, load_reward
@@ -88,8 +89,9 @@ class WholeModule(nn.Module):
         """`seed`: see `trained_model`. Raises ValueError where the folder lacks tensors."""
         super().__init__()
         path = model.path
-        self.model = _loaded(path, model.dtype, head, seed)
+        self.model = _loaded(model, model.dtype, head, seed)
         self.config = self.model.config
+        self.reads_mask = reads_mask(self.config)
         self._device = torch.device(sharding.device)
         self.adapters = Adapters(self.model, path, model.lora, seed or 0) if model.lora.rank else None
         if self.adapters is not None and head == "score":
@@ -106,7 +108,7 @@ class WholeModule(nn.Module):
         )
         self.dtypes = {name: parameter.dtype for name, parameter in own.items()}  # in which they compute
         masters = trains and self.adapters is None and model.dtype != "float32"
-        self._unread = dict(_loaded(path, "float32", head, seed).named_parameters()) if masters else own
+        self._unread = dict(_loaded(model, "float32", head, seed).named_parameters()) if masters else own
         for name, buffer in list(self.model.named_buffers()):
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, buffer.to(self._device))
@@ -115,11 +117,12 @@ class WholeModule(nn.Module):
                 _recompute(block)
 
     def forward(
-        self, tokens: Tensor, mask: Tensor, hidden: Tensor | None = None, *, read: ReadOutputs = Outputs.whole
+        self, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None = None, *, read: ReadOutputs = Outputs.whole
     ) -> Tensor:
-        """Tokens [n, L] and their mask, 0 on padding -> `read` of the outputs, which are logits, values or scores.
+        """Tokens [n, L] -> `read` of the outputs, which are logits, values or scores.
 
-        It is called in here because fully sharded ranks hold the head's weights only in a forward or backward pass.
+        `mask` int64 [n, L] is 0 on padding, or None if all padding is on the right. `read` is called in here
+        because fully sharded ranks hold the head's weights only in a forward or backward pass.
         """
         inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
         if self.plan.head == "tokens" and self._token_head is None:
@@ -188,8 +191,10 @@ class WholeModule(nn.Module):
         }
 
 
-def _loaded(path: str, dtype: Dtype, head: Head, seed: int | None) -> PreTrainedModel:
-    return load_reward(path, dtype, seed) if head == "score" else _LOADERS[head](path, dtype)
+def _loaded(model: Model, dtype: Dtype, head: Head, seed: int | None) -> PreTrainedModel:
+    if head == "score":
+        return load_reward(model.path, dtype, seed, model.attention)
+    return _LOADERS[head](model.path, dtype, model.attention)
 
 
 def _recompute(block: nn.Module) -> None:

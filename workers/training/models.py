@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from workers.parallel.plan import Head
+from workers.settings import Attention
+from workers.training.attention import attention_of
 from workers.training.checkpoint_names import CheckpointNames
 from workers.training.micro_batches import MicroBatch
 from workers.training.model_classes import HEADS, model_class, number_head
@@ -30,21 +32,23 @@ def dtype_of(dtype: AnyDtype) -> torch.dtype:
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
 
 
-def load_causal(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedModel:
+def load_causal(path: str | Path, dtype: AnyDtype = "float32", attention: Attention = "sdpa") -> PreTrainedModel:
     """A language model from a transformers folder, in eval mode. Raises ValueError where tensors are missing."""
-    model, missing = _loaded(path, "tokens", dtype)
+    model, missing = _loaded(path, "tokens", dtype, attention)
     _refuse_missing(missing, path)
     return model.eval()
 
 
-def load_reward(path: str | Path, dtype: AnyDtype = "float32", seed: int | None = None) -> PreTrainedModel:
+def load_reward(
+    path: str | Path, dtype: AnyDtype = "float32", seed: int | None = None, attention: Attention = "sdpa"
+) -> PreTrainedModel:
     """A reward or cost model (sequence classification with one label), in eval mode.
 
     The folder of a language model has no score head: a seed draws one to train, without a seed it is refused with
     ValueError, as is every other missing tensor. A new head's entries have variance 1 / width, so scores start near
     unit size: from a zero or tiny head the body gets hardly any gradient, and the first hundred steps are lost.
     """
-    model, missing = _loaded(path, "score", dtype)
+    model, missing = _loaded(path, "score", dtype, attention)
     _refuse_missing(missing if seed is None else missing - _head_names(model), path)
     if missing and seed is not None:
         head = number_head(model).get_parameter("weight")
@@ -52,13 +56,13 @@ def load_reward(path: str | Path, dtype: AnyDtype = "float32", seed: int | None 
     return model.eval()
 
 
-def load_critic(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedModel:
+def load_critic(path: str | Path, dtype: AnyDtype = "float32", attention: Attention = "sdpa") -> PreTrainedModel:
     """A value model (token classification with one label), in eval mode.
 
     A folder without a value head (a policy's) gets a zero one: the first values are 0, not noise. A reward model's
     head is kept where the family names both alike. Raises ValueError where other tensors are missing.
     """
-    model, missing = _loaded(path, "value", dtype)
+    model, missing = _loaded(path, "value", dtype, attention)
     _refuse_missing(missing - _head_names(model), path)
     for name in missing:  # a reward model's folder has the weight and lacks the bias only
         nn.init.zeros_(model.get_parameter(name))
@@ -68,7 +72,7 @@ def load_critic(path: str | Path, dtype: AnyDtype = "float32") -> PreTrainedMode
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def _loaded(path: str | Path, head: Head, dtype: AnyDtype) -> tuple[PreTrainedModel, set[str]]:
+def _loaded(path: str | Path, head: Head, dtype: AnyDtype, attention: Attention) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of the tensors that its folder lacks. Raises ValueError for a family without it."""
     config = AutoConfig.from_pretrained(str(path), **_LOCAL)
     if head != "tokens":
@@ -76,7 +80,7 @@ def _loaded(path: str | Path, head: Head, dtype: AnyDtype) -> tuple[PreTrainedMo
     kind: Any = model_class(config, head)
     model, loading = kind.from_pretrained(
         str(path), config=config, dtype=dtype_of(dtype), output_loading_info=True, use_safetensors=True,
-        attn_implementation="eager", **_LOCAL,
+        attn_implementation=attention_of(kind, config, attention), **_LOCAL,
     )  # fmt: skip
     if head != "tokens":
         number_head(model)

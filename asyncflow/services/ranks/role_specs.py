@@ -69,7 +69,7 @@ def _generator(spec: ServiceSpec, settings: ModelSettings, sharding: Sharding) -
     from workers.generation.torch import TorchEngine
     from workers.training.models import load_causal
 
-    module = load_causal(model.path, model.dtype)
+    module = load_causal(model.path, model.dtype, model.attention)
     torch.nn.Module.to(module, torch.device(sharding.device))
     return LoadedWorker(None, TorchEngine(module, generation, spec.seed, vocabulary))
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stages(folder: Path, number: int) -> list[DecoderShard]:
     """The pipeline stages of a model, all in this process."""
-    config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
     plan = ShardPlan(Decoder.of(config.to_dict()), number)
     shards = [DecoderShard(config, plan, stage, ALONE) for stage in range(number)]
     for shard in shards:

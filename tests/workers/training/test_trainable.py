@@ -230,7 +230,7 @@ def test_an_export_is_the_model_and_its_tokenizer(tmp_path: Path, tied: bool):
     with torch.enable_grad():
         take_steps(model, 1)
     model.export(str(tmp_path / "out"))
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
     assert torch.equal(exported(TOKENS).logits, model.model.module(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(TOKENS[0]) == "12+34=46"
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != tied
