@@ -29,7 +29,7 @@ from tests import tiny
 from workers.generation.torch import TorchEngine
 
 State = dict[str, torch.Tensor]
-EAGER = {"attn_implementation": "eager", "dtype": torch.float32}
+FUSED = {"attn_implementation": "sdpa", "dtype": torch.float32}
 
 
 def train(recipe: Recipe) -> tuple[State, State]:
@@ -40,7 +40,7 @@ def train(recipe: Recipe) -> tuple[State, State]:
     reward = reward_model(paths["reward"])
     config = AutoConfig.from_pretrained(paths["critic"])
     config.num_labels, config.classifier_dropout = 1, 0.0
-    critic = AutoModelForTokenClassification.from_pretrained(paths["critic"], config=config, **EAGER).eval()
+    critic = AutoModelForTokenClassification.from_pretrained(paths["critic"], config=config, **FUSED).eval()
     for parameter in critic.score.parameters():
         torch.nn.init.zeros_(parameter)
     optimizers = [adamw(model, recipe, role) for role, model in (("policy", policy), ("critic", critic))]
@@ -61,16 +61,14 @@ def train(recipe: Recipe) -> tuple[State, State]:
 
 
 class Batch:
-    """Generated rows, right-padded: tokens and mask [N, L], and the position of each response token."""
+    """Generated rows, right-padded: tokens [N, L], and the position of each response token."""
 
     def __init__(self, rows: list[tuple[list[int], list[int], list[float]]]) -> None:
         width = max(len(p) + len(r) for p, r, _ in rows)
         self.tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        self.mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, (prompt, response, _) in enumerate(rows):
             full = prompt + response
             self.tokens[i, : len(full)] = torch.tensor(full)
-            self.mask[i, : len(full)] = 1
         self.at = [(i, len(p) + t) for i, (p, r, _) in enumerate(rows) for t in range(len(r))]
         self.lengths = [len(r) for _, r, _ in rows]
         self.ends = [len(p) + len(r) - 1 for p, r, _ in rows]
@@ -85,11 +83,11 @@ def prompt_source(recipe: Recipe) -> PromptSource:
 
 
 def causal(path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, **EAGER).eval()
+    return AutoModelForCausalLM.from_pretrained(path, **FUSED).eval()
 
 
 def reward_model(path: str) -> PreTrainedModel:
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **EAGER).eval()
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **FUSED).eval()
 
 
 def adamw(model: torch.nn.Module, recipe: Recipe, role: str) -> torch.optim.Optimizer:
@@ -117,19 +115,21 @@ def _before(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     return outputs[rows, columns]
 
 
-def log_probs_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    logits = _before(model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits, batch).float()
+def log_probs_of(model: Any, batch: Batch) -> torch.Tensor:
+    """From logits of the positions before response tokens alone: others could change the rounding."""
+    hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    logits = model.lm_head(_before(hidden, batch)).float()
     tokens = torch.tensor([batch.tokens[i, t] for i, t in batch.at])
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
 def _values(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
+    logits = model(input_ids=batch.tokens, use_cache=False).logits
     return _before(logits, batch).float().squeeze(-1)
 
 
 def scores_of(model: Any, batch: Batch) -> np.ndarray:
-    hidden = model.model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     return model.score(hidden[torch.arange(len(batch.ends)), torch.tensor(batch.ends)]).float().squeeze(-1).numpy()
 
 
