@@ -44,6 +44,16 @@ BENCHMARKS = (
             Option("generate", "1-2", "The generation layout, p_g-t_g."),
         ),
     ),
+    Benchmark(
+        "training",
+        "Memory of a training step, the head in chunks against all logits; tokens/s, rows sorted against in order.",
+        (
+            Option("model", Path(), "A language model's folder; by default a small one with a vocabulary of 151,936."),
+            Option("rows", 2, "Rows of the step whose memory is measured.", least=1),
+            Option("tokens", 512, "Tokens of each of them.", least=2),
+            Option("budget", 2048, "Padded tokens of a micro-batch where speed is measured.", least=1),
+        ),
+    ),
     Benchmark("planning", "Seconds of the placement search and of the simulator at growing sizes. About a minute."),
     Benchmark(
         "learning",
