@@ -136,7 +136,7 @@ def pair_loss(pairs: int, centring: float) -> MicroLoss:
 
 def pair_scores(model: ParallelModel, pairs: TokenRows, budget: int) -> npt.NDArray[np.float32]:
     """The scores of N pairs, [N, 2]; `budget` is in padded tokens a micro-batch."""
-    scores = model.outputs(pairs, budget, sequence_scores)
+    scores = model.outputs(pairs, budget, sequence_scores, per_row=True)
     assert scores is not None, "one device holds the last stage"
     return scores.reshape(-1, PAIR)
 

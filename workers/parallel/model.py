@@ -43,13 +43,14 @@ from workers.parallel.shard_reader import ReadParameters, read_shard
 from workers.parallel.whole_module import WholeModule
 from workers.settings import Attention
 from workers.training.lora import Adapters
-from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.micro_batches import MicroBatch, in_row_order, micro_batches
 from workers.training.offload import Copy, relocated
 from workers.training.outputs import Outputs
 
 MicroLoss = Callable[[Outputs, MicroBatch], Tensor]  # a scalar, in global weights
 Read = Callable[[Outputs, MicroBatch], Tensor]  # what to keep
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+Values = npt.NDArray[np.float32]
 _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
 
 
@@ -196,17 +197,16 @@ class ParallelModel:
         return self.sum_over_world(total if self.is_output_rank else 0.0)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
-        """`read` of each micro-batch's outputs, in order, on the last stage; an empty list on the others."""
+        """`read` of each micro-batch's outputs on the last stage, see `in_row_order`; an empty list on the others."""
         batches, real = self._equal_batches(data, budget)
-        kept = self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else torch.empty(0))
-        return kept[:real]
+        return self._pipeline.forward(batches, lambda i, o: read(o, batches[i]) if i < real else torch.empty(0))[:real]
 
-    def outputs(self, data: Sequences, budget: int, read: Read) -> npt.NDArray[np.float32] | None:
-        """`forward`, joined in host memory: float32, row after row; None before the last stage."""
+    def outputs(self, data: Sequences, budget: int, read: Read, *, per_row: bool = False) -> Values | None:
+        """`forward`, joined by `in_row_order` in host memory: float32; None before the last stage."""
         kept = self.forward(data, budget, read)
-        if not self.shard.is_last:
-            return None
-        return torch.cat([part.float() for part in kept]).cpu().numpy() if kept else np.empty(0, np.float32)
+        if not kept:
+            return np.empty(0, np.float32) if self.shard.is_last else None
+        return in_row_order(kept, data, budget, per_row=per_row).float().cpu().numpy()
 
     def clip_gradient(self, limit: float) -> float:
         """Scale the gradient to a global norm of `limit` at most; returns the norm before, on every rank.

@@ -130,7 +130,7 @@ class HybridEngine:
         return Transition(received, time.perf_counter() - started, gathering.peak, 0, 0)
 
     def forward(self, data: Sequences, budget: int, read: Read) -> list[Tensor]:
-        """`read` of each micro-batch's outputs, in order, on the last generation stage; an empty list on the others.
+        """`read` of each micro-batch's outputs on the last generation stage; an empty list on the others.
 
         `data` are the rows of this rank's generation replica, `budget` is in padded tokens.
         """

@@ -24,7 +24,7 @@ class ModelScorer(Scorer):
 
     def score(self, rollouts: Rollouts) -> ScoredRows | None:
         """Score each row; a row whose score is not finite fails. None on a rank that is not collected."""
-        scores = self.model.outputs(rollouts, self._budget, sequence_scores)
+        scores = self.model.outputs(rollouts, self._budget, sequence_scores, per_row=True)
         if scores is None or not self.model.is_output_rank:
             return None
         return scored(rollouts.sample_ids, scores, self._role)

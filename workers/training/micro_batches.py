@@ -1,12 +1,12 @@
 """A batch is cut into micro-batches, each a padded tensor that one forward takes.
 
-Rows are right-padded inside a micro-batch and cut by a budget of padded tokens. The cut depends on the rows and the
-budget alone, never on which process runs it.
+Rows are right-padded inside a micro-batch, sorted by length, and cut by a budget of padded tokens. The cut depends on
+the rows and the budget alone, never on which process runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -80,17 +80,41 @@ class MicroBatch:
 
 
 def micro_batches(data: Sequences, budget: int, device: torch.device = HOST, together: int = 1) -> Iterator[MicroBatch]:
-    """Cut rows, in their order, so that rows x longest stays within `budget` padded tokens.
+    """The micro-batches of some rows, see `micro_batch_rows`."""
+    for rows in micro_batch_rows(data, budget, together):
+        yield MicroBatch(data, rows, device)
 
-    `together` is the number of successive rows that are never separated: a micro-batch has at least so many.
+
+def micro_batch_rows(data: Sequences, budget: int, together: int = 1) -> list[npt.NDArray[np.int64]]:
+    """Cut rows so that rows x longest stays within `budget` padded tokens, the longest rows first.
+
+    Rows of similar length come together, so little is computed for padding; rows of equal length, and those inside a
+    micro-batch, keep their order. `together` is the number of successive rows that are never separated: a micro-batch
+    has at least so many.
     """
     lengths = data.prompts.lengths + data.responses.lengths
-    start, longest = 0, 0
-    for row in range(0, len(lengths), together):
-        length = int(lengths[row : row + together].max())
-        longest = max(longest, length)
-        if row > start and longest * (row + together - start) > budget:
-            yield MicroBatch(data, np.arange(start, row), device)
-            start, longest = row, length
-    if start < len(lengths):
-        yield MicroBatch(data, np.arange(start, len(lengths)), device)
+    starts = np.arange(0, len(lengths), together)
+    longest = np.maximum.reduceat(lengths, starts) if len(starts) else starts
+    order = np.argsort(-longest, kind="stable")
+    cut: list[npt.NDArray[np.int64]] = []
+    while len(order):
+        most = max(int(budget // max(longest[order[0]], 1)) // together, 1)
+        groups, order = np.sort(order[:most]), order[most:]
+        rows = (starts[groups, None] + np.arange(together)).ravel()
+        cut.append(rows[rows < len(lengths)])
+    return cut
+
+
+def in_row_order(parts: Sequence[Tensor], data: Sequences, budget: int, *, per_row: bool = False) -> Tensor:
+    """Join what was read of each micro-batch of `micro_batch_rows`, one or more, in the order of the rows.
+
+    A part has a value, or several, for each response token, row by row; with `per_row` for each row.
+    """
+    rows, lengths = np.concatenate(micro_batch_rows(data, budget)), data.responses.lengths
+    sizes = np.ones_like(lengths) if per_row else lengths
+    starts, ends = np.cumsum(sizes) - sizes, np.cumsum(sizes[rows])
+    places = np.arange(ends[-1]) + np.repeat(starts[rows] - ends + sizes[rows], sizes[rows])
+    together = torch.cat([*parts])
+    ordered = torch.empty_like(together)
+    ordered[torch.from_numpy(places).to(together.device)] = together
+    return ordered

@@ -18,7 +18,7 @@ from tests.workers.ranks import Worlds
 from workers.parallel.model import ParallelModel, plan_of
 from workers.parallel.plan import EMBEDDING, ShardPlan
 from workers.resharding.hybrid_engine import HybridEngine, Transition
-from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.micro_batches import MicroBatch, in_row_order, micro_batches
 from workers.training.models import load_causal
 from workers.training.outputs import Outputs
 
@@ -54,6 +54,11 @@ def part(data: Rows, index: int, of: int) -> Rows:
     return Rows(*(column.take(own) for column in data))
 
 
+def in_order(parts: list[Tensor], data: Rows) -> list[Tensor]:
+    """What was read of each micro-batch, joined in the order of the rows; nothing where nothing was read."""
+    return [in_row_order(parts, data, BUDGET)] if parts else []
+
+
 def at_responses(outputs: Outputs, micro: MicroBatch) -> Tensor:
     return outputs.before_response(micro)
 
@@ -75,7 +80,7 @@ def generating(folder: str, grouping: GenerationGrouping) -> Generating:
     engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
     transition = engine.to_generation()
     mine = part(part(rows(), engine.place.dp, grouping.topology.dp), engine.place.micro_dp, grouping.micro_dp)
-    logits = engine.forward(mine, BUDGET, at_responses)
+    logits = in_order(engine.forward(mine, BUDGET, at_responses), mine)
     storages = {weight.untyped_storage().data_ptr() for weight in engine.weights.values()}
     views = all(p.untyped_storage().data_ptr() in storages for p in model.parameters.values())
     return Generating(transition, {n: w.data.clone() for n, w in engine.weights.items()}, logits, views)
@@ -112,9 +117,9 @@ def updated_weights(folder: str, grouping: GenerationGrouping) -> tuple[dict[str
     engine.to_training()
     model.backward(part(rows(), model.place.dp, grouping.topology.dp), BUDGET, likelihood)
     torch.optim.SGD(model.parameters.values(), lr=1e-2).step()
-    logits = model.forward(rows(), BUDGET, at_responses)
+    logits = in_order(model.forward(rows(), BUDGET, at_responses), rows())
     engine.to_generation()
-    logits += engine.forward(rows(), BUDGET, at_responses)
+    logits += in_order(engine.forward(rows(), BUDGET, at_responses), rows())
     return {n: w.data.clone() for n, w in engine.weights.items()}, logits
 
 

@@ -17,6 +17,7 @@ from tests.workers.resharding.test_hybrid_engine import (
     at_responses,
     check_generation,
     folders,  # noqa: F401 - a fixture
+    in_order,
     likelihood,
     part,
     rows,
@@ -51,7 +52,7 @@ def generating(folder: str, switch: str) -> Seen:
     engine = HybridEngine(model, grouping, bucket_bytes=BUCKET_BYTES)
     transition = engine.to_generation()
     mine = part(part(rows(), engine.place.dp, grouping.topology.dp), engine.place.micro_dp, grouping.micro_dp)
-    logits = engine.forward(mine, BUDGET, at_responses)
+    logits = in_order(engine.forward(mine, BUDGET, at_responses), mine)
     weights = {name: weight.data.clone() for name, weight in engine.weights.items()}
     engine.to_training()
     straight = FullyShardedModel(folder, train)
@@ -77,9 +78,9 @@ def stepped(folder: str, switch: str) -> tuple[list[Tensor], list[Tensor]]:
     engine.to_generation()
     engine.to_training()
     step(model)
-    training = model.forward(rows(), BUDGET, at_responses)
+    training = in_order(model.forward(rows(), BUDGET, at_responses), rows())
     engine.to_generation()
-    return training, engine.forward(rows(), BUDGET, at_responses)
+    return training, in_order(engine.forward(rows(), BUDGET, at_responses), rows())
 
 
 # --- the same model, with the lower bound of bytes

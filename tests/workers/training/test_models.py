@@ -18,7 +18,7 @@ from workers.parallel.backends import trained_model
 from workers.parallel.model import ParallelModel
 from workers.parallel.sharding import ONE_DEVICE
 from workers.settings import Model
-from workers.training.micro_batches import MicroBatch, micro_batches
+from workers.training.micro_batches import MicroBatch, in_row_order, micro_batches
 from workers.training.models import (
     canonical_tensors,
     load_causal,
@@ -94,7 +94,7 @@ def test_values_are_those_of_each_row_alone(critic: ParallelModel, budget: int):
 def test_scores_are_what_transformers_says_of_each_row_alone(reward_folder: Path, budget: int):
     model = load_reward(reward_folder)
     got = trained_model(Model(path=str(reward_folder)), ONE_DEVICE, head="score").outputs(
-        TEXTS, budget, sequence_scores
+        TEXTS, budget, sequence_scores, per_row=True
     )
     assert got is not None
     for prompt, response, score in zip(TEXTS.prompts, TEXTS.responses, got, strict=True):
@@ -139,18 +139,34 @@ def test_greedy_log_probs_are_at_temperature_1_and_large_logits_stay_finite():
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12), st.integers(1, 60), st.sampled_from([1, 2])
 )
-def test_a_cut_keeps_order_and_budget_and_is_as_coarse_as_it_may_be(
+def test_a_cut_has_rows_of_similar_length_keeps_the_budget_and_is_as_coarse_as_it_may_be(
     sizes: list[tuple[int, int]], budget: int, together: int
 ):
     sizes = sizes[: len(sizes) // together * together]
     rows = TokenRows.of([np.ones(p) for p, _ in sizes], [np.ones(r) for _, r in sizes])
     parts = list(micro_batches(rows, budget, together=together))
-    assert [row for part in parts for row in part.rows] == list(range(len(sizes)))
+    assert sorted(row for part in parts for row in part.rows) == list(range(len(sizes)))
+    assert all([*part.rows] == sorted(part.rows) for part in parts)
+    longest = [part.lengths.reshape(-1, together).max(axis=1) for part in parts]
+    assert all(part.min() >= following.max() for part, following in pairwise(longest))
     assert all(part.rows[0] % together == len(part.rows) % together == 0 for part in parts)
     assert all(part.tokens.numel() <= budget or len(part.rows) == together for part in parts)
-    for part, following in pairwise(parts):
-        longest = max(part.tokens.shape[1], int(following.lengths[:together].max()))
-        assert longest * (len(part.rows) + together) > budget
+    for part in parts[:-1]:
+        assert part.tokens.shape[1] * (len(part.rows) + together) > budget
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_what_is_read_of_micro_batches_is_joined_in_the_order_of_the_rows(
+    sizes: list[tuple[int, int]], budget: int, per_row: bool
+):
+    rows = TokenRows.of([np.ones(p) for p, _ in sizes], [np.full(r, row) for row, (_, r) in enumerate(sizes)])
+    parts = [torch.from_numpy(part.rows) if per_row else part.response_tokens() for part in micro_batches(rows, budget)]
+    want = np.arange(len(sizes)) if per_row else rows.responses.values
+    assert in_row_order(parts, rows, budget, per_row=per_row).tolist() == want.tolist()
 
 
 def test_a_micro_batch_is_right_padded_and_knows_its_tokens():
