@@ -1,6 +1,6 @@
 """Reads the raw rows of data files and folders: the same rows in the same order from every file format.
 
-    x.jsonl  x.json  x.csv  x.tsv, also gzipped; x.parquet  x.arrow    a file (workers.data.file_rows)
+    x.jsonl  x.json  x.csv  x.tsv, also .gz or .zst; x.parquet  x.arrow    a file (workers.data.file_rows)
     saved/                             a `datasets` folder as save_to_disk writes it, or a folder of such files
     saved/test, folder/test            one split of a folder that holds several
 

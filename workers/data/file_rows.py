@@ -1,4 +1,4 @@
-"""Reads the raw rows of one data file: JSON lines, a JSON array, CSV, parquet or Arrow.
+"""Reads the raw rows of one data file: JSON lines, a JSON array or an object that holds one, CSV, parquet or Arrow.
 
 A value that nobody reads never refuses a row: NaN and Infinity in JSON, times that Python has no type for. Texts are
 UTF-8, with or without a byte-order mark, with either kind of line ends.
@@ -42,7 +42,9 @@ class Unreadable(msgspec.Struct, frozen=True):
 TABLES = (".parquet", ".arrow")
 _CELLS = (".csv", ".tsv")
 _TEXTS = (".jsonl", ".ndjson", ".json", *_CELLS)
-KINDS = (*_TEXTS, *(f"{kind}.gz" for kind in _TEXTS), *TABLES)
+_COMPRESSED = (".gz", ".zst")
+KINDS = (*_TEXTS, *(kind + compressed for kind in _TEXTS for compressed in _COMPRESSED), *TABLES)
+_LISTS = ("data", "rows", "examples", "instances")  # names under which an object is known to hold all rows of its file
 
 _ROWS_AT_ONCE = 1024  # rows read at once from a parquet file, because rows may hold images
 _BOM = b"\xef\xbb\xbf"
@@ -57,11 +59,28 @@ def rows_of(path: Path) -> Iterator[Record]:
         yield from _table(path)
         return
     try:
-        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        with _open(path) as file:
             _skip_byte_order_mark(path, file)
-            yield from _cells(path, file) if Path(path.name.removesuffix(".gz")).suffix in _CELLS else _json(path, file)
+            yield from _cells(path, file) if _kind(path) in _CELLS else _json(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _kind(path: Path) -> str:
+    """The suffix of the text that a file holds, compressed or not."""
+    return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if path.suffix != ".zst":
+        return path.open("rb")
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise DataError(f"{path}: reading .zst needs pyarrow: pip install 'asyncflow[data]'") from error
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
 def json_of(values: dict[str, Any]) -> bytes:
@@ -84,18 +103,44 @@ def _skip_byte_order_mark(path: Path, file: Any) -> None:
 
 
 def _json(path: Path, file: Any) -> Iterator[Record]:
-    """One JSON object per line, ignoring empty lines; or one array of objects, which is read into memory."""
+    """One JSON object per line, ignoring empty lines; or one array of objects, which is read into memory.
+
+    In a .json file the array may be a value of one object, under one of the names `_LISTS`.
+    """
     number, first = 0, b""
     while (line := file.readline()) and not (first := line.strip()):
         number += 1
-    if first.startswith(b"[") and (first.startswith(b"[{") or path.name.endswith((".json", ".json.gz"))):
+    whole = _kind(path) == ".json"
+    if first.startswith(b"[") and (whole or first.startswith(b"[{")):
         yield from _array(path, line + file.read())
         return
+    if whole and first.startswith(b"{") and _held(first) != b"":  # else it is the first of many lines
+        line += file.read()
+        if (rows := _held(line)) is not None:
+            yield from _array(path, rows or b"[%b]" % line)
+            return
     while line:
         number += 1
         if line.strip():
             yield _object(line, f"{path}:{number}")
         line = file.readline()
+
+
+def _held(text: bytes) -> bytes | None:
+    """The array of rows that the one object of a text holds, b"" if it holds none; None if the text is no object."""
+    try:
+        values = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return next((bytes(values[name]) for name in _LISTS if name in values and _are_objects(values[name])), b"")
+
+
+def _are_objects(value: msgspec.Raw) -> bool:
+    try:
+        items = msgspec.json.decode(value, type=list[msgspec.Raw])
+    except msgspec.MsgspecError:
+        return False
+    return bool(items) and all(bytes(item).startswith(b"{") for item in items)
 
 
 def _array(path: Path, data: bytes) -> Iterator[Record]:

@@ -64,6 +64,23 @@ def array(path: Path, rows: Rows) -> Path:
     return path
 
 
+def zstandard(path: Path, rows: Rows) -> Path:
+    with pa.output_stream(str(path), compression="zstd") as file:
+        file.write(lines(path.with_name("plain"), rows).read_bytes())
+    return path
+
+
+def held(path: Path, rows: Rows) -> Path:
+    """As SQuAD and many exports have it."""
+    path.write_text(json.dumps({"version": "1.1", "data": rows}, indent=2))
+    return path
+
+
+def held_on_one_line(path: Path, rows: Rows) -> Path:
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
 def folder_of_files(folder: Path, rows: Rows) -> Path:
     parquet(folder / "data" / "train-00000-of-00002.parquet", rows[:3])
     lines(folder / "data" / "train-00001-of-00002.jsonl", rows[3:])
@@ -83,7 +100,10 @@ def ipc_file(path: Path, rows: Rows) -> Path:
 CONTAINERS: dict[str, Callable[[Path, Rows], Path]] = {
     "x.jsonl": lines,
     "x.jsonl.gz": zipped,
+    "x.jsonl.zst": zstandard,
     "x.json": array,
+    "held.json": held,
+    "line.json": held_on_one_line,
     "x.parquet": parquet,
     "x.arrow": ipc_file,
     "saved": saved,
@@ -96,6 +116,13 @@ def test_every_container_gives_the_same_rows_in_the_same_order(tmp_path: Path, n
     path = CONTAINERS[name](tmp_path / name, ROWS)
     assert [record.values for record in records(path)] == ROWS
     assert digest_of_rows(path) == digest_of_rows(lines(tmp_path / "reference" / "x.jsonl", ROWS))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("row", [{"prompt": "1+1=", "data": ["a text"]}, {"messages": [{"role": "user"}]}])
+def test_one_object_in_a_file_is_one_row_whatever_lists_it_has(tmp_path: Path, row: dict[str, Any], indent: int | None):
+    (tmp_path / "x.json").write_text(json.dumps(row, indent=indent))
+    assert [record.values for record in records(tmp_path / "x.json")] == [row]
 
 
 @pytest.mark.parametrize("changed", [ROWS[::-1], ROWS[:3], [{**ROWS[0], "reference": "3"}, *ROWS[1:]]])
@@ -136,7 +163,7 @@ def test_a_place_is_a_line_or_a_row_of_its_file(tmp_path: Path):
     assert [r.place for r in records(parquet(tmp_path / "x.parquet", ROWS))][3] == f"{tmp_path}/x.parquet: row 4"
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl.gz", "x.json"])
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl.gz", "x.jsonl.zst", "x.json"])
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"[neither")
     with pytest.raises(DataError, match=name):

@@ -80,7 +80,7 @@ def test_rows_of_any_value_have_a_digest_that_does_not_depend_on_the_file(tmp_pa
     ("name", "text", "complaint"),
     [
         ("x.jsonl", LINES + '{"prompt": "4+', r"x\.jsonl:3: not a JSON object: .*: the last line is cut off, so"),
-        ("x.json", '{\n "prompt": "p"\n}\n', r"x\.json:1: .*: want each object on one line, or one array of objects"),
+        ("x.jsonl", '{\n "prompt": "p"\n}\n', r"x\.jsonl:1: .*: want each object on one line, or one array of objects"),
         ("x.json", "[{]", r"x\.json: not a JSON array of objects"),
         ("x.json", "[NaN]", r"x\.json: row 1: not a JSON object"),
         ("x.jsonl", r'{"prompt": "\ud83d"}', r"x\.jsonl:1: not a JSON object"),
