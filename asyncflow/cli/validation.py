@@ -53,7 +53,8 @@ def _memory(one: RankMemory) -> str:
         return one.why
     parts = {name: getattr(one.footprint, name) for name in one.footprint.__struct_fields__}
     parts["to generate"] = one.cache_bytes
-    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    sizes = [f"{name} {size_text(size)}" for name, size in parts.items() if size]
+    return ", ".join([*sizes, *filter(None, [one.why])])
 
 
 def _pools(recipe: Recipe, services: list[RankMemory]) -> Iterator[str]:

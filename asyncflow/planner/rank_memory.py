@@ -32,13 +32,14 @@ from asyncflow.recipe.service_specs import (
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.runtime import CPU_SLOT
 from protocols.layout.topology import Backend
+from workers.data.folder_tensors import stored_tensors
 
 MOMENT_BYTES = 8  # Adam's two moments, in float32
 MASTER_BYTES = 4  # the float32 copy of weights that are bfloat16
 
 
 class RankMemory(msgspec.Struct, frozen=True):
-    """Where a service runs, and what one of its ranks needs. None: no estimate, `why` says why."""
+    """Where a service runs, and what one of its ranks needs; None: no estimate."""
 
     service: str
     pool: str  # "": it needs no device
@@ -47,7 +48,7 @@ class RankMemory(msgspec.Struct, frozen=True):
     model: str  # name of its folder, or its rule
     footprint: Footprint | None
     cache_bytes: float = 0.0  # of keys and values, where it generates
-    why: str = ""
+    why: str = ""  # there is no footprint, or one without activations
 
 
 def rank_memory(checked: Checked) -> list[RankMemory]:
@@ -67,15 +68,19 @@ def rank_memory(checked: Checked) -> list[RankMemory]:
         name = "" if model is None else Path(model.path).name if model.path else ", ".join(model.rules)
         name = "external" if model is not None and model.outside else name
         one = RankMemory(service, pool, topology.world_size, str(topology), name, None)
+        weight_bytes = 4 if model is None or model.dtype == "float32" else WEIGHT_BYTES
         if pool != NO_DEVICE and service in works:
-            weight_bytes = 4 if model is None or model.dtype == "float32" else WEIGHT_BYTES
             one = msgspec.structs.replace(
                 one,
                 footprint=_footprint(recipe, works[service], workload, weight_bytes),
                 cache_bytes=_cache_bytes(recipe, works[service], workload, weight_bytes),
             )
+        elif pool != NO_DEVICE and model is not None and model.path:
+            kept = _of_unknown_shape(recipe, service, model.path, weight_bytes)
+            why = f"activations not estimated ({unknown.get(role) or unknown['policy']})"
+            one = msgspec.structs.replace(one, footprint=kept, why=why)
         elif pool != NO_DEVICE:
-            one = msgspec.structs.replace(one, why=unknown.get(role, "no estimate for it"))
+            one = msgspec.structs.replace(one, why="no estimate for it")
         services.append(one)
     return services
 
@@ -97,23 +102,45 @@ _DIVIDED: Mapping[Backend, tuple[bool, bool, bool]] = {
 
 
 def _footprint(recipe: Recipe, work: ModelWork, workload: Workload, weight_bytes: int) -> Footprint:
-    topology, backend = topology_of(recipe, work.role), backend_of(recipe, work.role)
-    weights, gradients, moments = (1 / topology.dp if divided else 1.0 for divided in _DIVIDED[backend])
+    topology = topology_of(recipe, work.role)
     own = work.shape.stage_parameters(topology.pp) / topology.tp
-    lora = recipe.models[work.role].lora.rank if work.role in recipe.models else 0
-    trained = 0.0 if not work.trains else own if not lora else _adapter_parameters(work.shape, lora)
-    master = MASTER_BYTES if weight_bytes < MASTER_BYTES and not lora else 0
+    rank = _lora_rank(recipe, work.role)
+    trained = 0.0 if not work.trains else own if not rank else _adapter_parameters(work.shape, rank)
+    kept = _kept(recipe, work.role, own, trained, weight_bytes)
+    if not (work.trains or work.forwards):
+        return kept
     rows = math.ceil(workload.samples / (workload.mini_batches if work.trains else 1) / topology.dp)
     tokens = max(micro_rows(rows, topology.pp, workload) * workload.sample_tokens, workload.longest_sample)
     recompute = work.role in recipe.placement and recipe.placement[work.role].recompute
-    runs = work.trains or work.forwards
-    share_is_master = bool(master) and work.trains and weights < 1.0  # of fsdp: a layer is rounded when it is gathered
+    return msgspec.structs.replace(kept, activations=activations(work, topology, tokens, recompute, weight_bytes))
+
+
+def _kept(recipe: Recipe, service: str, own: float, trained: float, weight_bytes: int) -> Footprint:
+    """What a rank keeps of a model of which it holds `own` parameters and trains `trained`; without activations."""
+    topology, backend = topology_of(recipe, service), backend_of(recipe, service)
+    weights, gradients, moments = (1 / topology.dp if divided else 1.0 for divided in _DIVIDED[backend])
+    master = MASTER_BYTES if weight_bytes < MASTER_BYTES and not _lora_rank(recipe, service) else 0
+    share_is_master = bool(master and trained) and weights < 1.0  # of fsdp: a layer is rounded when it is gathered
     return Footprint(
         weights=0.0 if share_is_master else own * weight_bytes * weights,
         optimizer=trained * (MOMENT_BYTES + master) * moments,
         gradients=trained * GRADIENT_BYTES * gradients,
-        activations=activations(work, topology, tokens, recompute, weight_bytes) if runs else 0.0,
+        activations=0.0,
     )
+
+
+def _of_unknown_shape(recipe: Recipe, service: str, folder: str, weight_bytes: int) -> Footprint:
+    """Weights, optimizer and gradients by the tensors of a folder whose config describes no dense decoder."""
+    tensors = stored_tensors(folder).values()
+    own, rank = float(sum(math.prod(tensor.shape) for tensor in tensors)), _lora_rank(recipe, service)
+    trains = service in ROLE_SPECS and ROLE_SPECS[service].trains
+    matrices = (tensor.shape for tensor in tensors if len(tensor.shape) == 2)
+    adapters = rank * sum(rows + columns for rows, columns in matrices)
+    return _kept(recipe, service, own, 0.0 if not trains else adapters if rank else own, weight_bytes)
+
+
+def _lora_rank(recipe: Recipe, service: str) -> int:
+    return recipe.models[service].lora.rank if service in recipe.models else 0
 
 
 def _adapter_parameters(shape: Shape, rank: int) -> float:

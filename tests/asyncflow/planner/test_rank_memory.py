@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from asyncflow.planner.costs.memory import Footprint
@@ -9,7 +13,9 @@ from asyncflow.planner.rank_memory import RankMemory, pool_bytes, rank_memory
 from asyncflow.planner.simulation.scenarios import shapes_of
 from asyncflow.recipe.config import Recipe
 from asyncflow.run.prepare import prepare
+from tests import families
 from tests.asyncflow.conftest import MakeRecipe
+from workers.data.folder_tensors import stored_tensors
 
 RANKS = {"runtime": "ray", "deterministic": False, "pools": {"main": {"devices": 2}}}
 
@@ -67,6 +73,29 @@ def test_a_rule_and_the_advantages_need_no_device(make_recipe: MakeRecipe):
     recipe = make_recipe(models={"reward": {"rule": "exact_match"}})
     assert (memory_of(recipe, "reward").pool, memory_of(recipe, "reward").model) == ("", "exact_match")
     assert memory_of(recipe, "advantage").pool == ""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_a_family_whose_config_describes_no_dense_decoder_is_estimated_by_its_tensors(
+    make_recipe: MakeRecipe, tmp_path: Path, family: str
+):
+    folder = families.make(family, tmp_path / family)
+    parameters = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    models = {role: {"path": str(folder), "learning_rate": 1e-4} for role in ("policy", "critic")}
+    recipe = make_recipe(models={**models, "reference": {"path": str(folder)}, "reward": {"rule": "exact_match"}})
+    policy, reference = (memory_of(recipe, role) for role in ("policy", "reference"))
+    assert policy.footprint == Footprint(4 * parameters, 8 * parameters, 4 * parameters, 0.0)
+    assert reference.footprint == Footprint(4 * parameters, 0.0, 0.0, 0.0)
+    assert policy.why.startswith("activations not estimated (shape")
+    adapted = make_recipe(models=recipe_models(models, folder, rank=1))
+    trained = footprint_of(adapted, "policy").gradients / 4
+    assert 0 < trained < 0.2 * parameters
+
+
+def recipe_models(models: dict[str, dict[str, Any]], folder: Path, rank: int) -> dict[str, Any]:
+    """The models of a recipe with one folder for all, whose policy trains adapters."""
+    policy = {**models["policy"], "lora": {"rank": rank}}
+    return {**models, "policy": policy, "reference": {"path": str(folder)}, "reward": {"rule": "exact_match"}}
 
 
 def test_a_device_holds_what_all_keep_and_the_most_that_one_adds():
