@@ -1,6 +1,7 @@
 """Checks the folders of a recipe's models: their config, their family, and the tensors that their files hold.
 
-Only headers are read, so a recipe is checked in milliseconds; what these checks pass, a service can load.
+Only headers are read, so a recipe is checked in milliseconds, or in seconds for a family that only transformers knows;
+what these checks pass, a service can load.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def unusable_folder(folder: str, head: Head) -> str:
     except ValueError as error:
         return str(error)
     reason = not_trainable(config) or unfit_tensors(tensors, config, head)
+    if not reason and not has_plan(config):
+        reason = _unfit_to_load(folder, head)
     return f"{folder}: {reason}" if reason else ""
 
 
@@ -103,6 +106,19 @@ def _unfit_shapes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
                 f"{name} has shape {list(named[name].shape)}, by its config.json {list(shape)}: config.json and "
                 "weights are of different models"
             )
+    return ""
+
+
+def _unfit_to_load(folder: str, head: Head) -> str:
+    """Have transformers compare the folder with the model of a family whose tensors only it knows."""
+    from workers.training.models import lacking  # torch: seconds that most recipes do without
+
+    try:
+        missing = lacking(folder, head)
+    except (ValueError, RuntimeError) as error:
+        return f"transformers can't load it: {' '.join(str(error).split())[:300]}"
+    if missing:
+        return f"it lacks {len(missing)} of the model's tensors, first {missing[0]}: download the folder again"
     return ""
 
 

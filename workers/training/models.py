@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,21 @@ def load_critic(path: str | Path, dtype: AnyDtype = "float32", attention: Attent
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def _loaded(path: str | Path, head: Head, dtype: AnyDtype, attention: Attention) -> tuple[PreTrainedModel, set[str]]:
+def lacking(path: str | Path, head: Head) -> list[str]:
+    """The tensors that a folder lacks for a model with this head, by their names in memory; no weights are read.
+
+    Finds none where the package accelerate is not installed. Raises ValueError for a family without such a head, and
+    RuntimeError for tensors whose shapes are not those of config.json.
+    """
+    if find_spec("accelerate") is None:
+        return []
+    model, missing = _loaded(path, head, "float32", "eager", {"": "meta"})
+    return sorted(missing - _head_names(model) if head == "value" else missing)
+
+
+def _loaded(
+    path: str | Path, head: Head, dtype: AnyDtype, attention: Attention, device_map: dict[str, str] | None = None
+) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of the tensors that its folder lacks. Raises ValueError for a family without it."""
     config = AutoConfig.from_pretrained(str(path), **_LOCAL)
     if head != "tokens":
@@ -80,7 +95,8 @@ def _loaded(path: str | Path, head: Head, dtype: AnyDtype, attention: Attention)
     kind: Any = model_class(config, head)
     model, loading = kind.from_pretrained(
         str(path), config=config, dtype=dtype_of(dtype), output_loading_info=True, use_safetensors=True,
-        attn_implementation=attention_of(kind, config, attention), **_LOCAL,
+        attn_implementation=attention_of(kind, config, attention), device_map=device_map,
+        **_LOCAL,
     )  # fmt: skip
     if head != "tokens":
         number_head(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +87,26 @@ def test_a_layer_or_rows_that_a_family_without_a_plan_lacks_are_named(changed, f
     assert said("policy", folder) == "it lacks all tensors of layer 1 of 2: download the folder again"
     shutil.rmtree(folder)
     assert "has 47 rows, its config.json says vocab_size = 64" in said("policy", changed(family, vocab_size=64))
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_proj.bias"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("qwen3_moe", "model.layers.1.self_attn.q_norm.weight"),
+    ],
+)
+def test_one_tensor_that_a_family_without_a_plan_lacks_is_named(changed, folders, family: str, tensor: str, role: str):
+    words = said(role, changed(family, {tensor: None}))
+    assert words == f"it lacks 1 of the model's tensors, first {tensor}: download the folder again"
+    assert tensor in load_file(folders[family] / TENSORS)
+
+
+def test_a_tensor_of_another_shape_of_a_family_without_a_plan_is_told(changed):
+    words = said("policy", changed("gpt2", {"transformer.h.1.ln_1.weight": torch.zeros(7)}))
+    assert words.startswith("transformers can't load it: ")
 
 
 def test_training_starts_from_any_language_model_whose_files_are_whole(folders, changed):
