@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from protocols.control.notices import Notice
 from protocols.control.requests import RankAnswer, RankRequest, Reply, Request
 
 LARGE_CALL_BYTES = 1 << 20  # above this, returning a frame as a second value is quicker than an object of its own
+
+_POSSIBLE_CAUSES = re.compile(r" (?:Some common causes|There are some potential)")  # how Ray's list of them begins
 
 _replies, _notices = msgspec.msgpack.Decoder(Reply), msgspec.msgpack.Decoder(list[Notice])
 _rank_replies, _rank_answers = msgspec.msgpack.Decoder(RankReply), msgspec.msgpack.Decoder(RankAnswer)
@@ -159,7 +162,7 @@ def _cause_of(error: RayActorError) -> str:
     """What Ray knows of an actor's end, in one line: without its ids, and without a list of what may be the causes."""
     told = " ".join(str(error).split())
     _, found, cause = told.partition("The actor is dead because ")
-    return (cause if found else f"{type(error).__name__}: {told}").partition(" There are some potential")[0]
+    return _POSSIBLE_CAUSES.split(cause if found else f"{type(error).__name__}: {told}")[0]
 
 
 async def called(name: str, what: str, method: Any, *arguments: Any) -> Any:

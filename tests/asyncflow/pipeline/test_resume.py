@@ -42,7 +42,7 @@ async def test_a_run_that_died_before_its_first_checkpoint_starts_again_by_the_s
 UPDATES = {"policy.update#1", "critic.update#1"}
 
 
-async def stopped_in_step(step: int, recipe: Recipe, folder: Path) -> RunEnded:
+async def stopped_in_step(step: int, recipe: Recipe, folder: Path, *, abandon: bool = False) -> RunEnded:
     """Stop a run while it trains a step, counted from 1: not all updates wait for a batch."""
     async with asyncflow.launch(recipe, folder=folder) as run:
         committed = 0
@@ -50,7 +50,7 @@ async def stopped_in_step(step: int, recipe: Recipe, folder: Path) -> RunEnded:
             committed += isinstance(event, StepCommitted)
             if committed == step - 1 and isinstance(event, WaitsChanged) and not event.waits.keys() >= UPDATES:
                 break
-        return await run.stop()
+        return await run.stop(abandon=abandon)
 
 
 async def test_a_step_longer_than_the_deadline_of_a_stop_is_given_up_and_the_one_before_saved(
@@ -69,6 +69,17 @@ async def test_a_step_longer_than_the_deadline_of_a_stop_is_given_up_and_the_one
     whole = await finished(make_recipe(steps=2), tmp_path / "whole")
     for role in ("policy", "critic"):
         assert differing(weights(tmp_path / "run", 2, role), weights(whole, 2, role)) == [], role
+
+
+async def test_a_step_is_given_up_before_the_deadline_where_a_client_asks_for_it(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    long = {"policy": {"update": 2.0}, "critic": {"update": 2.0}}
+    recipe = make_recipe(steps=2, checkpoints={"every": 0}, delays=long)
+    ended = await stopped_in_step(2, recipe, tmp_path / "run", abandon=True)
+    saved = tmp_path / "run" / "checkpoints" / "step_000001"
+    assert (ended.outcome, ended.exit_code, ended.step) == ("stopped", 130, 1)
+    assert ended.error == f"the step that was training is given up; last checkpoint: {saved}"
 
 
 async def test_a_step_that_one_of_two_models_has_finished_is_finished_after_the_deadline(
