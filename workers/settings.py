@@ -119,10 +119,8 @@ class Model(Settings, frozen=True):
     learning_rate: float = 0.0  # of a trained role, which needs one above 0; after the warm-up
     dtype: Dtype = "float32"  # of the weights
     lora: Lora = Lora()  # policy only
-    # sdpa: torch's fused attention, or eager for a family without it; flash_attention_2: flash-attn, bfloat16, a GPU
-    attention: Attention = "sdpa"
-    # Response tokens whose logits exist at the same time, see workers.training.outputs; 0: 256 MiB of them in float32
-    head_chunk: NonNegativeInt = 0
+    attention: Attention = "sdpa"  # eager for a family without it; flash_attention_2: bfloat16, on a GPU
+    head_chunk: NonNegativeInt = 0  # response tokens whose logits exist at once; 0: 256 MiB of them in float32
 
     @property
     def folders(self) -> list[str]:
@@ -201,7 +199,9 @@ class Optimizer(Settings, frozen=True):
     weight_decay: float = 0.0  # decoupled, times the learning rate
     gradient_clip: float = 1.0  # global norm; 0: none
     warmup_steps: NonNegativeInt = 0  # optimizer steps of linear warmup
-    decay_steps: NonNegativeInt = 0  # RL only: linear decay to 0 at that optimizer step; 0: constant
+    decay_steps: NonNegativeInt = 0  # RL only: decay to the floor at that optimizer step; 0: constant
+    decay: Literal["linear", "cosine"] = "linear"  # RL only: the shape of the decay
+    floor: Fraction = 0.0  # the share of the learning rate that is left after the decay
 
 
 class Generation(Settings, frozen=True):

@@ -52,7 +52,7 @@ def load_trainable(settings: FineTuning, head: Head) -> TrainableModel:
         head_chunk=settings.head_chunk,
     )
     model = trained_model(base, one_device, head=head, seed=schedule.seed)
-    rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps)
+    rates = LrSchedule(warmup_steps, schedule.decay, warmup_steps, schedule.steps, settings.optimizer.floor)
     return TrainableModel(model, settings.model, schedule.learning_rate, settings.optimizer, rates)
 
 

@@ -15,7 +15,7 @@ class Schedule(Settings, frozen=True):
     steps: PositiveInt  # optimizer steps
     batch_size: PositiveInt = 64  # rows in one optimizer step
     learning_rate: Positive = 1e-3  # the highest, after the warm-up
-    decay: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up, to 0 at the last step
+    decay: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up, to optimizer.floor at the last step
     seed: int = 0  # of the order of the rows, of dropout, and of a reward model's new score head
     tokens_per_micro_batch: PositiveInt = 8192  # padded tokens in one forward
 
@@ -35,10 +35,8 @@ class FineTuning(Settings, frozen=True):
     dtype: Dtype = "float32"  # of the weights
     chat: Chat = Chat()
     lora: Lora = Lora()  # a reward or cost model trains its score head as well; `publish` is for RL
-    # sdpa: torch's fused attention, or eager for a family without it; flash_attention_2: flash-attn, bfloat16, a GPU
-    attention: Attention = "sdpa"
-    # Response tokens whose logits exist at the same time, see workers.training.outputs; 0: 256 MiB of them in float32
-    head_chunk: NonNegativeInt = 0
+    attention: Attention = "sdpa"  # eager for a family without it; flash_attention_2: bfloat16, on a GPU
+    head_chunk: NonNegativeInt = 0  # response tokens whose logits exist at once; 0: 256 MiB of them in float32
     recompute: bool = False  # keep one activation per layer and recompute the others: less memory
     heldout: str = ""  # rows like those of `data`, for evaluation only; "": none
     evaluate_every: NonNegativeInt = (

@@ -24,18 +24,20 @@ class StepRefused(Exception):
 class LrSchedule(NamedTuple):
     """The factor of the peak learning rate: a linear rise over `warmup_steps`, times a decay.
 
-    The decay falls from 1 after optimizer step `first` to 0 after step `last`.
+    The decay falls from 1 after optimizer step `first` to `floor` after step `last`.
     """
 
     warmup_steps: int
     decay: Literal["constant", "linear", "cosine"] = "constant"
     first: int = 0
     last: int = 0
+    floor: float = 0.0
 
     @classmethod
     def of(cls, settings: Optimizer) -> LrSchedule:
-        """That of an RL run, which decays linearly from its first step."""
-        return cls(settings.warmup_steps, "linear" if settings.decay_steps else "constant", 0, settings.decay_steps)
+        """That of an RL run, which decays from its first step."""
+        decay = settings.decay if settings.decay_steps else "constant"
+        return cls(settings.warmup_steps, decay, 0, settings.decay_steps, settings.floor)
 
     def factor(self, update: int) -> float:
         """That of optimizer step `update`, counted from 1."""
@@ -45,9 +47,10 @@ class LrSchedule(NamedTuple):
             case "constant":
                 return warm
             case "linear":
-                return warm * (1.0 - progress)
+                left = 1.0 - progress
             case "cosine":
-                return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+                left = 0.5 + 0.5 * math.cos(math.pi * progress)
+        return warm * (self.floor + (1.0 - self.floor) * left)
 
 
 class OptimizerSteps:

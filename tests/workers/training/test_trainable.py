@@ -284,3 +284,5 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_the_dec
     assert factors[:4] == pytest.approx([0.25 * 1.0, 0.5 * 0.9, 0.75 * 0.8, 1.0 * 0.7])
     assert factors[9:] == pytest.approx([0.1, 0.0, 0.0])
     assert [LrSchedule.of(Optimizer()).factor(update) for update in (1, 1000)] == [1.0, 1.0]
+    falling = LrSchedule.of(Optimizer(decay_steps=10, decay="cosine", floor=0.2))
+    assert [falling.factor(update) for update in (1, 6, 11, 99)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
