@@ -22,14 +22,13 @@ RULE = "def score(prompt, response, reference):\n    return {}\n"
 STEPS = 8
 
 
-@pytest.mark.usefixtures("no_ray")  # new processes, so that they find the file
+@pytest.mark.usefixtures("ray_started")
 async def test_a_successor_runs_the_code_that_was_reloaded_whatever_its_file_says_by_then(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "rays_users_file.py"
     file.write_text(RULE.format(1.0))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)  # the caller's folder, which is not that of Ray's processes
     recipe = make_recipe(
         steps=STEPS,
         staleness=1,

@@ -103,7 +103,10 @@ async def test_a_rule_beside_the_recipe_gets_the_columns_of_its_rows_in_a_run(
     changed = msgspec.structs.replace(
         recipe, models=recipe.models | {"reward": reward}, data=data, code=[str(tmp_path)]
     )
-    _, events = await events_of(changed)
+    folder, events = await events_of(changed)
+    monkeypatch.chdir("/")
+    async with asyncflow.resume(folder, overrides=[f"steps={STEPS + 1}"]) as run:
+        assert (await run.wait()).outcome == "finished", "the rule is found from another folder, too"
     steps = [event for event in events if isinstance(event, StepCommitted)]
     assert [step.metrics["reward.half"] for step in steps] == [0.5] * STEPS
     assert all(step.reward_mean == pytest.approx(step.metrics["reward.level"] + 0.5) for step in steps)
