@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from asyncflow.services.channels.shard_refs import (
 )
 from asyncflow.services.channels.subscriptions import Subscriptions
 from asyncflow.services.firing import Fired, collect
+from asyncflow.services.lease_tickets import LeaseTickets
 from asyncflow.services.ranks.collective_calls import CollectiveCalls
 from asyncflow.services.ranks.quarantine import Quarantine
 from asyncflow.services.ranks.rank import Ranks
@@ -43,7 +43,7 @@ from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec, StageSpec
 from asyncflow.services.reports import Reports
 from protocols.control.delivery import Delivery, RankReply
-from protocols.control.notices import LeaseAsked, LeaseReturned, RowsLost
+from protocols.control.notices import RowsLost
 from protocols.control.requests import RankRequest, Reply, SwitchLayout, YieldDevices
 from protocols.data import codec
 from protocols.data.columns import Batch
@@ -94,8 +94,7 @@ class StageContext:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
         self.reports = Reports(spec.name, exporter)
         self._quarantine = Quarantine(spec.log_path, spec.name)
-        self._tickets = itertools.count()
-        self._grants: dict[int, asyncio.Future[None]] = {}
+        self._lease = LeaseTickets(self.reports, leased=spec.leased)
 
     # --- working
 
@@ -213,30 +212,12 @@ class StageContext:
     @asynccontextmanager
     async def lease(self, stage: str) -> AsyncIterator[None]:
         """Hold the pool's devices, granted in order of request, and then the exclusive use of collective ranks."""
-        async with self._devices(stage), self.collective.exclusive():
+        async with self._lease.held(stage), self.collective.exclusive():
             yield
-
-    @asynccontextmanager
-    async def _devices(self, stage: str) -> AsyncIterator[None]:
-        """Hold the pool's devices. Immediate if no other service shares them."""
-        if not self.spec.leased:
-            yield
-            return
-        ticket = next(self._tickets)
-        granted = self._grants[ticket] = asyncio.get_running_loop().create_future()
-        self.reports.notify(LeaseAsked(ticket, stage))
-        try:
-            await granted
-            yield
-        finally:
-            del self._grants[ticket]
-            self.reports.notify(LeaseReturned(ticket))
 
     def grant(self, ticket: int) -> None:
-        """Grant a requested lease. A ticket that nobody waits for any more was returned already."""
-        future = self._grants.get(ticket)
-        if future is not None and not future.done():
-            future.set_result(None)
+        """Grant a requested lease."""
+        self._lease.grant(ticket)
 
     # --- sending
 
