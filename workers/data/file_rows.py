@@ -114,10 +114,12 @@ def _json(path: Path, file: Any) -> Iterator[Record]:
     if first.startswith(b"[") and (whole or first.startswith(b"[{")):
         yield from _array(path, line + file.read())
         return
-    if whole and first.startswith(b"{") and _held(first) != b"":  # else it is the first of many lines
+    if whole and first.startswith(b"{") and _held(first) != {}:  # else it is the first of many lines
         line += file.read()
-        if (rows := _held(line)) is not None:
-            yield from _array(path, rows or b"[%b]" % line)
+        if (held := _held(line)) is not None:
+            if len(held) > 1:
+                raise DataError(f"{path}: holds rows under {' and '.join(held)}: keep one of them, or an array alone")
+            yield from _array(path, next(iter(held.values()), b"[%b]" % line))
             return
     while line:
         number += 1
@@ -126,13 +128,13 @@ def _json(path: Path, file: Any) -> Iterator[Record]:
         line = file.readline()
 
 
-def _held(text: bytes) -> bytes | None:
-    """The array of rows that the one object of a text holds, b"" if it holds none; None if the text is no object."""
+def _held(text: bytes) -> dict[str, bytes] | None:
+    """The arrays of rows that the one object of a text holds, by their names; None if the text is no object."""
     try:
         values = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return next((bytes(values[name]) for name in _LISTS if name in values and _are_objects(values[name])), b"")
+    return {name: bytes(values[name]) for name in _LISTS if name in values and _are_objects(values[name])}
 
 
 def _are_objects(value: msgspec.Raw) -> bool:

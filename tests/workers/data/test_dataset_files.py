@@ -118,6 +118,14 @@ def test_every_container_gives_the_same_rows_in_the_same_order(tmp_path: Path, n
     assert digest_of_rows(path) == digest_of_rows(lines(tmp_path / "reference" / "x.jsonl", ROWS))
 
 
+def test_a_file_with_two_arrays_of_rows_is_refused(tmp_path: Path):
+    both = {"data": [{"prompt": "1+1="}], "rows": [{"prompt": "1+2="}]}
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(both, indent=1))
+    with pytest.raises(DataError, match=r"x\.json: holds rows under data and rows: keep one of them"):
+        list(records(file))
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("row", [{"prompt": "1+1=", "data": ["a text"]}, {"messages": [{"role": "user"}]}])
 def test_one_object_in_a_file_is_one_row_whatever_lists_it_has(tmp_path: Path, row: dict[str, Any], indent: int | None):
