@@ -121,6 +121,8 @@ def _json(path: Path, file: Any) -> Iterator[Record]:
                 raise DataError(f"{path}: holds rows under {' and '.join(held)}: keep one of them, or an array alone")
             yield from _array(path, next(iter(held.values()), b"[%b]" % line))
             return
+        file = io.BytesIO(line)  # its first line looked like such an object, and is the first of several
+        line = file.readline()
     while line:
         number += 1
         if line.strip():

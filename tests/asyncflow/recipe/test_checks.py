@@ -16,7 +16,7 @@ from asyncflow.dataflow.trace import trace
 from asyncflow.recipe.checks import LOSSES, check
 from asyncflow.recipe.config import BadInput
 from asyncflow.recipe.service_specs import stateful
-from tests import tiny
+from tests import families, tiny
 from tests.asyncflow.conftest import MakeRecipe
 from workers.losses import POLICY_LOSSES
 
@@ -476,11 +476,9 @@ def test_ranks_that_a_model_or_a_runtime_has_no_place_for(
     assert said.startswith(f"placement.{service}{message}")
 
 
-def without_a_plan(models: Path, folder: Path) -> dict[str, Any]:
-    """The recipe with policy and critic of a family without a sharding plan; the checks read only the configs."""
-    shutil.copytree(models / "policy", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+def without_a_plan(folder: Path) -> dict[str, Any]:
+    """The recipe's policy and critic of a family without a sharding plan."""
+    families.make("gpt2", folder)
     return {role: {"path": str(folder), "learning_rate": 1e-3} for role in ("policy", "critic")}
 
 
@@ -488,9 +486,9 @@ RANKS = {"runtime": "ray", "deterministic": False, "pools": {"main": {}, "many":
 SHARDED = {"pool": "many", "parallel": "1-1-2", "backend": "fsdp"}
 
 
-def test_a_family_without_a_plan_is_fully_sharded(make_recipe: MakeRecipe, models: Path, tmp_path: Path):
+def test_a_family_without_a_plan_is_fully_sharded(make_recipe: MakeRecipe, tmp_path: Path):
     placement = {"policy": SHARDED, "critic": SHARDED, "generator": {"pool": "one"}}
-    assert check(make_recipe(models=without_a_plan(models, tmp_path / "gpt2"), placement=placement, **RANKS)).recipe
+    assert check(make_recipe(models=without_a_plan(tmp_path / "gpt2"), placement=placement, **RANKS)).recipe
 
 
 @pytest.mark.parametrize(
@@ -506,9 +504,9 @@ def test_a_family_without_a_plan_is_fully_sharded(make_recipe: MakeRecipe, model
     ],
 )
 def test_a_family_without_a_plan_is_not_cut(
-    refused: Any, models: Path, tmp_path: Path, placement: dict[str, Any], where: str, instead: str
+    refused: Any, tmp_path: Path, placement: dict[str, Any], where: str, instead: str
 ):
-    said = refused(models=without_a_plan(models, tmp_path / "gpt2"), placement=placement, **RANKS)
+    said = refused(models=without_a_plan(tmp_path / "gpt2"), placement=placement, **RANKS)
     known = "one of llama, mistral, qwen2, qwen3"
     assert said == f"placement.policy.{where}: model_type 'gpt2' has no sharding plan: {known}; want {instead}"
 

@@ -133,6 +133,11 @@ def test_one_object_in_a_file_is_one_row_whatever_lists_it_has(tmp_path: Path, r
     assert [record.values for record in records(tmp_path / "x.json")] == [row]
 
 
+def test_lines_of_objects_with_such_lists_stay_rows(tmp_path: Path):
+    rows: Rows = [{"prompt": "a", "data": [{"x": 1}]}, {"prompt": "b", "data": [{"x": 2}]}]
+    assert [record.values for record in records(lines(tmp_path / "x.json", rows))] == rows
+
+
 @pytest.mark.parametrize("changed", [ROWS[::-1], ROWS[:3], [{**ROWS[0], "reference": "3"}, *ROWS[1:]]])
 def test_other_rows_or_another_order_have_another_digest(tmp_path: Path, changed: Rows):
     assert digest_of_rows(lines(tmp_path / "a.jsonl", changed)) != digest_of_rows(lines(tmp_path / "b.jsonl", ROWS))
