@@ -74,6 +74,7 @@ def test_folders_of_a_recipe_stand_in_for_no_library_in_an_actors_process(
     assert later_paths()[-1] == str(tmp_path / "..")
 
 
+@pytest.mark.usefixtures("no_ray")
 async def test_an_address_where_no_ray_answers_is_named_within_a_deadline():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         nobody = f"127.0.0.1:{listener.getsockname()[1]}"
