@@ -16,7 +16,7 @@ from protocols.control.events import CodeReloaded, ServiceReplaced, StepCommitte
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.test_replacement import process_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # seven processes that import torch, on a share of two cores
 
 RULE = "def score(prompt, response, reference):\n    return {}\n"
 STEPS = 8

@@ -14,7 +14,7 @@ from asyncflow.control.store.ledger import Ledger
 from protocols.control.events import ServiceReplaced, ServiceSilent, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # seven processes that import torch, on a share of two cores
 
 
 def process_of(service: str, folder: Path) -> int:
