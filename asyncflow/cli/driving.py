@@ -18,9 +18,8 @@ from asyncflow.cli.live import live_view
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput
+from asyncflow.services.runtime.signals import STOPPING
 from protocols.control.events import Evaluated, RunEnded
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:

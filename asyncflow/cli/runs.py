@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,13 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from asyncflow.cli.console import err
 from asyncflow.recipe.config import BadInput
 from asyncflow.run.run_status import RunStatus, runs_in, status_of
 
 
 def print_runs(root: Path, as_json: bool, console: Console) -> None:
     """Print the runs in a folder as a table, the last one first, or as JSON."""
-    runs = list(runs_in(root))
+    runs: list[RunStatus] = []
+    for folder in runs_in(root):
+        try:
+            runs.append(status_of(folder))
+        except BadInput as error:  # the others are listed all the same
+            err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
     if as_json:
         return _print_json(runs, console)
     table = Table("run", "state", "step", "reward", "held out", "seconds a step", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -46,19 +53,17 @@ def stop(folder: Path) -> str:
     run = status_of(folder)
     if run.state != "running":
         raise BadInput(f"{folder} is not running: it is {run.state} after step {run.step} of {run.steps}")
+    if not run.process or run.host != socket.gethostname():
+        raise BadInput(f"{folder} runs on {run.host or 'another machine'}, process {run.process}: stop it there")
     try:
-        if run.process <= 0:
-            raise ProcessLookupError
         os.kill(run.process, signal.SIGTERM)
-    except (ProcessLookupError, PermissionError):
-        raise BadInput(
-            f"{folder}: its process {run.process} can't be signalled from here: run this on its machine, as its user"
-        ) from None
+    except OSError as error:
+        raise BadInput(f"{folder}: its process {run.process} can't be signalled: {error.strerror}") from error
     return f"process {run.process} was asked to finish its step and to write a checkpoint; `status` shows its end"
 
 
 def _facts(run: RunStatus) -> Iterator[str]:
-    where = f", process {run.process}" if run.process > 0 else ""
+    where = f", process {run.process} on {run.host}" if run.process else ""
     yield f"{run.name}: {run.state}, {run.algorithm}, step {run.step} of {run.steps}{where}"
     if run.error:
         yield f"error: {run.error}"

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,7 @@ def locked(folder: Path) -> Iterator[TextIO]:
         raise BadInput(f"run {folder}: another process is running it") from None
     try:
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
         yield file
     finally:
@@ -240,7 +241,7 @@ def digest_of(recipe: Recipe) -> str:
 
 
 def _clear_partial(folder: Path) -> None:
-    """Remove what the run's last process left unfinished."""
+    """Remove what the run's last process left unfinished, and what it said of its end."""
     checkpoint.clear_partial(folder / "checkpoints")
     (folder / ENDED).unlink(missing_ok=True)
     shutil.rmtree(folder / EXPORT_PARTIAL, ignore_errors=True)

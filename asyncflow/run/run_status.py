@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import socket
+import sqlite3
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -15,6 +16,7 @@ from asyncflow.observe.journal import read_lines
 from asyncflow.observe.report import ledger_totals
 from asyncflow.recipe.config import BadInput
 from asyncflow.run.run_folder import LOCK, RECIPE
+from asyncflow.run.terms import TERM
 
 State = Literal["running", "finished", "stopped", "failed", "killed"]
 
@@ -28,7 +30,8 @@ class RunStatus(msgspec.Struct, frozen=True):
     state: State  # killed: its process ended without saying how
     step: int  # committed steps
     steps: int  # that the recipe asks for
-    process: int = 0  # of the controller on its machine, while the run is running
+    process: int = 0  # of the controller, while the run is running; 0 also where its lock names none
+    host: str = ""  # the machine of that process
     error: str = ""
     reward: float | None = None  # mean of the last step's samples
     seconds_per_step: float | None = None  # mean of the last ten
@@ -38,15 +41,20 @@ class RunStatus(msgspec.Struct, frozen=True):
 
 
 def status_of(folder: Path) -> RunStatus:
-    """The status of the run in a folder. Raises BadInput if there is none, or its recipe can't be read."""
+    """The status of the run in a folder. Raises BadInput if there is none, or a file of it can't be read."""
+    if not (folder / RECIPE).exists():
+        raise BadInput(f"{folder} is no run folder: it has no {RECIPE}")
     try:
-        recipe = tomllib.loads((folder / RECIPE).read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{folder} is no run folder: it has no {RECIPE}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / RECIPE}: {error}") from error
+        return _status_of(folder)
+    except (OSError, ValueError, msgspec.MsgspecError, sqlite3.Error) as error:  # of TOML, JSON and the ledger
+        raise BadInput(f"run {folder}: can't be read: {type(error).__name__}: {error}") from error
+
+
+def _status_of(folder: Path) -> RunStatus:
+    recipe = tomllib.loads((folder / RECIPE).read_text("utf-8"))
     steps = read_lines(folder / "metrics.jsonl")
-    state, process, error = _state(folder)
+    holder = _holder(folder / LOCK)
+    ended = read_end(folder) if holder is None else None
     last = steps[-1] if steps else {}
     checkpoints = sorted((folder / "checkpoints").glob("step_*"))
     totals = ledger_totals(folder / "ledger.db")
@@ -54,11 +62,12 @@ def status_of(folder: Path) -> RunStatus:
         folder=str(folder),
         name=str(recipe.get("name", folder.name)),
         algorithm=str(recipe.get("algorithm", "")),
-        state=state,
+        state="running" if holder is not None else ended.outcome if ended is not None else "killed",
         step=last.get("step", 0),
         steps=int(recipe.get("steps", 0)),
-        process=process,
-        error=error,
+        process=holder.process if holder is not None else 0,
+        host=holder.host if holder is not None else "",
+        error=ended.error if ended is not None else "",
         reward=last.get("reward_mean"),
         seconds_per_step=_pace(steps[-10:]),
         evaluations={row["metric"]: row["value"] for row in read_lines(folder / "evaluations.jsonl")},
@@ -67,34 +76,38 @@ def status_of(folder: Path) -> RunStatus:
     )
 
 
-def runs_in(root: Path) -> Iterator[RunStatus]:
-    """The runs in the folders of `root`, the one that was started last first. Raises BadInput where there is none."""
-    recipes = sorted(root.glob(f"*/{RECIPE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    if not recipes:
+def runs_in(root: Path) -> list[Path]:
+    """The run folders in a folder, the one that was started last first. Raises BadInput where there is none."""
+    folders = [recipe.parent for recipe in root.glob(f"*/{RECIPE}")]
+    if not folders:
         raise BadInput(f"{root} holds no run: give the folder that run folders are in")
-    return (status_of(recipe.parent) for recipe in recipes)
+    return sorted(folders, key=_started, reverse=True)
 
 
-def _state(folder: Path) -> tuple[State, int, str]:
-    """The state, the process of a running run, and the error of a failed one."""
-    if process := _holder(folder / LOCK):
-        return "running", process, ""
-    ended = read_end(folder)
-    return (ended.outcome, 0, ended.error) if ended is not None else ("killed", 0, "")
+def _started(folder: Path) -> float:
+    """Unix time of the run's last start, which takes a term."""
+    return max(path.stat().st_mtime for path in (folder / RECIPE, folder / TERM) if path.exists())
 
 
-def _holder(lock: Path) -> int:
-    """The process that holds the run's lock; 0 if none does, -1 if it is not known."""
-    try:
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                text = file.read().strip()
-                return int(text) if text.isdigit() else -1
-    except FileNotFoundError:
-        pass
-    return 0
+class _Holder(NamedTuple):
+    process: int
+    host: str
+
+
+def _holder(lock: Path) -> _Holder | None:
+    """The process that holds a run's lock; None if none does."""
+    if not lock.exists():
+        return None
+    with lock.open() as file:
+        process, _, host = file.read().partition(" ")
+        holder = _Holder(int(process) if process.isdigit() else 0, host)
+        if host == socket.gethostname() and not Path(f"/proc/{holder.process}").exists():
+            return None  # it is not tried: for that moment a start would take this for another run
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return holder
+    return None
 
 
 def _pace(steps: list[dict[str, Any]]) -> float | None:

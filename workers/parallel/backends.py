@@ -28,7 +28,7 @@ from workers.parallel.sharding import Sharding
 from workers.parallel.whole_module import WholeModule
 from workers.parallel.zero import Zero1Model, Zero2Model
 from workers.settings import Model
-from workers.training.models import DTYPES
+from workers.training.models import DTYPES, LOCAL_ONLY
 
 _MODELS: dict[Backend, type[ParallelModel]] = {
     "3d": ParallelModel,
@@ -78,4 +78,4 @@ def _is_cut(model: Model, sharding: Sharding, regrouped: bool) -> bool:
         return True
     if sharding.topology.dp == 1 or model.lora.rank:
         return False
-    return has_plan(AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False).to_dict())
+    return has_plan(AutoConfig.from_pretrained(model.path, **LOCAL_ONLY).to_dict())

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +43,12 @@ from workers.parallel.whole_module import WholeModule
 from workers.settings import Attention
 from workers.training.lora import Adapters
 from workers.training.micro_batches import MicroBatch, in_row_order, micro_batches
+from workers.training.models import LOCAL_ONLY
 from workers.training.offload import Copy, relocated
 from workers.training.outputs import Outputs
 
 MicroLoss = Callable[[Outputs, MicroBatch], Tensor]  # a scalar, in global weights
 Read = Callable[[Outputs, MicroBatch], Tensor]  # what to keep
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Values = npt.NDArray[np.float32]
 _FILLER = TokenRows.of([[0]], [[]])  # one token, no response
 
@@ -92,7 +91,7 @@ class ParallelModel:
             self.groups = ProcessGroups.join(topology, self.rank)
             read: ReadParameters = module.read
         else:
-            self.config = AutoConfig.from_pretrained(str(folder), attn_implementation=attention, **_LOCAL)
+            self.config = AutoConfig.from_pretrained(str(folder), attn_implementation=attention, **LOCAL_ONLY)
             self.plan = plan = plan_of(self.config, topology, head)
             self.groups = ProcessGroups.join(topology, self.rank, plan.tied_across_stages)
             self.shard = DecoderShard(self.config, plan, self.place.pp, self.groups.tensor, recompute, head_chunk)

@@ -25,6 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # how every folder is read
 AnyDtype = str | torch.dtype  # a name of DTYPES, or the dtype itself
 
 
@@ -70,9 +71,6 @@ def load_critic(path: str | Path, dtype: AnyDtype = "float32", attention: Attent
     return model.eval()
 
 
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
 def lacking(path: str | Path, head: Head) -> list[str]:
     """The tensors that a folder lacks for a model with this head, by their names in memory; no weights are read.
 
@@ -89,14 +87,14 @@ def _loaded(
     path: str | Path, head: Head, dtype: AnyDtype, attention: Attention, device_map: dict[str, str] | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of the tensors that its folder lacks. Raises ValueError for a family without it."""
-    config = AutoConfig.from_pretrained(str(path), **_LOCAL)
+    config = AutoConfig.from_pretrained(str(path), **LOCAL_ONLY)
     if head != "tokens":
         config.num_labels = 1
     kind: Any = model_class(config, head)
     model, loading = kind.from_pretrained(
         str(path), config=config, dtype=dtype_of(dtype), output_loading_info=True, use_safetensors=True,
         attn_implementation=attention_of(kind, config, attention), device_map=device_map,
-        **_LOCAL,
+        **LOCAL_ONLY,
     )  # fmt: skip
     if head != "tokens":
         number_head(model)

@@ -75,15 +75,15 @@ class TokenDistribution:
         `uniforms` are float64 [n] in [0, 1).
         """
         processed = self.processed(logits, position)
+        # Not torch.log_softmax: on CPUs its float32 sum over a large vocabulary is too small by up to 1e-5.
+        log_probs = processed - torch.logsumexp(processed, dim=-1, keepdim=True)
         if self._greedy:
             tokens = processed.argmax(-1)
         else:
-            # Not torch.log_softmax: on CPUs its float32 sum over a large vocabulary is too small by up to 1e-5.
-            log_probs = processed - torch.logsumexp(processed, dim=-1, keepdim=True)
             cumulative = log_probs.double().exp().cumsum(-1)
             targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
             tokens = (cumulative <= targets).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return tokens, log_softmax_of(processed, tokens)
+        return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
     def ends(self, tokens: Tensor) -> Tensor:
         """Which of these tokens end a response, bool [n]."""

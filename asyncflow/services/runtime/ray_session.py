@@ -57,16 +57,7 @@ async def join_within(seconds: float, joining: Future[list[str]], address: str) 
 
 def join_in_thread(address: str, cpus: int | None, store_bytes: int) -> Future[list[str]]:
     """`join` in a thread that nobody has to wait for: what is at an address may never answer."""
-    joined: Future[list[str]] = Future()
-
-    def run() -> None:
-        try:
-            joined.set_result(join(address, cpus, store_bytes))
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            joined.set_exception(error)
-
-    threading.Thread(target=run, name="asyncflow-join-ray", daemon=True).start()
-    return joined
+    return _in_thread("asyncflow-join-ray", lambda: join(address, cpus, store_bytes))
 
 
 def starts_ray(address: str) -> bool:
@@ -168,21 +159,33 @@ def _in_lasting_thread(connect: Callable[[], list[str]]) -> list[str]:
     global _shut_down  # noqa: PLW0603
     _shut_down.set()  # the program may have shut down an earlier Ray of ours by itself
     _shut_down = ended = threading.Event()
-    connected: Future[list[str]] = Future()
 
-    def live() -> None:
+    def shielded() -> list[str]:
         shield_children()
+        return connect()
+
+    return _in_thread("asyncflow-ray", shielded, lasting_until=ended).result()
+
+
+def _in_thread(
+    name: str, work: Callable[[], list[str]], lasting_until: threading.Event | None = None
+) -> Future[list[str]]:
+    """What `work` returns or raises in a thread of its own, which after a success lasts until an event."""
+    done: Future[list[str]] = Future()
+
+    def run() -> None:
         try:
-            warnings = connect()
-        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-            connected.set_exception(error)
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            done.set_exception(error)
             return
-        connected.set_result(warnings)
-        ended.wait()
+        done.set_result(result)
+        if lasting_until is not None:
+            lasting_until.wait()
 
     # A daemon, or the interpreter would wait for it at its end, before Ray's own exit handler runs.
-    threading.Thread(target=live, name="asyncflow-ray", daemon=True).start()
-    return connected.result()
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
 
 
 def _resolved(address: str) -> str:

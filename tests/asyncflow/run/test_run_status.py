@@ -14,6 +14,7 @@ import asyncflow
 from asyncflow.cli.runs import print_runs, stop
 from asyncflow.control.store.run_log import ENDED
 from asyncflow.recipe.config import BadInput, recipe_text
+from asyncflow.run.run_folder import locked
 from asyncflow.run.run_status import runs_in, status_of
 from tests.asyncflow.conftest import MakeRecipe
 from tests.asyncflow.pipeline.runs import ASYNCFLOW, finished
@@ -75,11 +76,36 @@ def test_a_run_is_stopped_from_outside_and_a_killed_one_reads_as_killed(make_rec
     with pytest.raises(BadInput, match="is not running: it is killed after step"):
         stop(tmp_path / "killed")
 
-    assert {Path(run.folder).name for run in runs_in(tmp_path)} == {"stopped", "killed"}
+    assert [folder.name for folder in runs_in(tmp_path)] == ["killed", "stopped"]
     console = Console(record=True, width=120)
     print_runs(tmp_path, as_json=False, console=console)
     text = console.export_text()
     assert text.index("killed ") < text.index("stopped "), "the one that started last stands first"
+
+
+def test_a_run_on_another_machine_is_running_and_no_process_of_this_one_is_signalled(tmp_path: Path):
+    (tmp_path / "recipe.toml").write_text('name = "far"')
+    with locked(tmp_path):
+        (tmp_path / "run.lock").write_text(f"{os.getpid()} another-machine")
+        status = status_of(tmp_path)
+        assert (status.state, status.process, status.host) == ("running", os.getpid(), "another-machine")
+        with pytest.raises(BadInput, match="runs on another-machine, process"):
+            stop(tmp_path)
+
+
+def test_a_run_whose_files_are_damaged_is_told_and_the_others_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, text in (("good", 'name = "good"'), ("bad", "name =")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(text)
+    console = Console(record=True, width=120)
+    print_runs(tmp_path, as_json=False, console=console)
+    assert "good" in console.export_text()
+    assert "bad: can't be read: TOMLDecodeError" in capsys.readouterr().err
+    (tmp_path / "good" / "ledger.db").write_text("no database" * 100)
+    with pytest.raises(BadInput, match="can't be read: DatabaseError: file is not a database"):
+        status_of(tmp_path / "good")
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path):
