@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,11 @@ class Run:
         self._evaluations: list[Evaluated] = []
         self._ended: RunEnded | None = None
         self._seen = 0
+        self._released: Awaitable[None] | None = None
+
+    def __repr__(self) -> str:
+        ended = self._ended.outcome if self._ended is not None else "not seen to end"
+        return f"Run({self.name!r}, folder={str(self.folder)!r}, {ended})"
 
     async def events(self, cursor: int = 0) -> AsyncIterator[Event]:
         """Yield all events from `cursor` on, up to and including RunEnded. Several followers are independent."""
@@ -45,7 +51,13 @@ class Run:
             yield event
 
     async def wait(self) -> RunEnded:
-        """Wait for the end of the run. Returns at once if it was seen before."""
+        """Wait for the end of the run, and of a run that was awaited for its processes as well."""
+        ended = await self.outcome()
+        await self._release()
+        return ended
+
+    async def outcome(self) -> RunEnded:
+        """Wait for the last step or the stop of the run. Returns at once if it was seen before."""
         if self._ended is None:
             async for event in self.events(self._seen):
                 if isinstance(event, RunEnded):
@@ -94,7 +106,16 @@ class Run:
         it again. May be called while another call drains.
         """
         self._ended = await self._link.stop(abandon=abandon)
+        await self._release()
         return self._ended
+
+    def released_by(self, release: Awaitable[None]) -> None:
+        """What `wait` and `stop` wait for after the end: the processes and the folder's lock are free then."""
+        self._released = release
+
+    async def _release(self) -> None:
+        if self._released is not None:
+            await asyncio.shield(self._released)
 
     def channel(self, name: str) -> Channel:
         """The output of a stage, by its name ("policy.generate#1"), or by a message that only it sends ("rollouts")."""

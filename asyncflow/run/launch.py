@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from asyncflow.client.run import Run
+from asyncflow.client.starting_run import StartingRun
 from asyncflow.control.controller import Controller
 from asyncflow.control.evaluation import Evaluations
 from asyncflow.control.store.ledger import Ledger
@@ -28,7 +30,7 @@ from asyncflow.observe.exporter import Exporter, ScrapeTarget, write_targets
 from asyncflow.observe.log import close_log
 from asyncflow.planner.calibration.calibration import read_calibration
 from asyncflow.recipe.checks import Checked
-from asyncflow.recipe.config import Recipe, load_recipe
+from asyncflow.recipe.config import Recipe, load_recipe, to_recipe
 from asyncflow.recipe.service_specs import (
     GENERATOR,
     NO_DEVICE,
@@ -50,14 +52,13 @@ from protocols.control.requests import LoadState
 CONTROLLER = "controller"
 
 
-@asynccontextmanager
-async def launch(
-    recipe: Recipe | str | Path, *, folder: str | Path | None = None, allow_fresh: bool = False
-) -> AsyncIterator[Run]:
-    """Start a run; leaving the block stops it and frees its resources.
+def launch(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, folder: str | Path | None = None, allow_fresh: bool = False
+) -> StartingRun:
+    """Start a run: `async with launch(...) as run:` ends it with the block, `run = await launch(...)` keeps it.
 
     Args:
-        recipe: a recipe, or the path of one.
+        recipe: a recipe, the path of one, or a table with the keys of one.
         folder: the run's folder; by default a new one below the recipe's `folder`. If it holds a run already, that run
             goes on: from its newest valid checkpoint, with this recipe, see `resume`. So a program that is started
             again may always make the same call.
@@ -67,6 +68,15 @@ async def launch(
         BadInput: before a model loads, for anything wrong with the recipe or its files.
         ServiceError: a service did not start; the message names it and its log.
     """
+    return StartingRun(_launched(recipe, folder, allow_fresh))
+
+
+@asynccontextmanager
+async def _launched(
+    recipe: Recipe | Mapping[str, Any] | str | Path, folder: str | Path | None, allow_fresh: bool
+) -> AsyncIterator[Run]:
+    if isinstance(recipe, Mapping):
+        recipe = to_recipe(recipe)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     given = run_folder.absolute(folder) if folder is not None else None
     goes_on = given is not None and run_folder.holds_run(given)
@@ -79,8 +89,7 @@ async def launch(
         yield run
 
 
-@asynccontextmanager
-async def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fresh: bool = False) -> AsyncIterator[Run]:
+def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fresh: bool = False) -> StartingRun:
     """Continue a stopped or killed run from its newest valid checkpoint, or from step 0 before its first one.
 
     Args:
@@ -88,8 +97,13 @@ async def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fre
         overrides: `key=value` of keys that a resumed run may change (asyncflow.recipe.changes), e.g. "steps=500".
         allow_fresh: start from step 0 also where all checkpoints are damaged or gone.
 
-    Raises what `launch` raises.
+    It is entered or awaited as `launch` is, and raises what `launch` raises.
     """
+    return StartingRun(_resumed(folder, overrides, allow_fresh))
+
+
+@asynccontextmanager
+async def _resumed(folder: str | Path, overrides: Iterable[str], allow_fresh: bool) -> AsyncIterator[Run]:
     path = run_folder.absolute(folder)
     checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path, overrides))
     async with _started(checked, path, goes_on=True, allow_fresh=allow_fresh) as run:

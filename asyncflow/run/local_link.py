@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
 from asyncflow.control.controller import Controller
+from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import BadInput
 from asyncflow.recipe.service_specs import channel_named
@@ -51,8 +53,10 @@ class LocalLink:
     ) -> None:
         self._controller, self._task, self._checked, self._store = controller, task, checked, store
         self._services = services
+        self._loop, self._thread = asyncio.get_running_loop(), threading.current_thread().name
 
     def subscribe(self, channel: str) -> AsyncGenerator[tuple[Batch | None, int]]:
+        self._check_loop()
         service, stage = channel_named(self._checked.recipe, self._checked.dataflow, channel)
         assert not issubclass(stage.produces, Metrics), f"{stage.name} sends no rows"
         return follow(CurrentService(service, self._services), self._store, stage.name, stage.produces, self._task.done)
@@ -74,32 +78,54 @@ class LocalLink:
         return reply
 
     def _external(self, role: str) -> CurrentService:
+        self._check_loop()
         external = [name for name, model in self._checked.recipe.models.items() if model.outside]
         if role not in external:
             raise BadInput(f"outside {role!r}: no such external role; of this run: {', '.join(external) or 'none'}")
         return CurrentService(role, self._services)
 
     def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
+        self._check_loop()
         return self._controller.events.follow(cursor)
 
     async def pause(self) -> None:
+        self._check_running("pause")
         await self._controller.pause()
 
     async def resume(self) -> None:
+        self._check_running("resume")
         await self._controller.resume()
 
     async def checkpoint(self) -> str:
+        self._check_running("checkpoint")
         return await self._controller.checkpoint()
 
     async def reload(self) -> CodeReloaded:
+        self._check_running("reload")
         try:
             return await self._controller.reload()
         except BadCode as error:
             raise BadInput(f"reload: {error}") from error
 
     async def statistics(self) -> list[ServiceStatistics]:
+        self._check_running("statistics")
         return await self._controller.statistics()
 
     async def stop(self, *, abandon: bool) -> RunEnded:
+        self._check_loop()
         self._controller.stop(abandon=abandon)
         return await asyncio.shield(self._task)
+
+    def _check_running(self, call: str) -> None:
+        """Raise RunFailed where the run is over: nobody is left to do what the call asks for."""
+        self._check_loop()
+        if self._task.done():
+            raise RunFailed(f"{call}: the run is over; asyncflow.resume goes on from its last checkpoint")
+
+    def _check_loop(self) -> None:
+        """Raise RuntimeError in another event loop than the run's, whose state no other thread may touch."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                f"this run belongs to the event loop that started it, in thread {self._thread!r}; from another thread "
+                f"call asyncio.run_coroutine_threadsafe(run.stop(), loop), with that loop"
+            )

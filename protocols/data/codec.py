@@ -53,14 +53,14 @@ def encode(message: Batch, term: int = 0, attempt: int = 0, *, block_bytes: int 
         raise ValueError(
             f"term {term}, attempt {attempt}, block_bytes {block_bytes}: none is negative, a block not empty"
         )
+    specs = columns_of(type(message))
+    for spec in specs:
+        check_form(message, spec)
     if len(message) > MAX_ROWS or message.nbytes > MAX_FRAME_BYTES:
         raise ValueError(
             f"{type(message).__name__} of {len(message)} rows and {message.nbytes} bytes: readers accept"
             f" {MAX_ROWS} rows and {MAX_FRAME_BYTES} bytes; cut it"
         )
-    specs = columns_of(type(message))
-    for spec in specs:
-        check_form(message, spec)
     table = _table(message, specs, block_bytes)
     header = Header(message.schema_id, message.schema_version, term, attempt, len(message), specs, table.tobytes())
     _, start = encode_header(header)

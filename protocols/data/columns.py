@@ -101,10 +101,13 @@ B = TypeVar("B", bound=Batch)
 def check_form(batch: Batch, spec: ColumnSpec) -> None:
     """Raise ValueError unless a column has its declared type and one entry per row."""
     column, where = getattr(batch, spec.name), f"{type(batch).__name__}.{spec.name}"
+    wanted = Jagged if spec.jagged else np.ndarray
+    if not isinstance(column, np.ndarray | Jagged):
+        raise ValueError(f"{where} is a {type(column).__name__}, want {spec.form} in a {wanted.__name__}")
     actual = ColumnSpec(spec.name, column.dtype.name, isinstance(column, Jagged))
     if actual != spec:
         raise ValueError(f"{where} is {actual.form}, want {spec.form}")
-    if not spec.jagged and column.ndim != 1:
+    if isinstance(column, np.ndarray) and column.ndim != 1:
         raise ValueError(f"{where}: shape {list(column.shape)}, want one value a row")
     if len(column) != len(batch):
         raise ValueError(f"{where}: {len(column)} rows, sample_ids has {len(batch)}")

@@ -236,6 +236,9 @@ async def test_what_can_not_be_an_answer_is_refused_and_costs_nothing(recipe: Ma
         async for rollouts in outside.rows():
             with pytest.raises(BadInput, match=r"outside reward: .*wants Scores, got Rollouts; nothing was taken"):
                 await outside.put(rollouts)
+            listed: Any = [1.0] * len(rollouts)
+            with pytest.raises(BadInput, match=r"outside reward: Scores\.scores is a list, want float32 in a ndarray"):
+                await outside.put(Scores(sample_ids=rollouts.sample_ids, scores=listed))
             nan = Scores(sample_ids=rollouts.sample_ids, scores=np.full(len(rollouts), np.nan, np.float32))
             with pytest.raises(BadInput, match="not finite"):
                 await outside.put(nan)

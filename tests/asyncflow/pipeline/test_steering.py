@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import asyncflow
+from asyncflow.client.run import Run
 from asyncflow.control.store.ledger import Ledger
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
@@ -82,3 +85,45 @@ async def _stopped_with_live_samples(recipe: Recipe) -> Path:
 def _rewrite(folder: Path, steps: int) -> None:
     text = recipe_text(load_recipe(folder / "recipe.toml", [f"steps={steps}"]))
     (folder / "recipe.toml").write_text(text)
+
+
+async def test_a_table_is_a_recipe_and_an_awaited_run_needs_no_block(table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"recipe: unknown key stepps, did you mean 'steps'"):
+        await asyncflow.launch({**table, "stepps": 1})
+    run = await asyncflow.launch({**table, "steps": 1, "data": table["data"] | {"eval": ""}}, folder=tmp_path / "run")
+    assert (await run.wait()).outcome == "finished"
+    async with asyncflow.resume(run.folder) as again:  # nothing holds the folder any more
+        assert (await again.wait()).outcome == "finished"
+
+
+async def test_a_call_from_another_threads_loop_or_after_the_end_says_so(make_recipe: MakeRecipe) -> None:
+    def from_another_thread(run: Run, call: Callable[[Run], Awaitable[object]]) -> None:
+        async def main() -> None:
+            await call(run)
+
+        asyncio.run(main())
+
+    calls: list[Callable[[Run], Awaitable[object]]] = [
+        Run.pause,
+        Run.resume,
+        Run.checkpoint,
+        Run.reload,
+        Run.statistics,
+        Run.stop,
+        Run.wait,
+        lambda run: anext(run.events()),
+        lambda run: anext(run.channel("rollouts").subscribe()),
+    ]
+    async with asyncflow.launch(make_recipe(steps=1, data={"eval": ""})) as run:
+        for call in calls:
+            with pytest.raises(RuntimeError, match="belongs to the event loop that started it, in thread 'MainThread'"):
+                await asyncio.to_thread(from_another_thread, run, call)
+        await run.wait()
+        for call in calls[:5]:
+            with pytest.raises(RunFailed, match=r"the run is over; asyncflow\.resume goes on"):
+                await call(run)
+    assert (await run.stop()).outcome == "finished", "a stop that comes late learns how it ended"
+
+
+def test_what_a_program_may_use_is_listed_for_completion() -> None:
+    assert {"launch", "resume", "Run", "BadInput"} <= set(dir(asyncflow))

@@ -112,6 +112,7 @@ def test_encode_refuses_a_column_of_another_form():
     ids = np.array([1], np.int64)
     cases: list[tuple[Any, str]] = [
         (np.zeros(1), "Scores.scores is float64, want float32"),
+        ([0.0], "Scores.scores is a list, want float32 in a ndarray"),
         (np.zeros(2, np.float32), "Scores.scores: 2 rows, sample_ids has 1"),
         (np.zeros((1, 2), np.float32), r"Scores.scores: shape \[1, 2\], want one value a row"),
         (Jagged.from_rows([[0.0]], np.float32), "Scores.scores is jagged float32, want float32"),
