@@ -44,6 +44,10 @@ class ColocatedGeneration:
         self._going = asyncio.Event()
         self._going.set()
 
+    def begin_term(self, context: StageContext) -> None:
+        """Work for the context of a new term."""
+        self._context = context
+
     def pause(self, paused: bool) -> None:
         """Start no more firings, or go on; rows that are being generated are finished."""
         if paused:

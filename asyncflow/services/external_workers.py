@@ -135,8 +135,8 @@ class ExternalRank:
         self._context = context
         assert isinstance(context.spec.settings, ModelSettings)
         failures = context.spec.settings.failures
-        self._seconds = failures.outside_timeout_seconds
-        self._pending = PendingRows(failures.outside_retake_seconds)
+        self._seconds, self._retake = failures.outside_timeout_seconds, failures.outside_retake_seconds
+        self._pending = PendingRows(self._retake)
         self._changed = asyncio.Condition()
         self._stopped = False
         role = ROLES[context.spec.role]
@@ -144,6 +144,10 @@ class ExternalRank:
 
     async def start(self) -> None:
         """Nothing is loaded here."""
+
+    def begin_term(self, context: StageContext) -> None:
+        """Serve a new term, which asks for rows of the old one again: their late answers wait for that."""
+        self._context, self._pending = context, PendingRows(self._retake)
 
     async def stop(self) -> None:
         """Wake all that wait."""
@@ -160,13 +164,14 @@ class ExternalRank:
         start = time.time()
         self._context.reports.wait(call.stage, "answers", "external workers")
         cause = f"no answer from an external worker within {self._seconds:g} s"
-        opened = self._pending.ask(call, payloads)
+        pending = self._pending
+        opened = pending.ask(call, payloads)
         try:
             async with self._changed:
                 self._changed.notify_all()
                 await self._until(lambda: not opened.free_at, self._seconds)
         finally:
-            self._pending.close(opened, cause)
+            pending.close(opened, cause)
             self._context.reports.wait(call.stage)
         answers = opened.answers | {sample: Failure(sample, cause) for sample in opened.free_at}
         rows = [answer for s in call.sample_ids if isinstance(answer := answers[s], tuple)]

@@ -102,6 +102,15 @@ class GenerationLoop:
         """Number of rows that have no slot yet."""
         return sum(len(rows) for _, rows in self._waiting)
 
+    async def begin_term(self, context: StageContext) -> None:
+        """Drop the rows of the term before, whose stages have ended, and work for `context` from now on."""
+        await context.compute("generate.abort", self._engine.abort)  # after the step that runs
+        self._context = context
+        self._waiting.clear()
+        self._running.clear()
+        self._loads.clear()  # those who wait for one were refused with the old term
+        self._followers.clear()
+
     async def run(self) -> None:
         """Load first, then generate, with one firing per lease. Runs for ever."""
         while True:
@@ -144,7 +153,9 @@ class GenerationLoop:
 
     def _ready_rows(self, rows: Prompts) -> np.ndarray:
         version = self._engine.version
-        return rows.min_versions <= (version.step if version is not None else -1)
+        if version is None or version.term < self._context.spec.term:  # weights of an abandoned lineage
+            return np.zeros(len(rows), bool)
+        return rows.min_versions <= version.step
 
     async def _fire(self) -> None:
         """Step until nothing runs. Alone on its devices, an engine also admits rows as slots become free."""

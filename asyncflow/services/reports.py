@@ -25,6 +25,7 @@ class Reports:
         self._measured: dict[str, float] = {}
         self._notices: deque[Notice] = deque()
         self._noticed = asyncio.Event()
+        self._closed = False
 
     def wait(self, who: str, what: str = "", on: str = "", since: float | None = None) -> None:
         """Report that `who` waits for `what` from now on; an empty `what`: it no longer waits."""
@@ -54,15 +55,24 @@ class Reports:
 
     def notify(self, notice: Notice) -> None:
         """Queue a notice. Raises RuntimeError if the controller has stopped reading."""
+        if self._closed:
+            return
         if len(self._notices) >= MOST_NOTICES:
             raise RuntimeError(f"service {self._service}: {MOST_NOTICES} notices that no controller has read")
         self._notices.append(notice)
         self._noticed.set()
 
     async def notices(self) -> list[Notice]:
-        """All queued notices; waits until there is one."""
+        """All queued notices; waits until there is one, or until they are closed."""
         await self._noticed.wait()
-        self._noticed.clear()
+        if not self._closed:
+            self._noticed.clear()
         taken = list(self._notices)
         self._notices.clear()
         return taken
+
+    def close(self) -> None:
+        """Let those go who wait for notices: their controller's term is over, and nothing is reported any more."""
+        self._closed = True
+        self._notices.clear()
+        self._noticed.set()

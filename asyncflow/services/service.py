@@ -12,9 +12,12 @@ the others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store, causes
@@ -25,10 +28,12 @@ from asyncflow.services.ranks.worker_factory import contract_for
 from asyncflow.services.service_mode import ServiceMode, mode_of
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, StageRunner, tombstones
+from asyncflow.services.term_scope import TermOver, TermScope
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.notices import Notice, ServiceFailed
 from protocols.control.requests import (
     AbandonStep,
+    BeginTerm,
     CloseBatch,
     Done,
     EndPrompts,
@@ -74,7 +79,7 @@ class ModelService:
         self._runners: dict[str, StageRunner] = {}
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None
-        self._gone: asyncio.Future[None] | None = None  # done when the service has ended: no mailbox gets room any more
+        self._term = TermScope(spec.name)
 
     @property
     def name(self) -> str:
@@ -82,54 +87,50 @@ class ModelService:
 
     async def start(self, metrics_host: str = "127.0.0.1") -> int:
         """Load the model and open the metrics endpoint; its port."""
-        self._gone = asyncio.get_running_loop().create_future()
+        self._term.start()
         mode = self._mode = await mode_of(self._context, self._ranks)
         await mode.start()
+        self._make_runners(mode)
+        return self._exporter.serve(metrics_host)
+
+    def _make_runners(self, mode: ServiceMode) -> None:
         for stage in self.spec.stages:
             runner = self._runners[stage.name] = mode.runner(stage)
             self._edges |= {edge: (runner, position) for position, edge in enumerate(stage.inputs)}
-        return self._exporter.serve(metrics_host)
 
     def connect(self, peers: Mapping[str, Endpoint]) -> None:
         """Set the consumers' endpoints and start to fire; called again when a consumer was replaced. After `start`."""
         assert self._mode is not None, f"service {self.name} is not started"
         self._context.peers = dict(peers)
         if self._tasks is None:
-            self._tasks = asyncio.create_task(self._run(), name=f"service {self.name}")
+            self._fire()
+
+    def _fire(self) -> None:
+        self._tasks = asyncio.create_task(self._run(), name=f"service {self.name}")
 
     async def stop(self) -> None:
         """End the stages, then free the worker, the thread and the port."""
-        if self._gone is not None and not self._gone.done():
-            self._gone.set_result(None)
+        if self._term.end():
             self._context.log.info("%s stops", self.name)
-        if self._tasks is not None:
-            self._tasks.cancel()
-            await asyncio.gather(self._tasks, return_exceptions=True)
+        await self._end_stages()
         if (started := self._mode or self._ranks) is not None:
             await started.stop()
         self._context.close()
         await asyncio.to_thread(self._exporter.close)
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
-        """Put a delivery into the mailbox of its edge. Returns when there was room.
+        """Put a delivery into the mailbox of its edge. Returns when there was room, or its term is over.
 
         Raises KeyError for an unknown edge, ServiceGone where the service has ended or ends while this waits.
         """
         if delivery.term < self.spec.term:
-            return  # of an older term: its sender is about to be stopped
+            return  # of an older term: its sender is about to be stopped, or to begin the new term
         if delivery.edge not in self._edges:
             raise KeyError(f"service {self.name} has no edge {delivery.edge!r}; it has {sorted(self._edges)}")
         runner, position = self._edges[delivery.edge]
-        assert self._gone is not None, f"service {self.name} is not started"
         taking_in = runner.deliver(position, delivery, parts_of(delivery.shards, payloads))
-        arriving = asyncio.create_task(taking_in, name=f"arrival on {delivery.edge}")
-        try:
-            await asyncio.wait((arriving, self._gone), return_when=asyncio.FIRST_COMPLETED)
-            if self._gone.done():
-                raise ServiceGone(f"{self.name}: deliver: it has ended")
-            arriving.result()
-        finally:
-            arriving.cancel()
+        with contextlib.suppress(TermOver):
+            await self._term.run("deliver", taking_in)
 
     async def notices(self) -> list[Notice]:
         """See Reports.notices."""
@@ -138,7 +139,12 @@ class ModelService:
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Carry out a request. An error becomes a Refused reply with its cause."""
         try:
-            return await self._answer(request, payloads)
+            if isinstance(request, BeginTerm):
+                await self._begin_term(request.term)
+                return Done(), []
+            return await self._term.run(type(request).__name__, self._answer(request, payloads))
+        except ServiceGone:
+            raise
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
@@ -186,6 +192,27 @@ class ModelService:
             case _:
                 raise ValueError(f"{self.name} can't do {type(request).__name__}")
         return Done(), []
+
+    async def _begin_term(self, term: int) -> None:
+        """End the stages, wait until the ranks are done with the old term, and start stages that have no rows."""
+        mode = self._mode
+        assert mode is not None, f"service {self.name} is not started"
+        if term <= self.spec.term:
+            raise ValueError(f"term {term} is not newer than {self.spec.term}")
+        async with self._context.collective.exclusive():  # a collective call must not be cancelled half way
+            self.spec = msgspec.structs.replace(self.spec, term=term)  # from here on the old term's rows are refused
+            self._term.begin_next()
+            await self._end_stages()
+        self._context = self._context.for_term(term)
+        await mode.begin_term(self._context)
+        self._make_runners(mode)
+        self._fire()
+        self._context.log.info("%s begins term %d", self.name, term)
+
+    async def _end_stages(self) -> None:
+        if self._tasks is not None:
+            self._tasks.cancel()
+            await asyncio.gather(self._tasks, return_exceptions=True)
 
     async def _end(self, mode: ServiceMode, request: EndPrompts) -> None:
         for run in request.runs:

@@ -27,6 +27,7 @@ from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage
 from protocols.control.requests import (
+    BeginTerm,
     Done,
     Installed,
     Invoke,
@@ -108,6 +109,12 @@ class ServiceMode:
         self._moves = isinstance(reply, Done) and bool(reply.values["moves"])
         return reply, []
 
+    async def begin_term(self, context: StageContext) -> None:
+        """Work for the context of a new term, when the ranks have finished what they compute for the old one."""
+        self._context = context
+        async with context.collective.exclusive():
+            await context.ask_ranks(BeginTerm(context.spec.term))
+
     async def load_weights(self, request: LoadWeights, payloads: Sequence[Payload]) -> Installed:
         """Install a published version. Raises ValueError where no engine is."""
         raise ValueError(f"service {self._context.spec.name} has no engine to load weights into")
@@ -165,6 +172,10 @@ class EngineMode(LocalMode):
         rollouts, failures = await generate_now(self._loop, prompts, request.sampling)
         return Fired(await self._context.pack(rollouts) if rollouts is not None else [], failures)
 
+    async def begin_term(self, context: StageContext) -> None:
+        await super().begin_term(context)
+        await self._loop.begin_term(context)
+
     async def load_weights(self, request: LoadWeights, payloads: Sequence[Payload]) -> Installed:
         buffer = await self._context.store.get(payloads[0])
         return Installed(await self._loop.load(request.manifest, buffer))
@@ -179,6 +190,10 @@ class ColocatedMode(ServiceMode):
     def __init__(self, context: StageContext, ranks: Ranks) -> None:
         super().__init__(context, ranks)
         self._generation = ColocatedGeneration(context)
+
+    async def begin_term(self, context: StageContext) -> None:
+        await super().begin_term(context)
+        self._generation.begin_term(context)
 
     def runner(self, stage: StageSpec) -> StageRunner:
         if stage.fires == "generate":
@@ -205,6 +220,10 @@ class ExternalMode(ServiceMode):
 
     async def ask_ranks(self, request: RankRequest) -> tuple[Reply, list[Payload]]:
         return (Done(), []) if isinstance(request, PrepareCode | SwitchCode) else await super().ask_ranks(request)
+
+    async def begin_term(self, context: StageContext) -> None:
+        self._context = context
+        self._rank.begin_term(context)
 
     async def ping(self) -> None:
         """The process answers; a worker has a deadline for its rows."""

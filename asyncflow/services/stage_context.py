@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from asyncflow.services.channels.channel_counts import ChannelCounts
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from asyncflow.services.channels.lost_rows import LostRows
-from asyncflow.services.channels.outbox import Outbox
+from asyncflow.services.channels.outbox import Outbox, OutboxEntry
 from asyncflow.services.channels.shard_refs import (
     Partitioning,
     RankCallPlan,
@@ -59,20 +60,6 @@ B = TypeVar("B", bound=Batch)
 INLINE_READING = 1 << 20  # bytes; checking more than this would hold up the event loop
 
 
-class OutboxEntry(msgspec.Struct, frozen=True):
-    """A delivery in the outbox."""
-
-    service: str
-    delivery: Delivery
-    parts: list[ShardRef]
-
-    @property
-    def samples(self) -> list[int]:
-        """The samples it names: rows with values, and tombstones."""
-        alive = [sample for shard in self.delivery.shards for sample in shard.sample_ids]
-        return alive + [failure.sample_id for failure in self.delivery.failures]
-
-
 class StageContext:
     """The shared state of a service's stages."""
 
@@ -82,9 +69,6 @@ class StageContext:
         self.exporter = exporter
         self.log = open_log(spec.log_path)
         self.counts = ChannelCounts(exporter)
-        self.finished = FinishedPrompts()
-        self.outbox: Outbox[OutboxEntry] = Outbox(self.finished)
-        self.lost_rows = LostRows()
         self.subscriptions = Subscriptions([stage.name for stage in spec.stages if stage.outputs])
         self.peers: Mapping[str, Endpoint] = {}
         self.ranks: Ranks | None = None
@@ -92,9 +76,27 @@ class StageContext:
         self.generation = spec.grouping
         self.collective = CollectiveCalls(spec.name, spec.collective)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{spec.name}-compute")
-        self.reports = Reports(spec.name, exporter)
         self._quarantine = Quarantine(spec.log_path, spec.name)
-        self._lease = LeaseTickets(self.reports, leased=spec.leased)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to one term."""
+        self.finished = FinishedPrompts()
+        self.outbox: Outbox[OutboxEntry] = Outbox(self.finished)
+        self.lost_rows = LostRows()
+        self.reports = Reports(self.spec.name, self.exporter)
+        self._lease = LeaseTickets(self.reports, leased=self.spec.leased)
+
+    def for_term(self, term: int) -> StageContext:
+        """The context of a new term, with the same ranks and no rows. This one serves what is left of the old term:
+
+        what it still sends names that term, so its receivers refuse it, and what it reports is not read.
+        """
+        context = copy.copy(self)
+        context.spec = msgspec.structs.replace(self.spec, term=term)
+        context._begin()
+        self.reports.close()
+        return context
 
     # --- working
 

@@ -78,6 +78,15 @@ class YieldDevices(msgspec.Struct, frozen=True, tag=True):
     """
 
 
+class BeginTerm(msgspec.Struct, frozen=True, tag=True):
+    """A new term begins: drop rows, tokens and requests of the one before, and keep what is loaded.
+
+    The reply comes when nothing of the old term is computed any more, and the model has left shared devices.
+    """
+
+    term: int
+
+
 class SwitchLayout(msgspec.Struct, frozen=True, tag=True):
     """Coordinator to ranks: hold the weights in the layout for generation, or for training."""
 
@@ -182,6 +191,7 @@ Request = (
     | PrepareCode
     | SwitchCode
     | YieldDevices
+    | BeginTerm
     | Grant
     | SetPaused
     | EndPrompts
@@ -206,6 +216,7 @@ RankRequest = (
     | PrepareCode
     | SwitchCode
     | YieldDevices
+    | BeginTerm
     | SwitchLayout
     | Ping
 )

@@ -68,6 +68,10 @@ class Engine(ABC):
     def step(self) -> list[FinishedRow]:
         """Advance the running rows by some tokens; the rows that finished. Empty when nothing is queued."""
 
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop all rows that `step` has not returned."""
+
     def load(self, weights: Publication) -> InstallReceipt:
         """Install a version between two steps, and verify it; see `workers.generation.publication`.
 

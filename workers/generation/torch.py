@@ -100,6 +100,9 @@ class TorchEngine(Engine):
             del self._queue[row.sample_id]
         return finished
 
+    def abort(self) -> None:
+        self._queue.clear()
+
     def _start_load(self, weights: Publication) -> None:
         """Raises RuntimeError for weights that are sent to a trained module, and the other way round."""
         if isinstance(weights, InPlaceWeights) and self._owns_model:

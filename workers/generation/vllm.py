@@ -130,6 +130,10 @@ class VllmEngine(Engine):
                 finished.append(_finished_row(row, reason))
         return finished
 
+    def abort(self) -> None:
+        self._take_back_running()
+        self._waiting.clear()
+
     def sleep(self) -> None:
         """Free the device's memory until `wake`: the KV cache is dropped, the weights wait in the host's memory.
 

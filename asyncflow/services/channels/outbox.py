@@ -11,10 +11,28 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
+import msgspec
+
 from asyncflow.services.channels.finished_prompts import FinishedPrompts
+from asyncflow.services.channels.shard_refs import ShardRef
+from protocols.control.delivery import Delivery
 from protocols.data.ids import prompt_of
 
 S = TypeVar("S")
+
+
+class OutboxEntry(msgspec.Struct, frozen=True):
+    """A delivery in the outbox."""
+
+    service: str
+    delivery: Delivery
+    parts: list[ShardRef]
+
+    @property
+    def samples(self) -> list[int]:
+        """The samples it names: rows with values, and tombstones."""
+        alive = [sample for shard in self.delivery.shards for sample in shard.sample_ids]
+        return alive + [failure.sample_id for failure in self.delivery.failures]
 
 
 class Outbox(Generic[S]):

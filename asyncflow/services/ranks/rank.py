@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_none
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
@@ -24,7 +26,7 @@ from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
-from protocols.control.requests import AbandonStep, Done, LoadState, Ping, RankAnswer, RankRequest
+from protocols.control.requests import AbandonStep, BeginTerm, Done, LoadState, Ping, RankAnswer, RankRequest
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics, Rollouts
 from protocols.stage import Failure, Measured, Partial, StepAbandoned
@@ -137,8 +139,10 @@ class Rank:
         """Carry out a coordinator's request, which has no rows. Blocking."""
         start = time.time()
         reply, payloads = carry_out(self._loaded, output or self._store, request)
-        if isinstance(request, LoadState) and self._spec.leased:
-            self._loaded.offload()  # all services restore at once, without a lease
+        if isinstance(request, BeginTerm):
+            self._spec = msgspec.structs.replace(self._spec, term=request.term)
+        if isinstance(request, LoadState | BeginTerm) and self._spec.leased:
+            self._loaded.offload()  # all services restore at once, without a lease; in a new term nobody has one
         return RankAnswer(start, time.time(), reply), payloads
 
     def _abandon(self, request: AbandonStep) -> RankAnswer:

@@ -13,6 +13,7 @@ from asyncflow.services.channels.endpoint import Payload, Store
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from protocols.control.requests import (
     AbandonStep,
+    BeginTerm,
     Done,
     ExportModel,
     LoadState,
@@ -34,7 +35,7 @@ def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple
     """Carry out a request on one rank. Blocking. Raises what the worker raises."""
     if isinstance(request, YieldDevices):
         return loaded.offload(), []
-    if isinstance(request, PrepareCode | SwitchCode):
+    if isinstance(request, PrepareCode | SwitchCode | BeginTerm):
         _take_code(loaded.worker, request)
         return Done(), []
     loaded.onload()
@@ -72,7 +73,7 @@ def abandon(worker: Any, request: AbandonStep) -> None:
         keep(request.committed)
 
 
-def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
+def _take_code(worker: Any, request: PrepareCode | SwitchCode | BeginTerm) -> None:
     """Pass a change of code on to a worker that calls a user's functions; other workers ignore it."""
     if isinstance(request, PrepareCode) and (prepare := getattr(worker, "prepare_code", None)):
         prepare(request.sources)
@@ -89,6 +90,7 @@ _ACTIVITIES = {
     PrepareCode: "reload",
     SwitchCode: "reload",
     YieldDevices: "offload",
+    BeginTerm: "begin_term",
 }
 
 

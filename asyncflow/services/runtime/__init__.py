@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -34,8 +35,11 @@ class Runtime(Protocol):
         """Start and connect all services; returns them by name. Raises ServiceError naming one that did not start."""
         ...
 
-    async def restart(self, name: str) -> Started:
-        """Replace a service by a new one of the same spec, which starts without state, and reconnect the others."""
+    async def restart(self, names: Sequence[str], term: int) -> dict[str, Started]:
+        """Replace services by new ones, which start in `term` and without state, and reconnect all; the new ones.
+
+        Raises ServiceError naming one that did not start.
+        """
         ...
 
     def kill(self, name: str) -> None:

@@ -6,6 +6,9 @@ It uses the same ModelService, ranks, codec and mailboxes as the Ray runtime; a 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+
+import msgspec
 
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.rank import LocalRanks
@@ -31,11 +34,12 @@ class LocalRuntime:
             service.connect(self._services)
         return started
 
-    async def restart(self, name: str) -> Started:
-        """Stop a service at once, as the death of its process would, and start another in its place."""
-        gone = self._services[name]
-        await gone.stop()
-        started = await self._start(gone.spec)
+    async def restart(self, names: Sequence[str], term: int) -> dict[str, Started]:
+        """Stop services at once, as the death of their processes would, and start others in their place."""
+        gone = [self._services[name] for name in names]
+        for service in gone:
+            await service.stop()
+        started = {s.name: await self._start(msgspec.structs.replace(s.spec, term=term)) for s in gone}
         for service in self._services.values():
             service.connect(self._services)
         return started

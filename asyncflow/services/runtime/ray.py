@@ -89,20 +89,22 @@ class RayRuntime:
         await self._connect()
         return started
 
-    async def restart(self, name: str) -> Started:
-        """Replace a service whose process is gone or has to be killed, and reconnect the others.
+    async def restart(self, names: Sequence[str], term: int) -> dict[str, Started]:
+        """Replace services whose processes are gone or have to be killed, and reconnect all.
 
-        The replacement starts without state: its senders have to send again (`Redeliver`), and a generator has to load
-        its weights again.
+        The replacements start without state: in the same term their senders have to send again (`Redeliver`), and a
+        generator has to load its weights again.
         """
         async with self._restarting:  # of two that die together, none may be connected before it has started
-            spec = self._specs[name]
-            self.kill(name)
-            self._create(spec)
             started: dict[str, Started] = {}
-            await self._await_start(spec, started)
+            for name in names:
+                self.kill(name)
+                self._create(msgspec.structs.replace(self._specs[name], term=term))
+            async with all_or_error() as group:
+                for name in names:
+                    group.create_task(self._await_start(self._specs[name], started), name=f"start {name}")
             await self._connect()
-            return started[name]
+            return started
 
     def kill(self, name: str) -> None:
         """Kill a service's processes; Ray does so from outside of them, so they need not answer."""

@@ -20,7 +20,7 @@ from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
 from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.control.notices import PromptSettled
-from protocols.control.requests import CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
+from protocols.control.requests import BeginTerm, CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
 from protocols.data.columns import Batch
 from protocols.data.ids import sample_id
 from protocols.layout.topology import Topology
@@ -52,6 +52,7 @@ class Chain:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.term = 0
         self.endpoints: dict[str, Endpoint] = {}
         self.settled: list[PromptSettled] = []
 
@@ -61,15 +62,22 @@ class Chain:
 
     async def restart(self, name: str) -> None:
         """Replace a service by a new incarnation."""
-        self.endpoints[name] = (await self.runtime.restart(name)).endpoint
+        self.endpoints[name] = (await self.runtime.restart([name], self.term))[name].endpoint
+
+    async def begin_term(self, term: int) -> None:
+        """Have all services begin a term."""
+        self.term, self.settled = term, []
+        for endpoint in self.endpoints.values():
+            assert await ask(endpoint, BeginTerm(term)) == (Done(), [])
 
     def put(self, batch: Batch) -> ShardRef:
         """Put a batch into the test's own store."""
-        return pack(self.runtime.store, batch, term=0)
+        return pack(self.runtime.store, batch, term=self.term)
 
-    async def send(self, *parts: ShardRef, attempt: int = 0, to: str = A_EDGE) -> None:
-        """Deliver shards as their sending service would."""
-        delivery = Delivery(to, 0, [part.shard for part in parts], attempt=attempt)
+    async def send(self, *parts: ShardRef, attempt: int = 0, to: str = A_EDGE, term: int | None = None) -> None:
+        """Deliver shards as their sending service would, of the current term if none is given."""
+        of_term = self.term if term is None else term
+        delivery = Delivery(to, of_term, [part.shard for part in parts], attempt=attempt)
         await self.endpoints[to[0]].deliver(delivery, [part.payload for part in parts])
 
     async def redeliver(self, edge: str) -> None:
@@ -104,6 +112,12 @@ class Chain:
                     await asyncio.sleep(0.005)
         except TimeoutError:
             pytest.fail(f"{name} does not wait for {waits!r} with {depth} rows in its mailbox; {await self.state()}")
+
+    async def until_waits(self, name: str, waits: str) -> None:
+        """Wait until some stage of a service reports this wait."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while waits not in (await self.statistics(name)).waits.values():
+                await asyncio.sleep(0.005)
 
     async def values(self, samples: Sequence[int]) -> dict[int, float]:
         """Sample id -> its value at the end of the pipeline."""

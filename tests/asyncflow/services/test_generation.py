@@ -249,6 +249,22 @@ async def test_a_row_waits_for_weights_as_new_as_its_prompt(folders: list[Path],
     assert b.versions() == {int(s): {int(i == 0)} for i, s in enumerate(prompts("1", "2", "3").sample_ids)}
 
 
+async def test_a_new_term_drops_the_rows_and_waits_for_weights_of_its_own(folders: list[Path], other: PreTrainedModel):
+    """Version 0.5 has more steps than 1.3, and belongs to a lineage that is abandoned."""
+    async with bench(folders[0], version=Version(0, 5), run=False) as b:
+        b.job(prompts("1+1=", "2+2="))
+        await b.loop.begin_term(b.context.for_term(1))
+        assert (b.loop.waiting, b.engine.unfinished) == (0, 0)
+        running = asyncio.create_task(b.loop.run())
+        b.job(prompts("7", min_version=3, first=5))
+        done, _ = await asyncio.wait({running}, timeout=0.2)
+        assert (done, b.given, b.loop.waiting) == (set(), 0, 1), "it does not generate with the old term's weights"
+        await b.loop.load(*tiny.publish(other, Version(1, 3)))
+        await b.all_given(1)
+        running.cancel()
+    assert list(b.versions().values()) == [{3}]
+
+
 async def test_an_engine_without_weights_serves_nothing_until_the_first_load(
     folders: list[Path], other: PreTrainedModel
 ):

@@ -1,0 +1,85 @@
+"""A service that begins a new term keeps what it has loaded, and nothing of the rows of the term before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncflow.services.channels.endpoint import ServiceError, ask
+from asyncflow.services.runtime.local import LocalRuntime
+from protocols.control.requests import BeginTerm, CloseBatch
+from tests.asyncflow.services import rows
+from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
+
+
+@asynccontextmanager
+async def chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> AsyncIterator[Chain]:
+    made = Chain(LocalRuntime())
+    try:
+        await made.start(chain_specs(a, b))
+        yield made
+    finally:
+        await made.runtime.stop()
+
+
+async def test_the_rows_of_the_old_term_are_gone_and_the_same_ids_are_taken_again(tmp_path: Path):
+    samples = samples_of(*range(8))
+    held = {"options": {"folder": str(tmp_path), "gate": "open"}, "mailbox_rows": 2, "firing_rows": 2}
+    async with chain(a={"firing_rows": 2}, b=held) as c:
+        for start in range(0, 8, 2):
+            await c.send(c.put(rows.log_probs(samples[start : start + 2])))
+        await c.until("a", f"credit on {B_EDGE}", depth=2)  # rows everywhere: mailboxes, ranks, a sender that waits
+        beginning = asyncio.create_task(c.begin_term(1))
+        (tmp_path / "open").touch()  # b computes its rows to their end
+        await beginning
+        assert [(await c.edge(edge)).depth for edge in (A_EDGE, B_EDGE, C_EDGE)] == [0, 0, 0]
+        assert [(await c.statistics(name)).kept for name in "abc"] == [0, 0, 0]
+        await c.send(c.put(rows.log_probs(samples)))
+        await c.until_settled(8)
+        assert Counter(s for settled in c.settled for s in settled.alive) == Counter(samples)
+        assert await c.values(samples) == {sample: -4.0 * sample for sample in samples}
+
+
+async def test_what_still_comes_of_the_old_term_is_refused():
+    old, new = samples_of(1, 2), samples_of(3)
+    async with chain() as c:
+        late = c.put(rows.log_probs(old))
+        await c.begin_term(1)
+        for edge in (A_EDGE, B_EDGE, C_EDGE):
+            await c.send(late, to=edge, term=0)
+        await c.send(c.put(rows.log_probs(new)))
+        await c.until_settled(1)
+        assert [settled.alive for settled in c.settled] == [new]
+
+
+async def test_a_request_that_waits_for_rows_of_the_old_term_is_refused():
+    async with chain() as c:
+        waiting = asyncio.create_task(ask(c.endpoints["c"], CloseBatch(0, samples_of(1))))
+        await c.until_waits("c", "rows again on b.double#1")
+        await c.begin_term(1)
+        with pytest.raises(ServiceError, match="CloseBatch: a new term has begun"):
+            await waiting
+
+
+async def test_a_term_that_is_not_newer_is_refused():
+    async with chain() as c:
+        await c.begin_term(2)
+        with pytest.raises(ServiceError, match="term 1 is not newer than 2"):
+            await ask(c.endpoints["a"], BeginTerm(1))
+
+
+async def test_the_notices_of_the_old_term_are_not_read_in_the_new_one():
+    async with chain() as c:
+        await c.send(c.put(rows.log_probs(samples_of(*range(4)))))
+        await c.until_settled(4)
+        reading = asyncio.create_task(c.endpoints["c"].notices())  # of a controller that has left
+        await c.begin_term(1)
+        await reading  # else it would take the first notices of the new term
+        await c.send(c.put(rows.log_probs(samples_of(7))))
+        assert [settled.alive for settled in await c.until_settled(1)] == [samples_of(7)]
