@@ -16,15 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-
-class Version(msgspec.Struct, frozen=True, order=True):
-    """The version of weights after `step` committed steps of lineage `term`, ordered by (term, step)."""
-
-    term: int
-    step: int
-
-    def __str__(self) -> str:
-        return f"{self.term}.{self.step}"
+from protocols.version import Version
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
@@ -54,15 +46,6 @@ class WeightManifest(msgspec.Struct, frozen=True):
     total_bytes: int
     probe: Probe | None = None
     scaling: float | None = None  # of adapters: the receiver adds scaling B A to its base; None: whole tensors
-
-
-class InstallReceipt(msgspec.Struct, frozen=True):
-    """A receiver's confirmation that it has a version's tensors and answers the probe as the trainer does."""
-
-    version: Version
-    tensors: int
-    probe_difference: float  # root mean square of the log-prob differences over the probe, nats
-    seconds: float
 
 
 class BadWeights(Exception):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from protocols.data.columns import Batch
+if TYPE_CHECKING:  # the client of a remote run starts without numpy
+    from protocols.data.columns import Batch
 
 
 class ChannelLink(Protocol):

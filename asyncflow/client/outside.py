@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from protocols.control.requests import RowsPut
-from protocols.data.columns import Batch
-from protocols.data.messages import Rollouts
-from protocols.stage import Failure
+if TYPE_CHECKING:  # the client of a remote run starts without numpy
+    from protocols.control.requests import RowsPut
+    from protocols.data.columns import Batch
+    from protocols.data.messages import Rollouts
+    from protocols.stage import Failure
 
 
 class OutsideLink(Protocol):
@@ -52,6 +53,8 @@ class Outside:
 
         Raises BadInput for a role that is not external.
         """
+        from protocols.data.messages import Rollouts
+
         async with aclosing(self._link.take(self.role, most)) as batches:
             async for batch in batches:
                 assert isinstance(batch, Rollouts)
@@ -68,6 +71,8 @@ class Outside:
 
     async def fail(self, sample_ids: Iterable[int], cause: str, *, seconds: float = 60.0) -> dict[int, str]:
         """Let rows that can't be answered fail with a cause. Returns and raises as `put` does."""
+        from protocols.stage import Failure
+
         return await self._put(None, [Failure(int(sample), cause) for sample in sample_ids], seconds)
 
     async def _put(self, answers: Batch | None, failures: list[Failure], seconds: float) -> dict[int, str]:

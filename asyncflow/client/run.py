@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from asyncflow.client.channel import Channel, ChannelLink
 from asyncflow.client.outside import Outside, OutsideLink
-from protocols.control.delivery import ServiceStatistics
-from protocols.control.events import CodeReloaded, Evaluated, Event, RunEnded, StepCommitted
+from protocols.control.events import CodeReloaded, Evaluated, Event, RunEnded, RunStarted, StepCommitted
+
+if TYPE_CHECKING:  # the client of a remote run starts without numpy
+    from protocols.control.delivery import ServiceStatistics
 
 
 class Link(ChannelLink, OutsideLink, Protocol):
     """The connection to a run, in the same process or across a network."""
 
-    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]: ...
+    def follow(self, cursor: int) -> AsyncGenerator[tuple[int, Event]]: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def checkpoint(self) -> str: ...
@@ -28,27 +31,44 @@ class Link(ChannelLink, OutsideLink, Protocol):
 class Run:
     """One run. `async for event in run.events()` follows it; the last event is RunEnded."""
 
-    def __init__(self, link: Link, name: str, folder: Path) -> None:
+    def __init__(self, link: Link, name: str, folder: Path, start: int = 0) -> None:
+        """`start`: the cursor from which `events` begins by itself; the run's past before it can be read, too."""
         self.name = name
-        self.folder = folder
+        self.folder = folder  # on the machine that the run is on
+        self.cursor = start  # after the last event that was seen: where `events` goes on, also in another process
         self._link = link
+        self._start = start
         self._steps: list[StepCommitted] = []
         self._evaluations: list[Evaluated] = []
         self._ended: RunEnded | None = None
-        self._seen = 0
         self._released: Awaitable[None] | None = None
 
     def __repr__(self) -> str:
         ended = self._ended.outcome if self._ended is not None else "not seen to end"
         return f"Run({self.name!r}, folder={str(self.folder)!r}, {ended})"
 
-    async def events(self, cursor: int = 0) -> AsyncIterator[Event]:
-        """Yield all events from `cursor` on, up to and including RunEnded. Several followers are independent."""
-        async for behind, event in self._link.follow(cursor):
-            if behind > self._seen:
-                self._seen = behind
-                self._note(event)
-            yield event
+    async def events(self, cursor: int | None = None) -> AsyncIterator[Event]:
+        """Yield all events from `cursor` on, up to and including RunEnded. Several followers are independent.
+
+        Args:
+            cursor: 0 is the run's first event ever; by default those since `launch` or `resume` started it here, and
+                all events of a run elsewhere. A run that was stopped and resumed has a RunEnded and another RunStarted
+                among its events.
+
+        Raises BadInput for a cursor at which no event of this run ends.
+        """
+        async with aclosing(self.follow(cursor)) as items:
+            async for _, event in items:
+                yield event
+
+    async def follow(self, cursor: int | None = None) -> AsyncGenerator[tuple[int, Event]]:
+        """The events, as `events` yields them, each with the cursor after it. Waits have none of their own."""
+        async with aclosing(self._link.follow(self._start if cursor is None else cursor)) as items:
+            async for behind, event in items:
+                if behind > self.cursor:
+                    self.cursor = behind
+                    self._note(event)
+                yield behind, event
 
     async def wait(self) -> RunEnded:
         """Wait for the end of the run, and of a run that was awaited for its processes as well."""
@@ -59,9 +79,9 @@ class Run:
     async def outcome(self) -> RunEnded:
         """Wait for the last step or the stop of the run. Returns at once if it was seen before."""
         if self._ended is None:
-            async for event in self.events(self._seen):
+            async for event in self.events(self.cursor):
                 if isinstance(event, RunEnded):
-                    return event
+                    self._ended = event
         assert self._ended is not None, "the events of a run end with RunEnded"
         return self._ended
 
@@ -109,6 +129,14 @@ class Run:
         await self._release()
         return self._ended
 
+    async def drain(self) -> RunEnded:
+        """`stop()`: finish the step that is training, write a checkpoint, end."""
+        return await self.stop()
+
+    async def cancel(self) -> RunEnded:
+        """`stop(abandon=True)`: give up the step that is training, save the last finished one, end."""
+        return await self.stop(abandon=True)
+
     def released_by(self, release: Awaitable[None]) -> None:
         """What `wait` and `stop` wait for after the end: the processes and the folder's lock are free then."""
         self._released = release
@@ -127,9 +155,15 @@ class Run:
 
     def _note(self, event: Event) -> None:
         match event:
+            case RunStarted():  # a resumed run makes the steps after its checkpoint again
+                self._steps = [step for step in self._steps if step.step <= event.first_step]
+                self._evaluations = [point for point in self._evaluations if point.step <= event.first_step]
+                self._ended = None
             case StepCommitted():
                 self._steps.append(event)
             case Evaluated():
                 self._evaluations.append(event)
             case RunEnded():
                 self._ended = event
+            case _:
+                pass

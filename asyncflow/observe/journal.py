@@ -25,7 +25,7 @@ class MetricsJournal:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_end(path)
+        drop_torn_end(path)
         self._file = path.open("ab", buffering=0)
 
     def append(self, event: StepCommitted | Evaluated) -> None:
@@ -73,7 +73,7 @@ def replace_file(path: Path, content: bytes) -> Path:
     return part.replace(path)
 
 
-def _drop_torn_end(path: Path) -> None:
+def drop_torn_end(path: Path) -> None:
     """Truncate the file after its last complete line."""
     if path.exists():
         whole = _whole_bytes(path.read_bytes())

@@ -21,6 +21,7 @@ from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, Evalu
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
+from protocols.control.errors import BadInput
 from protocols.layout.topology import Backend
 from workers.settings import (
     Chat,
@@ -38,10 +39,6 @@ from workers.settings import (
 from workers.user_code import search_in
 
 S = TypeVar("S", bound=Settings)
-
-
-class BadInput(Exception):
-    """The user gave something that can't be used. The message says what, where, which value, and what to do."""
 
 
 class TrainSet(Settings, frozen=True):

@@ -162,7 +162,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
-            yield Run(link, folder.name, folder)
+            yield Run(link, folder.name, folder, controller.events.start)
         except asyncio.CancelledError:  # end without draining; a resume uses the last checkpoint
             task.cancel()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from asyncflow.control.controller import Controller
 from asyncflow.control.supervision.outcome import RunFailed
@@ -84,7 +84,7 @@ class LocalLink:
             raise BadInput(f"outside {role!r}: no such external role; of this run: {', '.join(external) or 'none'}")
         return CurrentService(role, self._services)
 
-    def follow(self, cursor: int) -> AsyncIterator[tuple[int, Event]]:
+    def follow(self, cursor: int) -> AsyncGenerator[tuple[int, Event]]:
         self._check_loop()
         return self._controller.events.follow(cursor)
 

@@ -26,7 +26,8 @@ from protocols.data.columns import take
 from protocols.data.messages import Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure
-from protocols.weights import BadWeights, InstallReceipt, WeightManifest
+from protocols.version import InstallReceipt
+from protocols.weights import BadWeights, WeightManifest
 from workers.generation.engine import Engine, FinishedRow, submit_rows, to_rollouts
 from workers.settings import Model
 

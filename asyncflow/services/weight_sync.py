@@ -15,7 +15,8 @@ from typing import NamedTuple
 from asyncflow.services.channels.endpoint import Payload, Requestable, ServiceError, ask
 from protocols.control.events import Published
 from protocols.control.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
-from protocols.weights import InstallReceipt, Version, WeightManifest
+from protocols.version import InstallReceipt, Version
+from protocols.weights import WeightManifest
 
 
 class PublicationFailed(Exception):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from protocols.weights import InstallReceipt, Version
+from protocols.version import InstallReceipt, Version
 
 
 class RunStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):

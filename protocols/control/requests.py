@@ -13,7 +13,8 @@ from protocols.control.code import CodeSource
 from protocols.control.delivery import RankCall, ServiceStatistics, Shard
 from protocols.roles import Sampling
 from protocols.stage import Failure
-from protocols.weights import InstallReceipt, Version, WeightManifest
+from protocols.version import InstallReceipt, Version
+from protocols.weights import WeightManifest
 
 
 class CloseBatch(msgspec.Struct, frozen=True, tag=True):

@@ -21,7 +21,8 @@ from protocols.data.jagged import Jagged
 from protocols.data.messages import Finish, Prompts, Rollouts
 from protocols.roles import Sampling
 from protocols.stage import Failure, Partial
-from protocols.weights import BadWeights, InstallReceipt, Version
+from protocols.version import InstallReceipt, Version
+from protocols.weights import BadWeights
 from workers.generation.publication import Part, Publication, Shapes, verify_installed, verify_newer, verify_shapes
 
 

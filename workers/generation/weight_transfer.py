@@ -19,7 +19,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from protocols.weights import BadWeights, InstallReceipt, Probe, Version
+from protocols.version import InstallReceipt, Version
+from protocols.weights import BadWeights, Probe
 from workers.generation.engine_devices import EngineDevices, RankDevice, cuda_device_of, engine_devices_of
 from workers.generation.publication import Part
 from workers.generation.shared_buffer import BufferHandle, SharedBuffer, SharedTensor, SharedTensors

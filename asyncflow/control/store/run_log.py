@@ -12,6 +12,7 @@ import msgspec
 
 from asyncflow.control.events import EventLog
 from asyncflow.control.store.storage import storing
+from asyncflow.observe.event_file import EventFile
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.journal import MetricsJournal, read_lines
 from asyncflow.observe.report import PART
@@ -69,7 +70,7 @@ class RunLog:
         file: the log file, which outlives this object.
         step: the number of committed steps from which the run goes on: the journals are rewound to it.
         """
-        self.events = EventLog()
+        self.events = EventLog(EventFile(folder))
         self.exporter = exporter
         self.file = file
         self._folder, self._steps = folder, 0

@@ -11,10 +11,7 @@ from asyncflow.control.store.ledger import LedgerError
 from asyncflow.control.store.storage import StorageFailed
 from asyncflow.services.channels.endpoint import ServiceError, causes
 from asyncflow.services.weight_sync import PublicationFailed
-
-
-class RunFailed(Exception):
-    """The run can't go on: the message says what happened, where, and what to try."""
+from protocols.control.errors import RunFailed
 
 
 class Outcome(msgspec.Struct, frozen=True):

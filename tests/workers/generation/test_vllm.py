@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from protocols import weights
 from protocols.data.messages import Finish, Prompts
 from protocols.roles import Sampling
-from protocols.weights import BadWeights, InstallReceipt, Version
+from protocols.version import InstallReceipt, Version
+from protocols.weights import BadWeights
 from tests import tiny
 from workers.generation.engine import FinishedRow
 from workers.generation.packed import PackedWeights
