@@ -139,7 +139,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         _write_targets(folder, services, port)
 
         async def restart(name: str) -> Endpoint:
-            services |= await runtime.restart([name], start.term)
+            services.update(await runtime.restart([name], start.term))
             await code.give_running(services[name].endpoint)
             _write_targets(folder, services, port)
             return services[name].endpoint
