@@ -60,7 +60,10 @@ class TemplateFiles:
         if (path := self.folder / "chat_template.jinja").exists():
             named["default"] = path.read_text("utf-8")
         if not named:
-            raise BadChat(f"the row is a conversation and the tokenizer of {self.folder} has no chat template")
+            raise BadChat(
+                f"the row is a conversation and the tokenizer of {self.folder} has no chat template: want a model that "
+                "was trained on conversations, a chat_template.jinja in its folder, or prompts that are texts"
+            )
         return named
 
     @cached_property

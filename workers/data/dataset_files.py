@@ -3,6 +3,7 @@
     x.jsonl  x.json  x.csv  x.tsv, also .gz or .zst; x.parquet  x.arrow    a file (workers.data.file_rows)
     saved/                             a `datasets` folder as save_to_disk writes it, or a folder of such files
     saved/test, folder/test            one split of a folder that holds several
+    x.json/test                        one array of a .json file whose object holds several
 
 A null value counts as absent, because tables have a null wherever another row has a value.
 
@@ -22,7 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from workers.data.file_rows import KINDS, DataError, Record, json_of, rows_of
+from workers.data.file_rows import KINDS, json_of, rows_of
+from workers.data.record import DataError, Record
 
 __all__ = ["DataError", "Record", "digest_of_rows", "places_of", "records"]
 
@@ -76,8 +78,8 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if len(splits) > 1:
         names = ", ".join(str(folder / name) for name in sorted(splits) if name)
         raise DataError(f"{folder}: has several splits, name one of them: {names}")
-    if nested := sorted({file.parent for file in files if (file.parent / "state.json").exists()}):
-        return [file for split in nested for file in _saved_files(split)]
+    if any((file.parent / "state.json").exists() for file in files):
+        return _saved_files(_of_one_configuration(files, folder / next(iter(splits)))[0].parent)
     return files if "" in splits else _of_one_configuration(files, folder / next(iter(splits)))
 
 
@@ -122,6 +124,6 @@ def _of_one_configuration(files: list[Path], split: Path) -> list[Path]:
     folders = {Path(*(p for p in file.relative_to(split.parent).parts[:-1] if p not in _SPLITS)) for file in files}
     if len(folders) == 1:
         return files
-    parents = sorted({file.parent for file in files})
-    names = ", ".join(str(parent if parent.name in _SPLITS else parent / split.name) for parent in parents)
+    named = {f.parent / split.name if split.name in _by_split([f], f.parent) else f.parent for f in files}
+    names = ", ".join(map(str, sorted(named)))
     raise DataError(f"{split}: its files are in several folders, name one of them: {names}")

@@ -1,4 +1,4 @@
-"""Reads the raw rows of one data file: JSON lines, a JSON array or an object that holds one, CSV, parquet or Arrow.
+"""Reads the raw rows of one data file: JSON (see workers.data.json_rows), CSV, parquet or Arrow.
 
 A value that nobody reads never refuses a row: NaN and Infinity in JSON, times that Python has no type for. Texts are
 UTF-8, with or without a byte-order mark, with either kind of line ends.
@@ -14,54 +14,43 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import msgspec
 
-
-class DataError(ValueError):
-    """A data file that can't be used. The message names file, row and what is wrong."""
-
-
-class Record(NamedTuple):
-    """One raw row."""
-
-    place: str  # for errors: line "x.jsonl:3" or row "x.parquet: row 3", both counted from 1
-    values: dict[str, Any]  # without nulls, at any depth
-
-
-class Unreadable(msgspec.Struct, frozen=True):
-    """A cell of a table that Python has no value for."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
-
+from workers.data.json_rows import json_lines, json_value
+from workers.data.record import DataError, Record, Unreadable, without_nulls
 
 TABLES = (".parquet", ".arrow")
 _CELLS = (".csv", ".tsv")
 _TEXTS = (".jsonl", ".ndjson", ".json", *_CELLS)
 _COMPRESSED = (".gz", ".zst")
 KINDS = (*_TEXTS, *(kind + compressed for kind in _TEXTS for compressed in _COMPRESSED), *TABLES)
-_LISTS = ("data", "rows", "examples", "instances")  # names under which an object is known to hold all rows of its file
 
 _ROWS_AT_ONCE = 1024  # rows read at once from a parquet file, because rows may hold images
 _BOM = b"\xef\xbb\xbf"
 _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # UTF-16 and UTF-32 start with one of these
-_JSON = msgspec.json.Decoder(dict[str, Any])
 _DIGESTED = msgspec.json.Encoder(order="sorted", enc_hook=str)
 
 
 def rows_of(path: Path) -> Iterator[Record]:
-    """All rows of a file in order. Raises DataError at the first row that can't be read."""
+    """All rows of a file, or of one array in it (x.json/NAME), in order. Raises DataError at the first bad row."""
+    name = ""
+    if path.parent.is_file() and _kind(path.parent) == ".json":
+        path, name = path.parent, path.name
     if path.suffix in TABLES:
         yield from _table(path)
         return
     try:
         with _open(path) as file:
             _skip_byte_order_mark(path, file)
-            yield from _cells(path, file) if _kind(path) in _CELLS else _json(path, file)
+            match _kind(path):
+                case ".csv" | ".tsv":
+                    yield from _cells(path, file)
+                case ".json":
+                    yield from json_value(path, file, name)
+                case _:
+                    yield from json_lines(path, file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -97,92 +86,6 @@ def _skip_byte_order_mark(path: Path, file: Any) -> None:
         file.read(len(_BOM))
     elif start.startswith(_OTHER_ENCODINGS) or start[1:2] == b"\x00" or start[:1] == b"\x00":
         raise DataError(f"{path}: is UTF-16 or UTF-32 text: want UTF-8, e.g. `iconv -f UTF-16 -t UTF-8 {path.name}`")
-
-
-# --- JSON
-
-
-def _json(path: Path, file: Any) -> Iterator[Record]:
-    """One JSON object per line, ignoring empty lines; or one array of objects, which is read into memory.
-
-    In a .json file the array may be a value of one object, under one of the names `_LISTS`.
-    """
-    number, first = 0, b""
-    while (line := file.readline()) and not (first := line.strip()):
-        number += 1
-    whole = _kind(path) == ".json"
-    if first.startswith(b"[") and (whole or first.startswith(b"[{")):
-        yield from _array(path, line + file.read())
-        return
-    if whole and first.startswith(b"{") and _held(first) != {}:  # else it is the first of many lines
-        line += file.read()
-        if (held := _held(line)) is not None:
-            if len(held) > 1:
-                raise DataError(f"{path}: holds rows under {' and '.join(held)}: keep one of them, or an array alone")
-            yield from _array(path, next(iter(held.values()), b"[%b]" % line))
-            return
-        file = io.BytesIO(line)  # its first line looked like such an object, and is the first of several
-        line = file.readline()
-    while line:
-        number += 1
-        if line.strip():
-            yield _object(line, f"{path}:{number}")
-        line = file.readline()
-
-
-def _held(text: bytes) -> dict[str, bytes] | None:
-    """The arrays of rows that the one object of a text holds, by their names; None if the text is no object."""
-    try:
-        values = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return {name: bytes(values[name]) for name in _LISTS if name in values and _are_objects(values[name])}
-
-
-def _are_objects(value: msgspec.Raw) -> bool:
-    try:
-        items = msgspec.json.decode(value, type=list[msgspec.Raw])
-    except msgspec.MsgspecError:
-        return False
-    return bool(items) and all(bytes(item).startswith(b"{") for item in items)
-
-
-def _array(path: Path, data: bytes) -> Iterator[Record]:
-    try:
-        objects: list[Any] = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        objects = _with_constants(data, f"{path}: not a JSON array of objects: {error}")
-    for number, raw in enumerate(objects, 1):
-        place = f"{path}: row {number}"
-        if isinstance(raw, dict):
-            yield Record(place, without_nulls(raw))
-        else:
-            yield _object(bytes(raw) if isinstance(raw, msgspec.Raw) else json.dumps(raw).encode(), place)
-
-
-def _object(text: bytes, place: str) -> Record:
-    try:
-        return Record(place, without_nulls(_JSON.decode(text)))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        complaint = f"{place}: not a JSON object: {error}"
-        if "truncated" in complaint and not text.endswith(b"\n"):
-            complaint += ": the last line is cut off, so the file is incomplete"
-        elif text.strip() == b"{":
-            complaint += ": want each object on one line, or one array of objects"
-        values = _with_constants(text, complaint)
-        if not isinstance(values, dict):
-            raise DataError(complaint) from error
-        return Record(place, without_nulls(values))
-
-
-def _with_constants(text: bytes, complaint: str) -> Any:
-    """JSON with NaN and Infinity, which Python and pandas write. Raises DataError with this complaint."""
-    try:
-        value = json.loads(text.decode("utf-8-sig"))
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise DataError(complaint) from error
-    return value
 
 
 # --- CSV
@@ -264,15 +167,3 @@ def _cell(cell: Any) -> Any:
         except (pa.ArrowException, ValueError, OverflowError):
             return Unreadable(str(error))
         return Unreadable(text) if text.startswith("<value out of range") else text
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without the nulls of its objects, at any depth: tables have one wherever another row has a value."""
-    match value:
-        case dict():
-            items = cast(dict[str, Any], value).items()
-            return {key: without_nulls(inner) for key, inner in items if inner is not None}
-        case list():
-            return [without_nulls(inner) for inner in cast(list[Any], value)]
-        case _:
-            return value

@@ -22,8 +22,8 @@ from typing import Any, cast
 import msgspec
 
 from workers.data.chat import ChatTemplate
-from workers.data.file_rows import Unreadable
 from workers.data.messages import BadChat, Message, conversation, is_chat
+from workers.data.record import Unreadable
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_NAMES = {"prompt": CONVERSATIONS, "response": ("completion",)}

@@ -118,26 +118,6 @@ def test_every_container_gives_the_same_rows_in_the_same_order(tmp_path: Path, n
     assert digest_of_rows(path) == digest_of_rows(lines(tmp_path / "reference" / "x.jsonl", ROWS))
 
 
-def test_a_file_with_two_arrays_of_rows_is_refused(tmp_path: Path):
-    both = {"data": [{"prompt": "1+1="}], "rows": [{"prompt": "1+2="}]}
-    file = tmp_path / "x.json"
-    file.write_text(json.dumps(both, indent=1))
-    with pytest.raises(DataError, match=r"x\.json: holds rows under data and rows: keep one of them"):
-        list(records(file))
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("row", [{"prompt": "1+1=", "data": ["a text"]}, {"messages": [{"role": "user"}]}])
-def test_one_object_in_a_file_is_one_row_whatever_lists_it_has(tmp_path: Path, row: dict[str, Any], indent: int | None):
-    (tmp_path / "x.json").write_text(json.dumps(row, indent=indent))
-    assert [record.values for record in records(tmp_path / "x.json")] == [row]
-
-
-def test_lines_of_objects_with_such_lists_stay_rows(tmp_path: Path):
-    rows: Rows = [{"prompt": "a", "data": [{"x": 1}]}, {"prompt": "b", "data": [{"x": 2}]}]
-    assert [record.values for record in records(lines(tmp_path / "x.json", rows))] == rows
-
-
 @pytest.mark.parametrize("changed", [ROWS[::-1], ROWS[:3], [{**ROWS[0], "reference": "3"}, *ROWS[1:]]])
 def test_other_rows_or_another_order_have_another_digest(tmp_path: Path, changed: Rows):
     assert digest_of_rows(lines(tmp_path / "a.jsonl", changed)) != digest_of_rows(lines(tmp_path / "b.jsonl", ROWS))
@@ -209,6 +189,30 @@ def test_configurations_of_a_data_set_are_never_mixed(tmp_path: Path):
         with pytest.raises(DataError, match=r"several folders, name one of them: .*/main/train, .*/socratic/train"):
             list(records(path))
     assert [record.values for record in records(tmp_path / "socratic" / "train")] == ROWS
+
+
+SAVED = Path(__file__).parent / "saved_by_datasets"  # DatasetDict.save_to_disk of datasets 5.2.0, in three shards
+
+
+def test_folders_that_the_datasets_library_saved_are_read_split_by_split():
+    train, test = ([record.values for record in records(SAVED / split)] for split in ("train", "test"))
+    assert [row["prompt"] for row in train] == ["5+1=", "0+1=", "1+1=", "2+1="]
+    messages = [{"role": "user", "content": "3"}]
+    assert test[0] == {"prompt": "3+1=", "reference": "4", "messages": messages}
+    assert test[1]["score"] == 2.0
+    with pytest.raises(DataError, match=r"has several splits, name one of them: .*/test, .*/train$"):
+        list(records(SAVED))
+
+
+def test_splits_with_names_of_their_own_are_refused_by_names_that_can_be_read(tmp_path: Path):
+    """As preference data sets have them: train_sft and train_prefs."""
+    for name, rows in (("train_sft", ROWS), ("train_prefs", ROWS[:1])):
+        saved(tmp_path / name, rows)
+    for path in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DataError, match=r"in several folders, name one of them: ") as refused:
+            list(records(path))
+        names = str(refused.value).partition("them: ")[2].split(", ")
+        assert [len(list(records(name))) for name in names] == [1, len(ROWS)]
 
 
 def test_the_places_of_rows_are_found_by_their_number(tmp_path: Path):
