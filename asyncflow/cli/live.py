@@ -29,6 +29,7 @@ from protocols.control.events import (
     RunEnded,
     RunStarted,
     SamplesEnded,
+    SamplesShown,
     ServiceReplaced,
     ServiceSilent,
     Stalled,
@@ -97,7 +98,7 @@ class Board:
                 self.state = event.state
             case RunEnded():
                 self.state, self.waits = event.outcome, None
-            case Stalled() | Warned() | ServiceSilent():
+            case Stalled() | Warned() | ServiceSilent() | SamplesShown():
                 pass
             case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused():
                 pass

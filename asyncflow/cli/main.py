@@ -15,7 +15,6 @@ import typer
 from asyncflow.cli.benchmarks import bench
 from asyncflow.cli.console import Form, err, open_standard_streams, out, print_lines
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
-from protocols.control.events import Evaluated
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -115,6 +114,23 @@ def status(
     from asyncflow.cli.runs import print_status
 
     print_status(folder, as_json, out)
+
+
+@app.command()
+def samples(
+    folder: RunFolder,
+    step: Annotated[int | None, typer.Option(help="Of this step. Default: the newest that is kept.")] = None,
+    worst: Annotated[
+        int, typer.Option(min=0, help="So many with the lowest rewards, of all steps without --step.")
+    ] = 0,
+    best: Annotated[int, typer.Option(min=0, help="So many with the highest rewards.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Only samples whose prompt has this text.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """Print texts that a run has generated, with their rewards; `observe.samples` in the recipe says which are kept."""
+    from asyncflow.cli.samples import print_samples
+
+    print_samples(folder, step, worst, best, prompt, as_json, out)
 
 
 @app.command()
@@ -233,25 +249,9 @@ def demo(
 
     Data and models of an earlier demo are reused. Prints the held-out metric before and after PPO.
     """
-    from asyncflow.demo.prepare import prepare
+    from asyncflow.cli.demonstration import demonstrate
 
-    accuracy = prepare(recipes, out)
-    from asyncflow.cli.driving import drive
-    from asyncflow.run.launch import launch
-
-    recipe = load_recipe(recipes / "ppo.toml", overrides)
-    evaluations: list[Evaluated] = []
-    ended = drive(launch(recipe), evaluations)
-    if ended.outcome == "finished" and len(evaluations) > 1:
-        curve = [evaluated for evaluated in evaluations if evaluated.metric == evaluations[0].metric]
-        first, last = curve[0], curve[-1]
-        if accuracy is not None:
-            out.print(f"reward model, held-out pair accuracy: {accuracy:.3f}")
-        out.print(
-            f"held-out {last.metric} before PPO:    {first.value:.3f}  ({first.samples} prompts no step has seen)"
-        )
-        out.print(f"held-out {last.metric} after PPO:     {last.value:.3f}")
-    raise typer.Exit(ended.exit_code)
+    raise typer.Exit(demonstrate(recipes, overrides).exit_code)
 
 
 def _print_version(wanted: bool) -> None:

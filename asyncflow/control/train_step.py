@@ -19,9 +19,10 @@ from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import ask
-from protocols.control.events import StepCommitted, Warned
+from protocols.control.events import SamplesShown, StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
-from protocols.control.requests import CloseBatch, Done
+from protocols.control.requests import BatchClosed, CloseBatch
+from protocols.control.samples import ShownSample
 from protocols.weights import Version
 
 
@@ -66,7 +67,7 @@ class TrainStep:
         await self._run_store.batched(samples)
         # Not before: had the join lost these rows, the samples that failed might have been scored the next time.
         await self._run_store.end(failed_samples(notices))
-        metrics = await self._train(step, samples)
+        metrics, shown = await self._train(step, samples)
         metrics["wait.batch_seconds"] = waited_seconds
         busy = self._run_store.log.take_busy_seconds()
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
@@ -77,18 +78,20 @@ class TrainStep:
         version = Version(self._run_store.term, step + 1)
         event = _event(version, seconds, notices, ages, metrics)
         self._run_store.log.emit(event)
+        if shown:
+            self._run_store.log.emit(SamplesShown(step=event.step, rows=shown))
         compares = self._pace.compares_samples
         text = reward_warning(event.step, event.samples, len(notices), event.metrics, compares_samples=compares)
         if text:
             self._run_store.log.emit(Warned(step=event.step, text=text))
 
-    async def _train(self, step: int, samples: list[int]) -> dict[str, float]:
-        """Train these samples in this order and publish the weights. Returns the metrics."""
+    async def _train(self, step: int, samples: list[int]) -> tuple[dict[str, float], list[ShownSample]]:
+        """Train these samples in this order and publish the weights. Returns the metrics, and some samples as text."""
         for sink in self._dataflow.sinks:
             self._updates[sink.name, step] = asyncio.get_running_loop().create_future()
         # A successor of the join closes the batch again; a model that has it already refuses it, by its step.
         closed, _ = await ask(self._supervisor.with_retry(self.join), CloseBatch(step, samples))
-        assert isinstance(closed, Done)
+        assert isinstance(closed, BatchClosed)
         metrics = dict(closed.values)
         for stage in sorted(self._dataflow.sinks, key=lambda sink: sink.service != "policy"):
             done = await self._updates[stage.name, step]
@@ -98,7 +101,7 @@ class TrainStep:
                 metrics["publish_seconds"] = published.seconds if published else 0.0
         for stage in self._dataflow.sinks:
             del self._updates[stage.name, step]
-        return metrics
+        return metrics, closed.samples
 
 
 def _event(

@@ -1,4 +1,4 @@
-"""The journals metrics.jsonl and evaluations.jsonl: one JSON object per line and step, intact after any crash.
+"""The journals metrics.jsonl, evaluations.jsonl and samples.jsonl: one JSON object per line, intact after any crash.
 
 The ledger decides which steps happened. A restart rewinds the journal to the step from which it resumes, so no step
 occurs twice.
@@ -12,11 +12,13 @@ from typing import Any
 
 import msgspec
 
-from protocols.control.events import Evaluated, StepCommitted
+from protocols.control.events import Evaluated, SamplesShown, StepCommitted
+
+Journaled = StepCommitted | Evaluated | SamplesShown
 
 
 class MetricsJournal:
-    """An append-only file of steps or of evaluations.
+    """An append-only file of steps, of evaluations or of samples.
 
     A line is passed to the operating system before `append` returns, so a crash of this process loses nothing. A line
     that a power cut left incomplete is removed when the journal is opened again.
@@ -28,7 +30,7 @@ class MetricsJournal:
         drop_torn_end(path)
         self._file = path.open("ab", buffering=0)
 
-    def append(self, event: StepCommitted | Evaluated) -> None:
+    def append(self, event: Journaled) -> None:
         """Write one event as one line. Raises OSError if the disk refuses it, e.g. because it is full."""
         line = msgspec.json.encode(line_of(event)) + b"\n"
         if self._file.write(line) != len(line):
@@ -36,9 +38,16 @@ class MetricsJournal:
 
     def rewind(self, step: int) -> None:
         """Remove the lines of all steps after `step`, which were not committed or were rolled back."""
-        kept = [line for line in whole_lines(self._path) if msgspec.json.decode(line)["step"] <= step]
+        self._keep([line for line in whole_lines(self._path) if msgspec.json.decode(line)["step"] <= step])
+
+    def thin_out(self, most_bytes: int) -> None:
+        """Remove every second line, but not the newest, where the file is larger than `most_bytes`."""
+        if self._file.tell() > most_bytes:
+            self._keep(whole_lines(self._path)[::-1][::2][::-1])
+
+    def _keep(self, lines: list[bytes]) -> None:
         self._file.close()
-        replace_file(self._path, b"".join(line + b"\n" for line in kept))
+        replace_file(self._path, b"".join(line + b"\n" for line in lines))
         self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
@@ -46,7 +55,7 @@ class MetricsJournal:
         self._file.close()
 
 
-def line_of(event: StepCommitted | Evaluated) -> dict[str, Any]:
+def line_of(event: Journaled) -> dict[str, Any]:
     """An event as one flat object: its fields, then its metrics by dotted name. NaN is written as null."""
     fields = msgspec.structs.asdict(event)
     metrics = fields.pop("metrics", {})

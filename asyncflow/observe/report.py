@@ -16,6 +16,7 @@ from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.page import figure, page, section
 from asyncflow.observe.sentences import sentence
+from asyncflow.observe.texts import texts_section
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
 from protocols.control.events import RunEnded
 from protocols.control.notices import Span
@@ -41,6 +42,7 @@ def write_report(folder: Path, totals: Totals | None = None, ended: RunEnded | N
         recipe=recipe,
         steps=read_lines(folder / "metrics.jsonl"),
         evaluations=read_lines(folder / "evaluations.jsonl"),
+        texts=read_lines(folder / "samples.jsonl"),
         spans=read_spans(timeline_path) if timeline_path.exists() else [],
         totals=totals if totals is not None else ledger_totals(folder / "ledger.db"),
         end=(sentence(ended, 0) or "") if ended is not None else "",
@@ -70,9 +72,10 @@ def report_page(
     evaluations: Sequence[Row],
     spans: Sequence[Span],
     totals: Totals,
+    texts: Sequence[Row] = (),
     end: str = "",
 ) -> Markup:
-    """The page, from the contents of the run folder; `end` says how the run ended."""
+    """The page, from the contents of the run folder; `texts`: samples.jsonl; `end` says how the run ended."""
     no_timeline = _absent("The run left no timeline.json.")
     main = [
         tag("h1", name),
@@ -83,6 +86,7 @@ def report_page(
         section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),
         section("Idle time", *(_idle(spans) if spans else [no_timeline])),
         section("Samples", *_samples(totals)),
+        texts_section(texts),
         section("Details", *_details(recipe, steps)),
     ]
     return page(f"{name}: run report", main)

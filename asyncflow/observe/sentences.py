@@ -12,6 +12,7 @@ from protocols.control.events import (
     RunEnded,
     RunStarted,
     SamplesEnded,
+    SamplesShown,
     ServiceReplaced,
     ServiceSilent,
     Stalled,
@@ -23,7 +24,7 @@ from protocols.control.events import (
 
 
 def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one case per event
-    """An event in one line; None for the waits, which change all the time. `steps`: of the whole run."""
+    """An event in one line; None for the waits, which change all the time, and texts. `steps`: of the whole run."""
     match event:
         case RunStarted():
             resumed = f", {event.first_step} of them done before" if event.first_step else ""
@@ -68,7 +69,7 @@ def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one cas
         case RunEnded():
             cause = f": {event.error}" if event.error else ""
             line = f"run {event.outcome} after step {event.step}{cause}"
-        case WaitsChanged():
+        case WaitsChanged() | SamplesShown():
             line = None
     return line
 

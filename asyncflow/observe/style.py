@@ -71,5 +71,8 @@ th, td { padding: 4px 28px 4px 0; border-bottom: 1px solid var(--rule); }
 tfoot th, tfoot td { border-bottom: 0; font-weight: 600; color: var(--ink); }
 details { margin: 10px 0; }
 summary { cursor: pointer; }
+.texts td { vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9em; }
+.texts .facts { color: var(--muted); font-size: 13px; white-space: pre; }
+.texts .response { background: var(--track); }
 pre { overflow-x: auto; padding: 14px 16px; background: var(--track); border-radius: 6px; font-size: 13px; }
 """

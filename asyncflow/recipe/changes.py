@@ -52,6 +52,7 @@ RULES: Mapping[str, str] = {
     "evaluation": "",
     "checkpoints": "",
     "deadlines": "",
+    "observe": "",
     "pools": "",
     "placement": "",
     "placed_by": "",

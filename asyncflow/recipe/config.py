@@ -21,6 +21,7 @@ from asyncflow.control.settings import Checkpoints, Deadlines, Evaluation, Evalu
 from asyncflow.dataflow.graph import DataflowError
 from asyncflow.dataflow.registry import algorithm_named
 from asyncflow.dataflow.trace import declaration_of
+from asyncflow.observe.settings import Observe
 from protocols.control.errors import BadInput
 from protocols.layout.topology import Backend
 from workers.settings import (
@@ -130,6 +131,7 @@ class Recipe(Settings, frozen=True, kw_only=True):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     deadlines: Deadlines = Deadlines()
+    observe: Observe = Observe()
     # name -> a pool of devices
     pools: dict[str, Pool] = msgspec.field(default_factory=lambda: {"main": Pool()})
     # service -> where it runs; or "auto", or a plan's file. A service that is left out runs in the first pool.

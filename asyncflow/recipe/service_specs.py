@@ -127,8 +127,7 @@ def compose(recipe: Recipe, dataflow: Dataflow, run: str, term: int, log_folder:
     specs = [spec(role, _settings_of(recipe, role, recipe.models[role])) for role in roles_of(dataflow)]
     if GENERATOR in recipe.placement:
         specs.insert(1, spec(GENERATOR, _settings_of(recipe, GENERATOR, recipe.models["policy"])))
-    partial = recipe.failures.partial_groups
-    specs.append(spec(ADVANTAGE, AdvantageSettings(recipe.algorithm, _advantage_kwargs(recipe), partial)))
+    specs.append(spec(ADVANTAGE, _advantage_settings(recipe)))
     for metric, evaluator in evaluators_of(recipe).items():
         specs.append(spec(evaluator, _settings_of(recipe, "reward", Model(rule=metric))))
     return specs
@@ -146,6 +145,16 @@ def _settings_of(recipe: Recipe, role: str, model: Model) -> ModelSettings:
         tokenizer_path=recipe.models["policy"].path,
         pretrain=recipe.data.pretrain,
         skip_overlong=recipe.data.overlong == "skip",
+    )
+
+
+def _advantage_settings(recipe: Recipe) -> AdvantageSettings:
+    return AdvantageSettings(
+        recipe.algorithm,
+        _advantage_kwargs(recipe),
+        recipe.failures.partial_groups,
+        recipe.observe.samples,
+        recipe.models["policy"].path,
     )
 
 

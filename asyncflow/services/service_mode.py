@@ -24,6 +24,7 @@ from asyncflow.services.ranks.rank import LocalRanks, Rank, Ranks
 from asyncflow.services.ranks.rank_requests import BESIDE_THE_MODEL, activity_of
 from asyncflow.services.ranks.spec import AdvantageSettings, StageSpec
 from asyncflow.services.ranks.worker_factory import build
+from asyncflow.services.shown_samples import SampleShow
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage
 from protocols.control.requests import (
@@ -144,8 +145,11 @@ class LocalMode(ServiceMode):
             return super().runner(stage)
         trainable = self._method(stage.filter) if stage.filter else None
         settings = self._context.spec.settings
-        partial = isinstance(settings, AdvantageSettings) and settings.partial_groups
-        return ClosingStage(self._context, stage, self._method(stage.method), trainable, partial=partial)
+        method = self._method(stage.method)
+        if not isinstance(settings, AdvantageSettings):
+            return ClosingStage(self._context, stage, method, trainable)
+        show = SampleShow(settings.samples, settings.tokenizer_path)
+        return ClosingStage(self._context, stage, method, trainable, partial=settings.partial_groups, show=show)
 
 
 class EngineMode(LocalMode):

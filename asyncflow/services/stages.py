@@ -36,10 +36,12 @@ from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, r
 from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
+from asyncflow.services.shown_samples import SampleShow
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
-from protocols.control.requests import CloseBatch, Done
+from protocols.control.requests import BatchClosed, CloseBatch
+from protocols.control.samples import ShownSample
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
@@ -142,14 +144,17 @@ class ClosingStage(StageRunner):
         filter: Callable[..., Any] | None = None,
         *,
         partial: bool = False,
+        show: SampleShow | None = None,
     ) -> None:
         """`filter` gets a prompt's rows of the spec's `filter_inputs` and says which are trainable; None: all.
 
-        `partial`: a prompt is trained without the samples that failed, where enough are left.
+        `partial`: a prompt is trained without the samples that failed, where enough are left. `show`: writes some of
+        a batch's samples as text.
         """
         super().__init__(context, spec)
         self._function = function
         self._filter = filter
+        self._show = show
         self._join = PromptJoin(
             spec.grains,
             context.spec.samples_per_prompt,
@@ -187,7 +192,7 @@ class ClosingStage(StageRunner):
         """Sleep: the controller decides when a batch is closed (`close`)."""
         await asyncio.Event().wait()
 
-    async def close(self, request: CloseBatch) -> Done:
+    async def close(self, request: CloseBatch) -> BatchClosed:
         """Fire on a closed batch and send its experience to the trainers."""
         await self._wait_for(request.sample_ids)
         inputs = self._join.take(request.sample_ids)
@@ -202,7 +207,15 @@ class ClosingStage(StageRunner):
         await self.context.send(
             self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
         )
-        return Done((metrics.values if metrics is not None else {}) | batch_metrics(inputs))
+        values = (metrics.values if metrics is not None else {}) | batch_metrics(inputs)
+        return BatchClosed(values, await self._shown(request.step, inputs, batch))
+
+    async def _shown(self, step: int, inputs: Sequence[Batch], batch: Batch) -> list[ShownSample]:
+        """A few of the batch's samples as text, after it was sent: nobody waits for them. `step`: from 0."""
+        show = self._show
+        if show is None or not show.due(step + 1):
+            return []
+        return await self.context.compute("show samples", lambda: show.of(inputs, batch), step=step)
 
     async def _wait_for(self, samples: list[int]) -> None:
         """Wait for rows that the controller knows from the process before this one, and that are on their way again."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from protocols.control.samples import ShownSample
 from protocols.version import InstallReceipt, Version
 
 
@@ -35,6 +36,13 @@ class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     staleness_max: int  # versions
     staleness_mean: float
     metrics: dict[str, float] = {}  # everything else, by dotted name: "critic.loss", "wait.reward.score#1"
+
+
+class SamplesShown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A few samples of a committed step as text, the lowest reward first. The fields are one line of samples.jsonl."""
+
+    step: int
+    rows: list[ShownSample]
 
 
 class Warned(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -145,6 +153,7 @@ class RunEnded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 Event = (
     RunStarted
     | StepCommitted
+    | SamplesShown
     | Warned
     | Evaluated
     | CheckpointWritten

@@ -11,6 +11,7 @@ import msgspec
 
 from protocols.control.code import CodeSource
 from protocols.control.delivery import RankCall, ServiceStatistics, Shard
+from protocols.control.samples import ShownSample
 from protocols.roles import Sampling
 from protocols.stage import Failure
 from protocols.version import InstallReceipt, Version
@@ -229,6 +230,13 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     values: dict[str, float] = {}
 
 
+class BatchClosed(msgspec.Struct, frozen=True, tag=True):
+    """The batch is on its way to the trainers; `samples`: a few of it as text, at the steps that the recipe wants."""
+
+    values: dict[str, float] = {}  # measurements
+    samples: list[ShownSample] = []
+
+
 class SnapshotTaken(msgspec.Struct, frozen=True, tag=True):
     """The weights are in the payload."""
 
@@ -286,7 +294,19 @@ class RowsPut(msgspec.Struct, frozen=True, tag=True):
     waiting: list[int] = []  # samples that the service did not request in time
 
 
-Reply = Done | SnapshotTaken | Installed | Invoked | Statistics | Subscribed | Rows | RowsTaken | RowsPut | Refused
+Reply = (
+    Done
+    | BatchClosed
+    | SnapshotTaken
+    | Installed
+    | Invoked
+    | Statistics
+    | Subscribed
+    | Rows
+    | RowsTaken
+    | RowsPut
+    | Refused
+)
 
 
 class RankAnswer(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from protocols.control.events import (
     RunEnded,
     RunStarted,
     SamplesEnded,
+    SamplesShown,
     ServiceReplaced,
     ServiceSilent,
     Stalled,
@@ -48,6 +49,8 @@ _GAUGES = {  # exported name -> metric of the last step
     "kl_coefficient": "kl_coefficient",
 }
 _LENGTH = "response_length_"  # prefix of a statistic of the responses' lengths
+
+SAMPLES_BYTES = 32 << 20  # of samples.jsonl; beyond, every second table is removed
 
 ENDED = "ended.json"  # in the run folder: how its last process ended the run; a killed one leaves none
 LOUD = Stalled | ServiceReplaced | ServiceSilent | Warned  # events that are logged as warnings
@@ -76,8 +79,9 @@ class RunLog:
         self._folder, self._steps = folder, 0
         self._metrics = MetricsJournal(folder / "metrics.jsonl")
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
-        self._metrics.rewind(step)
-        self._evaluations.rewind(step)
+        self._samples = MetricsJournal(folder / "samples.jsonl")
+        for journal in (self._metrics, self._evaluations, self._samples):
+            journal.rewind(step)
         self._evaluated = {(line["step"], line["metric"]) for line in read_lines(folder / "evaluations.jsonl")}
         self._timeline = Timeline(folder / "timeline.jsonl")
         self._busy_seconds: defaultdict[str, float] = defaultdict(float)
@@ -99,6 +103,10 @@ class RunLog:
                 with storing("evaluations", self._folder):
                     self._evaluations.append(event)
                 export.set("evaluation", event.value, metric=event.metric)
+            case SamplesShown():
+                with storing("samples", self._folder):
+                    self._samples.append(event)
+                    self._samples.thin_out(SAMPLES_BYTES)
             case Published():
                 export.observe("weight_sync_seconds", event.seconds, phase="total")
                 export.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
@@ -154,7 +162,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close the journals."""
-        for journal in (self._metrics, self._evaluations, self._timeline):
+        for journal in (self._metrics, self._evaluations, self._samples, self._timeline):
             journal.close()
 
     def _export_step(self, event: StepCommitted) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import msgspec
 
+from asyncflow.observe.settings import SampleTable
 from protocols.layout.topology import Backend, GenerationGrouping, Topology, generation_grouping
 from protocols.roles import Sampling
 from protocols.stage import Grain
@@ -70,6 +71,8 @@ class AdvantageSettings(msgspec.Struct, frozen=True, tag="advantage"):
     algorithm: str  # where the function comes from
     advantage_kwargs: dict[str, float | bool | str] = {}  # further arguments of the function
     partial_groups: bool = False  # a prompt may be trained without the samples that failed
+    samples: SampleTable = SampleTable()  # that are shown as text
+    tokenizer_path: str = ""  # of these texts; "": none are shown
 
 
 class CustomSettings(msgspec.Struct, frozen=True, tag="custom"):

@@ -110,3 +110,16 @@ def test_a_rewound_journal_goes_on_behind_the_resumed_step(tmp_path: Path):
     resumed.close()
     assert steps_of(path) == [1, 2, 3, 4, 5, 6]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_journal_that_is_too_large_keeps_every_second_line_and_the_newest(tmp_path: Path):
+    path = tmp_path / "samples.jsonl"
+    journal = MetricsJournal(path)
+    for step in range(1, 7):
+        journal.append(committed(step))
+    journal.thin_out(most_bytes=path.stat().st_size)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+    journal.append(committed(7))
+    journal.thin_out(most_bytes=path.stat().st_size - 1)
+    journal.append(committed(8))
+    assert steps_of(path) == [1, 3, 5, 7, 8]

@@ -169,3 +169,14 @@ def test_the_gantt_shows_the_last_four_steps_or_the_last_minute():
     assert gantt_window(steps[:2]) == (10.0, 25.0)
     unknown = [Span("reward", "reward.score#1", 10.0 * s, 10.0 * s + 5) for s in range(1, 21)]
     assert gantt_window(unknown) == (145.0, 205.0)
+
+
+def test_generated_texts_are_shown_from_the_first_step_to_the_last_and_are_no_markup(folder: Path):
+    row = {"prompt": "<b>5+7=", "response": "12<eos>", "reference": "twelve", "reward": 0.5, "parts": {"right": 0.25}}
+    row |= {"cost": None, "advantage": -1.0, "versions": [3, 4], "tokens": 2, "cut": True}
+    lines = [{"step": step, "rows": [row]} for step in range(1, 21)]
+    (folder / "samples.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(lines))
+    page = Page(write_report(folder))
+    assert {"<b>5+7=", "12<eos>", "twelve", "Step 1", "Step 20"} <= set(page.texts)
+    assert page.texts.count("twelve") == 5
+    assert "reward 0.5\nright 0.25\nadvantage -1\n2 tokens, cut\nversions 3 to 4" in page.texts

@@ -20,7 +20,9 @@ STEPS, KILL_AFTER = 14, 10
 def recipe_path(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
     # The critic is slow, so that there is time to kill the run between step 10 and its end.
-    slow = make_recipe(steps=STEPS, checkpoints={"every": 5}, delays={"critic": {"update": 0.3}})
+    slow = make_recipe(
+        steps=STEPS, checkpoints={"every": 5}, observe={"samples": {"every": 2}}, delays={"critic": {"update": 0.3}}
+    )
     path.write_text(recipe_text(slow))
     return path
 
@@ -36,6 +38,8 @@ async def test_a_killed_and_resumed_run_equals_one_that_never_died(recipe_path: 
     assert _ends(killed) == _ends(whole)
     assert all(state == "trained" for state, _ in _ends(killed).values())
     assert [line["step"] for line in read_lines(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert read_lines(killed / "samples.jsonl") == read_lines(whole / "samples.jsonl")
+    assert [line["step"] for line in read_lines(killed / "samples.jsonl")] == [1, *range(2, STEPS + 1, 2)]
 
 
 def _ends(folder: Path) -> dict[int, tuple[str, int]]:

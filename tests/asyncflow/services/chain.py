@@ -20,7 +20,16 @@ from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
 from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.control.notices import PromptSettled
-from protocols.control.requests import BeginTerm, CloseBatch, Done, EndPrompts, GetStatistics, Redeliver, Statistics
+from protocols.control.requests import (
+    BatchClosed,
+    BeginTerm,
+    CloseBatch,
+    Done,
+    EndPrompts,
+    GetStatistics,
+    Redeliver,
+    Statistics,
+)
 from protocols.data.columns import Batch
 from protocols.data.ids import sample_id
 from protocols.layout.topology import Topology
@@ -122,7 +131,7 @@ class Chain:
     async def values(self, samples: Sequence[int]) -> dict[int, float]:
         """Sample id -> its value at the end of the pipeline."""
         reply, _ = await ask(self.endpoints["c"], CloseBatch(0, list(samples)))
-        assert isinstance(reply, Done)
+        assert isinstance(reply, BatchClosed)
         return {int(sample): value for sample, value in reply.values.items()}
 
     async def statistics(self, name: str) -> ServiceStatistics:

@@ -19,7 +19,7 @@ from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone, Waiting
-from protocols.control.requests import CloseBatch, Done
+from protocols.control.requests import BatchClosed, CloseBatch
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import LogProbs, Metrics
 from protocols.layout.topology import Topology
@@ -233,7 +233,7 @@ async def test_prompts_that_the_filter_drops_are_reported_and_held_no_longer():
             2: (useless, False),
         }
         assert stage.depth()[0] == 2
-        assert await stage.close(CloseBatch(0, useful)) == Done({"rows": 2.0})
+        assert await stage.close(CloseBatch(0, useful)) == BatchClosed({"rows": 2.0})
 
 
 async def test_a_filter_that_raises_is_named():
@@ -251,7 +251,7 @@ async def test_a_closed_batch_is_made_in_the_order_asked_for_and_sent_with_its_s
         samples = [sample_id(prompt, 0) for prompt in (1, 2, 3)]
         await deliver(stage, sent(*samples))
         asked = [samples[2], samples[0]]
-        assert await stage.close(CloseBatch(4, asked)) == Done({"rows": 20.0})
+        assert await stage.close(CloseBatch(4, asked)) == BatchClosed({"rows": 20.0})
         ((delivery, batches),) = consumer.arrived
         assert (delivery.step, batches) == (4, [rows.log_probs(asked)])
 
@@ -267,7 +267,7 @@ async def test_a_batch_that_its_process_has_not_joined_yet_is_closed_when_its_ro
         waits = [notice for notice in await noticed(stage.context) if isinstance(notice, Waiting)]
         assert (CLOSE.name, "rows again") in [(wait.who, wait.what) for wait in waits]
         await deliver(stage, sent(second))
-        assert await closing == Done({"rows": 2.0})
+        assert await closing == BatchClosed({"rows": 2.0})
 
 
 async def test_a_refused_shard_is_tombstones_at_the_join_and_costs_no_other():
