@@ -58,6 +58,14 @@ def search_in(folders: Iterable[str]) -> None:
     importlib.invalidate_caches()  # the file may be younger than the last look into its folder
 
 
+def here() -> list[str]:
+    """The working directory, as a list; none where it was removed while the program ran."""
+    try:
+        return [str(Path.cwd())]
+    except FileNotFoundError:
+        return []
+
+
 def pythons_path() -> list[str]:
     """sys.path without the folders that `search_in` added."""
     return [folder for folder in sys.path if folder not in _OURS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Any
 
 from rich.console import Console
 
@@ -17,14 +18,30 @@ class Form(StrEnum):
     MARKDOWN = "markdown"
 
 
-class ClosableConsole(Console):
-    """A console whose reader may go away, as `head` does: what is printed afterwards is dropped."""
+class NotPrinted(OSError):
+    """What is printed can't be written, as to a file on a full disk."""
 
-    closed = False
+
+class ClosableConsole(Console):
+    """A console whose reader may go away, as `head` does, or whose file can't grow: what is printed then is dropped."""
+
+    closed = False  # nobody reads it any more
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does. Raises NotPrinted, once, where that can't be written."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self._drop()
+            raise NotPrinted(error.errno, f"the output can't be written: {error.strerror}") from error
 
     def on_broken_pipe(self) -> None:
         """Called by rich when the pipe is broken. rich itself would end the program here."""
-        self.closed = self.quiet = True
+        self.closed = True
+        self._drop()
+
+    def _drop(self) -> None:
+        self.quiet = True
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self.file.fileno())  # else the interpreter fails at its end, when it flushes its streams
         os.close(nothing)

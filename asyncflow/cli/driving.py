@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shlex
 import signal
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import uvloop
 
-from asyncflow.cli.console import err, out
+from asyncflow.cli.console import NotPrinted, err, out
 from asyncflow.cli.interrupts import SAVED, SENTENCES, Interrupts
 from asyncflow.cli.live import live_view
 from asyncflow.client.run import Run
@@ -20,6 +22,8 @@ from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput
 from asyncflow.services.runtime.signals import STOPPING
 from protocols.control.events import Evaluated, RunEnded
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
@@ -51,11 +55,11 @@ class _Driver:
         except asyncio.CancelledError:
             code = self._interrupts.ended_at_once
             if self._run is None:
-                err.print("interrupted before the run has started")
+                _tell("interrupted before the run has started")
                 code = self._interrupts.code_of(SAVED)  # nothing is lost
             return RunEnded(outcome="stopped", step=-1, error="interrupted", exit_code=code)
         if ended.outcome != "finished":
-            err.print(f"to go on: asyncflow resume {shlex.quote(str(running.folder))}", markup=False, soft_wrap=True)
+            _tell(f"to go on: asyncflow resume {shlex.quote(str(running.folder))}")
         return RunEnded(
             outcome=ended.outcome,
             step=ended.step,
@@ -64,20 +68,32 @@ class _Driver:
         )
 
     async def _show(self, running: Run) -> RunEnded:
-        out.print(f"run folder: {running.folder}", soft_wrap=True)
         told = False
         with live_view(out) as show:
+            with self._printing():
+                out.print(f"run folder: {running.folder}", soft_wrap=True)
             async for event in running.events():
-                try:
+                with self._printing():
                     show(event)
-                except OSError:  # the terminal is gone
-                    out.on_broken_pipe()
                 if out.closed and not told:
                     told = True
-                    err.print("nobody reads the output any more")
+                    _tell("nobody reads the output any more")
                     self._interrupted(signal.SIGHUP)
         self._evaluations += running.evaluations
         return await running.wait()
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
+        """A terminal or a reader that is gone stops the run; a full disk, where the output goes, does not."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                _tell(
+                    f"{error.strerror}; the run goes on, and its log says the same: logs/controller.log in its folder"
+                )
+            else:
+                out.on_broken_pipe()
 
     def _interrupted(self, number: signal.Signals) -> None:
         # Ray's handler of SIGTERM, which is in force while it is joined, aborts the process three seconds later.
@@ -85,7 +101,7 @@ class _Driver:
         assert self._following is not None
         action = self._interrupts.take(number, started=self._run is not None)
         if action in SENTENCES:
-            err.print(SENTENCES[action], soft_wrap=True)
+            _tell(SENTENCES[action])
         match action:
             case "drain" | "abandon":
                 assert self._run is not None
@@ -99,7 +115,7 @@ class _Driver:
 
     def _reload(self) -> None:
         if self._run is None:
-            err.print("the run has not started yet: nothing is reloaded")
+            _tell("the run has not started yet: nothing is reloaded")
         else:
             self._spawn(_reload(self._run), "reload")
 
@@ -107,6 +123,11 @@ class _Driver:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(NotPrinted):
+        err.print(text, markup=False, soft_wrap=True)
 
 
 async def _reload(running: Run) -> None:

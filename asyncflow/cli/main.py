@@ -5,6 +5,7 @@ Exit codes: 0 done, or drained after SIGTERM; 1 the run failed; 2 bad input; 3 a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from asyncflow.cli.benchmarks import bench
-from asyncflow.cli.console import Form, err, open_standard_streams, out, print_lines
+from asyncflow.cli.console import Form, NotPrinted, err, open_standard_streams, out, print_lines
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
 
 FAILED, BAD_INPUT = 1, 2
@@ -276,8 +277,10 @@ def main() -> None:
     open_standard_streams()
     try:
         app()
-    except (BadInput, ServiceError) as error:
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    except (BadInput, ServiceError, NotPrinted) as error:
+        said = error.strerror if isinstance(error, NotPrinted) else error
+        with contextlib.suppress(NotPrinted):
+            err.print(f"error: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILED)
 
 

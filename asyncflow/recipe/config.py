@@ -37,7 +37,7 @@ from workers.settings import (
     Settings,
     violated_bound,
 )
-from workers.user_code import search_in
+from workers.user_code import here, search_in
 
 S = TypeVar("S", bound=Settings)
 
@@ -159,7 +159,7 @@ class Recipe(Settings, frozen=True, kw_only=True):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides. Raises BadInput."""
     table = read_table(path, "recipe", overrides)
-    table.setdefault("code", list(dict.fromkeys([str(Path(path).absolute().parent), str(Path.cwd())])))
+    table.setdefault("code", list(dict.fromkeys([str(Path(path).absolute().parent), *here()])))
     return to_recipe(table, str(path))
 
 
@@ -180,7 +180,9 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Convert a recipe's table; [loss] and [advantage] default to what the algorithm declares. Raises BadInput."""
     if isinstance(placed_by := table.get("placement"), str):
         table = {"pools": {}, **table, "placement": {}, "placed_by": placed_by}
-    table = {"code": [str(Path.cwd())], **table}
+    if not here():
+        raise BadInput(f"{where}: the working directory was removed: change to one that exists")
+    table = {"code": here(), **table}
     if isinstance(table["code"], list):  # before the algorithm is imported; `to_settings` refuses another type
         search_in(str(Path(folder).absolute()) for folder in table["code"] if isinstance(folder, str))
     recipe = to_settings(_with_algorithm_defaults(table, where), Recipe, where)

@@ -5,6 +5,7 @@ The checks are in `recipe.checks` (algorithm, modes, data) and `recipe.model_che
 
 from __future__ import annotations
 
+import tempfile
 import threading
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from asyncflow.planner import auto, plan_file
 from asyncflow.planner.simulation.scenarios import prompt_lengths
 from asyncflow.recipe.checks import Checked, check
-from asyncflow.recipe.config import Recipe
+from asyncflow.recipe.config import BadInput, Recipe
 from asyncflow.recipe.engine_checks import check_engine
 from asyncflow.recipe.model_checks import check_shards
 
@@ -26,6 +27,7 @@ def prepare(recipe: Recipe) -> Checked:
 
 
 def _prepare(recipe: Recipe) -> Checked:
+    _check_temporary_folder()
     if recipe.placed_by not in ("", auto.AUTO):
         recipe = plan_file.with_saved_plan(recipe, recipe.placed_by)
     checked = check(auto.check_devices(recipe))
@@ -35,3 +37,11 @@ def _prepare(recipe: Recipe) -> Checked:
     check_shards(choice.chosen.recipe, checked.dataflow)
     check_engine(choice.chosen.recipe)
     return msgspec.structs.replace(checked, recipe=choice.chosen.recipe, plan=plan_file.text_of(choice))
+
+
+def _check_temporary_folder() -> None:
+    """Refuse an environment without a folder for temporary files, which torch, vLLM and Ray need."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise BadInput(f"{error.strerror}: set TMPDIR to a folder that can be written") from error

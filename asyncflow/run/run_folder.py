@@ -45,7 +45,10 @@ class Start(msgspec.Struct, frozen=True):
 
 def absolute(folder: str | Path) -> Path:
     """The path for processes that have another working directory, as those of a Ray that was there already."""
-    return Path(folder).absolute()
+    try:
+        return Path(folder).absolute()
+    except FileNotFoundError:
+        raise BadInput(f"run folder {folder}: the working directory was removed: change to one that exists") from None
 
 
 def new_folder(recipe: Recipe) -> Path:
@@ -58,11 +61,9 @@ def new_folder(recipe: Recipe) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO]:
     """Lock the folder. Raises BadInput if another process holds the lock; the lock ends with its process."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")  # not "w": it holds the number of another process that may run
-    except OSError as error:
-        raise BadInput(f"run folder {folder}: can't be written: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

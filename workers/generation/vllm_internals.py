@@ -5,9 +5,12 @@ The functions that take a `worker` run where vLLM computes: in this process, or 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -47,6 +50,7 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
         os.environ.setdefault(name, value)
+    _give_cache()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no preference: loads between steps rely on it
     if on_cpu:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, already loaded, reads the variable no more
@@ -86,6 +90,20 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
     )
     with seen_by_workers(devices.visible):
         return LLMEngine.from_engine_args(arguments)
+
+
+def _give_cache() -> None:
+    """Let vLLM keep what it finds out about models in a temporary folder, where it can't in the user's own."""
+    from vllm import envs
+
+    try:
+        Path(envs.VLLM_CACHE_ROOT).mkdir(parents=True, exist_ok=True)
+        if os.access(envs.VLLM_CACHE_ROOT, os.W_OK | os.X_OK):
+            return
+    except OSError:
+        pass
+    os.environ["VLLM_CACHE_ROOT"] = folder = tempfile.mkdtemp(prefix="asyncflow-vllm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _cache_bytes(path: str, settings: Generation, context: int, dtype: str, devices: EngineDevices) -> int:

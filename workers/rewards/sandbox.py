@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from protocols.control.code import CodeSource
 from workers.rewards.arguments import RuleRow
 from workers.rewards.exchange import OUT_OF_MEMORY, Answers, Call, Ready, RuleLimits, Setup, framed, take_frame
+from workers.user_code import here
 
 START_SECONDS = 60.0  # deadline for the interpreter and the imports of the user's module
 _READ_BYTES = 1 << 16
@@ -63,7 +63,8 @@ class Sandbox:
         self._selector, self._next = selector, 0
         self._unsent, self._read = bytearray(), bytearray()
         self._limits, self._printed = limits, 0  # bytes, since the last answer
-        path = os.pathsep.join(dict.fromkeys(folder or str(Path.cwd()) for folder in sys.path))
+        folders = (absolute for folder in sys.path for absolute in ([folder] if folder else here()))
+        path = os.pathsep.join(dict.fromkeys(folders))
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "workers.rewards.rule_process", rule],  # -P: no module comes from the cwd
             stdin=subprocess.PIPE,

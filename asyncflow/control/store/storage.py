@@ -1,4 +1,4 @@
-"""What a full or failing disk does to a run: one error that names the path, what it lacks, and what to do."""
+"""What a full or read-only disk does to a run: one error that names the path, what it lacks, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_SHORTAGES = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+_NO_ROOM, _NO_QUOTA = "make room, then resume the run", "make room within the quota, then resume the run"
+_READ_ONLY, _NO_RIGHT = (
+    "mount it writable, or choose another folder",
+    "let this user write there, or choose another one",
+)
+_REMEDIES = {  # by its text, which is all that there is of another process's error
+    os.strerror(errno.ENOSPC): _NO_ROOM,
+    os.strerror(errno.EDQUOT): _NO_QUOTA,
+    os.strerror(errno.EFBIG): "raise the limit on a file's size (ulimit -f), then resume the run",
+    os.strerror(errno.EROFS): _READ_ONLY,
+    os.strerror(errno.EACCES): _NO_RIGHT,
+    os.strerror(errno.EPERM): _NO_RIGHT,
+    "database or disk is full": _NO_ROOM,  # SQLite's own texts
+    "disk I/O error": _NO_ROOM,
+    "readonly database": _READ_ONLY,
+}
 
 
 class StorageFailed(Exception):
@@ -21,7 +36,7 @@ class StorageFailed(Exception):
 def storing(what: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
     """Turn the OSError or sqlite3 error of a write below `path` into StorageFailed.
 
-    `needed_bytes`: what is written, 0 where that is not known.
+    `needed_bytes`: the least that is written, 0 where that is not known.
     """
     try:
         yield
@@ -34,16 +49,17 @@ def failure(what: str, path: Path, error: BaseException, needed_bytes: int = 0) 
     cause, where = str(error), path
     if isinstance(error, OSError):
         cause, where = error.strerror or str(error), Path(os.fsdecode(error.filename)) if error.filename else path
-    needs = f"needs {_megabytes(needed_bytes)}, " if needed_bytes else ""
-    return StorageFailed(
-        f"{what}: {where} can't be written: {cause}: {needs}{_megabytes(free_bytes(path))} are free; "
-        f"make room, then resume the run"
-    )
+    remedy = next((remedy for text, remedy in _REMEDIES.items() if text in str(error)), "choose another folder")
+    room = ""
+    if remedy in (_NO_ROOM, _NO_QUOTA):
+        needs = f"it needs at least {_megabytes(needed_bytes)}, " if needed_bytes else ""
+        room = f"{needs}{_megabytes(free_bytes(path))} are free; "
+    return StorageFailed(f"{what}: {where} can't be written: {cause}: {room}{remedy}")
 
 
 def is_shortage(text: str) -> bool:
-    """Whether another process's error says that a file system is full, over its quota, or read-only."""
-    return any(shortage in text for shortage in _SHORTAGES)
+    """Whether another process's error says that files can't be written: a full disk, a limit, a lack of rights."""
+    return any(known in text for known in _REMEDIES)
 
 
 def free_bytes(path: Path) -> int:

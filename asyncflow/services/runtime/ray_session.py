@@ -27,7 +27,7 @@ import ray
 
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.runtime.signals import shield_children
-from workers.user_code import pythons_path
+from workers.user_code import here, pythons_path
 
 LOCAL = "local"
 JOIN_SECONDS = 120.0  # deadline for starting Ray, twice if need be, or for connecting to one
@@ -106,25 +106,28 @@ def environment() -> dict[str, str]:
     """
     own: dict[str, Any] = ray.get_runtime_context().runtime_env or {}
     given: dict[str, str] = own.get("env_vars") or {}
-    first, _ = import_paths(pythons_path(), str(Path.cwd()))
+    first, _ = import_paths(pythons_path(), "".join(here()))
     paths = [PROJECT, *first, *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def later_paths() -> list[str]:
     """The folders that this program imports from after it has looked into the Python installation."""
-    return import_paths(pythons_path(), str(Path.cwd()))[1]
+    return import_paths(pythons_path(), "".join(here()))[1]
 
 
 def import_paths(paths: Sequence[str], cwd: str) -> tuple[list[str], list[str]]:
-    """The existing entries of sys.path that are the user's own, absolute: before and after the standard library."""
+    """The existing entries of sys.path that are the user's own, absolute: before and after the standard library.
+
+    `cwd`: the working directory, "" if there is none.
+    """
     installed = [Path(prefix, "lib") for prefix in (sys.prefix, sys.base_prefix)]
     own: tuple[list[str], list[str]] = [], []
     after = False
     for entry in paths:
         path = Path(cwd, entry)  # "" is the working directory
         after = after or path == _STANDARD_LIBRARY
-        if path.exists() and not any(path.is_relative_to(folder) for folder in installed):
+        if path.is_absolute() and path.exists() and not any(path.is_relative_to(folder) for folder in installed):
             own[after].append(str(path))
     return own
 

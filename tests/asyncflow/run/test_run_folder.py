@@ -89,7 +89,10 @@ def test_the_lock_ends_with_its_block_also_where_it_raises(folder: Path):
 
 def test_a_folder_that_can_not_be_is_bad_input(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"file: can't be written: File exists"), run_folder.locked(tmp_path / "file"):
+    with (
+        pytest.raises(BadInput, match=r"file can't be written: File exists: choose another folder"),
+        run_folder.locked(tmp_path / "file"),
+    ):
         pytest.fail("a file is no run folder")
 
 
