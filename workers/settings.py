@@ -94,7 +94,8 @@ class Lora(Settings, frozen=True):
 
     rank: NonNegativeInt = 0  # 0: no adapters, all weights train
     alpha: Coefficient = 0.0  # an adapter is scaled by alpha / rank; 0: alpha is twice the rank
-    targets: list[str] = []  # last names of the layers to adapt, e.g. "q_proj"; none: all linear ones but the LM head
+    # Last names of the layers to adapt, e.g. "q_proj"; none: all linear ones and all experts, but not the LM head.
+    targets: list[str] = []
     publish: Literal["merged", "adapters"] = "merged"  # what a generator receives; it merges adapters itself
 
     def __post_init__(self) -> None:

@@ -233,6 +233,12 @@ def _check_lora(recipe: Recipe) -> None:
         raise BadInput(f"models.{others[0]}.lora: only the policy trains adapters; leave it out")
     if adapted and not is_module("peft"):
         raise BadInput("models.policy.lora needs peft: pip install 'asyncflow[lora]'")
+    if adapted:
+        from workers.training.lora import unadaptable  # torch: seconds that most recipes do without
+
+        policy = recipe.models["policy"]
+        if reason := unadaptable(policy.path, policy.lora):
+            raise BadInput(f"models.policy.{reason}")
 
 
 def _check_attention(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from protocols.weights import BadWeights, Probe, TensorEntry, Version, WeightMan
 from workers.generation.publication import Part, Publication
 from workers.settings import Model
 from workers.training.checkpoint_names import CheckpointNames
-from workers.training.lora import merge, transposed_layers
+from workers.training.lora import merge, transposed_weights
 from workers.training.models import DTYPES, load_causal, tensors_in_memory
 
 # An IEEE number is NaN or infinite if all bits of its exponent are set. numpy has no bfloat16 whose isfinite to call.
@@ -99,7 +99,7 @@ class MergedAdapters:
         base, scaling = load_causal(self._path, self._dtype), self._adapters.manifest.scaling or 0.0
         adapters = dict(self._adapters.tensors())
         try:
-            merged = merge(tensors_in_memory(base), adapters, scaling, transposed_layers(base))
+            merged = merge(tensors_in_memory(base), adapters, scaling, transposed_weights(base))
         except ValueError as error:
             raise BadWeights(f"version {self.version}: {error}") from error
         self._merged = CheckpointNames(base).to_checkpoint(merged)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.parallel.model import ParallelModel
-from workers.training.lora import adapter_parameters, merged_weight, product
+from workers.training.lora import merged_weight, product
 
 
 @contextmanager
@@ -25,13 +25,14 @@ def merged(model: ParallelModel) -> Iterator[None]:
     kept: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for layer, transposed in adapters.layers.items():
-                base, a, b = adapter_parameters(layer)
-                change = model.held_part(base, product(model.weight(a), model.weight(b), transposed=transposed))
-                kept |= {name: model.parameters[name].detach().clone() for name in (base, b)}
-                weight = model.parameters[base]
-                weight.copy_(merged_weight(weight, change, adapters.scaling))
-                model.parameters[b].zero_()
+            for own in adapters.weights:
+                a, b, shape = model.weight(own.a), model.weight(own.b), model.specs[own.weight].shape
+                change = product(a, b, shape, transposed=own.transposed)
+                assert change is not None, f"the adapter of {own.weight} does not fit it"
+                kept |= {name: model.parameters[name].detach().clone() for name in (own.weight, own.b)}
+                weight = model.parameters[own.weight]
+                weight.copy_(merged_weight(weight, model.held_part(own.weight, change), adapters.scaling))
+                model.parameters[own.b].zero_()
         yield
     finally:
         with torch.no_grad():

@@ -157,8 +157,9 @@ class TrainableModel(OptimizerSteps):
 
     @torch.no_grad()
     def collect_adapters(self) -> dict[str, Tensor]:
-        """A and B of every adapted layer, by their names in a checkpoint, on rank 0; elsewhere none."""
-        return {checkpoint_name(name): tensor for name, tensor in self._collect(is_adapter).items()}
+        """A and B of every adapted weight, by their public names, on rank 0; elsewhere none."""
+        found, adapters = self._collect(is_adapter), self.model.adapters
+        return adapters.published(found) if adapters is not None else {}
 
     def export(self, folder: str) -> None:
         """Write a transformers folder, tokenizer included, that transformers and vLLM load.

@@ -97,6 +97,15 @@ def test_in_3d_run_the_families_with_a_plan(made, family: str, role: str):
         assert message.endswith("; want parallel = '1-1-d' with backend = 'fsdp', which takes any family")
 
 
+def test_adapters_of_layers_that_the_policy_does_not_have_are_refused(made):
+    made("qwen3_moe", "torch", lora={"rank": 2, "targets": ["gate_up_proj", "o_proj"]})
+    message = refused(made, "qwen3_moe", "torch", lora={"rank": 2, "targets": ["c_attn"]})
+    assert message.startswith("models.policy.lora.targets: ")
+    assert message.endswith(
+        "has no linear layer 'c_attn'; it has down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj"
+    )
+
+
 def test_a_family_that_vllm_runs_by_transformers_code_is_refused(made):
     """It would change that code for its whole process, and its layers don't take the weights of a publication."""
     message = refused(made, "gpt_neox")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protocols.weights import BadWeights, Version
-from tests import tiny
+from tests import families, tiny
 from tests.workers.batches import experience
 from workers.generation.packed import received
 from workers.generation.vllm import VllmEngine
@@ -19,8 +19,8 @@ from workers.settings import Generation, Lora, Loss, Model, Optimizer
 pytestmark = pytest.mark.vllm
 
 
-def test_each_version_of_the_adapters_is_proven_by_its_probe(tmp_path: Path):
-    folder = str(tiny.make_policy(tmp_path / "policy"))
+def test_each_version_of_the_adapters_of_layers_and_experts_is_proven_by_its_probe(tmp_path: Path):
+    folder = str(families.make("qwen3_moe", tmp_path / "policy"))
     generation = Generation(slots=8, kv_cache_bytes=2 * 1024 * 1024)
     model = Model(folder, learning_rate=1e-2, lora=Lora(rank=4, publish="adapters"))
     policy = PolicyWorker(model, Loss(), Optimizer(), generation, seed=3)

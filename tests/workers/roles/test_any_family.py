@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from protocols.data.messages import Experience
 from protocols.layout.topology import Backend, Topology
 from protocols.layout.transfer import protocol
 from protocols.weights import Version
-from tests import tiny
+from tests import families, tiny
 from tests.workers.batches import VOCABULARY, experience, rollouts
 from tests.workers.checkpoints import contents
 from tests.workers.ranks import RankFailed
@@ -102,12 +102,12 @@ def cut(sharding: Sharding, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("families")
-    made = {"gpt2": tiny.make_gpt2, "qwen2": tiny.make_policy}
+    made = {"gpt2": tiny.make_gpt2, "qwen2": tiny.make_policy, "qwen3_moe": partial(families.make, "qwen3_moe")}
     return {name: str(make(root / name, vocabulary=VOCABULARY)) for name, make in made.items()}
 
 
-CASES = [("gpt2", Lora()), ("gpt2", LORA), ("qwen2", LORA)]
-each_case = pytest.mark.parametrize(("family", "lora"), CASES, ids=["gpt2", "gpt2-lora", "qwen2-lora"])
+CASES = [("gpt2", Lora()), ("gpt2", LORA), ("qwen2", LORA), ("qwen3_moe", LORA)]
+each_case = pytest.mark.parametrize(("family", "lora"), CASES, ids=["gpt2", "gpt2-lora", "qwen2-lora", "moe-lora"])
 
 
 @each_case

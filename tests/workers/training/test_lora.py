@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM
 
 from protocols.data.messages import Experience, Rollouts
 from protocols.weights import BadWeights, Version
@@ -20,7 +22,7 @@ from workers.generation.torch import TorchEngine
 from workers.parallel.merged import merged
 from workers.roles.policy import PolicyWorker
 from workers.settings import Generation, Lora, Loss, Model, Optimizer
-from workers.training.lora import A, Adapters, B, merge
+from workers.training.lora import A, Adapters, B, merge, unadaptable
 from workers.training.models import canonical_tensors, load_causal
 
 STEPS = 3
@@ -203,25 +205,49 @@ def test_the_export_loads_merged_in_transformers_and_apart_in_peft(
     assert (tmp_path / "tokenizer.json").exists()
 
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+EXPERTS = {"gate_up_proj", "down_proj"}
+SIZES = {"vocab_size": len(tiny.VOCABULARY), "initializer_range": 0.1, "bos_token_id": None}
+SIZES |= {"eos_token_id": tiny.EOS_ID, "pad_token_id": tiny.PAD_ID}
+
+
+def gpt2(folder: Path) -> Path:
+    """Made of transformers' Conv1D; its attention's output layer is square, so no shape tells."""
+    config = GPT2Config(**SIZES, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    return tiny.save_random(GPT2LMHeadModel, config, folder, 0)
+
+
+def gpt_oss(folder: Path) -> Path:
+    """Its experts' weights are [experts, inputs, outputs]."""
+    config = GptOssConfig(
+        **SIZES, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    return tiny.save_random(GptOssForCausalLM, config, folder, 0)
+
+
+FAMILIES = {
+    "gpt2": (gpt2, {"c_attn", "c_fc", "c_proj"}),
+    "gpt_oss": (gpt_oss, ATTENTION | EXPERTS),
+    "qwen3_moe": (partial(families.make, "qwen3_moe"), ATTENTION | EXPERTS),
+    "mixtral": (partial(families.make, "mixtral"), ATTENTION | EXPERTS),
+}
+
+
 @pytest.mark.parametrize("publish", ["merged", "adapters"])
-def test_layers_whose_weight_is_transposed_are_adapted_published_and_exported_alike(
-    batch: Experience, tmp_path: Path, publish: str
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_and_experts_of_every_layout_are_adapted_published_and_exported_alike(
+    batch: Experience, tmp_path: Path, family: str, publish: str
 ):
-    """GPT-2 is made of transformers' Conv1D; its attention's output layer is square, so no shape tells."""
     from peft import PeftModel
 
-    config = GPT2Config(
-        vocab_size=len(tiny.VOCABULARY), n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
-        bos_token_id=None, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID,
-    )  # fmt: skip
-    torch.manual_seed(0)
     base, exported = tmp_path / "base", tmp_path / "exported"
-    GPT2LMHeadModel(config).save_pretrained(base)
-    tiny.tokenizer().save_pretrained(base)
+    make_folder, layers = FAMILIES[family]
+    make_folder(base)
     worker = make(base, Lora(rank=4, alpha=12.0, publish=publish))  # type: ignore[arg-type]
     np.testing.assert_allclose(answers(worker, batch), plain_answers(load_causal(base), rollouts(batch)), atol=1e-5)
     names = {name.removesuffix(A).rpartition(".")[2] for name in worker.trained.collect_adapters() if name.endswith(A)}
-    assert names == {"c_attn", "c_fc", "c_proj"}
+    assert names == layers
     engine = TorchEngine(load_causal(base), Generation(), 3, tiny.TOKENS)
     for step in range(1, STEPS + 1):
         before = answers(worker, batch)
@@ -230,6 +256,7 @@ def test_layers_whose_weight_is_transposed_are_adapted_published_and_exported_al
         assert engine.load(published).probe_difference < 1e-5
         assert np.abs(answers(worker, batch) - before).max() > 0.01
     engine.close()
+    assert all(tensor.any() for tensor in worker.trained.collect_adapters().values()), "each B has moved from 0"
     exported.mkdir()
     worker.export(str(exported))
     want = answers(worker, batch)
@@ -285,10 +312,21 @@ def test_settings_without_meaning_are_refused(given: dict[str, object]):
         Lora(**given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_of_a_mixture_of_experts_the_attention_is_adapted(tmp_path: Path, family: str):
-    model = load_causal(families.make(family, tmp_path))
-    layers = Adapters(model, str(tmp_path), Lora(rank=2), seed=0).layers
-    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(ValueError, match="no linear layer 'gate_up_proj'; it has k_proj, o_proj, q_proj, v_proj"):
-        Adapters(load_causal(tmp_path), str(tmp_path), Lora(rank=2, targets=["gate_up_proj"]), seed=0)
+def test_experts_are_adapted_by_name_alone(tmp_path: Path):
+    model = load_causal(families.make("qwen3_moe", tmp_path))
+    adapted = Adapters(model, str(tmp_path), Lora(rank=2, targets=["experts.down_proj"]), seed=0).weights
+    assert [one.name for one in adapted] == [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
+    with pytest.raises(ValueError, match="no linear layer 'up_proj'; it has down_proj, gate_up_proj, k_proj, o_proj"):
+        Adapters(load_causal(tmp_path), str(tmp_path), Lora(rank=2, targets=["up_proj"]), seed=0)
+
+
+def test_of_a_mixture_with_dense_layers_peft_leaves_these_out_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = families.config("qwen3_moe")
+    config.mlp_only_layers = [0]
+    folder = str(tiny.save_random(AutoModelForCausalLM.from_config, config, tmp_path, 0))
+    assert unadaptable(folder, Lora(rank=2)) == ""
+    assert "peft adapts all but model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.l" in caplog.text
+    for targets in (["gate_proj", "up_proj"], ["gate_proj"]):
+        assert re.match(r"lora(\.targets)?: peft can't adapt ", unadaptable(folder, Lora(rank=2, targets=targets)))
