@@ -81,21 +81,6 @@ def carry_on(policy: PolicyWorker, deal: Callable[[int], Experience], came: str,
     return Outcome(None, metrics, policy.snapshot(Version(0, policy.trained.version)))
 
 
-def refused(backend: Backend, topology: Topology, folder: str) -> tuple[str, bool]:
-    """The error of a step whose last optimizer step is not finite, and whether the weights are as before."""
-    policy = policy_of(backend, topology, folder, Loss(epochs=2))
-    before = policy.snapshot(Version(0, 0))
-    data = own_rows(policy, ROWS)
-    policy.trained._learning_rate = float("inf")  # the second forward pass gives NaN
-    try:
-        policy.update(data)
-        said = ""
-    except Exception as error:  # noqa: BLE001 - the test checks it
-        said = f"{type(error).__name__}: {error}"
-    after = policy.snapshot(Version(0, 0))
-    return said, before is None or (after is not None and before[1].tobytes() == after[1].tobytes())
-
-
 def loop(backend: Backend, topology: Topology, folder: str, generate: str) -> list[Rollouts | None]:
     """The rows that this rank generates before and after a step."""
     policy = policy_of(backend, topology, folder, generate=generate)
@@ -139,13 +124,6 @@ def test_a_step_gives_the_weights_and_metrics_of_one_process(worlds, folders, ba
     assert_same_step(ours, theirs)
     assert ours.log_probs and theirs.log_probs
     np.testing.assert_allclose(ours.log_probs.log_probs.values, theirs.log_probs.log_probs.values, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_refused_step_changes_nothing(worlds, folders, backend):  # noqa: F811
-    for said, same in worlds[2].call(refused, backend, Topology(1, 1, 2), folders[True]):
-        assert said.startswith("StepRefused: policy.update of batch of ")
-        assert same
 
 
 def test_a_publication_of_sharded_ranks_is_byte_for_byte_that_of_one_process(worlds, folders):  # noqa: F811

@@ -97,21 +97,6 @@ def saved(topology: Topology, folder: str, checkpoint: str) -> None:
     policy.save(checkpoint)
 
 
-def refused(topology: Topology, folder: str) -> tuple[str, bool, int]:
-    """The error of a step whose last optimizer step is not finite, whether all state is as before, and the version."""
-    policy = parallel(topology, folder, Loss(epochs=2))
-    before = [p.detach().clone() for p in policy.model.parameters.values()]
-    data = own_rows(policy, ROWS)
-    policy.trained._learning_rate = float("inf")  # the second forward pass gives NaN
-    try:
-        policy.update(data)
-        said = ""
-    except Exception as error:  # noqa: BLE001 - the test checks it
-        said = f"{type(error).__name__}: {error}"
-    same = all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters.values(), strict=True))
-    return said, same and not policy.trained._optimizer.state_dict()["state"], policy.trained.version
-
-
 def load(topology: Topology, folder: str, checkpoint: str) -> None:
     parallel(topology, folder).load(checkpoint)
 
@@ -193,13 +178,6 @@ def test_mini_batches_of_replicas_are_those_of_all_rows():
     replicas = [replica_mini_batches(cut, sizes, i, loss, seed=5) for i, cut in enumerate(cuts)]
     for expected, *own in zip(mini_batches(whole, loss, seed=5), *replicas, strict=True):
         assert set(expected.sample_ids.tolist()) == {sample for part in own for sample in part.sample_ids.tolist()}
-
-
-def test_a_refused_step_changes_nothing_on_any_rank(worlds, folders):
-    for said, same, version in worlds[4].call(refused, Topology(1, 2, 2), folders[True]):
-        assert said.startswith("StepRefused: policy.update of batch of ")
-        assert same
-        assert version == 0
 
 
 # --- publications and exports
