@@ -145,6 +145,7 @@ class StepBoundary:
             sources = await asyncio.to_thread(self._code.changed)
             digests = {source.module: digest_of(source) for source in sources}
             if sources:
+                await asyncio.to_thread(self._code.check, sources)
                 await self._code.give(sources, self._supervisor.services)
         except BadCode as error:
             self._run_store.log.emit(CodeRefused(step=step, digests=digests, error=str(error)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone, ask
 from protocols.control.code import CodeSource
@@ -21,8 +21,14 @@ from workers.user_code import BadCode, reread, source_of
 class UserCode:
     """The user's modules that a recipe names by "package.module:function", and the text of them that runs."""
 
-    def __init__(self, modules: Sequence[str] = ()) -> None:
-        """Read the files as the services import them. A module without a file never changes."""
+    def __init__(
+        self, modules: Sequence[str] = (), check: Callable[[Sequence[CodeSource]], None] = lambda _: None
+    ) -> None:
+        """Read the files as the services import them. A module without a file never changes.
+
+        `check` raises BadCode, blocking, for changed files that no service has to load to know that they can't be used.
+        """
+        self.check = check
         self._running: dict[str, CodeSource] = {}
         for module in modules:
             with contextlib.suppress(BadCode):

@@ -31,6 +31,7 @@ from asyncflow.observe.log import close_log
 from asyncflow.planner.calibration.calibration import read_calibration
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import Recipe, load_recipe, to_recipe
+from asyncflow.recipe.rule_reloads import check_reloaded_rules
 from asyncflow.recipe.service_specs import (
     GENERATOR,
     NO_DEVICE,
@@ -132,7 +133,8 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     log = run_folder.open_controller_log(folder)
     runtime = runtime_of(recipe)
     exporter = Exporter(CONTROLLER)
-    code = UserCode(user_modules(recipe, dataflow))  # before services import it: no change is missed
+    # Before services import it: no change is missed.
+    code = UserCode(user_modules(recipe, dataflow), partial(check_reloaded_rules, checked))
     try:
         services = await _start(checked, folder, start, runtime, log)
         port = exporter.serve()

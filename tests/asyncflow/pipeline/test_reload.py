@@ -147,6 +147,10 @@ async def test_a_changed_reward_changes_later_rewards_only_and_loses_no_sample(o
         ("def rate(prompt, response, reference):\n    return 3.0\n", "has no function 'score'"),
         (RULE.format("response.upper"), "returned <built-in method upper"),
         (RULE.format("lenght(response)"), "NameError: name 'lenght' is not defined"),
+        (
+            "def score(response, reference, difficulty, kind):\n    return 3.0\n",
+            r"users_file:score asks for difficulty, kind, .* for every row of .*train\.jsonl: .* \(no other column\)",
+        ),
     ],
 )
 async def test_a_file_with_an_error_is_refused_and_the_old_code_runs_on(
