@@ -52,6 +52,8 @@ from protocols.control.requests import LoadState
 
 CONTROLLER = "controller"
 
+_program_log = logging.getLogger("asyncflow")
+
 
 def launch(
     recipe: Recipe | Mapping[str, Any] | str | Path, *, folder: str | Path | None = None, allow_fresh: bool = False
@@ -131,7 +133,7 @@ async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: 
 async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> AsyncIterator[Run]:
     recipe, dataflow = checked.recipe, checked.dataflow
     log = run_folder.open_controller_log(folder)
-    runtime = runtime_of(recipe)
+    runtime = runtime_of(recipe, partial(_tell, log))
     exporter = Exporter(CONTROLLER)
     # Before services import it: no change is missed.
     code = UserCode(user_modules(recipe, dataflow), partial(check_reloaded_rules, checked))
@@ -258,8 +260,14 @@ async def _restore(services: dict[str, Started], names: list[str], checkpoint: s
                 )
 
 
-def runtime_of(recipe: Recipe) -> Runtime:
-    """The runtime of a recipe, not started."""
+def _tell(log: logging.Logger, text: str) -> None:
+    """Say something in the run's log, and at once to the program: on standard error where it configures no logging."""
+    log.warning(text)
+    _program_log.warning(text)
+
+
+def runtime_of(recipe: Recipe, tell: Callable[[str], None] = _program_log.warning) -> Runtime:
+    """The runtime of a recipe, not started. `tell` gets what its start has to wait for."""
     if recipe.runtime == "local":
         from asyncflow.services.runtime.local import LocalRuntime
 
@@ -271,7 +279,8 @@ def runtime_of(recipe: Recipe) -> Runtime:
         name: PoolRequest(pool.devices, pool.device and read_calibration(pool.device).device.name)
         for name, pool in recipe.pools.items()
     }
-    return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=recipe.store_bytes, pools=pools)
+    store_bytes = recipe.store_bytes
+    return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=store_bytes, pools=pools, tell=tell)
 
 
 def _write_targets(folder: Path, services: dict[str, Started], port: int) -> None:

@@ -62,7 +62,7 @@ class VllmEngine(Engine):
     Only the shape of the model in the folder `path` matters: `load` brings the weights. `vocabulary` has the tokens
     that end a response, beside the folder's own, and the text of them all; by default it is the folder's. `devices`
     says in which processes the engine computes; if that is this process, it must not be one rank of several. An engine
-    that `sleeps` can free its CUDA memory. A process has one engine.
+    that `sleeps` can free its CUDA memory. A process has one engine at a time: a second one raises RuntimeError.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -44,9 +45,20 @@ _CPU_BATCHED_TOKENS = 4096  # of prompts in one step
 _CUDA_SHARE, _HOST_SHARE = 0.4, 0.1
 _FALLBACK_CACHE_BYTES = 1 << 30  # for a config that does not say how large its heads are
 
+_computing_here: weakref.ReferenceType[LLMEngine] | None = None  # the engine that this process has
+
 
 def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, sleeps: bool) -> LLMEngine:
-    """Start vLLM's engine in this process. Some settings are environment variables; those that the user set stay."""
+    """Start vLLM's engine in this process. Some settings are environment variables; those that the user set stay.
+
+    Raises RuntimeError where another engine computes in this process: their groups and contexts are the process's.
+    """
+    global _computing_here  # noqa: PLW0603 - so is vLLM's own state
+    if not devices.workers and _computing_here is not None and _computing_here() is not None:
+        raise RuntimeError(
+            "a process has one vLLM engine, and another run of this program has it: start this run when that one has "
+            "ended, or give one of them runtime = 'ray' or generation.engine = 'torch'"
+        )
     on_cpu = not torch.cuda.is_available()
     for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
         os.environ.setdefault(name, value)
@@ -89,7 +101,10 @@ def start(path: str, settings: Generation, dtype: str, devices: EngineDevices, s
         **limits,
     )
     with seen_by_workers(devices.visible):
-        return LLMEngine.from_engine_args(arguments)
+        engine = LLMEngine.from_engine_args(arguments)
+    if not devices.workers:
+        _computing_here = weakref.ref(engine)
+    return engine
 
 
 def _give_cache() -> None:
@@ -161,6 +176,9 @@ def seen_by_workers(devices: str) -> Iterator[None]:
 
 def shut_down(engine: LLMEngine, owns_process_group: bool) -> None:
     """End the engine's workers and free its memory; torch.distributed too where it was vLLM that began it here."""
+    global _computing_here  # noqa: PLW0603
+    if _computing_here is not None and _computing_here() is engine:
+        _computing_here = None
     client: Any = engine.engine_core
     if owns_process_group:
         from vllm.distributed import cleanup_dist_env_and_memory

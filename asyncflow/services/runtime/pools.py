@@ -2,27 +2,39 @@
 
 Services run in the bundles of their pool, and a bundle belongs to one pool, so pools never overlap. A device is an
 accelerator, or on a machine without one a CPU slot: a quarter of a core in Ray's accounting, since slots time-share the
-cores anyway. A request beyond the cluster's devices is refused with the numbers, before any model loads.
+cores anyway. A request beyond the cluster's devices is refused with the numbers, before any model loads. Devices that
+others hold are waited for, which is told.
 """
 
 from __future__ import annotations
 
+import asyncio
+import secrets
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.runtime import CPU_SLOT, SLOTS_PER_CORE
 
+GROUP = "asyncflow/"  # the name of a run's placement group begins so
 NO_DEVICE: Mapping[str, Any] = MappingProxyType({"num_cpus": 0})  # options of an actor without a device
 RESERVE_SECONDS = 120.0  # how long to wait for devices that another run is about to release
+TELL_SECONDS = 3.0  # a longer wait is told
+_LOOK_SECONDS = 1  # Ray takes whole seconds; a cancelled start is held up for no longer
 TYPE_AMOUNT = 0.001  # of a resource that only names the type of a node's accelerators
 
 ACCELERATORS = {  # device -> the accelerator type that Ray detects on a node
@@ -49,8 +61,11 @@ class ReservedPools:
         self._bundles: dict[str, dict[str, float]] = {}
         self._tenants: Counter[tuple[str, int]] = Counter()  # (pool, bundle) -> actors that share it
 
-    def reserve(self, specs: Sequence[ServiceSpec]) -> None:
-        """Reserve the devices; blocks. Raises ServiceError, with the numbers, if the cluster does not have them."""
+    async def reserve(self, specs: Sequence[ServiceSpec], tell: Callable[[str], None]) -> None:
+        """Reserve the devices. What it has to wait for is told, once.
+
+        Raises ServiceError, with the numbers, if the cluster does not have them, or not in time.
+        """
         if not self._requests:
             return
         total = ray.cluster_resources()
@@ -63,13 +78,23 @@ class ReservedPools:
         try:
             for name, request in self._requests.items():
                 bundles = [self._bundles[name]] * request.devices
-                self._groups[name] = placement_group(bundles, strategy="PACK")
-            for name, group in self._groups.items():
-                if not group.wait(timeout_seconds=RESERVE_SECONDS):
-                    raise ServiceError(self._not_free(name))
+                own = f"{GROUP}{specs[0].run if specs else ''}/{name}/{secrets.token_hex(4)}"
+                self._groups[name] = placement_group(bundles, strategy="PACK", name=own)
+            await self._wait(tell)
         except BaseException:
             self.release()
             raise
+
+    def _held_by_others(self) -> list[str]:
+        """The pools of other runs that have their devices: "run/pool 2 x 0.25 CPU"."""
+        groups: Any = placement_group_table()
+        own = {group.id.hex() for group in self._groups.values()}
+        held = [
+            (group["name"].removeprefix(GROUP).rpartition("/")[0], list(group["bundles"].values()))
+            for key, group in groups.items()
+            if group["state"] == "CREATED" and group["name"].startswith(GROUP) and key not in own
+        ]
+        return [f"{pool} {len(bundles)} x {_format_bundle(bundles[0])}" for pool, bundles in held]
 
     def options(self, spec: ServiceSpec, rank: int = 0) -> dict[str, Any]:
         """Ray's options for the actor of a service's rank: its bundle, and its share of that device."""
@@ -96,13 +121,31 @@ class ReservedPools:
         request = self._requests.get(spec.pool)
         return (spec.pool, rank % request.devices) if request else None
 
-    def _not_free(self, name: str) -> str:
-        wanted = self._bundles[name]
-        free = ray.available_resources()
-        there = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in wanted)
+    async def _wait(self, tell: Callable[[str], None]) -> None:
+        began, told = time.monotonic(), False
+        for name, group in self._groups.items():
+            while not await asyncio.to_thread(group.wait, _LOOK_SECONDS):
+                waited = time.monotonic() - began
+                if waited >= RESERVE_SECONDS:
+                    late = f"were not free within {RESERVE_SECONDS:g} s; stop what uses them, or request fewer"
+                    raise ServiceError(await asyncio.to_thread(self._shortage, name, late))
+                if waited >= TELL_SECONDS and not told:
+                    now = (
+                        f"are not free; waits for them for {RESERVE_SECONDS:g} s: stop what uses them, or request fewer"
+                    )
+                    tell(await asyncio.to_thread(self._shortage, name, now))
+                    told = True
+        if told:
+            tell(f"the pools have their devices after {time.monotonic() - began:.0f} s")
+
+    def _shortage(self, name: str, what: str) -> str:
+        """What a pool waits for, what the cluster has of it, and which runs hold some."""
+        wanted, free, total = self._bundles[name], ray.available_resources(), ray.cluster_resources()
+        there = ", ".join(f"{free.get(kind, 0.0):g} of {total.get(kind, 0.0):g} {kind} are free" for kind in wanted)
+        held = ", ".join(self._held_by_others())
         return (
-            f"pool {name!r}: {self._requests[name].devices} x {_format_bundle(wanted)} were not free on the cluster "
-            f"within {RESERVE_SECONDS:g} s; free now: {there}; stop what uses them, or request fewer"
+            f"pool {name!r}: {self._requests[name].devices} x {_format_bundle(wanted)} {what} "
+            f"(on the cluster {there}; held by other runs: {held or 'none, so another program holds them'})"
         )
 
 

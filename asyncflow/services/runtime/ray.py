@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ START_SECONDS = 300.0
 STOP_SECONDS = 10.0
 OBJECT_BYTES = 1 << 20  # of one object, which a reader on another node fetches whole
 NO_POOLS: Mapping[str, PoolRequest] = MappingProxyType({})
+_program_log = logging.getLogger("asyncflow")
 CONCURRENT_CALLS = 1000  # of one actor; each delivery that waits for credit is a call in flight
 
 
@@ -41,6 +43,7 @@ class RayRuntime:
         store_bytes: int = 0,
         pools: Mapping[str, PoolRequest] = NO_POOLS,
         wired: bool = wire.AVAILABLE,
+        tell: Callable[[str], None] = _program_log.warning,
     ) -> None:
         """Args:
 
@@ -49,6 +52,7 @@ class RayRuntime:
             single node the processes' shared memory takes up to half as much in addition.
         pools: the devices of the services placed in these pools; other services need none.
         wired: processes of one node also call each other over sockets (wire.py); else through Ray alone.
+        tell: gets what the start has to wait for, at once.
         """
         self.store = RayStore(inline_bytes)
         self.warnings: list[str] = []
@@ -61,6 +65,7 @@ class RayRuntime:
         self._endpoints: dict[str, RayEndpoint] = {}
         self._pools = ReservedPools(pools)
         self._wired = wired
+        self._tell = tell
         self._joining: Future[list[str]] | None = None
         self._starts_ray = False
         self._namespace = (
@@ -74,7 +79,7 @@ class RayRuntime:
         self._joining = ray_session.join_in_thread(self._address, self._cpus, self._store_bytes)
         with keep_sigterm():
             self.warnings += await ray_session.join_within(ray_session.JOIN_SECONDS, self._joining, self._address)
-        await asyncio.to_thread(self._pools.reserve, specs)
+        await self._pools.reserve(specs, self._tell)
         if len(ray.nodes()) > 1:
             specs = [_limited(spec, object_bytes=OBJECT_BYTES) for spec in specs]
         elif self._wired:

@@ -12,13 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
-import shutil
 import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import ray
 
 from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.runtime.ray_machine import ensure_token, small_shared_memory, temp_folder, why_not_started
 from asyncflow.services.runtime.signals import shield_children
 from workers.user_code import here, pythons_path
 
@@ -35,9 +34,6 @@ REACH_SECONDS = 10.0  # for the address to accept a connection
 STARTS = 2  # Ray gives a node a fixed time to start, which is too short on a busy machine
 PROJECT = str(Path(__file__).parents[3])
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-_SHARED_MEMORY = Path("/dev/shm")
-_SOCKET_BYTES = 107  # the most that a Unix socket's path may have on Linux
-_LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_123456_4194304/sockets/plasma_store.1"
 
 _lock = threading.Lock()
 _runs = 0
@@ -132,31 +128,6 @@ def import_paths(paths: Sequence[str], cwd: str) -> tuple[list[str], list[str]]:
     return own
 
 
-def temp_folder(environ: Mapping[str, str]) -> str:
-    """A folder for Ray's sockets and logs that exists, can be written, and has a path that is short enough.
-
-    RAY_TMPDIR says it; otherwise it is TMPDIR, or /tmp where that does not do. Raises ServiceError.
-    """
-    told = environ.get("RAY_TMPDIR", "")
-    candidates = [told] if told else [*filter(None, [environ.get("TMPDIR", "")]), "/tmp"]
-    defects = [(folder, defect) for folder in candidates if (defect := _defect_of(folder))]
-    usable = [folder for folder in candidates if folder not in dict(defects)]
-    if not usable:
-        reasons = "; ".join(f"{folder} {defect}" for folder, defect in defects)
-        raise ServiceError(f"Ray has no folder for its sockets: {reasons}; set RAY_TMPDIR to a short writable one")
-    return usable[0]
-
-
-def _defect_of(folder: str) -> str:
-    """Why Ray can't use a folder; "" if it can."""
-    longest = _SOCKET_BYTES - len(_LONGEST_SOCKET)
-    if len(os.fsencode(folder)) > longest:
-        return f"has {len(os.fsencode(folder))} bytes in its path, and sockets below it allow {longest}"
-    if not Path(folder).is_dir():
-        return "is no folder"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else "can't be written"
-
-
 def _in_lasting_thread(connect: Callable[[], list[str]]) -> list[str]:
     """What `connect` returns or raises, called in a thread that lasts until `leave` shuts Ray down."""
     global _shut_down  # noqa: PLW0603
@@ -221,7 +192,7 @@ def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own = {"num_cpus": cpus, "object_store_memory": store_bytes or None, "_temp_dir": f"{temp_folder(os.environ)}/ray"}
     if local:
-        _ensure_token()
+        ensure_token()
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(
@@ -231,40 +202,16 @@ def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
                 logging_level=logging.ERROR,
                 **(own if local else {}),
             )
-            return _small_shared_memory() if local else []
+            return small_shared_memory() if local else []
         except Exception as error:  # ray.init raises bare exceptions, too
             ray.shutdown()
             if local and "timed out" in str(error) and attempt < STARTS:
                 continue
+            known = why_not_started() if local else ""
             raise ServiceError(
-                f"{_named(address)} can't be used: {type(error).__name__}: {_one_line(error)}"
+                f"{_named(address)} can't be used: {type(error).__name__}: {_one_line(error)}{known and f'; {known}'}"
             ) from error
     raise AssertionError("every attempt returns or raises")
-
-
-def _ensure_token() -> None:
-    """Give a Ray of our own a token in the environment where it can't keep one in the home folder."""
-    if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        return
-    try:
-        kept = Path.home() / ".ray" / "auth_token"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        writable = kept.exists() or os.access(kept.parent, os.W_OK)
-    except (OSError, RuntimeError):  # no home folder, or one that can't be written
-        writable = False
-    if not writable:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def _small_shared_memory() -> list[str]:
-    store = int(ray.cluster_resources().get("object_store_memory", 0))
-    there = shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else 0
-    if there >= store:
-        return []
-    return [
-        f"{_SHARED_MEMORY} holds {there / 1e6:.0f} MB, Ray's object store {store / 1e6:.0f} MB: it is kept on disk, "
-        f"which is slower; enlarge it (docker run --shm-size) or lower store_bytes"
-    ]
 
 
 def _refuse_other(address: str) -> None:

@@ -37,7 +37,8 @@ LONG = tiny.make_prompts(["3+4*5=" * 70, "sort: dcba " * 40], samples=6)
 class Published:
     """The engine of this test module, and the models that were published to it."""
 
-    def __init__(self, engine: VllmEngine, models: list[PreTrainedModel]) -> None:
+    def __init__(self, folder: str, engine: VllmEngine, models: list[PreTrainedModel]) -> None:
+        self.folder = folder
         self.engine = engine
         self.models = models
         self.term = 2
@@ -59,7 +60,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     defaults = {"eos_token_id": [OTHER_END], "temperature": 0.2, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0}
     (folders[0] / "generation_config.json").write_text(json.dumps(defaults))
     engine = VllmEngine(str(folders[0]), Generation(slots=64, kv_cache_bytes=2 * 1024 * 1024), RUN_SEED)
-    yield Published(engine, [load_causal(folder) for folder in folders])
+    yield Published(str(folders[0]), engine, [load_causal(folder) for folder in folders])
     engine.close()
 
 
@@ -344,3 +345,11 @@ def test_a_row_that_does_not_fit_is_refused_and_none_is_queued(published: Publis
     with pytest.raises(ValueError, match=f"sample {prompts.sample_ids[1]}: prompt of 1000 tokens and max_tokens 25"):
         published.engine.submit(prompts, Sampling(max_tokens=25))
     assert published.engine.unfinished == 0
+
+
+def test_a_second_engine_in_the_process_is_refused_and_costs_the_first_nothing(published: Published):
+    published.publish(published.models[0])
+    with pytest.raises(RuntimeError, match=r"another run of this program has it: .* runtime = 'ray'"):
+        VllmEngine(published.folder, Generation(slots=64, kv_cache_bytes=2 * 1024 * 1024), RUN_SEED)
+    prompts = tiny.make_prompts(["1+2="], samples=1)
+    assert generate(published.engine, prompts, Sampling(max_tokens=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -104,11 +105,11 @@ def groups_of(reserved: ReservedPools, specs: Sequence[ServiceSpec]) -> dict[str
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cores")
-def test_services_are_placed_in_the_bundles_of_their_pools():
+async def test_services_are_placed_in_the_bundles_of_their_pools():
     specs = [service("policy", pool="train"), service("critic", pool="train"), service("generator", pool="rollout")]
     specs.append(service("advantage", pool=""))
     reserved = ReservedPools({"train": PoolRequest(1), "rollout": PoolRequest(2)})
-    reserved.reserve(specs)
+    await reserved.reserve(specs, silence)
     assert not any(reserved.accelerates(spec) for spec in specs), "their devices are CPU slots"
     try:
         groups = groups_of(reserved, specs)
@@ -120,25 +121,39 @@ def test_services_are_placed_in_the_bundles_of_their_pools():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cores")
-def test_a_request_that_the_cluster_never_meets_is_refused_at_once_and_takes_nothing():
+async def test_a_request_that_the_cluster_never_meets_is_refused_at_once_and_takes_nothing():
     before = set(placement_group_table())
     with pytest.raises(ServiceError, match=r"pools ask for 4000 devices of 0\.25 CPU"):
-        ReservedPools({"train": PoolRequest(4000)}).reserve([service("policy", pool="train")])
+        await ReservedPools({"train": PoolRequest(4000)}).reserve([service("policy", pool="train")], silence)
     assert set(placement_group_table()) == before
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("two_cores")
-def test_devices_that_another_run_holds_are_waited_for_and_then_refused(monkeypatch: pytest.MonkeyPatch):
+async def test_devices_that_another_run_holds_are_waited_for_which_is_told_at_once(monkeypatch: pytest.MonkeyPatch):
     slots = int(4 * ray.cluster_resources()["CPU"])
     first, second = (ReservedPools({"train": PoolRequest(slots)}) for _ in range(2))
-    first.reserve([])
+    await first.reserve([service("policy", pool="train", run="their-run")], silence)
+    told: list[str] = []
     try:
-        monkeypatch.setattr(pools, "RESERVE_SECONDS", 0.5)
-        with pytest.raises(ServiceError, match=r"pool 'train': \d+ x 0.25 CPU were not free .* within 0.5 s"):
-            second.reserve([])
+        monkeypatch.setattr(pools, "RESERVE_SECONDS", 2.0)
+        monkeypatch.setattr(pools, "TELL_SECONDS", 1.0)
+        with pytest.raises(ServiceError, match=r"pool 'train': \d+ x 0.25 CPU were not free within 2 s; stop"):
+            await second.reserve([], told.append)
+        (text,) = told
+        assert f"pool 'train': {slots} x 0.25 CPU are not free; waits for them for 2 s: stop what uses them" in text
+        assert "on the cluster 0 of 2 CPU are free; held by other runs: " in text
+        assert f"their-run/train {slots} x 0.25 CPU" in text
+        monkeypatch.setattr(pools, "RESERVE_SECONDS", 60.0)
+        waiting = asyncio.create_task(second.reserve([], told.append))
+        while len(told) < 2:
+            await asyncio.sleep(0.05)
     finally:
         first.release()
-    monkeypatch.setattr(pools, "RESERVE_SECONDS", 60.0)
-    second.reserve([])
+    await waiting
     second.release()
+    assert told[-1].startswith("the pools have their devices after ")
+
+
+def silence(text: str) -> None:
+    raise AssertionError(f"nothing has to be waited for: {text}")

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import sysconfig
+import tempfile
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +26,7 @@ from asyncflow.services.runtime.ray_session import (
     leave,
     temp_folder,
 )
+from tests.disks import mounted
 from workers.user_code import search_in
 
 SHORT = "/tmp"
@@ -57,6 +59,13 @@ def test_rays_folder_is_the_first_of_the_told_ones_that_can_hold_sockets(tmp_pat
     assert temp_folder({"TMPDIR": "/absent", "RAY_TMPDIR": "/var/tmp"}) == "/var/tmp"
     with pytest.raises(ServiceError, match=r"/absent is no folder; set RAY_TMPDIR to a short writable one"):
         temp_folder({"RAY_TMPDIR": "/absent"})
+
+
+def test_a_folder_without_room_for_rays_logs_is_no_folder_for_ray():
+    with tempfile.TemporaryDirectory(dir=SHORT) as short, mounted(Path(short, "d"), 1 << 20) as small:
+        assert temp_folder({"TMPDIR": str(small)}) == SHORT
+        with pytest.raises(ServiceError, match=rf"{small} has 1\.0 MB free, and Ray's logs want 16; set RAY_TMPDIR"):
+            temp_folder({"RAY_TMPDIR": str(small)})
 
 
 @pytest.mark.ray
