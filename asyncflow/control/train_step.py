@@ -19,7 +19,7 @@ from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import ask
-from protocols.control.events import SamplesShown, StepCommitted, Warned
+from protocols.control.events import StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
 from protocols.control.requests import BatchClosed, CloseBatch
 from protocols.control.samples import ShownSample
@@ -79,7 +79,7 @@ class TrainStep:
         event = _event(version, seconds, notices, ages, metrics)
         self._run_store.log.emit(event)
         if shown:
-            self._run_store.log.emit(SamplesShown(step=event.step, rows=shown))
+            self._run_store.log.add_samples(event.step, shown)
         compares = self._pace.compares_samples
         text = reward_warning(event.step, event.samples, len(notices), event.metrics, compares_samples=compares)
         if text:

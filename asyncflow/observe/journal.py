@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from protocols.control.events import Evaluated, SamplesShown, StepCommitted
+from protocols.control.events import Evaluated, StepCommitted
+from protocols.control.samples import SampleLine
 
-Journaled = StepCommitted | Evaluated | SamplesShown
+Journaled = StepCommitted | Evaluated | SampleLine
 
 
 class MetricsJournal:

@@ -138,6 +138,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("checkpoint_bytes", "Size of the last checkpoint."),
         _histogram("ledger_commit_seconds", "Duration of one durable ledger transaction.", QUICK),
     ),
+    "trackers": (_counter("tracker_records_dropped_total", "Records that a tracker had no room for.", "tracker"),),
     "resources": (_gauge("resident_memory_bytes", "Memory of the actor's process."),),
 }
 

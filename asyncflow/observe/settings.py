@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from workers.settings import NonNegativeInt, PositiveInt, Settings
+
+Option = bool | int | float | str
 
 
 class SampleTable(Settings, frozen=True):
@@ -21,3 +25,11 @@ class Observe(Settings, frozen=True):
     """What a run shows of itself."""
 
     samples: SampleTable = SampleTable()
+    # Programs that show the run: "tensorboard", "wandb", "mlflow", "trackio", or a class of your own, as
+    # "package.module:Class" or "file.py:Class". None of them can stop or slow the run.
+    trackers: list[str] = msgspec.field(default_factory=list)
+    project: str = "asyncflow"  # groups runs in W&B, MLflow (an experiment) and trackio
+    # tracker -> its options: tensorboard.folder; wandb.entity, mode ("online" or "offline") and group; mlflow.uri;
+    # trackio.space_id and server_url; of your class the keyword arguments. Keys and passwords belong into the
+    # environment.
+    options: dict[str, dict[str, Option]] = msgspec.field(default_factory=dict)

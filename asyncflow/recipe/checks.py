@@ -24,6 +24,7 @@ from asyncflow.recipe.model_checks import check_models, check_placement, check_r
 from asyncflow.recipe.model_folders import config_of
 from asyncflow.recipe.prompt_sources import heldout_prompts, train_prompts
 from asyncflow.recipe.rule_checks import loaded_rules
+from asyncflow.recipe.tracker_checks import check_trackers
 from asyncflow.services.channels.prompt_join import LEAST_OF_GROUP
 from workers.advantages.adaptive_kl import KL_COEFFICIENT, KlSteering, steering_of
 from workers.data.datasets import DataError
@@ -62,6 +63,7 @@ def check(recipe: Recipe) -> Checked:
     _check_advantage_kwargs(recipe, dataflow)
     dataflow = _with_kl_steering(recipe, dataflow)
     _check_deterministic(recipe)
+    check_trackers(recipe.observe)
     _check_policy_loss(recipe.loss)
     _check_kl_has_reference(recipe, dataflow)
     recipe = _with_absolute_paths(recipe)

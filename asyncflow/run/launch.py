@@ -28,6 +28,7 @@ from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.control.user_code import UserCode
 from asyncflow.observe.exporter import Exporter, ScrapeTarget, write_targets
 from asyncflow.observe.log import close_log
+from asyncflow.observe.trackers.tracking import Tracking
 from asyncflow.planner.calibration.calibration import read_calibration
 from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import Recipe, load_recipe, to_recipe
@@ -47,7 +48,7 @@ from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
-from protocols.control.events import RunStarted
+from protocols.control.events import RunStarted, Warned
 from protocols.control.requests import LoadState
 
 CONTROLLER = "controller"
@@ -135,6 +136,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     log = run_folder.open_controller_log(folder)
     runtime = runtime_of(recipe, partial(_tell, log))
     exporter = Exporter(CONTROLLER)
+    trackers = Tracking(recipe.observe, folder, msgspec.to_builtins(recipe), exporter)
     # Before services import it: no change is missed.
     code = UserCode(user_modules(recipe, dataflow), partial(check_reloaded_rules, checked))
     try:
@@ -164,6 +166,10 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
         start = msgspec.structs.replace(start, warnings=[*start.warnings, *runtime.warnings])
         controller = _controller(checked, folder, start, services, restart, runtime, run_store, code)
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
+        trackers.follow(
+            controller.events.follow(controller.events.start),
+            lambda text: run_store.log.emit(Warned(step=run_store.version, text=text)),
+        )
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
             yield Run(link, folder.name, folder, controller.events.start)
@@ -178,6 +184,8 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
                 services.clear()  # for clients that still read or answer
     finally:
         await runtime.stop()
+        for lacking in await trackers.close():
+            log.warning("%s", lacking)
         await asyncio.to_thread(exporter.close)
         with contextlib.suppress(OSError):  # a full disk: a scrape then reports the ended run as down
             write_targets(folder / "metrics" / "targets.json", [])

@@ -6,8 +6,10 @@ while the batch is already on its way to the trainers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -51,9 +53,9 @@ class SampleShow:
                 prompt=self._shortened(prompts[i]),
                 response=self._shortened(responses[i]),
                 reference=self._shortened(rollouts.references.text(of_rollouts[i])),
-                reward=float(scores.scores[of_scores[i]]),
+                reward=_finite(scores.scores[of_scores[i]]),
                 parts=_parts(scores, of_scores[i]),
-                cost=None if of_costs is None else float(of_costs[i]),
+                cost=None if of_costs is None else _finite(of_costs[i]),
                 advantage=_mean_advantage(experience, of_experience[i]),
                 versions=_oldest_and_newest(rollouts, of_rollouts[i]),
                 tokens=len(rollouts.responses[of_rollouts[i]]),
@@ -90,9 +92,14 @@ def _parts(scores: Scores, row: int) -> dict[str, float]:
     return dict(zip(names.split("\n"), scores.parts[row].tolist(), strict=True)) if names else {}
 
 
-def _mean_advantage(experience: Experience, row: int) -> float:
+def _mean_advantage(experience: Experience, row: int) -> float | None:
     trained = experience.advantages[row][experience.loss_mask[row] != 0]
-    return float(trained.mean()) if len(trained) else 0.0
+    return _finite(trained.mean()) if len(trained) else 0.0
+
+
+def _finite(value: SupportsFloat) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _oldest_and_newest(rollouts: Rollouts, row: int) -> tuple[int, int]:

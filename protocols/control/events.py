@@ -6,7 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from protocols.control.samples import ShownSample
 from protocols.version import InstallReceipt, Version
 
 
@@ -39,10 +38,10 @@ class StepCommitted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class SamplesShown(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A few samples of a committed step as text, the lowest reward first. The fields are one line of samples.jsonl."""
+    """A few samples of a committed step stand as text in samples.jsonl."""
 
     step: int
-    rows: list[ShownSample]
+    samples: int
 
 
 class Warned(msgspec.Struct, frozen=True, tag=True, kw_only=True):

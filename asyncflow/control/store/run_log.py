@@ -35,6 +35,7 @@ from protocols.control.events import (
     Warned,
 )
 from protocols.control.notices import Span
+from protocols.control.samples import SampleLine, ShownSample
 
 _GAUGES = {  # exported name -> metric of the last step
     "clip_fraction": "policy.clip_fraction",
@@ -103,10 +104,6 @@ class RunLog:
                 with storing("evaluations", self._folder):
                     self._evaluations.append(event)
                 export.set("evaluation", event.value, metric=event.metric)
-            case SamplesShown():
-                with storing("samples", self._folder):
-                    self._samples.append(event)
-                    self._samples.thin_out(SAMPLES_BYTES)
             case Published():
                 export.observe("weight_sync_seconds", event.seconds, phase="total")
                 export.inc("weight_sync_bytes_total", event.nbytes * max(len(event.receipts), 1))
@@ -125,6 +122,13 @@ class RunLog:
         if line := sentence(event, self._steps):
             (self.file.warning if isinstance(event, LOUD) else self.file.info)("%s", line)
         self.events.add(event)
+
+    def add_samples(self, step: int, rows: list[ShownSample]) -> None:
+        """Keep a few samples of a committed step as text. Raises StorageFailed."""
+        with storing("samples", self._folder):
+            self._samples.append(SampleLine(step=step, rows=rows))
+            self._samples.thin_out(SAMPLES_BYTES)
+        self.emit(SamplesShown(step=step, samples=len(rows)))
 
     def _record_end(self, ended: RunEnded) -> None:
         """For `read_end`. Where the disk refuses it, the run reads as killed: its end must not fail."""

@@ -12,8 +12,7 @@ from rich.console import Console
 from asyncflow.cli.samples import print_samples, samples_of, visible
 from asyncflow.observe.journal import MetricsJournal
 from protocols.control.errors import BadInput
-from protocols.control.events import SamplesShown
-from protocols.control.samples import ShownSample
+from protocols.control.samples import SampleLine, ShownSample
 
 
 def sample(number: int, reward: float, prompt: str = "5+7=", response: str = "12<eos>") -> ShownSample:
@@ -36,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
     """A run with tables of steps 1 and 10."""
     (tmp_path / "recipe.toml").write_text('name = "test"\n')
     journal = MetricsJournal(tmp_path / "samples.jsonl")
-    journal.append(SamplesShown(step=1, rows=[sample(1, 0.1), sample(2, 0.9, prompt="2+2=")]))
-    journal.append(SamplesShown(step=10, rows=[sample(3, float("nan")), sample(4, 0.7)]))
+    journal.append(SampleLine(step=1, rows=[sample(1, 0.1), sample(2, 0.9, prompt="2+2=")]))
+    journal.append(SampleLine(step=10, rows=[sample(3, float("nan")), sample(4, 0.7)]))
     journal.close()
     return tmp_path
 

@@ -11,6 +11,7 @@ import pytest
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import load_recipe, recipe_text
 from tests.asyncflow.conftest import MakeRecipe
+from tests.asyncflow.observe.trackers.test_tensorboard import curve, read
 from tests.asyncflow.pipeline.runs import ASYNCFLOW, differing, finished, run_and_kill, weights
 
 STEPS, KILL_AFTER = 14, 10
@@ -21,7 +22,10 @@ def recipe_path(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
     # The critic is slow, so that there is time to kill the run between step 10 and its end.
     slow = make_recipe(
-        steps=STEPS, checkpoints={"every": 5}, observe={"samples": {"every": 2}}, delays={"critic": {"update": 0.3}}
+        steps=STEPS,
+        checkpoints={"every": 5},
+        observe={"samples": {"every": 2}, "trackers": ["tensorboard"]},
+        delays={"critic": {"update": 0.3}},
     )
     path.write_text(recipe_text(slow))
     return path
@@ -40,6 +44,9 @@ async def test_a_killed_and_resumed_run_equals_one_that_never_died(recipe_path: 
     assert [line["step"] for line in read_lines(killed / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert read_lines(killed / "samples.jsonl") == read_lines(whole / "samples.jsonl")
     assert [line["step"] for line in read_lines(killed / "samples.jsonl")] == [1, *range(2, STEPS + 1, 2)]
+    losses = [curve(read(folder / "tensorboard"), "policy/loss") for folder in (killed, whole)]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
 
 
 def _ends(folder: Path) -> dict[int, tuple[str, int]]:
