@@ -13,7 +13,7 @@ from asyncflow.observe.metrics import GROUPS, METRICS, Metric
 ROOT = Path(asyncflow.__file__).parent
 BOUNDED = {
     *("activity", "channel", "metric", "part", "phase", "python"),
-    *("reason", "replica", "role", "side", "state", "statistic", "version"),
+    *("reason", "replica", "role", "side", "state", "statistic", "tracker", "version"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ async def show(
     return warnings, lacks
 
 
-async def _none() -> Any:
-    for event in list[Any]():
+async def _none() -> AsyncIterator[tuple[int, Event]]:
+    for event in list[tuple[int, Event]]():
         yield event
 
 
