@@ -45,11 +45,14 @@ def computing() -> Iterator[None]:
 @contextmanager
 def loading(log_path: str) -> Iterator[None]:
     """Context in which a model is loaded, alone in this process; what is written to standard error goes to the log."""
-    global _loaders, _loading  # noqa: PLW0603
-    computes = int(getattr(_own, "computes", False))  # of this thread, which does nothing else meanwhile
+    global _computing, _loaders, _loading  # noqa: PLW0603
+    # A thread that computes does nothing else meanwhile. Two of them that waited for each other would wait for ever.
+    computes = int(getattr(_own, "computes", False))
     with _changed:
         _loaders += 1
-        _changed.wait_for(lambda: not _loading and _computing <= computes)
+        _computing -= computes
+        _changed.notify_all()
+        _changed.wait_for(lambda: not _loading and not _computing)
         _loading = True
     try:
         with _standard_error_to(log_path):
@@ -58,6 +61,7 @@ def loading(log_path: str) -> Iterator[None]:
         with _changed:
             _loaders -= 1
             _loading = False
+            _computing += computes
             _changed.notify_all()
 
 
