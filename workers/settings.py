@@ -295,7 +295,7 @@ class Failures(Settings, frozen=True):
     # Train the samples of a prompt without those that failed, where 2 or more are left. By default another prompt takes
     # its place: a rule that fails on some kinds of answers would otherwise leave these out of every group's mean.
     partial_groups: bool = False
-    restarts: NonNegativeInt = 3  # of each service that trains nothing, within the window; the next death ends the run
+    restarts: NonNegativeInt = 3  # of each service, within the window; the next death ends the run
     restart_window_seconds: FinitePositive = 3600.0  # deaths that are longer ago do not count
     outside_timeout_seconds: FinitePositive = 300.0  # without an external worker's answer the sample is failed
     outside_retake_seconds: FinitePositive = 60.0  # rows that a worker took and did not answer are given to another one

@@ -26,6 +26,7 @@ from protocols.control.events import (
     Evaluated,
     Event,
     Published,
+    RolledBack,
     RunEnded,
     RunStarted,
     SamplesEnded,
@@ -100,7 +101,7 @@ class Board:
                 self.state, self.waits = event.outcome, None
             case Stalled() | Warned() | ServiceSilent() | SamplesShown():
                 pass
-            case CheckpointWritten() | Published() | ServiceReplaced() | CodeReloaded() | CodeRefused():
+            case CheckpointWritten() | Published() | ServiceReplaced() | RolledBack() | CodeReloaded() | CodeRefused():
                 pass
 
     @property

@@ -15,18 +15,19 @@ from asyncflow.control.train_step import TrainStep
 
 
 class Drain:
-    """The drain of one run."""
+    """The drain of one term. `abandon`: set where the step that is training is not waited for."""
 
     def __init__(
-        self, deadline_seconds: float, train_step: TrainStep, boundary: StepBoundary, run_store: RunStore
+        self,
+        deadline_seconds: float,
+        train_step: TrainStep,
+        boundary: StepBoundary,
+        run_store: RunStore,
+        abandon: asyncio.Event,
     ) -> None:
         self._deadline = deadline_seconds
         self._train_step, self._boundary, self._run_store = train_step, boundary, run_store
-        self._abandon = asyncio.Event()
-
-    def abandon(self) -> None:
-        """Do not wait for the step that is training."""
-        self._abandon.set()
+        self._abandon = abandon
 
     async def wait(self, steps: asyncio.Task[Any]) -> tuple[int, str] | None:
         """Wait for the task that makes the steps, at most as long as the deadline, unless the step has to be finished.

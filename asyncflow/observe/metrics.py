@@ -60,6 +60,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _gauge("start_time_seconds", "Unix time at which the actor started; uptime is time() minus this."),
         _gauge("last_step_timestamp_seconds", "Unix time of the last committed step."),
         _counter("restarts_total", "Services whose process died and was replaced.", "role"),
+        _counter("rollbacks_total", "Returns to a checkpoint after the death of a service with trained state."),
+        _counter("steps_lost_total", "Committed steps that a rollback gave up, to be made again."),
         _gauge("controller_term", "Lineage of the run: increases with every restart, resume and fork."),
         _histogram("event_loop_lag_seconds", "Delay between the time a task asked to wake and its waking.", QUICK),
     ),

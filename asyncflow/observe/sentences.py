@@ -9,6 +9,7 @@ from protocols.control.events import (
     Evaluated,
     Event,
     Published,
+    RolledBack,
     RunEnded,
     RunStarted,
     SamplesEnded,
@@ -51,6 +52,12 @@ def sentence(event: Event, steps: int) -> str | None:  # noqa: PLR0912 - one cas
             line = (
                 f"{event.service} died and was replaced in {event.seconds:.1f} s: {one_line(event.cause)}; "
                 f"its log: logs/{event.service}.log"
+            )
+        case RolledBack():
+            lost = f", {event.lost_steps} steps are made again" if event.lost_steps else ""
+            line = (
+                f"{' and '.join(event.services)} died: back to step {event.step} in {event.seconds:.1f} s{lost}: "
+                f"{one_line(event.cause)}"
             )
         case ServiceSilent():
             ended = ", so it is killed" if event.ended else ""

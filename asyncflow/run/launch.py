@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,11 @@ import msgspec
 
 from asyncflow.client.run import Run
 from asyncflow.client.starting_run import StartingRun
+from asyncflow.control.client_requests import ClientRequests
 from asyncflow.control.controller import Controller
-from asyncflow.control.evaluation import Evaluations
-from asyncflow.control.store.ledger import Ledger
-from asyncflow.control.store.run_store import RunStore
-from asyncflow.control.supervision.liveness import Liveness
-from asyncflow.control.supervision.restart_policy import RestartPolicy
-from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
+from asyncflow.control.store.run_log import RunLog
 from asyncflow.control.user_code import UserCode
-from asyncflow.observe.exporter import Exporter, ScrapeTarget, write_targets
+from asyncflow.observe.exporter import Exporter, write_targets
 from asyncflow.observe.log import close_log
 from asyncflow.observe.trackers.tracking import Tracking
 from asyncflow.planner.calibration.calibration import read_calibration
@@ -34,24 +30,17 @@ from asyncflow.recipe.checks import Checked
 from asyncflow.recipe.config import Recipe, load_recipe, to_recipe
 from asyncflow.recipe.rule_reloads import check_reloaded_rules
 from asyncflow.recipe.service_specs import (
-    GENERATOR,
-    NO_DEVICE,
     compose,
-    pools_of,
-    replaceable,
-    services_of,
     stateful,
     user_modules,
 )
 from asyncflow.run import run_folder
 from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
-from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
+from asyncflow.run.run_terms import CONTROLLER, RunTerms, restore
+from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.events import RunStarted, Warned
-from protocols.control.requests import LoadState
-
-CONTROLLER = "controller"
 
 _program_log = logging.getLogger("asyncflow")
 
@@ -141,34 +130,25 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     code = UserCode(user_modules(recipe, dataflow), partial(check_reloaded_rules, checked))
     try:
         services = await _start(checked, folder, start, runtime, log)
-        port = exporter.serve()
-        _write_targets(folder, services, port)
-
-        async def restart(name: str) -> Endpoint:
-            services.update(await runtime.restart([name], start.term))
-            await code.give_running(services[name].endpoint)
-            _write_targets(folder, services, port)
-            return services[name].endpoint
-
         exporter.set("staleness_bound_versions", recipe.staleness)
         with run_folder.writing(folder):
-            run_store = RunStore(
-                folder=folder,
-                term=start.term,
-                ledger=Ledger(folder / "ledger.db"),
-                checkpoints=recipe.checkpoints,
-                stateful=stateful(dataflow),
-                recipe_digest=run_folder.digest_of(recipe),
-                exporter=exporter,
-                log=log,
-                restored=start.restore,
-            )
-        start = msgspec.structs.replace(start, warnings=[*start.warnings, *runtime.warnings])
-        controller = _controller(checked, folder, start, services, restart, runtime, run_store, code)
+            requests, run_log = ClientRequests(), RunLog(folder, exporter, log)
+            terms = RunTerms(checked, folder, runtime, services, code, requests, run_log, exporter.serve())
+            first = terms.open(start)
+        started = RunStarted(
+            run=folder.name,
+            folder=str(folder),
+            steps=recipe.steps,
+            first_step=first.version,
+            term=start.term,
+            services=list(services),
+            warnings=[*checked.notes, *start.warnings, *runtime.warnings],
+        )
+        controller = Controller(first, terms, terms.policy, requests, run_log, started)
         task = asyncio.create_task(controller.run(), name=f"controller of {folder.name}")
         trackers.follow(
             controller.events.follow(controller.events.start),
-            lambda text: run_store.log.emit(Warned(step=run_store.version, text=text)),
+            lambda text: run_log.emit(Warned(step=controller.version, text=text)),
         )
         link = LocalLink(controller, task, checked, services, runtime.store)
         try:
@@ -200,72 +180,11 @@ async def _start(
     log.info("starts %s on the %s runtime", ", ".join(spec.name for spec in specs), checked.recipe.runtime)
     try:
         services = await runtime.start(specs)
-        await _restore(services, stateful(checked.dataflow), start.restore)
+        await restore(services, stateful(checked.dataflow), start.restore)
     except ServiceError as error:
         log.error("the run did not start: %s", error)
         raise
     return services
-
-
-def _controller(
-    checked: Checked,
-    folder: Path,
-    start: run_folder.Start,
-    services: dict[str, Started],
-    restart: Callable[[str], Awaitable[Endpoint]],
-    runtime: Runtime,
-    run_store: RunStore,
-    code: UserCode,
-) -> Controller:
-    recipe, dataflow, store = checked.recipe, checked.dataflow, runtime.store
-    deadlines, successors = recipe.deadlines, replaceable(recipe, dataflow)
-    liveness = Liveness(deadlines.answer, lambda s: deadlines.answer if s in successors else deadlines.give_up)
-    supervisor = ServiceSupervisor(
-        {name: service.endpoint for name, service in services.items()},
-        {service: pool for service, pool in pools_of(recipe, dataflow).items() if pool != NO_DEVICE},
-        RestartPolicy(
-            dataflow,
-            services_of(recipe, dataflow),
-            successors,
-            recipe.failures.restarts,
-            recipe.failures.restart_window_seconds,
-        ),
-        restart,
-        runtime.kill,
-        liveness,
-    )
-    generator, every = GENERATOR if GENERATOR in services else "policy", recipe.evaluation.every
-    evaluations = Evaluations(checked.heldout, every, store, generator, supervisor, run_store)
-    return Controller(
-        pace=recipe.pace,
-        deadlines=recipe.deadlines,
-        dataflow=dataflow,
-        supervisor=supervisor,
-        generator=generator,
-        store=store,
-        source=checked.train,
-        evaluations=evaluations,
-        run_store=run_store,
-        code=code,
-        started=RunStarted(
-            run=folder.name,
-            folder=str(folder),
-            steps=recipe.steps,
-            first_step=run_store.version,
-            term=start.term,
-            services=list(services),
-            warnings=[*checked.notes, *start.warnings],
-        ),
-    )
-
-
-async def _restore(services: dict[str, Started], names: list[str], checkpoint: str) -> None:
-    if checkpoint:
-        async with all_or_error() as group:
-            for name in names:
-                group.create_task(
-                    ask(services[name].endpoint, LoadState(f"{checkpoint}/{name}")), name=f"restore {name}"
-                )
 
 
 def _tell(log: logging.Logger, text: str) -> None:
@@ -289,9 +208,3 @@ def runtime_of(recipe: Recipe, tell: Callable[[str], None] = _program_log.warnin
     }
     store_bytes = recipe.store_bytes
     return RayRuntime(recipe.inline_bytes, recipe.ray_address, store_bytes=store_bytes, pools=pools, tell=tell)
-
-
-def _write_targets(folder: Path, services: dict[str, Started], port: int) -> None:
-    targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=folder.name) for n, s in services.items()]
-    targets.append(ScrapeTarget(address=f"127.0.0.1:{port}", role=CONTROLLER, rank=0, run=folder.name))
-    write_targets(folder / "metrics" / "targets.json", targets)

@@ -17,7 +17,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
@@ -132,31 +132,66 @@ def begin_resumed(folder: Path, recipe: Recipe, *, allow_fresh: bool = False) ->
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     _clear_partial(folder)
     changed = changes(recipe_of(folder), recipe)
+    found = _newest(folder, allow_fresh=allow_fresh)
+    if found.manifest is not None:
+        _check_changes(folder, changed, recipe, found.manifest)
+    start = _take_term(folder, found)
+    if changed:
+        changed_at = [f"changed at step {found.step}: {change}" for change in changed]
+        start = msgspec.structs.replace(start, warnings=[*start.warnings, *changed_at])
+        _record(folder, start.term, found.step, changed)
+        _write_recipe(folder, recipe)
+    switch_ledger(folder, start)
+    return start
+
+
+def begin_rollback(folder: Path) -> Start:
+    """Take the next term of a run that goes on in its process; its ledger stays until `switch_ledger`.
+
+    It starts where a resume would. Raises BadInput if no checkpoint is valid.
+    """
+    checkpoint.clear_partial(folder / "checkpoints")
+    return _take_term(folder, _newest(folder))
+
+
+class _Newest(NamedTuple):
+    """Where a run goes on: a checkpoint, or without one step 0."""
+
+    path: Path | None
+    manifest: checkpoint.Manifest | None
+    warnings: list[str]
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step if self.manifest is not None else 0
+
+
+def _newest(folder: Path, *, allow_fresh: bool = False) -> _Newest:
+    """The newest valid checkpoint. Raises BadInput if there is none where one should be, unless `allow_fresh`."""
     try:
         path, manifest, damaged = checkpoint.newest(folder / "checkpoints")
     except checkpoint.CheckpointError as error:
         committed = _committed_steps(folder)
         if not (allow_fresh or _wrote_no_checkpoint(folder, recipe_of(folder), committed)):
             raise BadInput(f"resume {folder}: {error}; --allow-fresh starts it from the beginning") from error
-        path, step = None, 0
         lost = f", {committed} steps are trained again" if committed else ""
-        warnings = [f"starts from the beginning{lost}: {error}"]
-    else:
-        step, warnings = manifest.step, [f"a newer checkpoint can't be used: {d}" for d in damaged]
-        _check_changes(folder, changed, recipe, manifest)
-    copy = folder / LEDGER_PARTIAL
-    if path is not None:  # first: a full disk must not end this between two ledgers
-        shutil.copyfile(path / "ledger.db", copy)
+        return _Newest(None, None, [f"starts from the beginning{lost}: {error}"])
+    return _Newest(path, manifest, [f"a newer checkpoint can't be used: {d}" for d in damaged])
+
+
+def _take_term(folder: Path, found: _Newest) -> Start:
+    if found.path is not None:  # first: a full disk must not end this between two ledgers
+        shutil.copyfile(found.path / "ledger.db", folder / LEDGER_PARTIAL)
     term, reused = next_term(folder)
-    warnings += [reused] if reused else []
-    if changed:
-        warnings += [f"changed at step {step}: {change}" for change in changed]
-        _record(folder, term, step, changed)
-        _write_recipe(folder, recipe)
-    _set_ledger_aside(folder, term)
-    if path is not None:
-        copy.rename(folder / "ledger.db")
-    return Start(term, str(path) if path is not None else "", warnings)
+    warnings = [*found.warnings, *([reused] if reused else [])]
+    return Start(term, str(found.path) if found.path is not None else "", warnings)
+
+
+def switch_ledger(folder: Path, start: Start) -> None:
+    """Set the ledger of the last term aside, which no process has open; the checkpoint's takes its place."""
+    _set_ledger_aside(folder, start.term)
+    if start.restore:
+        (folder / LEDGER_PARTIAL).rename(folder / "ledger.db")
 
 
 def _check_changes(folder: Path, changed: list[Change], recipe: Recipe, manifest: checkpoint.Manifest) -> None:

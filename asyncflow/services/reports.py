@@ -63,16 +63,14 @@ class Reports:
         self._noticed.set()
 
     async def notices(self) -> list[Notice]:
-        """All queued notices; waits until there is one, or until they are closed."""
+        """All queued notices; waits until there is one."""
         await self._noticed.wait()
-        if not self._closed:
-            self._noticed.clear()
+        self._noticed.clear()
         taken = list(self._notices)
         self._notices.clear()
         return taken
 
     def close(self) -> None:
-        """Let those go who wait for notices: their controller's term is over, and nothing is reported any more."""
+        """The term is over: nobody reads what is still reported of it."""
         self._closed = True
         self._notices.clear()
-        self._noticed.set()

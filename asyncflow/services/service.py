@@ -80,6 +80,7 @@ class ModelService:
         self._edges: dict[str, tuple[StageRunner, int]] = {}
         self._tasks: asyncio.Task[None] | None = None
         self._term = TermScope(spec.name)
+        self._stopping, self._stopped = asyncio.Lock(), False
 
     @property
     def name(self) -> str:
@@ -109,14 +110,18 @@ class ModelService:
         self._tasks = asyncio.create_task(self._run(), name=f"service {self.name}")
 
     async def stop(self) -> None:
-        """End the stages, then free the worker, the thread and the port."""
-        if self._term.end():
-            self._context.log.info("%s stops", self.name)
-        await self._end_stages()
-        if (started := self._mode or self._ranks) is not None:
-            await started.stop()
-        self._context.close()
-        await asyncio.to_thread(self._exporter.close)
+        """End the stages, then free the worker, the thread and the port. Idempotent: returns when that is done."""
+        async with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
+            if self._term.end():
+                self._context.log.info("%s stops", self.name)
+            await self._end_stages()
+            if (started := self._mode or self._ranks) is not None:
+                await started.stop()
+            self._context.close()
+            await asyncio.to_thread(self._exporter.close)
 
     async def deliver(self, delivery: Delivery, payloads: Sequence[Payload]) -> None:
         """Put a delivery into the mailbox of its edge. Returns when there was room, or its term is over.
@@ -133,8 +138,11 @@ class ModelService:
             await self._term.run("deliver", taking_in)
 
     async def notices(self) -> list[Notice]:
-        """See Reports.notices."""
-        return await self._context.reports.notices()
+        """See Reports.notices. Empty where the term ends meanwhile; raises ServiceGone where the service has ended."""
+        try:
+            return await self._term.run("notices", self._context.reports.notices())
+        except TermOver:
+            return []
 
     async def request(self, request: Request, payloads: Sequence[Payload] = ()) -> tuple[Reply, list[Payload]]:
         """Carry out a request. An error becomes a Refused reply with its cause."""

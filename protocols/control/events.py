@@ -95,6 +95,17 @@ class ServiceReplaced(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     seconds: float
 
 
+class RolledBack(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Services with trained state died. The run goes on in a new term, from the state of an earlier step."""
+
+    step: int  # from which it goes on
+    lost_steps: int  # committed after it; they are made again
+    term: int
+    services: list[str]  # that died
+    cause: str
+    seconds: float  # from the death's discovery until all services were ready for the new term
+
+
 class ServiceSilent(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A service's process exists and does not answer: it is stopped, or hangs."""
 
@@ -159,6 +170,7 @@ Event = (
     | Published
     | SamplesEnded
     | ServiceReplaced
+    | RolledBack
     | ServiceSilent
     | CodeReloaded
     | CodeRefused

@@ -24,6 +24,7 @@ from protocols.control.events import (
     Evaluated,
     Event,
     Published,
+    RolledBack,
     RunEnded,
     RunStarted,
     SamplesEnded,
@@ -54,7 +55,7 @@ _LENGTH = "response_length_"  # prefix of a statistic of the responses' lengths
 SAMPLES_BYTES = 32 << 20  # of samples.jsonl; beyond, every second table is removed
 
 ENDED = "ended.json"  # in the run folder: how its last process ended the run; a killed one leaves none
-LOUD = Stalled | ServiceReplaced | ServiceSilent | Warned  # events that are logged as warnings
+LOUD = Stalled | ServiceReplaced | RolledBack | ServiceSilent | Warned  # events that are logged as warnings
 
 
 def read_end(folder: Path) -> RunEnded | None:
@@ -68,12 +69,8 @@ def read_end(folder: Path) -> RunEnded | None:
 class RunLog:
     """What one run reports while it is open."""
 
-    def __init__(self, folder: Path, exporter: Exporter, file: logging.Logger, step: int) -> None:
-        """Args:
-
-        file: the log file, which outlives this object.
-        step: the number of committed steps from which the run goes on: the journals are rewound to it.
-        """
+    def __init__(self, folder: Path, exporter: Exporter, file: logging.Logger) -> None:
+        """`file`: the log file, which outlives this object."""
         self.events = EventLog(EventFile(folder))
         self.exporter = exporter
         self.file = file
@@ -81,13 +78,19 @@ class RunLog:
         self._metrics = MetricsJournal(folder / "metrics.jsonl")
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
         self._samples = MetricsJournal(folder / "samples.jsonl")
-        for journal in (self._metrics, self._evaluations, self._samples):
-            journal.rewind(step)
-        self._evaluated = {(line["step"], line["metric"]) for line in read_lines(folder / "evaluations.jsonl")}
+        self._evaluated: set[tuple[int, str]] = set()
         self._timeline = Timeline(folder / "timeline.jsonl")
         self._busy_seconds: defaultdict[str, float] = defaultdict(float)
 
-    def emit(self, event: Event) -> None:
+    def rewind(self, step: int) -> None:
+        """A term begins with `step` committed steps: the journals forget what is beyond it."""
+        for journal in (self._metrics, self._evaluations, self._samples):
+            journal.rewind(step)
+        lines = read_lines(self._folder / "evaluations.jsonl")
+        self._evaluated = {(line["step"], line["metric"]) for line in lines}
+        self.take_busy_seconds()
+
+    def emit(self, event: Event) -> None:  # noqa: PLR0912 - one case per event
         """Journal, export and log one event, then show it to the followers. Raises StorageFailed."""
         export = self.exporter
         match event:
@@ -111,6 +114,11 @@ class RunLog:
                 export.inc("samples_total", event.count, state=event.state, reason=_bounded(event.reason))
             case ServiceReplaced():
                 export.inc("restarts_total", role=event.service)
+            case RolledBack():
+                for service in event.services:
+                    export.inc("restarts_total", role=service)
+                export.inc("rollbacks_total")
+                export.inc("steps_lost_total", event.lost_steps)
             case CheckpointWritten():
                 export.observe("checkpoint_seconds", event.seconds)
                 export.set("checkpoint_bytes", event.nbytes)

@@ -1,4 +1,4 @@
-"""The durable state of a run: the ledger and the checkpoints. The controller writes to disk only through it.
+"""The durable state of a run in one term: ledger and checkpoints. The controller writes to disk only through it.
 
 SQLite and files are used from one thread beside the event loop, in the order of the calls.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import time
@@ -25,7 +24,6 @@ from asyncflow.control.store import checkpoint
 from asyncflow.control.store.ledger import EndedSample, EndState, Ledger, LedgerError
 from asyncflow.control.store.run_log import RunLog
 from asyncflow.control.store.storage import failure, free_bytes, is_shortage, size_of, storing
-from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.report import write_report
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
 from protocols.control.events import CheckpointWritten, RunEnded, SamplesEnded
@@ -38,7 +36,7 @@ T = TypeVar("T")
 
 
 class RunStore:
-    """One run's folder while it is open."""
+    """One run's folder during one term."""
 
     def __init__(
         self,
@@ -49,17 +47,17 @@ class RunStore:
         checkpoints: Checkpoints,
         stateful: list[str],
         recipe_digest: str,
-        exporter: Exporter,
-        log: logging.Logger,
+        log: RunLog,
         restored: str = "",
     ) -> None:
-        """`restored` is the checkpoint that this run resumes from, "" for a fresh run. `log`: the controller's."""
+        """`restored` is the checkpoint that this term starts from, "" for one that starts from step 0."""
         self.folder = folder
         self.term = term
         self.version = ledger.version
         self.cursor = ledger.cursor
         self.last_checkpoint = restored
-        self.log = RunLog(folder, exporter, log, self.version)
+        self.log = log
+        log.rewind(self.version)
         self._ledger, self._checkpoints = ledger, checkpoints
         self.stateful, self._recipe_digest = stateful, recipe_digest
         # The restored checkpoint is complete; writing it again would risk it for nothing.
@@ -71,8 +69,9 @@ class RunStore:
         self._scored: list[int] = []
         self._was_scored: set[int] = set()
         self._committed_at = time.monotonic()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="run_store")
-        exporter.set("controller_term", term)
+        log.exporter.set("controller_term", term)
 
     async def _write(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function on the store's thread. Raises StorageFailed if the disk refuses what it writes."""
@@ -228,10 +227,13 @@ class RunStore:
     # --- the end
 
     async def finalize(self, ended: RunEnded) -> None:
-        """Write timeline and report, close everything.
+        """Write timeline and report, close everything. Nothing is left to write where the term was closed.
 
         Raises LedgerError if a finished run left samples open, StorageFailed if the disk is full.
         """
+        if self._closed:
+            self.log.close()
+            return
         try:
             await self.flush()
             totals = await self._write(self._ledger.totals)
@@ -251,5 +253,11 @@ class RunStore:
     async def abandon(self) -> None:
         """Close everything as it is, after the pending writes: whoever resumes the run has the folder to itself."""
         self.log.close()
-        await self._write(self._ledger.close)
-        self._thread.shutdown()
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the ledger after the pending writes: the term is over. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            await self._write(self._ledger.close)
+            self._thread.shutdown()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from asyncflow.control.device_lease import Claim, shared_leases
 from asyncflow.control.events import Notifier
 from asyncflow.control.supervision.liveness import Liveness
-from asyncflow.control.supervision.outcome import RunFailed
+from asyncflow.control.supervision.outcome import RunFailed, TrainerGone
 from asyncflow.control.supervision.restart_policy import Resend, RestartPolicy
 from asyncflow.control.supervision.silences import Silences
 from asyncflow.control.supervision.wait_graph import WaitBoard
@@ -91,7 +91,9 @@ class ServiceSupervisor:
     # --- notices and deaths
 
     def follow(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Tasks that read the services' notices for ever. They raise RunFailed or ServiceGone if the run can't go on.
+        """Tasks that read the services' notices for ever. They raise RunFailed or ServiceGone if the run can't go on,
+
+        and TrainerGone if it has to roll back.
 
         Redeliveries join the list: one to a service that hangs must not outlive the rest.
         """
@@ -130,8 +132,10 @@ class ServiceSupervisor:
         self.mark_progress()
 
     async def _replace(self, name: str, gone: ServiceGone, group: asyncio.TaskGroup) -> Replaced:
-        """Start a successor for a service whose process is gone. Raises `gone` if the run can't go on without it."""
+        """Start a successor for a service whose process is gone. Raises as `follow` says if there can be none."""
         gone = self.silences.cause_of(name, gone)
+        if self._policy.has_state(name):
+            raise TrainerGone(name, str(gone)) from gone
         if not self._policy.replace(name, time.monotonic()):
             raise ServiceGone(f"{self._policy.refusal(name)}: {gone}") from gone
         start = time.monotonic()

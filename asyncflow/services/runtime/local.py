@@ -26,6 +26,7 @@ class LocalRuntime:
         self.store = LocalStore(store_bytes or DEFAULT_BUDGET)
         self.warnings: list[str] = []
         self._services: dict[str, ModelService] = {}
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self, specs: list[ServiceSpec]) -> dict[str, Started]:
         """Build the workers one after the other, since they share the process, then connect the services."""
@@ -45,7 +46,9 @@ class LocalRuntime:
         return started
 
     def kill(self, name: str) -> None:
-        """Nothing: a service that hangs in this process hangs with the caller."""
+        """End a service: its callers get ServiceGone. One that hangs in this process hangs with the caller."""
+        self._ending.add(ending := asyncio.create_task(self._services[name].stop(), name=f"end of {name}"))
+        ending.add_done_callback(self._ending.discard)
 
     async def _start(self, spec: ServiceSpec) -> Started:
         several = spec.topology.world_size > 1

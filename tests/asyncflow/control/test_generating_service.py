@@ -82,7 +82,7 @@ async def test_what_a_lost_generator_had_generated_is_generated_again_but_for_wh
     generator, ledger = Generator(), Ledger(tmp_path / "ledger.db")
     inflight = InFlightPrompts(Admission(prompts_per_step=2, staleness=1, steps=10), max_refills=1)
     run_store = open_run_store(tmp_path, ledger)
-    policy, liveness = RestartPolicy(REMAX, {}, [], 0, 60.0), Liveness(60.0, lambda _: 60.0)
+    policy, liveness = RestartPolicy(REMAX, {}, [], [], 0, 60.0), Liveness(60.0, lambda _: 60.0)
     supervisor = ServiceSupervisor({"generator": generator}, {}, policy, restart, kill, liveness)
     service = GeneratingService(
         "generator",

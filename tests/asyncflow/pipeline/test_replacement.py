@@ -1,4 +1,4 @@
-"""A service that does not train may die: a successor receives the open rows again, and no sample is lost."""
+"""Every service may die: no sample is lost, whether a successor gets the open rows or what is trained rolls back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 import asyncflow
 from asyncflow.control.store.ledger import Ledger
-from protocols.control.events import ServiceReplaced, ServiceSilent, StepCommitted
+from asyncflow.observe.journal import read_lines
+from protocols.control.events import RolledBack, ServiceReplaced, ServiceSilent, StepCommitted
 from tests.asyncflow.conftest import MakeRecipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # seven processes that import torch, on a share of two cores
@@ -34,10 +35,11 @@ def _writes_to(pid: int, log: Path) -> bool:
 
 
 @pytest.mark.usefixtures("ray_started")
-async def test_whatever_trains_nothing_may_die_or_stop_and_costs_no_sample(make_recipe: MakeRecipe) -> None:
+async def test_every_service_may_die_in_one_run_and_costs_no_sample(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        steps=5,
-        staleness=1,
+        steps=7,
+        staleness=2,
+        checkpoints={"every": 4},
         runtime="ray",
         deterministic=False,
         evaluation={"every": 1, "limit": 2},
@@ -52,17 +54,21 @@ async def test_whatever_trains_nothing_may_die_or_stop_and_costs_no_sample(make_
         1: {"reward": signal.SIGKILL, "advantage": signal.SIGKILL},
         2: {"reference-1": signal.SIGKILL, "evaluator": signal.SIGKILL},
         3: {"generator": signal.SIGKILL, "reward": signal.SIGSTOP},
+        5: {"policy": signal.SIGKILL, "critic": signal.SIGKILL},
     }
+    rollbacks: list[RolledBack] = []
     replaced: list[ServiceReplaced] = []
     silent: list[str] = []
     async with asyncflow.launch(recipe) as run:
         async for event in run.events():
             match event:
                 case StepCommitted():
-                    for service, fault in faults.get(event.step, {}).items():
+                    for service, fault in faults.pop(event.step, {}).items():
                         os.kill(process_of(service, run.folder), fault)
                 case ServiceReplaced():
                     replaced.append(event)
+                case RolledBack():
+                    rollbacks.append(event)
                 case ServiceSilent(ended=True):
                     silent.append(event.service)
         ended = await run.wait()
@@ -77,8 +83,11 @@ async def test_whatever_trains_nothing_may_die_or_stop_and_costs_no_sample(make_
     ]
     assert silent == ["reward"], "who waits for it is not blamed"
     assert "reward: it had not answered for 8 s and was killed" in [r.cause for r in replaced]
-    assert sorted(e.step for e in run.evaluations) == list(range(6)), "each version was evaluated once"
+    ((step, died),) = [(back.step, sorted(back.services)) for back in rollbacks]
+    assert (step, died) == (4, ["critic", "policy"])
+    evaluated = [line["step"] for line in read_lines(run.folder / "evaluations.jsonl")]
+    assert evaluated == list(range(8)), "each version was evaluated once"
     ledger = Ledger(run.folder / "ledger.db")
     totals = ledger.totals()
     ledger.close()
-    assert (totals.created, totals.trained, totals.live) == (5 * 4 * 2, 5 * 4 * 2, 0), "each sample was trained once"
+    assert (totals.created, totals.trained, totals.live) == (7 * 4 * 2, 7 * 4 * 2, 0), "each sample was trained once"

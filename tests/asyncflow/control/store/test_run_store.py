@@ -10,6 +10,7 @@ import pytest
 
 from asyncflow.control.settings import Checkpoints
 from asyncflow.control.store.ledger import Ledger
+from asyncflow.control.store.run_log import RunLog
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.log import open_log
@@ -35,8 +36,7 @@ def open_run_store(folder: Path, ledger: Ledger, term: int = 0, restored: str = 
         checkpoints=Checkpoints(),
         stateful=[],
         recipe_digest="",
-        exporter=Exporter("controller"),
-        log=open_log(""),
+        log=RunLog(folder, Exporter("controller"), open_log("")),
         restored=restored,
     )
 

@@ -65,7 +65,7 @@ async def followed(calls: list[str], moves: float) -> AsyncIterator[tuple[dict[s
     supervisor = ServiceSupervisor(
         services,
         dict.fromkeys(services, "main"),
-        RestartPolicy(trace(ppo), {}, [], 0, 60.0),
+        RestartPolicy(trace(ppo), {}, [], [], 0, 60.0),
         restart,
         kill,
         Liveness(60.0, lambda _: 60.0),
@@ -206,7 +206,7 @@ async def mortal(
         calls.append("kill")
         services[name].dies.set()
 
-    policy = RestartPolicy(trace(ppo), {"policy.generate#1": "generator"}, ["generator"], limit, 3600.0)
+    policy = RestartPolicy(trace(ppo), {"policy.generate#1": "generator"}, ["generator"], ["policy"], limit, 3600.0)
     supervisor = ServiceSupervisor(services, {}, policy, restart, kill, Liveness(10.0, lambda _: 10.0))
     async with asyncio.TaskGroup() as group:
         tasks = supervisor.follow(group)
