@@ -4,6 +4,7 @@
 asyncflow.trace(function)                 traces it into a checked dataflow graph
 async with asyncflow.launch(recipe) as run:     starts a run
     async for event in run.events(): ...
+async with asyncflow.connect(url) as client:    drives the runs of a server, from another process or machine
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncflow.client.connect import Client, connect
     from asyncflow.client.run import Run
     from asyncflow.dataflow.graph import Dataflow, DataflowError
     from asyncflow.dataflow.trace import Flow, algorithm, trace
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadInput",
+    "Client",
     "Dataflow",
     "DataflowError",
     "Flow",
     "Recipe",
     "Run",
     "algorithm",
+    "connect",
     "launch",
     "load_recipe",
     "resume",
@@ -39,6 +43,8 @@ _MODULES = {  # name -> the module below asyncflow that defines it
     "Recipe": "recipe.config",
     "load_recipe": "recipe.config",
     "Run": "client.run",
+    "Client": "client.connect",
+    "connect": "client.connect",
     "launch": "run.launch",
     "resume": "run.launch",
     "Dataflow": "dataflow.graph",

@@ -28,6 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"recipe"},
     {"planner", "client"},
     {"run"},
+    {"server"},
     {"demo"},
     {"bench"},
     {"cli"},
@@ -42,6 +43,7 @@ FORBIDDEN = {
     "asyncflow.planner": {"ray", "vllm", "transformers"},
     "asyncflow.observe": {"torch", "ray", "vllm", "transformers"},
     "asyncflow.control": {"torch", "ray", "vllm", "transformers"},
+    "asyncflow.server": {"torch", "ray", "vllm", "transformers"},
 }
 
 

@@ -26,8 +26,20 @@ from protocols.control.events import Evaluated, RunEnded
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def drive(context: AbstractAsyncContextManager[Run], evaluations: list[Evaluated] | None = None) -> RunEnded:
-    """Run to the end under uvloop, with the live view and the signal handlers."""
+def drive(
+    context: AbstractAsyncContextManager[Run],
+    evaluations: list[Evaluated] | None = None,
+    *,
+    port: int | None = None,
+) -> RunEnded:
+    """Run to the end under uvloop, with the live view and the signal handlers.
+
+    `port`: on which the run answers clients, 0 a free one, None: it answers none.
+    """
+    if port is not None:
+        from asyncflow.server.own_run import served
+
+        context = served(context, port)
     return uvloop.run(_Driver(evaluations if evaluations is not None else []).follow(context))
 
 

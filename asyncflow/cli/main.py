@@ -15,12 +15,14 @@ import typer
 
 from asyncflow.cli.benchmarks import bench
 from asyncflow.cli.console import Form, NotPrinted, err, open_standard_streams, out, print_lines
+from asyncflow.cli.serving import Serve, ServePort, serve
 from asyncflow.recipe.config import BadInput, load_recipe, recipe_text
 
 FAILED, BAD_INPUT = 1, 2
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
+app.command()(serve)
 
 RecipePath = Annotated[
     Path,
@@ -53,6 +55,8 @@ def run(
     overrides: Overrides = [],  # noqa: B006 - typer's way
     folder: Folder = None,
     allow_fresh: AllowFresh = False,
+    serve: Serve = False,
+    port: ServePort = 0,
 ) -> None:
     """Start a training run and print its folder and its progress.
 
@@ -73,7 +77,8 @@ def run(
     given = load_recipe(recipe, overrides)
     if folder is not None and is_finished(folder, given):
         return out.print(f"run {folder} is finished after step {given.steps}: {folder / 'policy'}", soft_wrap=True)
-    raise typer.Exit(drive(launch(given, folder=folder, allow_fresh=allow_fresh)).exit_code)
+    launched = launch(given, folder=folder, allow_fresh=allow_fresh)
+    raise typer.Exit(drive(launched, port=port if serve else None).exit_code)
 
 
 @app.command()
@@ -84,6 +89,8 @@ def resume(
         typer.Option("--set", help="Go on with another value: key.path=value, of a key that allows it. Repeatable."),
     ] = [],  # noqa: B006
     allow_fresh: AllowFresh = False,
+    serve: Serve = False,
+    port: ServePort = 0,
 ) -> None:
     """Continue a run from its newest valid checkpoint, or from the beginning if it ended before its first one.
 
@@ -92,7 +99,8 @@ def resume(
     from asyncflow.cli.driving import drive
     from asyncflow.run.launch import resume as resume_run
 
-    raise typer.Exit(drive(resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)).exit_code)
+    resumed = resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)
+    raise typer.Exit(drive(resumed, port=port if serve else None).exit_code)
 
 
 @app.command()

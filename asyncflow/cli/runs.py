@@ -16,7 +16,8 @@ from rich.text import Text
 
 from asyncflow.cli.console import err
 from asyncflow.recipe.config import BadInput
-from asyncflow.run.run_status import RunStatus, runs_in, status_of
+from asyncflow.run.run_status import runs_in, status_of
+from protocols.control.runs import RunStatus
 
 
 def print_runs(root: Path, as_json: bool, console: Console) -> None:
@@ -64,7 +65,7 @@ def stop(folder: Path) -> str:
 
 def _facts(run: RunStatus) -> Iterator[str]:
     where = f", process {run.process} on {run.host}" if run.process else ""
-    yield f"{run.name}: {run.state}, {run.algorithm}, step {run.step} of {run.steps}{where}"
+    yield f"{run.recipe}: {run.state}, {run.algorithm}, step {run.step} of {run.steps}{where}"
     if run.error:
         yield f"error: {run.error}"
     if run.reward is not None:

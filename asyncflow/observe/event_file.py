@@ -99,6 +99,19 @@ def read_events(folder: Path, cursor: int, most_bytes: int = READ_BYTES) -> list
     return lines
 
 
+def line_before(folder: Path, cursor: int) -> bytes:
+    """The event that ends at a cursor, without the line's end; nothing for the first cursor."""
+    if not cursor:
+        return b""
+    with (folder / EVENTS).open("rb") as file:
+        data, start = b"", cursor - 1
+        while b"\n" not in data and start:
+            start = max(start - READ_BYTES, 0)
+            file.seek(start)
+            data = file.read(cursor - 1 - start)
+    return data.rpartition(b"\n")[2]
+
+
 def read_waits(folder: Path) -> bytes:
     """The current waits as a line of events.jsonl has them; nothing where no process runs the run."""
     try:

@@ -172,7 +172,7 @@ def read_table(path: str | Path, what: str, overrides: Iterable[str] = ()) -> di
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{what} {path}: {error}") from error
     for override in overrides:
-        _apply(table, override)
+        apply_override(table, override)
     return table
 
 
@@ -271,7 +271,7 @@ def recipe_text(recipe: Recipe) -> str:
     return tomli_w.dumps(msgspec.to_builtins(recipe))
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
     """Apply one `--set key.path=value` in place. Raises BadInput."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,27 +17,7 @@ from asyncflow.observe.report import ledger_totals
 from asyncflow.recipe.config import BadInput
 from asyncflow.run.run_folder import LOCK, RECIPE
 from asyncflow.run.terms import TERM
-
-State = Literal["running", "finished", "stopped", "failed", "killed"]
-
-
-class RunStatus(msgspec.Struct, frozen=True):
-    """One run as its folder shows it."""
-
-    folder: str
-    name: str
-    algorithm: str
-    state: State  # killed: its process ended without saying how
-    step: int  # committed steps
-    steps: int  # that the recipe asks for
-    process: int = 0  # of the controller, while the run is running; 0 also where its lock names none
-    host: str = ""  # the machine of that process
-    error: str = ""
-    reward: float | None = None  # mean of the last step's samples
-    seconds_per_step: float | None = None  # mean of the last ten
-    evaluations: dict[str, float] = {}  # metric -> its last value
-    checkpoint: str = ""  # the newest one's folder; it is not verified here
-    samples: dict[str, int] = {}  # "state" or "state: reason" -> count in the ledger
+from protocols.control.runs import RunStatus
 
 
 def status_of(folder: Path) -> RunStatus:
@@ -53,14 +33,15 @@ def status_of(folder: Path) -> RunStatus:
 def _status_of(folder: Path) -> RunStatus:
     recipe = tomllib.loads((folder / RECIPE).read_text("utf-8"))
     steps = read_lines(folder / "metrics.jsonl")
-    holder = _holder(folder / LOCK)
+    holder = holder_of(folder)
     ended = read_end(folder) if holder is None else None
     last = steps[-1] if steps else {}
     checkpoints = sorted((folder / "checkpoints").glob("step_*"))
     totals = ledger_totals(folder / "ledger.db")
     return RunStatus(
+        name=folder.name,
         folder=str(folder),
-        name=str(recipe.get("name", folder.name)),
+        recipe=str(recipe.get("name", "")),
         algorithm=str(recipe.get("algorithm", "")),
         state="running" if holder is not None else ended.outcome if ended is not None else "killed",
         step=last.get("step", 0),
@@ -89,18 +70,21 @@ def _started(folder: Path) -> float:
     return max(path.stat().st_mtime for path in (folder / RECIPE, folder / TERM) if path.exists())
 
 
-class _Holder(NamedTuple):
-    process: int
+class Holder(NamedTuple):
+    """The process that runs a run."""
+
+    process: int  # 0: its lock names none
     host: str
 
 
-def _holder(lock: Path) -> _Holder | None:
+def holder_of(folder: Path) -> Holder | None:
     """The process that holds a run's lock; None if none does."""
+    lock = folder / LOCK
     if not lock.exists():
         return None
     with lock.open() as file:
         process, _, host = file.read().partition(" ")
-        holder = _Holder(int(process) if process.isdigit() else 0, host)
+        holder = Holder(int(process) if process.isdigit() else 0, host)
         if host == socket.gethostname() and not Path(f"/proc/{holder.process}").exists():
             return None  # it is not tried: for that moment a start would take this for another run
         try:

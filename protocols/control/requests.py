@@ -136,10 +136,7 @@ class Redeliver(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Answer at once, beside whatever is computed: the service and all of its ranks are alive.
-
-    The reply's values are the memory of its processes, `asyncflow.observe.memory`.
-    """
+    """Answer at once, beside whatever is computed: the service and all of its ranks are alive."""
 
 
 class GetStatistics(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,26 @@
+"""What the routes need to know of runs, whether it is one run in this process or those of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from protocols.control.events import RunEnded
+from protocols.control.runs import Answer, Capabilities, Command, Restart, RunStatus, Scope, Submission
+
+if TYPE_CHECKING:
+    from protocols.control.delivery import ServiceStatistics
+
+
+class Runs(Protocol):
+    """Runs by their names. Every call that names one raises NotFound where there is none."""
+
+    def capabilities(self, scope: Scope) -> Capabilities: ...
+    async def list(self) -> list[RunStatus]: ...
+    async def status(self, name: str) -> RunStatus: ...
+    async def ended(self, name: str) -> RunEnded | None: ...  # None while a process works on it
+    async def folder(self, name: str) -> Path: ...
+    async def submit(self, submission: Submission, key: str) -> RunStatus: ...
+    async def start(self, name: str, restart: Restart, key: str) -> RunStatus: ...
+    async def command(self, name: str, command: Command, key: str, seconds: float) -> Answer | None: ...
+    async def statistics(self, name: str) -> list[ServiceStatistics]: ...
