@@ -1,4 +1,4 @@
-"""A family without a plan of its own runs in every role on one device and on fully sharded ranks, adapters included.
+"""Every family runs in every role on one device and on fully sharded ranks, adapters included.
 
 A family is a small random model of it (tests/families.py); one step of GRPO, of a critic, and the scores of a reward.
 """
@@ -49,7 +49,7 @@ each_kind = pytest.mark.parametrize("family", KINDS)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("families")
-    return {family: str(families.make(family, root / family, vocabulary=VOCABULARY)) for family in KINDS}
+    return {family: str(families.make(family, root / family, vocabulary=VOCABULARY)) for family in families.CONFIGS}
 
 
 class Step(NamedTuple):
@@ -115,7 +115,7 @@ def names_of(folder: str) -> set[str]:
         return set(file.keys())
 
 
-@each_kind
+@pytest.mark.parametrize("family", families.CONFIGS)
 def test_a_step_on_fully_sharded_ranks_is_that_of_one_device(worlds, folders, rewards, family: str):
     ours = worlds[2].call(one_step, SHARDED, folders[family], rewards[family])
     theirs = alone(folders[family], rewards[family])
