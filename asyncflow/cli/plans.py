@@ -13,7 +13,7 @@ import msgspec
 from asyncflow.planner import advice, auto, plan_file
 from asyncflow.planner.calibration.calibration import Calibration, read_calibration
 from asyncflow.planner.candidates import runs
-from asyncflow.planner.costs.devices import Cluster
+from asyncflow.planner.costs.devices import CATALOGUE, Cluster
 from asyncflow.planner.costs.workload import work_of
 from asyncflow.planner.search.plan import Placement, format_plan, make_plan
 from asyncflow.planner.simulation.scenarios import of_placement, of_recipe, prompt_lengths, shapes_of, workload_of
@@ -43,6 +43,11 @@ def placement(checked: Checked, devices: str, device: str, as_json: bool) -> lis
     recipe = checked.recipe
     with _bad_input():
         cluster = Cluster.parse(devices)
+        if device in CATALOGUE and device != cluster.device.name:
+            raise BadInput(
+                f"--devices {devices} is of {cluster.device.name}, --device says {device}: give --devices alone, or "
+                "--device with a calibration file of these devices"
+            )
         calibration = read_calibration(device) if device else Calibration(cluster.device)
         cluster = Cluster(calibration.device, cluster.count)
         models = work_of(checked.dataflow, shapes_of(recipe))

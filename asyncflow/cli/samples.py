@@ -49,7 +49,7 @@ def samples_of(folder: Path, *, step: int | None, worst: int, best: int, prompt:
         raise BadInput(f"{folder} is no run folder: it has no {RECIPE}")
     try:
         tables = read_lines(folder / "samples.jsonl")
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadInput(f"run {folder}: samples.jsonl can't be read: {error}") from error
     if not tables:
         raise BadInput(

@@ -60,6 +60,11 @@ def test_an_unknown_device_is_bad_input(recipe: Recipe):
         list(plans.dataflow(prepare(recipe), "nowhere.json"))
 
 
+def test_two_kinds_of_devices_contradict_each_other(recipe: Recipe):
+    with pytest.raises(BadInput, match="--devices 8xH100 is of H100, --device says A100-80G: give --devices"):
+        plans.placement(prepare(recipe), "8xH100", "A100-80G", as_json=False)
+
+
 def test_advice_from_the_folder_of_an_older_run_names_its_format(tmp_path: Path):
     (tmp_path / "recipe.toml").write_text("a_key_of_another_time = 1")
     with pytest.raises(BadInput, match="was written by an older asyncflow"):
