@@ -29,7 +29,7 @@ from asyncflow.control.store.storage import StorageFailed, storing
 from asyncflow.observe.log import open_log
 from asyncflow.recipe.changes import Change, changes
 from asyncflow.recipe.config import BadInput, Recipe, load_recipe, recipe_text
-from asyncflow.run.terms import LINEAGE, next_term, set_aside_name
+from asyncflow.run.terms import next_term, set_ledger_aside
 from workers.data.dataset_files import digest_of_rows
 
 RECIPE, CHANGES, LOCK, LEDGER_PARTIAL = "recipe.toml", "changes.jsonl", "run.lock", ".ledger.partial"
@@ -189,7 +189,7 @@ def _take_term(folder: Path, found: _Newest) -> Start:
 
 def switch_ledger(folder: Path, start: Start) -> None:
     """Set the ledger of the last term aside, which no process has open; the checkpoint's takes its place."""
-    _set_ledger_aside(folder, start.term)
+    set_ledger_aside(folder, start.term)
     if start.restore:
         (folder / LEDGER_PARTIAL).rename(folder / "ledger.db")
 
@@ -282,12 +282,3 @@ def _clear_partial(folder: Path) -> None:
     (folder / ENDED).unlink(missing_ok=True)
     shutil.rmtree(folder / EXPORT_PARTIAL, ignore_errors=True)
     (folder / LEDGER_PARTIAL).unlink(missing_ok=True)
-
-
-def _set_ledger_aside(folder: Path, term: int) -> None:
-    lineage = folder / LINEAGE
-    lineage.mkdir(exist_ok=True)
-    for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would take a journal that stays for the next ledger's
-        path = folder / f"ledger.db{suffix}"
-        if path.exists():
-            path.rename(lineage / f"{set_aside_name(term)}{suffix}")

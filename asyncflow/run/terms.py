@@ -18,12 +18,24 @@ from asyncflow.control.store.ledger import Ledger
 
 TERM = "term"
 LINEAGE = "lineage"  # folder of the ledgers of earlier terms
+LINEAGE_KEPT = 8  # a ledger grows with its run, and each start leaves one
+_SUFFIXES = ("", "-wal", "-shm", "-journal")  # SQLite would take a journal that stays for the next ledger's
 _SET_ASIDE = re.compile(r"before_term_(\d+)\.ledger\.db")
 
 
-def set_aside_name(term: int) -> str:
-    """The name in the lineage of the ledger that was in use before a term."""
-    return f"before_term_{term}.ledger.db"
+def set_ledger_aside(folder: Path, term: int) -> None:
+    """Move the ledger that was in use before a term into the lineage, which keeps the last `LINEAGE_KEPT`."""
+    lineage = folder / LINEAGE
+    lineage.mkdir(exist_ok=True)
+    aside = f"before_term_{term}.ledger.db"
+    for suffix in _SUFFIXES:
+        path = folder / f"ledger.db{suffix}"
+        if path.exists():
+            path.rename(lineage / f"{aside}{suffix}")
+    terms = sorted(int(found[1]) for path in lineage.iterdir() if (found := _SET_ASIDE.fullmatch(path.name)))
+    for old in terms[:-LINEAGE_KEPT]:
+        for suffix in _SUFFIXES:
+            (lineage / f"before_term_{old}.ledger.db{suffix}").unlink(missing_ok=True)
 
 
 def next_term(folder: Path) -> tuple[int, str]:

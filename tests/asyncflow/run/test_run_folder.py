@@ -18,6 +18,7 @@ from asyncflow.control.store.ledger import Ledger
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import BadInput, Recipe, recipe_text
 from asyncflow.run import run_folder
+from asyncflow.run.terms import LINEAGE_KEPT
 from tests.asyncflow.conftest import MakeRecipe
 
 ROOT = Path(__file__).parents[3]
@@ -177,6 +178,14 @@ def test_the_ledger_of_the_abandoned_lineage_is_kept_aside(folder: Path, recipe:
     aside = Ledger(folder / "lineage" / "before_term_1.ledger.db")
     assert aside.totals().created == 2
     aside.close()
+
+
+def test_a_run_that_is_started_again_and_again_keeps_its_last_ledgers(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    terms = [run_folder.begin_resumed(folder, recipe).term for _ in range(LINEAGE_KEPT + 3)]
+    kept = {f"before_term_{term}.ledger.db" for term in terms[3:]}
+    assert {path.name for path in (folder / "lineage").iterdir()} == kept
 
 
 def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Path, recipe: Recipe):
