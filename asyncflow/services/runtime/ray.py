@@ -123,7 +123,7 @@ class RayRuntime:
         count = spec.topology.world_size
         name = f"{spec.name}-{secrets.token_hex(8)}" if self._wired else ""
         rank_names = [name and f"{name}-{rank}" for rank in range(count if count > 1 else 0)]
-        process = {"max_restarts": 0, "runtime_env": {"env_vars": ray_session.environment()}}
+        process = {"max_restarts": 0, **ray_session.process_options()}
         rank_actor: Any = ray.remote(RankActor)
         ranks = [
             rank_actor.options(**process, **self._pools.options(spec, rank)).remote(packed, rank_name, rank)

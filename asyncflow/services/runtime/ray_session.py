@@ -10,13 +10,14 @@ Ray's processes ignore the signals that stop the program (signals.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _lock = threading.Lock()
 _runs = 0
 _own_job = ""  # Ray's id of the connection that a run here made; "": the user's program made it
 _own_address = ""
+_inherited: dict[str, str] = {}  # of `environment`: what the processes of our own Ray have from this one
 _shut_down = threading.Event()  # ends the thread that started our Ray
 
 
@@ -102,9 +104,22 @@ def environment() -> dict[str, str]:
     """
     own: dict[str, Any] = ray.get_runtime_context().runtime_env or {}
     given: dict[str, str] = own.get("env_vars") or {}
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(given.get("PYTHONPATH", ""))}
+
+
+def process_options() -> dict[str, Any]:
+    """Ray's options for an actor whose process has this `environment`.
+
+    The processes of a Ray that this program started inherit it. They need none of their own then, for which Ray would
+    import itself twice, and could use no process that waits already.
+    """
+    wanted = environment()
+    return {} if _is_own() and wanted == _inherited else {"runtime_env": {"env_vars": wanted}}
+
+
+def _python_path(given: str) -> str:
     first, _ = import_paths(pythons_path(), "".join(here()))
-    paths = [PROJECT, *first, *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return os.pathsep.join(dict.fromkeys([PROJECT, *first, *filter(None, given.split(os.pathsep))]))
 
 
 def later_paths() -> list[str]:
@@ -184,24 +199,44 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _passing_on(python_path: str) -> Iterator[None]:
+    """Context in which the processes that this one starts get another PYTHONPATH; with "" the one that there is."""
+    before = os.environ.get("PYTHONPATH")
+    if python_path:
+        os.environ["PYTHONPATH"] = python_path
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+        elif python_path:
+            del os.environ["PYTHONPATH"]
+
+
 def _connect(address: str, cpus: int | None, store_bytes: int) -> list[str]:
+    global _inherited  # noqa: PLW0603
     local = address == LOCAL
     if not local:
         _check_reachable(address)
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own = {"num_cpus": cpus, "object_store_memory": store_bytes or None, "_temp_dir": f"{temp_folder(os.environ)}/ray"}
+    _inherited = {}
     if local:
         ensure_token()
+        threads = os.environ.get("OMP_NUM_THREADS", "1")  # Ray sets 1 where the variable is not there
+        _inherited = {"OMP_NUM_THREADS": threads, "PYTHONPATH": _python_path("")}
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(own if local else {}),
-            )
+            with _passing_on(_inherited.get("PYTHONPATH", "")):
+                ray.init(
+                    address=address,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **(own if local else {}),
+                )
             return small_shared_memory() if local else []
         except Exception as error:  # ray.init raises bare exceptions, too
             ray.shutdown()

@@ -24,6 +24,7 @@ from asyncflow.services.runtime.ray_session import (
     join_within,
     later_paths,
     leave,
+    process_options,
     temp_folder,
 )
 from tests.disks import mounted
@@ -32,9 +33,9 @@ from workers.user_code import search_in
 SHORT = "/tmp"
 
 
-def process() -> int:
-    """The id of the process that calls this."""
-    return os.getpid()
+def process() -> tuple[int, dict[str, str]]:
+    """The id of the process that calls this, and its environment."""
+    return os.getpid(), dict(os.environ)
 
 
 def test_the_users_own_import_paths_keep_their_place_before_or_after_pythons_installation(tmp_path: Path):
@@ -97,8 +98,10 @@ async def test_an_address_where_no_ray_answers_is_named_within_a_deadline():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("no_ray")
-def test_ray_lives_until_its_last_user_leaves_whichever_thread_started_it():
-    """The kernel kills Ray's processes when the thread that started them ends."""
+def test_ray_lives_until_its_last_user_leaves_whichever_thread_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel kills Ray's processes when the thread that started them ends. They import what this program does."""
     import ray
 
     first = threading.Thread(target=join, args=("", 1))
@@ -107,8 +110,14 @@ def test_ray_lives_until_its_last_user_leaves_whichever_thread_started_it():
     join("")
     leave()
     remote: Any = ray.remote(num_cpus=0)(process)
-    assert ray.get(remote.remote(), timeout=60) != process(), "a task needs Ray's processes"
+    other, inherited = ray.get(remote.remote(), timeout=60)
+    assert other != os.getpid(), "a task needs Ray's processes"
+    assert {name: inherited[name] for name in environment()} == environment()
     assert ray_session.PROJECT in environment()["PYTHONPATH"]
+    assert process_options() == {}, "it needs no environment of its own"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert process_options() == {"runtime_env": {"env_vars": environment()}}, "the program imports from elsewhere now"
+    assert str(tmp_path) in environment()["PYTHONPATH"]
     (starter,) = (thread for thread in threading.enumerate() if thread.name == "asyncflow-ray")
     leave()
     assert not ray.is_initialized()
