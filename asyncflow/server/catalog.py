@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STATE = ".server"  # the folder of the server's own files, below its root
 RECIPES = "recipes"  # below the root: those that a submission names
-LOOK_SECONDS = 0.25
+LOOK_SECONDS, IDLE_SECONDS = 0.25, 2.0
 PATIENCE_SECONDS = 5.0  # with a run's endpoint; then it is looked for again
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Catalog:
         self._known: dict[str, RunRecord] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._exits: dict[str, int] = {}  # of processes that this server has started
-        self._wake = asyncio.Event()
+        self._starting = asyncio.Lock()
 
     # --- what is there
 
@@ -126,8 +126,7 @@ class Catalog:
                 continue
             record = RunRecord(candidate, time.time(), text, devices, "start", ["run", "RECIPE", "--serve"], 0, "")
             if name := await self._records.add(record, key, request):
-                await self._read_records()
-                self._wake.set()
+                await self._start_waiting()
                 return await self.status(name)
         raise Conflict(f"run {stem!r}: there is one of this name: choose another")
 
@@ -157,31 +156,29 @@ class Catalog:
             arguments += ["--allow-fresh"] if restart.allow_fresh else []
             self._exits.pop(name, None)
             await self._records.restart(name, devices_of(recipe), arguments, key, request)
-            await self._read_records()
-            self._wake.set()
+            await self._start_waiting()
         return await self.status(name)
 
     async def run(self) -> None:
-        """Start the runs that wait, in their order, as devices become free."""
-        await self._read_records()
+        """Start the runs that wait, in their order, as devices become free; also those of before a restart."""
         while True:
-            waiting = [record for record in self._known.values() if record.wanted == "start"]
-            alive = [record for record in self._known.values() if processes.lives(record.process, record.process_start)]
-            names = to_start(
-                [(record.name, record.devices) for record in waiting], sum(r.devices for r in alive), self._devices
-            )
-            for name in names:
-                await self._start(self._known[name])
+            await self._start_waiting()
+            busy = self._children or any(record.wanted == "start" for record in self._known.values())
+            await asyncio.sleep(LOOK_SECONDS if busy else IDLE_SECONDS)  # processes tell nobody of their end
+
+    async def _start_waiting(self) -> None:
+        async with self._starting:
             for name, child in list(self._children.items()):
                 if child.returncode is not None:
                     self._exits[name] = child.returncode
                     del self._children[name]
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(LOOK_SECONDS if waiting or self._children else 5.0):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await self._read_records()
+            records = list(self._known.values())
+            waiting = [(record.name, record.devices) for record in records if record.wanted == "start"]
+            alive = [r for r in records if r.wanted != "start" and processes.lives(r.process, r.process_start)]
+            for name in to_start(waiting, sum(record.devices for record in alive), self._devices):
+                await self._start(self._known[name])
+            await self._read_records()
 
     async def _start(self, record: RunRecord) -> None:
         folder = self.root / record.name
@@ -192,7 +189,6 @@ class Catalog:
         child = await processes.start(arguments, self.root, self._log_of(record.name))
         self._children[record.name] = child
         await self._records.started(record.name, child.pid, processes.start_of(child.pid))
-        await self._read_records()
 
     def _recipe_file(self, record: RunRecord) -> Path:
         path = self.root / STATE / "recipes" / f"{record.name}.toml"
@@ -233,11 +229,8 @@ class Catalog:
                         return await connection.post(f"/v1/runs/{name}/{command}", {}, Answer, key)
                 except ServerError as error:  # it has just ended, or another process runs it now
                     _log.info("run %s: %s: %s", name, command, error)
-            elif ends:
-                record = self._known.get(name)
-                process = found.process or (record.process if record is not None else 0)
-                if process:
-                    processes.end(process)
+            elif ends and found.process and (command == "cancel" or found.state == "running"):
+                processes.end(found.process)  # it takes the signal as the command; one that holds no lock yet would not
             elif found.state == "running":
                 raise RunFailed(f"{command}: run {name!r} was started without --serve: it takes drain and cancel only")
             await asyncio.sleep(LOOK_SECONDS)

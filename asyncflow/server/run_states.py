@@ -16,6 +16,7 @@ from protocols.control.events import RunEnded
 from protocols.control.problems import NotFound
 from protocols.control.runs import OVER, RunState, RunStatus
 
+INTERRUPTED = (0, 130)  # the exit codes of a process that was asked to end, before it had begun
 BAD_INPUT = 2  # the exit code of a process that can't run its recipe
 
 
@@ -51,6 +52,8 @@ def _before_it_began(folder: Path, record: RunRecord, exit_code: int | None, sta
     """The state of a run whose last process has not written how it ended, since it was started."""
     if lives(record.process, record.process_start):
         return "checking"
+    if exit_code in INTERRUPTED:
+        return "stopped"
     began = state == "killed" and exit_code != BAD_INPUT and not (folder / ENDED).exists()
     return "killed" if began else "refused"
 

@@ -50,6 +50,9 @@ STRINGS: dict[str, Kind] = {
     "generation.stop.*": "text",
     "evaluation.metric": "function",
     "evaluation.metric.*": "function",
+    "observe.trackers.*": "function",
+    "observe.options.*.*": "server's",  # addresses and folders
+    "observe.project": "text",
     "pools.*.device": "name or path",
     "placement": "name or path",
     "placement.*.pool": "text",
