@@ -8,6 +8,8 @@ from torch import Tensor
 from workers.losses.tokens import bounded
 from workers.settings import KlEstimator
 
+_ENTROPY_NUMBERS = 1 << 22  # of logits at once, where entropies are only measured
+
 
 def kl_loss(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
     """Per-token estimates of KL(theta || reference), [T], from tokens that theta sampled.
@@ -25,6 +27,29 @@ def kl_loss(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Ten
             return 0.5 * difference**2
         case "k3":
             return torch.expm1(difference) - difference  # expm1: near 0 the plain form cancels, even below 0
+
+
+@torch.no_grad()
+def measured_entropies(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+    """`token_entropies` at temperature 1 without a gradient: [T, V] -> [T].
+
+    Faster than that and with less memory beside the logits: the normalizer is known from the log-probs [T] of some
+    tokens [T], of finite logits.
+    """
+    if not len(logits):
+        return log_probs
+    normalizers = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_probs
+    rows = max(1, _ENTROPY_NUMBERS // logits.shape[-1])
+    return torch.cat([_entropies(*some) for some in zip(logits.split(rows), normalizers.split(rows), strict=True)])
+
+
+def _entropies(logits: Tensor, normalizers: Tensor) -> Tensor:
+    """log Z - sum p x, of logits x [t, V]."""
+    probabilities = (logits - normalizers.unsqueeze(-1)).exp_()
+    means = torch.linalg.vecdot(probabilities, logits)
+    if means.isnan().any():  # a token that can't be sampled: 0 times -inf
+        means = torch.linalg.vecdot(probabilities, logits.masked_fill(logits == -torch.inf, 0.0))
+    return normalizers - means
 
 
 def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:

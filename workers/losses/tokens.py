@@ -32,7 +32,7 @@ class Tokens:
     mask: Tensor  # bool [T], True for trained tokens
     lengths: Tensor  # int64 [n], response tokens of each row
     reference: Tensor | None = None  # [T] under the frozen reference; None: no KL term in the loss
-    entropies: Tensor | None = None  # [T] of the whole distribution, nats; None: no entropy bonus
+    entropies: Tensor | None = None  # [T] of the whole distribution, nats; they have a gradient for an entropy bonus
 
 
 def zeroed(tokens: Tokens) -> Tokens:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from protocols.control.code import CodeSource
@@ -40,7 +41,7 @@ from workers.generation.torch import TorchEngine
 from workers.losses.aggregation import reduce_loss
 from workers.losses.metrics import accumulate, loss_metrics, mean_metrics
 from workers.losses.objective import policy_objective
-from workers.losses.regularizers import token_entropies
+from workers.losses.regularizers import measured_entropies, token_entropies
 from workers.losses.tokens import Tokens
 from workers.losses.validate_loss import reloadable_loss
 from workers.parallel.backends import trained_model
@@ -206,17 +207,21 @@ class PolicyWorker(Policy):
         self, outputs: Outputs, micro: MicroBatch, batch: Experience, old_log_probs: Jagged | None, *, plain: bool
     ) -> tuple[Tokens, Tensor | None]:
         """What the loss reads of the response tokens; with `plain` also their log-probs at temperature 1."""
-        entropy = self._loss.entropy_coefficient != 0.0
+        entropy, measured, measures = self._loss.entropy_coefficient != 0.0, list[Tensor](), True
 
         def read(logits: Tensor, tokens: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
-            found = [self._distribution.log_probs(logits, tokens, indices)]
+            processed = self._distribution.processed_with(logits, tokens, indices)
+            found = [log_softmax_of(processed, tokens)]
             if entropy:
                 found.append(token_entropies(self._distribution.processed(logits, indices)))
+            elif measures:
+                measured.append(measured_entropies(processed.detach(), tokens, found[0].detach()))
             if plain:
                 found.append(log_softmax_of(logits, tokens))
             return tuple(found)
 
         log_probs, *others = outputs.of_responses(micro, read)
+        measures = False  # the backward pass reads the chunks again
         tokens = Tokens(
             log_probs=log_probs,
             old_log_probs=micro.column(old_log_probs) if old_log_probs is not None else log_probs.detach(),
@@ -225,7 +230,7 @@ class PolicyWorker(Policy):
             mask=micro.column(batch.loss_mask) != 0,
             lengths=micro.tensor(micro.response_lengths),
             reference=micro.column(batch.reference),
-            entropies=others[0] if entropy else None,
+            entropies=others[0] if entropy else torch.cat(measured),
         )
         return tokens, others[-1] if plain else None
 

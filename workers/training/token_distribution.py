@@ -56,12 +56,15 @@ class TokenDistribution:
 
         `positions`, int64 [n] or one for all rows, count the response's tokens before this one.
         """
+        return log_softmax_of(self.processed_with(logits, tokens, positions), tokens)
+
+    def processed_with(self, logits: Tensor, tokens: Tensor, positions: Tensor | int) -> Tensor:
+        """As `processed`, but these tokens [n], which were sampled, are kept."""
         scaled = self._scaled(logits)
         kept = self._kept(scaled, positions)
-        if kept is not None:
-            kept = kept.expand_as(scaled).scatter(-1, tokens.unsqueeze(-1), value=True)
-            scaled = scaled.masked_fill(~kept, -math.inf)
-        return log_softmax_of(scaled, tokens)
+        if kept is None:
+            return scaled
+        return scaled.masked_fill(~kept.expand_as(scaled).scatter(-1, tokens.unsqueeze(-1), value=True), -math.inf)
 
     def processed(self, logits: Tensor, positions: Tensor | int) -> Tensor:
         """Logits whose softmax is this distribution, [n, V]: scaled, and -inf where a token is removed."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.advantages import kl
-from workers.losses.regularizers import kl_loss, token_entropies
+from workers.losses.regularizers import kl_loss, measured_entropies, token_entropies
 from workers.settings import KlEstimator
 
 ESTIMATORS: list[KlEstimator] = ["k1", "k2", "k3"]
@@ -73,3 +73,16 @@ def test_entropies_are_those_of_the_tempered_distribution(temperature: float):
 def test_entropy_is_highest_where_all_tokens_are_alike_and_0_where_one_is_certain():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]])
     np.testing.assert_allclose(token_entropies(logits), [np.log(4), 0.0], atol=1e-6)
+
+
+def test_measured_entropies_are_the_same_numbers_without_a_gradient():
+    logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    truncated = logits.detach().clone()
+    truncated[3, :30] = -torch.inf
+    tokens = torch.full((9,), 35)
+    for given in (logits, truncated):
+        log_probs = torch.log_softmax(given, -1)[:, 35]
+        measured = measured_entropies(given, tokens, log_probs)
+        torch.testing.assert_close(measured, token_entropies(given).detach(), atol=2e-6, rtol=0)
+        assert not measured.requires_grad
+    assert measured_entropies(logits[:0], tokens[:0], logits[:0, 0]).shape == (0,)

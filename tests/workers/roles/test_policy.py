@@ -141,6 +141,21 @@ def test_on_policy_nothing_is_clipped_and_mu_is_the_policy(folder: Path, batch: 
     assert measured["negative_log_likelihood"] == pytest.approx(-batch.log_probs.values[inside].mean(), abs=1e-5)
 
 
+@pytest.mark.parametrize("head_chunk", [0, 3])
+def test_the_entropy_is_that_of_the_whole_distribution_without_a_bonus_on_it(
+    folder: Path, batch: Experience, head_chunk: int
+):
+    model = Model(path=str(folder), learning_rate=1e-3, head_chunk=head_chunk)
+    policy = PolicyWorker(model, Loss(), NO_CLIP, Generation(temperature=TEMPERATURE), seed=3)
+    plain = load_causal(folder)
+    wanted: list[float] = []
+    for prompt, response, mask in zip(batch.prompts, batch.responses, batch.loss_mask, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response])[None].astype(np.int64))
+        log_p = (plain(input_ids=ids).logits[0, len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1).detach()
+        wanted += (-(log_p.exp() * log_p).sum(-1))[torch.from_numpy(mask != 0)].tolist()
+    assert policy.update(batch).values["entropy"] == pytest.approx(np.mean(wanted), abs=1e-5)
+
+
 def test_mismatch_is_measured_against_mu(folder: Path, batch: Experience):
     moved = batch.log_probs.with_values(batch.log_probs.values + np.float32(0.25))
     measured = worker(folder).update(msgspec.structs.replace(batch, log_probs=moved)).values
