@@ -18,6 +18,7 @@ from asyncflow.control.settings import Pace
 from asyncflow.control.store.run_store import RunStore
 from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
+from asyncflow.observe.memory import by_service
 from asyncflow.services.channels.endpoint import ask
 from protocols.control.events import StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
@@ -71,6 +72,9 @@ class TrainStep:
         metrics["wait.batch_seconds"] = waited_seconds
         busy = self._run_store.log.take_busy_seconds()
         metrics |= {f"busy.{service}_seconds": seconds for service, seconds in busy.items()}
+        metrics |= by_service(self._supervisor.silences.memory)
+        tokens = sum(notice.tokens for notice in notices)
+        metrics["tokens_total"] = self._run_store.log.tokens + tokens
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
         self.partly_done, self.prompts = False, frozenset()

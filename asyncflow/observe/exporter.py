@@ -6,7 +6,6 @@ actor: exporter.inc("tokens_generated_total", 812)  ->  registry  <-  GET /metri
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import threading
 import time
@@ -20,12 +19,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client import Metric as Family
 
 from asyncflow.observe.journal import replace_file
+from asyncflow.observe.memory import STATM, resident_bytes
 from asyncflow.observe.metrics import IDENTITY, METRICS, Kind, Metric, metric
 
 MAX_LABEL_VALUES = 64  # per label and metric; further values are counted as OTHER
 OTHER = "other"
-
-_STATM = Path("/proc/self/statm")
 
 
 class ScrapeTarget(msgspec.Struct, frozen=True):
@@ -55,8 +53,8 @@ class Exporter:
         self.set("up", 1)
         self.set("build_info", 1, version=_program_version(), python=platform.python_version())
         self.set("start_time_seconds", time.time())
-        if _STATM.exists():
-            self._gauge("resident_memory_bytes").set_function(_resident_bytes)
+        if STATM.exists():
+            self._gauge("resident_memory_bytes").set_function(resident_bytes)
 
     def inc(self, name: str, value: float = 1, **labels: str) -> None:
         """Increase a counter. Raises KeyError for an unknown metric, ValueError for another kind or other labels."""
@@ -154,7 +152,3 @@ def _program_version() -> str:
         return version("asyncflow")
     except PackageNotFoundError:  # run from a checkout
         return "0+checkout"
-
-
-def _resident_bytes() -> float:
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -9,12 +9,12 @@ import sqlite3
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from asyncflow.observe.charts import KIND_NAMES, ChartLine, gantt, idle_bars, number, smoothed
+from asyncflow.observe.charts import KIND_NAMES, gantt, idle_bars, number, smoothed
+from asyncflow.observe.curves import Row, learning_curves, points_of
 from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
-from asyncflow.observe.page import figure, page, section
+from asyncflow.observe.page import page, section
 from asyncflow.observe.sentences import sentence
 from asyncflow.observe.texts import texts_section
 from asyncflow.observe.timeline import Occupancy, idle_ratios, read_spans
@@ -22,9 +22,7 @@ from protocols.control.events import RunEnded
 from protocols.control.notices import Span
 
 Totals = Mapping[tuple[str, str], int]  # (state, reason) -> samples
-Row = Mapping[str, Any]
 
-PART = "reward."  # prefix of the mean of a mixed reward's part in the journal
 GANTT_STEPS = 4  # number of last steps in the Gantt chart
 GANTT_SECONDS = 60.0  # its length if no span has a step
 
@@ -82,7 +80,7 @@ def report_page(
         tag("p", _subtitle(recipe, steps), class_="muted"),
         *([tag("p", f"The {end}.", class_="muted")] if end else []),
         _tiles(steps, evaluations, totals),
-        section("Learning", *_learning(steps, evaluations)),
+        section("Learning", *learning_curves(steps, evaluations)),
         section("The last steps", *(_last_steps(spans) if spans else [no_timeline])),
         section("Idle time", *(_idle(spans) if spans else [no_timeline])),
         section("Samples", *_samples(totals)),
@@ -118,7 +116,7 @@ def _tiles(steps: Sequence[Row], evaluations: Sequence[Row], totals: Totals) -> 
     seconds = sum(row["seconds"] or 0.0 for row in steps)
     if seconds:
         tokens = sum(row["tokens_generated"] for row in steps)
-        tiles.append(_tile("Tokens trained", number(round(tokens / seconds)), "per second"))
+        tiles.append(_tile("Tokens trained", f"{tokens:,}", f"{number(round(tokens / seconds))} per second"))
     if steps:
         tiles.append(_tile("Largest staleness", number(max(row["staleness_max"] for row in steps)), "versions"))
     if totals:
@@ -129,85 +127,6 @@ def _tiles(steps: Sequence[Row], evaluations: Sequence[Row], totals: Totals) -> 
 
 def _tile(label: str, value: str, note: str) -> Markup:
     return tag("div", tag("small", label), tag("strong", value), tag("small", note), class_="tile")
-
-
-def _learning(steps: Sequence[Row], evaluations: Sequence[Row]) -> list[Markup]:
-    figures = [
-        _trend("Reward", "mean of the step's samples", points_of(steps, "reward_mean")),
-        *(
-            _trend(f"Reward: {name.removeprefix(PART)}", "this part's mean, before its weight", points_of(steps, name))
-            for name in parts_of(steps)
-        ),
-        _bounded("Cost", "mean of the step's samples", steps, "cost_mean", "cost_limit"),
-        _trend("Multiplier", "weight of a unit of cost against one of reward", points_of(steps, "multiplier")),
-        *(
-            figure(f"Held-out {m}", "prompts that are never trained", [ChartLine(m, points)], zero=True)
-            for m in sorted({str(row["metric"]) for row in evaluations})
-            if (points := points_of([row for row in evaluations if row["metric"] == m], "value"))
-        ),
-        _bounded("KL to the reference", "nats per token", steps, "kl", "kl_target"),
-        _trend("KL coefficient", "follows the KL towards its target", points_of(steps, "kl_coefficient")),
-        _trend("Policy loss", "mean of the step", points_of(steps, "loss")),
-        _trend(
-            "Entropy",
-            "nats per token, estimated from the sampled tokens",
-            points_of(steps, "policy.negative_log_likelihood"),
-        ),
-        _trend("Learning rate", "of the policy", points_of(steps, "policy.learning_rate")),
-        _trend("Gradient norm", "of the policy, before clipping", points_of(steps, "policy.gradient_norm")),
-        _largest_and_mean("Response length", "tokens, the longest of the step's responses", steps, "response_length"),
-        _trend("Responses cut short", "share that reached max_tokens", points_of(steps, "response_cut"), zero=True),
-        _trend("Pretraining loss", "nats per token of the text", points_of(steps, "policy.ptx_loss")),
-        _trend("Critic loss", "mean of the step", points_of(steps, "critic.loss")),
-        _trend("Cost critic loss", "mean of the step", points_of(steps, "cost_critic.loss")),
-        _largest_and_mean(
-            "Engine against trainer",
-            "nats, the difference of a token's log-prob; at staleness 0 numerical error",
-            steps,
-            "policy.mismatch",
-        ),
-        _largest_and_mean("Staleness", "versions, the largest of the step's samples", steps, "staleness"),
-        _trend("Seconds per step", "between two commits", points_of(steps, "seconds"), zero=True),
-        _trend("Throughput", "response tokens trained per second", _tokens_per_second(steps), zero=True),
-    ]
-    shown = [figure for figure in figures if figure]
-    if not shown:
-        return [_absent("No step was committed, so there is no curve.")]
-    return [tag("div", *shown, class_="figures")]
-
-
-def _tokens_per_second(steps: Sequence[Row]) -> list[tuple[float, float]]:
-    return [(float(row["step"]), row["tokens_generated"] / row["seconds"]) for row in steps if row["seconds"]]
-
-
-def _trend(title: str, note: str, points: list[tuple[float, float]], zero: bool = False) -> Markup:
-    """A noisy curve: faint values and their moving mean."""
-    if len(points) < 20:
-        return figure(title, note, [ChartLine("value", points)], zero)
-    return figure(
-        title, note, [ChartLine("value", points, style="faint"), ChartLine("moving mean", smoothed(points))], zero
-    )
-
-
-def _bounded(title: str, note: str, steps: Sequence[Row], name: str, bound: str) -> Markup:
-    """A curve and its limit or target, if the run has one."""
-    points, bounds = points_of(steps, name), points_of(steps, bound)
-    if not points or not bounds:
-        return _trend(title, note, points)
-    label = bound.rpartition("_")[2]  # "cost_limit" is a limit
-    return figure(title, note, [ChartLine("value", points), ChartLine(label, bounds, style="second")])
-
-
-def _largest_and_mean(title: str, note: str, steps: Sequence[Row], name: str) -> Markup:
-    largest, mean = points_of(steps, f"{name}_max"), points_of(steps, f"{name}_mean")
-    return figure(
-        title, note, [ChartLine("largest", largest), ChartLine("their mean", mean, style="second")], zero=True
-    )
-
-
-def parts_of(steps: Sequence[Row]) -> list[str]:
-    """Names of the metrics of a mixed reward's parts, in the order of the recipe."""
-    return list(dict.fromkeys(name for row in steps for name in row if name.startswith(PART)))
 
 
 def _last_steps(spans: Sequence[Span]) -> list[Markup]:
@@ -291,9 +210,3 @@ def _cell(text: str) -> Markup:
 
 def _short(value: float) -> str:
     return number(round(value, 3))
-
-
-def points_of(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows in which `name` is a number; a journal writes values that are not finite as null."""
-    values = ((row["step"], row.get(name)) for row in rows)
-    return [(float(step), float(v)) for step, v in values if isinstance(v, (int, float))]

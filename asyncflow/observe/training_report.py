@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asyncflow.observe.charts import ChartLine
+from asyncflow.observe.curves import Row, points_of
 from asyncflow.observe.journal import read_lines, replace_file
 from asyncflow.observe.markup import Markup, tag
 from asyncflow.observe.page import figure, page, section
-from asyncflow.observe.report import Row, points_of
 
 _CHARTS = {  # name in the journal -> title and note
     "loss": ("Loss", "of each step's batch"),

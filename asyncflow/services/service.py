@@ -186,7 +186,7 @@ class ModelService:
             case YieldDevices():
                 return await mode.yield_devices(request)
             case Ping():
-                await mode.ping()
+                return Done(await mode.ping()), []
             case GetStatistics():
                 return Statistics(self._statistics()), []
             case Grant():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from asyncflow.observe import memory
 from asyncflow.services.channels.endpoint import Payload
 from asyncflow.services.channels.shard_refs import ShardRef, row_refs
 from asyncflow.services.colocated_generation import ColocatedGeneratingStage, ColocatedGeneration
@@ -97,11 +98,15 @@ class ServiceMode:
         async with self._context.collective.exclusive():
             return await self._context.ask_ranks(request)
 
-    async def ping(self) -> None:
-        """Wait until every rank has answered, beside the calls that it computes."""
+    async def ping(self) -> dict[str, float]:
+        """Wait until every rank has answered, beside the calls that it computes. Returns their processes' memory."""
         async with asyncio.TaskGroup() as group:
-            for rank in range(self._context.topology.world_size):
+            answers = [
                 group.create_task(self._ranks.ask(rank, Ping()), name=f"ping rank {rank}")
+                for rank in range(self._context.topology.world_size)
+            ]
+        replies = [answer.result()[0].reply for answer in answers]
+        return memory.total(reply.values for reply in replies if isinstance(reply, Done))
 
     async def yield_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
         """Offload the models, and note whether they can leave their devices."""
@@ -229,8 +234,9 @@ class ExternalMode(ServiceMode):
         self._context = context
         self._rank.begin_term(context)
 
-    async def ping(self) -> None:
+    async def ping(self) -> dict[str, float]:
         """The process answers; a worker has a deadline for its rows."""
+        return memory.total([])
 
     async def yield_devices(self, request: YieldDevices) -> tuple[Reply, list[Payload]]:
         return Done({"moves": 0.0}), []

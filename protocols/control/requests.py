@@ -136,7 +136,10 @@ class Redeliver(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Answer at once, beside whatever is computed: the service and all of its ranks are alive."""
+    """Answer at once, beside whatever is computed: the service and all of its ranks are alive.
+
+    The reply's values are the memory of its processes, `asyncflow.observe.memory`.
+    """
 
 
 class GetStatistics(msgspec.Struct, frozen=True, tag=True):

@@ -12,10 +12,11 @@ import msgspec
 
 from asyncflow.control.events import EventLog
 from asyncflow.control.store.storage import storing
+from asyncflow.observe.curves import MEMORY, PART
 from asyncflow.observe.event_file import EventFile
 from asyncflow.observe.exporter import Exporter
 from asyncflow.observe.journal import MetricsJournal, read_lines
-from asyncflow.observe.report import PART
+from asyncflow.observe.memory import DEVICE, RESIDENT
 from asyncflow.observe.sentences import one_line, sentence
 from asyncflow.observe.timeline import Timeline
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
@@ -44,12 +45,15 @@ _GAUGES = {  # exported name -> metric of the last step
     "mismatch_mean_nats": "policy.mismatch_mean",
     "mismatch_max_nats": "policy.mismatch_max",
     "negative_log_likelihood_nats": "policy.negative_log_likelihood",
+    "entropy_nats": "policy.entropy",
+    "tokens_so_far": "tokens_total",
     "reward_std": "reward_std",
     "response_cut_ratio": "response_cut",
     "cost_mean": "cost_mean",
     "cost_multiplier": "multiplier",
     "kl_coefficient": "kl_coefficient",
 }
+_MEMORY = {f"_{RESIDENT}": "service_resident_bytes", f"_{DEVICE}": "service_device_bytes"}  # end of a metric -> name
 _LENGTH = "response_length_"  # prefix of a statistic of the responses' lengths
 
 SAMPLES_BYTES = 32 << 20  # of samples.jsonl; beyond, every second table is removed
@@ -79,6 +83,7 @@ class RunLog:
         self._evaluations = MetricsJournal(folder / "evaluations.jsonl")
         self._samples = MetricsJournal(folder / "samples.jsonl")
         self._evaluated: set[tuple[int, str]] = set()
+        self.tokens = 0  # response tokens of the committed steps, over all starts of the run
         self._timeline = Timeline(folder / "timeline.jsonl")
         self._busy_seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -88,6 +93,7 @@ class RunLog:
             journal.rewind(step)
         lines = read_lines(self._folder / "evaluations.jsonl")
         self._evaluated = {(line["step"], line["metric"]) for line in lines}
+        self.tokens = sum(line["tokens_generated"] for line in read_lines(self._folder / "metrics.jsonl"))
         self.take_busy_seconds()
 
     def emit(self, event: Event) -> None:  # noqa: PLR0912 - one case per event
@@ -101,6 +107,7 @@ class RunLog:
             case StepCommitted():
                 with storing("metrics", self._folder):
                     self._metrics.append(event)
+                self.tokens += event.tokens_generated
                 self._export_step(event)
             case Evaluated():
                 self._evaluated.add((event.step, event.metric))
@@ -194,6 +201,9 @@ class RunLog:
         for name, value in metrics.items():
             if name.startswith(_LENGTH):
                 export.set("response_length_tokens", value, statistic=name.removeprefix(_LENGTH))
+            for kind, gauge in _MEMORY.items():
+                if name.startswith(MEMORY) and name.endswith(kind):
+                    export.set(gauge, value, role=name.removeprefix(MEMORY).removesuffix(kind))
             if name.startswith(PART):
                 export.set("reward_part_mean", value, part=name.removeprefix(PART))
         for role in (role for role, spec in ROLE_SPECS.items() if spec.trains):

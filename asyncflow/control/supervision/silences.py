@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from asyncflow.control.supervision.liveness import Liveness, Silence
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone
 from protocols.control.events import ServiceSilent
-from protocols.control.requests import Ping
+from protocols.control.requests import Done, Ping
 
 PING_EVERY_SECONDS = 2.0  # after an answer
 
@@ -19,6 +19,7 @@ class Silences:
 
     def __init__(self, services: Mapping[str, Endpoint], liveness: Liveness, kill: Callable[[str], None]) -> None:
         self._services, self._liveness, self._kill = services, liveness, kill
+        self.memory: dict[str, dict[str, float]] = {}  # service -> that of its processes, at its last answer
         self._ended: dict[str, Silence] = {}  # services that were killed for it and are not replaced yet
 
     async def ping(self, name: str) -> None:
@@ -26,7 +27,9 @@ class Silences:
         while True:
             self._liveness.asked(name)
             with contextlib.suppress(ServiceError):  # one that is gone is the concern of who reads its notices
-                await self._services[name].request(Ping())
+                reply, _ = await self._services[name].request(Ping())
+                if isinstance(reply, Done):
+                    self.memory[name] = reply.values
             self._liveness.answered(name)
             await asyncio.sleep(PING_EVERY_SECONDS)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from asyncflow.observe.memory import memory_here
 from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_none
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
@@ -78,7 +79,7 @@ class Rank:
     async def ask(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Run `answer` in the compute thread. See `Ranks.ask`."""
         if isinstance(request, Ping):
-            return RankAnswer(time.time(), time.time(), Done()), []
+            return RankAnswer(time.time(), time.time(), Done(memory_here())), []
         if isinstance(request, AbandonStep):
             return self._abandon(request), []
         return await self._in_thread(lambda: self.answer(request, output))

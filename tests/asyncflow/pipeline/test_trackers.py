@@ -34,6 +34,9 @@ async def test_curves_evaluations_and_texts_of_a_run_reach_tensorboard(make_reci
 
     steps, shown = read_lines(run.folder / "metrics.jsonl"), read(run.folder / "tensorboard")
     assert curve(shown, "policy/loss") == [(line["step"], pytest.approx(line["policy.loss"])) for line in steps]
+    for name in ("policy/entropy", "policy/gradient_norm", "critic/gradient_norm", "memory/controller_resident_bytes"):
+        assert [step for step, value in curve(shown, name) if value > 0] == [1, 2], name
+    assert curve(shown, "tokens_total")[-1] == (2, sum(line["tokens_generated"] for line in steps))
     evaluations = read_lines(run.folder / "evaluations.jsonl")
     points = [(line["step"], pytest.approx(line["value"])) for line in evaluations]
     assert [step for step, _ in points] == [0, 1, 2]

@@ -80,9 +80,9 @@ def test_measured_entropies_are_the_same_numbers_without_a_gradient():
     truncated = logits.detach().clone()
     truncated[3, :30] = -torch.inf
     tokens = torch.full((9,), 35)
-    for given in (logits, truncated):
-        log_probs = torch.log_softmax(given, -1)[:, 35]
-        measured = measured_entropies(given, tokens, log_probs)
-        torch.testing.assert_close(measured, token_entropies(given).detach(), atol=2e-6, rtol=0)
+    for some in (logits, truncated):
+        log_probs = torch.log_softmax(some, -1)[:, 35]
+        measured = measured_entropies(some, tokens, log_probs)
+        torch.testing.assert_close(measured, token_entropies(some).detach(), atol=2e-6, rtol=0)
         assert not measured.requires_grad
     assert measured_entropies(logits[:0], tokens[:0], logits[:0, 0]).shape == (0,)
