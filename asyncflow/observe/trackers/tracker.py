@@ -30,7 +30,8 @@ class Tracker(Protocol):
     """
 
     def start(self, run: TrackedRun) -> int | None:
-        """Show a new run, or go on with the one of the same id. After a failure it is called again.
+        """Show a new run, or go on with the one of the same id. It is called again after a failure, and after `close`
+        where the run goes on from an earlier step.
 
         Returns the last step that stays shown: later ones are logged again. None, where a step can't be taken back: no
         step is logged twice, and the steps of an abandoned lineage stay as they were logged.
@@ -46,5 +47,5 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Send what is pending and end. Called once, also after a failed start."""
+        """Send what is pending and end; also after a start that failed."""
         ...

@@ -28,18 +28,18 @@ from asyncflow.observe.journal import line_of, replace_file, whole_lines
 from asyncflow.observe.settings import Observe
 from asyncflow.observe.trackers.registry import make_tracker
 from asyncflow.observe.trackers.tracker import TrackedRun, Tracker
-from protocols.control.events import Evaluated, Event, RunStarted, SamplesShown, StepCommitted
+from protocols.control.events import Evaluated, Event, RolledBack, RunStarted, SamplesShown, StepCommitted
 from protocols.control.samples import SampleLine
 
 QUEUE_RECORDS = 500  # of one tracker; then records are dropped
 CLOSE_SECONDS = 30.0  # that a run's end waits for its trackers
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 5.0, 300.0  # from one failed start to the next; it doubles
 
-METRICS, SAMPLES = "metrics", "samples"  # curves; an evaluation's is its metric's name
+METRICS, SAMPLES, RESTART = "metrics", "samples", "restart"  # curves; an evaluation's is its metric's name
 
 
 class Record(NamedTuple):
-    """What a tracker is given of one step."""
+    """What a tracker is given of one step; RESTART: the run goes on from there."""
 
     curve: str
     step: int
@@ -136,6 +136,8 @@ def record_of(event: Event) -> Record | None:
             return Record(name, event.step, {name: event.value})
         case SamplesShown():
             return Record(SAMPLES, event.step, {})
+        case RolledBack():
+            return Record(RESTART, event.step, {})
         case _:
             return None
 
@@ -197,11 +199,20 @@ class TrackerThread:
         try:
             if self._started():
                 while (record := self._queue.get()) is not None:
-                    self._give(record)
+                    if record.curve != RESTART:
+                        self._give(record)
+                    elif not self._restarted(record.step):
+                        break
             self._attempt(self._tracker.close)
         finally:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _restarted(self, step: int) -> bool:
+        """Go on from an earlier step, as a resumed run does. False: as `_started`."""
+        self._attempt(self._tracker.close)
+        self._run = msgspec.structs.replace(self._run, first_step=step)
+        return self._started()
 
     def _started(self) -> bool:
         """Start the tracker, again and again. False: the run has ended before that."""

@@ -18,7 +18,7 @@ from asyncflow.observe.trackers import tracking
 from asyncflow.observe.trackers.registry import TRACKERS
 from asyncflow.observe.trackers.tracker import TrackedRun
 from asyncflow.observe.trackers.tracking import Tracking, record_of
-from protocols.control.events import Evaluated, Event, RunStarted, SamplesShown, StepCommitted
+from protocols.control.events import Evaluated, Event, RolledBack, RunStarted, SamplesShown, StepCommitted
 from protocols.control.samples import SampleLine, ShownSample
 from tests.asyncflow.observe.test_journal import committed
 from tests.asyncflow.observe.trackers import tracked
@@ -214,3 +214,14 @@ async def test_a_damaged_memory_shows_the_run_as_a_new_one(tmp_path: Path, monke
     await show(tmp_path, second, *steps(1), monkeypatch=monkeypatch)
     assert second.steps("policy/loss") == [1]
     assert first.runs[0].id != second.runs[0].id
+
+
+async def test_a_run_that_goes_on_from_an_earlier_step_is_as_one_that_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    back = RolledBack(step=1, lost_steps=2, term=1, services=["policy"], cause="killed", seconds=2.0)
+    for folder, shown, wanted in ((tmp_path / "a", None, [1, 2, 3, 4]), (tmp_path / "b", 1, [1, 2, 3, 2, 3, 4])):
+        tracker = Recording(shown=shown)
+        await show(folder, tracker, *steps(1, 2, 3), back, *steps(2, 3, 4), monkeypatch=monkeypatch)
+        assert [step for step, *_ in tracker.calls if step != "closed"] == wanted
+        assert [run.first_step for run in tracker.runs] == [0, 1]
