@@ -17,10 +17,12 @@ def demonstrate(recipes: Path, overrides: Iterable[str]) -> RunEnded:
     accuracy = prepare(recipes, out)
     from asyncflow.cli.driving import drive
     from asyncflow.run.launch import launch
+    from asyncflow.run.start_progress import StartProgress
 
     recipe = load_recipe(recipes / "ppo.toml", overrides)
     evaluations: list[Evaluated] = []
-    ended = drive(launch(recipe), evaluations)
+    progress = StartProgress()
+    ended = drive(launch(recipe, progress=progress), evaluations, progress=progress)
     if ended.outcome == "finished" and len(evaluations) > 1:
         curve = [evaluated for evaluated in evaluations if evaluated.metric == evaluations[0].metric]
         first, last = curve[0], curve[-1]

@@ -17,9 +17,11 @@ import uvloop
 from asyncflow.cli.console import NotPrinted, err, out
 from asyncflow.cli.interrupts import SAVED, SENTENCES, Interrupts
 from asyncflow.cli.live import live_view
+from asyncflow.cli.start_view import start_view
 from asyncflow.client.run import Run
 from asyncflow.control.supervision.outcome import RunFailed
 from asyncflow.recipe.config import BadInput
+from asyncflow.run.start_progress import StartProgress
 from asyncflow.services.runtime.signals import STOPPING
 from protocols.control.events import Evaluated, RunEnded
 
@@ -31,23 +33,26 @@ def drive(
     evaluations: list[Evaluated] | None = None,
     *,
     port: int | None = None,
+    progress: StartProgress | None = None,
 ) -> RunEnded:
     """Run to the end under uvloop, with the live view and the signal handlers.
 
-    `port`: on which the run answers clients, 0 a free one, None: it answers none.
+    `evaluations` gets the run's. `port`: on which the run answers clients, 0 a free one, None: it answers none.
+    `progress` is that of `context`'s start, and shown meanwhile.
     """
     if port is not None:
         from asyncflow.server.own_run import served
 
         context = served(context, port)
-    return uvloop.run(_Driver(evaluations if evaluations is not None else []).follow(context))
+    driver = _Driver(evaluations if evaluations is not None else [], progress)
+    return uvloop.run(driver.follow(context))
 
 
 class _Driver:
     """The state that signals and the view of one run share."""
 
-    def __init__(self, evaluations: list[Evaluated]) -> None:
-        self._evaluations = evaluations
+    def __init__(self, evaluations: list[Evaluated], progress: StartProgress | None) -> None:
+        self._evaluations, self._progress = evaluations, progress
         self._interrupts = Interrupts()
         self._run: Run | None = None
         self._following: asyncio.Task[Any] | None = None
@@ -61,9 +66,12 @@ class _Driver:
                 loop.add_signal_handler(number, self._interrupted, number)
         loop.add_signal_handler(signal.SIGUSR1, self._reload)
         try:
-            async with context as running:
-                self._run = running
-                ended = await self._show(running)
+            with start_view(out, self._progress) as started:
+                async with context as running:
+                    self._run = running
+                    with self._printing():
+                        started()
+                    ended = await self._show(running)
         except asyncio.CancelledError:
             code = self._interrupts.ended_at_once
             if self._run is None:

@@ -6,6 +6,8 @@ controller -> Event -> Board (the state that the events add up to) -> panel or l
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from asyncflow.observe.curves import MEMORY
+from asyncflow.observe.memory import DEVICE, RESIDENT
 from asyncflow.observe.sentences import one_line, sentence, tokens_per_second
 from protocols.control.events import (
     CheckpointWritten,
@@ -50,13 +54,18 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 @contextmanager
 def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
     """Show a run's events on a console: gives the function that shows one event, cheap enough for every event."""
-    board = Board()
-    with Live(console=console, refresh_per_second=4) if console.is_terminal else nullcontext() as live:
+    board, lock = Board(), threading.Lock()  # rich renders in a thread of its own, since time passes without events
+
+    def current() -> RenderableType:
+        with lock:
+            return panel(board)
+
+    shown = Live(console=console, refresh_per_second=4, get_renderable=current) if console.is_terminal else None
+    with shown or nullcontext() as live:
 
         def show(event: Event) -> None:
-            board.take(event)
-            if live is not None:
-                live.update(panel(board))
+            with lock:
+                board.take(event)
             for line in lines_of(event, board, live is not None):  # above the panel, where they stay when it is gone
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -67,6 +76,7 @@ def live_view(console: Console) -> Iterator[Callable[[Event], None]]:
 class Board:
     """The state of a run, folded from its events so far."""
 
+    began: float = field(default_factory=time.monotonic)
     run: str = ""
     state: str = "starting"
     steps: int = 0
@@ -132,9 +142,11 @@ def _progress(board: Board) -> Table:
     row = Table.grid(padding=(0, 2, 0, 0))
     under_way = board.waits.step_progress if board.waits else 0.0
     done = min(board.committed + under_way, board.steps)
+    elapsed = f"{_duration(time.monotonic() - board.began)} elapsed"
     left = f"{_duration(board.seconds_left)} left" if board.seconds_left and board.state == "running" else board.state
-    bar = ProgressBar(total=max(board.steps, 1), completed=done, width=44)
-    row.add_row(Text(f"step {board.committed}/{board.steps}", style="bold"), bar, Text(left, style="dim"))
+    bar = ProgressBar(total=max(board.steps, 1), completed=done, width=32)
+    step = Text(f"step {board.committed}/{board.steps}", style="bold")
+    row.add_row(step, bar, Text(f"{elapsed}, {left}", style="dim"))
     return row
 
 
@@ -145,7 +157,7 @@ def _facts(board: Board) -> Table:
     if board.last is not None:
         step = board.last
         facts.add_row("reward", Text(f"{step.reward_mean:.4f}  ").append(sparkline(board.rewards), style="green"))
-        facts.add_row("learning", f"kl {step.kl:.4f}   loss {step.loss:+.4f}")
+        facts.add_row("learning", _learning(step))
         if "response_length_mean" in step.metrics:
             facts.add_row("responses", _lengths(step.metrics))
         if "policy.mismatch_mean" in step.metrics:
@@ -161,13 +173,38 @@ def _facts(board: Board) -> Table:
         )
         staleness = f"staleness {board.last.staleness_max} versions at most, {board.last.staleness_mean:.2f} on average"
         facts.add_row("flow", f"{tokens:,.0f} tokens/s   {staleness}")
+        if "tokens_total" in board.last.metrics:
+            facts.add_row("trained", f"{board.last.metrics['tokens_total']:,.0f} tokens so far")
     if board.waits is not None:
         facts.add_row(
             "prompts", f"{board.waits.live_prompts} live   next batch {board.waits.step_progress:.0%} complete"
         )
+    if board.last is not None and (memory := _memory(board.last.metrics)):
+        facts.add_row("memory", memory)
     for reason, count in sorted(board.ended.items(), key=lambda item: -item[1])[:REASONS]:
         facts.add_row("samples", Text(f"{count} {reason}", style="yellow"))
     return facts
+
+
+def _learning(step: StepCommitted) -> str:
+    facts = [f"kl {step.kl:.4f}", f"loss {step.loss:+.4f}"]
+    for name, key in (("entropy", "policy.entropy"), ("gradient norm", "policy.gradient_norm")):
+        facts += [f"{name} {step.metrics[key]:.3g}"] if key in step.metrics else []
+    return "   ".join(facts)
+
+
+def _memory(metrics: Mapping[str, float]) -> str:
+    """The memory of each service, the largest first: resident, and behind a plus of accelerators."""
+    resident = {
+        name.removeprefix(MEMORY).removesuffix(f"_{RESIDENT}"): nbytes
+        for name, nbytes in metrics.items()
+        if name.startswith(MEMORY) and name.endswith(f"_{RESIDENT}")
+    }
+    shown: list[str] = []
+    for service, nbytes in sorted(resident.items(), key=lambda item: -item[1]):
+        device = metrics.get(f"{MEMORY}{service}_{DEVICE}")
+        shown.append(f"{service} {nbytes / 1e9:.1f}" + (f" + {device / 1e9:.1f}" if device else ""))
+    return f"{', '.join(shown)} GB" if shown else ""
 
 
 def _lengths(metrics: Mapping[str, float]) -> str:

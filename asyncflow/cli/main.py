@@ -73,12 +73,14 @@ def run(
     from asyncflow.cli.driving import drive
     from asyncflow.run.launch import launch
     from asyncflow.run.run_folder import is_finished
+    from asyncflow.run.start_progress import StartProgress
 
     given = load_recipe(recipe, overrides)
     if folder is not None and is_finished(folder, given):
         return out.print(f"run {folder} is finished after step {given.steps}: {folder / 'policy'}", soft_wrap=True)
-    launched = launch(given, folder=folder, allow_fresh=allow_fresh)
-    raise typer.Exit(drive(launched, port=port if serve else None).exit_code)
+    progress = StartProgress()
+    starting = launch(given, folder=folder, allow_fresh=allow_fresh, progress=progress)
+    raise typer.Exit(drive(starting, port=port if serve else None, progress=progress).exit_code)
 
 
 @app.command()
@@ -98,9 +100,11 @@ def resume(
     """
     from asyncflow.cli.driving import drive
     from asyncflow.run.launch import resume as resume_run
+    from asyncflow.run.start_progress import StartProgress
 
-    resumed = resume_run(folder, overrides=overrides, allow_fresh=allow_fresh)
-    raise typer.Exit(drive(resumed, port=port if serve else None).exit_code)
+    progress = StartProgress()
+    starting = resume_run(folder, overrides=overrides, allow_fresh=allow_fresh, progress=progress)
+    raise typer.Exit(drive(starting, port=port if serve else None, progress=progress).exit_code)
 
 
 @app.command()

@@ -38,6 +38,7 @@ from asyncflow.run import run_folder
 from asyncflow.run.local_link import LocalLink
 from asyncflow.run.prepare import prepare
 from asyncflow.run.run_terms import CONTROLLER, RunTerms, restore
+from asyncflow.run.start_progress import StartProgress
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.events import RunStarted, Warned
@@ -46,7 +47,11 @@ _program_log = logging.getLogger("asyncflow")
 
 
 def launch(
-    recipe: Recipe | Mapping[str, Any] | str | Path, *, folder: str | Path | None = None, allow_fresh: bool = False
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    folder: str | Path | None = None,
+    allow_fresh: bool = False,
+    progress: StartProgress | None = None,
 ) -> StartingRun:
     """Start a run: `async with launch(...) as run:` ends it with the block, `run = await launch(...)` keeps it.
 
@@ -56,17 +61,21 @@ def launch(
             goes on: from its newest valid checkpoint, with this recipe, see `resume`. So a program that is started
             again may always make the same call.
         allow_fresh: see `resume`.
+        progress: is told how far the start is.
 
     Raises:
         BadInput: before a model loads, for anything wrong with the recipe or its files.
         ServiceError: a service did not start; the message names it and its log.
     """
-    return StartingRun(_launched(recipe, folder, allow_fresh))
+    return StartingRun(_launched(recipe, folder, allow_fresh, progress or StartProgress()))
 
 
 @asynccontextmanager
 async def _launched(
-    recipe: Recipe | Mapping[str, Any] | str | Path, folder: str | Path | None, allow_fresh: bool
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    folder: str | Path | None,
+    allow_fresh: bool,
+    progress: StartProgress,
 ) -> AsyncIterator[Run]:
     if isinstance(recipe, Mapping):
         recipe = to_recipe(recipe)
@@ -78,36 +87,48 @@ async def _launched(
         recipe = msgspec.structs.replace(recipe, placed_by="", pools=before.pools, placement=before.placement)
     checked = await asyncio.to_thread(prepare, recipe)
     path = given or run_folder.new_folder(checked.recipe)
-    async with _started(checked, path, goes_on=goes_on, allow_fresh=allow_fresh) as run:
+    async with _started(checked, path, progress, goes_on=goes_on, allow_fresh=allow_fresh) as run:
         yield run
 
 
-def resume(folder: str | Path, *, overrides: Iterable[str] = (), allow_fresh: bool = False) -> StartingRun:
+def resume(
+    folder: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    allow_fresh: bool = False,
+    progress: StartProgress | None = None,
+) -> StartingRun:
     """Continue a stopped or killed run from its newest valid checkpoint, or from step 0 before its first one.
 
     Args:
         folder: the run's folder.
         overrides: `key=value` of keys that a resumed run may change (asyncflow.recipe.changes), e.g. "steps=500".
         allow_fresh: start from step 0 also where all checkpoints are damaged or gone.
+        progress: is told how far the start is.
 
     It is entered or awaited as `launch` is, and raises what `launch` raises.
     """
-    return StartingRun(_resumed(folder, overrides, allow_fresh))
+    return StartingRun(_resumed(folder, overrides, allow_fresh, progress or StartProgress()))
 
 
 @asynccontextmanager
-async def _resumed(folder: str | Path, overrides: Iterable[str], allow_fresh: bool) -> AsyncIterator[Run]:
+async def _resumed(
+    folder: str | Path, overrides: Iterable[str], allow_fresh: bool, progress: StartProgress
+) -> AsyncIterator[Run]:
     path = run_folder.absolute(folder)
     checked = await asyncio.to_thread(prepare, run_folder.recipe_of(path, overrides))
-    async with _started(checked, path, goes_on=True, allow_fresh=allow_fresh) as run:
+    async with _started(checked, path, progress, goes_on=True, allow_fresh=allow_fresh) as run:
         yield run
 
 
 @asynccontextmanager
-async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: bool) -> AsyncIterator[Run]:
+async def _started(
+    checked: Checked, path: Path, progress: StartProgress, *, goes_on: bool, allow_fresh: bool
+) -> AsyncIterator[Run]:
     with run_folder.locked(path):
         with run_folder.writing(path):
             if goes_on:
+                progress.enter("verifies the newest checkpoint")
                 # In a thread, because it hashes every byte of a checkpoint and Ctrl-C must work meanwhile.
                 begin = partial(run_folder.begin_resumed, path, checked.recipe, allow_fresh=allow_fresh)
                 start = await asyncio.to_thread(begin)
@@ -115,12 +136,14 @@ async def _started(checked: Checked, path: Path, *, goes_on: bool, allow_fresh: 
                 start = run_folder.begin_fresh(path, checked.recipe)
             if checked.plan:
                 (path / "plan.toml").write_text(checked.plan)
-        async with _running(checked, path, start) as run:
+        async with _running(checked, path, start, progress) as run:
             yield run
 
 
 @asynccontextmanager
-async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> AsyncIterator[Run]:
+async def _running(
+    checked: Checked, folder: Path, start: run_folder.Start, progress: StartProgress
+) -> AsyncIterator[Run]:
     recipe, dataflow = checked.recipe, checked.dataflow
     log = run_folder.open_controller_log(folder)
     runtime = runtime_of(recipe, partial(_tell, log))
@@ -129,6 +152,7 @@ async def _running(checked: Checked, folder: Path, start: run_folder.Start) -> A
     # Before services import it: no change is missed.
     code = UserCode(user_modules(recipe, dataflow), partial(check_reloaded_rules, checked))
     try:
+        progress.enter("starts Ray and loads models" if recipe.runtime == "ray" else "loads models", runtime.loads)
         services = await _start(checked, folder, start, runtime, log)
         exporter.set("staleness_bound_versions", recipe.staleness)
         with run_folder.writing(folder):

@@ -21,9 +21,17 @@ class Started(msgspec.Struct):
     address: str  # host:port
 
 
+class Load(msgspec.Struct):
+    """The start of one service: its process, if it has its own, and its model."""
+
+    began: float  # time.monotonic()
+    seconds: float | None = None  # that it took; None: it is not ready
+
+
 class Runtime(Protocol):
     """Starts, replaces and stops services."""
 
+    loads: dict[str, Load]  # by service, the last start of each
     warnings: list[str]  # of the start, for the user
 
     @property

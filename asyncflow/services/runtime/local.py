@@ -6,6 +6,7 @@ It uses the same ModelService, ranks, codec and mailboxes as the Ray runtime; a 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from asyncflow.services.channels.endpoint import ServiceError
 from asyncflow.services.ranks.rank import LocalRanks
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.runtime import Started
+from asyncflow.services.runtime import Load, Started
 from asyncflow.services.runtime.local_store import DEFAULT_BUDGET, LocalStore
 from asyncflow.services.service import ModelService
 
@@ -25,6 +26,7 @@ class LocalRuntime:
         """`store_bytes`: memory for the rows in flight, 0 for a gigabyte; frames beyond it are written to files."""
         self.store = LocalStore(store_bytes or DEFAULT_BUDGET)
         self.warnings: list[str] = []
+        self.loads: dict[str, Load] = {}
         self._services: dict[str, ModelService] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -54,10 +56,13 @@ class LocalRuntime:
         several = spec.topology.world_size > 1
         service = ModelService(spec, self.store, LocalRanks(spec, self.store) if several else None)
         self._services[spec.name] = service
+        load = self.loads[spec.name] = Load(time.monotonic())
         try:
-            return Started(service, f"127.0.0.1:{await service.start()}")
+            port = await service.start()
         except Exception as error:
             raise ServiceError(f"{spec.name}: did not start: {type(error).__name__}: {error}") from error
+        load.seconds = time.monotonic() - load.began
+        return Started(service, f"127.0.0.1:{port}")
 
     async def stop(self) -> None:
         services, self._services = self._services, {}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -17,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from asyncflow.services.channels.endpoint import ServiceError, ServiceGone, all_or_error, causes
 from asyncflow.services.ranks.spec import ServiceSpec
-from asyncflow.services.runtime import Started, ray_session, wire
+from asyncflow.services.runtime import Load, Started, ray_session, wire
 from asyncflow.services.runtime.pools import NO_DEVICE, PoolRequest, ReservedPools
 from asyncflow.services.runtime.ray_actors import RankActor, ServiceActor
 from asyncflow.services.runtime.ray_peers import RayEndpoint, called
@@ -66,6 +67,7 @@ class RayRuntime:
         self._pools = ReservedPools(pools)
         self._wired = wired
         self._tell = tell
+        self.loads: dict[str, Load] = {}
         self._joining: Future[list[str]] | None = None
         self._starts_ray = False
         self._namespace = (
@@ -154,6 +156,7 @@ class RayRuntime:
 
     async def _await_start(self, spec: ServiceSpec, started: dict[str, Started]) -> None:
         actor = self._actors[spec.name]
+        load = self.loads[spec.name] = Load(time.monotonic())
         try:
             async with asyncio.timeout(START_SECONDS):
                 host, port = await actor.start.remote()
@@ -167,6 +170,7 @@ class RayRuntime:
             raise ServiceError(f"{spec.name}: did not start: {cause}; its log: {spec.log_path}") from error
         except RayError as error:
             raise ServiceError(f"{spec.name}: died while starting: {error}; its log: {spec.log_path}") from error
+        load.seconds = time.monotonic() - load.began
         started[spec.name] = Started(self._endpoints[spec.name], f"{host}:{port}")
 
     async def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -209,3 +210,19 @@ def test_a_sparkline_scales_from_lowest_to_highest_and_skips_what_is_not_finite(
     assert sparkline([0.0, 0.5, float("nan"), 1.0]) == "▁▅ █"
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([]) == ""
+
+
+def test_the_panel_shows_entropy_gradients_tokens_memory_and_the_time_that_has_passed():
+    metrics = {"policy.entropy": 1.25, "policy.gradient_norm": 0.5, "tokens_total": 123456.0}
+    metrics |= {"memory.controller_resident_bytes": 0.5e9, "memory.policy_resident_bytes": 2.25e9}
+    metrics |= {"memory.policy_device_bytes": 40e9}
+    board = board_of(STARTED, msgspec.structs.replace(committed(1), metrics=metrics))
+    board.began -= 90.0
+    page = rendered(board)
+    for text in (
+        "entropy 1.25   gradient norm 0.5",
+        "123,456 tokens so far",
+        "policy 2.2 + 40.0, controller 0.5 GB",
+        "1 min 30 s elapsed, 1 min 58 s left",
+    ):
+        assert text in page, page
