@@ -22,7 +22,12 @@ def start_view(console: Console, progress: StartProgress | None) -> Iterator[Cal
     if progress is None:
         yield lambda: None
         return
-    live = Live(console=console, transient=True, refresh_per_second=4, get_renderable=lambda: current(progress))
+    live = Live(
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        get_renderable=lambda: current(progress, time.monotonic()),
+    )
     if console.is_terminal:
         live.start()
 
@@ -36,9 +41,8 @@ def start_view(console: Console, progress: StartProgress | None) -> Iterator[Cal
         live.stop()
 
 
-def current(progress: StartProgress) -> Text:
-    """The start as it is now."""
-    now = time.monotonic()
+def current(progress: StartProgress, now: float) -> Text:
+    """The start as it is; `now` in seconds of time.monotonic()."""
     text = Text(f"{progress.phase}  ").append(f"{now - progress.began:.0f} s", style="dim")
     for service, load in list(progress.loads.items()):
         state = f"loads, {now - load.began:.0f} s" if load.seconds is None else f"ready after {load.seconds:.1f} s"
