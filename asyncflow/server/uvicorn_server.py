@@ -17,6 +17,7 @@ from protocols.control.errors import BadInput
 HEADER_SECONDS = 20.0  # in which a request's head has to arrive
 CLOSE_SECONDS = 3  # for answers that are on their way when the server ends
 MOST_CONNECTIONS = 4096
+IDLE_SECONDS = 75  # a connection stays open; longer than clients keep theirs, else one sends while the server closes
 
 
 class PatientProtocol(H11Protocol):
@@ -73,6 +74,7 @@ def server_of(application: Any) -> uvicorn.Server:
             lifespan="off",
             proxy_headers=False,
             limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
     )
