@@ -12,7 +12,6 @@ import json
 import random
 import sys
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from asyncflow.demo.task import addition, distinct, write_rows
-from workers.data.datasets import Problem
+from asyncflow.demo.task import write_rows
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -156,27 +154,32 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_sums(folder: Path, seed: int = 0, *, train: int = 400, heldout: int = 40, pairs: int = 200) -> None:
-    """Write sums of two numbers as chats: train, heldout, sft (as many as train), pairs and heldout_pairs .jsonl."""
-    rng, problems = random.Random(seed), distinct(addition, seed)
+def write_sums(folder: Path, seed: int = 0, *, train: int = 60, heldout: int = 40, pairs: int = 180) -> None:
+    """Write sums of two digits as chats: train, heldout, sft (the sums of train), pairs and heldout_pairs .jsonl.
 
-    def chat(problem: Problem, *answer: str) -> list[dict[str, str]]:
-        asked = {"role": "user", "content": f"What is {problem.prompt[2:-1].replace('+', ' plus ')}?"}
+    There are 100 such sums. Held-out ones are in no other file. A pair is a right answer and a wrong one.
+    """
+    rng = random.Random(seed)
+    sums = [(left, right) for left in range(10) for right in range(10)]
+    rng.shuffle(sums)
+    apart, learned = sums[:heldout], sums[heldout : heldout + train]
+
+    def chat(pair: tuple[int, int], *answer: str) -> list[dict[str, str]]:
+        asked = {"role": "user", "content": f"What is {pair[0]} plus {pair[1]}?"}
         return [asked, *({"role": "assistant", "content": text} for text in answer)]
 
-    def answered(problem: Problem, off: int = 0) -> list[dict[str, str]]:
-        return chat(problem, f"The answer is {int(problem.reference) + off}.")
+    def answered(pair: tuple[int, int], off: int = 0) -> list[dict[str, str]]:
+        return chat(pair, f"The answer is {sum(pair) + off}.")
 
-    for name, count in (("heldout", heldout), ("train", train)):
-        rows = ({"messages": chat(p), "reference": p.reference} for p in islice(problems, count))
-        write_rows(folder / f"{name}.jsonl", rows)
-    write_rows(folder / "sft.jsonl", ({"messages": answered(p)} for p in islice(problems, train)))
-    for name, count in (("heldout_pairs", heldout), ("pairs", pairs)):
-        rows = (
-            {"chosen": answered(p), "rejected": answered(p, rng.choice((-10, -1, 1, 10)))}
-            for p in islice(problems, count)
-        )
-        write_rows(folder / f"{name}.jsonl", rows)
+    def compared(pair: tuple[int, int], off: int) -> dict[str, list[dict[str, str]]]:
+        return {"chosen": answered(pair), "rejected": answered(pair, off if sum(pair) + off >= 0 else -off)}
+
+    for name, problems in (("heldout", apart), ("train", learned)):
+        write_rows(folder / f"{name}.jsonl", ({"messages": chat(p), "reference": str(sum(p))} for p in problems))
+    write_rows(folder / "sft.jsonl", ({"messages": answered(p)} for p in learned))
+    every = [(p, off) for off in (1, -1, 10) for p in learned]
+    write_rows(folder / "pairs.jsonl", (compared(p, off) for p, off in every[:pairs]))
+    write_rows(folder / "heldout_pairs.jsonl", (compared(p, rng.choice((-10, -1, 1, 10))) for p in apart))
 
 
 if __name__ == "__main__":

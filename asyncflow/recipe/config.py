@@ -57,7 +57,7 @@ class Data(Settings, frozen=True):
     A dotted name leads into a column: "reward_model.ground_truth", "conversations.1.value".
     """
 
-    # The prompts to train on: a file or folder of rows; or a list of sets, which are mixed by weight.
+    # The prompts to train on: a file or folder, or a split of it (folder/train, x.json/train); or sets mixed by weight.
     train: str | list[TrainSet]
     # Held-out rows: a file or folder; or a table of sets by name, each a path or a table of its own; "": no evaluation.
     eval: str | dict[str, str | EvaluationData] = ""

@@ -159,7 +159,7 @@ def test_fine_tuning_teaches_the_sentence_and_keeps_the_tokenizer(model: Path, t
     finetune(fine_tuning("sft.toml", tmp_path), CONSOLE)
     out = Path("runs/smollm2/sft")
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-    before, after = (answer(folder, {"role": "user", "content": "What is 21 plus 35?"}) for folder in (model, out))
+    before, after = (answer(folder, {"role": "user", "content": "What is 2 plus 5?"}) for folder in (model, out))
     assert not before.startswith("The answer is")
     assert after.startswith("The answer is")
 
