@@ -19,7 +19,7 @@ else
 export UV_FIND_LINKS
 endif
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-faults check clean
 
 # Bytecode is compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many images, each process would compile
 # torch and transformers again, which takes as long as importing them.
@@ -39,7 +39,11 @@ demo: setup
 # One thread per process, because services and engines share the cores. Two workers run the test files in order, one file at
 # a time, because tests on Ray mostly wait for it. ARGS goes to pytest: make test ARGS=tests/protocols
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not faults" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The fault matrix: processes of real runs die and stop at named places and at random moments.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -s tests/asyncflow/faults $(ARGS)
 
 # Needs no engine, no Ray and no network: node is installed as a wheel, and pyright must not look for its own updates.
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

@@ -17,6 +17,7 @@ from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import SOURCE, Dataflow
 from asyncflow.services.channels.endpoint import Endpoint, Store, ask
 from asyncflow.services.channels.shard_refs import pack
+from asyncflow.services.failpoints import reach
 from asyncflow.services.weight_sync import PublicationFailed, Snapshot, install, publish
 from protocols.control.delivery import Delivery
 from protocols.control.events import Published
@@ -63,6 +64,7 @@ class GeneratingService:
         samples = [sample_id(prompt, i) for prompt in fresh for i in range(self._samples)]
         await self._run_store.admit(samples, min_version, self._run_store.cursor + len(fresh))
         self._inflight.admit(again + fresh)
+        reach("controller", "admitted")
         await self._send(again + fresh, min_version)
 
     async def regenerate(self) -> None:

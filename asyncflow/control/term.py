@@ -52,6 +52,7 @@ from asyncflow.control.train_step import TrainStep
 from asyncflow.control.user_code import UserCode
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.services.channels.endpoint import Store
+from asyncflow.services.failpoints import reach
 from protocols.control.delivery import ServiceStatistics
 from protocols.control.events import RunEnded
 
@@ -148,6 +149,7 @@ class Term:
             began = time.monotonic()
             batch = await self._form()
             if batch is None:
+                reach("controller", "draining")
                 await self._boundary.write_checkpoint()
                 return RunEnded(outcome="stopped", step=self.version, exit_code=130)
             await self._train_step.run(batch, time.monotonic() - began)

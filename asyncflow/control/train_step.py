@@ -20,6 +20,7 @@ from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.dataflow.graph import Dataflow
 from asyncflow.observe.memory import by_service
 from asyncflow.services.channels.endpoint import ask
+from asyncflow.services.failpoints import reach
 from protocols.control.events import StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
 from protocols.control.requests import BatchClosed, CloseBatch
@@ -75,6 +76,7 @@ class TrainStep:
         metrics |= by_service(self._supervisor.silences.memory)
         tokens = sum(notice.tokens for notice in notices)
         metrics["tokens_total"] = self._run_store.log.tokens + tokens
+        reach("controller", "committing")
         seconds = await self._run_store.commit(step, samples)
         self._inflight.commit(batch)
         self.partly_done, self.prompts = False, frozenset()

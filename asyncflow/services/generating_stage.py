@@ -17,6 +17,7 @@ from collections import deque
 
 from asyncflow.services.channels.row_table import RowTable
 from asyncflow.services.channels.shard_refs import ShardRef
+from asyncflow.services.failpoints import reach
 from asyncflow.services.generation import GenerationLoop, Job
 from asyncflow.services.ranks.spec import StageSpec
 from asyncflow.services.stage_context import StageContext
@@ -96,6 +97,7 @@ class GeneratingStage(StageRunner):
             rows = [r for r, _, a in gathered if r is not None and a == attempt]
             failures = [f for _, fs, a in gathered for f in fs if a == attempt]
             parts = await self.context.pack(concat(rows), attempt, direct=self.spec.direct) if rows else []
+            reach(self.context.spec.name, "generated")
             await self.context.send(self.spec, parts, failures, attempt=attempt)
 
     def depth(self) -> tuple[int, int, int]:

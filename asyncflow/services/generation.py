@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from asyncflow.services.channels.endpoint import Frame
+from asyncflow.services.failpoints import reach
 from asyncflow.services.ranks.spec import ModelSettings
 from asyncflow.services.stage_context import StageContext
 from protocols.control.notices import Generated
@@ -163,6 +164,7 @@ class GenerationLoop:
         await self._start_rows()
         while self._steppable:
             finished = await self._context.compute("generate", advance, self._engine, self._load_trained)
+            reach(self._context.spec.name, "generating")
             self._give_finished(finished)
             if self._loads:
                 await self._install()
@@ -208,6 +210,7 @@ class GenerationLoop:
         assert isinstance(settings, ModelSettings)
         while self._loads:
             manifest, buffer, done = self._loads.popleft()
+            reach(self._context.spec.name, "load")
             try:
                 receipt = await self._context.compute("load", load, self._engine, manifest, buffer, settings.model)
             except BadWeights as error:

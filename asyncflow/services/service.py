@@ -23,8 +23,8 @@ from asyncflow.observe.exporter import Exporter
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone, Store, causes
 from asyncflow.services.channels.shard_refs import ShardRef, parts_of
 from asyncflow.services.ranks.rank import Ranks
-from asyncflow.services.ranks.spec import ServiceSpec, StageSpec, effective_protocol
-from asyncflow.services.ranks.worker_factory import contract_for
+from asyncflow.services.ranks.spec import ServiceSpec
+from asyncflow.services.ranks.worker_factory import direct_call
 from asyncflow.services.service_mode import ServiceMode, mode_of
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, StageRunner, tombstones
@@ -232,7 +232,7 @@ class ModelService:
         await mode.end(request.prompts)
 
     async def _invoke(self, mode: ServiceMode, request: Invoke, parts: list[ShardRef]) -> tuple[Reply, list[Payload]]:
-        fired = await mode.invoke(_direct_call(self.spec, request.method), request, parts)
+        fired = await mode.invoke(direct_call(self.spec, request.method), request, parts)
         failures = fired.failures + tombstones(fired.lost, "its bytes are gone")
         return Invoked([part.shard for part in fired.parts], failures), [part.payload for part in fired.parts]
 
@@ -282,22 +282,6 @@ class ModelService:
                 depth, capacity, _ = runner.depth()
                 self._exporter.set("channel_depth", depth, channel=name)
                 self._exporter.set("channel_capacity", capacity, channel=name)
-
-
-def _direct_call(spec: ServiceSpec, method: str) -> StageSpec:
-    """A stage without edges, for a call outside the dataflow."""
-    contract = contract_for(spec.role, method)
-    name = f"{spec.name}.{method} invoked"
-    return StageSpec(
-        name=name,
-        method=method,
-        fires="rows",
-        inputs=[f"{name}.{position}" for position in range(len(contract.consumes))],
-        schemas=[kind.schema_id for kind in contract.consumes],
-        sources=[],
-        outputs=[],
-        protocol=effective_protocol(contract.protocol, spec.topology),
-    )
 
 
 class _StageEnded(Exception):

@@ -33,6 +33,7 @@ from asyncflow.services.channels.endpoint import PayloadLost
 from asyncflow.services.channels.mailbox import Mailbox
 from asyncflow.services.channels.prompt_join import PromptJoin
 from asyncflow.services.channels.shard_refs import RowRef, ShardRef, arrivals, row_refs
+from asyncflow.services.failpoints import reach
 from asyncflow.services.firing import Fired
 from asyncflow.services.ranks.rank import unwrap
 from asyncflow.services.ranks.spec import StageSpec
@@ -111,9 +112,11 @@ class RowStage(StageRunner):
         self.waits("rows", ", ".join(self.spec.sources))
         joined = await self._mailbox.take(self._most)
         fired = Fired()
+        reach(self.context.spec.name, "taken")
         if joined.samples:
             self.waits("lease", self.context.spec.pool)
             fired = await self.fire(joined.samples, joined.inputs)
+        reach(self.context.spec.name, "computed")
         again, gone = self.context.ask_again(self.spec.name, fired.lost)
         if again:
             await self._mailbox.take_back(again)
@@ -204,6 +207,7 @@ class ClosingStage(StageRunner):
         )
         batch, _, metrics = unwrap(result)
         assert batch is not None
+        reach(self.context.spec.name, "closing")
         await self.context.send(
             self.spec, await self.context.pack(batch, direct=self.spec.direct), [], step=request.step
         )
@@ -254,6 +258,7 @@ class TrainingStage(StageRunner):
         self.waits("batch", ", ".join(self.spec.sources))
         step, parts = await self._batches.get()
         rows = row_refs(parts)
+        reach(self.context.spec.name, "training")
         self.waits("lease", self.context.spec.pool)
         async with self.context.lease(self.spec.name):
             self.waits("", "")
@@ -263,6 +268,7 @@ class TrainingStage(StageRunner):
         if fired.failures or fired.lost:
             causes = {failure.cause for failure in fired.failures} or {"their sender is gone"}
             raise ValueError(f"step {step} has rows that can't be read: {'; '.join(sorted(causes))}")
+        reach(self.context.spec.name, "trained")
         measured = fired.metrics.values if fired.metrics else {}
         self.context.reports.notify(StepDone(self.spec.name, step, self.context.reports.take_measured() | measured))
 

@@ -26,6 +26,7 @@ from asyncflow.control.store.run_log import RunLog
 from asyncflow.control.store.storage import failure, free_bytes, is_shortage, size_of, storing
 from asyncflow.observe.report import write_report
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, all_or_error, ask
+from asyncflow.services.failpoints import reach
 from protocols.control.events import CheckpointWritten, RunEnded, SamplesEnded
 from protocols.control.requests import ExportModel, SaveState
 from protocols.data.ids import prompt_of
@@ -197,6 +198,7 @@ class RunStore:
                 (partial / name).mkdir(exist_ok=True)
                 group.create_task(ask(services[name], SaveState(str(partial / name), step)), name=f"save {name}")
         await self._write(self._ledger.backup, partial / "ledger.db")
+        reach("controller", "checkpoint")
         return await self._write(checkpoint.finish, partial, root, step, self.term, self.cursor, self._recipe_digest)
 
     async def export(self, policy: Endpoint) -> None:

@@ -18,9 +18,10 @@ import msgspec
 from asyncflow.observe.memory import memory_here
 from asyncflow.services.channels.endpoint import Frame, Payload, Store, get_or_none
 from asyncflow.services.channels.shard_refs import ShardRef, pack_apart
+from asyncflow.services.failpoints import MOMENTS, reach
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.quarantine import Quarantine
-from asyncflow.services.ranks.rank_requests import abandon, carry_out
+from asyncflow.services.ranks.rank_requests import abandon, activity_of, carry_out
 from asyncflow.services.ranks.row_consensus import exchange_unreadable_rows
 from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.shared_process import computing
@@ -67,6 +68,7 @@ class Rank:
         self._quarantine = Quarantine(spec.log_path, f"{spec.name}-{rank}")
         # The output of one of several ranks passes the coordinator by reference, so it must not travel inline.
         self._alone = spec.topology.world_size == 1
+        self._process = spec.name if self._alone else f"{spec.name}-{rank}"
         self._direct = {stage.name: self._alone and stage.direct for stage in spec.stages}
 
     async def call(
@@ -114,6 +116,7 @@ class Rank:
         if self._loaded.world is not None:
             exchange_unreadable_rows(call, read, self._loaded.world.exchange)
         result: Any = None
+        reach(self._process, "taken" if call.step < 0 else "training")
         if read.rows or self._spec.collective:
             self._loaded.onload()
             options = {} if call.sampling is None else {"sampling": call.sampling}
@@ -121,6 +124,7 @@ class Rank:
                 result = self._loaded.method(call.method)(*read.inputs, **options)
             except StepAbandoned:
                 result = Metrics(values={})
+        reach(self._process, "computed" if call.step < 0 else "trained")
         batch, failures, metrics = unwrap(result)
         parts = self._put(output or self._store, call.stage, batch) if batch is not None and len(batch) else []
         reply = RankReply(
@@ -139,6 +143,8 @@ class Rank:
     def answer(self, request: RankRequest, output: Store | None = None) -> tuple[RankAnswer, list[Payload]]:
         """Carry out a coordinator's request, which has no rows. Blocking."""
         start = time.time()
+        if (moment := activity_of(request)) in MOMENTS:
+            reach(self._process, moment)
         reply, payloads = carry_out(self._loaded, output or self._store, request)
         if isinstance(request, BeginTerm):
             self._spec = msgspec.structs.replace(self._spec, term=request.term)

@@ -13,7 +13,7 @@ from asyncflow.observe.log import close_log, open_log
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
 from asyncflow.services.ranks.role_specs import ROLE_SPECS
 from asyncflow.services.ranks.shared_process import loading
-from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec
+from asyncflow.services.ranks.spec import ModelSettings, ServiceSpec, StageSpec, effective_protocol
 from protocols.layout.topology import Topology
 from protocols.stage import StageContract, contract_of
 from workers.data.folder_tensors import stored_tensors
@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 def contract_for(role: str, method: str) -> StageContract:
     """What a stage of such a service takes and gives. Raises LookupError naming the stages that it has."""
     return contract_of(spec.contract if (spec := ROLE_SPECS.get(role)) and spec.contract else _own(role), method)
+
+
+def direct_call(spec: ServiceSpec, method: str) -> StageSpec:
+    """A stage without edges, for a call outside the dataflow."""
+    contract = contract_for(spec.role, method)
+    name = f"{spec.name}.{method} invoked"
+    return StageSpec(
+        name=name,
+        method=method,
+        fires="rows",
+        inputs=[f"{name}.{position}" for position in range(len(contract.consumes))],
+        schemas=[kind.schema_id for kind in contract.consumes],
+        sources=[],
+        outputs=[],
+        protocol=effective_protocol(contract.protocol, spec.topology),
+    )
 
 
 def _own(role: str) -> type:

@@ -25,6 +25,7 @@ from typing import Any
 import ray
 
 from asyncflow.services.channels.endpoint import ServiceError
+from asyncflow.services.failpoints import passed_on
 from asyncflow.services.runtime.ray_machine import ensure_token, small_shared_memory, temp_folder, why_not_started
 from asyncflow.services.runtime.signals import shield_children
 from workers.user_code import here, pythons_path
@@ -104,7 +105,7 @@ def environment() -> dict[str, str]:
     """
     own: dict[str, Any] = ray.get_runtime_context().runtime_env or {}
     given: dict[str, str] = own.get("env_vars") or {}
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(given.get("PYTHONPATH", ""))}
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(given.get("PYTHONPATH", "")), **passed_on()}
 
 
 def process_options() -> dict[str, Any]:
