@@ -101,9 +101,10 @@ def recipe(table: dict[str, Any]) -> Recipe:
     return to_recipe(table | own)
 
 
-async def until(
-    events: AsyncIterator[Event], wanted: Callable[[Event], bool], versions: list[tuple[int, int]]
-) -> Event:
+Versions = list[tuple[int, int]]  # (term, step)
+
+
+async def until(events: AsyncIterator[Event], wanted: Callable[[Event], bool], versions: Versions) -> Event:
     """The next event that is wanted; the published versions on the way are noted."""
     async for event in events:
         if isinstance(event, Published):
