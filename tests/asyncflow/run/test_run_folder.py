@@ -194,6 +194,37 @@ def test_terms_rise_with_every_start_also_of_those_that_died_at_once(folder: Pat
     assert [run_folder.begin_resumed(folder, recipe).term for _ in range(3)] == [1, 2, 3]
 
 
+def test_a_rollback_takes_a_term_and_leaves_the_open_ledger_until_it_is_switched(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    kept = write_checkpoint(folder, 1, trained=[0], recipe=recipe)
+    live = Ledger(folder / "ledger.db")
+    live.admit([1], 1, 0, 2)
+    start = run_folder.begin_rollback(folder)
+    assert (start.term, start.restore, live.totals().created) == (1, str(kept), 2)
+    live.close()
+    run_folder.switch_ledger(folder, start)
+    ledger = Ledger(folder / "ledger.db")
+    assert (ledger.version, ledger.totals().created) == (1, 1)
+    ledger.close()
+    assert (folder / "lineage" / "before_term_1.ledger.db").exists()
+
+
+def test_a_rollback_before_the_first_checkpoint_goes_to_step_0(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    Ledger(folder / "ledger.db").close()
+    start = run_folder.begin_rollback(folder)
+    assert (start.term, start.restore) == (1, "")
+    run_folder.switch_ledger(folder, start)
+    assert not (folder / "ledger.db").exists()
+
+
+def test_a_rollback_whose_checkpoints_are_all_damaged_is_refused(folder: Path, recipe: Recipe):
+    begin(folder, recipe)
+    (write_checkpoint(folder, 1, trained=[0], recipe=recipe) / "manifest.json").write_text("{}")
+    with pytest.raises(BadInput, match="--allow-fresh starts it from the beginning"):
+        run_folder.begin_rollback(folder)
+
+
 @pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "is gone"), (lambda p: p.write_text(""), "is damaged")])
 def test_a_term_that_its_file_has_forgotten_is_not_used_again(
     folder: Path, recipe: Recipe, damage: Callable[[Path], object], words: str
