@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncflow.control.device_lease import Claim, PoolLease
+from asyncflow.control.device_lease import Claim, PoolLease, shared_leases
 
 
 def claim(ticket: int, service: str = "policy") -> Claim:
@@ -75,3 +75,11 @@ def test_a_service_that_is_gone_holds_nothing_and_waits_for_nothing():
     assert (lease.holder, lease.waiting) == (second, [])
     assert lease.forget("reward") is None
     assert lease.holder == second
+
+
+def test_services_share_the_lease_of_their_pool_and_one_that_is_alone_needs_none():
+    leases = shared_leases({"policy": "main", "critic": "main", "reference": "frozen", "reward": "b", "cost": "b"})
+    assert leases.keys() == {"policy", "critic", "reward", "cost"}
+    assert leases["policy"] is leases["critic"]
+    assert leases["reward"] is leases["cost"]
+    assert (leases["policy"].pool, leases["reward"].pool) == ("main", "b")

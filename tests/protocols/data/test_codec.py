@@ -340,5 +340,21 @@ def test_a_column_without_a_default_is_needed():
     assert refusal(codec.encode(DRAFT), schemas={900: Demanding}) == "Demanding version 1 lacks column bonus"
 
 
+class TooMany(Batch, frozen=True, kw_only=True, eq=False):
+    """Claims to be version 1, and has a column that version 1 lacks."""
+
+    schema_id: ClassVar[int] = 900
+    schema_version: ClassVar[int] = 1
+    responses: JaggedInt32
+    bonus: Int64
+
+
+def test_only_a_newer_frame_may_have_a_column_that_is_unknown():
+    frame = codec.encode(
+        TooMany(sample_ids=DRAFT.sample_ids, responses=DRAFT.responses, bonus=np.array([1, 2], np.int64))
+    )
+    assert refusal(frame, schemas={900: Draft}) == "Draft version 1 has no column bonus"
+
+
 def test_only_an_older_frame_may_lack_a_column():
     assert refusal(by_hand(DRAFT, [0, 2], version=2), schemas={900: Grown}) == "Grown version 2 lacks column weights"

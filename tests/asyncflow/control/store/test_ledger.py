@@ -29,6 +29,14 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
+def test_the_imbalance_counts_every_end_and_what_is_live_once():
+    whole = {"created": 15, "trained": 1, "dropped": 2, "failed": 4, "live": 8}
+    assert Totals(**whole).imbalance == 0
+    for name, count in whole.items():
+        one_more = Totals(**whole | {name: count + 1})
+        assert one_more.imbalance == (1 if name == "created" else -1), name
+
+
 def batch_of(ledger: Ledger, *samples: int) -> list[int]:
     """Admit samples and move them into a batch."""
     ledger.admit(samples, version=ledger.version, term=0, cursor=ledger.cursor + len(samples))
