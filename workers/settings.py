@@ -283,8 +283,7 @@ class Failures(Settings, frozen=True):
 
     reward_timeout_seconds: FinitePositive = 30.0  # of one call of a rule: a row, or the batch of a batch rule
     reward_retries: NonNegativeInt = 1  # further attempts before the sample is failed
-    # The wait before the first further attempt after a failed connection or a busy server; it doubles, up to 30 s.
-    reward_backoff_seconds: NonNegative = 0.5
+    reward_backoff_seconds: NonNegative = 0.5  # before the first retry of a failed connection; doubles, up to 30 s
     # Rows of one rule scored at the same time on each rank of its service: the most processes of an ordinary rule, each
     # started when the rows that wait are worth it; the most calls in flight of an async rule, in one process.
     reward_concurrency: PositiveInt = 8
