@@ -27,7 +27,8 @@ from asyncflow.services.channels.endpoint import Endpoint, Store, ask
 from asyncflow.services.channels.shard_refs import pack_apart, parts_of, unpack
 from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec
 from asyncflow.services.runtime.ray import RayRuntime
-from protocols.control.requests import Invoke, Invoked
+from protocols.control.replies import Invoked
+from protocols.control.requests import Invoke
 from protocols.data import codec
 from protocols.data.jagged import Jagged
 from protocols.data.messages import LogProbs, Rollouts

@@ -22,7 +22,8 @@ from asyncflow.services.channels.shard_refs import pack
 from asyncflow.services.ranks.spec import CustomSettings, Limits, ServiceSpec, StageSpec, Target
 from asyncflow.services.runtime.local import LocalRuntime
 from protocols.control.delivery import Delivery, ServiceStatistics
-from protocols.control.requests import EndPrompts, GetStatistics, Statistics
+from protocols.control.replies import Statistics
+from protocols.control.requests import EndPrompts, GetStatistics
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import Scores
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # the client of a remote run starts without numpy
-    from protocols.control.requests import RowsPut
+    from protocols.control.replies import RowsPut
     from protocols.data.columns import Batch
     from protocols.data.messages import Rollouts
     from protocols.stage import Failure

@@ -18,7 +18,7 @@ from protocols.control.runs import Answer, Command
 
 if TYPE_CHECKING:
     from protocols.control.delivery import ServiceStatistics
-    from protocols.control.requests import RowsPut
+    from protocols.control.replies import RowsPut
     from protocols.data.columns import Batch
     from protocols.stage import Failure
 

@@ -15,7 +15,8 @@ from asyncflow.control.supervision.service_supervisor import ServiceSupervisor
 from asyncflow.services.channels.endpoint import Requestable, ServiceError, Store, ask
 from asyncflow.services.channels.shard_refs import ShardRef, pack, parts_of, unpack
 from protocols.control.events import Evaluated
-from protocols.control.requests import Invoke, Invoked
+from protocols.control.replies import Invoked
+from protocols.control.requests import Invoke
 from protocols.data.messages import Scores
 from protocols.roles import Sampling
 

@@ -23,7 +23,8 @@ from asyncflow.services.channels.endpoint import ask
 from asyncflow.services.failpoints import reach
 from protocols.control.events import StepCommitted, Warned
 from protocols.control.notices import PromptSettled, StepDone
-from protocols.control.requests import BatchClosed, CloseBatch
+from protocols.control.replies import BatchClosed
+from protocols.control.requests import CloseBatch
 from protocols.control.samples import ShownSample
 from protocols.weights import Version
 

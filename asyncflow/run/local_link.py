@@ -18,7 +18,8 @@ from asyncflow.services.external_workers import take_rows
 from asyncflow.services.runtime import Started
 from protocols.control.delivery import ServiceStatistics
 from protocols.control.events import CodeReloaded, Event, RunEnded
-from protocols.control.requests import PutRows, Reply, Request, RowsPut
+from protocols.control.replies import Reply, RowsPut
+from protocols.control.requests import PutRows, Request
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics
 from protocols.stage import Failure

@@ -26,7 +26,8 @@ from asyncflow.services.ranks.spec import StageSpec
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import RowStage
 from protocols.control.notices import Generated
-from protocols.control.requests import Done, SwitchLayout
+from protocols.control.replies import Done
+from protocols.control.requests import SwitchLayout
 from protocols.layout.topology import GenerationGrouping
 from protocols.roles import Sampling
 

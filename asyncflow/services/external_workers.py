@@ -24,7 +24,8 @@ from asyncflow.services.ranks.row_reader import RowReader
 from asyncflow.services.ranks.spec import ModelSettings
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankCall, RankReply, Shard
-from protocols.control.requests import PutRows, RankAnswer, RankRequest, Reply, RowsPut, RowsTaken, TakeRows
+from protocols.control.replies import RankAnswer, Reply, RowsPut, RowsTaken
+from protocols.control.requests import PutRows, RankRequest, TakeRows
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of

@@ -31,17 +31,16 @@ from asyncflow.services.stages import ClosingStage, StageRunner, tombstones
 from asyncflow.services.term_scope import TermOver, TermScope
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.notices import Notice, ServiceFailed
+from protocols.control.replies import Done, Invoked, Refused, Reply, Statistics
 from protocols.control.requests import (
     AbandonStep,
     BeginTerm,
     CloseBatch,
-    Done,
     EndPrompts,
     ExportModel,
     GetStatistics,
     Grant,
     Invoke,
-    Invoked,
     LoadState,
     LoadWeights,
     NextRows,
@@ -49,12 +48,9 @@ from protocols.control.requests import (
     PrepareCode,
     PutRows,
     Redeliver,
-    Refused,
-    Reply,
     Request,
     SaveState,
     SetPaused,
-    Statistics,
     Subscribe,
     SwitchCode,
     TakeRows,

@@ -28,10 +28,9 @@ from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.shown_samples import SampleShow
 from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage
+from protocols.control.replies import Done, Installed, Reply
 from protocols.control.requests import (
     BeginTerm,
-    Done,
-    Installed,
     Invoke,
     LoadState,
     LoadWeights,
@@ -39,7 +38,6 @@ from protocols.control.requests import (
     PrepareCode,
     PutRows,
     RankRequest,
-    Reply,
     SwitchCode,
     TakeRows,
     YieldDevices,

@@ -45,7 +45,8 @@ from asyncflow.services.ranks.spec import ServiceSpec, StageSpec
 from asyncflow.services.reports import Reports
 from protocols.control.delivery import Delivery, RankReply
 from protocols.control.notices import RowsLost
-from protocols.control.requests import RankRequest, Reply, SwitchLayout, YieldDevices
+from protocols.control.replies import Reply
+from protocols.control.requests import RankRequest, SwitchLayout, YieldDevices
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of

@@ -41,7 +41,8 @@ from asyncflow.services.shown_samples import SampleShow
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import StepDone
-from protocols.control.requests import BatchClosed, CloseBatch
+from protocols.control.replies import BatchClosed
+from protocols.control.requests import CloseBatch
 from protocols.control.samples import ShownSample
 from protocols.data import codec
 from protocols.data.columns import Batch

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from asyncflow.services.channels.endpoint import Payload, Requestable, ServiceError, ask
 from protocols.control.events import Published
-from protocols.control.requests import Installed, LoadWeights, SnapshotTaken, TakeSnapshot
+from protocols.control.replies import Installed, SnapshotTaken
+from protocols.control.requests import LoadWeights, TakeSnapshot
 from protocols.version import InstallReceipt, Version
 from protocols.weights import WeightManifest
 

@@ -28,12 +28,14 @@ def last_ray_ends() -> Iterator[None]:
 
 @pytest.fixture
 def ray_started(last_ray_ends: None) -> None:
-    """Starts the Ray that tests share. A runtime uses a running Ray and does not shut it down."""
+    """Starts the Ray that tests share, as a run would. A runtime does not shut it down: the session uses it, too."""
     import ray
+
+    from asyncflow.services.runtime import ray_session
 
     if not ray.is_initialized():
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+        ray_session.join("local", cpus=2)
 
 
 @pytest.fixture

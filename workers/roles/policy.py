@@ -2,12 +2,10 @@
 
     rows of a replica             --> update     the same loss, norm, metrics and next weights on every rank
                                   --> log_probs  on its last stage
-    rows of a generation replica  --> generate   on its last stage, between a switch of layouts and the one back;
-                                                 by vLLM on its first rank, which the switch brings up to date
+    rows of a generation replica  --> generate   on its last stage, or by vLLM on its first; between two switches
     the weights                   --> snapshot   on rank 0, the same bytes whatever the topology and backend
 
-One device is a topology of one rank. All ranks of a topology call each method together; those whose answer the service
-does not collect return NOT_COLLECTED, which is None.
+One device is a topology of one rank. All ranks call each method together; those that are not collected return None.
 """
 
 from __future__ import annotations

@@ -34,16 +34,8 @@ from asyncflow.services.channels.finished_prompts import FinishedPrompts
 from protocols.control.delivery import Delivery, ServiceStatistics
 from protocols.control.events import ServiceReplaced
 from protocols.control.notices import LeaseAsked, LeaseReturned, Notice, RowsLost, ServiceFailed, Waiting
-from protocols.control.requests import (
-    Done,
-    EndPrompts,
-    GetStatistics,
-    Grant,
-    Redeliver,
-    Request,
-    Statistics,
-    YieldDevices,
-)
+from protocols.control.replies import Done, Statistics
+from protocols.control.requests import EndPrompts, GetStatistics, Grant, Redeliver, Request, YieldDevices
 
 
 class Replaced(NamedTuple):

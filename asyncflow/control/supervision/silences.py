@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from asyncflow.control.supervision.liveness import Liveness, Silence
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone
 from protocols.control.events import ServiceSilent
-from protocols.control.requests import Done, Ping
+from protocols.control.replies import Done
+from protocols.control.requests import Ping
 
 PING_EVERY_SECONDS = 2.0  # after an answer
 

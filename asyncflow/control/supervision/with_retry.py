@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from asyncflow.control.events import Notifier
 from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceGone
-from protocols.control.requests import Reply, Request
+from protocols.control.replies import Reply
+from protocols.control.requests import Request
 
 
 class WithRetry:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice
-from protocols.control.requests import Refused, Reply, Request
+from protocols.control.replies import Refused, Reply
+from protocols.control.requests import Request
 
 Frame = npt.NDArray[np.uint8]
 Payload = Any  # what Store.put returns for a frame: the frame itself, its bytes, or a reference

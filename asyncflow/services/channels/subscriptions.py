@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from asyncflow.services.channels.endpoint import Payload, PayloadLost, Requestable, ServiceError, Store, ask
 from asyncflow.services.channels.shard_refs import ShardRef, parts_of, unpack
-from protocols.control.requests import Done, NextRows, Reply, Rows, Subscribe, Subscribed, Unsubscribe
+from protocols.control.replies import Done, Reply, Rows, Subscribed
+from protocols.control.requests import NextRows, Subscribe, Unsubscribe
 from protocols.data import codec
 from protocols.data.columns import Batch
 

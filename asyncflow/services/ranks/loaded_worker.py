@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from protocols.control.requests import Done
+from protocols.control.replies import Done
 from workers.generation.engine import Engine
 
 if TYPE_CHECKING:

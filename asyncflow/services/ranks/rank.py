@@ -28,7 +28,8 @@ from asyncflow.services.ranks.shared_process import computing
 from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from protocols.control.delivery import RankCall, RankReply
-from protocols.control.requests import AbandonStep, BeginTerm, Done, LoadState, Ping, RankAnswer, RankRequest
+from protocols.control.replies import Done, RankAnswer
+from protocols.control.requests import AbandonStep, BeginTerm, LoadState, Ping, RankRequest
 from protocols.data.columns import Batch
 from protocols.data.messages import Metrics, Rollouts
 from protocols.stage import Failure, Measured, Partial, StepAbandoned

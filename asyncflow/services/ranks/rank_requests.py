@@ -11,17 +11,15 @@ import msgspec
 
 from asyncflow.services.channels.endpoint import Payload, Store
 from asyncflow.services.ranks.loaded_worker import LoadedWorker
+from protocols.control.replies import Done, Reply, SnapshotTaken
 from protocols.control.requests import (
     AbandonStep,
     BeginTerm,
-    Done,
     ExportModel,
     LoadState,
     PrepareCode,
     RankRequest,
-    Reply,
     SaveState,
-    SnapshotTaken,
     SwitchCode,
     SwitchLayout,
     TakeSnapshot,

@@ -21,7 +21,8 @@ from asyncflow.services.runtime.ray_store import RayStore
 from asyncflow.services.runtime.wire import Answered, ConnectionLost, NotListening, Wire, travels
 from protocols.control.delivery import Delivery, RankCall, RankReply
 from protocols.control.notices import Notice
-from protocols.control.requests import RankAnswer, RankRequest, Reply, Request
+from protocols.control.replies import RankAnswer, Reply
+from protocols.control.requests import RankRequest, Request
 
 LARGE_CALL_BYTES = 1 << 20  # above this, returning a frame as a second value is quicker than an object of its own
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 
 from asyncflow.client.outside import NotAsked, Outside
-from protocols.control.requests import RowsPut
+from protocols.control.replies import RowsPut
 from protocols.data.columns import Batch
 from protocols.stage import Failure
 from tests.asyncflow.services import rows

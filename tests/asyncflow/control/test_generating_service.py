@@ -21,7 +21,8 @@ from asyncflow.services.channels.endpoint import Endpoint, Payload
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice, PromptSettled
-from protocols.control.requests import Done, Reply, Request, SetPaused
+from protocols.control.replies import Done, Reply
+from protocols.control.requests import Request, SetPaused
 from protocols.data.ids import BASELINE_INDEX, index_of, prompt_of
 from tests import tiny
 from tests.asyncflow.control.store.test_run_store import open_run_store

@@ -15,7 +15,8 @@ from asyncflow.services.channels.endpoint import Payload, ServiceGone
 from protocols.control.code import CodeSource
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice
-from protocols.control.requests import Done, PrepareCode, Refused, Reply, Request, SwitchCode
+from protocols.control.replies import Done, Refused, Reply
+from protocols.control.requests import PrepareCode, Request, SwitchCode
 from workers.user_code import BadCode
 
 NAME = "a_users_own"

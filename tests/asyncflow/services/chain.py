@@ -20,16 +20,8 @@ from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
 from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.control.notices import PromptSettled
-from protocols.control.requests import (
-    BatchClosed,
-    BeginTerm,
-    CloseBatch,
-    Done,
-    EndPrompts,
-    GetStatistics,
-    Redeliver,
-    Statistics,
-)
+from protocols.control.replies import BatchClosed, Done, Statistics
+from protocols.control.requests import BeginTerm, CloseBatch, EndPrompts, GetStatistics, Redeliver
 from protocols.data.columns import Batch
 from protocols.data.ids import sample_id
 from protocols.layout.topology import Topology

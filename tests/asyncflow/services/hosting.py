@@ -14,7 +14,8 @@ from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice
-from protocols.control.requests import Reply, Request
+from protocols.control.replies import Reply
+from protocols.control.requests import Request
 from protocols.data import codec
 from protocols.data.columns import Batch
 

@@ -20,7 +20,8 @@ from asyncflow.services.runtime.local_store import LocalStore
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import Delivery, RankCall, RankReply
 from protocols.control.notices import Busy, Generated
-from protocols.control.requests import Done, RankAnswer, RankRequest, SwitchLayout
+from protocols.control.replies import Done, RankAnswer
+from protocols.control.requests import RankRequest, SwitchLayout
 from protocols.data.messages import Prompts
 from protocols.layout.topology import GenerationGrouping, Topology
 from protocols.roles import Sampling

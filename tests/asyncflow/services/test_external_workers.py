@@ -30,7 +30,8 @@ from asyncflow.services.service_mode import ExternalMode
 from asyncflow.services.stage_context import StageContext
 from protocols.control.delivery import RankReply
 from protocols.control.notices import Waiting
-from protocols.control.requests import PutRows, RowsPut, TakeRows
+from protocols.control.replies import RowsPut
+from protocols.control.requests import PutRows, TakeRows
 from protocols.data import codec
 from protocols.data.columns import Batch
 from protocols.data.ids import INDEX_BITS

@@ -19,7 +19,8 @@ from asyncflow.services.stage_context import StageContext
 from asyncflow.services.stages import ClosingStage, RowStage, StageRunner, TrainingStage, read_or_fail
 from protocols.control.delivery import Delivery
 from protocols.control.notices import Notice, PromptSettled, RowsLost, StepDone, Waiting
-from protocols.control.requests import BatchClosed, CloseBatch
+from protocols.control.replies import BatchClosed
+from protocols.control.requests import CloseBatch
 from protocols.data.ids import prompt_of, sample_id
 from protocols.data.messages import LogProbs, Metrics
 from protocols.layout.topology import Topology

@@ -17,7 +17,8 @@ from asyncflow.services.channels.endpoint import Endpoint, Payload, ServiceError
 from protocols.control.delivery import Delivery
 from protocols.control.events import ServiceSilent
 from protocols.control.notices import LeaseAsked, LeaseReturned, Notice, Waiting
-from protocols.control.requests import Done, GetStatistics, Grant, Ping, Reply, Request, YieldDevices
+from protocols.control.replies import Done, Reply
+from protocols.control.requests import GetStatistics, Grant, Ping, Request, YieldDevices
 
 
 class Sharing:

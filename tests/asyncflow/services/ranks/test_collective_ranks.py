@@ -14,7 +14,8 @@ from asyncflow.services.ranks.spec import ServiceSpec
 from asyncflow.services.ranks.worker_factory import build
 from asyncflow.services.runtime.local_store import LocalStore
 from protocols.control.delivery import RankReply
-from protocols.control.requests import Done, SaveState, SnapshotTaken, SwitchLayout, TakeSnapshot, YieldDevices
+from protocols.control.replies import Done, SnapshotTaken
+from protocols.control.requests import SaveState, SwitchLayout, TakeSnapshot, YieldDevices
 from protocols.data import codec
 from protocols.data.columns import concat, take
 from protocols.data.messages import LogProbs, Rollouts
