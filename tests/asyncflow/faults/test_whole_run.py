@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asyncflow.observe.journal import read_lines
@@ -22,6 +23,7 @@ from tests.asyncflow.pipeline.runs import ASYNCFLOW, differing, finished, weight
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 KILLS = 20
+GONE_SECONDS = 60.0
 DEADLINE_SECONDS = 300.0  # of one start, on a busy machine
 PLACES = [
     ("controller", "admitted"),
@@ -109,3 +111,27 @@ async def test_a_run_that_is_killed_at_twenty_random_moments_ends_like_one_that_
         print(f"kill {number + 1:2}: {done:2} steps made, {max(done - kept, 0)} of them again", file=sys.stderr)
     assert start(path, folder).wait(DEADLINE_SECONDS) == 0
     await assert_like_undisturbed(recipe, folder, tmp_path)
+
+
+@pytest.mark.ray
+async def test_the_services_of_a_controller_that_dies_alone_end_by_themselves_and_a_resume_goes_on(
+    make_recipe: MakeRecipe, tmp_path: Path
+):
+    """Only the controller's process is killed: its services on Ray have to see that it is gone."""
+    recipe = make_recipe(steps=6, runtime="ray", deterministic=False, checkpoints={"every": 1})
+    path, folder = tmp_path / "recipe.toml", tmp_path / "killed"
+    path.write_text(recipe_text(recipe))
+    process = start(path, folder)
+    wait_until_moved(process, folder)
+    started = [p for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()]
+    assert len(started) > 5, "Ray's own processes and the services"
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    _, alive = psutil.wait_procs(started, timeout=GONE_SECONDS)
+    assert alive == [], f"still there after {GONE_SECONDS:g} s"
+    print(
+        f"\n{len(started)} processes were gone {time.monotonic() - began:.1f} s after the controller", file=sys.stderr
+    )
+    assert start(path, folder).wait(DEADLINE_SECONDS) == 0
+    check_finished(folder, recipe)
