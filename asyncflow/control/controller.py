@@ -167,9 +167,10 @@ class Controller:
         """Open the next term, with as many tries as the policy allows. Returns what `_after` does."""
         began, committed = time.monotonic(), self._term.version
         who, cause = " and ".join(dead), "; ".join(dict.fromkeys(dead.values()))
-        failure, opened = cause, False
+        failure, opened, died = cause, False, list(dead)
         while not opened:
-            decision = self._policy.roll_back(dead, committed, time.monotonic())
+            decision = self._policy.roll_back(died, committed, time.monotonic())
+            died = []  # what fails from here on is another try, and no other death of theirs
             if isinstance(decision, GiveUp):
                 return self._ended("failed", outcome.exit_code, f"{decision.why}: {failure}")
             self._log.file.warning("%s died, the run rolls back: %s", who, failure)

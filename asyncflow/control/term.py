@@ -33,6 +33,7 @@ a task; a `Notifier` wakes those that wait for its state:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from asyncflow.control.admission.inflight_prompts import InFlightPrompts
@@ -51,7 +52,7 @@ from asyncflow.control.supervision.watchdog import Watchdog
 from asyncflow.control.train_step import TrainStep
 from asyncflow.control.user_code import UserCode
 from asyncflow.dataflow.graph import Dataflow
-from asyncflow.services.channels.endpoint import Store
+from asyncflow.services.channels.endpoint import ServiceError, Store
 from asyncflow.services.failpoints import reach
 from protocols.control.delivery import ServiceStatistics
 from protocols.control.events import RunEnded
@@ -106,7 +107,8 @@ class Term:
     async def set_paused(self, paused: bool) -> None:
         """Have the generator stop, or go on, as the clients want it."""
         self._supervisor.mark_progress()
-        await self._generator.set_paused(paused)
+        with contextlib.suppress(ServiceError):  # the term is over: the next one begins as the clients want it
+            await self._generator.set_paused(paused)
 
     async def statistics(self) -> list[ServiceStatistics]:
         """The channel statistics of every service so far."""
@@ -140,8 +142,7 @@ class Term:
 
     async def _drive(self, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> RunEnded:
         await self._generator.publish(self.version)
-        if self._requests.paused:  # in the term before
-            await self._generator.set_paused(True)
+        await self._generator.set_paused(self._requests.paused)  # what the term before has left may differ
         await self._evaluations.before_first_step()
         background.append(group.create_task(self._admit(), name="admission"))
         self.run_store.log.take_busy_seconds()  # loading models is no part of the first step

@@ -1,4 +1,4 @@
-"""The run folder: its lock allows one controller at a time, its term rises with every start.
+"""The run folder: its lock allows one controller at a time, its term rises with every start and every rollback.
 
 A run starts from step 0, which is the recipe: its models as they are in their folders. So step 0 needs no checkpoint; a
 run that ended before it wrote one starts from there again, with whatever its recipe then says.
@@ -150,7 +150,6 @@ def begin_rollback(folder: Path) -> Start:
 
     It starts where a resume would. Raises BadInput if no checkpoint is valid.
     """
-    checkpoint.clear_partial(folder / "checkpoints")
     return _take_term(folder, _newest(folder))
 
 

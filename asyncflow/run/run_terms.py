@@ -11,8 +11,9 @@ A restart of a whole run makes the same steps, with all of its processes new.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from asyncflow.control.client_requests import ClientRequests
 from asyncflow.control.evaluation import Evaluations
@@ -32,6 +33,8 @@ from asyncflow.run import run_folder
 from asyncflow.services.channels.endpoint import Endpoint, ServiceError, ServiceGone, all_or_error, ask
 from asyncflow.services.runtime import Runtime, Started
 from protocols.control.requests import BeginTerm, LoadState, Ping
+
+T = TypeVar("T")
 
 CONTROLLER = "controller"
 
@@ -54,6 +57,7 @@ class RunTerms:
         recipe, dataflow = checked.recipe, checked.dataflow
         self._checked, self._folder, self._runtime, self._services = checked, folder, runtime, services
         self._code, self._requests, self._log, self._port = code, requests, log, metrics_port
+        self._answer_seconds = recipe.deadlines.answer
         self._stateful, self._replaceable = stateful(dataflow), replaceable(recipe, dataflow)
         self.policy = RestartPolicy(
             dataflow,
@@ -123,19 +127,21 @@ class RunTerms:
         return dead | {name: cause for name, cause in zip(asked, answers, strict=True) if cause}
 
     async def _cause_of_death(self, name: str) -> str:
-        """Why a service is gone; "" for one that answers, or hangs: the watchdog judges that."""
+        """Why a service is gone, or as good as gone; "" for one that answers."""
         try:
-            async with asyncio.timeout(self._checked.recipe.deadlines.answer):
+            async with asyncio.timeout(self._answer_seconds):
                 await self._services[name].endpoint.request(Ping())
         except ServiceGone as gone:
             return str(gone)
-        except (ServiceError, TimeoutError):
+        except TimeoutError:  # a rollback kills it
+            return f"{name} has not answered for {self._answer_seconds:g} s"
+        except ServiceError:
             pass
         return ""
 
     async def open_next(self, before: Term) -> Term:
         """See `Terms.open_next`."""
-        start = await asyncio.to_thread(run_folder.begin_rollback, self._folder)
+        start = await _in_thread(run_folder.begin_rollback, self._folder)
         for warning in start.warnings:
             self._log.file.warning("%s", warning)
         others = [name for name in self._services if name not in self._stateful]
@@ -145,22 +151,24 @@ class RunTerms:
         failed = [name for name, task in zip(others, begun, strict=True) if not task.result()]
         if failed:
             await self._restart(failed, start.term)
-        await restore(self._services, self._stateful, start.restore)
-        for name in others:  # the death may have come while some had switched to new code and others not
-            if name not in failed:
-                await self._code.give_running(self._services[name].endpoint)
+        restoring = restore(self._services, self._stateful, start.restore)
+        await _in_time("restoring the checkpoint", self._checked.recipe.deadlines.checkpoint, restoring)
         await before.run_store.close()
         with run_folder.writing(self._folder):
-            await asyncio.to_thread(run_folder.switch_ledger, self._folder, start)
+            await _in_thread(run_folder.switch_ledger, self._folder, start)
             return self.open(start)
 
     async def _begin_term(self, name: str, term: int) -> bool:
-        """Have a service begin a term. False where it has to be restarted for it."""
+        """Have a service begin a term. False where it has to be restarted for it: then it is killed already."""
+        service = self._services[name].endpoint
         try:
-            async with asyncio.timeout(self._checked.recipe.deadlines.answer):
-                await ask(self._services[name].endpoint, BeginTerm(term))
+            async with asyncio.timeout(self._answer_seconds):
+                await ask(service, BeginTerm(term))
+                # The death may have come while some services had switched to new code and others had not.
+                await self._code.give_running(service)
         except (ServiceError, TimeoutError) as error:
             self._log.file.warning("%s does not begin term %d and is restarted: %s", name, term, error or "no answer")
+            self._runtime.kill(name)  # those that connect to it would wait for one that hangs
             return False
         return True
 
@@ -169,7 +177,8 @@ class RunTerms:
     async def _restart(self, names: Sequence[str], term: int) -> None:
         self._services.update(await self._runtime.restart(names, term))
         for name in names:
-            await self._code.give_running(self._services[name].endpoint)
+            giving = self._code.give_running(self._services[name].endpoint)
+            await _in_time(f"{name}: taking the running code", self._answer_seconds, giving)
         self._write_targets()
 
     def _write_targets(self) -> None:
@@ -177,6 +186,25 @@ class RunTerms:
         targets = [ScrapeTarget(address=s.address, role=n, rank=0, run=run) for n, s in self._services.items()]
         targets.append(ScrapeTarget(address=f"127.0.0.1:{self._port}", role=CONTROLLER, rank=0, run=run))
         write_targets(self._folder / "metrics" / "targets.json", targets)
+
+
+async def _in_time(what: str, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for something. Raises ServiceError past its deadline."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise ServiceError(f"{what} took longer than {seconds:g} s") from None
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a thread. A cancellation waits for its end: it writes to a folder that then is unlocked."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
 
 
 async def restore(services: dict[str, Started], names: Sequence[str], checkpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""The term of a run rises with every start, so that nothing of an earlier one is taken for its own.
+"""The term of a run rises with every start and rollback, so that nothing of an earlier one is taken for its own.
 
 It stands in a file of the run folder. Where that file is damaged or gone, the ledgers and the checkpoints still know
 the terms that were.

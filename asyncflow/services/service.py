@@ -60,6 +60,7 @@ from protocols.control.requests import (
 )
 
 WATCH_EVERY_SECONDS = 0.5
+_FROM_OUTSIDE = Subscribe | NextRows | Unsubscribe | TakeRows | PutRows  # those who ask know no terms
 
 
 class ModelService:
@@ -77,6 +78,7 @@ class ModelService:
         self._tasks: asyncio.Task[None] | None = None
         self._term = TermScope(spec.name)
         self._stopping, self._stopped = asyncio.Lock(), False
+        self._beginning = asyncio.Lock()  # a term
 
     @property
     def name(self) -> str:
@@ -146,7 +148,12 @@ class ModelService:
             if isinstance(request, BeginTerm):
                 await self._begin_term(request.term)
                 return Done(), []
-            return await self._term.run(type(request).__name__, self._answer(request, payloads))
+            while True:
+                try:
+                    return await self._term.run(type(request).__name__, self._answer(request, payloads))
+                except TermOver:
+                    if not isinstance(request, _FROM_OUTSIDE):
+                        raise
         except ServiceGone:
             raise
         except asyncio.CancelledError:
@@ -201,17 +208,20 @@ class ModelService:
         """End the stages, wait until the ranks are done with the old term, and start stages that have no rows."""
         mode = self._mode
         assert mode is not None, f"service {self.name} is not started"
-        if term <= self.spec.term:
-            raise ValueError(f"term {term} is not newer than {self.spec.term}")
-        async with self._context.collective.exclusive():  # a collective call must not be cancelled half way
-            self.spec = msgspec.structs.replace(self.spec, term=term)  # from here on the old term's rows are refused
-            self._term.begin_next()
-            await self._end_stages()
-        self._context = self._context.for_term(term)
-        await mode.begin_term(self._context)
-        self._make_runners(mode)
-        self._fire()
-        self._context.log.info("%s begins term %d", self.name, term)
+        async with self._beginning:  # a request for another term may come while this one waits
+            if term <= self.spec.term:
+                raise ValueError(f"term {term} is not newer than {self.spec.term}")
+            async with self._context.collective.exclusive():  # a collective call must not be cancelled half way
+                self.spec = msgspec.structs.replace(
+                    self.spec, term=term
+                )  # the old term's rows are refused from here on
+                self._term.begin_next()
+                await self._end_stages()
+            self._context = self._context.for_term(term)
+            await mode.begin_term(self._context)
+            self._make_runners(mode)
+            self._fire()
+            self._context.log.info("%s begins term %d", self.name, term)
 
     async def _end_stages(self) -> None:
         if self._tasks is not None:

@@ -89,9 +89,10 @@ class StageContext:
         self._lease = LeaseTickets(self.reports, leased=self.spec.leased)
 
     def for_term(self, term: int) -> StageContext:
-        """The context of a new term, with the same ranks and no rows. This one serves what is left of the old term:
+        """The context of a new term, with the same ranks and no rows.
 
-        what it still sends names that term, so its receivers refuse it, and what it reports is not read.
+        This one serves what is left of the old term: what it still sends names that term, so its receivers refuse it,
+        and what it reports is not read.
         """
         context = copy.copy(self)
         context.spec = msgspec.structs.replace(self.spec, term=term)

@@ -229,7 +229,7 @@ class RunStore:
     # --- the end
 
     async def finalize(self, ended: RunEnded) -> None:
-        """Write timeline and report, close everything. Nothing is left to write where the term was closed.
+        """Write timeline and report, close everything. After a rollback that failed midway neither is written.
 
         Raises LedgerError if a finished run left samples open, StorageFailed if the disk is full.
         """

@@ -3,7 +3,7 @@
 A service that only computes rows has no state of its own: its senders still hold the rows that it was working on, and
 send them again. A generator gets its weights and prompts again and regenerates its rows (`generating_service`). What a
 service with trained state has learned since the last checkpoint dies with it, so all services with state go back to
-that checkpoint in a new term (`rollback`).
+that checkpoint in a new term.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LONGEST_BACK_OFF_SECONDS = 30.0
 class RestartPolicy:
     """Counts deaths: each service may die `limit` times within any `window_seconds`.
 
-    So many rollbacks, too, may follow each other without a step that was not made before: what one batch causes would
-    happen for ever.
+    At most as many rollbacks may follow one another without a step beyond the furthest one reached: what one batch
+    causes would happen again for ever.
     """
 
     def __init__(

@@ -83,9 +83,9 @@ class ServiceSupervisor:
     # --- notices and deaths
 
     def follow(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Tasks that read the services' notices for ever. They raise RunFailed or ServiceGone if the run can't go on,
+        """Tasks that read the services' notices for ever.
 
-        and TrainerGone if it has to roll back.
+        They raise RunFailed or ServiceGone if the run can't go on, and TrainerGone if it has to roll back.
 
         Redeliveries join the list: one to a service that hangs must not outlive the rest.
         """

@@ -114,6 +114,28 @@ async def test_what_clients_asked_for_is_done_in_the_new_term(make_recipe: MakeR
         assert (await run.wait()).outcome == "finished"
 
 
+async def test_a_pause_while_the_run_rolls_back_holds_in_the_new_term(
+    make_recipe: MakeRecipe, runtime: LocalRuntime
+) -> None:
+    recipe = make_recipe(steps=4, checkpoints={"every": 1})
+    async with asyncflow.launch(recipe) as run:
+        async for event in run.events():
+            if isinstance(event, StepCommitted) and event.step == 1:
+                break
+        runtime.kill("policy")
+        await run.pause()  # the policy generates, and is gone
+        await run.resume()
+        await run.pause()
+        async for event in run.events():
+            if isinstance(event, RolledBack):
+                break
+        step = event.step
+        written = await run.checkpoint()
+        assert Path(written).name == f"step_{step:06d}", "no step is made"
+        await run.resume()
+        assert (await run.wait()).outcome == "finished"
+
+
 async def test_a_run_that_is_stopped_when_its_trainer_dies_ends_with_its_last_checkpoint(
     make_recipe: MakeRecipe, runtime: LocalRuntime
 ) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from asyncflow.services.channels.endpoint import ServiceError, ask
 from asyncflow.services.runtime.local import LocalRuntime
-from protocols.control.requests import BeginTerm, CloseBatch
+from protocols.control.replies import Rows, Subscribed
+from protocols.control.requests import BeginTerm, CloseBatch, NextRows, Subscribe
 from tests.asyncflow.services import rows
 from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
 
@@ -83,3 +84,34 @@ async def test_the_notices_of_the_old_term_are_not_read_in_the_new_one():
         await reading  # else it would take the first notices of the new term
         await c.send(c.put(rows.log_probs(samples_of(7))))
         assert [settled.alive for settled in await c.until_settled(1)] == [samples_of(7)]
+
+
+async def test_two_terms_that_begin_at_once_leave_one_set_of_stages(tmp_path: Path):
+    """A try to roll back that failed may still wait for a rank when the next one comes."""
+    samples = samples_of(*range(4))
+    held = {"options": {"folder": str(tmp_path), "gate": "open"}}
+    async with chain(b=held) as c:
+        await c.send(c.put(rows.log_probs(samples)))
+        first = asyncio.create_task(ask(c.endpoints["b"], BeginTerm(1)))
+        second = asyncio.create_task(ask(c.endpoints["b"], BeginTerm(2)))
+        (tmp_path / "open").touch()
+        await asyncio.gather(first, second)
+        for name in "ac":
+            await ask(c.endpoints[name], BeginTerm(2))
+        c.term = 2
+        await c.send(c.put(rows.log_probs(samples)))
+        await c.until_settled(4)
+        assert Counter(s for settled in c.settled for s in settled.alive) == Counter(samples)
+
+
+async def test_who_reads_a_channel_from_outside_goes_on_reading_in_the_new_term():
+    samples = samples_of(1, 2)
+    async with chain() as c:
+        reply, _ = await ask(c.endpoints["a"], Subscribe("a.double#1"))
+        assert isinstance(reply, Subscribed)
+        reading = asyncio.create_task(ask(c.endpoints["a"], NextRows(reply.number, 30.0)))
+        await c.begin_term(1)
+        await c.send(c.put(rows.log_probs(samples)))
+        read, _ = await reading
+        assert isinstance(read, Rows)
+        assert sorted(s for shard in read.shards for s in shard.sample_ids) == samples

@@ -145,6 +145,15 @@ def test_every_end_token_ends_a_response(model: PreTrainedModel) -> None:
     assert all(ends.isdisjoint(row.tokens[:-1].tolist()) for row in rows.values())
 
 
+def test_aborted_rows_are_gone_and_their_samples_may_come_again(model: PreTrainedModel) -> None:
+    engine, sampling = engine_of(model, slots=4), Sampling(max_tokens=4)
+    engine.submit(MIXED, sampling)
+    assert engine.step()
+    engine.abort()
+    assert (engine.unfinished, engine.step()) == (0, [])
+    assert generate(engine, MIXED, sampling).keys() == set(MIXED.sample_ids.tolist())
+
+
 def test_rows_make_a_message_with_their_versions(model: PreTrainedModel) -> None:
     rows = list(generate(engine_of(model), MIXED, Sampling(max_tokens=5)).values())
     rollouts = to_rollouts(MIXED, rows)

@@ -340,6 +340,20 @@ def test_more_prompts_than_one_step_takes_wait_whole(published: Published) -> No
     assert_drawn_by(published.models[0], prompts, rows)
 
 
+def test_aborted_rows_are_gone_and_their_samples_draw_the_same_when_they_come_again(published: Published) -> None:
+    published.publish(published.models[0])
+    engine, sampling = published.engine, Sampling(max_tokens=8)
+    whole = generate(engine, LONG, sampling)
+    engine.submit(LONG, sampling)
+    engine.step()
+    engine.submit(tiny.make_prompts(["7"], first=500), sampling)  # one that waits
+    engine.abort()
+    assert (engine.unfinished, engine.step()) == (0, [])
+    again = generate(engine, LONG, sampling)
+    assert again.keys() == whole.keys()
+    assert all(np.array_equal(again[sample].tokens, row.tokens) for sample, row in whole.items())
+
+
 def test_a_row_that_does_not_fit_is_refused_and_none_is_queued(published: Published) -> None:
     prompts = tiny.make_prompts(["fine", "x" * 1000])
     with pytest.raises(ValueError, match=f"sample {prompts.sample_ids[1]}: prompt of 1000 tokens and max_tokens 25"):
