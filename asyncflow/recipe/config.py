@@ -178,11 +178,9 @@ def read_table(path: str | Path, what: str, overrides: Iterable[str] = ()) -> di
 
 def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Convert a recipe's table; [loss] and [advantage] default to what the algorithm declares. Raises BadInput."""
-    if isinstance(placed_by := table.get("placement"), str):
-        table = {"pools": {}, **table, "placement": {}, "placed_by": placed_by}
     if not here():
         raise BadInput(f"{where}: the working directory was removed: change to one that exists")
-    table = {"code": here(), **table}
+    table = {"code": here(), **with_placed_by(table)}
     if isinstance(table["code"], list):  # before the algorithm is imported; `to_settings` refuses another type
         search_in(str(Path(folder).absolute()) for folder in table["code"] if isinstance(folder, str))
     recipe = to_settings(_with_algorithm_defaults(table, where), Recipe, where)
@@ -191,6 +189,12 @@ def to_recipe(table: Mapping[str, Any], where: str = "recipe") -> Recipe:
             f"{where}: name = {recipe.name!r}: it becomes a folder's name, want letters, digits, '_', '.', '-'"
         )
     return _with_fixed_length(recipe)
+
+
+def with_placed_by(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table of a recipe, in which a placement that is "auto" or a plan's file stands under `placed_by`."""
+    by = table.get("placement")
+    return {"pools": {}, **table, "placement": {}, "placed_by": by} if isinstance(by, str) else table
 
 
 def to_settings(table: Mapping[str, Any], kind: type[S], where: str) -> S:

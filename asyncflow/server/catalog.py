@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ import msgspec
 
 from asyncflow.client.http import Connection
 from asyncflow.control.store.run_log import read_end
-from asyncflow.recipe.config import load_recipe, read_table, recipe_text
+from asyncflow.recipe.config import read_table, recipe_text
 from asyncflow.run.run_folder import RECIPE
 from asyncflow.run.run_status import holder_of
 from asyncflow.run.terms import TERM
@@ -31,7 +32,7 @@ from asyncflow.server.endpoint_file import read_endpoint
 from asyncflow.server.operations import Operations
 from asyncflow.server.records import Records, RunRecord, digest_of
 from asyncflow.server.run_states import end_of, state_of
-from asyncflow.server.submissions import check_text, checked_recipe
+from asyncflow.server.submissions import checked_recipe, restarted_recipe
 from protocols.control.errors import BadInput, RunFailed
 from protocols.control.events import RunEnded
 from protocols.control.problems import Conflict, NotFound, ServerError
@@ -59,6 +60,7 @@ class Catalog:
         self._known: dict[str, RunRecord] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._exits: dict[str, int] = {}  # of processes that this server has started
+        self._signals: set[tuple[int, str, Command]] = set()  # sent: process, when it started, for what
         self._starting = asyncio.Lock()
 
     # --- what is there
@@ -146,11 +148,8 @@ class Catalog:
             found = await self.status(name)
             if found.state not in OVER:
                 raise Conflict(f"run {name!r} is {found.state}: only one that is over can be started again")
-            for override in restart.overrides:
-                where, _, text = override.partition("=")
-                check_text(where, text.strip("\"' "), self.root, self._functions)
-                check_restart(where)
-            recipe = await asyncio.to_thread(load_recipe, self.root / name / RECIPE, restart.overrides)
+            path = self.root / name / RECIPE
+            recipe = await asyncio.to_thread(restarted_recipe, path, restart.overrides, self.root, self._functions)
             arguments = ["resume", "FOLDER", "--serve"]
             arguments += [part for override in restart.overrides for part in ("--set", override)]
             arguments += ["--allow-fresh"] if restart.allow_fresh else []
@@ -220,6 +219,8 @@ class Catalog:
                     raise RunFailed(f"{command}: run {name!r} is over, it is {found.state}: start it again first")
                 ended = await asyncio.to_thread(read_end, self.root / name) or end_of(found)
                 return Answer(command, msgspec.to_builtins(ended))
+            if found.process and found.host != socket.gethostname():
+                raise RunFailed(f"{command}: run {name!r} is on {found.host!r}: send it to a server of that machine")
             if found.state == "queued" and ends:
                 await self._records.forget_start(name)
                 await self._read_records()
@@ -230,10 +231,20 @@ class Catalog:
                 except ServerError as error:  # it has just ended, or another process runs it now
                     _log.info("run %s: %s: %s", name, command, error)
             elif ends and found.process and (command == "cancel" or found.state == "running"):
-                processes.end(found.process)  # it takes the signal as the command; one that holds no lock yet would not
+                self._signal(found, command)  # it takes the signal as the command; one that holds no lock yet would not
             elif found.state == "running":
                 raise RunFailed(f"{command}: run {name!r} was started without --serve: it takes drain and cancel only")
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _signal(self, found: RunStatus, command: Command) -> None:
+        """Ask a process to end, once for each command: it takes a second signal as the wish to end sooner."""
+        sent = (found.process, processes.start_of(found.process), command)
+        if sent not in self._signals:
+            self._signals.add(sent)
+            try:
+                processes.end(found.process)
+            except OSError as error:
+                raise RunFailed(f"{command}: the process {found.process} of run {found.name!r}: {error}") from error
 
     async def statistics(self, name: str) -> list[ServiceStatistics]:
         from protocols.control.delivery import ServiceStatistics
@@ -249,12 +260,6 @@ class Catalog:
         """Leave the runs alone, and close the records."""
         await self._operations.close()
         self._records.close()
-
-
-def check_restart(key: str) -> None:
-    """Refuse a key that says where the run's own files are, which a restart keeps. Raises BadInput."""
-    if key.split(".", maxsplit=1)[0] in ("folder", "code", "name"):
-        raise BadInput(f"--set {key}: a run keeps it")
 
 
 def _term_of(folder: Path) -> int:

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 TABLES = {socket.AF_INET: Path("/proc/net/tcp"), socket.AF_INET6: Path("/proc/net/tcp6")}
+ESTABLISHED = "01"
 
 
 def is_known() -> bool:
@@ -24,7 +25,8 @@ def is_same_user(peer: tuple[str, int], own: tuple[str, int]) -> bool:
             continue
         for line in lines:
             fields = line.split()
-            if (fields[1], fields[2]) == wanted:
+            # One that its process has closed is listed as root's, without an inode.
+            if (fields[1], fields[2]) == wanted and fields[3] == ESTABLISHED and fields[9] != "0":
                 return int(fields[7]) in (os.getuid(), 0)
     return False
 

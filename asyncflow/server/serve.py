@@ -52,6 +52,8 @@ def serve(options: Options, told: Callable[[str], None]) -> None:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--root {root}: can't be used: {error.strerror}") from error
+    if options.token_file is not None and options.token_file.resolve().is_relative_to(root.resolve()):
+        raise BadInput(f"--token-file {options.token_file}: it is below --root {root}, whose files runs read: move it")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
     code = [str(Path(folder).absolute()) for folder in options.code]

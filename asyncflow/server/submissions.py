@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from asyncflow.recipe.config import Recipe, apply_override, to_recipe
+from asyncflow.recipe.config import Recipe, apply_override, read_table, to_recipe, to_settings, with_placed_by
+from asyncflow.server.folder_views import HIDDEN
 from protocols.control.errors import BadInput
 
 Kind = Literal["text", "path", "name or path", "function", "server's"]
@@ -82,6 +83,24 @@ def checked_recipe(
     return to_recipe({**table, "code": code, "folder": str(root)})
 
 
+def restarted_recipe(path: Path, overrides: Iterable[str], root: Path, functions: frozenset[str]) -> Recipe:
+    """The recipe of a run's folder with a client's overrides, of which nothing is imported. Raises BadInput.
+
+    Only the overrides are checked as a submission is: what else the recipe names, the run has had from its start.
+    """
+    given: dict[str, Any] = {}
+    overrides = list(overrides)
+    for override in overrides:
+        apply_override(given, override)
+    for key in given:
+        if key in ("folder", "code", "name"):
+            raise BadInput(f"--set {key}: a run keeps it")
+    for key, text in _texts(given, ""):
+        check_text(key, text, root, functions)
+    # A run's recipe has every default written out: so the algorithm, which may be the user's code, isn't needed.
+    return to_settings(with_placed_by(read_table(path, "recipe", overrides)), Recipe, str(path))
+
+
 def check_text(key: str, text: str, root: Path, functions: frozenset[str]) -> None:
     """Refuse a text that a client may not send under a key. Raises BadInput."""
     kind = kind_of(key)
@@ -121,9 +140,16 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 def _check_path(key: str, text: str, root: Path) -> None:
     if not text:
         return
+    top = root.resolve()
     try:
-        inside = (root / text).resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError) as error:  # a loop of links; a zero byte
+        found = (root / text).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links; a zero byte
         raise BadInput(f"recipe: {key} = {text[:200]!r}: {error}") from error
-    if not inside:
+    if not found.is_relative_to(top):
         raise BadInput(f"recipe: {key} = {text[:200]!r}: want a path below the server's root {root}")
+    if found == top or (found.is_dir() and any(any(found.rglob(name)) for name in HIDDEN)):
+        raise BadInput(f"recipe: {key} = {text[:200]!r}: runs are below it: want a folder of its own")
+    if hidden := [part for part in found.relative_to(top).parts if part.startswith(".") or part in HIDDEN]:
+        raise BadInput(
+            f"recipe: {key} = {text[:200]!r}: {hidden[0]!r} is the server's or a run's own: want another path"
+        )

@@ -78,3 +78,12 @@ def test_a_connection_of_this_user_is_known_and_one_that_is_not_there_is_nobodys
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as made:
         assert is_same_user(made.getsockname(), listener.getsockname())
         assert not is_same_user(("127.0.0.1", 1), listener.getsockname())
+
+
+def test_a_connection_that_its_process_has_closed_is_nobodys():
+    """The kernel lists it as root's, and without an inode."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = socket.create_connection(listener.getsockname())
+        peer = made.getsockname()
+        made.close()
+        assert not is_same_user(peer, listener.getsockname())
