@@ -52,9 +52,12 @@ class _Loop:
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine; its result. An interrupt of the caller, and the timeout, cancel it."""
+        return self._wait(work, self._timeout)
+
+    def _wait(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(self._timeout)
+            return future.result(timeout)
         except BaseException:
             future.cancel()
             raise
@@ -62,20 +65,23 @@ class _Loop:
     def each(self, items: AsyncGenerator[T]) -> Iterator[T]:
         """The items one by one. Waiting for the next has no timeout."""
 
+        one = asyncio.Lock()  # a generator can't be closed before the step that an interrupt cancels has ended
+
         async def following() -> tuple[T] | None:
-            async for item in items:
-                return (item,)
+            async with one:
+                async for item in items:
+                    return (item,)
             return None
 
+        async def close() -> None:
+            async with one:
+                await items.aclose()
+
         try:
-            while (found := asyncio.run_coroutine_threadsafe(following(), self._loop).result()) is not None:
+            while (found := self._wait(following(), None)) is not None:
                 yield found[0]
         finally:
-            self.do(_close(items))
-
-
-async def _close(items: AsyncGenerator[Any]) -> None:
-    await items.aclose()
+            self.do(close())
 
 
 class SyncClient:

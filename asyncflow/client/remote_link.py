@@ -13,7 +13,7 @@ import msgspec
 from asyncflow.client.http import Connection, Patience, new_key
 from asyncflow.client.sse import frames_of
 from protocols.control.events import CodeReloaded, Event, RunEnded
-from protocols.control.problems import Unavailable
+from protocols.control.problems import TooMany, Unavailable
 from protocols.control.runs import Answer, Command
 
 if TYPE_CHECKING:
@@ -44,10 +44,11 @@ class RemoteLink:
         """The events from `cursor` on, over lost connections and restarts of the server: none is lost, none twice."""
         patience = Patience(self._patience, random.Random())
         while True:
+            was_open = False
             try:
                 async with self.connection.stream(f"{self.path}/events", cursor=cursor) as stream:
-                    patience.answered()
-                    async with aclosing(frames_of(stream.aiter_lines())) as frames:  # type: ignore[type-var]
+                    was_open = True
+                    async with aclosing(frames_of(stream.aiter_bytes())) as frames:  # type: ignore[type-var]
                         async for frame in frames:
                             if frame.kind == END:
                                 return
@@ -57,7 +58,9 @@ class RemoteLink:
                             else:
                                 _log.warning("an event %s is left out: this asyncflow is too old for it", frame.kind)
                 raise Unavailable(f"{self.connection.url}: the stream of events broke off")
-            except Unavailable as error:
+            except (Unavailable, TooMany) as error:
+                if was_open:  # a stream breaks off soon after its last heartbeat, however long it was open
+                    patience.answered()
                 await patience.wait_after(error)
 
     async def pause(self) -> None:

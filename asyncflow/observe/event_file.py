@@ -68,11 +68,19 @@ class EventFile:
 
 
 def end_of(folder: Path) -> int:
-    """The cursor after the last byte of a run's events; 0 where there are none yet."""
+    """The cursor after the last event of a run that is written whole; 0 where there is none yet."""
     try:
-        return (folder / EVENTS).stat().st_size
+        file = (folder / EVENTS).open("rb")
     except FileNotFoundError:
         return 0
+    with file:
+        start = file.seek(0, os.SEEK_END)
+        while start:
+            stop, start = start, max(start - READ_BYTES, 0)
+            file.seek(start)
+            if (found := file.read(stop - start).rfind(b"\n")) >= 0:
+                return start + found + 1
+    return 0
 
 
 def read_events(folder: Path, cursor: int, most_bytes: int = READ_BYTES) -> list[Line]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
+import sqlite3
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -35,8 +37,8 @@ from asyncflow.server.run_states import end_of, state_of
 from asyncflow.server.submissions import checked_recipe, restarted_recipe
 from protocols.control.errors import BadInput, RunFailed
 from protocols.control.events import RunEnded
-from protocols.control.problems import Conflict, NotFound, ServerError
-from protocols.control.runs import OVER, Answer, Capabilities, Command, Restart, RunStatus, Scope, Submission
+from protocols.control.problems import Conflict, NotFound, ServerError, Unauthenticated, Unavailable
+from protocols.control.runs import OVER, Answer, Capabilities, Command, Restart, RunStatus, Scope, Submission, is_name
 
 if TYPE_CHECKING:
     from protocols.control.delivery import ServiceStatistics
@@ -60,6 +62,7 @@ class Catalog:
         self._known: dict[str, RunRecord] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._exits: dict[str, int] = {}  # of processes that this server has started
+        self._unnoted: dict[str, tuple[int, str]] = {}  # processes that the records don't have yet: a write failed
         self._signals: set[tuple[int, str, Command]] = set()  # sent: process, when it started, for what
         self._starting = asyncio.Lock()
 
@@ -121,7 +124,9 @@ class Catalog:
             return await self.status(name)
         recipe = await asyncio.to_thread(self._recipe, submission)
         text, devices = recipe_text(recipe).encode(), devices_of(recipe)
-        stem = submission.run or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = submission.run or stem_of(recipe.name)
+        if not is_name(stem):
+            raise BadInput(f"run {stem!r}: want at most 100 letters, digits, '_', '.', '-'")
         names = [stem] if submission.run else [stem, *(f"{stem}-{number}" for number in range(1, 100))]
         for candidate in names:
             if candidate == RECIPES or await asyncio.to_thread((self.root / candidate).exists):
@@ -161,11 +166,20 @@ class Catalog:
     async def run(self) -> None:
         """Start the runs that wait, in their order, as devices become free; also those of before a restart."""
         while True:
-            await self._start_waiting()
+            looked = await self._start_waiting()
             busy = self._children or any(record.wanted == "start" for record in self._known.values())
-            await asyncio.sleep(LOOK_SECONDS if busy else IDLE_SECONDS)  # processes tell nobody of their end
+            await asyncio.sleep(LOOK_SECONDS if looked and busy else IDLE_SECONDS)  # processes tell nobody of their end
 
-    async def _start_waiting(self) -> None:
+    async def _start_waiting(self) -> bool:
+        """Start those that fit; False where the machine refuses it, as with a full disk: the next look tries again."""
+        try:
+            await self._start_what_fits()
+        except (OSError, sqlite3.Error) as error:
+            _log.error("the runs that wait can't be started now: %s: %s", type(error).__name__, error)
+            return False
+        return True
+
+    async def _start_what_fits(self) -> None:
         async with self._starting:
             for name, child in list(self._children.items()):
                 if child.returncode is not None:
@@ -180,6 +194,13 @@ class Catalog:
             await self._read_records()
 
     async def _start(self, record: RunRecord) -> None:
+        if record.name not in self._unnoted:
+            self._unnoted[record.name] = await self._process_of(record)
+        await self._records.started(record.name, *self._unnoted[record.name])
+        del self._unnoted[record.name]
+
+    async def _process_of(self, record: RunRecord) -> tuple[int, str]:
+        """Start the process of a run: its number, and when it started."""
         folder = self.root / record.name
         places = {"RECIPE": str(self._recipe_file(record)), "FOLDER": str(folder)}
         arguments = [places.get(argument, argument) for argument in record.arguments]
@@ -187,7 +208,7 @@ class Catalog:
             arguments += ["--folder", str(folder)]
         child = await processes.start(arguments, self.root, self._log_of(record.name))
         self._children[record.name] = child
-        await self._records.started(record.name, child.pid, processes.start_of(child.pid))
+        return child.pid, processes.start_of(child.pid)
 
     def _recipe_file(self, record: RunRecord) -> Path:
         path = self.root / STATE / "recipes" / f"{record.name}.toml"
@@ -228,8 +249,10 @@ class Catalog:
                 try:
                     async with Connection(endpoint.url, endpoint.token, patience=PATIENCE_SECONDS) as connection:
                         return await connection.post(f"/v1/runs/{name}/{command}", {}, Answer, key)
-                except ServerError as error:  # it has just ended, or another process runs it now
+                except (Unavailable, NotFound, Unauthenticated) as error:  # it has ended, or another process is there
                     _log.info("run %s: %s: %s", name, command, error)
+                except ServerError as error:
+                    raise RunFailed(f"{command}: the process of run {name!r} refuses it: {error}") from error
             elif ends and found.process and (command == "cancel" or found.state == "running"):
                 self._signal(found, command)  # it takes the signal as the command; one that holds no lock yet would not
             elif found.state == "running":
@@ -260,6 +283,11 @@ class Catalog:
         """Leave the runs alone, and close the records."""
         await self._operations.close()
         self._records.close()
+
+
+def stem_of(recipe: str) -> str:
+    """A name for a run of a recipe, which a path may have, and which has room for a number behind it."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', recipe)[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _term_of(folder: Path) -> int:

@@ -132,7 +132,9 @@ async def frames(feeds: Feeds, folder: Path, cursor: int, end: End) -> AsyncGene
         while feed.failed is None:
             changed = feed.changed
             while cursor < feed.end:
-                for frame in await _next(feed, cursor):
+                if not (following := await _next(feed, cursor)):
+                    break
+                for frame in following:
                     cursor, ended = frame.end, frame.kind == "RunEnded"
                     yield frame.text
             number, waits = feed.waits

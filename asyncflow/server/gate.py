@@ -85,7 +85,7 @@ class Gate:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if host_in(headers.get("host", "")) not in self._hosts:
             raise WrongHost(f"Host {headers.get('host', '')!r} is none of {', '.join(sorted(self._hosts))}")
-        if (origin := headers.get("origin")) and host_in(origin) not in self._hosts:
+        if (origin := headers.get("origin")) and origin.partition("://")[2].lower() != headers["host"].lower():
             raise Forbidden(f"a page of {origin!r} may not use this server")
         peer: tuple[str, int] = scope.get("client") or ("", 0)
         own: tuple[str, int] = scope.get("server") or ("", 0)
@@ -104,13 +104,12 @@ class Gate:
             if not await asyncio.to_thread(is_same_user, peer, own):
                 raise Unauthenticated("this server has no token, and answers the user who started it")
             return peer[0], "admin"
-        if not self._failures.holds(peer[0]):
-            raise TooMany("too many wrong tokens from this address")
         token = bearer(headers)
         if (allowed := self._tokens.scope_of(token)) is not None:
             return self._tokens.name_of(token), allowed
-        if token:  # one that is missing is no attempt to guess it
-            self._failures.take(peer[0])
+        # One that is missing is no attempt to guess it.
+        if token and not self._failures.take(peer[0]):
+            raise TooMany("too many wrong tokens from this address")
         raise Unauthenticated("the token is not known" if token else "no token was sent")
 
 
@@ -144,10 +143,6 @@ class Buckets:
         """`most`: clients that are remembered; the one that was seen longest ago is forgotten first."""
         self._rate, self._burst, self._clock, self._most = rate, burst, clock, most
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> (left, at)
-
-    def holds(self, client: str) -> bool:
-        """Whether the client may do it once more."""
-        return self._now(client) >= 1.0
 
     def take(self, client: str) -> bool:
         """Count one; whether it was allowed."""

@@ -7,10 +7,11 @@ does nothing twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -109,17 +110,23 @@ class Records:
         """
 
         def added() -> str:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.execute(
-                    "INSERT INTO runs (name, created, recipe, devices, wanted, arguments) VALUES (?, ?, ?, ?, ?, ?)",
-                    (run.name, run.created, run.recipe, run.devices, run.wanted, msgspec.json.encode(run.arguments)),
-                )
-                values = (key, request, time.time(), run.name.encode())
-                self._db.execute("INSERT INTO answers (key, request, created, answer) VALUES (?, ?, ?, ?)", values)
-                self._db.execute("COMMIT")
+                with self._transaction():
+                    self._db.execute(
+                        "INSERT INTO runs (name, created, recipe, devices, wanted, arguments) "
+                        "VALUES (?, ?, ?, ?, ?, ?)",
+                        (
+                            run.name,
+                            run.created,
+                            run.recipe,
+                            run.devices,
+                            run.wanted,
+                            msgspec.json.encode(run.arguments),
+                        ),
+                    )
+                    values = (key, request, time.time(), run.name.encode())
+                    self._db.execute("INSERT INTO answers (key, request, created, answer) VALUES (?, ?, ?, ?)", values)
             except sqlite3.IntegrityError:  # of the name, or of a key that came twice at once
-                self._db.execute("ROLLBACK")
                 return ""
             return run.name
 
@@ -135,16 +142,16 @@ class Records:
                     raise Conflict(f"Idempotency-Key {key!r} was sent with another request: make a new key for each")
                 return False
             now, text = time.time(), msgspec.json.encode(arguments)
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "INSERT INTO runs (name, created, recipe, devices, wanted, arguments) VALUES (?, ?, '', ?, 'start', ?) "
-                "ON CONFLICT (name) DO UPDATE SET wanted = 'start', process = 0, arguments = excluded.arguments, "
-                "recipe = '', created = excluded.created",
-                (name, now, devices, text),
-            )
-            values = (key, request, now, name.encode())
-            self._db.execute("INSERT INTO answers (key, request, created, answer) VALUES (?, ?, ?, ?)", values)
-            self._db.execute("COMMIT")
+            with self._transaction():
+                self._db.execute(
+                    "INSERT INTO runs (name, created, recipe, devices, wanted, arguments) "
+                    "VALUES (?, ?, '', ?, 'start', ?) "
+                    "ON CONFLICT (name) DO UPDATE SET wanted = 'start', process = 0, arguments = excluded.arguments, "
+                    "recipe = '', created = excluded.created",
+                    (name, now, devices, text),
+                )
+                values = (key, request, now, name.encode())
+                self._db.execute("INSERT INTO answers (key, request, created, answer) VALUES (?, ?, ?, ?)", values)
             return True
 
         return await self._do(noted)
@@ -173,6 +180,19 @@ class Records:
     def close(self) -> None:
         """Close the database."""
         self._db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it, or nothing where anything fails, as on a full disk."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # the first error tells more
+                if self._db.in_transaction:  # SQLite itself ends it at some errors
+                    self._db.execute("ROLLBACK")
+            raise
 
     async def _do(self, work: Callable[[], T]) -> T:
         async with self._one:

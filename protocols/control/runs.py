@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +20,11 @@ Scope = Literal["read", "submit", "admin"]  # each includes those before it
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"  # of a run, and of a recipe's part of a path
 NameOrNone = Annotated[str, Meta(pattern=rf"^$|{NAME_PATTERN}", description="A run's name, which is its folder's")]
 Override = Annotated[str, Meta(max_length=4096, description="key.path=value, as `asyncflow run --set` takes it")]
+
+
+def is_name(text: str) -> bool:
+    """Whether a run may have this name. A pattern alone also takes a line feed after it."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
 
 
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):

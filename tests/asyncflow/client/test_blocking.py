@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import signal
+import threading
+from collections.abc import AsyncGenerator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +53,29 @@ def test_events_files_and_problems_come_as_they_do_to_the_asynchronous_client(tm
             with pytest.raises(NotFound, match="'other'"):
                 client.run("other")
             stop()
+
+
+def test_an_interrupt_while_it_waits_for_an_event_comes_as_it_is():
+    closed: list[str] = []
+
+    async def events() -> AsyncGenerator[int]:
+        yield 1
+        try:
+            main = threading.main_thread().ident
+            assert main is not None
+            asyncio.get_running_loop().call_later(0.05, signal.pthread_kill, main, signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            closed.append("closed")
+
+    loop = blocking._Loop(None)
+    loop.start()
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(loop.each(events()))
+    loop.stop()
+    assert (seen, closed) == ([1], ["closed"])
 
 
 @pytest.mark.parametrize(("waits", "awaited"), [(SyncClient, Client), (SyncRun, RemoteRun)])

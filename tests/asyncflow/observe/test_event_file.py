@@ -24,6 +24,8 @@ def test_a_reader_goes_on_after_each_event(tmp_path: Path):
     assert events_from(tmp_path, ends[0]) == [RUNNING]
     assert read_events(tmp_path, ends[1]) == []
     assert end_of(tmp_path) == ends[1]
+    file.path.write_bytes(file.path.read_bytes() + b'{"at"')
+    assert end_of(tmp_path) == ends[1], "a line that is not whole is no event"
 
 
 def test_a_reader_takes_a_part_at_a_time_but_an_event_at_least(tmp_path: Path):

@@ -108,7 +108,10 @@ async def test_other_hosts_and_pages_of_other_sites_are_refused(routes: Litestar
     async with client(gate(routes, tmp_path), ADMIN) as http:
         assert problem(await http.get("/healthz", headers={"Host": "evil.example"})).type == "wrong-host"
         assert problem(await http.post("/v1/runs", headers={"Origin": "http://evil.example"})).type == "forbidden"
-        assert (await http.get("/healthz", headers={"Origin": "http://server:8642"})).status_code == 200
+        own = {"Host": "server:8642", "Origin": "http://server:8642"}
+        assert (await http.get("/healthz", headers=own)).status_code == 200
+        other = own | {"Origin": "http://server:3000"}
+        assert problem(await http.get("/healthz", headers=other)).type == "forbidden", "another program's page"
 
 
 async def test_a_large_a_slow_and_a_deep_body_are_refused(routes: Litestar, tmp_path: Path):
@@ -156,6 +159,8 @@ async def test_who_asks_too_often_or_guesses_tokens_has_to_wait(routes: Litestar
         assert [(await http.get("/healthz")).status_code for _ in range(3)] == [200, 200, 429]
     async with client(guarded, "wrong-0123456789") as http:
         assert [(await http.get("/healthz")).status_code for _ in range(3)] == [401, 401, 429]
+    async with client(guarded, SUBMIT) as http:
+        assert (await http.get("/healthz")).status_code == 200, "a right token doesn't pay for wrong ones"
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,25 @@ async def test_events_come_from_a_cursor_with_their_ids_and_an_end(
     assert [line[7:] for line in rest.splitlines() if line.startswith("event: ")] == ["RunEnded", "end"]
     assert [line[7:] for line in seen.splitlines() if line.startswith("event: ")] == ["end"]
     assert (wrong.type, "cursor 1 is none of this run" in wrong.detail) == ("bad-input", True)
+
+
+async def test_a_line_that_is_not_whole_holds_up_no_reader(routes: Litestar, tmp_path: Path, cursors: list[int]):
+    with (tmp_path / "done" / "events.jsonl").open("ab") as file:
+        file.write(b'{"at": 1.0, "ev')
+    async with client(gate(routes, tmp_path), READ) as http, asyncio.timeout(20):
+        rest = (await http.get("/v1/runs/done/events", params={"cursor": cursors[2]})).text
+    assert [line[7:] for line in rest.splitlines() if line.startswith("event: ")] == ["RunEnded", "end"]
+
+
+@pytest.mark.parametrize("override", ["loss={policy='os:system'}", "data={train='/etc/passwd'}"])
+async def test_a_run_is_not_started_again_with_what_a_submission_may_not_say(
+    routes: Litestar, tmp_path: Path, override: str
+):
+    async with client(gate(routes, tmp_path), SUBMIT) as http:
+        key = {"Idempotency-Key": "the-key-of-it"}
+        found = problem(await http.post("/v1/runs/done/start", json={"overrides": [override]}, headers=key))
+    assert found.type == "bad-input"
+    assert "server" in found.detail
 
 
 def test_nothing_that_the_openapi_document_allows_or_forbids_makes_the_server_fail(tmp_path: Path):
