@@ -126,10 +126,11 @@ async def test_a_pause_while_the_run_rolls_back_holds_in_the_new_term(
         await run.pause()  # the policy generates, and is gone
         await run.resume()
         await run.pause()
+        step = -1
         async for event in run.events():
             if isinstance(event, RolledBack):
+                step = event.step
                 break
-        step = event.step
         written = await run.checkpoint()
         assert Path(written).name == f"step_{step:06d}", "no step is made"
         await run.resume()
