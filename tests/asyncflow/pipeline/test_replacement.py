@@ -37,7 +37,7 @@ def _writes_to(pid: int, log: Path) -> bool:
 @pytest.mark.usefixtures("ray_started")
 async def test_every_service_may_die_in_one_run_and_costs_no_sample(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        steps=7,
+        steps=9,
         staleness=2,
         checkpoints={"every": 4},
         runtime="ray",
@@ -54,8 +54,8 @@ async def test_every_service_may_die_in_one_run_and_costs_no_sample(make_recipe:
         1: {"reward": signal.SIGKILL, "advantage": signal.SIGKILL},
         2: {"reference-1": signal.SIGKILL, "evaluator": signal.SIGKILL},
         3: {"generator": signal.SIGKILL, "reward": signal.SIGSTOP},
-        5: {"policy": signal.SIGKILL, "critic": signal.SIGKILL},
     }
+    trainers = ["policy", "critic"]  # they die when the stopped service is replaced, at step 5 or later
     rollbacks: list[RolledBack] = []
     replaced: list[ServiceReplaced] = []
     silent: list[str] = []
@@ -65,6 +65,8 @@ async def test_every_service_may_die_in_one_run_and_costs_no_sample(make_recipe:
                 case StepCommitted():
                     for service, fault in faults.pop(event.step, {}).items():
                         os.kill(process_of(service, run.folder), fault)
+                    while trainers and event.step >= 5 and ("reward", 2) in [(r.service, r.number) for r in replaced]:
+                        os.kill(process_of(trainers.pop(), run.folder), signal.SIGKILL)
                 case ServiceReplaced():
                     replaced.append(event)
                 case RolledBack():
@@ -86,8 +88,8 @@ async def test_every_service_may_die_in_one_run_and_costs_no_sample(make_recipe:
     ((step, died),) = [(back.step, sorted(back.services)) for back in rollbacks]
     assert (step, died) == (4, ["critic", "policy"])
     evaluated = [line["step"] for line in read_lines(run.folder / "evaluations.jsonl")]
-    assert evaluated == list(range(8)), "each version was evaluated once"
+    assert evaluated == list(range(10)), "each version was evaluated once"
     ledger = Ledger(run.folder / "ledger.db")
     totals = ledger.totals()
     ledger.close()
-    assert (totals.created, totals.trained, totals.live) == (7 * 4 * 2, 7 * 4 * 2, 0), "each sample was trained once"
+    assert (totals.created, totals.trained, totals.live) == (9 * 4 * 2, 9 * 4 * 2, 0), "each sample was trained once"
