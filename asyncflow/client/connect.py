@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from asyncflow.client.http import Connection, new_key
+from asyncflow.client.http import HttpConnection, new_key
 from asyncflow.client.remote_link import RemoteLink
 from asyncflow.client.run import Run
 from protocols.control.errors import BadInput
@@ -25,13 +25,13 @@ def connect(url: str, token: str | None = None, *, patience: float = 120.0) -> C
         patience: seconds without an answer after which a call, or a stream of events, raises Unavailable. Until then
             lost connections and a restart of the server only delay it.
     """
-    return Client(Connection(url, token, patience=patience), patience)
+    return Client(HttpConnection(url, token, patience=patience), patience)
 
 
 class Client:
     """The runs of one server. Every call raises what `protocols.control.problems` lists."""
 
-    def __init__(self, connection: Connection, patience: float) -> None:
+    def __init__(self, connection: HttpConnection, patience: float) -> None:
         self._connection, self._patience = connection, patience
 
     async def __aenter__(self) -> Client:

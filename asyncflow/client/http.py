@@ -47,7 +47,7 @@ def new_key() -> str:
     return uuid.uuid4().hex
 
 
-class Connection:
+class HttpConnection:
     """The requests of one client to one server. Use it inside `async with`."""
 
     def __init__(self, url: str, token: str | None = None, *, patience: float = 120.0, trust_proxies: bool = True):
@@ -67,7 +67,7 @@ class Connection:
         self._proxies = trust_proxies and parts.hostname not in ("localhost", "127.0.0.1", "::1")
         self._http: httpx.AsyncClient | None = None
 
-    async def __aenter__(self) -> Connection:
+    async def __aenter__(self) -> HttpConnection:
         import httpx
 
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, get_args
 
 import msgspec
 
-from asyncflow.client.http import Connection, Patience, new_key
+from asyncflow.client.http import HttpConnection, Patience, new_key
 from asyncflow.client.sse import frames_of
 from protocols.control.events import CodeReloaded, Event, RunEnded
 from protocols.control.problems import TooMany, Unavailable
@@ -34,7 +34,7 @@ class _Recorded(msgspec.Struct):
 class RemoteLink:
     """Implements `client.run.Link` for a run of a server."""
 
-    def __init__(self, connection: Connection, name: str, patience: float) -> None:
+    def __init__(self, connection: HttpConnection, name: str, patience: float) -> None:
         """`patience`: seconds without contact after which a follower gives up."""
         self.path = f"/v1/runs/{name}"
         self.connection = connection

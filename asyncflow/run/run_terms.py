@@ -135,8 +135,8 @@ class RunTerms:
             return str(gone)
         except TimeoutError:  # a rollback kills it
             return f"{name} has not answered for {self._answer_seconds:g} s"
-        except ServiceError:
-            pass
+        except ServiceError:  # it can't be reached at the moment, and may live: then it is not what ended the term
+            return ""
         return ""
 
     async def open_next(self, before: Term) -> Term:

@@ -16,7 +16,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from asyncflow.server.access import Tokens, includes
 from asyncflow.server.event_stream import Feeds
-from asyncflow.server.gate import SCOPE, Application, Gate, Limits
+from asyncflow.server.gate import SCOPE, Application, Gate, RequestLimits
 from asyncflow.server.routes import ROUTES
 from asyncflow.server.runs import Runs
 from protocols.control.problems import MEDIA_TYPE, Forbidden, Problem, Unavailable, problem_of, problem_of_status
@@ -43,7 +43,12 @@ def application(runs: Runs, version: str) -> Litestar:
     )
 
 
-def guarded(application: Litestar, tokens: Tokens, hosts: frozenset[str], limits: Limits = Limits()) -> Gate:  # noqa: B008
+def guarded(
+    application: Litestar,
+    tokens: Tokens,
+    hosts: frozenset[str],
+    limits: RequestLimits = RequestLimits(),  # noqa: B008 - it is frozen
+) -> Gate:
     """The application for those who may ask."""
     return Gate(cast(Application, application), tokens, hosts, limits)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, get_args
 
 import msgspec
 
-from asyncflow.client.http import Connection
+from asyncflow.client.http import HttpConnection
 from asyncflow.control.store.run_log import read_end
 from asyncflow.recipe.config import read_table, recipe_text
 from asyncflow.run.run_folder import RECIPE
@@ -247,7 +247,7 @@ class Catalog:
                 await self._read_records()
             elif (endpoint := read_endpoint(self.root / name, found.process)) is not None:
                 try:
-                    async with Connection(endpoint.url, endpoint.token, patience=PATIENCE_SECONDS) as connection:
+                    async with HttpConnection(endpoint.url, endpoint.token, patience=PATIENCE_SECONDS) as connection:
                         return await connection.post(f"/v1/runs/{name}/{command}", {}, Answer, key)
                 except (Unavailable, NotFound, Unauthenticated) as error:  # it has ended, or another process is there
                     _log.info("run %s: %s: %s", name, command, error)
@@ -276,7 +276,7 @@ class Catalog:
         endpoint = read_endpoint(self.root / name, found.process) if found.state == "running" else None
         if endpoint is None:
             raise RunFailed(f"statistics: run {name!r} is {found.state}: only a running one with an endpoint has them")
-        async with Connection(endpoint.url, endpoint.token, patience=PATIENCE_SECONDS) as connection:
+        async with HttpConnection(endpoint.url, endpoint.token, patience=PATIENCE_SECONDS) as connection:
             return await connection.get(f"/v1/runs/{name}/statistics", list[ServiceStatistics])
 
     async def close(self) -> None:

@@ -41,7 +41,7 @@ SCOPE = "asyncflow.scope"  # what the token allows, in the ASGI scope
 _log = logging.getLogger(__name__)
 
 
-class Limits(msgspec.Struct, frozen=True):
+class RequestLimits(msgspec.Struct, frozen=True):
     """How much one client may ask for."""
 
     body_bytes: int = 1 << 20
@@ -59,7 +59,7 @@ class Gate:
         application: Application,
         tokens: Tokens,
         hosts: frozenset[str],
-        limits: Limits = Limits(),  # noqa: B008 - it is frozen
+        limits: RequestLimits = RequestLimits(),  # noqa: B008 - it is frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._application, self._tokens, self._hosts, self._limits = application, tokens, hosts, limits
@@ -116,7 +116,7 @@ class Gate:
 class _Body:
     """A request's body: an end to what comes late or is too large."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
+    def __init__(self, receive: Receive, limits: RequestLimits) -> None:
         self._receive, self._limits = receive, limits
         self._bytes, self._whole = 0, False
         self._until = time.monotonic() + limits.body_seconds

@@ -18,7 +18,7 @@ from asyncflow.server.access import check_address, hosts_of, tokens_of
 from asyncflow.server.app import application, guarded
 from asyncflow.server.capacity import devices_here
 from asyncflow.server.catalog import Catalog
-from asyncflow.server.gate import Limits
+from asyncflow.server.gate import RequestLimits
 from asyncflow.server.same_user import is_known
 from asyncflow.server.uvicorn_server import listen, server_of
 from protocols.control.errors import BadInput
@@ -35,7 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     allow: list[str] = []  # functions "package.module:function" that recipes may name
     code: list[str] = []  # folders in which these are searched
     devices: int = 0  # that all runs together may use; 0: those of this machine
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
 
 
 def serve(options: Options, told: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 
-from asyncflow.client.http import Connection
+from asyncflow.client.http import HttpConnection
 from asyncflow.client.remote_link import RemoteLink
 from protocols.control.problems import MEDIA_TYPE, TooMany, problem_of
 
@@ -33,6 +33,6 @@ async def test_a_stream_that_was_open_for_long_is_opened_again_and_so_is_one_tha
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        async with Connection(f"http://127.0.0.1:{port}", "") as connection:
+        async with HttpConnection(f"http://127.0.0.1:{port}", "") as connection:
             assert [e async for e in RemoteLink(connection, "one", PATIENCE_SECONDS).follow(0)] == []
     assert served == 3

@@ -22,7 +22,7 @@ from schemathesis.core.result import Ok
 from asyncflow.server.access import hosts_of, tokens_of
 from asyncflow.server.app import application, guarded
 from asyncflow.server.catalog import Catalog
-from asyncflow.server.gate import Gate, Limits
+from asyncflow.server.gate import Gate, RequestLimits
 from protocols.control.problems import MEDIA_TYPE, Problem
 from tests.asyncflow.server.folders import EVENTS, ended_run
 
@@ -43,7 +43,7 @@ async def routes(tmp_path: Path, cursors: list[int]) -> AsyncIterator[Litestar]:
     await catalog.close()
 
 
-def gate(routes: Litestar, tmp_path: Path, limits: Limits = Limits()) -> Gate:  # noqa: B008
+def gate(routes: Litestar, tmp_path: Path, limits: RequestLimits = RequestLimits()) -> Gate:  # noqa: B008
     file = tmp_path / "tokens"
     file.touch(mode=0o600)
     file.write_text(f"read {READ}\nsubmit {SUBMIT}\nadmin {ADMIN}\n")
@@ -78,7 +78,7 @@ async def test_every_route_wants_a_token(routes: Litestar, tmp_path: Path):
     paths = every_route(routes)
     assert {"/v1/runs", "/healthz", "/v1/runs/done/events", "/v1/runs/done/cancel"} <= {path for _, path in paths}
     for token in ("", "wrong-0123456789", "Basic"):
-        async with client(gate(routes, tmp_path, Limits(failures_per_minute=1000)), token) as http:
+        async with client(gate(routes, tmp_path, RequestLimits(failures_per_minute=1000)), token) as http:
             for method, path in paths:
                 answer = await http.request(method, path)
                 assert answer.status_code == 401, (method, path)
@@ -121,7 +121,7 @@ async def test_a_large_a_slow_and_a_deep_body_are_refused(routes: Litestar, tmp_
             await asyncio.sleep(seconds)
 
     json = {"Content-Type": "application/json"}
-    guarded = gate(routes, tmp_path, Limits(body_bytes=100, body_seconds=5.0))
+    guarded = gate(routes, tmp_path, RequestLimits(body_bytes=100, body_seconds=5.0))
     async with client(guarded, ADMIN) as http:
         assert problem(await http.post("/v1/runs", json={"recipe": "x" * 200})).type == "too-large"
         assert problem(await http.post("/v1/runs", content=pieces(0.0), headers=json)).type == "too-large"
@@ -148,12 +148,12 @@ async def test_a_large_a_slow_and_a_deep_body_are_refused(routes: Litestar, tmp_
     scope = {"type": "http", "method": "POST", "path": "/v1/runs", "raw_path": b"/v1/runs", "headers": headers}
     scope |= {"query_string": b"", "client": ("127.0.0.1", 1), "server": ("server", 80), "http_version": "1.1"}
     scope |= {"scheme": "http", "root_path": "", "asgi": {"version": "3.0"}, "extensions": {}}
-    await gate(routes, tmp_path, Limits(body_seconds=0.05))(scope, late, send)
+    await gate(routes, tmp_path, RequestLimits(body_seconds=0.05))(scope, late, send)
     assert sent[0]["status"] == 408
 
 
 async def test_who_asks_too_often_or_guesses_tokens_has_to_wait(routes: Litestar, tmp_path: Path):
-    limits = Limits(requests_per_second=0.001, burst=2, failures_per_minute=2)
+    limits = RequestLimits(requests_per_second=0.001, burst=2, failures_per_minute=2)
     guarded = gate(routes, tmp_path, limits)
     async with client(guarded, READ) as http:
         assert [(await http.get("/healthz")).status_code for _ in range(3)] == [200, 200, 429]

@@ -15,7 +15,7 @@ import tomli_w
 
 import asyncflow
 from asyncflow.client.connect import Client, RemoteRun
-from asyncflow.client.http import Connection
+from asyncflow.client.http import HttpConnection
 from asyncflow.observe.event_file import read_events
 from asyncflow.observe.journal import read_lines
 from asyncflow.recipe.config import BadInput
@@ -143,7 +143,7 @@ async def test_nothing_is_lost_or_done_twice_when_server_and_client_are_killed(
 
 
 async def checkpoint(server: Server, key: str) -> str:
-    async with Connection(server.url, TOKEN) as connection:
+    async with HttpConnection(server.url, TOKEN) as connection:
         return (await connection.post("/v1/runs/one/checkpoint", {}, Answer, key)).result
 
 

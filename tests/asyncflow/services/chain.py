@@ -9,7 +9,8 @@ values.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from asyncflow.services.channels.endpoint import Endpoint, ask
 from asyncflow.services.channels.shard_refs import ShardRef, pack
 from asyncflow.services.ranks.spec import ServiceSpec, Target
 from asyncflow.services.runtime import Runtime
+from asyncflow.services.runtime.local import LocalRuntime
 from protocols.control.delivery import Delivery, EdgeStatistics, ServiceStatistics
 from protocols.control.notices import PromptSettled
 from protocols.control.replies import BatchClosed, Done, Statistics
@@ -142,3 +144,14 @@ class Chain:
         services = [await self.statistics(name) for name in self.endpoints]
         depths = [f"{e.edge}: {e.depth} of {e.rows} rows" for s in services for e in s.edges]
         return f"{'; '.join(depths)}; waits {[s.waits for s in services]}"
+
+
+@asynccontextmanager
+async def local_chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> AsyncIterator[Chain]:
+    """The pipeline on the local runtime; `a` and `b` as in `chain_specs`."""
+    made = Chain(LocalRuntime())
+    try:
+        await made.start(chain_specs(a, b))
+        yield made
+    finally:
+        await made.runtime.stop()

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
 from asyncflow.services.channels.shard_refs import ShardRef
-from asyncflow.services.runtime.local import LocalRuntime
 from protocols.data.columns import Batch
 from protocols.data.ids import prompt_of
 from tests.asyncflow.services import rows
-from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, chain_specs, samples_of
-
-
-@asynccontextmanager
-async def chain(a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> AsyncIterator[Chain]:
-    made = Chain(LocalRuntime())
-    try:
-        await made.start(chain_specs(a, b))
-        yield made
-    finally:
-        await made.runtime.stop()
+from tests.asyncflow.services.chain import A_EDGE, B_EDGE, C_EDGE, Chain, local_chain, samples_of
 
 
 def alive(chain: Chain) -> list[int]:
@@ -35,7 +23,7 @@ def alive(chain: Chain) -> list[int]:
 
 async def test_every_row_arrives_once_and_went_through_both():
     samples = samples_of(*range(20))
-    async with chain() as c:
+    async with local_chain() as c:
         await c.send(c.put(rows.log_probs(samples[:7])), c.put(rows.log_probs(samples[7:])))
         await c.until_settled(20)
         assert alive(c) == samples
@@ -44,7 +32,7 @@ async def test_every_row_arrives_once_and_went_through_both():
 
 async def test_what_the_source_sends_again_changes_nothing():
     samples = samples_of(*range(8))
-    async with chain() as c:
+    async with local_chain() as c:
         part = c.put(rows.log_probs(samples))
         await c.send(part)
         await c.send(part)
@@ -60,7 +48,7 @@ async def test_what_the_source_sends_again_changes_nothing():
 async def test_a_service_that_restarts_in_the_middle_is_sent_all_of_it_again_and_nothing_doubles(mailbox_rows: int):
     samples = samples_of(*range(24))
     slowly = {"firing_rows": 2, "mailbox_rows": mailbox_rows, "delay_seconds": {"double": 0.02}}
-    async with chain(a={"firing_rows": 8}, b=slowly) as c:
+    async with local_chain(a={"firing_rows": 8}, b=slowly) as c:
         await c.send(c.put(rows.log_probs(samples)))
         await c.until_settled(6)
         await c.restart("b")
@@ -97,7 +85,7 @@ async def test_a_frame_that_is_refused_becomes_tombstones_with_the_reason_and_th
 ):
     good, bad, later = samples_of(1, 2), samples_of(3, 4), samples_of(5)
     logs = {"log_path": str(tmp_path / "logs" / "service.log")}
-    async with chain(a=logs, b=logs) as c:
+    async with local_chain(a=logs, b=logs) as c:
         await c.send(c.put(rows.log_probs(good)), make(c, bad), to=edge)
         await c.until_settled(4)
         dead = [failure for settled in c.settled for failure in settled.dead]
@@ -117,7 +105,7 @@ async def test_a_frame_that_is_refused_becomes_tombstones_with_the_reason_and_th
 
 async def test_statistics_say_what_passed_each_channel_and_which_rank_read_how_much():
     samples = samples_of(*range(8))
-    async with chain() as c:
+    async with local_chain() as c:
         part = c.put(rows.log_probs(samples, tokens=100))
         await c.send(part)
         await c.until_settled(8)
@@ -131,7 +119,7 @@ async def test_statistics_say_what_passed_each_channel_and_which_rank_read_how_m
 
 async def test_statistics_say_who_waits_on_whom(tmp_path: Path):
     held = {"options": {"folder": str(tmp_path), "gate": "open"}, "mailbox_rows": 2, "firing_rows": 2}
-    async with chain(a={"firing_rows": 2}, b=held) as c:
+    async with local_chain(a={"firing_rows": 2}, b=held) as c:
         for start in range(0, 8, 2):
             await c.send(c.put(rows.log_probs(samples_of(start, start + 1))))
         await c.until("a", f"credit on {B_EDGE}", depth=2)
@@ -145,7 +133,7 @@ async def test_statistics_say_who_waits_on_whom(tmp_path: Path):
 
 async def test_what_is_kept_for_others_is_let_go_when_its_prompts_end():
     samples = samples_of(1, 2)
-    async with chain() as c:
+    async with local_chain() as c:
         await c.send(c.put(rows.log_probs(samples)))
         await c.until_settled(2)
         assert (await c.statistics("a")).kept > 0
