@@ -146,9 +146,11 @@ class Rank:
         start = time.time()
         if (moment := activity_of(request)) in MOMENTS:
             reach(self._process, moment)
-        reply, payloads = carry_out(self._loaded, output or self._store, request)
-        if isinstance(request, BeginTerm):
+        if isinstance(request, BeginTerm):  # its rows name their term; the worker knows none
             self._spec = msgspec.structs.replace(self._spec, term=request.term)
+            reply, payloads = Done(), list[Payload]()
+        else:
+            reply, payloads = carry_out(self._loaded, output or self._store, request)
         if isinstance(request, LoadState | BeginTerm) and self._spec.leased:
             self._loaded.offload()  # all services restore at once, without a lease; in a new term nobody has one
         return RankAnswer(start, time.time(), reply), payloads

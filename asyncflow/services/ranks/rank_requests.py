@@ -33,7 +33,7 @@ def carry_out(loaded: LoadedWorker, store: Store, request: RankRequest) -> tuple
     """Carry out a request on one rank. Blocking. Raises what the worker raises."""
     if isinstance(request, YieldDevices):
         return loaded.offload(), []
-    if isinstance(request, PrepareCode | SwitchCode | BeginTerm):
+    if isinstance(request, PrepareCode | SwitchCode):
         _take_code(loaded.worker, request)
         return Done(), []
     loaded.onload()
@@ -71,7 +71,7 @@ def abandon(worker: Any, request: AbandonStep) -> None:
         keep(request.committed)
 
 
-def _take_code(worker: Any, request: PrepareCode | SwitchCode | BeginTerm) -> None:
+def _take_code(worker: Any, request: PrepareCode | SwitchCode) -> None:
     """Pass a change of code on to a worker that calls a user's functions; other workers ignore it."""
     if isinstance(request, PrepareCode) and (prepare := getattr(worker, "prepare_code", None)):
         prepare(request.sources)
